@@ -1,0 +1,112 @@
+"""Soft locality-sensitive hashing: the planes, the corners and the feature map (arXiv 2510.04008, section 3)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_PLANES = 10  # 2**10 corners a table: past this a table is larger than what any document fills
+
+
+def corner_signs(num_planes: int, *, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str | None = None) -> Tensor:
+    """The corners of the ``P``-cube, ``c [R, P]`` with ``R = 2**P``: +1 where bit p of r, most significant first, is 1,
+    -1 elsewhere."""
+    r = torch.arange(2**num_planes, device=device)
+    bits = r[:, None] >> torch.arange(num_planes - 1, -1, -1, device=device) & 1
+    return (2 * bits - 1).to(dtype)
+
+
+def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads: int | None = None, seed: int,
+                  layer: int = 0, head_offset: int = 0, device: torch.device | str | None = None,
+                  dtype: torch.dtype = torch.float32) -> Tensor:
+    """Hyperplanes with rows drawn i.i.d. from N(0, I), the same on every device and rank.
+
+    The draw is a counter-based generator (Philox) addressed by ``(seed, layer, global head)``, so a rank that holds
+    heads 8 to 15 gets the rows that a rank holding all heads has there, whatever either drew before. Values are
+    rounded to bfloat16, so that every backend projects with the very same planes.
+
+    Args:
+        num_tables: ``L >= 1``.
+        num_planes: ``P``, 1 to 10; a table has ``2**P`` buckets.
+        head_dim: ``D >= 1``.
+        num_heads: number of key/value heads to draw for; None draws one set, that of head ``head_offset``.
+        seed: ``0 <= seed < 2**64``.
+        layer: index of the layer, 0 or more.
+        head_offset: global index of the first head drawn.
+        device, dtype: of the result.
+
+    Returns:
+        ``[L, P, D]`` when ``num_heads`` is None, ``[num_heads, L, P, D]`` otherwise.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    check_hash(num_tables, num_planes)
+    for name, value, low, high in (("head_dim", head_dim, 1, 2**31), ("seed", seed, 0, 2**64), ("layer", layer, 0, 2**63),
+                                   ("head_offset", head_offset, 0, 2**63), ("num_heads", num_heads, 1, 2**31)):
+        if value is not None and not (isinstance(value, int) and low <= value < high):
+            raise ValueError(f"{name} must be an integer, {low} <= {name} < {high}; got {value!r}")
+    count = num_tables * num_planes * head_dim
+    heads = [_standard_normal(count, seed, layer, head_offset + h) for h in range(num_heads or 1)]
+    planes = torch.from_numpy(np.stack(heads)).to(torch.bfloat16).to(device=device, dtype=dtype)
+    planes = planes.view(-1, num_tables, num_planes, head_dim)
+    return planes if num_heads is not None else planes[0]
+
+
+def _standard_normal(count: int, seed: int, layer: int, head: int) -> np.ndarray:
+    """``count`` draws from N(0, 1), float64, by Box-Muller over Philox's raw words.
+
+    Only the raw words are taken from numpy: their stream is fixed for good, that of its ``standard_normal`` is not.
+    """
+    words = np.random.Philox(key=[seed, layer], counter=[0, 0, head, 0]).random_raw(2 * ((count + 1) // 2))
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), never 0
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * math.pi * uniform[1::2]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
+
+
+def check_hash(num_tables: int, num_planes: int) -> None:
+    """Raise ValueError unless ``L >= 1`` and ``1 <= P <= 10``."""
+    if not isinstance(num_tables, int) or num_tables < 1:
+        raise ValueError(f"num_tables must be an integer of at least 1; got {num_tables!r}")
+    if not isinstance(num_planes, int) or not 1 <= num_planes <= MAX_PLANES:
+        raise ValueError(f"num_planes must be an integer from 1 to {MAX_PLANES} (a table has 2**num_planes buckets); "
+                         f"got {num_planes!r}")
+
+
+def soft_hash(x: Tensor, planes: Tensor, beta: Tensor | float) -> Tensor:
+    """The feature map ``phi``: how much of a row falls into each bucket.
+
+    ``u = tanh(planes x)``, ``phi[l, r] = prod_p sigmoid(2 beta c[r, p] u[l, p])``: a softmax over the corners of a
+    table, written as the product it factors into (P sigmoids in place of 2**P exponentials, and no cancellation).
+
+    Args:
+        x: ``[..., H, T, D]``: rows to hash, heads before tokens.
+        planes: ``[L, P, D]`` or ``[H, L, P, D]``.
+        beta: sharpness, a float, a scalar tensor or ``[H]``.
+
+    Returns:
+        ``[..., H, T, S]`` with ``S = L * 2**P``, table-major, then corner; each table's features sum to 1.
+    """
+    u = project(x, planes).tanh()
+    if isinstance(beta, Tensor) and beta.dim() == 1:
+        beta = beta[:, None, None, None]
+    return corner_products(2 * beta * u).flatten(-2)
+
+
+def project(x: Tensor, planes: Tensor) -> Tensor:
+    """``<planes[l, p], x>`` as ``[..., H, T, L, P]`` for x ``[..., H, T, D]``."""
+    tables, number = planes.shape[-3:-1]
+    return (x @ planes.flatten(-3, -2).mT).unflatten(-1, (tables, number))
+
+
+def corner_products(t: Tensor) -> Tensor:
+    """``prod_p sigmoid(c[r, p] t[..., p])`` as ``[..., R]`` for t ``[..., P]``."""
+    pair = torch.stack([torch.sigmoid(-t), torch.sigmoid(t)], dim=-1)  # [..., P, 2]
+    phi = pair[..., 0, :]
+    for p in range(1, t.shape[-1]):
+        phi = (phi[..., :, None] * pair[..., p, None, :]).flatten(-2)
+    return phi
