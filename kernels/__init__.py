@@ -1,0 +1,1 @@
+"""Triton kernels. This package imports neither torch.distributed nor torch.nn."""

@@ -1,0 +1,1 @@
+"""Starting a training run on one machine or many."""
