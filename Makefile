@@ -1,0 +1,61 @@
+# Every target sets itself up: on a fresh machine only Python 3.11 or newer (with venv) and make are needed.
+#   PYTHON=python3.12 make test    another interpreter
+#   JOBS=4 make test               more test processes
+
+SHELL := /bin/bash
+PYTHON ?= $(or $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c \
+	'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null))),python3)
+JOBS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+.PHONY: demo test test-all test-gpu lint bench clean help
+
+help:
+	@echo "make demo      install, train a small model over 2 ranks on 2 cores, sample from it (a few minutes)"
+	@echo "make test      lint, then the tests that need no GPU (under 20 minutes on 2 cores)"
+	@echo "make test-all  the slow tests too"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     time the attention beside its peers on this machine"
+
+demo: .venv/.installed
+	$(BIN)/race-dist train configs/demo.toml --nproc 2 --overwrite
+
+test: lint
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: lint
+	$(PYTEST) -m "not gpu"
+
+test-gpu: .venv/.installed-dev
+	$(BIN)/pytest -m gpu
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/race-dist bench attention
+
+# What the package needs to run, then what its development needs on top.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing race-dist into .venv (the first time downloads PyTorch)"
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[triton,test]'
+	@touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(1)' 2>/dev/null || { \
+		echo "race-dist needs Python 3.11 or newer; '$(PYTHON)' is not: try PYTHON=/path/to/python3.11 make ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' cannot make virtual environments (no ensurepip): on Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

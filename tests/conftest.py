@@ -1,0 +1,12 @@
+"""What every test runs under: few threads, so that test processes and the ranks they start share the cores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import torch  # after the settings above
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
