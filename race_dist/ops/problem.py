@@ -94,3 +94,20 @@ class Gradients(NamedTuple):
     beta: Tensor
     log_decay: Tensor | None
     initial: SketchState | None
+
+
+def total_log_decay(p: Problem) -> Tensor | None:
+    """Sum of each row's (or document's) log decays, ``[B or N, Hkv]`` in the state dtype; differentiable."""
+    if p.log_decay is None:
+        return None
+    log_decay = p.log_decay.to(p.state_dtype)
+    if p.cu_seqlens is None:
+        return log_decay.sum(1)
+    total = log_decay.new_zeros(p.num_states, log_decay.shape[2])
+    return total.index_add(0, token_documents(p.cu_seqlens, p.q.shape[1]), log_decay[0])
+
+
+def token_documents(cu_seqlens: Tensor, length: int) -> Tensor:
+    """``[T]``: the document each token belongs to."""
+    positions = torch.arange(length, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], positions, right=True)

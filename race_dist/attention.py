@@ -1,0 +1,265 @@
+"""The public attention: checks its inputs, picks a backend, runs on one rank or a group."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from race_dist.hashing import check_hash
+from race_dist.ops.functional import attend, get_backend
+from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
+from race_dist.sketch import SketchState
+
+Layout = Literal["contiguous", "zigzag"]
+BackendName = Literal["auto", "reference", "chunked", "triton"]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@overload
+def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = ...,
+                   normalization: Normalization = ..., cu_seqlens: Tensor | None = ..., key_mask: Tensor | None = ...,
+                   log_decay: Tensor | None = ..., initial_state: SketchState | None = ...,
+                   output_final_state: Literal[False] = ..., group: dist.ProcessGroup | None = ..., layout: Layout = ...,
+                   backend: BackendName = ...) -> Tensor: ...
+@overload
+def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = ...,
+                   normalization: Normalization = ..., cu_seqlens: Tensor | None = ..., key_mask: Tensor | None = ...,
+                   log_decay: Tensor | None = ..., initial_state: SketchState | None = ...,
+                   output_final_state: Literal[True], group: dist.ProcessGroup | None = ..., layout: Layout = ...,
+                   backend: BackendName = ...) -> tuple[Tensor, SketchState]: ...
+@overload
+def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = ...,
+                   normalization: Normalization = ..., cu_seqlens: Tensor | None = ..., key_mask: Tensor | None = ...,
+                   log_decay: Tensor | None = ..., initial_state: SketchState | None = ..., output_final_state: bool,
+                   group: dist.ProcessGroup | None = ..., layout: Layout = ...,
+                   backend: BackendName = ...) -> Tensor | tuple[Tensor, SketchState]: ...
+def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = True,
+                   normalization: Normalization = "global", cu_seqlens: Tensor | None = None,
+                   key_mask: Tensor | None = None, log_decay: Tensor | None = None,
+                   initial_state: SketchState | None = None, output_final_state: bool = False,
+                   group: dist.ProcessGroup | None = None, layout: Layout = "contiguous",
+                   backend: BackendName = "auto") -> Tensor | tuple[Tensor, SketchState]:
+    """RACE Attention (arXiv 2510.04008, Algorithms 1 and 2), exact in linear time, differentiable.
+
+    With ``phi`` the soft hash of :func:`race_dist.hashing.soft_hash` and ``k_ij = <phi(q_i), phi(k_j)>``,
+
+        "global"   o_i = sum_j k_ij v_j / sum_j k_ij
+        "bucket"   o_i = sum_s phi_s(q_i) * values_s(i) / (mass_s(i) + 1e-6)
+        "none"     o_i = sum_j k_ij v_j
+
+    over j <= i when causal, over all j otherwise.
+
+    Args:
+        q: ``[B, T, Hq, D]``, float64, float32, bfloat16 or float16, any strides.
+        k: ``[B, T, Hkv, D]``; Hq is a multiple of Hkv and query head h reads key/value head ``h // (Hq // Hkv)``.
+        v: ``[B, T, Hkv, Dv]``.
+        planes: ``[L, P, D]`` or ``[Hkv, L, P, D]``, from :func:`race_dist.sample_planes`; gets a gradient if it wants one.
+        beta: sharpness > 0: a float, a scalar tensor or ``[Hkv]``; gets a gradient if it wants one.
+        causal: whether a token reads only itself and what came before.
+        normalization: "global" (the paper), "bucket" (its released code) or "none" (follow it by a norm).
+        cu_seqlens: ``[N + 1]`` int, packed documents (B = 1): document n is tokens ``cu_seqlens[n]`` to
+            ``cu_seqlens[n + 1]``; the state starts anew at each. Empty documents are legal.
+        key_mask: ``[B, T]`` bool; a False key adds nothing.
+        log_decay: at most 0, causal only: ``[Hkv]`` (no gradient) or ``[B, T, Hkv]`` (differentiable). Token i sees token
+            j with weight ``exp(sum of log_decay over j < t <= i)``.
+        initial_state: what came before, one row a batch row or document; differentiable.
+        output_final_state: also return the state after the last token of each row or document (initial state included).
+        group: ranks that each hold a shard of the sequence; ``cu_seqlens`` and ``initial_state`` are then those of the
+            whole sequence, the same on every rank, and so is the final state. The loss is the sum of the ranks' losses.
+        layout: order of the shards, "contiguous" or "zigzag" (see :func:`race_dist.parallel.shard_sequence`).
+        backend: "chunked" (PyTorch, any device), "triton" (GPU), "reference" (all pairs, small T), or "auto".
+
+    Returns:
+        ``out [B, T, Hq, Dv]`` in q's dtype, or ``(out, final_state)``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names its value and the fix. Values are looked at
+            only where they are Python numbers or CPU tensors.
+        ImportError: backend="triton" without triton.
+    """
+    q, k, v = _autocast(q, k, v)
+    problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
+                       sharded=group is not None)
+    if layout not in ("contiguous", "zigzag"):
+        raise ValueError(f'layout must be "contiguous" or "zigzag"; got {layout!r}')
+    name = _pick_backend(problem, backend)
+    if group is not None and dist.get_world_size(group) > 1:
+        if name == "reference":
+            raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
+        from race_dist.parallel.passes import group_attention
+
+        out, final = group_attention(problem, group, layout, get_backend(name))
+    else:
+        out, final = attend(problem, name)
+    if not output_final_state:
+        return out
+    if initial_state is not None and initial_state.log_decay is not None:
+        total = initial_state.log_decay if final.log_decay is None else initial_state.log_decay + final.log_decay
+        final = SketchState(final.mass, final.values, total)
+    return out, final
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast q, k and v take its dtype, as torch's own attention does; float64 stays."""
+    _require_tensors(q=q, k=k, v=v)
+    if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _pick_backend(p: Problem, backend: str) -> str:
+    if backend not in ("auto", "reference", "chunked", "triton"):
+        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {backend!r}')
+    if backend == "auto":
+        usable = p.q.is_cuda and find_spec("triton") is not None and get_backend("triton").unsupported(p) is None
+        return "triton" if usable else "chunked"
+    if backend == "triton" and (reason := get_backend("triton").unsupported(p)) is not None:
+        raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
+    return backend
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, causal: bool,
+             normalization: Normalization, cu_seqlens: Tensor | None, key_mask: Tensor | None, log_decay: Tensor | None,
+             initial: SketchState | None, *, sharded: bool) -> Problem:
+    """The inputs, checked and brought to the form that backends take."""
+    _check_qkv(q, k, v)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}")
+    batch, length, _, dim = q.shape
+    heads, dtype = k.shape[2], torch.float64 if q.dtype == torch.float64 else torch.float32
+    planes = _check_planes(planes, heads, dim, q)
+    cu_seqlens = _check_documents(cu_seqlens, batch, None if sharded else length, q)
+    if key_mask is not None:
+        _require_tensors(key_mask=key_mask)
+        if key_mask.dtype != torch.bool or key_mask.shape != (batch, length):
+            raise ValueError(f"key_mask must be bool [B, T] = {[batch, length]}; got {key_mask.dtype} {list(key_mask.shape)}")
+        _same_device("key_mask", key_mask, q)
+    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    features = planes.shape[1] * 2 ** planes.shape[2]
+    _check_initial(initial, (rows, heads, features, v.shape[3]), q)
+    return Problem(q, k, v, planes, _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k), key_mask, cu_seqlens,
+                   initial, causal, normalization)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: on a device that would wait for it, and would break a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+
+
+def _require_tensors(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def _same_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move it with .to(q.device)")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, H, D]; got a tensor of shape {list(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} is {x.dtype}; race_attention takes float64, float32, bfloat16 or float16")
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype; q is {q.dtype}, {name} is {x.dtype}")
+        _same_device(name, x, q)
+        if x.shape[:2] != q.shape[:2]:
+            raise ValueError(f"q, k and v must agree in batch and length; q is {list(q.shape)}, {name} is {list(x.shape)}")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"{name} has no heads or no width: {list(x.shape)}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"q and k must have one head width; got {q.shape[3]} and {k.shape[3]}")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must have the same number of heads; got {k.shape[2]} and {v.shape[2]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"the number of query heads must be a multiple of key/value heads; got {q.shape[2]} and {k.shape[2]}")
+
+
+def _check_planes(planes: Tensor, heads: int, dim: int, q: Tensor) -> Tensor:
+    """``[Hkv, L, P, D]``."""
+    _require_tensors(planes=planes)
+    if planes.dim() not in (3, 4) or planes.shape[-1] != dim or (planes.dim() == 4 and planes.shape[0] != heads):
+        raise ValueError(f"planes must be [L, P, D] or [Hkv, L, P, D] with Hkv = {heads} and D = {dim}; got "
+                         f"{list(planes.shape)}")
+    if not planes.is_floating_point():
+        raise TypeError(f"planes must be floating point; got {planes.dtype}")
+    check_hash(int(planes.shape[-3]), int(planes.shape[-2]))
+    _same_device("planes", planes, q)
+    return planes if planes.dim() == 4 else planes.expand(heads, -1, -1, -1)
+
+
+def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor) -> Tensor:
+    """``[Hkv]``, in the compute dtype, on q's device."""
+    if not isinstance(beta, Tensor):
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+            raise TypeError(f"beta must be a number or a tensor; got {type(beta).__name__}")
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta must be positive and finite; got {beta}")
+        return torch.full((heads,), float(beta), dtype=dtype, device=q.device)
+    if not beta.is_floating_point() or tuple(beta.shape) not in ((), (1,), (heads,)):
+        raise ValueError(f"beta must be a scalar or [Hkv] = [{heads}] in floating point; got {beta.dtype} {list(beta.shape)}")
+    _same_device("beta", beta, q)
+    if _readable(beta) and not bool(((beta > 0) & beta.isfinite()).all()):
+        raise ValueError(f"beta must be positive and finite; got {beta.tolist()}")
+    return beta.to(dtype).expand(heads)
+
+
+def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor) -> Tensor | None:
+    """``[B, T, Hkv]``; a constant a head has stride 0 over batch and tokens."""
+    if log_decay is None:
+        return None
+    _require_tensors(log_decay=log_decay)
+    batch, length, heads, _ = k.shape
+    if not causal:
+        raise ValueError("log_decay needs causal=True: without an order of the tokens nothing decays")
+    if tuple(log_decay.shape) not in ((heads,), (batch, length, heads)) or not log_decay.is_floating_point():
+        raise ValueError(f"log_decay must be [Hkv] = [{heads}] or [B, T, Hkv] = {[batch, length, heads]} in floating point; "
+                         f"got {log_decay.dtype} {list(log_decay.shape)}")
+    _same_device("log_decay", log_decay, k)
+    if _readable(log_decay) and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay must be 0 or less (a weight of at most 1); its largest value is {log_decay.max().item()}")
+    return log_decay.detach().expand(batch, length, -1) if log_decay.dim() == 1 else log_decay
+
+
+def _check_documents(cu_seqlens: Tensor | None, batch: int, length: int | None, q: Tensor) -> Tensor | None:
+    """int64 ``[N + 1]``; ``length`` None when the tokens are sharded and only their sum over the ranks is known."""
+    if cu_seqlens is None:
+        return None
+    _require_tensors(cu_seqlens=cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
+                         f"{list(cu_seqlens.shape)}")
+    if batch != 1:
+        raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {batch}: pack them into one row")
+    _same_device("cu_seqlens", cu_seqlens, q)
+    if _readable(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:])):
+            raise ValueError(f"cu_seqlens must start at 0 and never fall; got {bounds if len(bounds) <= 20 else bounds[:20]}")
+        if length is not None and bounds[-1] != length:
+            raise ValueError(f"cu_seqlens must end at T = {length}; it ends at {bounds[-1]}")
+    return cu_seqlens.long()
+
+
+def _check_initial(initial: SketchState | None, shape: tuple[int, int, int, int], q: Tensor) -> None:
+    if initial is None:
+        return
+    if not isinstance(initial, SketchState):
+        raise TypeError(f"initial_state must be a SketchState; got {type(initial).__name__}")
+    if tuple(initial.values.shape) != shape:
+        raise ValueError(f"initial_state.values must be [rows, Hkv, S, Dv] = {list(shape)} (a row a batch row or document); "
+                         f"got {list(initial.values.shape)}")
+    if q.dtype == torch.float64 and initial.mass.dtype != torch.float64:
+        raise TypeError("initial_state is float32 but q is float64; convert it with .to(torch.float64)")
+    _same_device("initial_state", initial.mass, q)

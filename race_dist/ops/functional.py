@@ -1,0 +1,152 @@
+"""The attention on one rank as differentiable custom ops: one pair for every backend.
+
+A custom op is opaque to torch.compile (no graph break, whatever a backend does inside), is replayed by activation
+checkpointing, and carries its own autograd formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from race_dist.ops import reference
+from race_dist.ops.problem import Forward, Gradients, Normalization, Problem, total_log_decay
+from race_dist.sketch import SketchState
+
+
+class Backend(Protocol):
+    """What a backend module offers; docs/architecture.md says what each function means."""
+
+    def forward(self, p: Problem) -> Forward: ...
+
+    def backward(self, p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *,
+                 need_planes: bool) -> Gradients: ...
+
+    def summary(self, p: Problem) -> SketchState: ...
+
+    def suffix(self, p: Problem, saved: Forward, dout: Tensor) -> SketchState: ...
+
+    def states_shape(self, p: Problem) -> tuple[int, ...]:
+        """Shape of ``Forward.states`` (in the compute dtype), from shapes alone."""
+        ...
+
+    def unsupported(self, p: Problem) -> str | None:
+        """Why this backend cannot compute ``p``, as a sentence's end; None when it can."""
+        ...
+
+
+BACKENDS = {"chunked": "race_dist.ops.chunked", "triton": "race_dist.ops.triton"}
+
+
+def get_backend(name: str) -> Backend:
+    """The module of a backend by name.
+
+    Raises:
+        ImportError: "triton" without the package installed.
+    """
+    try:
+        return cast(Backend, import_module(BACKENDS[name]))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        raise ImportError('backend="triton" needs the triton package: pip install "race-dist[triton]", or use '
+                          'backend="chunked"') from error
+
+
+def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
+    """Output ``[B, T, Hq, Dv]`` and final state, differentiable in every float input of ``p``."""
+    if backend == "reference":
+        return reference.attention(p)
+    initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
+    out, _, _, mass, values = _attention(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
+                                         p.causal, p.normalization, backend)
+    return out, SketchState(mass, values, total_log_decay(p))
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
+             key_mask: Tensor | None, cu_seqlens: Tensor | None, mass: Tensor | None, values: Tensor | None,
+             causal: bool, normalization: str) -> Problem:
+    initial = None if mass is None or values is None else SketchState(mass, values)
+    return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, cast(Normalization, normalization))
+
+
+def _full_precision(q: Tensor) -> AbstractContextManager[None]:
+    """A backend's own products keep their dtype: autocast stays outside."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+@torch.library.custom_op("race_dist::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
+               key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
+               initial_values: Tensor | None, causal: bool, normalization: str,
+               backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
+    with _full_precision(q):
+        result = get_backend(backend).forward(p)
+    return result.out, result.den, result.states, result.final.mass, result.final.values
+
+
+@_attention.register_fake
+def _(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal,  # type: ignore[no-untyped-def]
+      normalization, backend):
+    p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
+    rows, heads, features, value_dim = p.num_states, k.shape[2], p.features, v.shape[3]
+    return (q.new_empty(*q.shape[:3], value_dim),
+            q.new_empty(q.shape[:3] if normalization == "global" else (0,), dtype=p.compute_dtype),
+            q.new_empty(get_backend(backend).states_shape(p), dtype=p.compute_dtype),
+            q.new_empty(rows, heads, features, dtype=p.state_dtype),
+            q.new_empty(rows, heads, features, value_dim, dtype=p.state_dtype))
+
+
+@torch.library.custom_op("race_dist::attention_backward", mutates_args=())
+def _attention_backward(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
+                        key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
+                        initial_values: Tensor | None, out: Tensor, den: Tensor, states: Tensor, final_mass: Tensor,
+                        final_values: Tensor, dout: Tensor, dmass: Tensor | None, dvalues: Tensor | None, causal: bool,
+                        normalization: str, backend: str, need_planes: bool) -> list[Tensor]:
+    p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
+    dfinal = None if dmass is None or dvalues is None else SketchState(dmass, dvalues)
+    saved = Forward(out, den, states, SketchState(final_mass, final_values))
+    with _full_precision(q):
+        grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes)
+    dinitial = (None, None) if grads.initial is None else (grads.initial.mass, grads.initial.values)
+    nothing = q.new_empty(0)
+    return [nothing.clone() if g is None else g
+            for g in (grads.q, grads.k, grads.v, grads.planes, grads.beta, grads.log_decay, *dinitial)]
+
+
+@_attention_backward.register_fake
+def _(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, out, den, states,  # type: ignore[no-untyped-def]
+      final_mass, final_values, dout, dmass, dvalues, causal, normalization, backend, need_planes):
+    like = (q, k, v, planes if need_planes else None, beta, log_decay, initial_mass, initial_values)
+    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in like]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[10:]
+    ctx.save_for_backward(*inputs[:10], *output)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None,
+              dvalues: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, out, den, states, mass, values = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if dmass is not None or dvalues is not None:
+        dmass = torch.zeros_like(mass) if dmass is None else dmass
+        dvalues = torch.zeros_like(values) if dvalues is None else dvalues
+    grads = _attention_backward(*inputs, out, den, states, mass, values, dout, dmass, dvalues, *ctx.options,
+                                ctx.needs_input_grad[3])
+    dq, dk, dv, dplanes, dbeta, dlog_decay, dinitial_mass, dinitial_values = grads
+    every = (dq, dk, dv, dplanes, dbeta, dlog_decay, None, None, dinitial_mass, dinitial_values)
+    asked = (g if need else None for g, need in zip(every, ctx.needs_input_grad))
+    return (*asked, None, None, None)
+
+
+cast(Callable[..., None], _attention.register_autograd)(_backward, setup_context=_setup_context)
