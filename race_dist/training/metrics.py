@@ -1,0 +1,98 @@
+"""What a run tells while it goes: metrics.jsonl, the lines or the bar on the screen, the curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+UNIFORM_BITS = 8.0  # a byte model that has learned nothing
+
+
+def bits(nats: float) -> float:
+    """Bits of a loss in nats; per byte, where a token is a byte."""
+    return nats / math.log(2)
+
+
+class Metrics:
+    """Writes each record as one line of JSON and shows it: a bar on a terminal, plain lines elsewhere.
+
+    Only one rank should make one. A record has ``step`` and ``kind`` ("train" or "eval"); the file is flushed after
+    every record, so that a run that dies leaves what it knew.
+    """
+
+    def __init__(self, path: Path, steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._file = path.open("w", encoding="utf-8")
+        self._held_out = math.nan
+        self._steps = steps
+        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+                             TextColumn("{task.description}"), console=self.console,
+                             disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    def train(self, step: int, record: dict[str, float]) -> None:
+        """Record a step: ``loss`` in nats, ``bpb``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``."""
+        self._write({"kind": "train", "step": step, **record})
+        text = f"{record['bpb']:.3f} bits/byte, {_number(record['tokens_per_second'])} tokens/s"
+        if self.console.is_terminal:
+            held_out = "" if math.isnan(self._held_out) else f", held out {self._held_out:.3f}"
+            self._bar.update(self._task, completed=step, description=text + held_out)
+        else:
+            self._line(step, text)
+
+    def evaluation(self, step: int, record: dict[str, float]) -> None:
+        """Record a measurement on held-out text: ``loss`` in nats, ``bpb``, ``tokens``."""
+        self._write({"kind": "eval", "step": step, **record})
+        self._held_out = record["bpb"]
+        if self.console.is_terminal:
+            self._bar.update(self._task, completed=step)
+        else:
+            self._line(step, f"held out: {record['bpb']:.3f} bits/byte")
+
+    def _line(self, step: int, text: str) -> None:
+        width = len(str(self._steps))
+        self.console.print(f"step {step:{width}d}/{self._steps}  {text}", soft_wrap=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON") from None
+    return records
+
+
+def _number(value: float) -> str:
+    """A number in three or four characters: 950, 12.3k, 4.56M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.0f}"
