@@ -1,0 +1,131 @@
+"""Ranks that should do the same thing say so first, so that a mismatch is an error with a name and not a hang."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from race_dist.parallel.comm import group_rank, group_size, start_all_gather
+
+_DIGEST_BYTES = 32
+_TEXT_BYTES = 4096
+
+
+def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *, what: str = "this run") -> None:
+    """Raise on every rank, in the same words, unless all ranks of the group hold the same facts.
+
+        check_ranks_agree({"planes": digest, "config": digest, "code": version}, group)
+
+    Args:
+        facts: names and values that print the same when they are the same (digests, versions, shapes), equal names on
+            every rank.
+        group: the ranks to compare; None is one rank.
+        what: named in the error.
+
+    Raises:
+        ValueError: the ranks differ; the message names the ranks and the facts.
+    """
+    if group_size(group) > 1:
+        assert group is not None
+        _compare({k: str(v) for k, v in facts.items()}, group, _device_of(group), what, length=0)
+
+
+_agreed: set[tuple[str, bytes]] = set()  # (group, call) that a CUDA group has compared already
+
+
+def agree_on_call(op: str, facts: Mapping[str, object], group: ProcessGroup, device: torch.device, *,
+                  length: int = 0, need_lengths: bool = False) -> Tensor | None:
+    """Make sure that every rank of ``group`` is making this very call, before any data moves.
+
+    On the CPU the ranks compare a header of fixed size at each call. On CUDA that would wait for the device, so they
+    compare once for each new set of facts, and a mismatch that first shows later runs into the group's timeout.
+
+    Args:
+        op: name of the call.
+        facts: what must be the same on every rank.
+        group: more than one rank.
+        device: where the data is.
+        length: this rank's number of rows; may differ between ranks.
+        need_lengths: on CUDA, exchange ``length`` too (on the CPU it travels in the header).
+
+    Returns:
+        ``[W]`` int64, the ranks' lengths, on ``device``; None on CUDA without ``need_lengths``.
+
+    Raises:
+        ValueError: the ranks' calls differ; the message names the ranks and what differs.
+    """
+    text = {"call": op, **{k: str(v) for k, v in facts.items()}}
+    what = f"{op} over the ranks {dist.get_process_group_ranks(group)}"
+    if device.type == "cpu":
+        return _compare(text, group, device, what, length)
+    key = (group.group_name, _digest(text))
+    if key not in _agreed:
+        _compare(text, group, device, what, length)
+        _agreed.add(key)
+    if not need_lengths:
+        return None
+    return start_all_gather(torch.full((1,), length, device=device), group).wait().view(-1)
+
+
+def exchange_lengths(length: int, group: ProcessGroup, device: torch.device | str | None, op: str,
+                     facts: Mapping[str, object]) -> Tensor:
+    """``[W]`` int64 numbers of rows of the ranks, on the group's own device."""
+    place = torch.device(device) if device is not None else torch.device("cpu")
+    if place.type not in _backends(group):
+        place = _device_of(group)
+    lengths = agree_on_call(op, facts, group, place, length=length, need_lengths=True)
+    assert lengths is not None
+    return lengths
+
+
+def _backends(group: ProcessGroup) -> set[str]:
+    return {device.type for device in group._device_types}
+
+
+def _device_of(group: ProcessGroup) -> torch.device:
+    types = _backends(group)
+    return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
+
+
+def _digest(text: Mapping[str, str]) -> bytes:
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).digest()
+
+
+def _compare(text: dict[str, str], group: ProcessGroup, device: torch.device, what: str, length: int) -> Tensor:
+    """Gather (digest, length); on a difference gather the texts and raise."""
+    header = _digest(text) + length.to_bytes(8, "little")
+    headers = start_all_gather(torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device), group).wait()
+    if (headers[:, :_DIGEST_BYTES] == headers[:1, :_DIGEST_BYTES]).all():
+        return headers[:, _DIGEST_BYTES:].contiguous().view(torch.int64).view(-1)
+    body = json.dumps(text, sort_keys=True).encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
+    bodies = start_all_gather(torch.frombuffer(bytearray(body), dtype=torch.uint8).to(device), group).wait().cpu()
+    texts = [_parse(bytes(row.numpy().tobytes())) for row in bodies]
+    raise ValueError(_difference(texts, group, what))
+
+
+def _parse(body: bytes) -> dict[str, str]:
+    try:
+        return dict(json.loads(body))
+    except ValueError:  # longer than what is exchanged
+        return {"facts": body.decode(errors="replace").strip()}
+
+
+def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> str:
+    """One sentence: for each fact that differs, the ranks that differ from the most common value."""
+    ranks = dist.get_process_group_ranks(group)
+    parts = []
+    for name in sorted({name for text in texts for name in text}):
+        values = [text.get(name, "(absent)") for text in texts]
+        common = max(values, key=lambda value: (values.count(value), value == values[0]))
+        odd = [(ranks[i], value) for i, value in enumerate(values) if value != common]
+        if odd:
+            parts.append(f"{name} is {common} on most ranks, but "
+                         + ", ".join(f"{value} on rank {rank}" for rank, value in odd))
+    return (f"the ranks do not agree on {what} (this is rank {ranks[group_rank(group)]}): " + "; ".join(parts)
+            + ". Every rank must make the same call with the same settings.")

@@ -1,0 +1,201 @@
+"""Naming the rank that failed.
+
+A collective that a rank never joins fails on the others late and without a name. So each process runs one small thread
+that beats in the default store ("I live, and I am at collective 57 of this group") and reads there what others have
+found out. When a collective fails, the survivors look at whose beat has stopped, or who has not come to the collective,
+agree on one verdict, and raise :class:`RankFailure` with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "race_dist/watch/"
+_VERDICT = _PREFIX + "verdict"
+_BEAT_SECONDS = 0.5
+_LOST_BEATS = 4  # a rank whose beat stands still for so many beats is gone
+_STALL_SECONDS = 30.0  # a neighbour silent for so long is reported in the log
+
+
+class RankFailure(RuntimeError):
+    """A collective failed because of a rank that died, left, or never came; the message names it.
+
+    Attributes:
+        ranks: global ranks that failed; empty when every rank lives and the cause is another.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class Watch:
+    """This process's beat in the default store, and what it has heard of the others."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.beat = max(_BEAT_SECONDS, self.world / 1000)  # a thousand beats a second are no burden on a store
+        store = dist.distributed_c10d._get_default_store()  # public API offers no way to it
+        self.main_store = store
+        self.store = store.clone() if hasattr(store, "clone") else store  # the thread must not wait for the main one
+        self.progress: dict[str, tuple[int, str]] = {}
+        self.verdict: tuple[str, list[int]] | None = None
+        self.store_lost = False
+        self._count = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="race-dist-watch", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def close(self, *, leave: bool = False) -> None:
+        """Stop beating; with ``leave``, tell the others that this rank left of its own accord."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join(2.0)
+        atexit.unregister(self.close)
+        if leave and not self.store_lost:
+            try:
+                self._say("left")
+            except RuntimeError:
+                self.store_lost = True
+
+    def enter(self, group: ProcessGroup, op: str) -> None:
+        """Note that this rank is entering the next collective of ``group``."""
+        self.progress[group.group_name] = (self.progress.get(group.group_name, (0, ""))[0] + 1, op)
+
+    def _say(self, state: str) -> None:
+        self._count += 1
+        message = {"beat": self._count, "state": state, "at": self.progress}
+        self.store.set(f"{_PREFIX}{self.rank}", json.dumps(message))
+
+    def _run(self) -> None:
+        neighbour = (self.rank + 1) % self.world
+        heard, silent_since, reported = -1, time.monotonic(), False
+        try:
+            while True:
+                self._say("alive")
+                self._hear()
+                beat = self._beats([neighbour])[neighbour].get("beat", -1)
+                if beat != heard:
+                    heard, silent_since, reported = beat, time.monotonic(), False
+                elif not reported and time.monotonic() - silent_since > _STALL_SECONDS:
+                    log.error("rank %d has not been heard from for %.0f s", neighbour, _STALL_SECONDS)
+                    reported = True
+                if self._stop.wait(self.beat):
+                    return
+        except RuntimeError:  # the store's host is gone
+            self.store_lost = True
+
+    def _hear(self) -> None:
+        if self.verdict is None and self.store.check([_VERDICT]):
+            text, ranks = json.loads(self.store.get(_VERDICT))
+            self.verdict = (text, ranks)
+            self.store.set(f"{_PREFIX}heard/{self.rank}", "1")
+
+    def _beats(self, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
+        keys = {r: f"{_PREFIX}{r}" for r in ranks}
+        return {r: json.loads(self.store.get(key)) if self.store.check([key]) else {} for r, key in keys.items()}
+
+    def diagnose(self, group: ProcessGroup, op: str, error: BaseException) -> RankFailure:
+        """What to raise for a collective of ``group`` that failed with ``error``."""
+        head = f"rank {self.rank}: {op} failed"
+        for _ in range(2):  # the thread may be about to hear a verdict
+            if self.verdict is None and not self.store_lost:
+                time.sleep(self.beat)
+        if self.verdict is None and not self.store_lost:
+            try:
+                self._judge(group, op)
+            except RuntimeError:
+                self.store_lost = True
+        if self.verdict is not None:
+            text, ranks = self.verdict
+            return RankFailure(f"{head}: {text} [{_first_line(error)}]", ranks)
+        if self.store_lost:
+            return RankFailure(f"{head}, and the store through which ranks find each other is gone too: its host (rank "
+                               f"0, or the launcher's agent) died or has already ended [{_first_line(error)}]",
+                               [0] if self.rank else [])
+        return RankFailure(f"{head}, although every rank of its group lives and has come to it [{_first_line(error)}]")
+
+    def _judge(self, group: ProcessGroup, op: str) -> None:
+        """Find out who is missing and publish it, unless another rank has done so first."""
+        others = [r for r in dist.get_process_group_ranks(group) if r != self.rank]
+        before = self._beats(others)
+        time.sleep(_LOST_BEATS * self.beat)
+        after = self._beats(others)
+        gone = [r for r in others if after[r].get("state") != "left" and before[r].get("beat") == after[r].get("beat")]
+        left = [r for r in others if after[r].get("state") == "left"]
+        mine, name = self.progress[group.group_name][0], group.group_name
+        late = [r for r in others if r not in gone + left and after[r].get("at", {}).get(name, (0, ""))[0] < mine]
+        if gone:
+            found, text = gone, f"{_ranks(gone)} died (no sign of life)"
+        elif left:
+            found, text = left, f"{_ranks(left)} had already left the job"
+        elif late:
+            found, text = late, f"{_ranks(late)} did not come to it within the group's timeout"
+        else:
+            return
+        self.store.compare_set(_VERDICT, "", json.dumps([text, found]))
+        self._hear()
+        deadline = time.monotonic() + 2 * _LOST_BEATS * self.beat
+        alive = [r for r in others if r not in gone + left]
+        while time.monotonic() < deadline:  # the store may end with this process: let the others hear first
+            if self.store.check([f"{_PREFIX}heard/{r}" for r in alive]):
+                break
+            time.sleep(self.beat / 4)
+
+
+_current: Watch | None = None  # one a process, like the default store it beats in
+
+
+def watch() -> Watch:
+    """The watch of this process's default store, started on first use."""
+    global _current  # noqa: PLW0603
+    if _current is None or _current.main_store is not dist.distributed_c10d._get_default_store():
+        if _current is not None:
+            _current.close()
+        _current = Watch()
+    return _current
+
+
+def stop_watch() -> None:
+    """End the watch; the other ranks see that this one left."""
+    global _current  # noqa: PLW0603
+    if _current is not None:
+        _current.close(leave=True)
+        _current = None
+
+
+@contextmanager
+def watched(group: ProcessGroup, op: str, *, enter: bool = True) -> Iterator[None]:
+    """Turn a backend's error or timeout inside the block into a :class:`RankFailure` that names the rank."""
+    guard = watch()
+    if enter:
+        guard.enter(group, op)
+    try:
+        yield
+    except RankFailure:
+        raise
+    except RuntimeError as error:
+        raise guard.diagnose(group, op, error) from error
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
