@@ -145,8 +145,8 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | flo
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     features = planes.shape[1] * 2 ** planes.shape[2]
     _check_initial(initial, (rows, heads, features, v.shape[3]), q)
-    return Problem(q, k, v, planes, _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k), key_mask, cu_seqlens,
-                   initial, causal, normalization)
+    return Problem(q, k, v, planes, _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k), key_mask,
+                   cu_seqlens, initial, causal, normalization)
 
 
 def _readable(x: Tensor) -> bool:

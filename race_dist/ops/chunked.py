@@ -253,7 +253,8 @@ def _walk(p: Problem, tiling: Tiling, out: Tensor | None = None, den: Tensor | N
         running = _leave(p, work, state, running)
         if tile.ends is not None:
             final[tile.document[tile.ends]] = _after(work, state)[0].transpose(0, 1)[tile.ends].double()  # type: ignore[index]
-    states = torch.stack(entries) if entries and out is not None else running.new_empty(0, *running.shape, dtype=p.compute_dtype)
+    none = running.new_empty(0, *running.shape, dtype=p.compute_dtype)
+    states = torch.stack(entries) if entries and out is not None else none
     return states, running if p.causal and p.cu_seqlens is None else final
 
 
