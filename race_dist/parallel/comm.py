@@ -222,6 +222,6 @@ def unpack(buffer: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     views, start = [], 0
     for t in like:
         size = math.prod(t.shape) * t.element_size()
-        views.append(buffer[..., start : start + size].view(t.dtype).view(*buffer.shape[:-1], *t.shape))
+        views.append(buffer[..., start : start + size].view(t.dtype).view((*buffer.shape[:-1], *t.shape)))
         start += _padded(size)
     return tuple(views)
