@@ -1,0 +1,219 @@
+"""The stack of blocks that every model here is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from race_dist.carry import Carry
+from race_dist.models.config import ModelConfig
+from race_dist.nn import (
+    Embedding,
+    FullAttention,
+    Linear,
+    RaceAttention,
+    RMSNorm,
+    Sequence,
+    WindowAttention,
+    initialize,
+)
+from race_dist.nn.norm import compute_dtype
+
+Mixer = RaceAttention | WindowAttention | FullAttention
+
+
+def build_mixer(config: ModelConfig, layer: int, *, causal: bool, **where: Any) -> Mixer:
+    """The mixing layer of block ``layer``; its weights are left to :func:`race_dist.nn.initialize`."""
+    kind, gain = config.layer_kinds[layer], (2 * config.num_layers) ** -0.5
+    if kind == "R":
+        return RaceAttention(config.race_filled, layer, output_gain=gain, draw=False, **where)
+    widths = (config.dim, config.num_heads, config.kv_heads)
+    options = {"head_dim": config.head_dim, "rope_base": config.rope_base, "output_gain": gain, "draw": False, **where}
+    if kind == "W":
+        return WindowAttention(*widths, config.window, **options)
+    return FullAttention(*widths, causal=causal, **options)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, dim: int, width: int, *, output_gain: float = 1.0, **where: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = Linear(dim, width, **where), Linear(dim, width, **where)
+        self.down_proj = Linear(width, dim, gain=output_gain, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim]`` to the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A mixing layer and a SwiGLU, each after an RMS norm and added to its input."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, causal: bool, **where: Any) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
+        self.mixer = build_mixer(config, layer, causal=causal, **where)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
+        self.ffn = SwiGLU(config.dim, config.ffn_width, output_gain=(2 * config.num_layers) ** -0.5, **where)
+
+    def forward(self, x: Tensor, carry: Any, sequence: Sequence) -> tuple[Tensor, Any]:
+        """``x [B, T, dim]`` to the same, and the mixing layer's carry."""
+        y, carry = self.mixer(self.mixer_norm(x), carry, sequence)
+        x = x + y
+        return x + self.ffn(self.ffn_norm(x)), carry
+
+
+@dataclass(frozen=True)
+class ModelCarry:
+    """What a model carries from one piece of a sequence to the next.
+
+    Attributes:
+        layers: one carry a block.
+        position: int64, 0-dimensional: tokens of the open document that have been seen.
+    """
+
+    layers: tuple[Carry, ...]
+    position: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every layer's tensors, then the position."""
+        return (*(t for layer in self.layers for t in layer.tensors()), self.position)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
+        """A carry made of ``tensors``, in the order of :meth:`tensors`."""
+        layers, start = [], 0
+        for layer in self.layers:
+            stop = start + len(layer.tensors())
+            layers.append(layer.with_tensors(tuple(tensors[start:stop])))
+            start = stop
+        return type(self)(tuple(layers), tensors[start])
+
+
+def _from_leaves(leaves: tuple[Any, ...]) -> ModelCarry:
+    return ModelCarry(leaves[:-1], leaves[-1])
+
+
+pytree.register_pytree_node(ModelCarry, lambda c: ([*c.layers, c.position], None),
+                            lambda leaves, _: _from_leaves(tuple(leaves)),
+                            serialized_type_name="race_dist.ModelCarry")
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and a last norm.
+
+    Args:
+        config: of the model.
+        causal: whether a token reads only itself and what came before.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: the RACE layers are causal and the model is not, or the other way round.
+    """
+
+    def __init__(self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if "R" in config.layer_kinds and config.race.causal != causal:
+            raise ValueError(f"{name} needs race.causal = {causal}: make it with race=RaceConfig(causal={causal}, ...)")
+        if "W" in config.layer_kinds and not causal:
+            raise ValueError(f"{name} reads in both directions, but a W layer is causal: "
+                             f"layer_pattern = {config.layer_pattern!r} may hold R and S")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.dim, std=0.02 if config.tie_embeddings else 1.0, **where)
+        self.blocks = nn.ModuleList(Block(config, i, causal=causal, **where) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
+
+    def initialize(self, seed: int | None = None) -> None:
+        """Fill the weights from ``seed`` (None: the config's) and their names alone: the same on every rank."""
+        initialize(self, self.config.seed if seed is None else seed)
+
+    def zero_carry(self, batch: int, *, dtype: torch.dtype | None = None,
+                   state_dtype: torch.dtype | None = None) -> ModelCarry:
+        """The carry of no tokens.
+
+        Args:
+            batch: rows.
+            dtype: of convolution tails, keys and values; None: the weights'.
+            state_dtype: of sketches; None: float32, or float64 for float64 weights. Token-by-token decoding wants float64.
+        """
+        weight = self.embed.weight
+        options: dict[str, Any] = {"device": weight.device, "dtype": dtype or weight.dtype, "state_dtype": state_dtype}
+        layers = tuple(block.mixer.zero_carry(batch, **options) for block in self._blocks())
+        return ModelCarry(layers, torch.zeros((), dtype=torch.int64, device=weight.device))
+
+    def hidden(self, input_ids: Tensor, carry: ModelCarry | None = None, *, cu_seqlens: Tensor | None = None,
+               key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
+               final: bool = True) -> tuple[Tensor, ModelCarry | None]:
+        """The hidden states after the last norm, and the carry.
+
+        Args:
+            input_ids: ``[B, T]`` int: this rank's tokens.
+            carry: what came before the sequence (under a group: the same on every rank), or None.
+            cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1). The first continues the carry:
+                it is empty where that document had ended.
+            key_mask: ``[B, T]`` bool, False for padding.
+            group: ranks that each hold a shard of the sequence.
+            layout: order of the shards, "contiguous" or "zigzag".
+            final: whether the outgoing carry is wanted; without it None is returned in its place.
+
+        Returns:
+            ``h [B, T, dim]`` and the carry after the whole sequence.
+        """
+        self._check(input_ids, key_mask)
+        sequence = Sequence.of(input_ids.shape[1], cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout,
+                               position=0 if carry is None else carry.position, final=final, device=input_ids.device)
+        x = self.embed(input_ids)
+        sequence = sequence.with_rotations(self._rotation_kinds(), compute_dtype(x))
+        layers = []
+        for i, block in enumerate(self._blocks()):
+            before = None if carry is None else carry.layers[i]
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, after = checkpoint(block, x, before, sequence, use_reentrant=False)
+            else:
+                x, after = block(x, before, sequence)
+            layers.append(after)
+        h = self.norm(x)
+        if not final:
+            return h, None
+        return h, ModelCarry(tuple(layers), sequence.end_position(None if carry is None else carry.position))
+
+    def _blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.blocks)
+
+    def _rotation_kinds(self) -> set[tuple[int, float]]:
+        """(head_dim, base) of every mixing layer with positions."""
+        kinds = set()
+        for block in self._blocks():
+            mixer = block.mixer
+            base = mixer.config.rope_base if isinstance(mixer, RaceAttention) else mixer.rope_base
+            if base is not None:
+                kinds.add((mixer.head_dim, base))
+        return kinds
+
+    def _check(self, input_ids: Tensor, key_mask: Tensor | None) -> None:
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != input_ids.shape):
+            raise ValueError(f"key_mask must be bool {list(input_ids.shape)} like input_ids; "
+                             f"got {key_mask.dtype} {list(key_mask.shape)}")
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for token ids outside the vocabulary, where they can be read without waiting for a device."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}; got {low if low < 0 else high}")

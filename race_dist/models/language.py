@@ -1,0 +1,99 @@
+"""Language models: a backbone, a head over the vocabulary, and their loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from race_dist.models.backbone import Backbone, check_ids
+from race_dist.models.config import ModelConfig
+from race_dist.models.loss import IGNORE, linear_cross_entropy
+from race_dist.nn import Linear
+from race_dist.parallel import all_reduce_sum
+
+
+class LanguageModel(Backbone):
+    """A backbone and a linear head over the vocabulary (tied to the embedding, if the config says so)."""
+
+    def __init__(self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__(config, causal=causal, device=device, dtype=dtype)
+        self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, device=device, dtype=dtype)
+        self.initialize()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``[vocab, dim]``."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, h: Tensor) -> Tensor:
+        """``[..., vocab]`` of hidden states ``[..., dim]``, at least float32."""
+        logits = torch.nn.functional.linear(h, self.head_weight)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def loss(self, h: Tensor, labels: Tensor, *, num_targets: Tensor | int | None = None,
+             group: ProcessGroup | None = None) -> Tensor:
+        """This rank's summed cross-entropy over the global count of targets.
+
+        Args:
+            h: ``[B, T, dim]`` from :meth:`hidden`.
+            labels: ``[B, T]`` int64, the target of each position; -100 is ignored.
+            num_targets: targets that count, over all ranks; None: those of ``labels``, summed over ``group``.
+            group: the ranks that share the sequence.
+
+        Returns:
+            A scalar; 0 (with gradients 0) where no target counts.
+        """
+        if labels.shape != h.shape[:2] or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64 {list(h.shape[:2])} like input_ids; "
+                             f"got {labels.dtype} {list(labels.shape)}")
+        check_ids("labels (other than -100)", labels.masked_fill(labels == IGNORE, 0), self.config.vocab_size)
+        if num_targets is None:
+            num_targets = all_reduce_sum((labels != IGNORE).sum(), group)
+        total = linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten(), chunk=self.config.loss_chunk)
+        return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
+                key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
+                num_targets: Tensor | int | None = None) -> Tensor:
+        """Logits ``[B, T, vocab]``, or the mean loss when labels are given.
+
+        Args:
+            input_ids: ``[B, T]`` int: this rank's tokens.
+            labels: ``[B, T]`` int64: ``labels[t]`` is the target of position t (nothing is shifted); -100 is ignored.
+            cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1).
+            key_mask: ``[B, T]`` bool, False for padding.
+            group: ranks that each hold a shard of the sequence; each rank's loss is its share, the shares add up.
+            layout: order of the shards, "contiguous" or "zigzag".
+            num_targets: what the summed loss is divided by; None: the count of labels, over the group.
+
+        Raises:
+            ValueError: a shape, dtype, token or label does not fit.
+        """
+        h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, final=False)
+        if labels is None:
+            return self.logits(h)
+        return self.loss(h, labels, num_targets=num_targets, group=group)
+
+
+class DecoderLM(LanguageModel):
+    """A causal language model: ``DecoderLM(ModelConfig(...))``, then ``model(input_ids, labels)``.
+
+    Weights depend on ``config.seed`` and their names alone. :meth:`hidden` with a carry runs it piece by piece.
+    """
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__(config, causal=True, device=device, dtype=dtype)
+
+
+class MaskedLM(LanguageModel):
+    """A bidirectional encoder that predicts masked tokens (labels are -100 elsewhere).
+
+    Needs ``race=RaceConfig(causal=False)`` and layers R and S. ``key_mask`` marks padding, wherever it stands.
+    """
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__(config, causal=False, device=device, dtype=dtype)

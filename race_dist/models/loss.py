@@ -1,0 +1,82 @@
+"""Cross-entropy of a linear head, a few rows of logits at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+_ELEMENTS = {"cpu": 2**21}  # logits that exist at a time; elsewhere 2**26
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
+    """The sum of ``-log softmax(h @ weight.T)[label]`` over rows whose label is not -100.
+
+    The gradients are computed with the values, so that the logits of ``chunk`` rows exist once and never again.
+
+    Args:
+        h: ``[N, D]`` hidden states.
+        weight: ``[V, D]``.
+        labels: ``[N]`` int64, from 0 to V - 1, or -100.
+        chunk: rows of logits at a time; None: by the size of the vocabulary.
+
+    Returns:
+        The sum, float32 (float64 for float64 hidden states); 0 where no label counts.
+    """
+    device = h.device.type
+    narrow = torch.is_autocast_enabled(device) and h.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if narrow else torch.promote_types(h.dtype, weight.dtype)
+    chunk = chunk or max(16, _ELEMENTS.get(device, 2**26) // weight.shape[0])
+    grad = torch.is_grad_enabled()
+    return _linear_cross_entropy(h, weight, labels, dtype, chunk, grad and h.requires_grad, grad and weight.requires_grad)[0]
+
+
+@torch.library.custom_op("race_dist::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool,
+                          need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum and its gradients; matrix products in ``dtype``, logits and sums in at least float32."""
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    total = torch.zeros((), dtype=torch.float64, device=h.device)
+    dh = torch.empty_like(h) if need_h else h.new_empty(0)
+    dweight = torch.zeros_like(weight, dtype=wide) if need_weight else weight.new_empty(0)
+    w = weight.to(dtype)
+    for start in range(0, h.shape[0], chunk):
+        rows, target = h[start:start + chunk].to(dtype), labels[start:start + chunk, None]
+        counts = target != IGNORE
+        target = target.clamp(min=0)
+        logits = (rows @ w.mT).to(wide)
+        log_sum = logits.logsumexp(-1, keepdim=True)
+        total += torch.where(counts, log_sum - logits.gather(1, target), 0).sum(dtype=torch.float64)
+        if not (need_h or need_weight):
+            continue
+        dlogits = logits.sub_(log_sum).exp_()
+        dlogits.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+        dlogits = (dlogits * counts).to(dtype)
+        if need_h:
+            dh[start:start + chunk] = dlogits @ w
+        if need_weight:
+            dweight += dlogits.mT @ rows
+    return total.to(wide), dh, dweight.to(weight.dtype)
+
+
+@_linear_cross_entropy.register_fake
+def _(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool,
+      need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    return (h.new_empty((), dtype=wide), torch.empty_like(h) if need_h else h.new_empty(0),
+            torch.empty_like(weight) if need_weight else weight.new_empty(0))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.needed = inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = [(dloss * g).to(g.dtype) if needed else None for g, needed in zip(ctx.saved_tensors, ctx.needed)]
+    return *gradients, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_save)

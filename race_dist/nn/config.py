@@ -1,0 +1,173 @@
+"""RaceConfig: every choice about one RACE layer, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from race_dist.hashing import MAX_PLANES
+
+Decay = Literal["none", "multiscale", "token"]
+
+
+class RaceConfig(BaseModel):
+    """Choices of a RACE layer. The defaults are what text asks for, not the bare layer of the paper.
+
+    Three choices carry most of the quality of a language model: unit-normalised queries and keys (raw ones saturate the
+    tanh of the hash), a short convolution before the hash (buckets are blind to what stands next to what), and a decay
+    set by the input, read out without a denominator but with a norm per head and a gate. The bare layer is
+    ``RaceConfig(qk_norm=False, short_conv=0, decay="none", normalization="global", output_gate=False)``; the authors'
+    released code adds ``normalization="bucket", share_planes=True, train_beta=False, beta_init=exp(-log_temp) /
+    sqrt(head_dim)`` to that.
+
+    Raises:
+        ValueError: a field is out of its range or contradicts another one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int | None = Field(default=None, description="Width of the layer's input and output. A model fills it in.")
+    num_heads: int | None = Field(default=None, description="Query heads. A model fills it in.")
+    num_kv_heads: int | None = Field(
+        default=None, description="Key and value heads, a divisor of num_heads; None: as many. A model fills it in.")
+    head_dim: int | None = Field(default=None, description="Width of one head; None: dim // num_heads.")
+    causal: bool = Field(default=True, description="Whether a token reads only itself and what came before it.")
+
+    num_tables: int = Field(default=4, description="Hash tables L: independent sets of buckets whose similarities add.")
+    num_planes: int = Field(default=4, description="Hyperplanes P of a table, 1 to 10: a table has 2**P buckets. More planes "
+                                           "are sharper than more tables, and cost 2**P.")
+    beta_init: float | tuple[float, ...] = Field(
+        default=2.0, description="Sharpness of the soft hash at the start, one number or one per key/value head. 2 suits 4 "
+                         "planes, 4 suits 8.")
+    train_beta: bool = Field(default=True, description="Whether the sharpness is trained, one number per key/value head.")
+    train_planes: bool = Field(default=False, description="Whether the hyperplanes are trained; they then belong to the "
+                                                  "checkpoint, otherwise seed and layer say what they are.")
+    share_planes: bool = Field(default=False, description="Whether the heads of a layer share one set of hyperplanes.")
+    seed: int = Field(default=0, description="Of the hyperplanes, and of the initial weights of a layer that stands alone.")
+    normalization: Literal["global", "bucket", "none"] = Field(
+        default="none", description="global: divide by the summed similarity, as the paper does. bucket: divide in each "
+                            "bucket, as its released code does. none: divide by nothing and normalise each head's "
+                            "output (RMS), best where decay is per token. Default: none if causal, else global.")
+    qk_norm: bool = Field(default=True, description="Scale each query and key to a learned length per head before hashing.")
+    short_conv: int = Field(default=4, description="Width of a causal depthwise convolution added to queries and keys; "
+                                           "0: none.")
+    decay: Decay = Field(
+        default="token", description="How a layer forgets. none: never. multiscale: at a fixed rate per head, from fast to "
+                             "never. token: at a rate per head and token that is computed from the input. Default: "
+                             "token if causal, else none.")
+    output_gate: bool = Field(default=True, description="Multiply the output by a gate computed from the input.")
+    rope_base: float | None = Field(
+        default=10000.0, description="Base of the rotary positions; None: no positions. A model fills it in unless it is "
+                             "given.")
+    norm_eps: float = Field(default=1e-6, description="Added to the mean square in the RMS norm of the output.")
+    backend: Literal["auto", "reference", "chunked", "triton"] = Field(
+        default="auto", description="What computes the attention. auto: the fastest one that runs here.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_without_causal(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("causal", True) is False:
+            return {"decay": "none", "normalization": "global"} | values
+        return values
+
+    @field_validator("dim", "num_heads", "num_kv_heads", "head_dim", "num_tables")
+    @classmethod
+    def _positive(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{info.field_name} must be at least 1; got {value}")
+        return value
+
+    @field_validator("num_planes")
+    @classmethod
+    def _planes(cls, value: int) -> int:
+        if not 1 <= value <= MAX_PLANES:
+            raise ValueError(f"num_planes must be from 1 to {MAX_PLANES} (a table has 2**num_planes buckets); "
+                             f"got {value}")
+        return value
+
+    @field_validator("beta_init")
+    @classmethod
+    def _beta(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        for beta in value if isinstance(value, tuple) else (value,):
+            if not (beta > 0 and math.isfinite(beta)):
+                raise ValueError(f"beta_init must be positive and finite; got {value}")
+        return value
+
+    @field_validator("short_conv")
+    @classmethod
+    def _conv(cls, value: int) -> int:
+        if value < 0 or value == 1:
+            raise ValueError(f"short_conv is 0 (no convolution) or a width of at least 2; got {value}")
+        return value
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, value: int) -> int:
+        if not 0 <= value < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1; got {value}")
+        return value
+
+    @field_validator("rope_base", "norm_eps")
+    @classmethod
+    def _real(cls, value: float | None, info: Any) -> float | None:
+        low = 1.0 if info.field_name == "rope_base" else 0.0
+        if value is not None and not (value > low and math.isfinite(value)):
+            raise ValueError(f"{info.field_name} must be finite and above {low:g}; got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.causal and self.decay != "none":
+            raise ValueError(f"decay={self.decay!r} needs an order of the tokens, but causal=False: set decay='none'")
+        if not self.causal and self.normalization == "none":
+            raise ValueError("normalization='none' is for causal layers, but causal=False: set normalization='global'")
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads is not None and kv_heads is not None and heads % kv_heads:
+            raise ValueError(f"num_heads = {heads} must be a multiple of num_kv_heads = {kv_heads}")
+        if self.dim is not None and heads is not None and self.head_dim is None and self.dim % heads:
+            raise ValueError(f"dim = {self.dim} is no multiple of num_heads = {heads}: change one or set head_dim")
+        if self.rope_base is not None and self.dim is not None and heads is not None and self.width % 2:
+            raise ValueError(f"rotary positions need an even head_dim; got {self.width}: "
+                             "change it or set rope_base=None")
+        if isinstance(self.beta_init, tuple) and heads is not None and len(self.beta_init) != (kv_heads or heads):
+            raise ValueError(f"beta_init has {len(self.beta_init)} numbers for {kv_heads or heads} key/value heads: "
+                             "give one number, or one per head")
+        return self
+
+    @property
+    def width(self) -> int:
+        """Width ``D`` of one head."""
+        if self.head_dim is not None:
+            return self.head_dim
+        if self.dim is None or self.num_heads is None:
+            raise ValueError("RaceConfig.dim and num_heads are not set: give both (a ModelConfig fills them in)")
+        return self.dim // self.num_heads
+
+    @property
+    def num_features(self) -> int:
+        """``S = L * 2**P``: buckets of all tables."""
+        return self.num_tables * 2**self.num_planes
+
+    def filled(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None,
+               rope_base: float | None = None) -> RaceConfig:
+        """This config with a model's widths; what was already set must agree.
+
+        ``rope_base`` is taken over only if this config was made without naming one.
+
+        Raises:
+            ValueError: a field is set to something else.
+        """
+        model = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        if head_dim is not None:
+            model["head_dim"] = head_dim
+        for name, value in model.items():
+            mine = getattr(self, name)
+            if mine not in (None, value):
+                raise ValueError(f"race.{name} = {mine} but the model's {name} = {value}: "
+                                 f"leave race.{name} out or make them equal")
+        update: dict[str, Any] = dict(model)
+        if "rope_base" not in self.model_fields_set:
+            update["rope_base"] = rope_base
+        return RaceConfig.model_validate(self.model_dump(exclude_unset=True) | update)

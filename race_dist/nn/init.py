@@ -1,0 +1,77 @@
+"""Initial weights that depend on a seed and a parameter's name, and on nothing else.
+
+Every parameter has its own generator, so a model starts the same on every rank and layout, whatever was drawn before,
+and adding a layer does not change the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Drawn(nn.Module):
+    """A module that says how its own parameters start (not those of its children)."""
+
+    @abstractmethod
+    def initial(self) -> dict[str, float | Tensor]:
+        """For each own parameter: the standard deviation of the normal draw, or the values themselves."""
+
+
+def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Fill the parameters of every :class:`Drawn` in ``module``; those on the meta device are left alone.
+
+    Args:
+        module: to fill in place.
+        seed: ``0 <= seed < 2**64``.
+        prefix: put before the parameters' names.
+    """
+    for path, child in module.named_modules(prefix=prefix):
+        if isinstance(child, Drawn):
+            for name, how in child.initial().items():
+                _fill(child.get_parameter(name), how, seed, f"{path}.{name}")
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, how: float | Tensor, seed: int, name: str) -> None:
+    if parameter.is_meta:
+        return
+    if isinstance(how, Tensor):
+        parameter.copy_(how.expand_as(parameter))
+        return
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0, how, generator=generator))
+
+
+class Linear(nn.Linear, Drawn):
+    """``nn.Linear`` without a bias whose weight starts normal with standard deviation ``in_features**-0.5 * gain``."""
+
+    def __init__(self, in_features: int, out_features: int, *, gain: float = 1.0,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.gain = gain
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing: :func:`initialize` fills the weight."""
+
+    def initial(self) -> dict[str, float | Tensor]:
+        return {"weight": self.gain * self.in_features**-0.5}
+
+
+class Embedding(nn.Embedding, Drawn):
+    """``nn.Embedding`` whose weight starts normal with standard deviation ``std``."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.std = std
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing: :func:`initialize` fills the weight."""
+
+    def initial(self) -> dict[str, float | Tensor]:
+        return {"weight": self.std}

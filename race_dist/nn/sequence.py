@@ -1,0 +1,192 @@
+"""Where the tokens of a call stand: positions, documents, masks, and the ranks that hold the rest of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from race_dist.nn.rope import rotation
+from race_dist.parallel import (
+    Layout,
+    all_reduce_sum,
+    group_rank,
+    group_size,
+    local_segments,
+    shard_offset,
+    shard_rows,
+    unshard_sequence,
+)
+from race_dist.parallel.layout import check_layout, check_zigzag
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of the call's sequence that this rank holds.
+
+    ``first`` local row, ``length`` rows, ``start``: index of the first in the sequence (in its document, where
+    ``document`` says which one the span lies in).
+    """
+
+    first: int
+    length: int
+    start: int | Tensor
+    document: int | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The span's rows of ``x [B, T, ...]``."""
+        return x.narrow(1, self.first, self.length)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What a mixing layer is told about the rows it is given; made by :meth:`of`.
+
+    A call's sequence continues what its incoming carry has seen. With ``cu_seqlens`` it is cut into documents: the
+    first one continues the carry (it is empty if that document ended before), the last one stays open in the outgoing
+    carry (it is empty if another document begins next). Under a group each rank holds a shard, and carries are those of
+    the whole sequence, the same on every rank.
+
+    Attributes:
+        positions: ``[T]`` or ``[B, T]`` int64: position of each local row in its document.
+        cu_seqlens: ``[N + 1]`` int64 document boundaries in the whole sequence, or None.
+        key_mask: ``[B, T]`` bool of the local rows, False where a row is padding, or None.
+        group: the ranks that share the sequence; None is one rank.
+        layout: which rows of it this rank holds, "contiguous" or "zigzag".
+        offset: rows on earlier ranks (contiguous).
+        final: whether the outgoing carry is wanted; without it layers return None in its place and save the work.
+        rotations: cosines and sines by (head_dim, base, dtype), where they are known already.
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor | None = None
+    key_mask: Tensor | None = None
+    group: ProcessGroup | None = None
+    layout: Layout = "contiguous"
+    offset: int | Tensor = 0
+    final: bool = True
+    rotations: Mapping[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, length: int, *, cu_seqlens: Tensor | None = None, key_mask: Tensor | None = None,
+           group: ProcessGroup | None = None, layout: str = "contiguous", position: Tensor | int = 0,
+           final: bool = True, device: torch.device | str | None = None) -> Sequence:
+        """The sequence of a call.
+
+        Args:
+            length: rows on this rank.
+            cu_seqlens: ``[N + 1]`` int, boundaries of packed documents in the whole sequence.
+            key_mask: ``[B, length]`` bool.
+            group, layout: as above; every rank of the group calls this.
+            position: of the first row (of the whole sequence) in its document: what the carry has seen of it. An int, a
+                0-dimensional tensor, or ``[B]``.
+            final: whether carries are wanted.
+            device: of the rows.
+
+        Raises:
+            ValueError: no such layout, a zigzag sequence does not divide, or a shape does not fit.
+        """
+        layout = check_layout(layout)
+        world, rank = group_size(group), group_rank(group)
+        if world == 1:
+            group = None
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64)
+        if layout == "zigzag":
+            check_zigzag(length * world, world, cu_seqlens)
+        offset = shard_offset(length, group, device) if layout == "contiguous" else 0
+        runs = local_segments(length, rank, world, layout=layout, cu_seqlens=cu_seqlens, offset=offset, device=device)
+        positions = runs.positions(length)
+        position = torch.as_tensor(position, dtype=torch.int64, device=device)[..., None]  # [1] or [B, 1]
+        if cu_seqlens is not None:
+            row = torch.arange(length, device=device)
+            run = torch.searchsorted(runs.cu_seqlens[1:].contiguous(), row, right=True)
+            position = torch.where(runs.documents[run] == 0, position, 0)
+        return cls(positions + position, cu_seqlens, key_mask, group, layout, offset, final)
+
+    @property
+    def length(self) -> int:
+        """Rows on this rank."""
+        return self.positions.shape[-1]
+
+    @property
+    def boundaries(self) -> Tensor | None:
+        """``[N - 1]`` where in the whole sequence documents begin, but for the first; None if nothing is packed."""
+        return None if self.cu_seqlens is None else self.cu_seqlens[1:-1].contiguous()
+
+    @property
+    def num_documents(self) -> int:
+        """``N``; 1 if nothing is packed."""
+        return 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    def rows(self) -> Tensor:
+        """``[T]`` int64: which rows of the whole sequence this rank holds, in its order."""
+        arange = torch.arange(self.length, device=self.positions.device)
+        if self.layout == "contiguous":
+            return self.offset + arange
+        world = group_size(self.group)
+        return shard_rows(self.length * world, group_rank(self.group), world, layout=self.layout,
+                          cu_seqlens=self.cu_seqlens, device=arange.device)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole sequence ``[B, total, ...]`` of which every rank holds ``x [B, T, ...]``; differentiable."""
+        return unshard_sequence(x, self.group, dim=1, layout=self.layout, cu_seqlens=self.cu_seqlens)
+
+    def spans(self) -> list[Span]:
+        """This rank's rows as runs of consecutive tokens: one (contiguous), two (zigzag), or two a document."""
+        world, rank = group_size(self.group), group_rank(self.group)
+        if self.layout == "contiguous" or world == 1:
+            return [Span(0, self.length, self.offset)]
+        if self.cu_seqlens is None:
+            half = self.length // 2
+            return [Span(0, half, rank * half), Span(half, half, (2 * world - 1 - rank) * half)]
+        runs = local_segments(self.length, rank, world, layout=self.layout, cu_seqlens=self.cu_seqlens)
+        first = runs.cu_seqlens.tolist()
+        return [Span(a, b - a, start, document) for a, b, start, document in
+                zip(first[:-1], first[1:], runs.starts.tolist(), runs.documents.tolist(), strict=True)]
+
+    def documents(self, span: Span, before: int) -> Tensor | None:
+        """``[before + length]``: document of each token of a span and of ``before`` tokens carried into it.
+
+        None where all are of one.
+        """
+        boundaries = self.boundaries
+        if boundaries is None or span.document is not None:
+            return None
+        index = span.start + torch.arange(span.length, device=boundaries.device)
+        entering = (boundaries < span.start).sum().expand(before)
+        return torch.cat([entering, torch.searchsorted(boundaries, index, right=True)])
+
+    def begin(self, span: Span) -> Tensor | None:
+        """Row of a span at which its last document begins (negative: before the span), or None."""
+        boundaries = self.boundaries
+        if self.cu_seqlens is None or boundaries is None or span.document is not None or boundaries.numel() == 0:
+            return None
+        stop = span.start + span.length
+        seen = (boundaries < stop) | ((boundaries == stop) & (stop == self.cu_seqlens[-1]))
+        return torch.where(seen, boundaries - span.start, -1).amax(dim=0)
+
+    def end_position(self, position: Tensor | None = None) -> Tensor:
+        """Position of the token after the whole sequence, in the document that is open then; 0-dimensional int64.
+
+        ``position``: that of the first token. Under a contiguous group without documents, every rank calls this.
+        """
+        if self.cu_seqlens is not None:
+            end = self.cu_seqlens[-1] - self.cu_seqlens[-2]
+        else:
+            end = torch.tensor(self.length, dtype=torch.int64, device=self.positions.device)
+            end = all_reduce_sum(end, self.group)
+        return end if position is None or self.num_documents > 1 else position + end
+
+    def with_rotations(self, kinds: Iterable[tuple[int, float]], dtype: torch.dtype) -> Sequence:
+        """This sequence with the rotary angles of each (head_dim, base) at hand, so that layers share them."""
+        known = {(head_dim, base, dtype): self.rotation(head_dim, base, dtype) for head_dim, base in kinds}
+        return replace(self, rotations=known)
+
+    def rotation(self, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rows' rotary angles, ``[T, D/2]`` or ``[B, T, D/2]`` each."""
+        known = self.rotations.get((head_dim, base, dtype))
+        return rotation(self.positions, head_dim, base, dtype) if known is None else known

@@ -1,0 +1,156 @@
+"""Softmax attention beside RACE, through PyTorch's own kernels: what its layers share, and the one that sees all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from race_dist.nn.init import Linear, initialize
+from race_dist.nn.norm import compute_dtype
+from race_dist.nn.rope import rotate
+from race_dist.nn.sequence import Sequence
+
+
+class SoftmaxOptions(TypedDict, total=False):
+    """Keyword options of :class:`SoftmaxAttention`."""
+
+    head_dim: int | None
+    rope_base: float | None
+    output_gain: float
+    draw: bool
+    seed: int
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class SoftmaxAttention(nn.Module):
+    """Projections and rotary positions of a softmax layer; :class:`WindowAttention` and :class:`FullAttention` say what
+    a token sees.
+
+    Args:
+        dim: width of input and output.
+        num_heads, num_kv_heads: query heads, and key/value heads that divide them.
+        head_dim: width ``D`` of a head; None: ``dim // num_heads``.
+        rope_base: base of the rotary positions, or None.
+        output_gain: of the initial weight of the output projection.
+        draw: whether to fill the weights now, from ``seed``; False leaves that to the caller.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, head_dim: int | None = None,
+                 rope_base: float | None = 10000.0, output_gain: float = 1.0, draw: bool = True, seed: int = 0,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"dim = {dim} is no multiple of num_heads = {num_heads}: change one or set head_dim")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
+        self.rope_base = rope_base
+        width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = Linear(dim, width, device=device, dtype=dtype)
+        self.k_proj = Linear(dim, kv_width, device=device, dtype=dtype)
+        self.v_proj = Linear(dim, kv_width, device=device, dtype=dtype)
+        self.o_proj = Linear(width, dim, gain=output_gain, device=device, dtype=dtype)
+        if draw:
+            initialize(self, seed, type(self).__name__)
+
+    def heads(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, T, Hq, D]``, keys and values ``[B, T, Hkv, D]``, positions applied."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope_base is not None:
+            cos, sin = sequence.rotation(self.head_dim, self.rope_base, compute_dtype(x))
+            q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class HistoryCarry:
+    """Every key and value so far: the carry of full softmax. It grows with the sequence, so it serves decoding only.
+
+    Attributes:
+        keys, values: ``[B, n, Hkv, D]``.
+        visible: ``[B, n]`` bool: False for padding and for documents that have ended.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor
+
+    def zero(self) -> Self:
+        """The history of no tokens."""
+        return self.with_tensors(tuple(t[:, :0] for t in self.tensors()))
+
+    def combine(self, later: Self) -> Self:
+        """This history followed by ``later``."""
+        pairs = zip(self.tensors(), later.tensors(), strict=True)
+        return self.with_tensors(tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in pairs))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """``(keys, values, visible)``."""
+        return self.keys, self.values, self.visible
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
+        """A history made of ``tensors``, in the order of :meth:`tensors`."""
+        return type(self)(*tensors)
+
+
+pytree.register_pytree_node(HistoryCarry, lambda h: ([h.keys, h.values, h.visible], None),
+                            lambda leaves, _: HistoryCarry(*leaves), serialized_type_name="race_dist.HistoryCarry")
+
+
+class FullAttention(SoftmaxAttention):
+    """Each token sees all tokens before it (all tokens, if not ``causal``): quadratic time, a carry that grows.
+
+    Under a group every rank gathers the keys and values of all.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, causal: bool = True,
+                 **options: Unpack[SoftmaxOptions]) -> None:
+        super().__init__(dim, num_heads, num_kv_heads, **options)
+        self.causal = causal
+
+    def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+                   state_dtype: torch.dtype | None = None) -> HistoryCarry:
+        """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
+        k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
+        return HistoryCarry(k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool))
+
+    def forward(self, x: Tensor, carry: HistoryCarry | None = None,
+                sequence: Sequence | None = None) -> tuple[Tensor, HistoryCarry | None]:
+        """``x [B, T, dim]`` to the same, and the outgoing carry."""
+        sequence = sequence or Sequence.of(x.shape[1], device=x.device)
+        q, k, v = self.heads(x, sequence)
+        plain = carry is None and sequence.group is None and sequence.cu_seqlens is None and sequence.key_mask is None
+        carry = self.zero_carry(x.shape[0], device=x.device, dtype=v.dtype) if carry is None else carry
+        real = sequence.key_mask if sequence.key_mask is not None else k.new_ones(x.shape[:2], dtype=torch.bool)
+        whole = carry.combine(HistoryCarry(*(sequence.gather(t) for t in (k, v, real))))
+        queries, keys, values = (t.transpose(1, 2) for t in (q, whole.keys, whole.values))
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=None if plain else self._mask(sequence, carry, whole),
+            is_causal=plain and self.causal, enable_gqa=self.num_heads != self.num_kv_heads)
+        y = self.o_proj(out.transpose(1, 2).flatten(2))
+        return y, self._outgoing(sequence, carry, whole) if sequence.final else None
+
+    def _mask(self, sequence: Sequence, carry: HistoryCarry, whole: HistoryCarry) -> Tensor:
+        """``[B, 1, T, n + total]`` bool. A query always sees its own key, so that no row is empty."""
+        before, device = carry.visible.shape[1], whole.visible.device
+        row = before + sequence.rows()[:, None]
+        column = torch.arange(whole.visible.shape[1], device=device)
+        seen = column <= row if self.causal else torch.ones_like(column <= row)
+        if sequence.cu_seqlens is not None:
+            document = torch.searchsorted(sequence.cu_seqlens[1:-1].contiguous(), column - before, right=True)
+            seen = seen & (document[row] == document)
+        return (seen & whole.visible[:, None] | (column == row))[:, None]
+
+    @staticmethod
+    def _outgoing(sequence: Sequence, carry: HistoryCarry, whole: HistoryCarry) -> HistoryCarry:
+        if sequence.cu_seqlens is None or sequence.cu_seqlens.numel() == 2:
+            return whole
+        column = torch.arange(whole.visible.shape[1], device=whole.visible.device) - carry.visible.shape[1]
+        return HistoryCarry(whole.keys, whole.values, whole.visible & (column >= sequence.cu_seqlens[-2]))

@@ -1,0 +1,168 @@
+"""The last tokens of a piece of sequence: the carry of every layer that looks back a fixed distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from race_dist.nn.sequence import Sequence, Span
+
+
+@dataclass(frozen=True)
+class TailCarry:
+    """The last ``n`` tokens of some tensors, right-aligned: a convolution's inputs, a window's keys and values.
+
+    Attributes:
+        tails: tensors ``[B, n, ...]``; the last ``count`` slots hold tokens, the others zeros.
+        count: ``[B]`` int64: slots that hold tokens of the document that is still open at the piece's end.
+        reset: ``[B]`` bool: whether a document began inside the piece, so that nothing from before it is seen after.
+    """
+
+    tails: tuple[Tensor, ...]
+    count: Tensor
+    reset: Tensor
+
+    @classmethod
+    def empty(cls, like: tuple[Tensor, ...], width: int) -> TailCarry:
+        """The tail, ``width`` slots, of no tokens of tensors like these (``[B, T, ...]``)."""
+        batch, device = like[0].shape[0], like[0].device
+        return cls(tuple(x.new_zeros(batch, width, *x.shape[2:]) for x in like),
+                   torch.zeros(batch, dtype=torch.int64, device=device),
+                   torch.zeros(batch, dtype=torch.bool, device=device))
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], width: int, begin: Tensor | None = None) -> TailCarry:
+        """The tail of a piece.
+
+        Args:
+            tensors: the piece, each ``[B, T, ...]``; T may be 0 or less than ``width``.
+            width: ``n``.
+            begin: scalar int64: where in the piece its last document begins (T if it begins right after the piece),
+                negative if none begins in it; None says the same as negative.
+        """
+        batch, length = tensors[0].shape[:2]
+        device = tensors[0].device
+        tails = tuple(_pad_front(x[:, max(0, length - width):], width) for x in tensors)
+        count = torch.full((batch,), min(length, width), dtype=torch.int64, device=device)
+        reset = torch.zeros(batch, dtype=torch.bool, device=device)
+        if begin is not None:
+            count = torch.minimum(count, length - begin.clamp(min=0))
+            reset = (begin >= 0).expand(batch)
+            held = torch.arange(width, device=device) >= width - count[:, None]
+            tails = tuple(_keep(held, x) for x in tails)
+        return cls(tails, count, reset)
+
+    @property
+    def width(self) -> int:
+        """``n``."""
+        return self.tails[0].shape[1]
+
+    @property
+    def held(self) -> Tensor:
+        """``[B, n]`` bool: which slots hold a token."""
+        return torch.arange(self.width, device=self.count.device) >= self.width - self.count[:, None]
+
+    def zero(self) -> Self:
+        """The tail of no tokens, shaped like this one."""
+        return self.with_tensors(tuple(torch.zeros_like(t) for t in self.tensors()))
+
+    def combine(self, later: Self) -> Self:
+        """The tail of this piece followed by ``later``."""
+        slot = torch.arange(self.width, device=self.count.device)
+        source = (slot + later.count[:, None]).clamp(max=self.width - 1)  # of a slot that later does not fill
+        seen = later.held | ~later.reset[:, None]
+        tails = tuple(_keep(seen, torch.where(_like(later.held, b), b, a.take_along_dim(_like(source, a), 1)))
+                      for a, b in zip(self.tails, later.tails, strict=True))
+        count = torch.where(later.reset, later.count, (self.count + later.count).clamp(max=self.width))
+        return type(self)(tails, count, self.reset | later.reset)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """``(*tails, count, reset)``."""
+        return (*self.tails, self.count, self.reset)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
+        """A tail made of ``tensors``, in the order of :meth:`tensors`."""
+        return type(self)(tuple(tensors[:-2]), tensors[-2], tensors[-1])
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    """``[B, n]`` with as many trailing dimensions as ``x [B, n, ...]``."""
+    return mask.view(*mask.shape, *(1,) * (x.dim() - 2))
+
+
+def _keep(mask: Tensor, x: Tensor) -> Tensor:
+    """``x`` where the slot is kept, 0 elsewhere."""
+    return torch.where(_like(mask, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _pad_front(x: Tensor, length: int) -> Tensor:
+    """``x [B, t, ...]`` with zeros in front, ``length`` tokens long."""
+    missing = length - x.shape[1]
+    return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 2) + (missing, 0))
+
+
+def _from_leaves(leaves: tuple[Any, ...]) -> TailCarry:
+    return TailCarry(leaves[:-2], leaves[-2], leaves[-1])
+
+
+pytree.register_pytree_node(
+    TailCarry,
+    lambda t: ([*t.tails, t.count, t.reset], None),
+    lambda leaves, _: _from_leaves(tuple(leaves)),
+    serialized_type_name="race_dist.TailCarry",
+)
+
+
+class Extended(NamedTuple):
+    """A span of tokens with the tail that enters it in front.
+
+    ``tensors``: each ``[B, n + length, ...]``; ``held [B, n + length]`` bool: False for slots of the tail that hold
+    nothing; ``documents [n + length]``: document of each, or None where all are of one; ``span``: its rows.
+    """
+
+    tensors: tuple[Tensor, ...]
+    held: Tensor
+    documents: Tensor | None
+    span: Span
+
+
+def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | None, sequence: Sequence,
+                  mix: Callable[[Extended], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], TailCarry | None]:
+    """Run a layer that looks back ``width`` tokens over this rank's rows, wherever the tokens before them are.
+
+    Args:
+        tensors: what the layer looks back at, each ``[B, T, ...]``.
+        width: how far, ``n``.
+        carry: the tail before the call's sequence, or None.
+        sequence: where the rows stand.
+        mix: from a span with the tail before it to its outputs, each ``[B, length, ...]``.
+
+    Returns:
+        The outputs ``[B, T, ...]`` and the tail after the call's sequence (None unless ``sequence.final``).
+    """
+    if carry is None:
+        carry = TailCarry.empty(tensors, width)
+    spans = sequence.spans()
+    pieces = [tuple(span.of(x) for x in tensors) for span in spans]
+    entering, outgoing = _enter(pieces, spans, carry, sequence)
+    outputs = []
+    for piece, span, tail in zip(pieces, spans, entering, strict=True):
+        extended = tuple(torch.cat([before.to(x.dtype), x], 1) for before, x in zip(tail.tails, piece, strict=True))
+        held = F.pad(tail.held, (0, span.length), value=True)
+        outputs.append(mix(Extended(extended, held, sequence.documents(span, width), span)))
+    return tuple(torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)), outgoing
+
+
+def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry,
+           sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
+    """The tail that enters each span, and the one that leaves the sequence."""
+    tails = [TailCarry.of(piece, carry.width, sequence.begin(span)) for piece, span in zip(pieces, spans, strict=True)]
+    if sequence.group is None:
+        return [carry], carry.combine(tails[0]) if sequence.final else None
+    raise NotImplementedError

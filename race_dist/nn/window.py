@@ -1,0 +1,116 @@
+"""Softmax attention over a sliding window, in linear time, whose carry is the tail of its keys and values."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from race_dist.nn.sequence import Sequence
+from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions
+from race_dist.nn.tail import Extended, TailCarry, through_tails
+
+
+class WindowAttention(SoftmaxAttention):
+    """Each token sees itself and the ``window - 1`` tokens before it, in linear time; grouped queries.
+
+    Its carry is the tail of the last ``window - 1`` keys and values (and which of them are padding).
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int,
+                 **options: Unpack[SoftmaxOptions]) -> None:
+        super().__init__(dim, num_heads, num_kv_heads, **options)
+        if window < 2:
+            raise ValueError(f"window must be at least 2 (a token and the one before it); got {window}")
+        self.window = window
+
+    def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+                   state_dtype: torch.dtype | None = None) -> TailCarry:
+        """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
+        k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
+        return TailCarry.empty((k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool)), self.window - 1)
+
+    def forward(self, x: Tensor, carry: TailCarry | None = None,
+                sequence: Sequence | None = None) -> tuple[Tensor, TailCarry | None]:
+        """``x [B, T, dim]`` to the same, and the outgoing carry."""
+        sequence = sequence or Sequence.of(x.shape[1], device=x.device)
+        q, k, v = self.heads(x, sequence)
+        masked = sequence.key_mask
+        real = masked if masked is not None else k.new_ones(x.shape[:2], dtype=torch.bool)
+
+        def attend(piece: Extended) -> tuple[Tensor]:
+            keys, values, kept = piece.tensors
+            plain = piece.documents is None and masked is None
+            return window_attention(piece.span.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),
+
+        (out,), carry = through_tails((k, v, real), self.window - 1, carry, sequence, attend)
+        return self.o_proj(out.flatten(2)), carry
+
+
+def window_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, documents: Tensor | None = None, *,
+                     plain: bool = False) -> Tensor:
+    """Softmax attention in which query t sees keys t to t + n.
+
+    Queries go in blocks of up to ``n + 1``, each with the keys of its own block and the ``n`` before it. A query always
+    sees its own key, visible or not, so that no row is empty.
+
+    Args:
+        q: ``[B, T, Hq, D]``.
+        keys, values: ``[B, n + T, Hkv, D]``: those carried in, then those of the piece.
+        visible: ``[B, n + T]`` bool.
+        documents: ``[n + T]`` document of each key, or None where all are of one.
+        plain: whether every key of the piece is visible and of one document: only the first block then needs a mask
+            of its own.
+
+    Returns:
+        ``[B, T, Hq, D]``.
+    """
+    length, before = q.shape[1], keys.shape[1] - q.shape[1]
+    if length == 0:
+        return q
+    block = min(length, before + 1)
+    padding = -length % block
+    q = F.pad(q, (0, 0, 0, 0, 0, padding))
+    keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (keys, values))
+    head = block if plain and length > block else q.shape[1]
+    visible = F.pad(visible, (0, padding))[:, :head + before]
+    if documents is not None:
+        documents = F.pad(documents, (0, padding), value=-1)
+    mask = _block_masks(visible, documents, block, before)
+    out = _attend_blocks(q[:, :head], keys[:, :head + before], values[:, :head + before], mask, block, before)
+    if head < q.shape[1]:
+        mask = _band(block, before, q.device)
+        out = torch.cat([out, _attend_blocks(q[:, head:], keys[:, head:], values[:, head:], mask, block, before)], 1)
+    return out[:, :length]
+
+
+def _band(block: int, before: int, device: torch.device) -> Tensor:
+    """``[1, C, C + n]``: query i of a block sees keys i to i + n of its stretch."""
+    distance = torch.arange(block + before, device=device) - torch.arange(block, device=device)[:, None]
+    return ((distance >= 0) & (distance <= before))[None]
+
+
+def _block_masks(visible: Tensor, documents: Tensor | None, block: int, before: int) -> Tensor:
+    """``[B * blocks, C, C + n]``."""
+    reach = block + before
+    seen = visible.unfold(1, reach, block)[:, :, None]  # [B, blocks, 1, C + n]
+    if documents is not None:
+        stretch = documents.unfold(0, reach, block)  # [blocks, C + n]
+        seen = seen & (stretch[:, before:, None] == stretch[:, None, :])
+    band = _band(block, before, visible.device)
+    own = torch.arange(reach, device=visible.device) == before + torch.arange(block, device=visible.device)[:, None]
+    return (band & seen | own).flatten(0, 1)
+
+
+def _attend_blocks(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: int, before: int) -> Tensor:
+    """Blocks as a batch, the queries of a group as rows beside each other: one call whatever the kernel supports."""
+    batch, heads = q.shape[0], keys.shape[2]
+    q = q.unflatten(1, (-1, block)).unflatten(3, (heads, -1))  # [B, blocks, C, Hkv, G, D]
+    blocks, group = q.shape[1], q.shape[4]
+    rows = q.permute(0, 1, 3, 4, 2, 5).reshape(batch * blocks, heads, group * block, -1)
+    near_keys, near_values = (x.unfold(1, block + before, block).mT.flatten(0, 1) for x in (keys, values))
+    out = F.scaled_dot_product_attention(rows, near_keys, near_values, attn_mask=mask.repeat(1, group, 1)[:, None])
+    out = out.view(batch, blocks, heads, group, block, -1).permute(0, 1, 4, 2, 3, 5)
+    return out.reshape(batch, blocks * block, heads * group, -1)
