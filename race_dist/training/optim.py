@@ -1,0 +1,34 @@
+"""AdamW with decay on linear maps only, and the learning rate of a step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from race_dist.training.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW in two groups: the matrices of linear maps decay; norms, embeddings, convolutions, the sharpness beta,
+    decay rates and planes do not."""
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a tied head is one
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if id(p) in linear - embedded]
+    kept = [p for p in trained if id(p) not in linear - embedded]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2),
+                             eps=config.eps)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The rate of step ``0 <= step < steps``: up in a line over the warm-up, then down along half a cosine.
+
+    The last step has ``lr * final_lr``.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps + 1) / (steps - config.warmup_steps)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,146 @@
+"""The package as users get it: what is in it, what it imports, and that a wheel of it works."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import race_dist
+
+ROOT = Path(__file__).parents[1]
+PLACES = {"race_dist": ROOT / "race_dist", "race_dist.kernels": ROOT / "kernels", "race_dist.launch": ROOT / "launch"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# docs/architecture.md; the first name that a module starts with counts
+FLOORS = {"cli": 7, "training": 6, "integrations": 6, "launch": 6, "benchmarks": 6, "models": 5, "streaming": 5,
+          "planning": 5, "nn": 4, "attention": 3, "parallel": 2, "ops": 1, "kernels": 0, "carry": 0, "sketch": 0,
+          "hashing": 0}
+SAME_FLOOR = {("models", "streaming"), ("streaming", "models"), ("planning", "models")}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package by its installed name."""
+    for package, place in PLACES.items():
+        for file in place.rglob("*.py"):
+            parts = file.relative_to(place).with_suffix("").parts
+            yield ".".join([package, *(p for p in parts if p != "__init__")]), file
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    found = {name for name, file in modules() if file.name == "__init__.py"}
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_no_package_lacks_its_init() -> None:
+    for name, file in modules():
+        assert (file.parent / "__init__.py").is_file(), f"{name} lies in a folder without __init__.py"
+
+
+@pytest.mark.parametrize("name", sorted(race_dist.__all__))
+def test_public_names_are_there(name: str) -> None:
+    assert getattr(race_dist, name) is not None
+    assert name in dir(race_dist)
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'attention_race'"):
+        _ = race_dist.attention_race  # type: ignore[attr-defined]
+
+
+def test_modules_import_only_from_floors_below() -> None:
+    wrong = []
+    for name, file in modules():
+        room = name.split(".")[1] if "." in name else None
+        if room is None:
+            continue
+        assert room in FLOORS, f"{name}: a room without a floor; give it one in docs/architecture.md and here"
+        for target in imports(file):
+            other = target.split(".")[1]
+            below = FLOORS.get(other, -1) < FLOORS[room]
+            if not (below or other == room or (room, other) in SAME_FLOOR or FLOORS[room] == FLOORS.get(other) == 0):
+                wrong.append(f"{name} (floor {FLOORS[room]}) imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_know_nothing_of_groups_and_modules() -> None:
+    for name, file in modules():
+        if name.startswith("race_dist.kernels"):
+            code = re.sub(r'""".*?"""', "", file.read_text(), flags=re.DOTALL)
+            assert not re.search(r"torch\.distributed|\bnn\.Module\b", code), name
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules of this package that a file imports, at its top or inside its functions; type checking does not count."""
+    tree = ast.parse(file.read_text())
+    typing = {id(child) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+              for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("race_dist."):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("race_dist."))
+
+
+def test_no_file_is_too_long() -> None:
+    long = {name: count for name, file in modules() if (count := len(file.read_text().splitlines())) > 500}
+    assert not long
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the tree, installed without dependencies into an empty folder."""
+    tree = tmp_path_factory.mktemp("tree")
+    for part in ("race_dist", "kernels", "launch"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, tree / part)
+    site = tmp_path_factory.mktemp("site")
+    quietly([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)])
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:  # what is unpacked is what pip would put there
+        archive.extractall(site)
+    return site
+
+
+def quietly(command: list[str], **options: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(done.stdout)
+
+
+def test_a_wheel_holds_every_module_and_nothing_else(installed: Path) -> None:
+    expected = {Path(*name.split("."), "__init__.py") if file.name == "__init__.py"
+                else Path(*name.split(".")).with_suffix(".py") for name, file in modules()}
+    assert {file.relative_to(installed) for file in installed.rglob("*.py")} == expected
+    assert (installed / "race_dist" / "py.typed").is_file()
+    templates = {f.relative_to(ROOT / "launch") for f in (ROOT / "launch" / "templates").rglob("*") if f.is_file()}
+    assert {f.relative_to(installed / "race_dist/launch") for f in (installed / "race_dist/launch/templates").rglob("*")
+            if f.is_file()} == templates
+    assert not (installed / "kernels").exists()
+    assert not (installed / "launch").exists()
+
+
+def test_a_wheel_works_by_itself(installed: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+import torch, race_dist, race_dist.kernels, race_dist.launch.local
+for module in (race_dist, race_dist.kernels, race_dist.launch.local):
+    assert module.__file__.startswith({str(installed)!r}), module.__file__
+q = torch.randn(1, 8, 2, 4)
+out = race_dist.race_attention(q, q, q, race_dist.sample_planes(2, 3, 4, seed=0), 1.0)
+assert out.shape == q.shape
+from race_dist.cli import app
+"""
+    quietly([sys.executable, "-c", program], cwd=tmp_path)

@@ -1,0 +1,39 @@
+"""The learning rate over the steps and who decays."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from torch import nn
+
+from race_dist.training.config import OptimConfig
+from race_dist.training.optim import build_optimizer, learning_rate
+
+
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    config = OptimConfig(lr=2e-3, final_lr=0.1, warmup_steps=10)
+    rates = [learning_rate(step, 110, config) for step in range(110)]
+    assert rates[:10] == pytest.approx([2e-4 * n for n in range(1, 11)])
+    assert max(rates) == pytest.approx(2e-3)
+    assert rates[59] == pytest.approx(2e-3 * (0.1 + 0.9 * 0.5))  # half way down
+    assert rates[-1] == pytest.approx(2e-4)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_without_warm_up_the_first_step_is_already_on_the_cosine() -> None:
+    config = OptimConfig(lr=1.0, final_lr=0.0, warmup_steps=0)
+    assert learning_rate(0, 4, config) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(3, 4, config) == pytest.approx(0.0)
+
+
+def test_only_the_matrices_of_linear_maps_decay() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "mix": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 3, groups=4),
+                           "norm": nn.LayerNorm(4), "head": nn.Linear(4, 8, bias=False),
+                           "frozen": nn.Linear(4, 4).requires_grad_(False)})
+    model["head"].weight = model["embed"].weight
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: decay.get(id(p)) for name, p in model.named_parameters()}
+    assert named == {"embed.weight": 0.0, "mix.weight": 0.3, "mix.bias": 0.0, "conv.weight": 0.0, "conv.bias": 0.0,
+                     "norm.weight": 0.0, "norm.bias": 0.0, "frozen.weight": None, "frozen.bias": None}
