@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from race_dist.nn.sequence import Sequence, Span
+from race_dist.parallel import group_size
+from race_dist.parallel.collectives import attach, broadcast
+from race_dist.parallel.scan import carries_in
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class TailCarry:
             held = torch.arange(width, device=device) >= width - count[:, None]
             tails = tuple(_keep(held, x) for x in tails)
         return cls(tails, count, reset)
+
+    @classmethod
+    def stack(cls, rows: list[TailCarry]) -> TailCarry:
+        """Several tails as the rows of one."""
+        columns = zip(*(row.tensors() for row in rows), strict=True)
+        return rows[0] if len(rows) == 1 else rows[0].with_tensors(tuple(torch.cat(parts) for parts in columns))
+
+    def row(self, index: int, rows: int) -> Self:
+        """The inverse of :meth:`stack`: one of ``rows`` tails."""
+        return self.with_tensors(tuple(t.chunk(rows)[index] for t in self.tensors()))
 
     @property
     def width(self) -> int:
@@ -146,14 +159,16 @@ def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | No
     Returns:
         The outputs ``[B, T, ...]`` and the tail after the call's sequence (None unless ``sequence.final``).
     """
+    empty = TailCarry.empty(tensors, width)
     if carry is None:
-        carry = TailCarry.empty(tensors, width)
+        carry = empty
+    carry = carry.with_tensors(tuple(t.to(like.dtype) for t, like in zip(carry.tensors(), empty.tensors(), strict=True)))
     spans = sequence.spans()
     pieces = [tuple(span.of(x) for x in tensors) for span in spans]
     entering, outgoing = _enter(pieces, spans, carry, sequence)
     outputs = []
     for piece, span, tail in zip(pieces, spans, entering, strict=True):
-        extended = tuple(torch.cat([before.to(x.dtype), x], 1) for before, x in zip(tail.tails, piece, strict=True))
+        extended = tuple(torch.cat([before, x], 1) for before, x in zip(tail.tails, piece, strict=True))
         held = F.pad(tail.held, (0, span.length), value=True)
         outputs.append(mix(Extended(extended, held, sequence.documents(span, width), span)))
     return tuple(torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)), outgoing
@@ -165,4 +180,16 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
     tails = [TailCarry.of(piece, carry.width, sequence.begin(span)) for piece, span in zip(pieces, spans, strict=True)]
     if sequence.group is None:
         return [carry], carry.combine(tails[0]) if sequence.final else None
-    raise NotImplementedError
+    parts = 2 if sequence.layout == "zigzag" else 1
+    documents = len(spans) // parts  # that were cut one by one: rows of one carry
+    before = TailCarry.stack([carry, *[carry.zero()] * (documents - 1)])
+    own = [TailCarry.stack(tails[part::parts]) for part in range(parts)]
+    entering = [before.combine(scanned) for scanned in carries_in(own, sequence.group, sequence.layout)]
+    outgoing = None
+    if sequence.final:
+        last = entering[-1].combine(own[-1]).row(documents - 1, documents)
+        if documents > 1:
+            last = replace(last, reset=torch.ones_like(last.reset))
+        token, received = broadcast(last.tensors(), 0 if parts == 2 else group_size(sequence.group) - 1, sequence.group)
+        outgoing = last.with_tensors(attach([token], received))
+    return [entering[i % parts].row(i // parts, documents) for i in range(len(spans))], outgoing

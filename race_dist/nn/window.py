@@ -68,10 +68,8 @@ def window_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, d
         ``[B, T, Hq, D]``.
     """
     length, before = q.shape[1], keys.shape[1] - q.shape[1]
-    if length == 0:
-        return q
-    block = min(length, before + 1)
-    padding = -length % block
+    block = min(max(length, 1), before + 1)
+    padding = -length % block if length else block  # an empty piece still reads what enters it: so do all ranks
     q = F.pad(q, (0, 0, 0, 0, 0, padding))
     keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (keys, values))
     head = block if plain and length > block else q.shape[1]
