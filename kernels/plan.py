@@ -1,0 +1,157 @@
+"""Which tiles, chunks, warps and pipeline stages a call gets: decided on the host from shapes and flags alone.
+
+A sequence is cut in state *tiles* (one stored state each) and a tile in matmul *chunks*. Two families of kernels:
+
+- *walk*: all features fit in one block; a program walks its tile with the running state in registers.
+- *snapshot*: any number of features, in blocks; a tile is one chunk and reads the stored state directly. Also the
+  "bucket" normalization, whose backward pass needs prefix and suffix state at the same chunk.
+
+To add a device, give its shared memory a line in ``PRESETS``'s limits or let the fallback halve stages, then chunks; run
+``race-dist bench attention`` and keep what is fastest. The choice never depends on T except through ``tile``, a run-time
+number, so that a new length compiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import triton.language as tl
+
+from race_dist.kernels.interpreter import INTERPRET
+
+PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
+MAX_TILE = 4096
+SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV")
+KERNELS = ("sums", "out", "queries", "keys")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for. Letters as in the kernels; padded sizes are powers of two of at least 16.
+
+    ``SB`` features in each of ``NSB`` blocks, behind which lie ``TB`` tables with ``LPB`` plane slots; ``G`` query
+    heads a key/value head. ``f32``: float32 products (three tf32 terms); ``half``: float16 inputs; ``split_planes``:
+    the planes' dtype is wider than the inputs'.
+    """
+
+    D: int
+    Dv: int
+    L: int
+    P: int
+    G: int
+    C: int
+    SB: int
+    stages: int
+    causal: bool
+    is_global: bool
+    is_bucket: bool
+    decay: bool
+    masked: bool
+    packed: bool
+    f32: bool
+    half: bool
+    split_planes: bool
+    need_planes: bool = False
+
+    @property
+    def R(self) -> int:
+        return 2**self.P
+
+    @property
+    def S(self) -> int:
+        return self.L * self.R
+
+    @property
+    def NSB(self) -> int:
+        return -(-self.S // self.SB)
+
+    @property
+    def TB(self) -> int:
+        return max(1, self.SB // self.R)
+
+    @property
+    def LPB(self) -> int:
+        return padded(min(self.TB, self.L) * self.P)
+
+    @property
+    def BD(self) -> int:
+        return padded(self.D)
+
+    @property
+    def BV(self) -> int:
+        return padded(self.Dv)
+
+
+
+class Constants:
+    """A Spec's fields and sizes as compile-time constants."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        for name in (*(f.name for f in fields(Spec)), *SIZES):
+            value = getattr(spec, name)
+            setattr(self, name, value if INTERPRET else tl.constexpr(value))
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self.spec == other.spec
+
+    def __repr__(self) -> str:
+        return repr(self.spec)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's compile-time choices."""
+
+    spec: Spec
+    num_warps: int
+
+    @cached_property
+    def constants(self) -> Constants:
+        """What the kernel takes as ``c``."""
+        return Constants(self.spec)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call's choices. ``tile`` tokens share a stored state; ``walk`` tells the family."""
+
+    tile: int
+    walk: bool
+    launches: dict[str, Launch]
+
+    def __getitem__(self, kernel: str) -> Launch:
+        return self.launches[kernel]
+
+
+def padded(n: int) -> int:
+    """The block size for n: a power of two, at least 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = None, tile: int | None = None) -> Plan:
+    """Choose for one call.
+
+    Args:
+        spec: dimensions and flags; its C, SB and stages are overwritten.
+        work: ``B * Hkv * T``.
+        shared_limit: bytes of shared memory a program may use.
+        chunk, tile: force these (tests).
+    """
+    block = padded(spec.S)
+    walk = not spec.is_bucket and block <= 64 and block * spec.BV <= 16384
+    size = chunk or 64
+    launches = {}
+    for kernel in KERNELS:
+        stages, warps = 2, 8 if kernel in ("queries", "keys") else 4
+        launches[kernel] = Launch(replace(spec, C=size, SB=min(block, 64), stages=stages), warps)
+    if not walk:
+        return Plan(size, False, launches)
+    if tile is None:
+        tile = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
+        tile = min(max(tile, size), MAX_TILE)
+    return Plan(tile, True, launches)

@@ -1,0 +1,217 @@
+"""The attention in Triton kernels: a Problem's tensors bound to the kernels of ``race_dist.kernels``.
+
+Causal: tile sums of the keys, a scan over the tiles, the read-out. Backward: a pass over the queries (with the prefix
+states) that also sums the tiles' suffix parts, the scan in reverse, a pass over the keys (with the suffix states).
+Without ``causal`` the scans give totals and both passes read those. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from race_dist.kernels import scan, snapshot, sums, walk, walk_backward
+from race_dist.kernels.interpreter import INTERPRET
+from race_dist.kernels.plan import Plan, Spec, make_plan
+from race_dist.kernels.tiles import Tiles, packed_tiles
+from race_dist.ops.problem import Forward, Gradients, Problem, total_log_decay
+from race_dist.sketch import SketchState
+
+SCAN_WIDTH = 256
+
+
+def forward(p: Problem) -> Forward:
+    """Output, denominators, the states before each tile (causal) or the totals (not causal), and the final state."""
+    call = _Call(p)
+    states, final = call.prefix_states()
+    out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
+    den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
+    kernel = walk.walk_out if call.plan.walk else snapshot.snapshot_out
+    call.launch("out", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash, *call.extras, states)
+    return Forward(out, den, states, final)
+
+
+def summary(p: Problem) -> SketchState:
+    """The final state alone."""
+    return _Call(p).prefix_states()[1]
+
+
+def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool) -> Gradients:
+    """Gradients of every input, from those of the output and of the final state."""
+    call = _Call(p, need_planes)
+    dq, h, row, suffixes = call.query_pass(saved, dout)
+    suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
+    dk, dv = torch.empty(p.k.shape, dtype=p.k.dtype, device=p.k.device), torch.empty(p.v.shape, dtype=p.v.dtype, device=p.v.device)
+    dlog_decay = None if p.log_decay is None else torch.empty(p.log_decay.shape, dtype=torch.float32, device=p.q.device)
+    kernel = walk_backward.walk_keys if call.plan.walk else snapshot.snapshot_keys
+    call.launch("keys", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _scalars(h),
+                _scalars(row), _rows(dk), _rows(dv), _scalars(dlog_decay), *call.hash, *call.extras, saved.states,
+                saved.final.values, saved.final.mass, suffixes, call.dbeta[1], call.dplanes[1])
+    dbeta = call.dbeta.sum((0, 1), dtype=torch.float64).to(p.beta.dtype)
+    if dlog_decay is not None and p.log_decay is not None:
+        dlog_decay = dlog_decay.to(p.log_decay.dtype)
+    return Gradients(dq, dk, dv, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
+
+
+def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
+    """The gradient of the initial state when that of the final state is 0."""
+    call = _Call(p)
+    *_, suffixes = call.query_pass(saved, dout)
+    _, dinitial = call.suffix_states(suffixes, None, True)
+    assert dinitial is not None
+    return replace(dinitial, log_decay=total_log_decay(p))
+
+
+def states_shape(p: Problem) -> tuple[int, ...]:
+    """Of ``Forward.states``: values, then mass, of each tile (causal) or row."""
+    size = p.features * (p.v.shape[3] + 1)
+    if not p.causal:
+        return p.num_states, p.k.shape[2], size
+    plan = _plan(p, False)
+    return _num_tiles(p, plan), p.k.shape[2], size
+
+
+def unsupported(p: Problem) -> str | None:
+    """Why these kernels cannot compute ``p``, as a sentence's end; None when they can."""
+    if p.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f'of {p.q.dtype} inputs: it takes bfloat16, float16 and float32; use backend="chunked"'
+    if not (p.q.dtype == p.k.dtype == p.v.dtype):
+        return f"of q, k, v in different dtypes ({p.q.dtype}, {p.k.dtype}, {p.v.dtype}): convert them to one"
+    for name, size in (("head_dim", p.q.shape[3]), ("value_dim", p.v.shape[3])):
+        if size > 256:
+            return f'of {name} = {size}: it takes up to 256; use backend="chunked"'
+    if not (p.q.is_cuda or INTERPRET):
+        return (f"on {p.q.device}: it needs a CUDA device (or TRITON_INTERPRET=1 set before triton is imported); "
+                'use backend="chunked"')
+    return None
+
+
+def _plan(p: Problem, need_planes: bool) -> Plan:
+    _, tables, number, dim = p.planes.shape
+    spec = Spec(D=dim, Dv=p.v.shape[3], L=tables, P=number, G=p.q.shape[2] // p.k.shape[2], C=0, SB=0, stages=0,
+                causal=p.causal, is_global=p.normalization == "global", is_bucket=p.normalization == "bucket",
+                decay=p.log_decay is not None, masked=p.key_mask is not None, packed=p.cu_seqlens is not None,
+                f32=p.q.dtype == torch.float32, half=p.q.dtype == torch.float16, split_planes=p.planes.dtype != p.q.dtype,
+                need_planes=need_planes)
+    return make_plan(spec, p.q.shape[0] * p.k.shape[2] * p.q.shape[1], shared_limit=_shared_limit(p.q.device))
+
+
+def _shared_limit(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 232_448
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _num_tiles(p: Problem, plan: Plan) -> int:
+    """Tiles of all rows; for packed documents a bound that needs no look at their lengths."""
+    batch, length = p.q.shape[:2]
+    if p.cu_seqlens is None:
+        return batch * -(-length // plan.tile)
+    return length // plan.tile + p.num_states
+
+
+class _Call:
+    """One call: its plan, its tiles and the arguments that every kernel takes."""
+
+    def __init__(self, p: Problem, need_planes: bool = False) -> None:
+        reason = unsupported(p)
+        if reason is not None:
+            raise ValueError(f'backend="triton" does not compute attention {reason}')
+        self.p = p
+        self.plan = _plan(p, need_planes)
+        self.heads = p.k.shape[2]
+        self.num_tiles = _num_tiles(p, self.plan)
+        self.tiles = Tiles(None, None) if p.cu_seqlens is None else packed_tiles(p.cu_seqlens, self.plan.tile, self.num_tiles)
+        self.hash = ((p.planes, *p.planes.stride()), p.beta)
+        mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
+        self.extras = (_scalars(p.log_decay), None if mask is None else (mask, *mask.stride()))
+        self.decays = p.q.new_empty(self.num_tiles, self.heads, dtype=torch.float64) if p.log_decay is not None else None
+        self.dbeta = p.q.new_zeros(2, self.num_tiles, self.heads, dtype=torch.float32)
+        self.dplanes: list[Tensor | None] = [None, None]
+        if need_planes:
+            spec = self.plan["keys"].spec
+            shape = (self.num_tiles, self.heads, spec.NSB, spec.BD, spec.LPB)
+            self.dplanes = [p.q.new_zeros(shape, dtype=torch.float32) for _ in range(2)]
+
+    def launch(self, name: str, kernel: object, *args: object, programs: int = 1) -> None:
+        """Run a kernel with one program (or ``programs``) for each tile and key/value head."""
+        choice = self.plan[name]
+        grid = (self.num_tiles * self.heads * programs,)
+        if grid[0]:
+            kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
+                         choice.constants, num_warps=choice.num_warps)
+
+    def prefix_states(self) -> tuple[Tensor, SketchState]:
+        """The states before each tile (not causal: the totals) and the final state."""
+        p = self.p
+        parts = self._new_states(self.num_tiles)
+        self.launch("sums", sums.tile_sums, _rows(p.k), _rows(p.v), *self.hash, *self.extras, parts, self.decays,
+                    programs=self.plan["sums"].spec.NSB)
+        states, final = self.scan(parts, p.initial, True, reverse=False)
+        assert final is not None
+        return states, replace(final, log_decay=total_log_decay(p))
+
+    def query_pass(self, saved: Forward, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """dq, h, the queries' part of dG, and the tiles' sums of the suffix state."""
+        p = self.p
+        dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
+        h = torch.empty_like(saved.den) if p.normalization == "global" else None
+        needs_row = p.log_decay is not None and p.normalization != "global"
+        row = p.q.new_empty(*p.q.shape[:2], self.heads, dtype=torch.float32) if needs_row else None
+        parts = self._new_states(self.num_tiles)
+        kernel = walk_backward.walk_queries if self.plan.walk else snapshot.snapshot_queries
+        self.launch("queries", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq),
+                    _scalars(h), _scalars(row), *self.hash, *self.extras, saved.states, parts, self.decays,
+                    self.dbeta[0], self.dplanes[0])
+        return dq, h, row, parts
+
+    def suffix_states(self, parts: Tensor, dfinal: SketchState | None, wanted: bool) -> tuple[Tensor, SketchState | None]:
+        """The suffix states behind each tile (not causal: the totals), and the gradient of the initial state."""
+        return self.scan(parts, dfinal, wanted, reverse=True)
+
+    def scan(self, parts: Tensor, entering: SketchState | None, wanted: bool, *, reverse: bool
+             ) -> tuple[Tensor, SketchState | None]:
+        """Scan tile sums from the state ``entering``; the state that leaves if ``wanted``."""
+        p, constants = self.p, self.plan["sums"].constants
+        leaving = None
+        if wanted:
+            leaving = SketchState(parts.new_empty(p.num_states, self.heads, p.features, dtype=p.state_dtype),
+                                  parts.new_empty(p.num_states, self.heads, p.features, p.v.shape[3], dtype=p.state_dtype))
+        totals = None if p.causal else self._new_states(p.num_states)
+        into = (None, None) if entering is None else (entering.values.contiguous(), entering.mass.contiguous())
+        outof = (None, None) if leaving is None else (leaving.values, leaving.mass)
+        per_row = 0 if p.cu_seqlens is not None else self.num_tiles // max(1, p.num_states)
+        blocks = -(-parts.shape[-1] // SCAN_WIDTH)
+        grid = (p.num_states * self.heads * blocks,)
+        if grid[0]:
+            scan.scan_tiles[grid](parts, self.decays, *into, *outof, totals, self.tiles.row_tiles, per_row, self.heads, constants,
+                                  WIDTH=SCAN_WIDTH, REVERSE=reverse, INITIAL=entering is not None, FINAL=wanted, num_warps=2)
+        return (parts if totals is None else totals), leaving
+
+    def planes_gradient(self) -> Tensor:
+        """Sum of the programs' parts ``[tile, H, block, D, slot]`` as ``[Hkv, L, P, D]``."""
+        p, spec = self.p, self.plan["keys"].spec
+        _, tables, number, dim = p.planes.shape
+        assert self.dplanes[0] is not None and self.dplanes[1] is not None
+        parts = sum(part.sum(0, dtype=torch.float64) for part in self.dplanes)  # [H, block, BD, LPB]
+        parts = parts[:, :, :dim, :min(spec.TB, tables) * number].transpose(2, 3).unflatten(2, (-1, number))  # type: ignore
+        if spec.R > spec.SB:  # several blocks share a table
+            parts = parts.unflatten(1, (tables, -1)).sum(2)
+        return parts.flatten(1, 2)[:, :tables].to(p.planes.dtype)
+
+    def _new_states(self, count: int) -> Tensor:
+        return self.p.q.new_empty(count, self.heads, self.p.features * (self.p.v.shape[3] + 1), dtype=torch.float32)
+
+
+def _rows(x: Tensor) -> tuple[Tensor | int, ...]:
+    """A strided ``[B, T, H, X]`` as kernels take it."""
+    return (x, *x.stride())
+
+
+def _scalars(x: Tensor | None) -> tuple[Tensor | int, ...] | None:
+    """A strided ``[B, T, H]`` as kernels take it."""
+    if x is None or x.dim() != 3:
+        return None
+    return (x, *x.stride())
