@@ -34,7 +34,7 @@ def build_mixer(config: ModelConfig, layer: int, *, causal: bool, **where: Any) 
     """The mixing layer of block ``layer``; its weights are left to :func:`race_dist.nn.initialize`."""
     kind, gain = config.layer_kinds[layer], (2 * config.num_layers) ** -0.5
     if kind == "R":
-        return RaceAttention(config.race_filled, layer, output_gain=gain, draw=False, **where)
+        return RaceAttention(config.race, layer, output_gain=gain, draw=False, **where)
     widths = (config.dim, config.num_heads, config.kv_heads)
     options = {"head_dim": config.head_dim, "rope_base": config.rope_base, "output_gain": gain, "draw": False, **where}
     if kind == "W":

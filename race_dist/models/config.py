@@ -87,7 +87,9 @@ class ModelConfig(BaseModel):
         if self.rope_base is not None and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head_dim; got {self.head_width}: "
                              "change it or set rope_base=None")
-        _ = self.race_filled
+        race = self.race.filled(dim=self.dim, num_heads=self.num_heads, num_kv_heads=self.kv_heads,
+                                head_dim=self.head_dim, rope_base=self.rope_base)
+        object.__setattr__(self, "race", race)
         return self
 
     @property
@@ -107,9 +109,8 @@ class ModelConfig(BaseModel):
 
     @property
     def race_filled(self) -> RaceConfig:
-        """``race`` with this model's widths; ValueError when they contradict each other."""
-        return self.race.filled(dim=self.dim, num_heads=self.num_heads, num_kv_heads=self.kv_heads,
-                                head_dim=self.head_dim, rope_base=self.rope_base)
+        """``race``, whose widths this config has filled in."""
+        return self.race
 
     @property
     def layer_kinds(self) -> str:
