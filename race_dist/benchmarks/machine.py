@@ -1,0 +1,48 @@
+"""What a figure was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from race_dist import __version__
+
+_LIBRARIES = ("torch", "triton", "numpy", "fla-core", "flash-attn-3")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The header of a benchmark's JSON: processor, accelerator, versions, threads, date."""
+    header: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gib": _memory_gib(),
+        "system": platform.platform(), "python": platform.python_version(), "race_dist": __version__,
+        "torch_threads": torch.get_num_threads(), "command": " ".join(["race-dist", *sys.argv[1:]])}
+    for name in _LIBRARIES:
+        try:
+            header[name] = version(name)
+        except PackageNotFoundError:
+            header[name] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        header |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+                   "gpu_multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
+    return header
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
