@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from race_dist.parallel.agree import agree_on_call, exchange_lengths
 from race_dist.parallel.collectives import gather_rows
 from race_dist.parallel.comm import group_rank, group_size
+from race_dist.parallel.eager import eager
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag")
@@ -144,7 +145,7 @@ def shard_offset(length: int, group: ProcessGroup | None, device: torch.device |
     return before if before.is_cuda else int(before)
 
 
-@torch.compiler.disable
+@eager
 def shard_positions(length: int, group: ProcessGroup | None, *, layout: str = "contiguous",
                     cu_seqlens: Tensor | None = None, total: int | None = None,
                     device: torch.device | str | None = None) -> Tensor:
@@ -218,7 +219,7 @@ def shard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: s
     return x.index_select(dim, rows.to(x.device))
 
 
-@torch.compiler.disable
+@eager
 def unshard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: str = "contiguous",
                      cu_seqlens: Tensor | None = None, total: int | None = None) -> Tensor:
     """The whole sequence on every rank, from the ranks' shards: the inverse of :func:`shard_sequence`.

@@ -29,6 +29,7 @@ from race_dist.parallel.comm import (
     start_shift,
     unpack,
 )
+from race_dist.parallel.eager import eager
 from race_dist.parallel.layout import Layout, check_layout
 
 Algorithm = Literal["auto", "all_gather", "recursive_doubling"]
@@ -47,7 +48,7 @@ def fold(carries: Sequence[CarryT]) -> CarryT:
     return level[0]
 
 
-@torch.compiler.disable
+@eager
 def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool = False,
                    algorithm: str = "auto") -> CarryT:
     """The combination of the carries of all ranks before this one, in rank order; ``carry.zero()`` on the first.
@@ -67,7 +68,7 @@ def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool =
     return carries_in([carry], group, reverse=reverse, algorithm=algorithm)[0]
 
 
-@torch.compiler.disable
+@eager
 def carries_in(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str = "contiguous", *,
                reverse: bool = False, algorithm: str = "auto") -> list[CarryT]:
     """What enters each of this rank's pieces of the sequence: :func:`exclusive_scan` for any shard layout.
@@ -100,7 +101,7 @@ def carries_in(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str
     return [c.with_tensors(attach(wire.tokens, c.tensors())) for c in result]
 
 
-@torch.compiler.disable
+@eager
 def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
     """The sum of the *other* ranks' carries, tensor by tensor, by one all-reduce. Differentiable.
 

@@ -1,0 +1,28 @@
+"""Keeping communication out of compiled graphs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def eager(fn: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compiler.disable``, without importing the compiler (seconds) in processes that never use it."""
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return fn(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(fn))
+        return disabled[0](*args, **kwargs)
+
+    return call

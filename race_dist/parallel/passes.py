@@ -1,0 +1,280 @@
+"""The attention over a group: exchange what enters, run the local call, in the forward pass and in the backward.
+
+Heads go in two halves, so that the exchange of one half runs while the other half computes:
+
+    start(half 0)  start(half 1)  local call of half 0  local call of half 1
+                   [exchange of half 0]  [exchange of half 1]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from race_dist.ops.functional import Backend
+from race_dist.ops.problem import Forward, Gradients, Problem
+from race_dist.parallel.agree import agree_on_call
+from race_dist.parallel.comm import group_rank, group_size, start_all_reduce
+from race_dist.parallel.documents import Documents
+from race_dist.parallel.eager import eager
+from race_dist.parallel.layout import Layout, check_layout, check_zigzag
+from race_dist.parallel.routes import Prefix, Route, Total
+from race_dist.sketch import SketchState
+
+
+@eager
+def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend: Backend, *,
+                    output_final: bool = True) -> tuple[Tensor, SketchState | None]:
+    """The attention over a sequence that the ranks of ``group`` share.
+
+    Differentiable in q, k, v, planes, beta, log_decay and the initial state. The loss is the sum of the ranks' losses:
+    gradients of q, k, v and log_decay are whole, those of planes, beta and the initial state are this rank's share.
+
+    Args:
+        problem: q, k, v, log_decay and key_mask are this rank's shard; cu_seqlens and initial are those of the whole
+            sequence, the same on every rank.
+        group: the ranks that hold the sequence, in order.
+        layout: "contiguous" (shards of any lengths) or "zigzag".
+        backend: computes the local calls.
+        output_final: whether the final state is wanted; without it its exchange is saved.
+
+    Returns:
+        ``out [B, T, Hq, Dv]`` of this rank's rows, and the final state of the whole sequence, the same on every rank.
+
+    Raises:
+        ValueError: no such layout, shards that do not fit ``cu_seqlens`` or the layout, or calls that differ between
+            ranks (compared at every call on the CPU, at the first of its kind on CUDA).
+        RankFailure: another rank died or did not come.
+    """
+    layout = check_layout(layout)
+    offset = _agree(problem, group, layout, backend, output_final)
+    p = problem
+    initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
+    call = _Call(group, layout, backend, offset, output_final, p.causal, p.normalization)
+    out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
+                                        *initial)
+    return out, SketchState(*final) if final else None
+
+
+def _agree(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool) -> int | Tensor:
+    """Compare the ranks' calls; the number of rows on earlier ranks where documents are packed, 0 otherwise."""
+    length, on_cpu = p.q.shape[1], p.q.device.type == "cpu"
+    documents: object = None
+    if p.cu_seqlens is not None:
+        documents = p.cu_seqlens.numel() - 1
+        if on_cpu:
+            documents = f"{documents} (digest {hashlib.sha256(p.cu_seqlens.numpy().tobytes()).hexdigest()[:12]})"
+    asked = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, *(() if p.initial is None else p.initial.tensors()))
+    facts = {"q": [p.q.shape[0], "T", *p.q.shape[2:]], "k": [p.k.shape[0], "T", *p.k.shape[2:]],
+             "v": [p.v.shape[0], "T", *p.v.shape[2:]], "dtype": p.q.dtype, "planes": list(p.planes.shape),
+             "causal": p.causal, "normalization": p.normalization, "layout": layout, "documents": documents,
+             "log_decay": p.log_decay is not None, "initial_state": None if p.initial is None else p.state_dtype,
+             "backend": getattr(backend, "__name__", backend), "output_final_state": output_final,
+             "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)}
+    need_offset = layout == "contiguous" and p.cu_seqlens is not None
+    lengths = agree_on_call("race_attention", facts, group, p.q.device, length=length, need_lengths=need_offset)
+    if on_cpu and lengths is not None:
+        _check_lengths(lengths.tolist(), layout, p.cu_seqlens)
+    elif layout == "zigzag":
+        check_zigzag(length * group_size(group), group_size(group))
+    if not need_offset:
+        return 0
+    assert lengths is not None
+    before = lengths[: group_rank(group)].sum()
+    return int(before) if on_cpu else before
+
+
+def _check_lengths(lengths: list[int], layout: Layout, cu_seqlens: Tensor | None) -> None:
+    """The same verdict on every rank."""
+    world, total = len(lengths), sum(lengths)
+    if layout == "zigzag":
+        if len(set(lengths)) > 1:
+            raise ValueError(f"zigzag shards must have equal lengths; the ranks hold {lengths} rows")
+        check_zigzag(total, world, cu_seqlens)
+    if cu_seqlens is not None and total != cu_seqlens[-1]:
+        raise ValueError(f"cu_seqlens must be that of the whole sequence: it ends at {int(cu_seqlens[-1])}, but the ranks "
+                         f"hold {lengths}, together {total} rows")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call is made of besides tensors."""
+
+    group: ProcessGroup
+    layout: Layout
+    backend: Backend
+    offset: int | Tensor
+    output_final: bool
+    causal: bool
+    normalization: Any
+
+    def problem(self, tensors: Sequence[Tensor | None]) -> Problem:
+        q, k, v, planes, beta = cast(list[Tensor], tensors[:5])
+        log_decay, key_mask, cu_seqlens, mass, values = tensors[5:]
+        initial = None if mass is None or values is None else SketchState(mass, values)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
+        return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, self.causal, self.normalization)
+
+    def route(self, p: Problem) -> Route:
+        if p.cu_seqlens is not None and self.layout == "contiguous":
+            return Documents(self.group, p, self.offset)
+        return Prefix(self.group, self.layout, p) if p.causal else Total(self.group, p)
+
+
+class _GroupAttention(torch.autograd.Function):
+    """(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial) -> out, and the final state where it is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        p = call.problem(tensors)
+        route, backend, halves = call.route(p), call.backend, _head_halves(p)
+        calls = [route.cut.calls(half) for half in halves]
+        outs, finals, kept = [], [], []
+        with _full_precision(p.q):
+            finishes = [route.start_forward(backend, each, _initial(half)) for half, each in zip(halves, calls)]
+            for each, finish in zip(calls, finishes):
+                entering = finish()
+                done = [backend.forward(replace(one, initial=state)) for one, state in zip(each, entering)]
+                outs.append(route.cut.merge([f.out for f in done]))
+                if call.output_final:
+                    finals.append(_StateSum(route.final([f.final for f in done]), call.group))
+                for f, state in zip(done, entering):
+                    kept += [f.den, f.states, f.final.mass, f.final.values, state.mass, state.values]
+        out = _join(outs, 2)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, out, *kept)
+        states = [each.wait().tensors() for each in finals]
+        return (out, *(_join(parts, 1) for parts in zip(*states)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        tensors, (out, *kept) = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+        p = call.problem(tensors)
+        route, backend, halves = call.route(p), call.backend, _head_halves(p)
+        arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
+        work = _backward_calls(p, route, halves, out, dout, kept)
+        with _full_precision(p.q):
+            finishes = [route.start_backward(backend, each.calls, each.saved, each.douts, _arriving(arriving, half, p, i))
+                        for i, (half, each) in enumerate(zip(halves, work))]
+            grads = [[backend.backward(one, saved, d, state, need_planes=ctx.needs_input_grad[4]) for one, saved, d, state in
+                      zip(each.calls, each.saved, each.douts, finish())] for each, finish in zip(work, finishes)]
+        merged = _merge(route, grads)
+        if merged.log_decay is not None and arriving is not None:
+            dtotal = arriving.wait().log_decay
+            assert dtotal is not None
+            rows = route.rows(p.q.shape[1])
+            merged.log_decay.add_(dtotal[:, None] if rows is None else dtotal[rows])
+        initial = (None, None) if merged.initial is None else (merged.initial.mass, merged.initial.values)
+        every = (None, *merged[:6], None, None, *initial)
+        return tuple(g if need else None for g, need in zip(every, ctx.needs_input_grad))
+
+
+_INPUTS = 10  # tensors of a problem
+
+
+class _StateSum:
+    """The sum of the ranks' shares of a state, under way: one all-reduce."""
+
+    def __init__(self, share: SketchState, group: ProcessGroup) -> None:
+        self._like = share
+        self._pending = start_all_reduce(torch.cat([t.reshape(-1) for t in share.tensors()]), group)
+
+    def wait(self) -> SketchState:
+        tensors = self._like.tensors()
+        parts = self._pending.wait().split([t.numel() for t in tensors])
+        return self._like.with_tensors(tuple(part.view_as(t) for part, t in zip(parts, tensors)))
+
+
+class _Work(NamedTuple):
+    """One half's local calls in the backward pass."""
+
+    calls: list[Problem]
+    saved: list[Forward]
+    douts: list[Tensor]
+
+
+def _backward_calls(p: Problem, route: Route, halves: Sequence[Problem], out: Tensor, dout: Tensor,
+                    kept: list[Tensor]) -> list[_Work]:
+    """The local calls with their initial states, outputs and saved states."""
+    work, first = [], 0
+    for half in halves:
+        heads = half.q.shape[2]
+        outs, douts = (route.cut.of(x.narrow(2, first, heads)) for x in (out, dout))
+        first += heads
+        calls, saved = [], []
+        for one, part in zip(route.cut.calls(half), outs):
+            den, states, mass, values, initial_mass, initial_values = kept[:6]
+            kept = kept[6:]
+            calls.append(replace(one, initial=SketchState(initial_mass, initial_values)))
+            saved.append(Forward(part, den, states, SketchState(mass, values)))
+        work.append(_Work(calls, saved, douts))
+    return work
+
+
+def _merge(route: Route, grads: Sequence[Sequence[Gradients]]) -> Gradients:
+    """The gradients of all local calls, as those of the rank's problem."""
+
+    def rows(name: str) -> Tensor:
+        return _join([route.cut.merge([getattr(g, name) for g in half]) for half in grads], 2)
+
+    def shares(name: str) -> Tensor:
+        return _join([torch.stack([getattr(g, name) for g in half]).sum(0) for half in grads], 0)
+
+    some = grads[0][0]
+    initials = [route.dinitial([g.initial for g in half if g.initial is not None]).tensors() for half in grads]
+    initial = SketchState(*(_join(parts, 1) for parts in zip(*initials)))
+    return Gradients(rows("q"), rows("k"), rows("v"), None if some.planes is None else shares("planes"), shares("beta"),
+                     None if some.log_decay is None else rows("log_decay"), initial)
+
+
+def _head_halves(p: Problem) -> list[Problem]:
+    """The problem of each half of the key/value heads and their query heads; views."""
+    heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
+    bounds = [0, heads // 2, heads] if heads > 1 else [0, heads]
+    return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
+
+
+def _heads(p: Problem, a: int, b: int, repeats: int) -> Problem:
+    return replace(p, q=p.q[:, :, a * repeats : b * repeats], k=p.k[:, :, a:b], v=p.v[:, :, a:b], planes=p.planes[a:b],
+                   beta=p.beta[a:b], log_decay=None if p.log_decay is None else p.log_decay[:, :, a:b],
+                   initial=None if p.initial is None else p.initial.with_tensors(
+                       tuple(t[:, a:b] for t in p.initial.tensors())))
+
+
+def _initial(p: Problem) -> SketchState:
+    """The state that enters the whole sequence."""
+    if p.initial is not None:
+        return p.initial
+    return SketchState.empty(p.num_states, p.k.shape[2], p.features, p.v.shape[3], dtype=p.state_dtype, device=p.q.device)
+
+
+def _arriving(dfinal: _StateSum | None, half: Problem, p: Problem, index: int) -> Callable[[], SketchState]:
+    """How to get one half's gradient of the final state of the whole sequence."""
+    heads = half.k.shape[2]
+    first = index * (p.k.shape[2] // 2)
+
+    def wait() -> SketchState:
+        if dfinal is None:
+            return _initial(half).zero()
+        state = dfinal.wait()
+        return SketchState(state.mass[:, first : first + heads], state.values[:, first : first + heads])
+
+    return wait
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """A backend's own products keep their dtype: autocast stays outside."""
+    return torch.autocast(x.device.type, enabled=False)

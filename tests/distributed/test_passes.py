@@ -1,0 +1,181 @@
+"""The attention over a group against one rank: output, final state and every gradient, to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RankError, run_ranks
+from torch import Tensor
+
+from race_dist import SketchState, race_attention
+from race_dist.parallel.layout import shard_lengths, shard_rows
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. ``lengths``: rows of each rank (contiguous); ``documents``: lengths of packed documents."""
+
+    world: int
+    lengths: tuple[int, ...]
+    layout: str = "contiguous"
+    documents: tuple[int, ...] | None = None
+    batch: int = 1
+    heads: tuple[int, int] = (4, 2)
+    causal: bool = True
+    normalization: str = "global"
+    decay: str = "none"
+    masked: bool = False
+    initial: bool = False
+    final: bool = False
+    beta: float = 1.3
+    strided: bool = False
+    seed: int = 0
+
+    def rows(self, rank: int) -> Tensor:
+        if self.layout == "zigzag":
+            return shard_rows(sum(self.lengths), rank, self.world, layout="zigzag", cu_seqlens=self.cu_seqlens())
+        return torch.arange(sum(self.lengths)).split(list(self.lengths))[rank]
+
+    def cu_seqlens(self) -> Tensor | None:
+        return None if self.documents is None else torch.tensor([0, *self.documents]).cumsum(0)
+
+
+@dataclass
+class Inputs:
+    """Tensors of the whole sequence, weights of the loss, and what to differentiate by."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    planes: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    key_mask: Tensor | None
+    initial: SketchState | None
+    out_weight: Tensor
+    final_weights: list[list[Tensor]] = field(default_factory=list)
+
+
+def make(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(case.seed)
+    total, batch, (hq, hkv), dim, dv, tables, number = sum(case.lengths), case.batch, case.heads, 3, 2, 2, 2
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    rows = batch if case.documents is None else len(case.documents)
+    features = tables * 2**number
+    decay = {"none": None, "head": -draw(hkv).abs() / 4, "token": -draw(batch, total, hkv).abs() / 4}[case.decay]
+    mask = torch.rand(batch, total, generator=generator) > 0.3 if case.masked else None
+    initial = SketchState(draw(rows, hkv, features).abs(), draw(rows, hkv, features, dv)) if case.initial else None
+    weights = [[draw(rows, hkv, features), draw(rows, hkv, features, dv), draw(rows, hkv)] for _ in range(case.world)]
+    return Inputs(draw(batch, total, hq, dim), draw(batch, total, hkv, dim), draw(batch, total, hkv, dv) + 1.0,
+                  draw(hkv, tables, number, dim), torch.full((hkv,), case.beta, dtype=torch.float64), decay, mask, initial,
+                  draw(batch, total, hq, dv), weights)
+
+
+def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) -> dict[str, Tensor]:
+    """Forward and backward of some rows of the sequence; everything that comes out, by name."""
+
+    def take(t: Tensor) -> Tensor:
+        part = t[:, rows]
+        if case.strided:  # [T, B, H, D] seen as [B, T, H, D]
+            part = part.transpose(0, 1).contiguous().transpose(0, 1)
+        return part.requires_grad_(t.is_floating_point())
+
+    leaves = {"q": take(x.q), "k": take(x.k), "v": take(x.v), "planes": x.planes.clone().requires_grad_(),
+              "beta": x.beta.clone().requires_grad_()}
+    decay, initial = x.log_decay, x.initial
+    if case.decay == "token":
+        decay = leaves["log_decay"] = take(x.log_decay)
+    if initial is not None:
+        leaves["initial_mass"], leaves["initial_values"] = (t.clone().requires_grad_() for t in initial.tensors())
+        initial = SketchState(leaves["initial_mass"], leaves["initial_values"])
+    options = {"backend": "reference"} if group is None else {"group": group, "layout": case.layout}
+    result = race_attention(leaves["q"], leaves["k"], leaves["v"], leaves["planes"], leaves["beta"], causal=case.causal,
+                            normalization=case.normalization, cu_seqlens=case.cu_seqlens(), log_decay=decay,
+                            key_mask=None if x.key_mask is None else take(x.key_mask), initial_state=initial,
+                            output_final_state=case.final, **options)
+    out, final = result if case.final else (result, None)
+    loss = (out * x.out_weight[:, rows]).sum()
+    got = {"out": out.detach()}
+    if final is not None:
+        names = ("final_mass", "final_values", "final_log_decay")
+        loss = loss + sum((t * w).sum() for t, w in zip(final.tensors(), weights))
+        got |= {name: t.detach() for name, t in zip(names, final.tensors())}
+    loss.backward()
+    return got | {"d" + name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+
+def on_ranks(group, cases: list[dict]) -> list[dict[str, Tensor]]:
+    rank, results = dist.get_rank(group), []
+    for case in (Case(**each) for each in cases):
+        x = make(case)
+        results.append(attend(case, x, case.rows(rank), group, x.final_weights[rank]))
+    return results
+
+
+BY_ROW = ("out", "dq", "dk", "dv", "dlog_decay")
+
+
+def check(cases: list[Case]) -> None:
+    """Run the cases (all of one world) and compare."""
+    world = cases[0].world
+    per_rank = run_ranks(world, on_ranks, [asdict(case) for case in cases])
+    for case, results in zip(cases, zip(*per_rank)):
+        x = make(case)
+        weights = [sum(parts) for parts in zip(*x.final_weights)]
+        expected = attend(case, x, torch.arange(sum(case.lengths)), None, weights)
+        for name, want in expected.items():
+            parts = [result[name] for result in results]
+            if name in BY_ROW:
+                got = torch.empty_like(want)
+                for rank, part in enumerate(parts):
+                    got[:, case.rows(rank)] = part
+                compare(case, name, got, want)
+            elif name.startswith("final"):
+                for part in parts:
+                    compare(case, name, part, want)
+            else:
+                compare(case, name, sum(parts), want)
+
+
+def compare(case: Case, name: str, got: Tensor, want: Tensor) -> None:
+    if want.numel():
+        error = (got - want).abs().max() / want.abs().max().clamp(min=1e-3)
+        assert error <= TOLERANCE, f"{name} is off by {error:.1e} in {case}"
+
+
+def random_case(world: int, seed: int) -> Case:
+    pick = random.Random(1000 * world + seed)
+    layout = pick.choice(["contiguous", "zigzag"])
+    packed, causal = pick.random() < 0.5, pick.random() < 0.75
+    unit = 2 * world if layout == "zigzag" else 1
+    documents = None
+    if packed:
+        documents = tuple(unit * pick.choice([0, 1, 1, 2, 3] if unit > 1 else [0, 1, 2, 5, 9]) for _ in range(pick.randint(1, 5)))
+        documents = documents if sum(documents) else (unit, *documents)
+        total = sum(documents)
+    else:
+        total = unit * pick.randint(1, 4 if unit > 1 else 24)
+    if layout == "zigzag" or pick.random() < 0.4:
+        lengths = tuple(shard_lengths(total, world))
+    else:
+        edges = sorted(pick.randint(0, total) for _ in range(world - 1))
+        lengths = tuple(b - a for a, b in zip([0, *edges], [*edges, total]))
+    return Case(world, lengths, layout, documents, 1 if packed else pick.choice([1, 2]),
+                pick.choice([(1, 1), (2, 2), (4, 2), (2, 1), (3, 3), (6, 3)]), causal,
+                pick.choice(["global", "bucket", "none"]), pick.choice(["none", "head", "token"]) if causal else "none",
+                pick.random() < 0.3, pick.random() < 0.5, pick.random() < 0.5, pick.choice([0.5, 1.3, 3.0]),
+                pick.random() < 0.3, seed)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_random_calls(world: int) -> None:
+    check([random_case(world, seed) for seed in range(40)])
