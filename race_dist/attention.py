@@ -87,15 +87,16 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
     if layout not in ("contiguous", "zigzag"):
         raise ValueError(f'layout must be "contiguous" or "zigzag"; got {layout!r}')
     name = _pick_backend(problem, backend)
+    final: SketchState | None
     if group is not None and dist.get_world_size(group) > 1:
         if name == "reference":
             raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
         from race_dist.parallel.passes import group_attention
 
-        out, final = group_attention(problem, group, layout, get_backend(name))
+        out, final = group_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
     else:
         out, final = attend(problem, name)
-    if not output_final_state:
+    if not output_final_state or final is None:
         return out
     if initial_state is not None and initial_state.log_decay is not None:
         total = initial_state.log_decay if final.log_decay is None else initial_state.log_decay + final.log_decay
