@@ -31,7 +31,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, *, title: str) -> Non
         top.annotate(f"{last['bpb']:.3f}", (last["step"], last["bpb"]), textcoords="offset points", xytext=(-2, -14),
                      ha="right", color=HELD_OUT, fontsize=10, fontweight="bold")
     top.set(ylabel="bits per byte", ylim=(0, None), title=title)
-    top.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.93))
+    top.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.8))
     bottom.plot([r["step"] for r in train], [r["lr"] for r in train], color=QUIET)
     bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     for axes in (top, bottom):

@@ -136,21 +136,20 @@ class Trainer:
         return float(flat[0])
 
 
-def run(config: TrainConfig, ranks: Ranks, *, overwrite: bool = False) -> RunDirectory:
-    """Train, and leave the run's files in its folder. Every rank calls it; rank 0 writes and prints.
+def run(trainer: Trainer, directory: RunDirectory) -> Evaluation:
+    """Train to the end and leave the run's files in its folder, which :meth:`RunDirectory.create` has made.
 
-    Raises:
-        ValueError, OSError: as :class:`Trainer`, or the folder is taken.
+    Every rank calls it; rank 0 writes and prints.
+
+    Returns:
+        The last measurement on held-out text.
     """
-    trainer = Trainer(config, ranks)
-    directory = RunDirectory(config.directory)
-    if ranks.rank == 0:
-        directory.create(config, overwrite=overwrite)
-    with Metrics(directory.metrics, config.steps) if ranks.rank == 0 else nullcontext() as metrics:
+    if trainer.ranks.rank != 0:
+        return _fit(trainer, None)
+    with Metrics(directory.metrics, trainer.config.steps) as metrics:
         last = _fit(trainer, metrics)
-        if metrics is not None:
-            _finish(trainer, directory, metrics, last)
-    return directory
+        _finish(trainer, directory, metrics, last)
+    return last
 
 
 def _fit(trainer: Trainer, metrics: Metrics | None) -> Evaluation:

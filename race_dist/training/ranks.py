@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from race_dist.parallel import group_rank, group_size
+from race_dist.parallel.mesh import build_mesh, init_distributed
+from race_dist.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class Ranks:
     world: ProcessGroup | None = None
     sp_group: ProcessGroup | None = None
     layout: str = "contiguous"
+
+    @classmethod
+    def join(cls, config: TrainConfig) -> Ranks:
+        """Join the job that the environment describes (none: this process alone) and take a place in its mesh.
+
+        :func:`race_dist.parallel.shutdown` ends it.
+
+        Raises:
+            ValueError: the mesh of the configuration does not fit the number of ranks, or there is no such device.
+        """
+        dp, sp = config.parallel.mesh(int(os.environ.get("WORLD_SIZE", "1")))
+        device = init_distributed(device=None if config.device == "auto" else config.device)
+        if dp * sp == 1:
+            return cls(device)
+        mesh = build_mesh(dp, sp)
+        return cls(device, dist.group.WORLD, mesh["sp"].get_group() if sp > 1 else None, config.parallel.layout)
 
     @property
     def rank(self) -> int:

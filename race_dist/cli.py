@@ -1,0 +1,191 @@
+"""The command ``race-dist``: one thin function a verb."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from race_dist import __version__
+
+FAILED, USER_ERROR = 1, 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode="markdown",
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Say what a user can mend in one sentence; a traceback is for our own mistakes."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Say in one sentence how a run has failed: a rank that died, a loss that is no number."""
+    from race_dist.parallel import RankFailure
+
+    try:
+        yield
+    except (RankFailure, FloatingPointError) as error:
+        print(f"race-dist: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"race-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                          help="Show the version and exit.")] = False,
+) -> None:
+    """RACE Attention: linear in the sequence length, exact over many ranks."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG")],
+    override: Annotated[list[str] | None, typer.Option(
+        "--override", "-o", metavar="KEY=VALUE", help="Change one key, for example optim.lr=3e-4. Repeatable.")] = None,
+    nproc: Annotated[int | None, typer.Option(
+        min=1, metavar="N", help="Start N ranks on this machine. Leave it out under torchrun.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
+) -> None:
+    """Train a language model on text.
+
+    The run goes to runs/NAME: its configuration, metrics.jsonl, the curves as a PNG, the weights as safetensors and a
+    sample. One process is enough; several ranks share the sequences (parallel.sp) and the batch (parallel.dp), and
+    get the same losses.
+    """
+    from race_dist.launch.local import launch_ranks, under_launcher
+    from race_dist.parallel.mesh import shutdown
+    from race_dist.training import loop
+    from race_dist.training.config import load_config
+    from race_dist.training.ranks import Ranks
+    from race_dist.training.rundir import RunDirectory
+
+    with user_errors():
+        settings = load_config(config, override or ())
+        ranks = under_launcher()
+        if not ranks:
+            settings.parallel.mesh(nproc or 1)
+            RunDirectory(settings.directory).check_free(overwrite=overwrite)
+        elif nproc is not None:
+            raise ValueError("--nproc starts ranks itself; leave it out under torchrun")
+    if nproc is not None and nproc > 1:
+        raise typer.Exit(launch_ranks(_again(config, override, overwrite), nproc))
+    with user_errors():
+        place = Ranks.join(settings)
+        trainer = loop.Trainer(settings, place)
+        directory = RunDirectory(settings.directory)
+        if place.rank == 0:
+            directory.create(settings, overwrite=overwrite)
+    with failures():
+        loop.run(trainer, directory)
+        shutdown()
+
+
+def _again(config: Path, override: list[str] | None, overwrite: bool) -> list[str]:
+    """The arguments of one rank of ``train``."""
+    arguments = ["-m", "race_dist.cli", "train", str(config)]
+    for change in override or ():
+        arguments += ["--override", change]
+    return [*arguments, "--overwrite"] if overwrite else arguments
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="The folder of a trained run, for example runs/demo.", metavar="RUN")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the text goes on from.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, from a file.")] = None,
+    tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Bytes to write.")] = 400,
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 always takes the likeliest byte.")] = 0.7,
+    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Draw from the K likeliest bytes only.")] = None,
+    top_p: Annotated[float | None, typer.Option(
+        min=0, max=1, metavar="P", help="Draw from the likeliest bytes that together reach P.")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
+) -> None:
+    """Write text with a trained model: the prompt, then what the model makes of it, as it comes."""
+    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.sampling import stream_text
+
+    with user_errors():
+        if (prompt is None) == (prompt_file is None):
+            raise ValueError("give --prompt or --prompt-file, one of the two")
+        text = prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8")
+        assert text is not None
+        model = RunDirectory(run).load_model(_device())
+        pieces = stream_text(model, text, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        print(text, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+bench = typer.Typer(no_args_is_help=True, help="Time this machine.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("attention")
+def bench_attention(
+    lengths: Annotated[str, typer.Option(metavar="T,T,...", help="Sequence lengths.")] = "1024,4096,16384,32768",
+    heads: Annotated[int, typer.Option(min=1, metavar="H")] = 2,
+    head_dim: Annotated[int, typer.Option(min=1, metavar="D")] = 64,
+    tables: Annotated[int, typer.Option(min=1, metavar="L", help="Hash tables.")] = 4,
+    planes: Annotated[int, typer.Option(min=1, max=10, metavar="P", help="Hyperplanes a table.")] = 4,
+    non_causal: Annotated[bool, typer.Option("--non-causal", help="Every token reads all others.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Times each is timed.")] = 5,
+    memory: Annotated[int | None, typer.Option(
+        min=1, metavar="T", help="Also measure the memory that T tokens add (CPU).")] = None,
+    out: Annotated[Path | None, typer.Option(
+        metavar="FILE.json", help="Write the figures there, and a picture beside it.")] = None,
+) -> None:
+    """Time one attention call, forward and with its gradients, beside softmax and others."""
+    import torch
+
+    from race_dist.benchmarks import attention
+
+    with user_errors():
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
+        if not all(part.strip().isdecimal() and int(part) for part in lengths.split(",")):
+            raise ValueError(f"--lengths takes numbers with commas between them; got {lengths!r}")
+        place = torch.device(device or _device())
+        shape = attention.Shape(0, heads, head_dim, tables, planes, not non_causal, dtype)
+    report = attention.run(shape, [int(part) for part in lengths.split(",")], place, repeats=repeats,
+                           memory_length=memory)
+    if out is not None:
+        with user_errors():
+            print(f"written: {out} and {attention.store(report, out)}")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="race-dist")
+
+
+if __name__ == "__main__":
+    main()
