@@ -157,7 +157,8 @@ class _GroupAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *dfinal: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        tensors, (out, *kept) = ctx.saved_tensors[:_INPUTS], ctx.saved_tensors[_INPUTS:]
+        saved = ctx.saved_tensors  # read once: under activation checkpointing it cannot be read twice
+        tensors, (out, *kept) = saved[:_INPUTS], saved[_INPUTS:]
         p = call.problem(tensors)
         route, backend, halves = call.route(p), call.backend, _head_halves(p)
         arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
