@@ -24,6 +24,8 @@ from race_dist.parallel.layout import (
     shard_sequence,
     unshard_sequence,
 )
+from race_dist.parallel.mesh import build_mesh, init_distributed, shutdown
+from race_dist.parallel.scan import ScanHandle, carries_in, exclusive_scan, exclusive_total, fold, start_scan
 from race_dist.parallel.watch import RankFailure
 
 __all__ = [
@@ -31,21 +33,30 @@ __all__ = [
     "ByteCount",
     "Layout",
     "RankFailure",
+    "ScanHandle",
     "Segments",
     "all_gather_tensor",
     "all_reduce_max",
     "all_reduce_sum",
     "barrier",
     "broadcast_tensor",
+    "build_mesh",
+    "carries_in",
     "check_ranks_agree",
     "count_bytes",
+    "exclusive_scan",
+    "exclusive_total",
+    "fold",
     "group_rank",
     "group_size",
+    "init_distributed",
     "local_segments",
     "shard_lengths",
     "shard_offset",
     "shard_positions",
     "shard_rows",
     "shard_sequence",
+    "shutdown",
+    "start_scan",
     "unshard_sequence",
 ]
