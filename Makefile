@@ -33,7 +33,7 @@ test-gpu: .venv/.installed-dev
 	$(BIN)/pytest -m gpu
 
 lint: .venv/.installed-dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --output-format concise .
 	$(BIN)/mypy
 
 bench: .venv/.installed
