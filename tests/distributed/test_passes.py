@@ -12,6 +12,7 @@ from harness import RankError, run_ranks
 from torch import Tensor
 
 from race_dist import SketchState, race_attention
+from race_dist.parallel.comm import count_bytes
 from race_dist.parallel.layout import shard_lengths, shard_rows
 
 TOLERANCE = 1e-9
@@ -159,7 +160,8 @@ def random_case(world: int, seed: int) -> Case:
     unit = 2 * world if layout == "zigzag" else 1
     documents = None
     if packed:
-        documents = tuple(unit * pick.choice([0, 1, 1, 2, 3] if unit > 1 else [0, 1, 2, 5, 9]) for _ in range(pick.randint(1, 5)))
+        sizes = [0, 1, 1, 2, 3] if unit > 1 else [0, 1, 2, 5, 9]
+        documents = tuple(unit * pick.choice(sizes) for _ in range(pick.randint(1, 5)))
         documents = documents if sum(documents) else (unit, *documents)
         total = sum(documents)
     else:
@@ -179,3 +181,116 @@ def random_case(world: int, seed: int) -> Case:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_random_calls(world: int) -> None:
     check([random_case(world, seed) for seed in range(40)])
+
+
+def edge_cases(world: int) -> list[Case]:
+    """Boundaries at the edges of shards, documents longer than a shard, documents and shards without tokens."""
+    every = {"initial": True, "final": True, "masked": False}
+    cases = []
+    for causal, normalization, decay in [(True, "global", "none"), (True, "none", "token"), (True, "bucket", "head"),
+                                         (False, "global", "none"), (False, "bucket", "none")]:
+        rest = {"causal": causal, "normalization": normalization, "decay": decay, **every}
+        three = (3,) * world
+        cases += [
+            Case(world, three, documents=three, **rest),  # each shard one document
+            Case(world, three, documents=(3 * world,), **rest),  # one document over all
+            Case(world, three, documents=(0, 3 * world, 0), **rest),
+            Case(world, three, documents=(1,) * (3 * world), **rest),
+            Case(world, three, documents=(0, 3, 0, 0, 3 * (world - 1) - 1, 1, 0), **rest),
+            Case(world, (*(0,) * (world - 1), 7), documents=(4, 3), **rest),  # all rows on the last rank
+            Case(world, (7, *(0,) * (world - 1)), documents=(4, 3), **rest),  # all rows on the first
+            Case(world, (7, *(0,) * (world - 1)), **rest),
+            Case(world, (*(0,) * (world - 1), 7), batch=2, **rest),
+            Case(world, (0,) * world, **rest),
+            Case(world, (0,) * world, documents=(0, 0), **rest),
+            Case(world, (0,) * world, "zigzag", **rest),
+            Case(world, (4,) * world, "zigzag", documents=(2 * world, 0, 2 * world), **rest),
+        ]
+    return cases
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_edges(world: int) -> None:
+    check(edge_cases(world))
+
+
+def test_many_tokens_decay_and_underflow() -> None:
+    lengths = (150, 90, 0)
+    check([Case(3, lengths, documents=(20, 150, 70), decay="token", normalization="none", final=True),
+           Case(3, lengths, beta=20.0, final=True),  # features underflow
+           Case(3, (96,) * 3, "zigzag", batch=2, strided=True, decay="head", final=True)])
+
+
+def half_precision(group, dtype, layout):
+    x = make(Case(dist.get_world_size(group), (12,) * dist.get_world_size(group), layout))
+    rows = Case(dist.get_world_size(group), (12,) * dist.get_world_size(group), layout).rows(dist.get_rank(group))
+    q, k, v = (t[:, rows].to(dtype).requires_grad_() for t in (x.q, x.k, x.v))
+    out, final = race_attention(q, k, v, x.planes.bfloat16().float(), 1.0, group=group, layout=layout,
+                                output_final_state=True)
+    out.float().square().sum().backward()
+    return out.detach(), final, q.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_float32(dtype: torch.dtype) -> None:
+    for layout in ("contiguous", "zigzag"):
+        case = Case(2, (12, 12), layout)
+        x = make(case)
+        q, k, v = (t.to(dtype).requires_grad_() for t in (x.q, x.k, x.v))
+        want = race_attention(q, k, v, x.planes.bfloat16().float(), 1.0)
+        want.float().square().sum().backward()
+        for rank, (out, final, grad) in enumerate(run_ranks(2, half_precision, dtype, layout)):
+            assert final.mass.dtype == torch.float32
+            tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+            torch.testing.assert_close(out, want[:, case.rows(rank)], **tolerance)
+            torch.testing.assert_close(grad, q.grad[:, case.rows(rank)], **tolerance)
+
+
+def bytes_of(group, total, layout, causal, documents, final):
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    generator = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, total // world, 2, 4, generator=generator, requires_grad=True) for _ in range(3))
+    cu = torch.tensor([0, total // 2, total]) if documents else None
+    planes = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
+    with count_bytes() as count:
+        result = race_attention(q, k, v, planes, 1.0, causal=causal, group=group, layout=layout, cu_seqlens=cu,
+                                output_final_state=final)
+        (result[0] if final else result).sum().backward()
+    return count
+
+
+@pytest.mark.parametrize(("layout", "causal", "documents"), [
+    ("contiguous", True, False), ("zigzag", True, False), ("contiguous", True, True), ("contiguous", False, False)])
+def test_bytes_do_not_depend_on_the_length(layout: str, causal: bool, documents: bool) -> None:
+    short, long = (run_ranks(2, bytes_of, total, layout, causal, documents, False) for total in (4096, 262144))
+    assert short == long
+    assert short[0].bytes > 0
+
+
+def mismatch(group, what):
+    odd = dist.get_rank(group) == 2
+    q = torch.randn(1, 6, 2, 4, dtype=torch.float32)
+    options = {"layout": "zigzag" if odd and what == "layout" else "contiguous",
+               "normalization": "none" if odd and what == "normalization" else "global",
+               "cu_seqlens": torch.tensor([0, 5, 18] if odd else [0, 4, 18]) if what == "documents" else None}
+    if what == "cu_seqlens":
+        options["cu_seqlens"] = torch.tensor([0, 6])
+    if what == "odd":
+        q, options["layout"] = q[:, :5], "zigzag"
+    if what == "unequal":
+        q, options["layout"] = q[:, : 4 if odd else 6], "zigzag"
+    race_attention(q, q, q, torch.ones(1, 1, 4), 1.0, group=group, **options)
+
+
+@pytest.mark.parametrize(("what", "message"), [
+    ("layout", "layout is contiguous on most ranks, but zigzag on rank 2"),
+    ("normalization", "normalization is global on most ranks, but none on rank 2"),
+    ("documents", r"documents is 2 \(digest \w+\) on most ranks, but 2 \(digest \w+\) on rank 2"),
+    ("cu_seqlens", r"it ends at 6, but the ranks hold \[6, 6, 6\], together 18 rows"),
+    ("odd", "15 rows do not divide by 6"),
+    ("unequal", r"zigzag shards must have equal lengths; the ranks hold \[6, 6, 4\] rows"),
+])
+def test_calls_that_do_not_fit_name_the_rank(what: str, message: str) -> None:
+    with pytest.raises(RankError, match=message) as error:
+        run_ranks(3, mismatch, what)
+    assert all("ValueError" in e for e in error.value.errors)
