@@ -18,13 +18,18 @@ def inverse_frequencies(head_dim: int, base: float) -> list[float]:
     return [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def turns_per_token(head_dim: int, base: float) -> tuple[int, ...]:
     """The frequencies in units of ``2**-64`` turns, rounded, as int64 that wraps around.
 
     A turn is ``2**64`` units, so int64 multiplication drops whole turns by itself and the product with a position is
     the angle modulo one turn, off by at most ``position / 2`` units (``2e-7`` radians at position ``2**40``).
     """
+    return _turns_per_token(head_dim, base)
+
+
+@lru_cache(maxsize=64)
+def _turns_per_token(head_dim: int, base: float) -> tuple[int, ...]:
     units = [round(Fraction(w) / (2 * _PI) * 2**64) % 2**64 for w in inverse_frequencies(head_dim, base)]
     return tuple(u - 2**64 if u >= 2**63 else u for u in units)
 

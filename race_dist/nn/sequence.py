@@ -133,6 +133,8 @@ class Sequence:
 
     def gather(self, x: Tensor) -> Tensor:
         """The whole sequence ``[B, total, ...]`` of which every rank holds ``x [B, T, ...]``; differentiable."""
+        if self.group is None:
+            return x
         return unshard_sequence(x, self.group, dim=1, layout=self.layout, cu_seqlens=self.cu_seqlens)
 
     def spans(self) -> list[Span]:

@@ -71,7 +71,7 @@ def test_piece_by_piece(pattern: str) -> None:
 
 def test_documents_are_sequences_of_their_own() -> None:
     net, cu = model(), [0, 0, 4, 17, 17, 26]
-    ids, labels = text(1, 26)
+    ids, _ = text(1, 26)
     logits = net(ids, cu_seqlens=torch.tensor(cu, dtype=torch.int32))
     for a, b in itertools.pairwise(cu):
         if b > a:
@@ -87,7 +87,7 @@ def test_documents_are_sequences_of_their_own() -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    net, (ids, labels) = model(), text(2, 12)
+    net, (ids, _) = model(), text(2, 12)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, 8:] = False
     logits = net(ids, key_mask=mask)
@@ -156,6 +156,16 @@ def test_narrow_precision() -> None:
     with torch.no_grad():
         assert abs(net.bfloat16()(ids, labels).item() - expected.item()) < 0.1
         assert net(ids).dtype == torch.float32
+
+
+def test_compiles_whole() -> None:
+    """One graph, no breaks, with and without a carry."""
+    net, (ids, labels) = DecoderLM(config()), text(2, 30)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="eager")(ids, labels), net(ids, labels))
+    streamed = torch.compile(net.hidden, fullgraph=True, backend="eager")
+    first, carry = streamed(ids[:, :20], net.zero_carry(2))
+    second, _ = net.hidden(ids[:, 20:], carry)
+    torch.testing.assert_close(torch.cat([first, second], 1), net.hidden(ids)[0])
 
 
 def test_carry_can_be_cut_from_the_graph() -> None:
