@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.parallel.comm import group_rank, group_size, start_all_gather
+from race_dist.parallel.watch import name_ranks
 
 _DIGEST_BYTES = 32
 _TEXT_BYTES = 4096
+_FEW = 4  # ranks that an error lists one by one
 
 
 def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *, what: str = "this run") -> None:
@@ -125,7 +127,10 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
         common = max(values, key=lambda value: (values.count(value), value == values[0]))
         odd = [(ranks[i], value) for i, value in enumerate(values) if value != common]
         if odd:
-            parts.append(f"{name} is {common} on most ranks, but "
-                         + ", ".join(f"{value} on rank {rank}" for rank, value in odd))
+            rest = [ranks[i] for i, value in enumerate(values) if value == common]
+            usual = name_ranks(rest) if len(rest) <= _FEW else f"{len(rest)} ranks"
+            parts.append(f"{name} is {common} on {usual}, but "
+                         + ", ".join(f"{value} on rank {rank}" for rank, value in odd[:_FEW])
+                         + (f" and so on for {len(odd)} ranks" if len(odd) > _FEW else ""))
     return (f"the ranks do not agree on {what} (this is rank {ranks[group_rank(group)]}): " + "; ".join(parts)
             + ". Every rank must make the same call with the same settings.")

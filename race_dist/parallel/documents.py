@@ -14,7 +14,7 @@ from race_dist.ops.problem import Forward, Problem, token_documents
 from race_dist.parallel.comm import group_rank
 from race_dist.parallel.cut import Cut
 from race_dist.parallel.routes import Arriving, Finish, plain, suffixes
-from race_dist.parallel.scan import ScanHandle, start_scan
+from race_dist.parallel.scan import Algorithm, ScanHandle, start_scan
 from race_dist.sketch import SketchState
 
 
@@ -27,9 +27,9 @@ class Documents:
     both ways. A document without tokens belongs to rank 0. All of it is computed on the device of ``cu_seqlens``.
     """
 
-    def __init__(self, group: ProcessGroup, p: Problem, offset: int | Tensor) -> None:
+    def __init__(self, group: ProcessGroup, p: Problem, offset: int | Tensor, algorithm: Algorithm) -> None:
         assert p.cu_seqlens is not None
-        self.group, self.causal = group, p.causal
+        self.group, self.causal, self.algorithm = group, p.causal, algorithm
         cu, length = p.cu_seqlens, p.q.shape[1]
         self.cut = Cut(cu_seqlens=(cu - offset).clamp(0, length))
         start, end, stop = cu[:-1], cu[1:], offset + length
@@ -48,11 +48,11 @@ class Documents:
 
     def start_forward(self, backend: Backend, calls: Sequence[Problem], initial: SketchState) -> Finish:
         (call,) = calls
-        right = start_scan([self._at_end(backend, call, initial)], self.group)
+        right = self._scan(self._at_end(backend, call, initial))
         left = None
         if not self.causal:
             own = self._of_rows(backend, call, self.in_first, initial)
-            left = start_scan([_with_reset(own, self.any_ends)], self.group, reverse=True)
+            left = self._scan(_with_reset(own, self.any_ends), reverse=True)
         outside = _where(self.begins, initial)
         return lambda: [self._entering(outside, right, left)]
 
@@ -61,10 +61,10 @@ class Documents:
         (own,) = suffixes(backend, calls, saved, douts)
         state = dfinal()
         first = _where(self.any_ends, state[self.first]).combine(own[self.first])
-        left = start_scan([_with_reset(first, self.any_ends)], self.group, reverse=True)
+        left = self._scan(_with_reset(first, self.any_ends), reverse=True)
         right = None
         if not self.causal:
-            right = start_scan([_with_reset(own[self.last], self.any_begins)], self.group)
+            right = self._scan(_with_reset(own[self.last], self.any_begins))
         outside = _where(self.ends, state)
         return lambda: [self._entering(outside, right, left)]
 
@@ -78,6 +78,9 @@ class Documents:
     def rows(self, length: int) -> Tensor | None:
         assert self.cut.cu_seqlens is not None
         return token_documents(self.cut.cu_seqlens, length)
+
+    def _scan(self, carry: SketchState, *, reverse: bool = False) -> ScanHandle[SketchState]:
+        return start_scan([carry], self.group, reverse=reverse, algorithm=self.algorithm)
 
     def _of_rows(self, backend: Backend, call: Problem, keep: Tensor, like: SketchState) -> SketchState:
         """The sketch ``[1, ...]`` of some rows, all of one document."""

@@ -26,12 +26,13 @@ from race_dist.parallel.documents import Documents
 from race_dist.parallel.eager import eager
 from race_dist.parallel.layout import Layout, check_layout, check_zigzag
 from race_dist.parallel.routes import Prefix, Route, Total
+from race_dist.parallel.scan import Algorithm
 from race_dist.sketch import SketchState
 
 
 @eager
 def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend: Backend, *,
-                    output_final: bool = True) -> tuple[Tensor, SketchState | None]:
+                    output_final: bool = True, algorithm: Algorithm = "auto") -> tuple[Tensor, SketchState | None]:
     """The attention over a sequence that the ranks of ``group`` share.
 
     Differentiable in q, k, v, planes, beta, log_decay and the initial state. The loss is the sum of the ranks' losses:
@@ -44,6 +45,7 @@ def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend:
         layout: "contiguous" (shards of any lengths) or "zigzag".
         backend: computes the local calls.
         output_final: whether the final state is wanted; without it its exchange is saved.
+        algorithm: of the scan, as for :func:`race_dist.parallel.exclusive_scan`.
 
     Returns:
         ``out [B, T, Hq, Dv]`` of this rank's rows, and the final state of the whole sequence, the same on every rank.
@@ -54,16 +56,17 @@ def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend:
         RankFailure: another rank died or did not come.
     """
     layout = check_layout(layout)
-    offset = _agree(problem, group, layout, backend, output_final)
+    offset = _agree(problem, group, layout, backend, output_final, algorithm)
     p = problem
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    call = _Call(group, layout, backend, offset, output_final, p.causal, p.normalization)
+    call = _Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
     out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
                                         *initial)
     return out, SketchState(*final) if final else None
 
 
-def _agree(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool) -> int | Tensor:
+def _agree(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool,
+           algorithm: Algorithm) -> int | Tensor:
     """Compare the ranks' calls; the number of rows on earlier ranks where documents are packed, 0 otherwise."""
     length, on_cpu = p.q.shape[1], p.q.device.type == "cpu"
     documents: object = None
@@ -76,7 +79,8 @@ def _agree(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, ou
              "v": [p.v.shape[0], "T", *p.v.shape[2:]], "dtype": p.q.dtype, "planes": list(p.planes.shape),
              "causal": p.causal, "normalization": p.normalization, "layout": layout, "documents": documents,
              "log_decay": p.log_decay is not None, "initial_state": None if p.initial is None else p.state_dtype,
-             "backend": getattr(backend, "__name__", backend), "output_final_state": output_final,
+             "backend": getattr(backend, "__name__", type(backend).__name__), "output_final_state": output_final,
+             "algorithm": algorithm,
              "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)}
     need_offset = layout == "contiguous" and p.cu_seqlens is not None
     lengths = agree_on_call("race_attention", facts, group, p.q.device, length=length, need_lengths=need_offset)
@@ -112,6 +116,7 @@ class _Call:
     backend: Backend
     offset: int | Tensor
     output_final: bool
+    algorithm: Algorithm
     causal: bool
     normalization: Any
 
@@ -124,8 +129,8 @@ class _Call:
 
     def route(self, p: Problem) -> Route:
         if p.cu_seqlens is not None and self.layout == "contiguous":
-            return Documents(self.group, p, self.offset)
-        return Prefix(self.group, self.layout, p) if p.causal else Total(self.group, p)
+            return Documents(self.group, p, self.offset, self.algorithm)
+        return Prefix(self.group, self.layout, p, self.algorithm) if p.causal else Total(self.group, p)
 
 
 class _GroupAttention(torch.autograd.Function):

@@ -23,7 +23,7 @@ from race_dist.ops.problem import Forward, Problem, token_documents
 from race_dist.parallel.comm import group_rank, group_size, start_all_reduce
 from race_dist.parallel.cut import Cut
 from race_dist.parallel.layout import Layout, local_segments
-from race_dist.parallel.scan import start_scan
+from race_dist.parallel.scan import Algorithm, start_scan
 from race_dist.sketch import SketchState
 
 States = list[SketchState]
@@ -74,9 +74,9 @@ def plain(state: SketchState) -> SketchState:
 class Prefix:
     """Causal: what enters a piece is the combination of the pieces before it."""
 
-    def __init__(self, group: ProcessGroup, layout: Layout, p: Problem) -> None:
+    def __init__(self, group: ProcessGroup, layout: Layout, p: Problem, algorithm: Algorithm) -> None:
         rank, world = group_rank(group), group_size(group)
-        self.group, self.layout = group, layout
+        self.group, self.layout, self.algorithm = group, layout, algorithm
         zigzag = layout == "zigzag"
         if p.cu_seqlens is not None:
             runs = local_segments(p.q.shape[1], rank, world, layout=layout, cu_seqlens=p.cu_seqlens)
@@ -97,7 +97,7 @@ class Prefix:
 
     def start_forward(self, backend: Backend, calls: Sequence[Problem], initial: SketchState) -> Finish:
         own = self.cut.pieces(summaries(backend, calls, self.cut.states(self._only(self.first, initial))))
-        scan = start_scan(own, self.group, self.layout)
+        scan = start_scan(own, self.group, self.layout, algorithm=self.algorithm)
         return lambda: self._entering(scan.wait(), self.first, initial)
 
     def start_backward(self, backend: Backend, calls: Sequence[Problem], saved: Sequence[Forward],
@@ -105,7 +105,7 @@ class Prefix:
         own = self.cut.pieces(suffixes(backend, calls, saved, douts))
         state = dfinal()
         own = [state.combine(u) if i == self.last else u for i, u in enumerate(own)]
-        scan = start_scan(own, self.group, self.layout, reverse=True)
+        scan = start_scan(own, self.group, self.layout, reverse=True, algorithm=self.algorithm)
         return lambda: self._entering(scan.wait(), self.last, state)
 
     def final(self, finals: Sequence[SketchState]) -> SketchState:

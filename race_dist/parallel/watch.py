@@ -49,7 +49,10 @@ class Watch:
         self.beat = max(_BEAT_SECONDS, self.world / 1000)  # a thousand beats a second are no burden on a store
         store = dist.distributed_c10d._get_default_store()  # public API offers no way to it
         self.main_store = store
-        self.store = store.clone() if hasattr(store, "clone") else store  # the thread must not wait for the main one
+        try:
+            self.store = store.clone()  # a connection of its own: the thread must not wait for the main one
+        except (AttributeError, RuntimeError, NotImplementedError):
+            self.store = store
         self.progress: dict[str, tuple[int, str]] = {}
         self.verdict: tuple[str, list[int]] | None = None
         self.store_lost = False
@@ -140,11 +143,11 @@ class Watch:
         mine, name = self.progress[group.group_name][0], group.group_name
         late = [r for r in others if r not in gone + left and after[r].get("at", {}).get(name, (0, ""))[0] < mine]
         if gone:
-            found, text = gone, f"{_ranks(gone)} died (no sign of life)"
+            found, text = gone, f"{name_ranks(gone)} died (no sign of life)"
         elif left:
-            found, text = left, f"{_ranks(left)} had already left the job"
+            found, text = left, f"{name_ranks(left)} had already left the job"
         elif late:
-            found, text = late, f"{_ranks(late)} did not come to it within the group's timeout"
+            found, text = late, f"{name_ranks(late)} did not come to it within the group's timeout"
         else:
             return
         self.store.compare_set(_VERDICT, "", json.dumps([text, found]))
@@ -192,7 +195,8 @@ def watched(group: ProcessGroup, op: str, *, enter: bool = True) -> Iterator[Non
         raise guard.diagnose(group, op, error) from error
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 3, 5``."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

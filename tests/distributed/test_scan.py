@@ -180,9 +180,9 @@ def mismatch(group, what):
 
 
 @pytest.mark.parametrize(("what", "message"), [
-    ("shape", r"shapes is \[\[1, 2, 4\], \[1, 2, 4, 3\]\] on most ranks, but \[\[1, 2, 8\].*on rank 1"),
-    ("algorithm", "algorithm is all_gather on most ranks, but recursive_doubling on rank 1"),
-    ("call", "call is exclusive_scan on most ranks, but exclusive_total on rank 1"),
+    ("shape", r"shapes is \[\[1, 2, 4\], \[1, 2, 4, 3\]\] on ranks 0, 2, but \[\[1, 2, 8\].*on rank 1"),
+    ("algorithm", "algorithm is all_gather on ranks 0, 2, but recursive_doubling on rank 1"),
+    ("call", "call is exclusive_scan on ranks 0, 2, but exclusive_total on rank 1"),
 ])
 def test_a_mismatch_names_the_rank(what: str, message: str) -> None:
     with pytest.raises(RankError, match=message) as error:
