@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -165,15 +165,51 @@ def bench_attention(
     with user_errors():
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
-        if not all(part.strip().isdecimal() and int(part) for part in lengths.split(",")):
-            raise ValueError(f"--lengths takes numbers with commas between them; got {lengths!r}")
+        sizes = _numbers("--lengths", lengths)
         place = torch.device(device or _device())
         shape = attention.Shape(0, heads, head_dim, tables, planes, not non_causal, dtype)
-    report = attention.run(shape, [int(part) for part in lengths.split(",")], place, repeats=repeats,
+    report = attention.run(shape, sizes, place, repeats=repeats,
                            memory_length=memory)
     if out is not None:
         with user_errors():
             print(f"written: {out} and {attention.store(report, out)}")
+
+
+@bench.command("streaming")
+def bench_streaming(
+    config: Annotated[Path, typer.Argument(help="The model and its text: a training TOML.", metavar="CONFIG")],
+    lengths: Annotated[str, typer.Option(metavar="T,T,...", help="Tokens of each sequence.")] = "262144,1048576",
+    chunk: Annotated[int, typer.Option(min=1, metavar="C", help="Tokens whose activations exist at a time.")] = 8192,
+    override: Annotated[list[str] | None, typer.Option(
+        "--override", "-o", metavar="KEY=VALUE", help="Change one key of the configuration. Repeatable.")] = None,
+    keep: Annotated[Literal["device", "host"], typer.Option(help="Where carries at chunk starts wait.")] = "device",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks first.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there.")] = None,
+) -> None:
+    """Time one exact optimizer step of a whole model over one long sequence."""
+    import json
+
+    import torch
+
+    from race_dist.benchmarks import streaming
+    from race_dist.training.config import load_config
+
+    with user_errors():
+        report = streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), chunk_size=chunk,
+                               device=torch.device(device or _device()), keep=keep, compiled=compiled, threads=threads)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            print(f"written: {out}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """``"1024,4096"`` as numbers."""
+    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+        raise ValueError(f"{option} takes numbers with commas between them; got {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def _device() -> str:
