@@ -8,10 +8,14 @@ whole mesh.
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -210,4 +214,10 @@ def _finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics, last: E
     metrics.say([f"held out: {bits(last.loss):.3f} bits per byte over {last.tokens:,} bytes (uniform: 8)",
                  f"curves:   {directory.curves}",
                  f"weights:  {directory.weights}",
-                 f"go on:    race-dist generate {directory.path} --prompt \"{config.sample.prompt}\""])
+                 f"go on:    {_command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
+
+
+def _command() -> str:
+    """How the user calls ``race-dist``: by its name where that is found, else by its path."""
+    beside = Path(sys.executable).with_name("race-dist")
+    return "race-dist" if shutil.which("race-dist") or not beside.exists() else os.path.relpath(beside)
