@@ -28,7 +28,7 @@ def draw_curves(records: list[dict[str, Any]], path: Path, *, title: str) -> Non
              transform=top.get_yaxis_transform())
     if held_out:
         last = held_out[-1]
-        top.annotate(f"{last['bpb']:.3f}", (last["step"], last["bpb"]), textcoords="offset points", xytext=(-2, -14),
+        top.annotate(f"{last['bpb']:.3f}", (last["step"], last["bpb"]), textcoords="offset points", xytext=(0, 9),
                      ha="right", color=HELD_OUT, fontsize=10, fontweight="bold")
     top.set(ylabel="bits per byte", ylim=(0, None), title=title)
     top.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.8))
