@@ -98,12 +98,14 @@ class Sequence:
         if layout == "zigzag":
             check_zigzag(length * world, world, cu_seqlens)
         offset = shard_offset(length, group, device) if layout == "contiguous" else 0
-        runs = local_segments(length, rank, world, layout=layout, cu_seqlens=cu_seqlens, offset=offset, device=device)
-        positions = runs.positions(length)
         position = torch.as_tensor(position, dtype=torch.int64, device=device)[..., None]  # [1] or [B, 1]
-        if cu_seqlens is not None:
-            row = torch.arange(length, device=device)
-            run = torch.searchsorted(runs.cu_seqlens[1:].contiguous(), row, right=True)
+        positions = torch.arange(length, device=device)
+        if cu_seqlens is None and layout == "contiguous":
+            positions = positions + offset
+        else:
+            runs = local_segments(length, rank, world, layout=layout, cu_seqlens=cu_seqlens, offset=offset, device=device)
+            run = torch.searchsorted(runs.cu_seqlens[1:].clone(), positions, right=True)
+            positions = positions - runs.cu_seqlens[run] + runs.starts[run]
             position = torch.where(runs.documents[run] == 0, position, 0)
         return cls(positions + position, cu_seqlens, key_mask, group, layout, offset, final)
 
@@ -115,7 +117,7 @@ class Sequence:
     @property
     def boundaries(self) -> Tensor | None:
         """``[N - 1]`` where in the whole sequence documents begin, but for the first; None if nothing is packed."""
-        return None if self.cu_seqlens is None else self.cu_seqlens[1:-1].contiguous()
+        return None if self.cu_seqlens is None else self.cu_seqlens[1:-1].clone()
 
     @property
     def num_documents(self) -> int:

@@ -144,7 +144,7 @@ class FullAttention(SoftmaxAttention):
         column = torch.arange(whole.visible.shape[1], device=device)
         seen = column <= row if self.causal else torch.ones_like(column <= row)
         if sequence.cu_seqlens is not None:
-            document = torch.searchsorted(sequence.cu_seqlens[1:-1].contiguous(), column - before, right=True)
+            document = torch.searchsorted(sequence.cu_seqlens[1:-1].clone(), column - before, right=True)
             seen = seen & (document[row] == document)
         return (seen & whole.visible[:, None] | (column == row))[:, None]
 
