@@ -126,7 +126,8 @@ def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
 class ScanHandle(Generic[CarryT]):
     """A scan under way (:func:`start_scan`); :meth:`wait` gives what enters each piece."""
 
-    def __init__(self, scan: Generator[None, None, list[CarryT]], device: torch.device) -> None:
+    def __init__(self, scan: Generator[None, None, list[CarryT]], tensors: Sequence[Tensor]) -> None:
+        device = tensors[0].device
         self._scan = scan
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._result: list[CarryT] | None = None
@@ -134,6 +135,8 @@ class ScanHandle(Generic[CarryT]):
             next(scan)  # the first exchange is launched and runs beside what the caller does next
             return
         self._stream.wait_stream(torch.cuda.current_stream(device))
+        for t in tensors:
+            t.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             self._result = _finish(scan)
 
@@ -161,7 +164,7 @@ def start_scan(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str
     layout, algorithm = _check(pieces, layout, algorithm)
     tensors = [t for piece in pieces for t in piece.tensors()]
     picked = _pick(algorithm, tensors, group_size(group))
-    return ScanHandle(_scan(pieces, _Raw(group), group, layout, reverse, picked), tensors[0].device)
+    return ScanHandle(_scan(pieces, _Raw(group), group, layout, reverse, picked), tensors)
 
 
 # --- the algorithms, over either kind of wire ----------------------------------------------------------------------------

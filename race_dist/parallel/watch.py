@@ -50,7 +50,8 @@ class Watch:
         store = dist.distributed_c10d._get_default_store()  # public API offers no way to it
         self.main_store = store
         try:
-            self.store = store.clone()  # a connection of its own: the thread must not wait for the main one
+            # a connection of its own: the thread must not wait for the main one
+            self.store = store.clone()  # type: ignore[attr-defined]
         except (AttributeError, RuntimeError, NotImplementedError):
             self.store = store
         self.progress: dict[str, tuple[int, str]] = {}

@@ -69,9 +69,13 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return [o.value for o in outcomes]
 
 
-def spawn_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 20.0) -> list[Outcome]:
-    """Run ``fn(group, *args)`` in ``world`` fresh processes whose collectives time out after ``timeout`` seconds."""
-    pool = _Pool(world, timeout)
+def spawn_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 20.0,
+                cuda: bool = False) -> list[Outcome]:
+    """Run ``fn(group, *args)`` in ``world`` fresh processes whose collectives time out after ``timeout`` seconds.
+
+    With ``cuda`` each has a device of its own and groups talk over NCCL too.
+    """
+    pool = _Pool(world, timeout, cuda)
     try:
         return pool.run(world, fn, args, {})
     finally:
@@ -87,7 +91,7 @@ class _Pool:
             cls._instance = cls(MAX_WORLD, GROUP_TIMEOUT)
         return cls._instance
 
-    def __init__(self, world: int, timeout: float) -> None:
+    def __init__(self, world: int, timeout: float, cuda: bool = False) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         context = mp.get_context("forkserver")  # imports once, then forks: processes start in milliseconds
         context.set_forkserver_preload(["torch", "torch.distributed", "race_dist.attention", "race_dist.parallel.passes"])
@@ -97,7 +101,7 @@ class _Pool:
         self.processes = []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs, rank, world, port, timeout), daemon=True)
+            process = context.Process(target=_worker, args=(theirs, rank, world, port, timeout, cuda), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -145,7 +149,7 @@ class _Pool:
                 process.join(10)
 
 
-def _worker(pipe: Connection, rank: int, world: int, port: int, timeout: float) -> None:
+def _worker(pipe: Connection, rank: int, world: int, port: int, timeout: float, cuda: bool) -> None:
     os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
                       WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     import torch
@@ -153,7 +157,9 @@ def _worker(pipe: Connection, rank: int, world: int, port: int, timeout: float) 
 
     torch.set_num_threads(1)
     seconds = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=seconds)
+    if cuda:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=seconds)
     groups = {w: dist.new_group(list(range(w)), timeout=seconds) for w in range(1, world)}
     groups[world] = dist.group.WORLD
     while (path := pipe.recv()) is not None:
