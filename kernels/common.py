@@ -42,24 +42,62 @@ def locate(tiles, tile, T, TILE, c: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, b, t, h, n, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
-    """Rows t .. t + n of head h, ``[C, BX]``; zeros past n and past column X."""
-    rows = tl.arange(0, c.C)
-    cols = tl.arange(0, BX)
-    pointer = x[0] + b * x[1] + t * x[2] + h * x[3] + rows[:, None].to(tl.int64) * x[2] + cols[None, :] * x[4]
-    if X == BX:
-        return tl.load(pointer, mask=(rows < n)[:, None], other=0.0)
+def open_rows(x, b, h, end, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
+    """Head h of row b of ``x [B, T, H, X]``, tokens before ``end``, with a bulk-copy descriptor where the plan says so."""
+    head = x[0] + b * x[1] + h * x[3]
+    if c.bulk:
+        bulk = tl.make_tensor_descriptor(head, [end.to(tl.int32), X], [x[2].to(tl.int64), 1], [c.C, BX])
+        return (head, x[2], x[4], end, bulk)
     else:
-        return tl.load(pointer, mask=(rows < n)[:, None] & (cols < X)[None, :], other=0.0)
+        return (head, x[2], x[4], end)
 
 
 @triton.jit
-def store_rows(x, value, b, t, h, n, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
+def open_heads(x, b, h, end, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
+    """:func:`open_rows` of each query head that reads key/value head h."""
+    heads = ()
+    for g in tl.static_range(c.G):
+        heads = heads + (open_rows(x, b, h * c.G + g, end, X, BX, c),)
+    return heads
+
+
+@triton.jit
+def load_rows(x, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
+    """Tokens t .. t + C of opened rows, ``[C, BX]``; zeros past their end and past column X."""
+    if c.bulk:
+        return x[4].load([t.to(tl.int32), 0])
+    else:
+        rows = tl.arange(0, c.C)
+        cols = tl.arange(0, BX)
+        pointer = x[0] + t * x[1] + rows[:, None].to(tl.int64) * x[1] + cols[None, :] * x[2]
+        if X == BX:
+            return tl.load(pointer, mask=(rows < x[3] - t)[:, None], other=0.0)
+        else:
+            return tl.load(pointer, mask=(rows < x[3] - t)[:, None] & (cols < X)[None, :], other=0.0)
+
+
+@triton.jit
+def expect_rows(x, t, first, BX: tl.constexpr, c: tl.constexpr):
+    """Ask for tokens t .. t + C to be brought into the L2 cache: a chunk's loads then wait a third as long."""
+    if not INTERPRET and c.prefetch:
+        rows = tl.minimum(tl.maximum(t + tl.arange(0, c.C), first), x[3] - 1)
+        line: tl.constexpr = 128 // (x[0].dtype.element_ty.primitive_bitwidth // 8)
+        cols = tl.arange(0, BX // line) * line
+        pointer = x[0] + rows[:, None] * x[1] + cols[None, :] * x[2]
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer.to(tl.int64)], dtype=tl.int32,
+                                  is_pure=False, pack=1)
+
+
+@triton.jit
+def store_rows(x, value, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
     """The inverse of :func:`load_rows`."""
-    rows = tl.arange(0, c.C)
-    cols = tl.arange(0, BX)
-    pointer = x[0] + b * x[1] + t * x[2] + h * x[3] + rows[:, None].to(tl.int64) * x[2] + cols[None, :] * x[4]
-    tl.store(pointer, value.to(x[0].dtype.element_ty), mask=(rows < n)[:, None] & (cols < X)[None, :])
+    if c.bulk:
+        x[4].store([t.to(tl.int32), 0], value.to(x[4].dtype))
+    else:
+        rows = tl.arange(0, c.C)
+        cols = tl.arange(0, BX)
+        pointer = x[0] + t * x[1] + rows[:, None].to(tl.int64) * x[1] + cols[None, :] * x[2]
+        tl.store(pointer, value.to(x[0].dtype.element_ty), mask=(rows < x[3] - t)[:, None] & (cols < X)[None, :])
 
 
 @triton.jit
@@ -117,29 +155,46 @@ def low(x, c: tl.constexpr):
 
 
 @triton.jit
-def mm(a, b):
-    """``a @ b`` in float32, of operands from :func:`low`."""
-    return tl.dot(a, b, input_precision="tf32x3")
+def mm(a, b, acc=None):
+    """``a @ b (+ acc)`` in float32, of operands from :func:`low`."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit
-def mm_right(a, b, c: tl.constexpr):
-    """``a @ b`` where b is float32 and keeps 16 bits of its mantissa (all, for float32 inputs)."""
+def rounded(x, c: tl.constexpr):
+    """x at the precision of :func:`low`, still as float32. On the bits: the conversion there and back is slower."""
     if c.f32 or INTERPRET:
-        return mm(a, b)
+        return x
     else:
-        high = b.to(tl.bfloat16)
-        return mm(a, high) + mm(a, (b - high.to(tl.float32)).to(tl.bfloat16))
+        return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def mm_left(a, b, c: tl.constexpr):
-    """``a @ b`` where a is float32 and keeps 16 bits of its mantissa, b holds bfloat16 numbers."""
+def parts(x, c: tl.constexpr):
+    """x as the sum of two operands, 16 bits of mantissa together (float32: x itself, and x again, unused)."""
     if c.f32 or INTERPRET:
-        return mm(a, b)
+        return x, x
     else:
-        high = a.to(tl.bfloat16)
-        return mm(high, b) + mm((a - high.to(tl.float32)).to(tl.bfloat16), b)
+        high = rounded(x, c)
+        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def mm_right(a, b, acc, c: tl.constexpr):
+    """``a @ b (+ acc)`` where b is given in :func:`parts`."""
+    acc = mm(a, b[0], acc)
+    if not (c.f32 or INTERPRET):
+        acc = mm(a, b[1], acc)
+    return acc
+
+
+@triton.jit
+def mm_left(a, b, acc, c: tl.constexpr):
+    """``a @ b (+ acc)`` where a is given in :func:`parts`."""
+    acc = mm(a[0], b, acc)
+    if not (c.f32 or INTERPRET):
+        acc = mm(a[1], b, acc)
+    return acc
 
 
 # --- the soft hash -------------------------------------------------------------------------------------------------------
@@ -207,7 +262,7 @@ def signs(x, W, W_rest, beta, c: tl.constexpr):
 @triton.jit
 def buckets(log_on, log_off, ones, zeros, s0, c: tl.constexpr):
     """``phi [C, SB]``: the product over a table's planes of one sigmoid each, as a sum of logarithms."""
-    phi = tl.exp2(mm_left(log_on, ones, c) + mm_left(log_off, zeros, c))
+    phi = tl.exp2(mm_left(parts(log_off, c), zeros, mm_left(parts(log_on, c), ones, None, c), c))
     if c.S % c.SB != 0:
         phi = tl.where((s0 + tl.arange(0, c.SB) < c.S)[None, :], phi, 0.0)
     return phi
@@ -225,12 +280,26 @@ def hash_gradient(y, u, log_on, log_off, ones, zeros, beta, c: tl.constexpr):
     """From ``y = phi * dphi [C, SB]``: ``dz [C, LPB]`` of the projections, and each row's part of dbeta.
 
     A corner's feature is a product of sigmoids, so y is the gradient of its logarithm; with t = 2 beta u,
-    d log sigmoid(t) / dt = sigmoid(-t).
+    d log sigmoid(t) / dt = sigmoid(-t). A multiple of phi in y changes nothing: the walks take it out (see
+    :func:`centred`), so that y can be rounded; a block of a table cannot, and keeps two parts.
     """
-    on = mm_left(y, tl.trans(ones), c)
-    off = mm_left(y, tl.trans(zeros), c)
+    if c.walk:
+        y = low(y, c)
+        on = mm(y, tl.trans(ones))
+        off = mm(y, tl.trans(zeros))
+    else:
+        y = parts(y, c)
+        on = mm_left(y, tl.trans(ones), None, c)
+        off = mm_left(y, tl.trans(zeros), None, c)
     dt = on * tl.exp2(log_off) - off * tl.exp2(log_on)
     return 2.0 * beta * dt * (1.0 - u * u), tl.sum(2.0 * u * dt, 1)
+
+
+@triton.jit
+def centred(phi, dphi, c: tl.constexpr):
+    """``y = phi * dphi`` without its multiple of phi, and its sums over the features."""
+    total = tl.sum(phi * dphi, 1)
+    return phi * (dphi - (total / c.L)[:, None]), total
 
 
 @triton.jit
@@ -326,18 +395,21 @@ def through(x, G, c: tl.constexpr):
 
 
 @triton.jit
-def seen(x, G, c: tl.constexpr):
-    """``x [i, j]`` of queries i and keys j, weighted by ``exp(G_i - G_j)``; 0 where j comes after i."""
-    i = tl.arange(0, c.C)
+def seen(x, t, G, c: tl.constexpr):
+    """``x [i, j]`` of queries i and keys j, weighted by ``exp(G_i - G_j)``; 0 where j comes after i.
+
+    Rows and columns are counted from t, the chunk: a mask that is the same in each would be kept in registers.
+    """
+    i = (t + tl.arange(0, c.C)).to(tl.int32)
     if c.decay:
         x = x * tl.exp2(tl.minimum((G[0][:, None] - G[0][None, :]) + (G[1][:, None] - G[1][None, :]), 0.0))
     return tl.where(i[:, None] >= i[None, :], x, 0.0)
 
 
 @triton.jit
-def seen_by(x, G, c: tl.constexpr):
+def seen_by(x, t, G, c: tl.constexpr):
     """:func:`seen` of ``x [j, i]``."""
-    i = tl.arange(0, c.C)
+    i = (t + tl.arange(0, c.C)).to(tl.int32)
     if c.decay:
         x = x * tl.exp2(tl.minimum((G[0][None, :] - G[0][:, None]) + (G[1][None, :] - G[1][:, None]), 0.0))
     return tl.where(i[:, None] <= i[None, :], x, 0.0)

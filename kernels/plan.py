@@ -23,7 +23,7 @@ from race_dist.kernels.interpreter import INTERPRET
 PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
 MAX_TILE = 4096
 SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV")
-KERNELS = ("sums", "out", "queries", "keys")
+KERNELS = ("sums", "out", "queries", "query_sums", "keys")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Spec:
 
     ``SB`` features in each of ``NSB`` blocks, behind which lie ``TB`` tables with ``LPB`` plane slots; ``G`` query
     heads a key/value head. ``f32``: float32 products (three tf32 terms); ``half``: float16 inputs; ``split_planes``:
-    the planes' dtype is wider than the inputs'.
+    the planes' dtype is wider than the inputs'; ``bulk``: rows move by the copy engine (TMA).
     """
 
     D: int
@@ -52,6 +52,10 @@ class Spec:
     f32: bool
     half: bool
     split_planes: bool
+    bulk: bool
+    prefetch: bool = True
+    fused: bool = False
+    walk: bool = True
     need_planes: bool = False
 
     @property
@@ -109,6 +113,12 @@ class Launch:
 
     spec: Spec
     num_warps: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch, besides warps."""
+        return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
 
     @cached_property
     def constants(self) -> Constants:
@@ -147,8 +157,8 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = N
     size = chunk or 64
     launches = {}
     for kernel in KERNELS:
-        stages, warps = 2, 8 if kernel in ("queries", "keys") else 4
-        launches[kernel] = Launch(replace(spec, C=size, SB=min(block, 64), stages=stages), warps)
+        stages, warps = 3 if kernel in ("sums", "query_sums") else 1, 4
+        launches[kernel] = Launch(replace(spec, C=size, SB=min(block, 64), walk=walk, stages=stages), warps)
     if not walk:
         return Plan(size, False, launches)
     if tile is None:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from race_dist.kernels.common import (
     BUCKET_EPS, buckets, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep,
-    load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_right, planes_gradient, seen, seen_by,
+    load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_rows, parts, planes_gradient, rounded, seen, seen_by,
     signs, soft_hash, store_planes_gradient, store_rows, store_scalars, store_state, unproject,
 )
 
@@ -40,58 +40,58 @@ def snapshot_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, t
             W, W_rest = load_planes(planes, h, s0, c)
             ones, zeros = corner_bits(s0, c)
             M, m = load_state(states, index, s0, c)
-            Fq = soft_hash(load_rows(q, b, t, hq, n, c.D, c.BD, c), W, W_rest, ones, zeros, sharp, s0, c)
+            Fq = soft_hash(load_rows(open_rows(q, b, hq, end, c.D, c.BD, c), t, c.D, c.BD, c), W, W_rest, ones, zeros, sharp, s0, c)
             if c.causal:
-                k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
+                k_c = load_rows(open_rows(k, b, h, end, c.D, c.BD, c), t, c.D, c.BD, c)
                 Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
                 if c.is_bucket:
-                    Fq = Fq / mass_here(m, Fk, G, c)
-                Fq = low(Fq, c)
-                A += mm(Fq, tl.trans(Fk))
+                    Fq = Fq / mass_here(m, Fk, t, G, c)
+                Fq = rounded(Fq, c)
+                A += mm(low(Fq, c), tl.trans(Fk))
             else:
                 if c.is_bucket:
                     Fq = Fq / (m[None, :] + BUCKET_EPS)
-                Fq = low(Fq, c)
-            num += mm(Fq, low(M, c))
+                Fq = rounded(Fq, c)
+            num += mm(low(Fq, c), low(M, c))
             if c.is_global:
-                total += tl.sum(Fq.to(tl.float32) * m[None, :], 1)
+                total += tl.sum(Fq * m[None, :], 1)
         num = entering(num, G, c)
         if c.decay:
             total *= tl.exp2(G[0])
         if c.causal:
-            A = low(seen(A, G, c), c)
-            num += mm(A, low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c))
-            total += tl.sum(A.to(tl.float32), 1)
+            A = rounded(seen(A, t, G, c), c)
+            num += mm(low(A, c), low(load_rows(open_rows(v, b, h, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c))
+            total += tl.sum(A, 1)
         if c.is_global:
             num *= inverse_den(total)[:, None]
             store_scalars(den, total, b, t, hq, n, c)
-        store_rows(out, num, b, t, hq, n, c.Dv, c.BV, c)
+        store_rows(open_rows(out, b, hq, end, c.Dv, c.BV, c), num, t, c.Dv, c.BV, c)
 
 
 @triton.jit
-def mass_here(m, Fk_low, G, c: tl.constexpr):
+def mass_here(m, Fk_low, t, G, c: tl.constexpr):
     """Each bucket's mass at each token of the chunk, the token included, plus eps, ``[C, SB]``."""
-    return mass_seen(m, Fk_low, G, c) + BUCKET_EPS
+    return mass_seen(m, Fk_low, t, G, c) + BUCKET_EPS
 
 
 @triton.jit
-def mass_seen(m, Fk_low, G, c: tl.constexpr):
+def mass_seen(m, Fk_low, t, G, c: tl.constexpr):
     """Each bucket's mass at each token of the chunk, the token included, ``[C, SB]``."""
     before = entering(tl.zeros([c.C, c.SB], tl.float32) + m[None, :], G, c)
-    return before + mm(low(seen(tl.full([c.C, c.C], 1.0, tl.float32), G, c), c), Fk_low)
+    return before + mm(low(seen(tl.full([c.C, c.C], 1.0, tl.float32), t, G, c), c), Fk_low)
 
 
 @triton.jit
-def query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, G, s0, c: tl.constexpr):
+def query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c: tl.constexpr):
     """A query's signs and features, ``e [C, SB]``, and the masses it reads (plus eps for "bucket")."""
     u, log_on, log_off = signs(q_c, W, W_rest, sharp, c)
     Fq = buckets(log_on, log_off, ones, zeros, s0, c)
-    e = entering(mm_right(do_c, tl.trans(M), c), G, c)
+    e = entering(mm_right(do_c, parts(tl.trans(M), c), None, c), G, c)
     masses = tl.zeros([c.C, c.SB], tl.float32) + m[None, :]
     if c.causal:
         e += mm(A, Fk)
         if c.is_global or c.is_bucket:
-            masses = mass_seen(m, Fk, G, c)
+            masses = mass_seen(m, Fk, t, G, c)
     if c.is_bucket:
         masses += BUCKET_EPS
     return u, log_on, log_off, Fq, e, masses
@@ -115,13 +115,13 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
     rows_sum = tl.zeros([c.C], tl.float32)
     for g in tl.static_range(c.G):
         hq = h * c.G + g
-        q_c = load_rows(q, b, t, hq, n, c.D, c.BD, c)
-        do_c = low(load_rows(dout, b, t, hq, n, c.Dv, c.BV, c), c)
+        q_c = load_rows(open_rows(q, b, hq, end, c.D, c.BD, c), t, c.D, c.BD, c)
+        do_c = low(load_rows(open_rows(dout, b, hq, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
         A = low(tl.zeros([c.C, c.C], tl.float32), c)
         if c.causal:
-            k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
-            v_c = low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c)
-            A = low(seen(mm(do_c, tl.trans(v_c)), G, c), c)
+            k_c = load_rows(open_rows(k, b, h, end, c.D, c.BD, c), t, c.D, c.BD, c)
+            v_c = low(load_rows(open_rows(v, b, h, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
+            A = low(seen(mm(do_c, tl.trans(v_c)), t, G, c), c)
         r = tl.full([c.C], 1.0, tl.float32)
         h_c = tl.zeros([c.C], tl.float32)
         if c.is_global:
@@ -134,7 +134,7 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
                 Fk = A
                 if c.causal:
                     Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
-                _, _, _, Fq, e, _ = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, G, s0, c)
+                _, _, _, Fq, e, _ = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
                 h_c -= r * tl.sum(Fq * e, 1)
             store_scalars(h_out, h_c, b, t, hq, n, c)
         dq_c = tl.zeros([c.C, c.BD], tl.float32)
@@ -146,7 +146,7 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
             Fk = A
             if c.causal:
                 Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
-            u, log_on, log_off, Fq, e, masses = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, G, s0, c)
+            u, log_on, log_off, Fq, e, masses = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
             if c.is_bucket:
                 y = Fq * (e / masses)
                 w = Fq / masses
@@ -155,23 +155,22 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
             else:
                 y = r[:, None] * (Fq * (e + h_c[:, None] * masses))
                 w = r[:, None] * Fq
-                dm = w * h_c[:, None]
+                dm = tl.zeros([c.C, c.SB], tl.float32)
                 rows_sum += tl.sum(y, 1)
             dz, part = hash_gradient(y, u, log_on, log_off, ones, zeros, sharp, c)
             db += part
             if c.need_planes:
                 add_planes_gradient(dplanes, planes_gradient(q_c, dz, c), own, s0, g == 0, c)
             dq_c += unproject(dz, W, W_rest, c)
-            C_sum = mm(tl.trans(low(entering(w, G, c), c)), do_c)
-            c_sum = tl.sum(entering(dm, G, c), 0)
-            if c.is_global:
-                c_sum = tl.sum(low(entering(w, G, c), c).to(tl.float32) * h_c[:, None], 0)
+            w = rounded(entering(w, G, c), c)
+            C_sum = mm(tl.trans(low(w, c)), do_c)
+            c_sum = tl.sum(w * h_c[:, None] if c.is_global else entering(dm, G, c), 0)
             if g > 0:
                 C_old, c_old = load_state(suffix_sums, own, s0, c)
                 C_sum += C_old
                 c_sum += c_old
             store_state(suffix_sums, own, s0, C_sum, c_sum, c)
-        store_rows(dq, dq_c, b, t, hq, n, c.D, c.BD, c)
+        store_rows(open_rows(dq, b, hq, end, c.D, c.BD, c), dq_c, t, c.D, c.BD, c)
     tl.store(dbeta + own, tl.sum(db, 0))
     if c.decay:
         tl.store(decays + own, G[2])
@@ -202,8 +201,8 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
     sharp = tl.load(beta + h).to(tl.float32)
     G = load_decay(log_decay, b, t, h, n, c)
     keep = load_keep(key_mask, b, t, n, c)
-    k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
-    v_c = low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c)
+    k_c = load_rows(open_rows(k, b, h, end, c.D, c.BD, c), t, c.D, c.BD, c)
+    v_c = low(load_rows(open_rows(v, b, h, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
     dk_c = tl.zeros([c.C, c.BD], tl.float32)
     dv_c = tl.zeros([c.C, c.BV], tl.float32)
     db = tl.zeros([c.C], tl.float32)
@@ -219,20 +218,20 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
         u, log_on, log_off = signs(k_c, W, W_rest, sharp, c)
         Fk = tl.where(keep[:, None], buckets(log_on, log_off, ones, zeros, s0, c), 0.0)
         Fk_low = low(Fk, c)
-        dphi = leaving(mm_right(v_c, tl.trans(Cs), c) + cs[None, :], G, c)
+        dphi = leaving(mm_right(v_c, parts(tl.trans(Cs), c), None, c) + cs[None, :], G, c)
         dv_c += leaving(mm(Fk_low, low(Cs, c)), G, c)
         if c.causal:
             for g in tl.static_range(c.G):
                 hq = h * c.G + g
-                q_c = load_rows(q, b, t, hq, n, c.D, c.BD, c)
-                do_c = low(load_rows(dout, b, t, hq, n, c.Dv, c.BV, c), c)
+                q_c = load_rows(open_rows(q, b, hq, end, c.D, c.BD, c), t, c.D, c.BD, c)
+                do_c = low(load_rows(open_rows(dout, b, hq, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
                 A = mm(v_c, tl.trans(do_c))  # [j, i]
                 if c.is_bucket:
                     M, m = load_state(states, index, s0, c)
-                    A_q = low(seen(tl.trans(A), G, c), c)
-                    _, _, _, w, e, masses = query_products(q_c, do_c, A_q, M, m, Fk_low, W, W_rest, ones, zeros, sharp, G, s0, c)
+                    A_q = low(seen(tl.trans(A), t, G, c), c)
+                    _, _, _, w, e, masses = query_products(q_c, do_c, A_q, M, m, Fk_low, W, W_rest, ones, zeros, sharp, t, G, s0, c)
                     w /= masses
-                    share = seen_by(tl.full([c.C, c.C], 1.0, tl.float32), G, c)
+                    share = seen_by(tl.full([c.C, c.C], 1.0, tl.float32), t, G, c)
                     dphi -= mm(low(share, c), low(w * e / masses, c))
                 else:
                     w = soft_hash(q_c, W, W_rest, ones, zeros, sharp, s0, c)
@@ -240,8 +239,8 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
                     w *= inverse_den(load_scalars(den, b, t, hq, n, c))[:, None]
                     A += load_scalars(h_in, b, t, hq, n, c)[None, :]
                 w_low = low(w, c)
-                dphi += mm(low(seen_by(A, G, c), c), w_low)
-                dv_c += mm(low(seen_by(mm(Fk_low, tl.trans(w_low)), G, c), c), do_c)
+                dphi += mm(low(seen_by(A, t, G, c), c), w_low)
+                dv_c += mm(low(seen_by(mm(Fk_low, tl.trans(w_low)), t, G, c), c), do_c)
         y = Fk * dphi
         dG -= tl.sum(y, 1)
         dz, part = hash_gradient(y, u, log_on, log_off, ones, zeros, sharp, c)
@@ -253,6 +252,6 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
         if not c.is_global:
             dG += load_scalars(row_in, b, t, h, n, c)
         store_scalars(dlog_decay, tl.cumsum(dG, 0, reverse=True) + flow, b, t, h, n, c)
-    store_rows(dk, dk_c, b, t, h, n, c.D, c.BD, c)
-    store_rows(dv, dv_c, b, t, h, n, c.Dv, c.BV, c)
+    store_rows(open_rows(dk, b, h, end, c.D, c.BD, c), dk_c, t, c.D, c.BD, c)
+    store_rows(open_rows(dv, b, h, end, c.Dv, c.BV, c), dv_c, t, c.Dv, c.BV, c)
     tl.store(dbeta + own, tl.sum(db, 0))

@@ -1,4 +1,7 @@
-"""Tile sums: what the keys of one tile add to the sketch, ``sum_j w_j phi(k_j)^T [v_j | 1]``, w_j as seen after the tile.
+"""Tile sums: what one tile adds to a state. Forwards that of the keys, backwards that of the queries.
+
+    M = sum_j x_j phi(k_j)^T v_j     m = sum_j x_j phi(k_j)            x_j: how much of token j is seen after the tile
+    C = sum_i x_i w_i^T do_i         c = sum_i x_i w_i h_i             x_i: how much token i sees from before the tile
 
 Shapes: C tokens a chunk, SB features and BV value columns a program.
 """
@@ -9,8 +12,8 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    buckets, corner_bits, leaving, load_decay, load_keep, load_planes, load_rows, locate, low, mm, signs, store_state,
-    through,
+    corner_bits, entering, inverse_den, leaving, load_decay, load_keep, load_planes, load_rows, load_scalars,
+    locate, low, mm, open_heads, open_rows, rounded, soft_hash, store_state, through,
 )
 
 
@@ -29,20 +32,54 @@ def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, T
     M = tl.zeros([c.SB, c.BV], tl.float32)
     m = tl.zeros([c.SB], tl.float32)
     total = (start * 0).to(tl.float64)
+    k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
+    v_rows = open_rows(v, b, h, end, c.Dv, c.BV, c)
     for t in tl.range(start, end, c.C, num_stages=c.stages):
         n = end - t
-        k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
-        v_c = low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c)
-        keep = load_keep(key_mask, b, t, n, c)
+        k_c = load_rows(k_rows, t, c.D, c.BD, c)
+        v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
         G = load_decay(log_decay, b, t, h, n, c)
-        u, log_on, log_off = signs(k_c, W, W_rest, sharp, c)
-        phi = tl.where(keep[:, None], buckets(log_on, log_off, ones, zeros, s0, c), 0.0)
-        phi = low(leaving(phi, G, c), c)
-        M = through(M, G, c) + mm(tl.trans(phi), v_c)
-        m = through(m, G, c) + tl.sum(phi.to(tl.float32), 0)
+        phi = soft_hash(k_c, W, W_rest, ones, zeros, sharp, s0, c)
+        phi = rounded(leaving(tl.where(load_keep(key_mask, b, t, n, c)[:, None], phi, 0.0), G, c), c)
+        M = mm(tl.trans(low(phi, c)), v_c, through(M, G, c))
+        m = through(m, G, c) + tl.sum(phi, 0)
         if c.decay:
             total += G[2]
     index = tile.to(tl.int64) * H + h
     store_state(sums, index, s0, M, m, c)
     if c.decay and s0 == 0:
         tl.store(decays + index, total)
+
+
+@triton.jit
+def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, tiles, T, TILE, H, c: tl.constexpr):
+    """Program (tile, head): writes ``sums [tile, H, S (Dv + 1)]`` of the suffix state. One block of features."""
+    h = tl.program_id(0) % H
+    tile = tl.program_id(0) // H
+    b, _, start, end, _ = locate(tiles, tile, T, TILE, c)
+    W, W_rest = load_planes(planes, h, 0, c)
+    ones, zeros = corner_bits(0, c)
+    sharp = tl.load(beta + h).to(tl.float32)
+    C_sum = tl.zeros([c.SB, c.BV], tl.float32)
+    c_sum = tl.zeros([c.SB], tl.float32)
+    reach = (start * 0).to(tl.float64)  # log decay from the tile's first token to this chunk
+    q_rows = open_heads(q, b, h, end, c.D, c.BD, c)
+    do_rows = open_heads(dout, b, h, end, c.Dv, c.BV, c)
+    for t in tl.range(start, end, c.C, num_stages=c.stages):
+        n = end - t
+        G = load_decay(log_decay, b, t, h, n, c)
+        for g in tl.static_range(c.G):
+            q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
+            do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
+            w = entering(soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c), G, c)
+            if c.is_global:
+                w *= inverse_den(load_scalars(den, b, t, h * c.G + g, n, c))[:, None]
+            if c.decay:
+                w *= tl.exp2(reach.to(tl.float32))
+            w = rounded(w, c)
+            C_sum = mm(tl.trans(low(w, c)), do_c, C_sum)
+            if c.is_global:
+                c_sum += tl.sum(w * load_scalars(h_in, b, t, h * c.G + g, n, c)[:, None], 0)
+        if c.decay:
+            reach += G[2]
+    store_state(sums, tile.to(tl.int64) * H + h, 0, C_sum, c_sum, c)

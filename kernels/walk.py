@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    corner_bits, entering, inverse_den, key_features, leaving, load_decay, load_keep, load_planes, load_rows, load_state,
-    locate, low, mm, seen, soft_hash, store_rows, store_scalars, through,
+    corner_bits, entering, expect_rows, inverse_den, key_features, leaving, load_decay, load_keep, load_planes, load_rows, load_state,
+    locate, low, mm, open_heads, open_rows, rounded, seen, soft_hash, store_rows, store_scalars, through,
 )
 
 
@@ -29,29 +29,36 @@ def walk_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles
     ones, zeros = corner_bits(0, c)
     sharp = tl.load(beta + h).to(tl.float32)
     M, m = load_state(states, (tile if c.causal else row).to(tl.int64) * H + h, 0, c)
+    k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
+    v_rows = open_rows(v, b, h, end, c.Dv, c.BV, c)
+    q_rows = open_heads(q, b, h, end, c.D, c.BD, c)
+    out_rows = open_heads(out, b, h, end, c.Dv, c.BV, c)
     for t in tl.range(start, end, c.C, num_stages=c.stages):
         n = end - t
         G = load_decay(log_decay, b, t, h, n, c)
         if c.causal:
-            k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
-            v_c = low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c)
+            k_c = load_rows(k_rows, t, c.D, c.BD, c)
+            v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
+            expect_rows(k_rows, t + c.C, start, c.BD, c)
+            expect_rows(v_rows, t + c.C, start, c.BV, c)
             Fk = key_features(k_c, W, W_rest, ones, zeros, sharp, load_keep(key_mask, b, t, n, c), 0, c)
         for g in tl.static_range(c.G):
-            q_c = load_rows(q, b, t, h * c.G + g, n, c.D, c.BD, c)
-            Fq = low(soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c), c)
-            num = entering(mm(Fq, low(M, c)), G, c)
+            q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
+            expect_rows(q_rows[g], t + c.C, start, c.BD, c)
+            Fq = rounded(soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c), c)
+            num = entering(mm(low(Fq, c), low(M, c)), G, c)
             if c.causal:
-                A = low(seen(mm(Fq, tl.trans(low(Fk, c))), G, c), c)
-                num += mm(A, v_c)
+                A = rounded(seen(mm(low(Fq, c), tl.trans(low(Fk, c))), t, G, c), c)
+                num = mm(low(A, c), v_c, num)
             if c.is_global:
-                weight = entering(Fq.to(tl.float32) * m[None, :], G, c)
+                weight = entering(Fq * m[None, :], G, c)
                 total = tl.sum(weight, 1)
                 if c.causal:
-                    total += tl.sum(A.to(tl.float32), 1)
+                    total += tl.sum(A, 1)
                 num *= inverse_den(total)[:, None]
                 store_scalars(den, total, b, t, h * c.G + g, n, c)
-            store_rows(out, num, b, t, h * c.G + g, n, c.Dv, c.BV, c)
+            store_rows(out_rows[g], num, t, c.Dv, c.BV, c)
         if c.causal:
-            Fk = low(leaving(Fk, G, c), c)
-            M = through(M, G, c) + mm(tl.trans(Fk), v_c)
-            m = through(m, G, c) + tl.sum(Fk.to(tl.float32), 0)
+            Fk = rounded(leaving(Fk, G, c), c)
+            M = mm(tl.trans(low(Fk, c)), v_c, through(M, G, c))
+            m = through(m, G, c) + tl.sum(Fk, 0)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    buckets, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep, load_planes,
-    load_rows, load_scalars, load_state, locate, low, mm, mm_right, planes_gradient, seen, seen_by, signs, soft_hash,
+    buckets, centred, corner_bits, crossing, entering, expect_rows, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep, load_planes,
+    load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_heads, open_rows, parts, planes_gradient, rounded, seen, seen_by, signs, soft_hash,
     store_planes_gradient, store_rows, store_scalars, store_state, through, unproject,
 )
 
@@ -34,68 +34,83 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     ones, zeros = corner_bits(0, c)
     sharp = tl.load(beta + h).to(tl.float32)
     M, m = load_state(states, (tile if c.causal else row).to(tl.int64) * H + h, 0, c)
-    C_sum = tl.zeros([c.SB, c.BV], tl.float32)
-    c_sum = tl.zeros([c.SB], tl.float32)
+    if c.fused:
+        C_sum = tl.zeros([c.SB, c.BV], tl.float32)
+        c_sum = tl.zeros([c.SB], tl.float32)
     db = tl.zeros([c.C], tl.float32)
     if c.need_planes:
         dW = tl.zeros([c.BD, c.LPB], tl.float32)
     if c.decay:
-        total = (start * 0).to(tl.float64)
+        reach = (start * 0).to(tl.float64)  # log decay from the tile's first token to this chunk
+    k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
+    v_rows = open_rows(v, b, h, end, c.Dv, c.BV, c)
+    q_rows = open_heads(q, b, h, end, c.D, c.BD, c)
+    do_rows = open_heads(dout, b, h, end, c.Dv, c.BV, c)
+    dq_rows = open_heads(dq, b, h, end, c.D, c.BD, c)
     for t in tl.range(start, end, c.C, num_stages=c.stages):
         n = end - t
         G = load_decay(log_decay, b, t, h, n, c)
+        before = parts(tl.trans(M), c)
+        m_before = m
         if c.causal:
-            k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
-            v_c = low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c)
+            k_c = load_rows(k_rows, t, c.D, c.BD, c)
+            v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
+            expect_rows(k_rows, t + c.C, start, c.BD, c)
+            expect_rows(v_rows, t + c.C, start, c.BV, c)
             Fk = key_features(k_c, W, W_rest, ones, zeros, sharp, load_keep(key_mask, b, t, n, c), 0, c)
             Fk_low = low(Fk, c)
+            Fk = rounded(leaving(Fk, G, c), c)
+            M = mm(tl.trans(low(Fk, c)), v_c, through(M, G, c))
+            m = through(m, G, c) + tl.sum(Fk, 0)
         if c.decay:
             rows_sum = tl.zeros([c.C], tl.float32)
         for g in tl.static_range(c.G):
             hq = h * c.G + g
-            q_c = load_rows(q, b, t, hq, n, c.D, c.BD, c)
-            do_c = low(load_rows(dout, b, t, hq, n, c.Dv, c.BV, c), c)
-            u, log_on, log_off = signs(q_c, W, W_rest, sharp, c)
-            Fq = buckets(log_on, log_off, ones, zeros, 0, c)
-            e = entering(mm_right(do_c, tl.trans(M), c), G, c)
+            do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
+            expect_rows(do_rows[g], t + c.C, start, c.BV, c)
+            e = entering(mm_right(do_c, before, None, c), G, c)
             if c.causal:
-                e += mm(low(seen(mm(do_c, tl.trans(v_c)), G, c), c), Fk_low)
-            y = Fq * e
+                e = mm(low(seen(mm(do_c, tl.trans(v_c)), t, G, c), c), Fk_low, e)
+            q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
+            expect_rows(q_rows[g], t + c.C, start, c.BD, c)
+            u, log_on, log_off = signs(q_c, W, W_rest, sharp, c)
+            w = buckets(log_on, log_off, ones, zeros, 0, c)
             if c.is_global:
                 r = inverse_den(load_scalars(den, b, t, hq, n, c))
+                y = w * e
                 h_c = -r * tl.sum(y, 1)
                 store_scalars(h_out, h_c, b, t, hq, n, c)
-                m_c = entering(tl.zeros([c.C, c.SB], tl.float32) + m[None, :], G, c)
+                w *= r[:, None]
+                m_c = entering(tl.zeros([c.C, c.SB], tl.float32) + m_before[None, :], G, c)
                 if c.causal:
-                    m_c += mm(low(seen(tl.full([c.C, c.C], 1.0, tl.float32), G, c), c), Fk_low)
-                y = r[:, None] * (y + Fq * (h_c[:, None] * m_c))
-                Fq = r[:, None] * Fq
-            elif c.decay:
-                rows_sum += tl.sum(y, 1)
+                    m_c = mm(low(seen(tl.full([c.C, c.C], 1.0, tl.float32), t, G, c), c), Fk_low, m_c)
+                y = r[:, None] * y + w * (h_c[:, None] * m_c)
+            else:
+                y, total = centred(w, e, c)
+                if c.decay:
+                    rows_sum += total
+            if c.fused:
+                w = entering(w, G, c)
+                if c.decay:
+                    w *= tl.exp2(reach.to(tl.float32))
+                w = rounded(w, c)
+                C_sum = mm(tl.trans(low(w, c)), do_c, C_sum)
+                if c.is_global:
+                    c_sum += tl.sum(w * h_c[:, None], 0)
             dz, part = hash_gradient(y, u, log_on, log_off, ones, zeros, sharp, c)
             db += part
             if c.need_planes:
                 dW += planes_gradient(q_c, dz, c)
-            store_rows(dq, unproject(dz, W, W_rest, c), b, t, hq, n, c.D, c.BD, c)
-            w = entering(Fq, G, c)
-            if c.decay:
-                w *= tl.exp2(total.to(tl.float32))
-            w = low(w, c)
-            C_sum += mm(tl.trans(w), do_c)
-            if c.is_global:
-                c_sum += tl.sum(w.to(tl.float32) * h_c[:, None], 0)
+            store_rows(dq_rows[g], unproject(dz, W, W_rest, c), t, c.D, c.BD, c)
         if c.decay:
-            total += G[2]
+            reach += G[2]
             if not c.is_global:
                 store_scalars(row_out, rows_sum, b, t, h, n, c)
-        if c.causal:
-            Fk = low(leaving(Fk, G, c), c)
-            M = through(M, G, c) + mm(tl.trans(Fk), v_c)
-            m = through(m, G, c) + tl.sum(Fk.to(tl.float32), 0)
     index = tile.to(tl.int64) * H + h
-    store_state(suffix_sums, index, 0, C_sum, c_sum, c)
+    if c.fused:
+        store_state(suffix_sums, index, 0, C_sum, c_sum, c)
     if c.decay:
-        tl.store(decays + index, total)
+        tl.store(decays + index, reach)
     tl.store(dbeta + index, tl.sum(db, 0))
     if c.need_planes:
         store_planes_gradient(dplanes, dW, index, 0, c)
@@ -117,41 +132,63 @@ def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
         dW = tl.zeros([c.BD, c.LPB], tl.float32)
     if c.decay:
         flow = crossing(states, final_values, final_mass, Cs, cs, tile, row, last, h, H, 0, c)
+    k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
+    v_rows = open_rows(v, b, h, end, c.Dv, c.BV, c)
+    q_rows = open_heads(q, b, h, end, c.D, c.BD, c)
+    do_rows = open_heads(dout, b, h, end, c.Dv, c.BV, c)
+    dk_rows = open_rows(dk, b, h, end, c.D, c.BD, c)
+    dv_rows = open_rows(dv, b, h, end, c.Dv, c.BV, c)
     for step in tl.range(0, end - start, c.C, num_stages=c.stages):
         t = start + ((end - start + c.C - 1) // c.C - 1) * c.C - step
         n = end - t
-        k_c = load_rows(k, b, t, h, n, c.D, c.BD, c)
-        v_c = low(load_rows(v, b, t, h, n, c.Dv, c.BV, c), c)
+        k_c = load_rows(k_rows, t, c.D, c.BD, c)
+        v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
+        expect_rows(k_rows, t - c.C, start, c.BD, c)
+        expect_rows(v_rows, t - c.C, start, c.BV, c)
         G = load_decay(log_decay, b, t, h, n, c)
         keep = load_keep(key_mask, b, t, n, c)
         u, log_on, log_off = signs(k_c, W, W_rest, sharp, c)
         Fk = tl.where(keep[:, None], buckets(log_on, log_off, ones, zeros, 0, c), 0.0)
         Fk_low = low(Fk, c)
-        dphi = leaving(mm_right(v_c, tl.trans(Cs), c) + cs[None, :], G, c)
-        dv_c = leaving(mm(Fk_low, low(Cs, c)), G, c)
+        behind = parts(Cs, c)
+        cs_behind = cs
         if c.causal:
             Cs = through(Cs, G, c)
             cs = through(cs, G, c)
-            for g in tl.static_range(c.G):
-                hq = h * c.G + g
-                q_c = load_rows(q, b, t, hq, n, c.D, c.BD, c)
-                do_c = low(load_rows(dout, b, t, hq, n, c.Dv, c.BV, c), c)
+        for g in tl.static_range(c.G if c.causal else 1):
+            hq = h * c.G + g
+            if c.causal:
+                q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
+                do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
+                expect_rows(q_rows[g], t - c.C, start, c.BD, c)
+                expect_rows(do_rows[g], t - c.C, start, c.BV, c)
                 w = soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c)
-                A = mm(v_c, tl.trans(do_c))  # [j, i]
                 if c.is_global:
                     w *= inverse_den(load_scalars(den, b, t, hq, n, c))[:, None]
                     h_c = load_scalars(h_in, b, t, hq, n, c)
-                    A += h_c[None, :]
                 w_low = low(w, c)
-                dphi += mm(low(seen_by(A, G, c), c), w_low)
-                dv_c += mm(low(seen_by(mm(Fk_low, tl.trans(w_low)), G, c), c), do_c)
-                w_low = low(entering(w, G, c), c)
-                Cs += mm(tl.trans(w_low), do_c)
+                P = low(seen_by(mm(Fk_low, tl.trans(w_low)), t, G, c), c)
+                w = rounded(entering(w, G, c), c)
+                Cs = mm(tl.trans(low(w, c)), do_c, Cs)
                 if c.is_global:
-                    cs += tl.sum(w_low.to(tl.float32) * h_c[:, None], 0)
-        y = Fk * dphi
+                    cs += tl.sum(w * h_c[:, None], 0)
+            if g == 0:
+                dv_c = leaving(mm(Fk_low, behind[0]), G, c)
+            if c.causal:
+                dv_c = mm(P, do_c, dv_c)
+            if g == c.G - 1 or not c.causal:  # written before dphi is made: both at once are too many registers
+                store_rows(dv_rows, dv_c, t, c.Dv, c.BV, c)
+            if g == 0:
+                dphi = mm_right(v_c, (tl.trans(behind[0]), tl.trans(behind[1])), None, c) + cs_behind[None, :]
+                dphi = leaving(dphi, G, c)
+            if c.causal:
+                A = mm(v_c, tl.trans(do_c))  # [j, i]
+                if c.is_global:
+                    A += h_c[None, :]
+                dphi = mm(low(seen_by(A, t, G, c), c), w_low, dphi)
+        y, total = centred(Fk, dphi, c)
         if c.decay:
-            dG = -tl.sum(y, 1)
+            dG = -total
             if not c.is_global:
                 dG += load_scalars(row_in, b, t, h, n, c)
             store_scalars(dlog_decay, tl.cumsum(dG, 0, reverse=True) + flow, b, t, h, n, c)
@@ -160,8 +197,7 @@ def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
         db += part
         if c.need_planes:
             dW += planes_gradient(k_c, dz, c)
-        store_rows(dk, unproject(dz, W, W_rest, c), b, t, h, n, c.D, c.BD, c)
-        store_rows(dv, dv_c, b, t, h, n, c.Dv, c.BV, c)
+        store_rows(dk_rows, unproject(dz, W, W_rest, c), t, c.D, c.BD, c)
     index = tile.to(tl.int64) * H + h
     tl.store(dbeta + index, tl.sum(db, 0))
     if c.need_planes:

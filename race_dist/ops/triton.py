@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import triton
 from torch import Tensor
 
 from race_dist.kernels import scan, snapshot, sums, walk, walk_backward
@@ -20,6 +21,8 @@ from race_dist.ops.problem import Forward, Gradients, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 SCAN_WIDTH = 256
+MAX_DIM = 256
+MAX_FEATURES = 1024
 
 
 def forward(p: Problem) -> Forward:
@@ -40,7 +43,7 @@ def summary(p: Problem) -> SketchState:
 
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool) -> Gradients:
     """Gradients of every input, from those of the output and of the final state."""
-    call = _Call(p, need_planes)
+    call = _Call(p, need_planes, dout)
     dq, h, row, suffixes = call.query_pass(saved, dout)
     suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
     dk, dv = torch.empty(p.k.shape, dtype=p.k.dtype, device=p.k.device), torch.empty(p.v.shape, dtype=p.v.dtype, device=p.v.device)
@@ -57,7 +60,7 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
 
 def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
     """The gradient of the initial state when that of the final state is 0."""
-    call = _Call(p)
+    call = _Call(p, dout=dout)
     *_, suffixes = call.query_pass(saved, dout)
     _, dinitial = call.suffix_states(suffixes, None, True)
     assert dinitial is not None
@@ -76,26 +79,40 @@ def states_shape(p: Problem) -> tuple[int, ...]:
 def unsupported(p: Problem) -> str | None:
     """Why these kernels cannot compute ``p``, as a sentence's end; None when they can."""
     if p.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f'of {p.q.dtype} inputs: it takes bfloat16, float16 and float32; use backend="chunked"'
+        return f"takes bfloat16, float16 and float32; got {p.q.dtype}"
     if not (p.q.dtype == p.k.dtype == p.v.dtype):
-        return f"of q, k, v in different dtypes ({p.q.dtype}, {p.k.dtype}, {p.v.dtype}): convert them to one"
+        return f"takes q, k and v of one dtype; got {p.q.dtype}, {p.k.dtype} and {p.v.dtype}"
     for name, size in (("head_dim", p.q.shape[3]), ("value_dim", p.v.shape[3])):
-        if size > 256:
-            return f'of {name} = {size}: it takes up to 256; use backend="chunked"'
+        if size > MAX_DIM:
+            return f"takes {name} up to {MAX_DIM}; got {size}"
+    if p.features > MAX_FEATURES:
+        return f"takes up to {MAX_FEATURES} features (num_tables * 2**num_planes); got {p.features}"
     if not (p.q.is_cuda or INTERPRET):
-        return (f"on {p.q.device}: it needs a CUDA device (or TRITON_INTERPRET=1 set before triton is imported); "
-                'use backend="chunked"')
+        return f"needs a CUDA device (or TRITON_INTERPRET=1, set before triton is imported); q is on {p.q.device}"
     return None
 
 
-def _plan(p: Problem, need_planes: bool) -> Plan:
+def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
     _, tables, number, dim = p.planes.shape
     spec = Spec(D=dim, Dv=p.v.shape[3], L=tables, P=number, G=p.q.shape[2] // p.k.shape[2], C=0, SB=0, stages=0,
                 causal=p.causal, is_global=p.normalization == "global", is_bucket=p.normalization == "bucket",
                 decay=p.log_decay is not None, masked=p.key_mask is not None, packed=p.cu_seqlens is not None,
                 f32=p.q.dtype == torch.float32, half=p.q.dtype == torch.float16, split_planes=p.planes.dtype != p.q.dtype,
-                need_planes=need_planes)
+                bulk=bulk, need_planes=need_planes)
     return make_plan(spec, p.q.shape[0] * p.k.shape[2] * p.q.shape[1], shared_limit=_shared_limit(p.q.device))
+
+
+def _bulk(*tensors: Tensor) -> bool:
+    """Whether the copy engine of Hopper and later can move these rows: 16-byte strides, unit stride inside a row."""
+    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+        return False
+    return all(x.stride(3) == 1 and x.shape[1] < 2**31 and x.data_ptr() % 16 == 0 and x.shape[3] * x.element_size() % 16 == 0
+               and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:3]) for x in tensors)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory for the copy engine's descriptors."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _shared_limit(device: torch.device) -> int:
@@ -115,12 +132,15 @@ def _num_tiles(p: Problem, plan: Plan) -> int:
 class _Call:
     """One call: its plan, its tiles and the arguments that every kernel takes."""
 
-    def __init__(self, p: Problem, need_planes: bool = False) -> None:
+    def __init__(self, p: Problem, need_planes: bool = False, dout: Tensor | None = None) -> None:
         reason = unsupported(p)
         if reason is not None:
-            raise ValueError(f'backend="triton" does not compute attention {reason}')
+            raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
         self.p = p
-        self.plan = _plan(p, need_planes)
+        bulk = _bulk(p.q, p.k, p.v, *(() if dout is None else (dout,)))
+        if bulk:
+            triton.set_allocator(_scratch)
+        self.plan = _plan(p, need_planes, bulk)
         self.heads = p.k.shape[2]
         self.num_tiles = _num_tiles(p, self.plan)
         self.tiles = Tiles(None, None) if p.cu_seqlens is None else packed_tiles(p.cu_seqlens, self.plan.tile, self.num_tiles)
@@ -141,7 +161,7 @@ class _Call:
         grid = (self.num_tiles * self.heads * programs,)
         if grid[0]:
             kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
-                         choice.constants, num_warps=choice.num_warps)
+                         choice.constants, num_warps=choice.num_warps, **choice.options)
 
     def prefix_states(self) -> tuple[Tensor, SketchState]:
         """The states before each tile (not causal: the totals) and the final state."""
@@ -157,7 +177,9 @@ class _Call:
         """dq, h, the queries' part of dG, and the tiles' sums of the suffix state."""
         p = self.p
         dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
-        h = torch.empty_like(saved.den) if p.normalization == "global" else None
+        h = None
+        if p.normalization == "global":  # tokens adjacent: the pass over the keys reads h along a row of pairs
+            h = p.q.new_empty(p.q.shape[0], p.q.shape[2], p.q.shape[1], dtype=torch.float32).transpose(1, 2)
         needs_row = p.log_decay is not None and p.normalization != "global"
         row = p.q.new_empty(*p.q.shape[:2], self.heads, dtype=torch.float32) if needs_row else None
         parts = self._new_states(self.num_tiles)
@@ -165,6 +187,9 @@ class _Call:
         self.launch("queries", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq),
                     _scalars(h), _scalars(row), *self.hash, *self.extras, saved.states, parts, self.decays,
                     self.dbeta[0], self.dplanes[0])
+        if self.plan.walk and not self.plan["queries"].spec.fused:
+            self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h),
+                        *self.hash, self.extras[0], parts)
         return dq, h, row, parts
 
     def suffix_states(self, parts: Tensor, dfinal: SketchState | None, wanted: bool) -> tuple[Tensor, SketchState | None]:
