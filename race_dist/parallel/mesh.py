@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
-from race_dist.parallel.watch import stop_watch, watch
+from race_dist.parallel.watch import RankFailure, name_ranks, stop_watch, watch
 
 DEFAULT_TIMEOUT = 600.0  # seconds
 
@@ -27,7 +29,7 @@ def init_distributed(*, device: str | torch.device | None = None, timeout: float
 
     Raises:
         ValueError: an environment variable does not make sense, or the device does not exist.
-        RuntimeError: the ranks cannot find each other.
+        RankFailure: a rank did not come within the timeout; the message names it.
     """
     if timeout <= 0:
         raise ValueError(f"timeout must be a positive number of seconds; got {timeout}")
@@ -45,10 +47,9 @@ def init_distributed(*, device: str | torch.device | None = None, timeout: float
                 raise ValueError(f"WORLD_SIZE={world} but {name} is not set: start the ranks with torchrun, or set it to "
                                  "the host and port at which they meet")
     seconds = datetime.timedelta(seconds=timeout)
-    store = None if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
+    store = _meet(rank, world, seconds) if world > 1 else HashStore()
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=seconds,
-                            init_method=None if store is not None else "env://",
                             device_id=place if place.type == "cuda" else None)
     if world > 1:
         watch()
@@ -102,6 +103,29 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
                 mine[name] = group
     device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     return DeviceMesh.from_group([mine["dp"], mine["sp"]], device_type, mesh=ranks, mesh_dim_names=("dp", "sp"))
+
+
+def _meet(rank: int, world: int, timeout: datetime.timedelta) -> Any:
+    """The job's store, once every rank has come to it."""
+    host, port, seconds = os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0), timeout.total_seconds()
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds it
+            store = next(iter(rendezvous("env://", rank, world, timeout=timeout)))[0]
+        else:
+            store = TCPStore(host, port, world, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise RankFailure(f"rank {rank}: no job found at MASTER_ADDR={host}, MASTER_PORT={port} within {seconds:g} s; does "
+                          f"rank 0 run there, and is the port free? [{error}]", [0] if rank else []) from error
+    store = PrefixStore("race_dist/job", store)
+    keys = [f"here/{r}" for r in range(world)]
+    store.set(keys[rank], "1")
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        missing = [r for r, key in enumerate(keys) if not store.check([key])]
+        raise RankFailure(f"rank {rank}: {name_ranks(missing)} of {world} did not join the job at {host}:{port} within "
+                          f"{seconds:g} s", missing) from error
+    return store
 
 
 def _device(device: str | torch.device | None) -> torch.device:

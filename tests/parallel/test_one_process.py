@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from race_dist import SketchState
 from race_dist.ops.problem import Problem
 from race_dist.parallel import (
+    RankFailure,
     all_reduce_sum,
     build_mesh,
     check_ranks_agree,
@@ -120,3 +123,22 @@ def test_errors_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
         init_distributed(device="cpu")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_ranks_that_do_not_join_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with pytest.raises(RankFailure, match=r"rank 0: ranks 1, 2 of 3 did not join the job at 127.0.0.1:\d+ within 1 s") as error:
+        init_distributed(device="cpu", timeout=1)
+    assert error.value.ranks == (1, 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    with pytest.raises(RankFailure, match=r"rank 1: no job found at MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+ within 1 s"):
+        init_distributed(device="cpu", timeout=1)
