@@ -212,6 +212,51 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="What would be trained: a TOML file.", metavar="CONFIG")],
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, gh200-96gb, gh200-144gb, b200 or cpu.")] = "gh200",
+    gpus: Annotated[int, typer.Option(help="How many.", metavar="N")] = 1,
+    per_node: Annotated[int, typer.Option(help="How many a node. 0: as is usual for the type.", metavar="N")] = 0,
+    context: Annotated[str | None, typer.Option(help="Tokens a sequence: 75M, 1B.", metavar="T")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.", metavar="B")] = None,
+    dp: Annotated[int | None, typer.Option(help="Fix the groups of ranks.", metavar="N")] = None,
+    sp: Annotated[int | None, typer.Option(help="Fix the ranks that share a sequence.", metavar="N")] = None,
+    chunk_size: Annotated[str | None, typer.Option(help="Fix the chunk a rank; 0: not streamed.", metavar="T")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Fix whether blocks are computed again.")] = None,
+    sharding: Annotated[str | None, typer.Option(help="Fix it: none or fsdp.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Fix where chunk states wait: device or host.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bfloat16, float32 or float64.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds a step, for the largest context.", metavar="S")] = 600.0,
+    rates: Annotated[Path | None, typer.Option(help="Measured rates.", metavar="FILE.json")] = None,
+    override: Annotated[list[str] | None, typer.Option(
+        "--override", "-o", metavar="KEY=VALUE", help="Change one key of CONFIG. Repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what a step takes on a cluster, and how to lay it out, before any GPU is asked for.
+
+    Memory by kind, bytes exchanged, time by part, the largest context, and why. What is not fixed is searched.
+    """
+    import json
+
+    from race_dist import planning
+    from race_dist.training.config import load_config
+
+    with user_errors():
+        settings = load_config(config, override or ())
+        cluster = planning.Cluster(planning.find_gpu(gpu), gpus, per_node)
+        tokens = settings.data.context if context is None else planning.parse_count(context)
+        job = planning.Job.checked(settings.model, tokens, batch or settings.data.batch_size, precision or settings.precision)
+        choices = planning.Choices.checked(dp or settings.parallel.dp, sp or settings.parallel.sp, chunk_size, checkpointing,
+                                           sharding, keep)
+        best = planning.recommend(job, cluster, None if rates is None else planning.load_rates(rates), choices)
+        largest = planning.limits(best, choices, budget)
+    if as_json:
+        print(json.dumps(planning.to_json(best, largest, budget), indent=2))
+    else:
+        planning.print_report(best, largest, budget)
+
+
 def _device() -> str:
     import torch
 

@@ -1,0 +1,143 @@
+"""What is planned: a job, and a layout that runs it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from race_dist.models import ModelConfig
+from race_dist.planning.cluster import Cluster
+
+Precision = Literal["bfloat16", "float32", "float64"]
+Sharding = Literal["none", "fsdp"]
+Keep = Literal["device", "host"]
+
+
+def parse_count(text: str) -> int:
+    """A number of tokens as people write it: ``75M``, ``1B``, ``131072``, ``128K`` (thousands, not powers of two).
+
+    Raises:
+        ValueError: it is not a whole number of at least 0.
+    """
+    digits = text.strip().replace("_", "").replace(",", "")
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:].lower(), 1)
+    try:
+        number = float(digits[:-1] if scale > 1 else digits) * scale
+    except ValueError:
+        number = -1.0
+    if not (number >= 0 and math.isfinite(number) and number == int(number)):
+        raise ValueError(f"{text!r} is no number of tokens: write for example 131072, 128K, 75M or 1B")
+    return int(number)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer step of a causal language model.
+
+    Attributes:
+        model: its shape.
+        context: tokens a sequence, ``T``.
+        batch: sequences a step, over all ranks.
+        precision: "bfloat16" (autocast: weights, gradients and norms stay float32), "float32" or "float64".
+
+    Raises:
+        ValueError: a number is less than 1, or no such precision.
+    """
+
+    model: ModelConfig
+    context: int
+    batch: int = 1
+    precision: Precision = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.precision not in ("bfloat16", "float32", "float64"):
+            raise ValueError(f'precision must be "bfloat16", "float32" or "float64"; got {self.precision!r}')
+        if not self.model.race.causal and "R" in self.model.layer_kinds:
+            raise ValueError("the planner knows causal language models only, but model.race.causal is False: leave it out")
+
+    @classmethod
+    def checked(cls, model: ModelConfig, context: int, batch: int, precision: str) -> Job:
+        """A job from words that are checked here."""
+        return cls(model, context, batch, cast(Precision, precision))
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in weights, gradients, norms and the residual stream."""
+        return 8 if self.precision == "float64" else 4
+
+    @property
+    def narrow(self) -> int:
+        """Bytes of a number in matrix products and in the attention."""
+        return 2 if self.precision == "bfloat16" else self.wide
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the GPUs share the job.
+
+    Attributes:
+        dp: groups of ranks, each with its share of the batch.
+        sp: ranks a group, each with its shard of every sequence (of every super-chunk, when streamed).
+        chunk_size: tokens of each row whose activations exist at a time on one rank; None: the sequence is not streamed.
+        checkpointing: recompute each block in the backward pass.
+        sharding: "none" (every rank holds all weights) or "fsdp" (weights and optimizer states are divided).
+        keep: where the carries at chunk starts wait, "device" or "host".
+
+    Raises:
+        ValueError: a number is less than 1, or no such choice.
+    """
+
+    dp: int
+    sp: int
+    chunk_size: int | None = None
+    checkpointing: bool = False
+    sharding: Sharding = "none"
+    keep: Keep = "device"
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "sp", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.sharding not in ("none", "fsdp"):
+            raise ValueError(f'sharding must be "none" or "fsdp"; got {self.sharding!r}')
+        if self.keep not in ("device", "host"):
+            raise ValueError(f'keep must be "device" or "host"; got {self.keep!r}')
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in use."""
+        return self.dp * self.sp
+
+    def check(self, job: Job, cluster: Cluster) -> None:
+        """Raise ValueError where the layout does not fit the job or the cluster."""
+        if self.ranks != cluster.count:
+            raise ValueError(f"dp = {self.dp} times sp = {self.sp} makes {self.ranks} ranks, but the cluster has "
+                             f"{cluster.count} GPUs: change --dp, --sp or --gpus")
+        if job.batch % self.dp:
+            raise ValueError(f"batch = {job.batch} does not divide over dp = {self.dp} groups of ranks: change one of them")
+        if job.context < self.sp:
+            raise ValueError(f"context = {job.context} is shorter than sp = {self.sp} ranks: lower --sp")
+        if self.chunk_size is not None and "S" in job.model.layer_kinds:
+            raise ValueError("a full-softmax layer cannot be streamed: its carry is every key and value so far; take the S "
+                             f"out of layer_pattern = {job.model.layer_pattern!r} or plan without --chunk-size")
+
+    def rows(self, job: Job) -> int:
+        """Sequences a rank works on, ``B``."""
+        return job.batch // self.dp
+
+    def shard(self, job: Job) -> int:
+        """Tokens of each sequence that fall to one rank."""
+        return -(-job.context // self.sp)
+
+    def chunk(self, job: Job) -> int:
+        """Tokens of each row whose activations exist at a time on one rank."""
+        return self.shard(job) if self.chunk_size is None else min(self.chunk_size, self.shard(job))
+
+    def chunks(self, job: Job) -> int:
+        """Chunks of a sequence."""
+        return math.ceil(self.shard(job) / self.chunk(job))

@@ -1,0 +1,175 @@
+"""Memory of one GPU, by kind, at the two moments that can be the highest: inside a chunk's backward pass, and in the
+optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from race_dist.planning.cluster import Cluster
+from race_dist.planning.layout import Job, Layout
+from race_dist.planning.tally import (
+    LOSS_ELEMENTS,
+    block_parameters,
+    carry_bytes,
+    layers,
+    parameters,
+    saved_by_block,
+    saved_by_ends,
+    saved_by_ffn,
+    saved_by_norm,
+    saved_weights,
+    sketch_numbers,
+    state_tile,
+    tail_bytes,
+    widths,
+)
+
+TILE_TENSORS = 5  # features, their products and gradients that the PyTorch pass holds of a tile (counted with a profiler)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU.
+
+    Attributes:
+        kinds: by kind. Those of ``passing`` exist one at a time, all others together.
+        passing: the kinds that come and go: inside the backward pass ("loss", "gradients in flight"), or in the optimizer
+            step ("optimizer buffers"), when activations are gone.
+        host: bytes of host memory a GPU (chunk-start states that wait there).
+        capacity: what tensors may take of the GPU.
+        host_capacity: of host memory.
+    """
+
+    kinds: dict[str, int]
+    host: int
+    capacity: int
+    host_capacity: int
+    passing: tuple[str, ...] = field(default=("loss", "gradients in flight", "optimizer buffers"))
+
+    @property
+    def peak(self) -> int:
+        """The highest sum."""
+        kinds = self.kinds
+        standing = sum(kinds[k] for k in ("parameters", "gradients", "optimizer states"))
+        step = sum(kinds[k] for k in ("weight copies", "activations", "chunk-start states", "exchange", "tokens"))
+        inside = standing + step + max(kinds["loss"], kinds["gradients in flight"])
+        return max(inside, standing + kinds["optimizer buffers"])
+
+    @property
+    def fits(self) -> bool:
+        """Whether both memories are large enough."""
+        return self.peak <= self.capacity and self.host <= self.host_capacity
+
+
+def memory(job: Job, layout: Layout, cluster: Cluster) -> Memory:
+    """Memory of the fullest GPU."""
+    weights = parameters(job.model) * job.wide
+    share = layout.ranks if layout.sharding == "fsdp" else 1
+    starts = chunk_start_states(job, layout)
+    on_host = layout.keep == "host"
+    rows, chunk = layout.rows(job), layout.chunk(job)
+    loss, backward = _loss(job, rows * chunk, cluster), _in_flight(job, layout, cluster)
+    kinds = {
+        "parameters": -(-weights // share),
+        # a streamed step adds up its gradients whole, and divides them after the last chunk
+        "gradients": weights if layout.chunk_size is not None else -(-weights // share),
+        "optimizer states": 2 * -(-weights // share),  # AdamW: first and second moment
+        "weight copies": _weight_copies(job, layout),
+        "activations": activations(job, layout, cluster),
+        "chunk-start states": _states_in_use(job, layout) if on_host else starts,
+        "loss": loss,
+        "gradients in flight": backward,
+        "exchange": _exchange(job, layout),
+        "tokens": 16 * rows * chunk,  # tokens and labels, int64
+        "optimizer buffers": -(-weights // share),  # roots of the second moments; or, before, the gradients' exchange
+    }
+    return Memory(kinds, starts if on_host else 0, cluster.usable, cluster.gpu.host_memory)
+
+
+def activations(job: Job, layout: Layout, cluster: Cluster) -> int:
+    """What autograd saves of one chunk. With checkpointing: each block's input, and one block's own while it runs again, by
+    when what the last norm and the loss had saved is gone."""
+    rows, chunk = layout.rows(job), layout.chunk(job)
+    tokens = rows * chunk
+    tile = state_tile(job.model, rows, cpu=cluster.gpu.name == "cpu", chunk=chunk)
+    blocks = {kind: saved_by_block(job, kind, rows, tile).of(tokens) for kind in layers(job.model)}
+    ends = saved_by_ends(job, rows).of(tokens)
+    if layout.checkpointing:
+        gone = (saved_by_norm(job) + job.model.dim * job.wide) * tokens
+        return int(job.model.num_layers * job.model.dim * job.wide * tokens + max(*blocks.values(), gone) + ends - gone)
+    return int(sum(count * blocks[kind] for kind, count in layers(job.model).items()) + ends)
+
+
+def chunk_start_states(job: Job, layout: Layout) -> int:
+    """The carries at the starts of all chunks: every layer's, every row's."""
+    if layout.chunk_size is None:
+        return 0
+    return layout.chunks(job) * _states_of_one(job, layout)
+
+
+def _states_of_one(job: Job, layout: Layout) -> int:
+    return layout.rows(job) * sum(count * carry_bytes(job, kind) for kind, count in layers(job.model).items())
+
+
+def _states_in_use(job: Job, layout: Layout) -> int:
+    """Of states that wait on the host, this chunk's and the next one's are on the device."""
+    return 2 * _states_of_one(job, layout) if layout.chunk_size is not None else 0
+
+
+def _weight_copies(job: Job, layout: Layout) -> int:
+    """Autocast's narrow copies of all weights; under FSDP the gathered weights of two blocks, one in use and the next."""
+    if layout.sharding == "none":
+        return saved_weights(job)
+    return 2 * max(block_parameters(job.model, kind) for kind in layers(job.model)) * job.narrow
+
+
+def _loss(job: Job, tokens: int, cluster: Cluster) -> int:
+    """The head: logits of some rows at a time in wide numbers, their gradient in wide and (if that is less) in narrow ones,
+    and the weight's narrow copy and the product that is added to its gradient."""
+    m = job.model
+    limit = LOSS_ELEMENTS["cpu" if cluster.gpu.name == "cpu" else "cuda"]
+    rows = min(tokens, m.loss_chunk or max(16, limit // m.vocab_size))
+    converted = job.narrow if job.narrow < job.wide else 0
+    return rows * m.vocab_size * (2 * job.wide + converted) + m.vocab_size * m.dim * 2 * job.narrow
+
+
+def _in_flight(job: Job, layout: Layout, cluster: Cluster) -> int:
+    """Gradients and temporaries at the fullest moment of the last block's backward pass.
+
+    At its start: gradients of the hidden states, the residual stream and the norm's input (``d`` wide each), and of the
+    SwiGLU's product and one factor (``f`` narrow each). Later, in the attention: the gradients of q, k and v, and, in the
+    PyTorch pass (the Triton kernels keep them in registers), some tensors of a tile's features; by then what the SwiGLU
+    and the mixer's output side had saved is free again.
+    """
+    m, rows, chunk = job.model, layout.rows(job), layout.chunk(job)
+    tokens, (d, a, b, f) = rows * chunk, widths(m)
+    start = tokens * (3 * d * job.wide + 2 * f * job.narrow)
+    if m.layer_kinds[-1] != "R" or cluster.gpu.name != "cpu":
+        return start
+    tile = state_tile(m, rows, cpu=True, chunk=chunk)
+    features = rows * tile * (m.num_heads + m.kv_heads) * m.race.num_features * job.wide
+    freed = saved_by_ffn(job) + (4 * a * job.narrow if m.race.output_gate else 0)
+    inside = TILE_TENSORS * features + tokens * ((a + 2 * b) * job.narrow + 2 * d * job.wide - freed)
+    return int(max(start, inside))
+
+
+def scan_bytes(job: Job, layout: Layout) -> int:
+    """One layer's sketches of a chunk as the ranks exchange them: float64 when streamed, else the state's own dtype."""
+    size = 8 if layout.chunk_size is not None else job.wide
+    return layout.rows(job) * sketch_numbers(job.model) * size
+
+
+def _exchange(job: Job, layout: Layout) -> int:
+    """Buffers of one layer's exchange: what is sent and what arrives, from every rank of a few and from one of many."""
+    if layout.sp == 1:
+        return 0
+    sketch = scan_bytes(job, layout) if "R" in job.model.layer_kinds else 0
+    tail = layout.rows(job) * max(tail_bytes(job, kind) for kind in layers(job.model))
+    copies = layout.sp + 1 if gathers_all(layout.sp, sketch // 2) else 4  # heads go in two halves
+    return copies * sketch + (layout.sp + 1) * tail
+
+
+def gathers_all(ranks: int, size: int) -> bool:
+    """Whether the scan hands every carry to every rank (few ranks, or little data) rather than doubling distances: the
+    rule of ``race_dist.parallel.scan``."""
+    return ranks <= 8 or ranks * size <= 2**20

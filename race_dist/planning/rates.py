@@ -1,0 +1,89 @@
+"""What hardware achieves of what it promises: the constants of the model of time that only a measurement can give."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Achieved rates. The defaults are first estimates, each with its origin; ``--rates FILE`` replaces any of them.
+
+    Attributes:
+        source: where the numbers come from, in words.
+        matmul: fraction of the peak that large matrix products reach. Default: 0.65, what cuBLAS reaches in bfloat16 on
+            an H100 at sizes of 2048 and more, power limit included (estimate).
+        bandwidth: fraction of the rated memory bandwidth that element-wise kernels reach. Default: 0.87, a device copy
+            on an H100 (2.92 of 3.35 TB/s, measured).
+        attention: times the roofline of :func:`race_dist.planning.costs.attention_cost` that the attention takes
+            (forward, backward), by the number of features S; the nearest S counts. Default at S = 64: three untuned Triton
+            kernels took 9.2 ms for 2**20 tokens and 8 heads of 128 on an H100, where the bytes alone take 4.4 ms at
+            the bandwidth above (measured); the backward pass is taken to be as far from its own (estimate).
+        elementwise_forward, elementwise_backward: bytes that element-wise kernels move in a pass, as a multiple of the
+            bytes that autograd saves of it. Every saved tensor is written once and read by the next operation (2); in
+            the backward pass it is read, and a gradient of its size written and read (3); PyTorch without a compiler
+            moves its temporaries too: about half as much again (estimate).
+        host_forward: seconds in which the host queues the kernels of one block's forward pass: about 120 launches of 5
+            microseconds (estimate). A backward pass takes twice this. Small chunks are bound by it.
+        overlap: fraction of what can run beside computation that does. Default: 0.9 (estimate).
+    """
+
+    source: str = "estimates and single-kernel measurements on one H100"
+    matmul: float = 0.65
+    bandwidth: float = 0.87
+    attention: dict[int, tuple[float, float]] = field(default_factory=lambda: {64: (2.1, 2.1)})
+    elementwise_forward: float = 3.0
+    elementwise_backward: float = 4.5
+    host_forward: float = 600e-6
+    overlap: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("matmul", "bandwidth", "overlap"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value <= 1):
+                raise ValueError(f"rate {name} must be above 0 and at most 1; got {value!r}")
+        for name in ("elementwise_forward", "elementwise_backward", "host_forward"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"rate {name} must be a finite number of at least 0; got {value!r}")
+        if not self.attention or not all(s > 0 and f > 0 and b > 0 for s, (f, b) in self.attention.items()):
+            raise ValueError("rate attention maps a number of features to two positive numbers (forward, backward), for "
+                             f'example {{"64": [2.1, 2.1]}}; got {self.attention!r}')
+
+    def attention_slowdown(self, features: int) -> tuple[float, float]:
+        """``attention`` of the nearest number of features, by ratio."""
+        nearest = min(self.attention, key=lambda s: abs(math.log(s / features)))
+        return self.attention[nearest]
+
+
+def load_rates(path: str | Path) -> Rates:
+    """Measured rates from a JSON file: an object with any of the fields of :class:`Rates`, or one that has such an object
+    under ``"rates"`` beside other things (how it was measured, on what). What it leaves out keeps its default.
+
+    Raises:
+        ValueError: not JSON, an unknown field or a value out of range; names the file.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no rates file {path}")
+    try:
+        tree: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    tree = tree.get("rates", tree) if isinstance(tree, dict) else tree
+    known = [f.name for f in fields(Rates)]
+    if not isinstance(tree, dict) or not set(tree) <= set(known):
+        extra = sorted(set(tree) - set(known)) if isinstance(tree, dict) else type(tree).__name__
+        raise ValueError(f"{path}: rates are an object with the fields {', '.join(known)}; got {extra}")
+    values = {"source": str(path), **tree}
+    try:
+        if "attention" in values:
+            values["attention"] = {int(s): (float(f), float(b)) for s, (f, b) in values["attention"].items()}
+        return replace(Rates(), **values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from None

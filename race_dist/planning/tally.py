@@ -1,0 +1,231 @@
+"""What a model is made of, counted from its configuration: weights, what autograd saves of a block, what a layer carries.
+
+Letters: B rows, T tokens of a row on one rank, H heads (Hq of queries, Hkv of keys), D width of a head, S features,
+L tables, P planes. ``a = Hq D`` and ``b = Hkv D`` are the widths of queries and of keys, ``d`` that of the model, ``f`` that
+of the SwiGLU. *wide* numbers have the size of the weights, *narrow* ones that of matrix products (2 bytes under bfloat16).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from race_dist.models import ModelConfig
+from race_dist.planning.layout import Job
+
+WALK_FEATURES = 64  # the Triton kernels keep all features of a head in registers up to this many
+WALK_TILE = 4096  # and then save one state every so many tokens
+SNAPSHOT_TILE = 64  # above it (and for "bucket") one state a matrix-product chunk
+LOSS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # logits that exist at a time unless loss_chunk says otherwise
+
+
+@dataclass(frozen=True)
+class Map:
+    """One linear map of a block: its sizes, and whether its product is wide whatever the precision."""
+
+    inputs: int
+    outputs: int
+    always_wide: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+
+def widths(m: ModelConfig) -> tuple[int, int, int, int]:
+    """``d, a, b, f``."""
+    return m.dim, m.num_heads * m.head_width, m.kv_heads * m.head_width, m.ffn_width
+
+
+def layers(m: ModelConfig) -> Counter[str]:
+    """How many blocks of each kind."""
+    return Counter(m.layer_kinds)
+
+
+def linear_maps(m: ModelConfig, kind: str) -> list[Map]:
+    """The linear maps of one block: mixer (q, k, v, output, and RACE's gate and decay), then SwiGLU (gate, up, down)."""
+    d, a, b, f = widths(m)
+    maps = [Map(d, a), Map(d, b), Map(d, b), Map(a, d)]
+    if kind == "R" and m.race.output_gate:
+        maps.append(Map(d, a))
+    if kind == "R" and m.race.decay == "token":
+        maps.append(Map(d, m.kv_heads, always_wide=True))  # a bfloat16 rate of decay would be too coarse
+    return [*maps, Map(d, f), Map(d, f), Map(f, d)]
+
+
+def block_parameters(m: ModelConfig, kind: str) -> int:
+    """Trained numbers of one block: linear maps, two norms, and of a RACE layer convolutions, head norm, scales, rates."""
+    d, a, b, _ = widths(m)
+    count = sum(each.weights for each in linear_maps(m, kind)) + 2 * d
+    if kind != "R":
+        return count
+    race = m.race
+    count += race.short_conv * (a + b)
+    count += a if race.normalization == "none" else 0
+    count += m.num_heads + m.kv_heads if race.qk_norm else 0
+    count += m.kv_heads if race.train_beta else 0
+    count += m.kv_heads if race.decay == "token" else 0
+    if race.train_planes:
+        count += race.num_tables * race.num_planes * m.head_width * (1 if race.share_planes else m.kv_heads)
+    return count
+
+
+def head_parameters(m: ModelConfig) -> int:
+    """Of the embedding, the last norm and the head."""
+    return m.vocab_size * m.dim * (1 if m.tie_embeddings else 2) + m.dim
+
+
+def parameters(m: ModelConfig) -> int:
+    """Trained numbers of the model."""
+    return head_parameters(m) + sum(count * block_parameters(m, kind) for kind, count in layers(m).items())
+
+
+def matrix_parameters(m: ModelConfig) -> int:
+    """Numbers that are multiplied with every token: those of the linear maps and of the head (not the embedding's)."""
+    return m.vocab_size * m.dim + sum(count * each.weights for kind, count in layers(m).items()
+                                      for each in linear_maps(m, kind))
+
+
+# --- what autograd saves of a forward pass -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that one block keeps for its backward pass: a token, and whatever the number of tokens is."""
+
+    per_token: float
+    constant: float = 0.0
+
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(self.per_token + other.per_token, self.constant + other.constant)
+
+    def of(self, tokens: int) -> float:
+        """Bytes for that many tokens."""
+        return self.per_token * tokens + self.constant
+
+
+def saved_by_norm(job: Job) -> float:
+    """An RMS norm keeps its input and the scaled input (for the weight's gradient), ``d`` each, and one number a token."""
+    return (2 * job.model.dim + 1) * job.wide
+
+
+def _saved_inputs(job: Job, maps: int, wide_too: bool) -> float:
+    """Linear maps that read one norm's output keep it once; under autocast each keeps a narrow copy of its own, and the
+    wide one stays only for a product that is wide."""
+    if job.narrow == job.wide:
+        return job.model.dim * job.wide
+    return job.model.dim * (maps * job.narrow + (job.wide if wide_too else 0))
+
+
+def saved_by_ffn(job: Job) -> float:
+    """SwiGLU: its norm, its input, then gate, silu(gate), up and their product, ``f`` narrow numbers each."""
+    return saved_by_norm(job) + _saved_inputs(job, 2, False) + 4 * job.model.ffn_width * job.narrow
+
+
+def saved_by_race(job: Job, rows: int, tile: int) -> Saved:
+    """A RACE layer, in the order of its forward pass (its norm included)."""
+    m, wide, narrow = job.model, job.wide, job.narrow
+    race, (_, a, b, _), heads = m.race, widths(m), m.num_heads + m.kv_heads
+    token = saved_by_norm(job) + _saved_inputs(job, 4 if race.output_gate else 3, race.decay == "token")
+    if race.short_conv:
+        token += (a + b) * narrow  # queries and keys behind their tail: for the taps' gradient
+    if race.qk_norm:
+        token += (2 * (a + b) + heads) * wide  # before and after the unit length, in the compute dtype
+    if race.decay == "token":
+        token += 2 * m.kv_heads * wide  # before and after the softplus
+    token += (2 * a + 2 * b) * narrow  # the attention's q, k, v and output
+    if race.normalization == "global":
+        token += m.num_heads * wide  # its denominators
+    if race.normalization == "none":
+        token += (a + m.num_heads) * wide  # the head norm: scaled, and one number a head
+        token += a * wide if narrow < wide else 0  # its input, which is the attention's output unless that is narrow
+    if race.output_gate:
+        token += 3 * a * narrow  # what is gated, gate, silu(gate)
+    if race.output_gate or race.normalization == "none":
+        token += a * narrow  # the output projection's input; else it is the attention's output
+    state = m.kv_heads * race.num_features * (m.head_width + 1) * wide
+    token += state / tile
+    return Saved(token, rows * 5 * state)  # entering and leaving states (twice as wide when streamed), and a ragged tile
+
+
+def saved_by_window(job: Job, rows: int) -> Saved:
+    """A window layer (norm included): its input, keys and values behind their tail, q, output, one number a head, and the
+    output again as the projection reads it. With several rows the blocks' overlapping keys are copied."""
+    m, (_, a, b, _) = job.model, widths(job.model)
+    token = saved_by_norm(job) + _saved_inputs(job, 3, False)
+    copies = 2.0 if rows > 1 else 1.0
+    token += (2 * copies * b + 3 * a) * job.narrow + m.num_heads * job.wide
+    edge = rows * m.window * ((2 * b + 2 * a) * job.narrow + 2 * b * 8)  # blocks are padded; the tail's indices
+    masks = 2 * (m.num_heads // m.kv_heads) * m.window * (2 * m.window - 1) * job.narrow * (rows if rows > 1 else 1)
+    return Saved(token, edge + masks)
+
+
+def saved_by_full(job: Job) -> Saved:
+    """A full-softmax layer (norm included): q, k, v, output, one number a head, and the projection's input."""
+    m, (_, a, b, _) = job.model, widths(job.model)
+    token = saved_by_norm(job) + _saved_inputs(job, 3, False) + (3 * a + 2 * b) * job.narrow + m.num_heads * job.wide
+    return Saved(token)
+
+
+def saved_by_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
+    """One block: mixing layer and SwiGLU."""
+    mixer = {"R": lambda: saved_by_race(job, rows, tile), "W": lambda: saved_by_window(job, rows),
+             "S": lambda: saved_by_full(job)}[kind]()
+    return mixer + Saved(saved_by_ffn(job))
+
+
+def saved_by_ends(job: Job, rows: int) -> Saved:
+    """Embedding (the tokens), the last norm, the loss (gradients of the hidden states and of the head, kept instead of
+    logits), and the cosines and sines that all layers share (one set for all rows)."""
+    m = job.model
+    token = 8 + saved_by_norm(job) + m.dim * job.wide
+    bases = {m.race.rope_base if kind == "R" else m.rope_base for kind in layers(m)} - {None}
+    token += len(bases) * m.head_width * job.wide / rows
+    return Saved(token, m.vocab_size * m.dim * job.wide)
+
+
+def saved_weights(job: Job) -> int:
+    """Narrow copies of the weights that autocast keeps for the backward pass."""
+    if job.narrow == job.wide:
+        return 0
+    return sum(count * each.weights for kind, count in layers(job.model).items()
+               for each in linear_maps(job.model, kind) if not each.always_wide) * job.narrow
+
+
+def state_tile(m: ModelConfig, rows: int, *, cpu: bool, chunk: int) -> int:
+    """Tokens that share one saved state inside a layer.
+
+    The PyTorch pass works on tiles of 8 to 64 chunks of 64 tokens (128 from 128 features on), such that about 2**14 query
+    rows are worked on at a time. The Triton kernels save a state every ``WALK_TILE`` tokens, fewer where that would leave
+    the GPU idle, and every ``SNAPSHOT_TILE`` where the features of a head do not fit one block.
+    """
+    if cpu:
+        size = 64 if m.race.num_features <= 128 else 128
+        tokens = size * min(64, max(8, 2**14 // (size * rows * m.num_heads)))
+    elif m.race.num_features > WALK_FEATURES or m.race.normalization == "bucket":
+        tokens = SNAPSHOT_TILE
+    else:
+        work = rows * m.kv_heads * chunk // 512
+        tokens = min(max(1 << max(0, work.bit_length() - 1), SNAPSHOT_TILE), WALK_TILE)
+    return max(1, min(tokens, chunk))
+
+
+# --- what a layer carries ------------------------------------------------------------------------------------------------
+
+
+def sketch_numbers(m: ModelConfig) -> int:
+    """Of one RACE layer and row: mass and values of every feature, and the log decay, a head."""
+    return m.kv_heads * (m.race.num_features * (m.head_width + 1) + (m.race.decay != "none"))
+
+
+def tail_bytes(job: Job, kind: str) -> int:
+    """The tail of one row of a layer: inputs of the convolutions, or keys, values and their visibility of a window."""
+    m, (_, a, b, _) = job.model, widths(job.model)
+    if kind == "R":
+        return max(0, m.race.short_conv - 1) * (a + b) * job.narrow
+    return (m.window - 1) * (2 * b * job.narrow + 1) if kind == "W" else 0
+
+
+def carry_bytes(job: Job, kind: str) -> int:
+    """What one layer hands from chunk to chunk for one row. Sketches are float64 there: sums over the whole sequence."""
+    return tail_bytes(job, kind) + (8 * sketch_numbers(job.model) if kind == "R" else 0)
