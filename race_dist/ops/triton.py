@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from race_dist.kernels import scan, snapshot, sums, walk, walk_backward
+from race_dist.kernels import decode, scan, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan
 from race_dist.kernels.tiles import Tiles, packed_tiles
@@ -21,6 +21,7 @@ from race_dist.ops.problem import Forward, Gradients, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 SCAN_WIDTH = 256
+DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
 MAX_FEATURES = 1024
 
@@ -28,6 +29,8 @@ MAX_FEATURES = 1024
 def forward(p: Problem) -> Forward:
     """Output, denominators, the states before each tile (causal) or the totals (not causal), and the final state."""
     call = _Call(p)
+    if _is_decoding(p):
+        return call.decode()
     states, final = call.prefix_states()
     out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
@@ -44,6 +47,8 @@ def summary(p: Problem) -> SketchState:
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool) -> Gradients:
     """Gradients of every input, from those of the output and of the final state."""
     call = _Call(p, need_planes, dout)
+    if _is_decoding(p):
+        saved = saved._replace(states=call.prefix_states()[0])
     dq, h, row, suffixes = call.query_pass(saved, dout)
     suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
     dk, dv = torch.empty(p.k.shape, dtype=p.k.dtype, device=p.k.device), torch.empty(p.v.shape, dtype=p.v.dtype, device=p.v.device)
@@ -61,6 +66,8 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
 def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
     """The gradient of the initial state when that of the final state is 0."""
     call = _Call(p, dout=dout)
+    if _is_decoding(p):
+        saved = saved._replace(states=call.prefix_states()[0])
     *_, suffixes = call.query_pass(saved, dout)
     _, dinitial = call.suffix_states(suffixes, None, True)
     assert dinitial is not None
@@ -70,6 +77,8 @@ def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
 def states_shape(p: Problem) -> tuple[int, ...]:
     """Of ``Forward.states``: values, then mass, of each tile (causal) or row."""
     size = p.features * (p.v.shape[3] + 1)
+    if _is_decoding(p):
+        return 0, p.k.shape[2], size
     if not p.causal:
         return p.num_states, p.k.shape[2], size
     plan = _plan(p, False)
@@ -121,6 +130,11 @@ def _shared_limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
+def _is_decoding(p: Problem) -> bool:
+    """One token a row: one launch does it, and a backward pass makes the states it wants."""
+    return p.causal and p.cu_seqlens is None and p.q.shape[1] == 1
+
+
 def _num_tiles(p: Problem, plan: Plan) -> int:
     """Tiles of all rows; for packed documents a bound that needs no look at their lengths."""
     batch, length = p.q.shape[:2]
@@ -148,12 +162,12 @@ class _Call:
         mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
         self.extras = (_scalars(p.log_decay), None if mask is None else (mask, *mask.stride()))
         self.decays = p.q.new_empty(self.num_tiles, self.heads, dtype=torch.float64) if p.log_decay is not None else None
-        self.dbeta = p.q.new_zeros(2, self.num_tiles, self.heads, dtype=torch.float32)
+        self.dbeta = p.q.new_empty(2, self.num_tiles, self.heads, dtype=torch.float32)
         self.dplanes: list[Tensor | None] = [None, None]
         if need_planes:
             spec = self.plan["keys"].spec
             shape = (self.num_tiles, self.heads, spec.NSB, spec.BD, spec.LPB)
-            self.dplanes = [p.q.new_zeros(shape, dtype=torch.float32) for _ in range(2)]
+            self.dplanes = [p.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
 
     def launch(self, name: str, kernel: object, *args: object, programs: int = 1) -> None:
         """Run a kernel with one program (or ``programs``) for each tile and key/value head."""
@@ -162,6 +176,20 @@ class _Call:
         if grid[0]:
             kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
                          choice.constants, num_warps=choice.num_warps, **choice.options)
+
+    def decode(self) -> Forward:
+        """The forward pass of one token a row."""
+        p = self.p
+        batch, _, heads, value_dim = *p.q.shape[:3], p.v.shape[3]
+        out = p.q.new_empty(batch, 1, heads, value_dim)
+        den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
+        final = self._new_sketch()
+        into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
+        grid = (batch * self.heads * -(-value_dim // DECODE_WIDTH),)
+        decode.decode[grid](_rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *self.hash, *self.extras, *into,
+                            final.values, final.mass, self.heads, self.plan["out"].constants, WIDTH=DECODE_WIDTH, num_warps=4)
+        states = p.q.new_empty(states_shape(p), dtype=torch.float32)
+        return Forward(out, den, states, replace(final, log_decay=total_log_decay(p)))
 
     def prefix_states(self) -> tuple[Tensor, SketchState]:
         """The states before each tile (not causal: the totals) and the final state."""
@@ -200,10 +228,7 @@ class _Call:
              ) -> tuple[Tensor, SketchState | None]:
         """Scan tile sums from the state ``entering``; the state that leaves if ``wanted``."""
         p, constants = self.p, self.plan["sums"].constants
-        leaving = None
-        if wanted:
-            leaving = SketchState(parts.new_empty(p.num_states, self.heads, p.features, dtype=p.state_dtype),
-                                  parts.new_empty(p.num_states, self.heads, p.features, p.v.shape[3], dtype=p.state_dtype))
+        leaving = self._new_sketch() if wanted else None
         totals = None if p.causal else self._new_states(p.num_states)
         into = (None, None) if entering is None else (entering.values.contiguous(), entering.mass.contiguous())
         outof = (None, None) if leaving is None else (leaving.values, leaving.mass)
@@ -225,6 +250,11 @@ class _Call:
         if spec.R > spec.SB:  # several blocks share a table
             parts = parts.unflatten(1, (tables, -1)).sum(2)
         return parts.flatten(1, 2)[:, :tables].to(p.planes.dtype)
+
+    def _new_sketch(self) -> SketchState:
+        p = self.p
+        shape = (p.num_states, self.heads, p.features)
+        return SketchState(p.q.new_empty(shape, dtype=p.state_dtype), p.q.new_empty(*shape, p.v.shape[3], dtype=p.state_dtype))
 
     def _new_states(self, count: int) -> Tensor:
         return self.p.q.new_empty(count, self.heads, self.p.features * (self.p.v.shape[3] + 1), dtype=torch.float32)
