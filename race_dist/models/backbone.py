@@ -130,7 +130,7 @@ class Backbone(nn.Module):
                              f"layer_pattern = {config.layer_pattern!r} may hold R and S")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.dim, std=0.02 if config.tie_embeddings else 1.0, **where)
+        self.embed = Embedding(config.vocab_size, config.dim, std=0.02, **where)
         self.blocks = nn.ModuleList(Block(config, i, causal=causal, **where) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
 
@@ -195,10 +195,8 @@ class Backbone(nn.Module):
         """(head_dim, base) of every mixing layer with positions."""
         kinds = set()
         for block in self._blocks():
-            mixer = block.mixer
-            base = mixer.config.rope_base if isinstance(mixer, RaceAttention) else mixer.rope_base
-            if base is not None:
-                kinds.add((mixer.head_dim, base))
+            if block.mixer.rope_base is not None:
+                kinds.add((block.mixer.head_dim, block.mixer.rope_base))
         return kinds
 
     def _check(self, input_ids: Tensor, key_mask: Tensor | None) -> None:

@@ -34,7 +34,8 @@ class ModelConfig(BaseModel):
     window: int = Field(default=128, description="Tokens that a W layer sees, itself included.")
     ffn_dim: int | None = Field(default=None, description="Inner width of the SwiGLU; None: 8/3 of dim, rounded up to 64.")
     tie_embeddings: bool = Field(default=False, description="Whether the head's weight is the embedding's.")
-    rope_base: float | None = Field(default=10000.0, description="Base of the rotary positions; None: no positions.")
+    rope_base: float | None = Field(default=10000.0, description="Base of the rotary positions of softmax layers, and of "
+                                                                  "RACE layers that have any; None: no positions.")
     norm_eps: float = Field(default=1e-6, description="Added to the mean square in RMS norms.")
     seed: int = Field(default=0, description="Of the initial weights.")
     loss_chunk: int | None = Field(default=None, description="Rows of logits that exist at a time in the loss; None: by size.")
@@ -106,11 +107,6 @@ class ModelConfig(BaseModel):
     def ffn_width(self) -> int:
         """Inner width of the SwiGLU."""
         return self.ffn_dim or -(-8 * self.dim // (3 * 64)) * 64
-
-    @property
-    def race_filled(self) -> RaceConfig:
-        """``race``, whose widths this config has filled in."""
-        return self.race
 
     @property
     def layer_kinds(self) -> str:

@@ -58,9 +58,10 @@ class RaceConfig(BaseModel):
                              "never. token: at a rate per head and token that is computed from the input. Default: "
                              "token if causal, else none.")
     output_gate: bool = Field(default=True, description="Multiply the output by a gate computed from the input.")
-    rope_base: float | None = Field(
-        default=10000.0, description="Base of the rotary positions; None: no positions. A model fills it in unless it is "
-                             "given.")
+    rope_base: float | Literal["auto"] | None = Field(
+        default="auto", description="Base of the rotary positions; None: no positions. auto: the model's base (10000 in "
+                                    "a layer that stands alone) without decay, none with it: decay and convolution say "
+                                    "where a token stands, and turned queries and keys hash worse.")
     norm_eps: float = Field(default=1e-6, description="Added to the mean square in the RMS norm of the output.")
     backend: Literal["auto", "reference", "chunked", "triton"] = Field(
         default="auto", description="What computes the attention. auto: the fastest one that runs here.")
@@ -111,9 +112,9 @@ class RaceConfig(BaseModel):
 
     @field_validator("rope_base", "norm_eps")
     @classmethod
-    def _real(cls, value: float | None, info: Any) -> float | None:
+    def _real(cls, value: float | str | None, info: Any) -> float | str | None:
         low = 1.0 if info.field_name == "rope_base" else 0.0
-        if value is not None and not (value > low and math.isfinite(value)):
+        if isinstance(value, float) and not (value > low and math.isfinite(value)):
             raise ValueError(f"{info.field_name} must be finite and above {low:g}; got {value}")
         return value
 
@@ -128,7 +129,7 @@ class RaceConfig(BaseModel):
             raise ValueError(f"num_heads = {heads} must be a multiple of num_kv_heads = {kv_heads}")
         if self.dim is not None and heads is not None and self.head_dim is None and self.dim % heads:
             raise ValueError(f"dim = {self.dim} is no multiple of num_heads = {heads}: change one or set head_dim")
-        if self.rope_base is not None and self.dim is not None and heads is not None and self.width % 2:
+        if self.resolved_rope_base() is not None and self.dim is not None and heads is not None and self.width % 2:
             raise ValueError(f"rotary positions need an even head_dim; got {self.width}: "
                              "change it or set rope_base=None")
         if isinstance(self.beta_init, tuple) and heads is not None and len(self.beta_init) != (kv_heads or heads):
@@ -145,6 +146,12 @@ class RaceConfig(BaseModel):
             raise ValueError("RaceConfig.dim and num_heads are not set: give both (a ModelConfig fills them in)")
         return self.dim // self.num_heads
 
+    def resolved_rope_base(self, model_base: float | None = 10000.0) -> float | None:
+        """Base of the rotary positions, or None: ``rope_base`` with "auto" resolved."""
+        if self.rope_base == "auto":
+            return model_base if self.decay == "none" else None
+        return self.rope_base
+
     @property
     def num_features(self) -> int:
         """``S = L * 2**P``: buckets of all tables."""
@@ -152,9 +159,7 @@ class RaceConfig(BaseModel):
 
     def filled(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None,
                rope_base: float | None = None) -> RaceConfig:
-        """This config with a model's widths; what was already set must agree.
-
-        ``rope_base`` is taken over only if this config was made without naming one.
+        """This config with a model's widths; what was already set must agree. ``rope_base`` is the model's.
 
         Raises:
             ValueError: a field is set to something else.
@@ -167,7 +172,4 @@ class RaceConfig(BaseModel):
             if mine not in (None, value):
                 raise ValueError(f"race.{name} = {mine} but the model's {name} = {value}: "
                                  f"leave race.{name} out or make them equal")
-        update: dict[str, Any] = dict(model)
-        if "rope_base" not in self.model_fields_set:
-            update["rope_base"] = rope_base
-        return RaceConfig.model_validate(self.model_dump(exclude_unset=True) | update)
+        return RaceConfig.model_validate(self.model_dump() | model | {"rope_base": self.resolved_rope_base(rope_base)})

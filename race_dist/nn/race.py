@@ -109,7 +109,7 @@ class RaceAttention(Drawn):
                              "(a ModelConfig fills them in)")
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-        self.head_dim = config.width
+        self.head_dim, self.rope_base = config.width, config.resolved_rope_base()
         self._build_projections(config.dim, output_gain, {"device": device, "dtype": dtype})
         self._build_hash(device, dtype)
         if draw:
@@ -247,8 +247,8 @@ class RaceAttention(Drawn):
         dtype = compute_dtype(x)
         if scale is not None:
             x = rms(x, self.config.norm_eps) * (scale.to(dtype) * self.head_dim**-0.5)
-        if self.config.rope_base is not None:
-            x = rotate(x, *sequence.rotation(self.head_dim, self.config.rope_base, dtype))
+        if self.rope_base is not None:
+            x = rotate(x, *sequence.rotation(self.head_dim, self.rope_base, dtype))
         return x
 
     def _beta(self, x: Tensor) -> Tensor:

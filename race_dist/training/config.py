@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -171,9 +170,7 @@ class TrainConfig(_Strict):
 
     def to_json(self) -> str:
         """Everything, defaults and what the model fills into its layers included: :func:`parse_config` reads it back."""
-        tree = self.model_dump(mode="json")
-        tree["model"]["race"] = self.model.race_filled.model_dump(mode="json")
-        return json.dumps(tree, indent=2) + "\n"
+        return self.model_dump_json(indent=2) + "\n"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

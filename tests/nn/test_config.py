@@ -19,7 +19,7 @@ from race_dist.nn import RaceConfig
     ({"causal": False, "normalization": "none"}, "set normalization='global'"),
     ({"num_heads": 6, "num_kv_heads": 4}, "num_heads = 6 must be a multiple of num_kv_heads = 4"),
     ({"dim": 10, "num_heads": 4}, "dim = 10 is no multiple of num_heads = 4"),
-    ({"dim": 12, "num_heads": 4}, "even head_dim; got 3"),
+    ({"dim": 12, "num_heads": 4, "decay": "none"}, "even head_dim; got 3"),
     ({"rope_base": 0.5}, "rope_base must be finite and above 1; got 0.5"),
     ({"seed": -1}, "seed must be from 0"),
     ({"planes": 4}, "Extra inputs are not permitted"),
@@ -49,11 +49,15 @@ def test_model_config(fields: dict[str, object], message: str) -> None:
 
 
 def test_the_model_fills_the_race_config() -> None:
-    config = ModelConfig(**MODEL, num_kv_heads=2, rope_base=5000.0, layer_pattern="RRW")
+    config = ModelConfig(**MODEL, num_kv_heads=2, rope_base=5000.0, layer_pattern="RRW", race=RaceConfig(decay="none"))
     race = config.race
     assert (race.dim, race.num_heads, race.num_kv_heads, race.width, race.rope_base) == (16, 4, 2, 4, 5000.0)
-    kept = ModelConfig(**MODEL, rope_base=5000.0, race=RaceConfig(rope_base=None)).race
-    assert kept.rope_base is None
+    given = lambda **fields: ModelConfig(**MODEL, rope_base=5000.0, race=RaceConfig(**fields)).race.rope_base
+    assert given() is None
+    assert given(rope_base=700.0) == 700.0
+    assert given(decay="none", rope_base=None) is None
+    assert RaceConfig().resolved_rope_base() is None
+    assert RaceConfig(causal=False).resolved_rope_base() == 10000.0
     assert config.layer_kinds == "RRW"
     assert config.ffn_width == 64
     again = ModelConfig.model_validate_json(config.model_dump_json())

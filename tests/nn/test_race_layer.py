@@ -24,7 +24,7 @@ VARIANTS = {
                  "share_planes": True, "train_beta": False, "beta_init": 0.4, "rope_base": None},
     "multiscale": {"decay": "multiscale", "normalization": "global", "short_conv": 3},
     "trained planes": {"train_planes": True, "num_kv_heads": 4, "beta_init": (1.0, 2.0, 3.0, 4.0)},
-    "wide heads": {"head_dim": 10, "num_kv_heads": 1},
+    "wide heads": {"head_dim": 10, "num_kv_heads": 1, "rope_base": 500.0},
 }
 
 
@@ -64,7 +64,7 @@ def test_pieces_and_documents(variant: str, packed: bool) -> None:
 
 def test_what_it_computes() -> None:
     """The layer with everything on, written out."""
-    module = layer("default")
+    module = layer("default", rope_base=10000.0)
     with torch.no_grad():
         for p in module.parameters():
             p += 0.1 * torch.randn_like(p)
