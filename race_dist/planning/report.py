@@ -87,12 +87,15 @@ def _fit_words(plan: Plan) -> str:
 
 
 def _remedy(most: str, plan: Plan) -> str:
-    if most in ("parameters", "gradients", "optimizer states"):
+    standing = sum(plan.memory.kinds[kind] for kind in ("parameters", "gradients", "optimizer states"))
+    if standing > 0.7 * plan.memory.capacity:
         return "More memory a GPU, a smaller model or, on several GPUs, --sharding fsdp would help."
     if most == "chunk-start states":
         return "Larger chunks leave fewer of them, and --keep host keeps them out of the GPU."
     if plan.layout.chunk_size is None:
         return "Streaming (--chunk-size) bounds what activations take, whatever the context is."
+    if plan.memory.host > plan.memory.host_capacity:
+        return "Smaller chunks would leave more states than the host's memory holds: take more GPUs or fewer tables."
     return "Smaller chunks or --checkpointing would help."
 
 
