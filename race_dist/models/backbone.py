@@ -179,7 +179,7 @@ class Backbone(nn.Module):
         for i, block in enumerate(self._blocks()):
             before = None if carry is None else carry.layers[i]
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x, after = checkpoint(block, x, before, sequence, use_reentrant=False)
+                x, after = checkpoint(block, x, before, sequence, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, after = block(x, before, sequence)
             layers.append(after)

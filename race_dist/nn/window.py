@@ -12,6 +12,8 @@ from race_dist.nn.sequence import Sequence
 from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions
 from race_dist.nn.tail import Extended, TailCarry, through_tails
 
+MAX_BLOCKS = 2**15  # of one call: CUDA kernels count batch rows in a grid dimension of at most 65535
+
 
 class WindowAttention(SoftmaxAttention):
     """Each token sees itself and the ``window - 1`` tokens before it, in linear time; grouped queries.
@@ -109,6 +111,16 @@ def _attend_blocks(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block:
     blocks, group = q.shape[1], q.shape[4]
     rows = q.permute(0, 1, 3, 4, 2, 5).reshape(batch * blocks, heads, group * block, -1)
     near_keys, near_values = (x.unfold(1, block + before, block).mT.flatten(0, 1) for x in (keys, values))
-    out = F.scaled_dot_product_attention(rows, near_keys, near_values, attn_mask=mask.repeat(1, group, 1)[:, None])
+    out = _attend(rows, near_keys, near_values, mask.repeat(1, group, 1)[:, None])
     out = out.view(batch, blocks, heads, group, block, -1).permute(0, 1, 4, 2, 3, 5)
     return out.reshape(batch, blocks * block, heads * group, -1)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """``scaled_dot_product_attention`` over any number of batch rows; the mask has as many rows, or one."""
+    count = q.shape[0]
+    if count <= MAX_BLOCKS:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    masks = mask.split(MAX_BLOCKS) if mask.shape[0] == count else [mask] * -(-count // MAX_BLOCKS)
+    pieces = zip(*(x.split(MAX_BLOCKS) for x in (q, keys, values)), masks, strict=True)
+    return torch.cat([F.scaled_dot_product_attention(a, b, c, attn_mask=m) for a, b, c, m in pieces])

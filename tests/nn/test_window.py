@@ -44,6 +44,15 @@ def test_window_attention(length: int, window: int, plain: bool) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_more_blocks_than_one_call_takes(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, (k, v) = torch.randn(2, 50, 2, 4, dtype=F64), torch.randn(2, 2, 53, 2, 4, dtype=F64)
+    visible = torch.ones(2, 53, dtype=torch.bool)
+    expected = window_attention(q, k, v, visible, plain=plain)
+    monkeypatch.setattr("race_dist.nn.window.MAX_BLOCKS", 7)
+    torch.testing.assert_close(window_attention(q, k, v, visible, plain=plain), expected)
+
+
 def layer_seen(layer: WindowAttention | FullAttention, total: int, cu: list[int], mask: Tensor | None) -> Tensor:
     i, j = torch.arange(total)[:, None], torch.arange(total)
     document = torch.bucketize(j, torch.tensor(cu[1:-1], dtype=torch.int64), right=True)
