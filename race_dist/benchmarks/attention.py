@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from race_dist.attention import race_attention
-from race_dist.benchmarks.machine import machine
+from race_dist.benchmarks.machine import machine, peak_resident_bytes
 from race_dist.benchmarks.peers import Peer, peers_of
 from race_dist.benchmarks.timing import Timing, time_in_turn
 from race_dist.hashing import sample_planes
@@ -118,9 +117,9 @@ def _peak(shape: Shape) -> int:
         out.backward(torch.ones_like(out))
 
     step(replace(shape, length=256))  # libraries and thread pools are loaded once, whatever the length
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     step(shape)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_resident_bytes() - before
 
 
 def run(base: Shape, lengths: list[int], device: torch.device, *, repeats: int = 5, slowest: float = 20.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,19 @@ def machine(device: torch.device) -> dict[str, Any]:
         header |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
                    "gpu_multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
     return header
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process has had.
+
+    Linux's own count of this process: ``ru_maxrss`` is no lower than what the parent had when it started this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _processor() -> str:

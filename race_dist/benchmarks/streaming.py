@@ -5,7 +5,6 @@ Each length is measured in a process of its own, whose peak memory is nobody els
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from race_dist.benchmarks.machine import machine
+from race_dist.benchmarks.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.streaming import Keep, Progress, streamed_backward
 from race_dist.training.config import TrainConfig
@@ -140,4 +139,4 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_resident_bytes()
