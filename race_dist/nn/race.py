@@ -208,14 +208,14 @@ class RaceAttention(Drawn):
         Args:
             x: ``[B, T, dim]``: this rank's rows.
             carry: what came before, or None at a beginning.
-            sequence: where the rows stand; None: one sequence on one rank, at positions 0 to T - 1.
+            sequence: where the rows stand; None: one document on one rank, at positions 0 to T - 1.
 
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.final``).
         """
         if x.dim() != 3 or x.shape[-1] != self.config.dim:
             raise ValueError(f"RaceAttention takes [B, T, dim = {self.config.dim}]; got {list(x.shape)}")
-        sequence = sequence or Sequence.of(x.shape[1], device=x.device)
+        sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, tail = self._convolve(q, k, None if carry is None else carry.tail, sequence)
         heads = lambda t: t.unflatten(-1, (-1, self.head_dim))

@@ -109,6 +109,18 @@ class Sequence:
             position = torch.where(runs.documents[run] == 0, position, 0)
         return cls(positions + position, cu_seqlens, key_mask, group, layout, offset, final)
 
+    @classmethod
+    def alone(cls, x: Tensor, carry: object, rope_base: float | None) -> Sequence:
+        """The sequence of a layer that is told nothing: ``x [B, T, dim]``, on one rank, unmasked, of one document.
+
+        Raises:
+            ValueError: there is a carry and the layer has rotary positions, so that it matters where the carry ends.
+        """
+        if carry is not None and rope_base is not None:
+            raise ValueError("a layer with rotary positions that continues a carry must be told where it stands: give "
+                             "sequence=Sequence.of(T, position=tokens seen so far)")
+        return cls.of(x.shape[1], device=x.device)
+
     @property
     def length(self) -> int:
         """Rows on this rank."""

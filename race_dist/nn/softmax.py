@@ -124,7 +124,7 @@ class FullAttention(SoftmaxAttention):
     def forward(self, x: Tensor, carry: HistoryCarry | None = None,
                 sequence: Sequence | None = None) -> tuple[Tensor, HistoryCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
-        sequence = sequence or Sequence.of(x.shape[1], device=x.device)
+        sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.heads(x, sequence)
         plain = carry is None and sequence.group is None and sequence.cu_seqlens is None and sequence.key_mask is None
         carry = self.zero_carry(x.shape[0], device=x.device, dtype=v.dtype) if carry is None else carry

@@ -37,7 +37,7 @@ class WindowAttention(SoftmaxAttention):
     def forward(self, x: Tensor, carry: TailCarry | None = None,
                 sequence: Sequence | None = None) -> tuple[Tensor, TailCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
-        sequence = sequence or Sequence.of(x.shape[1], device=x.device)
+        sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.heads(x, sequence)
         masked = sequence.key_mask
         real = masked if masked is not None else k.new_ones(x.shape[:2], dtype=torch.bool)

@@ -170,3 +170,9 @@ def test_errors() -> None:
         RaceAttention(RaceConfig(dim=8))
     with pytest.raises(ValueError, match=r"takes \[B, T, dim = 16\]; got \[2, 3, 8\]"):
         layer("default")(torch.zeros(2, 3, 8, dtype=F64))
+    positioned, x = layer("default", rope_base=10000.0), torch.zeros(1, 2, 16, dtype=F64)
+    _, carry = positioned(x)
+    with pytest.raises(ValueError, match=r"give sequence=Sequence.of\(T, position=tokens seen so far\)"):
+        positioned(x, carry)
+    plain = layer("default")
+    plain(x, plain(x)[1])
