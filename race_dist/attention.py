@@ -12,6 +12,7 @@ from torch import Tensor
 from race_dist.hashing import check_hash
 from race_dist.ops.functional import attend, get_backend
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
+from race_dist.parallel.comm import group_rank, group_size
 from race_dist.sketch import SketchState
 
 Layout = Literal["contiguous", "zigzag"]
@@ -88,7 +89,8 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
         raise ValueError(f'layout must be "contiguous" or "zigzag"; got {layout!r}')
     name = _pick_backend(problem, backend)
     final: SketchState | None
-    if group is not None and dist.get_world_size(group) > 1:
+    group_rank(group)  # raises where this process is no member
+    if group is not None and group_size(group) > 1:
         if name == "reference":
             raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
         from race_dist.parallel.passes import group_attention

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from race_dist.hashing import corner_products, corner_signs, project
-from race_dist.ops.problem import BUCKET_EPS, Forward, Gradients, Problem, den_floor, token_documents, total_log_decay
+from race_dist.ops.problem import BUCKET_EPS, Forward, Gradients, Into, Problem, den_floor, token_documents, total_log_decay
 from race_dist.ops.tiling import Links, Tile, Tiling, links
 from race_dist.sketch import SketchState
 
 
-def forward(p: Problem) -> Forward:
-    """Output, denominators, the state before each tile (causal) or the total (not causal), and the final state."""
-    out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
+def forward(p: Problem, out: Tensor | None = None) -> Forward:
+    """Output (written to ``out`` where given), denominators, the state before each tile (causal) or the total (not
+    causal), and the final state."""
+    if out is None:
+        out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else 0, dtype=p.compute_dtype)
     tiling = Tiling(p)
     if p.causal:
@@ -43,10 +45,12 @@ def summary(p: Problem) -> SketchState:
     return _sketch(p, _walk(p, Tiling(p))[1])
 
 
-def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool) -> Gradients:
-    """Gradients of every input, from those of the output and of the final state."""
+def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
+             into: Into | None = None) -> Gradients:
+    """Gradients of every input (those of q, k, v written ``into`` tensors where given), from those of the output and of
+    the final state."""
     arriving = _augmented(p, dfinal)  # [rows, H, S, E] float64
-    totals = _Totals(p, need_planes)
+    totals = _Totals(p, need_planes, into or Into(*(torch.empty_like(x) for x in (p.q, p.k, p.v))))
     if not p.causal:
         for tile in Tiling(p):
             work = _load(p, tile)
@@ -428,9 +432,9 @@ def _from_suffix(work: _Work, suffix: Tensor) -> tuple[Tensor, Tensor]:
 class _Totals:
     """The gradients of a backward pass as they come together, tile by tile."""
 
-    def __init__(self, p: Problem, need_planes: bool) -> None:
+    def __init__(self, p: Problem, need_planes: bool, into: Into) -> None:
         self.p = p
-        self.q, self.k, self.v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v))
+        self.q, self.k, self.v = into
         self.beta = torch.zeros(p.beta.shape, dtype=torch.float64, device=p.q.device)
         self.planes = torch.zeros(p.planes.shape, dtype=torch.float64, device=p.q.device) if need_planes else None
         # of G_i

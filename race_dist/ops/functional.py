@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from race_dist.ops import reference
-from race_dist.ops.problem import Forward, Gradients, Normalization, Problem, total_log_decay
+from race_dist.ops.problem import Forward, Gradients, Into, Normalization, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 
 class Backend(Protocol):
     """What a backend module offers; docs/architecture.md says what each function means."""
 
-    def forward(self, p: Problem) -> Forward: ...
+    def forward(self, p: Problem, out: Tensor | None = None) -> Forward: ...
 
     def backward(self, p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *,
-                 need_planes: bool) -> Gradients: ...
+                 need_planes: bool, into: Into | None = None) -> Gradients: ...
 
     def summary(self, p: Problem) -> SketchState: ...
 

@@ -84,6 +84,14 @@ class Forward(NamedTuple):
     final: SketchState
 
 
+class Into(NamedTuple):
+    """Tensors, of any strides, that a backward pass writes its largest gradients to, like ``q``, ``k`` and ``v``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class Gradients(NamedTuple):
     """What a backward pass returns: like the inputs; None where nothing was asked or there is no such input."""
 

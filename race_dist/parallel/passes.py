@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from race_dist.ops.functional import Backend
-from race_dist.ops.problem import Forward, Gradients, Problem
+from race_dist.ops.problem import Forward, Gradients, Into, Problem
 from race_dist.parallel.agree import agree_on_call
 from race_dist.parallel.comm import group_rank, group_size, start_all_reduce
 from race_dist.parallel.documents import Documents
@@ -141,18 +141,18 @@ class _GroupAttention(torch.autograd.Function):
         p = call.problem(tensors)
         route, backend, halves = call.route(p), call.backend, _head_halves(p)
         calls = [route.cut.calls(half) for half in halves]
-        outs, finals, kept = [], [], []
+        out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
+        places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
+        finals, kept = [], []
         with _full_precision(p.q):
             finishes = [route.start_forward(backend, each, _initial(half)) for half, each in zip(halves, calls)]
-            for each, finish in zip(calls, finishes):
+            for each, place, finish in zip(calls, places, finishes):
                 entering = finish()
-                done = [backend.forward(replace(one, initial=state)) for one, state in zip(each, entering)]
-                outs.append(route.cut.merge([f.out for f in done]))
+                done = [backend.forward(replace(one, initial=state), o) for one, state, o in zip(each, entering, place)]
                 if call.output_final:
                     finals.append(_StateSum(route.final([f.final for f in done]), call.group))
                 for f, state in zip(done, entering):
                     kept += [f.den, f.states, f.final.mass, f.final.values, state.mass, state.values]
-        out = _join(outs, 2)
         ctx.call = call
         ctx.save_for_backward(*tensors, out, *kept)
         states = [each.wait().tensors() for each in finals]
@@ -167,13 +167,16 @@ class _GroupAttention(torch.autograd.Function):
         p = call.problem(tensors)
         route, backend, halves = call.route(p), call.backend, _head_halves(p)
         arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
+        gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
+        places = _places(route, halves, gradients)
         work = _backward_calls(p, route, halves, out, dout, kept)
         with _full_precision(p.q):
             finishes = [route.start_backward(backend, each.calls, each.saved, each.douts, _arriving(arriving, half, p, i))
                         for i, (half, each) in enumerate(zip(halves, work))]
-            grads = [[backend.backward(one, saved, d, state, need_planes=ctx.needs_input_grad[4]) for one, saved, d, state in
-                      zip(each.calls, each.saved, each.douts, finish())] for each, finish in zip(work, finishes)]
-        merged = _merge(route, grads)
+            grads = [[backend.backward(one, saved, d, state, need_planes=ctx.needs_input_grad[4], into=into)
+                      for one, saved, d, state, into in zip(each.calls, each.saved, each.douts, finish(), place)]
+                     for each, place, finish in zip(work, places, finishes)]
+        merged = _merge(route, gradients, grads)
         if merged.log_decay is not None and arriving is not None:
             dtotal = arriving.wait().log_decay
             assert dtotal is not None
@@ -211,11 +214,9 @@ class _Work(NamedTuple):
 def _backward_calls(p: Problem, route: Route, halves: Sequence[Problem], out: Tensor, dout: Tensor,
                     kept: list[Tensor]) -> list[_Work]:
     """The local calls with their initial states, outputs and saved states."""
-    work, first = [], 0
-    for half in halves:
-        heads = half.q.shape[2]
-        outs, douts = (route.cut.of(x.narrow(2, first, heads)) for x in (out, dout))
-        first += heads
+    work = []
+    for half, *parts in zip(halves, *(_split_heads(x, halves, queries=True) for x in (out, dout))):
+        outs, douts = map(route.cut.of, parts)
         calls, saved = [], []
         for one, part in zip(route.cut.calls(half), outs):
             den, states, mass, values, initial_mass, initial_values = kept[:6]
@@ -226,11 +227,17 @@ def _backward_calls(p: Problem, route: Route, halves: Sequence[Problem], out: Te
     return work
 
 
-def _merge(route: Route, grads: Sequence[Sequence[Gradients]]) -> Gradients:
+def _places(route: Route, halves: Sequence[Problem], gradients: Sequence[Tensor]) -> list[list[Into]]:
+    """Where each half's local calls write dq, dk and dv: views of the rank's gradients."""
+    parts = (_split_heads(x, halves, queries=i == 0) for i, x in enumerate(gradients))
+    return [[Into(*each) for each in zip(*map(route.cut.of, half))] for half in zip(*parts)]
+
+
+def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradients]]) -> Gradients:
     """The gradients of all local calls, as those of the rank's problem."""
 
-    def rows(name: str) -> Tensor:
-        return _join([route.cut.merge([getattr(g, name) for g in half]) for half in grads], 2)
+    def decays() -> Tensor:
+        return _join([route.cut.merge([g.log_decay for g in half if g.log_decay is not None]) for half in grads], 2)
 
     def shares(name: str) -> Tensor:
         return _join([torch.stack([getattr(g, name) for g in half]).sum(0) for half in grads], 0)
@@ -238,8 +245,8 @@ def _merge(route: Route, grads: Sequence[Sequence[Gradients]]) -> Gradients:
     some = grads[0][0]
     initials = [route.dinitial([g.initial for g in half if g.initial is not None]).tensors() for half in grads]
     initial = SketchState(*(_join(parts, 1) for parts in zip(*initials)))
-    return Gradients(rows("q"), rows("k"), rows("v"), None if some.planes is None else shares("planes"), shares("beta"),
-                     None if some.log_decay is None else rows("log_decay"), initial)
+    return Gradients(qkv[0], qkv[1], qkv[2], None if some.planes is None else shares("planes"), shares("beta"),
+                     None if some.log_decay is None else decays(), initial)
 
 
 def _head_halves(p: Problem) -> list[Problem]:
@@ -247,6 +254,11 @@ def _head_halves(p: Problem) -> list[Problem]:
     heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
     bounds = [0, heads // 2, heads] if heads > 1 else [0, heads]
     return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
+
+
+def _split_heads(x: Tensor, halves: Sequence[Problem], *, queries: bool) -> tuple[Tensor, ...]:
+    """x ``[B, T, Hq or Hkv, ...]`` as views of the halves' heads."""
+    return x.split([(half.q if queries else half.k).shape[2] for half in halves], 2)
 
 
 def _heads(p: Problem, a: int, b: int, repeats: int) -> Problem:
