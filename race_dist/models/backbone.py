@@ -170,7 +170,7 @@ class Backbone(nn.Module):
         Returns:
             ``h [B, T, dim]`` and the carry after the whole sequence.
         """
-        self._check(input_ids, key_mask)
+        self._check(input_ids, key_mask, cu_seqlens)
         sequence = Sequence.of(input_ids.shape[1], cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout,
                                position=0 if carry is None else carry.position, final=final, device=input_ids.device)
         x = self.embed(input_ids)
@@ -199,10 +199,13 @@ class Backbone(nn.Module):
                 kinds.add((block.mixer.head_dim, block.mixer.rope_base))
         return kinds
 
-    def _check(self, input_ids: Tensor, key_mask: Tensor | None) -> None:
+    def _check(self, input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
         check_ids("input_ids", input_ids, self.config.vocab_size)
+        if cu_seqlens is not None and input_ids.shape[0] != 1:
+            raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {input_ids.shape[0]}: "
+                             "pack them into one row")
         if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != input_ids.shape):
             raise ValueError(f"key_mask must be bool {list(input_ids.shape)} like input_ids; "
                              f"got {key_mask.dtype} {list(key_mask.shape)}")

@@ -94,6 +94,7 @@ class Sequence:
         if world == 1:
             group = None
         if cu_seqlens is not None:
+            _check_documents(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
             cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64)
         if layout == "zigzag":
             check_zigzag(length * world, world, cu_seqlens)
@@ -206,3 +207,17 @@ class Sequence:
         """Cosines and sines of the rows' rotary angles, ``[T, D/2]`` or ``[B, T, D/2]`` each."""
         known = self.rotations.get((head_dim, base, dtype))
         return rotation(self.positions, head_dim, base, dtype) if known is None else known
+
+
+def _check_documents(cu_seqlens: Tensor, total: int | None) -> None:
+    """Raise ValueError unless boundaries start at 0, never fall and end at ``total`` (read on the CPU only)."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
+                         f"{list(cu_seqlens.shape)}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must start at 0 and never fall; got {cu_seqlens[:20].tolist()}")
+    if total is not None and last != total:
+        raise ValueError(f"cu_seqlens must end at the sequence's length, {total}; it ends at {last}")

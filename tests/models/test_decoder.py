@@ -187,6 +187,10 @@ def test_errors() -> None:
         (lambda: net(ids, labels + VOCAB + 100), "labels .* must be from 0"),
         (lambda: net(ids, key_mask=torch.ones(2, 5)), r"key_mask must be bool \[2, 5\]"),
         (lambda: net(ids, layout="ring"), "layout must be one of"),
+        (lambda: net(ids, cu_seqlens=torch.tensor([0, 5])), "need a batch of 1; got B = 2"),
+        (lambda: net(ids[:1], cu_seqlens=torch.tensor([0, 4])), "must end at the sequence's length, 5; it ends at 4"),
+        (lambda: net(ids[:1], cu_seqlens=torch.tensor([0, 4, 3, 5])), "must start at 0 and never fall"),
+        (lambda: net(ids[:1], cu_seqlens=torch.tensor([0.0, 5.0])), "cu_seqlens must be int32 or int64"),
         (lambda: DecoderLM(config("R", race=RaceConfig(causal=False))), "DecoderLM needs race.causal = True"),
     ]:
         with pytest.raises(ValueError, match=message):
