@@ -77,18 +77,6 @@ def load_rows(x, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def expect_rows(x, t, first, BX: tl.constexpr, c: tl.constexpr):
-    """Ask for tokens t .. t + C to be brought into the L2 cache: a chunk's loads then wait a third as long."""
-    if not INTERPRET and c.prefetch:
-        rows = tl.minimum(tl.maximum(t + tl.arange(0, c.C), first), x[3] - 1)
-        line: tl.constexpr = 128 // (x[0].dtype.element_ty.primitive_bitwidth // 8)
-        cols = tl.arange(0, BX // line) * line
-        pointer = x[0] + rows[:, None] * x[1] + cols[None, :] * x[2]
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer.to(tl.int64)], dtype=tl.int32,
-                                  is_pure=False, pack=1)
-
-
-@triton.jit
 def store_rows(x, value, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
     """The inverse of :func:`load_rows`."""
     if c.bulk:
@@ -319,17 +307,17 @@ def unproject(dz, W, W_rest, c: tl.constexpr):
 
 @triton.jit
 def planes_gradient(x, dz, c: tl.constexpr):
-    """``x^T @ dz``, ``[BD, LPB]``."""
-    return mm(tl.trans(low(x, c)), low(dz, c))
+    """``dz^T @ x``, ``[LPB, BD]``."""
+    return mm(tl.trans(low(dz, c)), low(x, c))
 
 
 @triton.jit
 def store_planes_gradient(dplanes, part, index, s0, c: tl.constexpr):
-    """Program ``index``'s part, laid out ``[index, feature block, BD, LPB]``."""
+    """Program ``index``'s part, laid out ``[index, feature block, LPB, BD]``."""
     d = tl.arange(0, c.BD)
     slot = tl.arange(0, c.LPB)
     block = index * c.NSB + s0 // c.SB
-    tl.store(dplanes + block * (c.BD * c.LPB) + d[:, None] * c.LPB + slot[None, :], part)
+    tl.store(dplanes + block * (c.LPB * c.BD) + slot[:, None] * c.BD + d[None, :], part)
 
 
 @triton.jit

@@ -23,7 +23,8 @@ from race_dist.kernels.interpreter import INTERPRET
 PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
 MAX_TILE = 4096
 SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV")
-KERNELS = ("sums", "out", "queries", "query_sums", "keys")
+STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
+KERNELS = tuple(STAGES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class Spec:
     half: bool
     split_planes: bool
     bulk: bool
-    prefetch: bool = True
     fused: bool = False
     walk: bool = True
     need_planes: bool = False
@@ -79,12 +79,18 @@ class Spec:
         return padded(min(self.TB, self.L) * self.P)
 
     @property
+    def least(self) -> int:
+        """Of feature and column blocks: a row of 128 bytes. Narrower operands of Hopper's matrix instructions read
+        outside of shared memory under Triton 3.6 (seen with compute-sanitizer), and gain nothing."""
+        return 16 if INTERPRET else 32 if self.f32 else 64
+
+    @property
     def BD(self) -> int:
-        return padded(self.D)
+        return padded(self.D, self.least)
 
     @property
     def BV(self) -> int:
-        return padded(self.Dv)
+        return padded(self.Dv, self.least)
 
 
 
@@ -138,9 +144,9 @@ class Plan:
         return self.launches[kernel]
 
 
-def padded(n: int) -> int:
-    """The block size for n: a power of two, at least 16."""
-    return max(16, 1 << (n - 1).bit_length())
+def padded(n: int, least: int = 16) -> int:
+    """The block size for n: a power of two, at least ``least``."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = None, tile: int | None = None) -> Plan:
@@ -152,16 +158,45 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = N
         shared_limit: bytes of shared memory a program may use.
         chunk, tile: force these (tests).
     """
-    block = padded(spec.S)
-    walk = not spec.is_bucket and block <= 64 and block * spec.BV <= 16384
-    size = chunk or 64
-    launches = {}
-    for kernel in KERNELS:
-        stages, warps = 3 if kernel in ("sums", "query_sums") else 1, 4
-        launches[kernel] = Launch(replace(spec, C=size, SB=min(block, 64), walk=walk, stages=stages), warps)
+    block = padded(spec.S, spec.least)
+    walk = not spec.is_bucket and block <= (32 if spec.f32 and not INTERPRET else 64) and block * spec.BV <= 8192
+    size = chunk or (32 if spec.f32 else 64)
+    spec = replace(spec, C=size, SB=min(block, 32 if spec.f32 and not INTERPRET else 64), walk=walk, bulk=spec.bulk and walk)
+    launches = {kernel: _launch(kernel, spec, shared_limit) for kernel in KERNELS}
     if not walk:
         return Plan(size, False, launches)
     if tile is None:
         tile = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
         tile = min(max(tile, size), MAX_TILE)
     return Plan(tile, True, launches)
+
+
+def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:
+    """The most pipeline stages, then the largest chunk, that fit the device's shared memory."""
+    stages = STAGES[kernel] if spec.walk and not spec.f32 else 1
+    while True:
+        choice = replace(spec, stages=stages)
+        if shared_bytes(kernel, choice) <= shared_limit or (stages == 1 and choice.C == 16):
+            return Launch(choice, 4)
+        if stages > 1:
+            stages -= 1
+        elif spec.walk or kernel == "sums":
+            spec = replace(spec, C=spec.C // 2)
+        else:
+            return Launch(choice, 4)
+
+
+def shared_bytes(kernel: str, spec: Spec) -> int:
+    """A bound on the shared memory of a kernel, from what it holds at a time: rows in flight, operands made of
+    features, and of a state. Held against the compiler's figure by a test."""
+    size = 4 if spec.f32 else 2
+    rows = spec.C * (spec.BD + spec.BV) * size
+    features = spec.C * spec.SB * size
+    state = 2 * spec.SB * spec.BV * size
+    planes = 2 * spec.BD * spec.LPB * size + 2 * spec.LPB * spec.SB * size
+    heads = spec.G if spec.stages > 1 else 1  # each query head's rows are in flight by themselves
+    held = {"sums": rows * spec.stages + features, "query_sums": rows * heads * spec.stages + features,
+            "out": (3 * rows // 2) * spec.stages + 2 * features + state // 2,
+            "queries": 2 * rows * spec.stages + 2 * features + state,
+            "keys": 2 * rows * spec.stages + 3 * features + state}
+    return held[kernel] + planes + 4096

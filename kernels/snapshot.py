@@ -30,12 +30,12 @@ def snapshot_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, t
     sharp = tl.load(beta + h).to(tl.float32)
     G = load_decay(log_decay, b, t, h, n, c)
     keep = load_keep(key_mask, b, t, n, c)
-    for g in range(c.G):
+    for g in tl.range(0, c.G, num_stages=1):
         hq = h * c.G + g
         num = tl.zeros([c.C, c.BV], tl.float32)
         total = tl.zeros([c.C], tl.float32)
         A = tl.zeros([c.C, c.C], tl.float32)
-        for block in range(c.NSB):
+        for block in tl.range(0, c.NSB, num_stages=1):
             s0 = block * c.SB
             W, W_rest = load_planes(planes, h, s0, c)
             ones, zeros = corner_bits(s0, c)
@@ -126,7 +126,7 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
         h_c = tl.zeros([c.C], tl.float32)
         if c.is_global:
             r = inverse_den(load_scalars(den, b, t, hq, n, c))
-            for block in range(c.NSB):
+            for block in tl.range(0, c.NSB, num_stages=1):
                 s0 = block * c.SB
                 W, W_rest = load_planes(planes, h, s0, c)
                 ones, zeros = corner_bits(s0, c)
@@ -134,11 +134,11 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
                 Fk = A
                 if c.causal:
                     Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
-                _, _, _, Fq, e, _ = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
-                h_c -= r * tl.sum(Fq * e, 1)
+                products = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
+                h_c -= r * tl.sum(products[3] * products[4], 1)
             store_scalars(h_out, h_c, b, t, hq, n, c)
         dq_c = tl.zeros([c.C, c.BD], tl.float32)
-        for block in range(c.NSB):
+        for block in tl.range(0, c.NSB, num_stages=1):
             s0 = block * c.SB
             W, W_rest = load_planes(planes, h, s0, c)
             ones, zeros = corner_bits(s0, c)
@@ -184,7 +184,7 @@ def add_planes_gradient(dplanes, part, index, s0, first: tl.constexpr, c: tl.con
     if not first:
         d = tl.arange(0, c.BD)
         slot = tl.arange(0, c.LPB)
-        part += tl.load(dplanes + (index * c.NSB + s0 // c.SB) * (c.BD * c.LPB) + d[:, None] * c.LPB + slot[None, :])
+        part += tl.load(dplanes + (index * c.NSB + s0 // c.SB) * (c.LPB * c.BD) + slot[:, None] * c.BD + d[None, :])
     store_planes_gradient(dplanes, part, index, s0, c)
 
 
@@ -208,7 +208,7 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
     db = tl.zeros([c.C], tl.float32)
     dG = tl.zeros([c.C], tl.float32)
     flow = 0.0
-    for block in range(c.NSB):
+    for block in tl.range(0, c.NSB, num_stages=1):
         s0 = block * c.SB
         W, W_rest = load_planes(planes, h, s0, c)
         ones, zeros = corner_bits(s0, c)
@@ -229,10 +229,11 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
                 if c.is_bucket:
                     M, m = load_state(states, index, s0, c)
                     A_q = low(seen(tl.trans(A), t, G, c), c)
-                    _, _, _, w, e, masses = query_products(q_c, do_c, A_q, M, m, Fk_low, W, W_rest, ones, zeros, sharp, t, G, s0, c)
-                    w /= masses
+                    products = query_products(q_c, do_c, A_q, M, m, Fk_low, W, W_rest, ones, zeros, sharp, t, G, s0, c)
+                    masses = products[5]
+                    w = products[3] / masses
                     share = seen_by(tl.full([c.C, c.C], 1.0, tl.float32), t, G, c)
-                    dphi -= mm(low(share, c), low(w * e / masses, c))
+                    dphi -= mm(low(share, c), low(w * products[4] / masses, c))
                 else:
                     w = soft_hash(q_c, W, W_rest, ones, zeros, sharp, s0, c)
                 if c.is_global:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    corner_bits, entering, expect_rows, inverse_den, key_features, leaving, load_decay, load_keep, load_planes, load_rows, load_state,
+    corner_bits, entering, inverse_den, key_features, leaving, load_decay, load_keep, load_planes, load_rows, load_state,
     locate, low, mm, open_heads, open_rows, rounded, seen, soft_hash, store_rows, store_scalars, through,
 )
 
@@ -39,12 +39,10 @@ def walk_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles
         if c.causal:
             k_c = load_rows(k_rows, t, c.D, c.BD, c)
             v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
-            expect_rows(k_rows, t + c.C, start, c.BD, c)
-            expect_rows(v_rows, t + c.C, start, c.BV, c)
-            Fk = key_features(k_c, W, W_rest, ones, zeros, sharp, load_keep(key_mask, b, t, n, c), 0, c)
+            keep = load_keep(key_mask, b, t, n, c)
+            Fk = rounded(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, 0, c), c)
         for g in tl.static_range(c.G):
             q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
-            expect_rows(q_rows[g], t + c.C, start, c.BD, c)
             Fq = rounded(soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c), c)
             num = entering(mm(low(Fq, c), low(M, c)), G, c)
             if c.causal:
@@ -59,6 +57,6 @@ def walk_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles
                 store_scalars(den, total, b, t, h * c.G + g, n, c)
             store_rows(out_rows[g], num, t, c.Dv, c.BV, c)
         if c.causal:
-            Fk = rounded(leaving(Fk, G, c), c)
+            Fk = rounded(leaving(Fk, G, c), c) if c.decay else Fk
             M = mm(tl.trans(low(Fk, c)), v_c, through(M, G, c))
             m = through(m, G, c) + tl.sum(Fk, 0)

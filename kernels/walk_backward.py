@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    buckets, centred, corner_bits, crossing, entering, expect_rows, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep, load_planes,
+    buckets, centred, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep, load_planes,
     load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_heads, open_rows, parts, planes_gradient, rounded, seen, seen_by, signs, soft_hash,
     store_planes_gradient, store_rows, store_scalars, store_state, through, unproject,
 )
@@ -39,7 +39,7 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
         c_sum = tl.zeros([c.SB], tl.float32)
     db = tl.zeros([c.C], tl.float32)
     if c.need_planes:
-        dW = tl.zeros([c.BD, c.LPB], tl.float32)
+        dW = tl.zeros([c.LPB, c.BD], tl.float32)
     if c.decay:
         reach = (start * 0).to(tl.float64)  # log decay from the tile's first token to this chunk
     k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
@@ -55,11 +55,10 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
         if c.causal:
             k_c = load_rows(k_rows, t, c.D, c.BD, c)
             v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
-            expect_rows(k_rows, t + c.C, start, c.BD, c)
-            expect_rows(v_rows, t + c.C, start, c.BV, c)
-            Fk = key_features(k_c, W, W_rest, ones, zeros, sharp, load_keep(key_mask, b, t, n, c), 0, c)
+            keep = load_keep(key_mask, b, t, n, c)
+            Fk = rounded(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, 0, c), c)
             Fk_low = low(Fk, c)
-            Fk = rounded(leaving(Fk, G, c), c)
+            Fk = rounded(leaving(Fk, G, c), c) if c.decay else Fk
             M = mm(tl.trans(low(Fk, c)), v_c, through(M, G, c))
             m = through(m, G, c) + tl.sum(Fk, 0)
         if c.decay:
@@ -67,12 +66,10 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
         for g in tl.static_range(c.G):
             hq = h * c.G + g
             do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
-            expect_rows(do_rows[g], t + c.C, start, c.BV, c)
             e = entering(mm_right(do_c, before, None, c), G, c)
             if c.causal:
                 e = mm(low(seen(mm(do_c, tl.trans(v_c)), t, G, c), c), Fk_low, e)
             q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
-            expect_rows(q_rows[g], t + c.C, start, c.BD, c)
             u, log_on, log_off = signs(q_c, W, W_rest, sharp, c)
             w = buckets(log_on, log_off, ones, zeros, 0, c)
             if c.is_global:
@@ -129,7 +126,7 @@ def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
     Cs, cs = load_state(suffixes, (tile if c.causal else row).to(tl.int64) * H + h, 0, c)
     db = tl.zeros([c.C], tl.float32)
     if c.need_planes:
-        dW = tl.zeros([c.BD, c.LPB], tl.float32)
+        dW = tl.zeros([c.LPB, c.BD], tl.float32)
     if c.decay:
         flow = crossing(states, final_values, final_mass, Cs, cs, tile, row, last, h, H, 0, c)
     k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
@@ -143,12 +140,10 @@ def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
         n = end - t
         k_c = load_rows(k_rows, t, c.D, c.BD, c)
         v_c = low(load_rows(v_rows, t, c.Dv, c.BV, c), c)
-        expect_rows(k_rows, t - c.C, start, c.BD, c)
-        expect_rows(v_rows, t - c.C, start, c.BV, c)
         G = load_decay(log_decay, b, t, h, n, c)
         keep = load_keep(key_mask, b, t, n, c)
         u, log_on, log_off = signs(k_c, W, W_rest, sharp, c)
-        Fk = tl.where(keep[:, None], buckets(log_on, log_off, ones, zeros, 0, c), 0.0)
+        Fk = rounded(tl.where(keep[:, None], buckets(log_on, log_off, ones, zeros, 0, c), 0.0), c)
         Fk_low = low(Fk, c)
         behind = parts(Cs, c)
         cs_behind = cs
@@ -160,15 +155,14 @@ def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
             if c.causal:
                 q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
                 do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
-                expect_rows(q_rows[g], t - c.C, start, c.BD, c)
-                expect_rows(do_rows[g], t - c.C, start, c.BV, c)
                 w = soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c)
                 if c.is_global:
                     w *= inverse_den(load_scalars(den, b, t, hq, n, c))[:, None]
                     h_c = load_scalars(h_in, b, t, hq, n, c)
+                w = rounded(w, c)
                 w_low = low(w, c)
                 P = low(seen_by(mm(Fk_low, tl.trans(w_low)), t, G, c), c)
-                w = rounded(entering(w, G, c), c)
+                w = rounded(entering(w, G, c), c) if c.decay else w
                 Cs = mm(tl.trans(low(w, c)), do_c, Cs)
                 if c.is_global:
                     cs += tl.sum(w * h_c[:, None], 0)

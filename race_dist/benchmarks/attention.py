@@ -122,7 +122,7 @@ def _peak(shape: Shape) -> int:
     return peak_resident_bytes() - before
 
 
-def run(base: Shape, lengths: list[int], device: torch.device, *, repeats: int = 5, slowest: float = 20.0,
+def run(base: Shape, lengths: list[int], device: torch.device, *, repeats: int = 5, slowest: float = 5.0,
         memory_length: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
     """The whole comparison, as the JSON that is stored.
 

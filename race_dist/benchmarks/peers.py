@@ -57,3 +57,23 @@ def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
             num = (q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ v).flatten(2, 3)
         return (num[..., :-1] / num[..., -1:]).transpose(1, 2)
     return call
+
+
+def linear_attention_peer(shape: Shape, device: torch.device) -> Call:
+    """RACE as it is built today: compiled features, then the chunked linear attention of flash-linear-attention.
+
+    Raises:
+        ImportError: fla-core is not installed.
+    """
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError as error:
+        raise ImportError(f"{error}: pip install fla-core") from error
+    from race_dist.hashing import sample_planes, soft_hash
+
+    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=torch.bfloat16)
+    features = torch.compile(lambda x: soft_hash(x.transpose(1, 2), planes, 2.0).transpose(1, 2).contiguous())
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return chunk_linear_attn(features(q), features(k), v, scale=1.0, normalize=True)[0]
+    return call

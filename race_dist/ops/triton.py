@@ -7,6 +7,9 @@ Without ``causal`` the scans give totals and both passes read those. Nothing her
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -130,6 +133,19 @@ def _shared_limit(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
+@contextmanager
+def _plain_code() -> Iterator[None]:
+    """Compile, where a kernel is new, without LLVM's own optimizer (Triton's and ptxas's stay): it moves a hundred operand
+    addresses out of each loop, which then do not fit in registers. Found: 700 bytes of spills a thread against 260."""
+    before = os.environ.get("DISABLE_LLVM_OPT")
+    os.environ["DISABLE_LLVM_OPT"] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_LLVM_OPT"]
+
+
 def _is_decoding(p: Problem) -> bool:
     """One token a row: one launch does it, and a backward pass makes the states it wants."""
     return p.causal and p.cu_seqlens is None and p.q.shape[1] == 1
@@ -166,16 +182,19 @@ class _Call:
         self.dplanes: list[Tensor | None] = [None, None]
         if need_planes:
             spec = self.plan["keys"].spec
-            shape = (self.num_tiles, self.heads, spec.NSB, spec.BD, spec.LPB)
+            shape = (self.num_tiles, self.heads, spec.NSB, spec.LPB, spec.BD)
             self.dplanes = [p.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
 
     def launch(self, name: str, kernel: object, *args: object, programs: int = 1) -> None:
         """Run a kernel with one program (or ``programs``) for each tile and key/value head."""
         choice = self.plan[name]
         grid = (self.num_tiles * self.heads * programs,)
-        if grid[0]:
+        if not grid[0]:
+            return
+        with _plain_code() if not choice.spec.f32 else nullcontext():
             kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
-                         choice.constants, num_warps=choice.num_warps, **choice.options)
+                         choice.constants, num_warps=choice.num_warps, num_stages=choice.spec.stages,
+                         **choice.options)
 
     def decode(self) -> Forward:
         """The forward pass of one token a row."""
@@ -241,12 +260,12 @@ class _Call:
         return (parts if totals is None else totals), leaving
 
     def planes_gradient(self) -> Tensor:
-        """Sum of the programs' parts ``[tile, H, block, D, slot]`` as ``[Hkv, L, P, D]``."""
+        """Sum of the programs' parts ``[tile, H, block, slot, D]`` as ``[Hkv, L, P, D]``."""
         p, spec = self.p, self.plan["keys"].spec
         _, tables, number, dim = p.planes.shape
         assert self.dplanes[0] is not None and self.dplanes[1] is not None
-        parts = sum(part.sum(0, dtype=torch.float64) for part in self.dplanes)  # [H, block, BD, LPB]
-        parts = parts[:, :, :dim, :min(spec.TB, tables) * number].transpose(2, 3).unflatten(2, (-1, number))  # type: ignore
+        parts = sum(part.sum(0, dtype=torch.float64) for part in self.dplanes)  # [H, block, LPB, BD]
+        parts = parts[:, :, :min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))  # type: ignore
         if spec.R > spec.SB:  # several blocks share a table
             parts = parts.unflatten(1, (tables, -1)).sum(2)
         return parts.flatten(1, 2)[:, :tables].to(p.planes.dtype)

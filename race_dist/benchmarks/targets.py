@@ -1,0 +1,127 @@
+"""One GPU's figures for the attention, measure by measure: times by device events, peak memory, peers in the same run.
+
+    python -m race_dist.benchmarks.targets --out docs/benchmarks/attention-h100.json
+
+Each measure is written as soon as it is there, so that a run that is cut short keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from race_dist.attention import race_attention
+from race_dist.benchmarks.attention import Shape, inputs
+from race_dist.benchmarks.decode import time_decode
+from race_dist.benchmarks.machine import machine
+from race_dist.benchmarks.peers import linear_attention_peer, peers_of
+from race_dist.benchmarks.timing import time_in_turn
+from race_dist.hashing import sample_planes
+
+BASE = Shape(length=2**20, heads=8, head_dim=128, tables=4, planes=4, dtype="bfloat16")
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention_call(shape: Shape, device: torch.device, *, normalization: str = "global", decay: bool = False) -> Call:
+    """The attention, planes in the inputs' dtype (they are bfloat16 numbers)."""
+    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=torch.bfloat16)
+    log_decay = None
+    if decay:
+        generator = torch.Generator(device).manual_seed(1)
+        log_decay = -0.01 * torch.rand(1, shape.length, shape.heads, device=device, generator=generator)
+    return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal, log_decay=log_decay,
+                                          normalization=normalization)  # type: ignore[arg-type]
+
+
+def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5) -> dict[str, Any]:
+    """Forward, and forward + backward, of each call in turn; peak memory of the first over q, k, v, o and gradients."""
+    q, k, v = inputs(shape, device)
+    gradient = torch.randn_like(q)
+
+    def forward(call: Call) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad():
+                call(q, k, v)
+        return run
+
+    def both(call: Call) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(call(q, k, v), (q, k, v), gradient)
+
+    forwards = time_in_turn({n: forward(c) for n, c in calls.items()}, device, repeats=repeats)
+    whole = time_in_turn({n: both(c) for n, c in calls.items()}, device, repeats=repeats)
+    result: dict[str, Any] = {**asdict(shape), "tensor_bytes": shape.tensor_bytes, "rows": {
+        name: {"forward_ms": forwards[name].json(), "forward_backward_ms": whole[name].json()} for name in calls}}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    both(next(iter(calls.values())))()
+    torch.cuda.synchronize(device)
+    result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    result["peak_ratio"] = round(result["peak_bytes"] / shape.tensor_bytes, 3)
+    return result
+
+
+def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every measure by name."""
+    mine = lambda shape, **options: {"race": attention_call(shape, device, **options)}
+    small, wide = replace(BASE, tables=2, planes=2), replace(BASE, tables=1, planes=8)
+    everywhere, four = replace(BASE, causal=False), replace(BASE, length=2**22, heads=4)
+    longest = replace(BASE, length=8_912_896, heads=4)
+    result: dict[str, Callable[[], dict[str, Any]]] = {
+        "P=4 L=4": lambda: measure(BASE, mine(BASE), device),
+        "P=2 L=2": lambda: measure(small, mine(small), device),
+        "decay per token, none": lambda: measure(BASE, {
+            "race none decay": attention_call(BASE, device, normalization="none", decay=True), **mine(BASE)}, device),
+        "not causal": lambda: measure(everywhere, mine(everywhere), device),
+        "decode, 64 heads": lambda: time_decode(device),
+        "4 heads, T = 2**22": lambda: measure(four, mine(four), device, repeats=3),
+        "longest, 4 heads": lambda: measure(longest, mine(longest), device, repeats=1),
+        "P=8 L=1": lambda: measure(wide, mine(wide), device, repeats=3),
+    }
+    for length in (4096, 8192, 16384, 131072):
+        result[f"softmax, T = {length}"] = lambda shape=replace(BASE, length=length): measure(
+            shape, {**mine(shape), **{p.name: p.call for p in peers_of(shape, device) if p.call}}, device,
+            repeats=10 if shape.length < 2**17 else 2)
+    result["linear attention, T = 2**20"] = lambda: measure(
+        BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3)
+    return result
+
+
+def main() -> None:
+    """Measure what was asked for, writing as it goes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="measures whose name holds this")
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    report: dict[str, Any] = {"machine": machine(device), "measures": {}}
+    for name, run in measures(device).items():
+        if options.only not in name:
+            continue
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            report["measures"][name] = run()
+        except (RuntimeError, ImportError, ValueError) as error:  # out of memory, an absent peer
+            report["measures"][name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(name, _summary(report["measures"][name]), flush=True)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    if "rows" not in result:
+        return str(result)
+    rows = (f"{name}: forward {row['forward_ms']['p50']:.2f}, both {row['forward_backward_ms']['p50']:.2f} ms"
+            for name, row in result["rows"].items())
+    return "; ".join(rows) + f"; peak {result['peak_ratio']}"
+
+
+if __name__ == "__main__":
+    main()
