@@ -81,12 +81,13 @@ def train(
 
     with user_errors():
         settings = load_config(config, override or ())
-        ranks = under_launcher()
-        if not ranks:
-            settings.parallel.mesh(nproc or 1)
+        if not under_launcher():
+            dp, _ = settings.parallel.mesh(nproc or 1)
             RunDirectory(settings.directory).check_free(overwrite=overwrite)
         elif nproc is not None:
             raise ValueError("--nproc starts ranks itself; leave it out under torchrun")
+        if nproc is not None and nproc > 1:
+            loop.open_corpus(settings, dp)  # what is wrong with the text is said once, not by every rank
     if nproc is not None and nproc > 1:
         raise typer.Exit(launch_ranks(_again(config, override, overwrite), nproc))
     with user_errors():

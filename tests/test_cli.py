@@ -146,6 +146,11 @@ def test_nproc_starts_ranks_that_share_the_sequence(config: Path, tmp_path: Path
     assert (tmp_path / "runs" / "run" / "model.safetensors").is_file()
 
 
+def test_a_text_that_cannot_be_used_is_told_once_whatever_the_ranks(config: Path) -> None:
+    code, text = invoke("train", config, "--nproc", "2", "--override", "data.path=/no/such/text")
+    assert (code, text) == (2, "race-dist: data.path: there is no file or folder /no/such/text\n")
+
+
 def test_a_rank_that_fails_ends_the_others_and_is_named(config: Path) -> None:
     killer = "import os, sys; os.environ['RANK'] == '1' and os._exit(7); import time; time.sleep(100)"
     program = f"from race_dist.launch.local import launch_ranks; raise SystemExit(launch_ranks(['-c', {killer!r}], 2))"

@@ -59,12 +59,8 @@ class Trainer:
             ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
                 divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
         """
-        if config.data.batch_size % ranks.dp:
-            raise ValueError(f"data.batch_size is {config.data.batch_size}, which does not divide over "
-                             f"parallel.dp = {ranks.dp} groups of ranks; change one of them")
         self.config, self.ranks = config, ranks
-        self.corpus: Corpus = load_corpus(config.data.path, config.data.pattern)
-        check_fits(self.corpus, config.data.context)
+        self.corpus = open_corpus(config, ranks.dp)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.model = DecoderLM(config.model, dtype=dtype).to(ranks.device)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -138,6 +134,16 @@ class Trainer:
         for p, part in zip(trained, flat[1:].split([p.numel() for p in trained])):
             p.grad = part.view_as(p).to(p.dtype)
         return float(flat[0])
+
+
+def open_corpus(config: TrainConfig, dp: int) -> Corpus:
+    """The text of a run, once it is clear that ``dp`` groups of ranks can train on it; ValueError where they cannot."""
+    if config.data.batch_size % dp:
+        raise ValueError(f"data.batch_size is {config.data.batch_size}, which does not divide over parallel.dp = {dp} "
+                         "groups of ranks; change one of them")
+    corpus = load_corpus(config.data.path, config.data.pattern)
+    check_fits(corpus, config.data.context)
+    return corpus
 
 
 def run(trainer: Trainer, directory: RunDirectory) -> Evaluation:
