@@ -136,8 +136,10 @@ def store_state(states, index, s0, M, m, c: tl.constexpr):
 @triton.jit
 def low(x, c: tl.constexpr):
     """The operand of a product: bfloat16 for 16-bit inputs, float32 otherwise."""
-    if c.f32 or INTERPRET:  # the interpreter multiplies bfloat16 as integers
+    if c.f32:
         return x.to(tl.float32)
+    elif INTERPRET:  # it multiplies bfloat16 as integers: the same numbers as float32
+        return rounded(x.to(tl.float32), c)
     else:
         return x.to(tl.bfloat16)
 
@@ -151,7 +153,7 @@ def mm(a, b, acc=None):
 @triton.jit
 def rounded(x, c: tl.constexpr):
     """x at the precision of :func:`low`, still as float32. On the bits: the conversion there and back is slower."""
-    if c.f32 or INTERPRET:
+    if c.f32:
         return x
     else:
         return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
@@ -160,18 +162,18 @@ def rounded(x, c: tl.constexpr):
 @triton.jit
 def parts(x, c: tl.constexpr):
     """x as the sum of two operands, 16 bits of mantissa together (float32: x itself, and x again, unused)."""
-    if c.f32 or INTERPRET:
+    if c.f32:
         return x, x
     else:
         high = rounded(x, c)
-        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+        return low(high, c), low(x - high, c)
 
 
 @triton.jit
 def mm_right(a, b, acc, c: tl.constexpr):
     """``a @ b (+ acc)`` where b is given in :func:`parts`."""
     acc = mm(a, b[0], acc)
-    if not (c.f32 or INTERPRET):
+    if not c.f32:
         acc = mm(a, b[1], acc)
     return acc
 
@@ -180,7 +182,7 @@ def mm_right(a, b, acc, c: tl.constexpr):
 def mm_left(a, b, acc, c: tl.constexpr):
     """``a @ b (+ acc)`` where a is given in :func:`parts`."""
     acc = mm(a[0], b, acc)
-    if not (c.f32 or INTERPRET):
+    if not c.f32:
         acc = mm(a[1], b, acc)
     return acc
 
@@ -294,7 +296,7 @@ def centred(phi, dphi, c: tl.constexpr):
 def unproject(dz, W, W_rest, c: tl.constexpr):
     """``dz @ planes^T``, ``[C, BD]``."""
     if c.f32 or INTERPRET:
-        return mm(dz, tl.trans(W))
+        return mm(low(dz, c), tl.trans(W))
     elif c.half:
         dz = low(dz, c)
         return mm(dz, tl.trans(W).to(tl.bfloat16)) + mm(dz, tl.trans(W_rest).to(tl.bfloat16))

@@ -99,18 +99,19 @@ class Constants:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self.text, self.key = repr(spec), hash(spec)  # asked for at every launch
         for name in (*(f.name for f in fields(Spec)), *SIZES):
             value = getattr(spec, name)
             setattr(self, name, value if INTERPRET else tl.constexpr(value))
 
     def __hash__(self) -> int:
-        return hash(self.spec)
+        return self.key
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constants) and self.spec == other.spec
+        return self is other or (isinstance(other, Constants) and self.spec == other.spec)
 
     def __repr__(self) -> str:
-        return repr(self.spec)
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,17 @@ def padded(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def work_bucket(work: int) -> int:
+    """``B * Hkv * T``, down to a power of two: what a plan may know of a length."""
+    return 1 << max(0, work.bit_length() - 1)
+
+
 def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = None, tile: int | None = None) -> Plan:
     """Choose for one call.
 
     Args:
         spec: dimensions and flags; its C, SB and stages are overwritten.
-        work: ``B * Hkv * T``.
+        work: ``B * Hkv * T``, about.
         shared_limit: bytes of shared memory a program may use.
         chunk, tile: force these (tests).
     """
@@ -194,9 +200,9 @@ def shared_bytes(kernel: str, spec: Spec) -> int:
     features = spec.C * spec.SB * size
     state = 2 * spec.SB * spec.BV * size
     planes = 2 * spec.BD * spec.LPB * size + 2 * spec.LPB * spec.SB * size
-    heads = spec.G if spec.stages > 1 else 1  # each query head's rows are in flight by themselves
-    held = {"sums": rows * spec.stages + features, "query_sums": rows * heads * spec.stages + features,
-            "out": (3 * rows // 2) * spec.stages + 2 * features + state // 2,
-            "queries": 2 * rows * spec.stages + 2 * features + state,
-            "keys": 2 * rows * spec.stages + 3 * features + state}
+    flight = 1 if spec.stages == 1 else spec.G  # each query head's rows are in flight by themselves
+    held = {"sums": rows * spec.stages + features, "query_sums": rows * flight * spec.stages + features,
+            "out": (1 + flight) * rows * spec.stages + 2 * features + state // 2,
+            "queries": (1 + flight) * rows * spec.stages + 2 * features + state,
+            "keys": (1 + flight) * rows * spec.stages + 3 * features + state}
     return held[kernel] + planes + 4096

@@ -8,9 +8,9 @@ Without ``causal`` the scans give totals and both passes read those. Nothing her
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from race_dist.kernels import decode, scan, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
-from race_dist.kernels.plan import Plan, Spec, make_plan
+from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, packed_tiles
 from race_dist.ops.problem import Forward, Gradients, Problem, total_log_decay
 from race_dist.sketch import SketchState
@@ -105,21 +105,38 @@ def unsupported(p: Problem) -> str | None:
 
 
 def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
+    """The call's plan, made once for each kind of call: host time decides short sequences."""
     _, tables, number, dim = p.planes.shape
-    spec = Spec(D=dim, Dv=p.v.shape[3], L=tables, P=number, G=p.q.shape[2] // p.k.shape[2], C=0, SB=0, stages=0,
-                causal=p.causal, is_global=p.normalization == "global", is_bucket=p.normalization == "bucket",
-                decay=p.log_decay is not None, masked=p.key_mask is not None, packed=p.cu_seqlens is not None,
-                f32=p.q.dtype == torch.float32, half=p.q.dtype == torch.float16, split_planes=p.planes.dtype != p.q.dtype,
-                bulk=bulk, need_planes=need_planes)
-    return make_plan(spec, p.q.shape[0] * p.k.shape[2] * p.q.shape[1], shared_limit=_shared_limit(p.q.device))
+    batch, length, heads = p.k.shape[:3]
+    return _make_plan((dim, p.v.shape[3], tables, number, p.q.shape[2] // heads), p.causal, p.normalization,
+                      (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None), p.q.dtype,
+                      p.planes.dtype != p.q.dtype, bulk, need_planes, work_bucket(batch * heads * length),
+                      _shared_limit(p.q.device))
+
+
+@lru_cache(maxsize=256)
+def _make_plan(sizes: tuple[int, int, int, int, int], causal: bool, normalization: str, extras: tuple[bool, bool, bool],
+               dtype: torch.dtype, split_planes: bool, bulk: bool, need_planes: bool, work: int, shared_limit: int) -> Plan:
+    dim, value_dim, tables, number, group = sizes
+    decay, masked, packed = extras
+    spec = Spec(D=dim, Dv=value_dim, L=tables, P=number, G=group, C=0, SB=0, stages=0, causal=causal,
+                is_global=normalization == "global", is_bucket=normalization == "bucket", decay=decay, masked=masked,
+                packed=packed, f32=dtype == torch.float32, half=dtype == torch.float16, split_planes=split_planes, bulk=bulk,
+                need_planes=need_planes)
+    return make_plan(spec, work, shared_limit=shared_limit)
 
 
 def _bulk(*tensors: Tensor) -> bool:
     """Whether the copy engine of Hopper and later can move these rows: 16-byte strides, unit stride inside a row."""
-    if not tensors[0].is_cuda or torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
+    if not tensors[0].is_cuda or _capability(tensors[0].device) < 9:
         return False
     return all(x.stride(3) == 1 and x.shape[1] < 2**31 and x.data_ptr() % 16 == 0 and x.shape[3] * x.element_size() % 16 == 0
                and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:3]) for x in tensors)
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -127,23 +144,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+@lru_cache
 def _shared_limit(device: torch.device) -> int:
     if device.type != "cuda":
         return 232_448
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
-
-
-@contextmanager
-def _plain_code() -> Iterator[None]:
-    """Compile, where a kernel is new, without LLVM's own optimizer (Triton's and ptxas's stay): it moves a hundred operand
-    addresses out of each loop, which then do not fit in registers. Found: 700 bytes of spills a thread against 260."""
-    before = os.environ.get("DISABLE_LLVM_OPT")
-    os.environ["DISABLE_LLVM_OPT"] = before or "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_LLVM_OPT"]
 
 
 def _is_decoding(p: Problem) -> bool:
@@ -157,6 +162,24 @@ def _num_tiles(p: Problem, plan: Plan) -> int:
     if p.cu_seqlens is None:
         return batch * -(-length // plan.tile)
     return length // plan.tile + p.num_states
+
+
+class _Plain:
+    """Compile, where a kernel is new, without LLVM's own optimizer (Triton's and ptxas's stay): it moves a hundred operand
+    addresses out of each loop, which then do not fit in registers. Found: 700 bytes of spills a thread against 260."""
+
+    NAME = "DISABLE_LLVM_OPT"
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get(self.NAME)
+        os.environ[self.NAME] = self.before or "1"
+
+    def __exit__(self, *error: object) -> None:
+        if self.before is None:
+            del os.environ[self.NAME]
+
+
+_PLAIN, _USUAL = _Plain(), nullcontext()
 
 
 class _Call:
@@ -191,7 +214,7 @@ class _Call:
         grid = (self.num_tiles * self.heads * programs,)
         if not grid[0]:
             return
-        with _plain_code() if not choice.spec.f32 else nullcontext():
+        with _PLAIN if not choice.spec.f32 else _USUAL:
             kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
                          choice.constants, num_warps=choice.num_warps, num_stages=choice.spec.stages,
                          **choice.options)
