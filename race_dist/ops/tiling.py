@@ -74,7 +74,7 @@ class Tiling:
     def __init__(self, p: Problem) -> None:
         batch, length, query_heads, _ = p.q.shape
         self.device = p.q.device
-        self.chunk = 64 if p.features <= 128 else 128
+        self.chunk = max(1, min(64 if p.features <= 128 else 128, length))  # one token is decoded without padding
         rows = 2**14 if p.q.device.type == "cpu" else 2**18  # query rows worked on at once: a few MB of features
         self.per_tile = min(64, max(8, rows // (self.chunk * max(1, batch * query_heads))))
         self.length, self.cu_seqlens = length, p.cu_seqlens
