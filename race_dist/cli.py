@@ -115,7 +115,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the text goes on from.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, from a file.")] = None,
     tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Bytes to write.")] = 400,
-    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 always takes the likeliest byte.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 always takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Draw from the K likeliest bytes only.")] = None,
     top_p: Annotated[float | None, typer.Option(
         min=0, max=1, metavar="P", help="Draw from the likeliest bytes that together reach P.")] = None,

@@ -110,7 +110,7 @@ class SampleConfig(_Strict):
 
     prompt: str = Field("def ", min_length=1)
     tokens: int = Field(400, ge=0)
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(0.8, ge=0)
 
 
 class TrainConfig(_Strict):

@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_and_reads_it_back(tmp_path: Path, precision: st
     assert not model.training
     for (name, mine), theirs in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
-    again = "line " + "".join(stream_text(model, "line ", tokens=30, temperature=0.7, seed=0))
+    again = "line " + "".join(stream_text(model, "line ", tokens=30, temperature=0.8, seed=0))
     assert directory.sample.read_text(encoding="utf-8") == again
 
 
