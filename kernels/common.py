@@ -89,6 +89,12 @@ def store_rows(x, value, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
+def read_rows(x, b, t, h, end, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
+    """:func:`load_rows` of rows that are opened for one chunk."""
+    return load_rows(open_rows(x, b, h, end, X, BX, c), t, X, BX, c)
+
+
+@triton.jit
 def load_scalars(x, b, t, h, n, c: tl.constexpr):
     """One number a token, ``[C]``, of ``x [B, T, H]`` given as (pointer, three strides)."""
     rows = tl.arange(0, c.C)
@@ -261,7 +267,7 @@ def buckets(log_on, log_off, ones, zeros, s0, c: tl.constexpr):
 @triton.jit
 def soft_hash(x, W, W_rest, ones, zeros, beta, s0, c: tl.constexpr):
     """``phi [C, SB]`` of rows x."""
-    u, log_on, log_off = signs(x, W, W_rest, beta, c)
+    _, log_on, log_off = signs(x, W, W_rest, beta, c)
     return buckets(log_on, log_off, ones, zeros, s0, c)
 
 

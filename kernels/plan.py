@@ -6,9 +6,10 @@ A sequence is cut in state *tiles* (one stored state each) and a tile in matmul 
 - *snapshot*: any number of features, in blocks; a tile is one chunk and reads the stored state directly. Also the
   "bucket" normalization, whose backward pass needs prefix and suffix state at the same chunk.
 
-To add a device, give its shared memory a line in ``PRESETS``'s limits or let the fallback halve stages, then chunks; run
-``race-dist bench attention`` and keep what is fastest. The choice never depends on T except through ``tile``, a run-time
-number, so that a new length compiles nothing.
+To add a device: its shared memory is read from the driver, and stages, then chunks, are cut until a kernel fits
+(:func:`shared_bytes`). Try other ``STAGES``, chunks and ``PROGRAMS`` there, time them with
+``python -m race_dist.benchmarks.targets``, and keep what is fastest. The choice never depends on T except through ``tile``, a
+run-time number, so that a new length compiles nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class Spec:
     half: bool
     split_planes: bool
     bulk: bool
-    fused: bool = False
     walk: bool = True
     need_planes: bool = False
 
@@ -168,28 +168,23 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = N
     walk = not spec.is_bucket and block <= (32 if spec.f32 and not INTERPRET else 64) and block * spec.BV <= 8192
     size = chunk or (32 if spec.f32 else 64)
     spec = replace(spec, C=size, SB=min(block, 32 if spec.f32 and not INTERPRET else 64), walk=walk, bulk=spec.bulk and walk)
-    launches = {kernel: _launch(kernel, spec, shared_limit) for kernel in KERNELS}
-    if not walk:
-        return Plan(size, False, launches)
-    if tile is None:
-        tile = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
-        tile = min(max(tile, size), MAX_TILE)
-    return Plan(tile, True, launches)
+    if walk:
+        launches = {kernel: _launch(kernel, spec, shared_limit) for kernel in KERNELS}
+        bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
+        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches)
+    spec = replace(spec, stages=1)
+    while max(spec.C, spec.SB) > 16 and any(shared_bytes(kernel, spec) > shared_limit for kernel in KERNELS):
+        # of all kernels alike: their chunk is the tile
+        spec = replace(spec, C=spec.C // 2) if spec.C > 16 else replace(spec, SB=spec.SB // 2)
+    return Plan(spec.C, False, dict.fromkeys(KERNELS, Launch(spec, 4)))
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:
-    """The most pipeline stages, then the largest chunk, that fit the device's shared memory."""
-    stages = STAGES[kernel] if spec.walk and not spec.f32 else 1
-    while True:
-        choice = replace(spec, stages=stages)
-        if shared_bytes(kernel, choice) <= shared_limit or (stages == 1 and choice.C == 16):
-            return Launch(choice, 4)
-        if stages > 1:
-            stages -= 1
-        elif spec.walk or kernel == "sums":
-            spec = replace(spec, C=spec.C // 2)
-        else:
-            return Launch(choice, 4)
+    """A walk's most chunks in flight, then its largest chunk, that fit the device's shared memory."""
+    choice = replace(spec, stages=1 if spec.f32 else STAGES[kernel])
+    while shared_bytes(kernel, choice) > shared_limit and (choice.stages > 1 or choice.C > 16):
+        choice = replace(choice, stages=choice.stages - 1) if choice.stages > 1 else replace(choice, C=choice.C // 2)
+    return Launch(choice, 4)
 
 
 def shared_bytes(kernel: str, spec: Spec) -> int:
@@ -205,4 +200,5 @@ def shared_bytes(kernel: str, spec: Spec) -> int:
             "out": (1 + flight) * rows * spec.stages + 2 * features + state // 2,
             "queries": (1 + flight) * rows * spec.stages + 2 * features + state,
             "keys": (1 + flight) * rows * spec.stages + 3 * features + state}
-    return held[kernel] + planes + 4096
+    spare = held[kernel] // 4 if spec.f32 else 0  # to lay operands out anew
+    return held[kernel] + spare + planes + 4096

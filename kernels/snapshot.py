@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    BUCKET_EPS, buckets, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep,
-    load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_rows, parts, planes_gradient, rounded, seen, seen_by,
-    signs, soft_hash, store_planes_gradient, store_rows, store_scalars, store_state, unproject,
+    BUCKET_EPS, buckets, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving,
+    load_decay, load_keep, load_planes, load_scalars, load_state, locate, low, mm, mm_right, open_rows, parts,
+    planes_gradient, read_rows, rounded, seen, seen_by, signs, soft_hash, store_planes_gradient, store_rows,
+    store_scalars, store_state, unproject,
 )
 
 
@@ -40,9 +41,10 @@ def snapshot_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, t
             W, W_rest = load_planes(planes, h, s0, c)
             ones, zeros = corner_bits(s0, c)
             M, m = load_state(states, index, s0, c)
-            Fq = soft_hash(load_rows(open_rows(q, b, hq, end, c.D, c.BD, c), t, c.D, c.BD, c), W, W_rest, ones, zeros, sharp, s0, c)
+            q_c = read_rows(q, b, t, hq, end, c.D, c.BD, c)
+            Fq = soft_hash(q_c, W, W_rest, ones, zeros, sharp, s0, c)
             if c.causal:
-                k_c = load_rows(open_rows(k, b, h, end, c.D, c.BD, c), t, c.D, c.BD, c)
+                k_c = read_rows(k, b, t, h, end, c.D, c.BD, c)
                 Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
                 if c.is_bucket:
                     Fq = Fq / mass_here(m, Fk, t, G, c)
@@ -60,7 +62,7 @@ def snapshot_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, t
             total *= tl.exp2(G[0])
         if c.causal:
             A = rounded(seen(A, t, G, c), c)
-            num += mm(low(A, c), low(load_rows(open_rows(v, b, h, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c))
+            num += mm(low(A, c), low(read_rows(v, b, t, h, end, c.Dv, c.BV, c), c))
             total += tl.sum(A, 1)
         if c.is_global:
             num *= inverse_den(total)[:, None]
@@ -115,12 +117,12 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
     rows_sum = tl.zeros([c.C], tl.float32)
     for g in tl.static_range(c.G):
         hq = h * c.G + g
-        q_c = load_rows(open_rows(q, b, hq, end, c.D, c.BD, c), t, c.D, c.BD, c)
-        do_c = low(load_rows(open_rows(dout, b, hq, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
+        q_c = read_rows(q, b, t, hq, end, c.D, c.BD, c)
+        do_c = low(read_rows(dout, b, t, hq, end, c.Dv, c.BV, c), c)
         A = low(tl.zeros([c.C, c.C], tl.float32), c)
         if c.causal:
-            k_c = load_rows(open_rows(k, b, h, end, c.D, c.BD, c), t, c.D, c.BD, c)
-            v_c = low(load_rows(open_rows(v, b, h, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
+            k_c = read_rows(k, b, t, h, end, c.D, c.BD, c)
+            v_c = low(read_rows(v, b, t, h, end, c.Dv, c.BV, c), c)
             A = low(seen(mm(do_c, tl.trans(v_c)), t, G, c), c)
         r = tl.full([c.C], 1.0, tl.float32)
         h_c = tl.zeros([c.C], tl.float32)
@@ -146,7 +148,8 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
             Fk = A
             if c.causal:
                 Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
-            u, log_on, log_off, Fq, e, masses = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
+            products = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
+            u, log_on, log_off, Fq, e, masses = products
             if c.is_bucket:
                 y = Fq * (e / masses)
                 w = Fq / masses
@@ -201,8 +204,8 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
     sharp = tl.load(beta + h).to(tl.float32)
     G = load_decay(log_decay, b, t, h, n, c)
     keep = load_keep(key_mask, b, t, n, c)
-    k_c = load_rows(open_rows(k, b, h, end, c.D, c.BD, c), t, c.D, c.BD, c)
-    v_c = low(load_rows(open_rows(v, b, h, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
+    k_c = read_rows(k, b, t, h, end, c.D, c.BD, c)
+    v_c = low(read_rows(v, b, t, h, end, c.Dv, c.BV, c), c)
     dk_c = tl.zeros([c.C, c.BD], tl.float32)
     dv_c = tl.zeros([c.C, c.BV], tl.float32)
     db = tl.zeros([c.C], tl.float32)
@@ -223,8 +226,8 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
         if c.causal:
             for g in tl.static_range(c.G):
                 hq = h * c.G + g
-                q_c = load_rows(open_rows(q, b, hq, end, c.D, c.BD, c), t, c.D, c.BD, c)
-                do_c = low(load_rows(open_rows(dout, b, hq, end, c.Dv, c.BV, c), t, c.Dv, c.BV, c), c)
+                q_c = read_rows(q, b, t, hq, end, c.D, c.BD, c)
+                do_c = low(read_rows(dout, b, t, hq, end, c.Dv, c.BV, c), c)
                 A = mm(v_c, tl.trans(do_c))  # [j, i]
                 if c.is_bucket:
                     M, m = load_state(states, index, s0, c)

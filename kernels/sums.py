@@ -52,8 +52,9 @@ def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, T
 
 
 @triton.jit
-def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, tiles, T, TILE, H, c: tl.constexpr):
-    """Program (tile, head): writes ``sums [tile, H, S (Dv + 1)]`` of the suffix state. One block of features."""
+def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
+    """Program (tile, head): writes ``sums [tile, H, S (Dv + 1)]`` of the suffix state, and
+    the tile's total log decay. One block of features."""
     h = tl.program_id(0) % H
     tile = tl.program_id(0) // H
     b, _, start, end, _ = locate(tiles, tile, T, TILE, c)
@@ -82,4 +83,7 @@ def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, tiles, T,
                 c_sum += tl.sum(w * load_scalars(h_in, b, t, h * c.G + g, n, c)[:, None], 0)
         if c.decay:
             reach += G[2]
-    store_state(sums, tile.to(tl.int64) * H + h, 0, C_sum, c_sum, c)
+    index = tile.to(tl.int64) * H + h
+    store_state(sums, index, 0, C_sum, c_sum, c)
+    if c.decay:
+        tl.store(decays + index, reach)

@@ -16,17 +16,19 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    buckets, centred, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay, load_keep, load_planes,
-    load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_heads, open_rows, parts, planes_gradient, rounded, seen, seen_by, signs, soft_hash,
-    store_planes_gradient, store_rows, store_scalars, store_state, through, unproject,
+    buckets, centred, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay,
+    load_keep, load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_heads, open_rows,
+    parts, planes_gradient, rounded, seen, seen_by, signs, soft_hash, store_planes_gradient, store_rows,
+    store_scalars, through, unproject,
 )
 
 
 @triton.jit
-def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states, suffix_sums,
-                 decays, dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
-    """Program (tile, head), chunks in order: writes dq, ``h [B, T, Hq]`` ("global"), the queries' part of dG
-    ``[B, T, H]`` (decay, "none"), the tile's sums of C and c as seen before the tile, and its total log decay."""
+def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states,
+                 dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
+    """Program (tile, head), chunks in order: writes dq, ``h [B, T, Hq]`` ("global"), and the queries' part of
+    dG ``[B, T, H]`` (decay, "none"). The tile's sums of C and c are made apart (``tile_query_sums``): kept here they would not
+    fit in registers beside M."""
     h = tl.program_id(0) % H
     tile = tl.program_id(0) // H
     b, row, start, end, _ = locate(tiles, tile, T, TILE, c)
@@ -34,14 +36,9 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     ones, zeros = corner_bits(0, c)
     sharp = tl.load(beta + h).to(tl.float32)
     M, m = load_state(states, (tile if c.causal else row).to(tl.int64) * H + h, 0, c)
-    if c.fused:
-        C_sum = tl.zeros([c.SB, c.BV], tl.float32)
-        c_sum = tl.zeros([c.SB], tl.float32)
     db = tl.zeros([c.C], tl.float32)
     if c.need_planes:
         dW = tl.zeros([c.LPB, c.BD], tl.float32)
-    if c.decay:
-        reach = (start * 0).to(tl.float64)  # log decay from the tile's first token to this chunk
     k_rows = open_rows(k, b, h, end, c.D, c.BD, c)
     v_rows = open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows = open_heads(q, b, h, end, c.D, c.BD, c)
@@ -86,28 +83,14 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
                 y, total = centred(w, e, c)
                 if c.decay:
                     rows_sum += total
-            if c.fused:
-                w = entering(w, G, c)
-                if c.decay:
-                    w *= tl.exp2(reach.to(tl.float32))
-                w = rounded(w, c)
-                C_sum = mm(tl.trans(low(w, c)), do_c, C_sum)
-                if c.is_global:
-                    c_sum += tl.sum(w * h_c[:, None], 0)
             dz, part = hash_gradient(y, u, log_on, log_off, ones, zeros, sharp, c)
             db += part
             if c.need_planes:
                 dW += planes_gradient(q_c, dz, c)
             store_rows(dq_rows[g], unproject(dz, W, W_rest, c), t, c.D, c.BD, c)
-        if c.decay:
-            reach += G[2]
-            if not c.is_global:
-                store_scalars(row_out, rows_sum, b, t, h, n, c)
+        if c.decay and not c.is_global:
+            store_scalars(row_out, rows_sum, b, t, h, n, c)
     index = tile.to(tl.int64) * H + h
-    if c.fused:
-        store_state(suffix_sums, index, 0, C_sum, c_sum, c)
-    if c.decay:
-        tl.store(decays + index, reach)
     tl.store(dbeta + index, tl.sum(db, 0))
     if c.need_planes:
         store_planes_gradient(dplanes, dW, index, 0, c)

@@ -9,4 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch  # after the settings above
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on CPU tensors
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

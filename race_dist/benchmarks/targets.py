@@ -12,6 +12,7 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from race_dist.benchmarks.machine import machine
 from race_dist.benchmarks.peers import linear_attention_peer, peers_of
 from race_dist.benchmarks.timing import time_in_turn
 from race_dist.hashing import sample_planes
+from race_dist.ops.problem import Normalization
 
 BASE = Shape(length=2**20, heads=8, head_dim=128, tables=4, planes=4, dtype="bfloat16")
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention_call(shape: Shape, device: torch.device, *, normalization: str = "global", decay: bool = False) -> Call:
+def attention_call(shape: Shape, device: torch.device, *, normalization: Normalization = "global",
+                   decay: bool = False) -> Call:
     """The attention, planes in the inputs' dtype (they are bfloat16 numbers)."""
     planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=torch.bfloat16)
     log_decay = None
@@ -38,7 +41,7 @@ def attention_call(shape: Shape, device: torch.device, *, normalization: str = "
         generator = torch.Generator(device).manual_seed(1)
         log_decay = -0.01 * torch.rand(1, shape.length, shape.heads, device=device, generator=generator)
     return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal, log_decay=log_decay,
-                                          normalization=normalization)  # type: ignore[arg-type]
+                                          normalization=normalization)
 
 
 def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repea
 
 def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every measure by name."""
-    mine = lambda shape, **options: {"race": attention_call(shape, device, **options)}
+    mine = lambda shape: {"race": attention_call(shape, device)}
     small, wide = replace(BASE, tables=2, planes=2), replace(BASE, tables=1, planes=8)
     everywhere, four = replace(BASE, causal=False), replace(BASE, length=2**22, heads=4)
     longest = replace(BASE, length=8_912_896, heads=4)
@@ -86,12 +89,15 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
         "P=8 L=1": lambda: measure(wide, mine(wide), device, repeats=3),
     }
     for length in (4096, 8192, 16384, 131072):
-        result[f"softmax, T = {length}"] = lambda shape=replace(BASE, length=length): measure(
-            shape, {**mine(shape), **{p.name: p.call for p in peers_of(shape, device) if p.call}}, device,
-            repeats=10 if shape.length < 2**17 else 2)
+        result[f"softmax, T = {length}"] = partial(_beside_softmax, replace(BASE, length=length), device)
     result["linear attention, T = 2**20"] = lambda: measure(
         BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3)
     return result
+
+
+def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
+    peers = {peer.name: peer.call for peer in peers_of(shape, device) if peer.call is not None}
+    return measure(shape, {"race": attention_call(shape, device), **peers}, device, repeats=10 if shape.length < 2**17 else 2)
 
 
 def main() -> None:

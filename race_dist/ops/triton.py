@@ -20,7 +20,7 @@ from race_dist.kernels import decode, scan, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, packed_tiles
-from race_dist.ops.problem import Forward, Gradients, Problem, total_log_decay
+from race_dist.ops.problem import Forward, Gradients, Into, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 SCAN_WIDTH = 256
@@ -29,13 +29,15 @@ MAX_DIM = 256
 MAX_FEATURES = 1024
 
 
-def forward(p: Problem) -> Forward:
-    """Output, denominators, the states before each tile (causal) or the totals (not causal), and the final state."""
-    call = _Call(p)
+def forward(p: Problem, out: Tensor | None = None) -> Forward:
+    """Output (into ``out`` if given), denominators, the states before each tile (causal) or the totals (not causal), and
+    the final state."""
+    if out is None:
+        out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
+    call = _Call(p, moved=(out,))
     if _is_decoding(p):
-        return call.decode()
+        return call.decode(out)
     states, final = call.prefix_states()
-    out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
     kernel = walk.walk_out if call.plan.walk else snapshot.snapshot_out
     call.launch("out", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash, *call.extras, states)
@@ -47,31 +49,34 @@ def summary(p: Problem) -> SketchState:
     return _Call(p).prefix_states()[1]
 
 
-def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool) -> Gradients:
-    """Gradients of every input, from those of the output and of the final state."""
-    call = _Call(p, need_planes, dout)
+def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
+             into: Into | None = None) -> Gradients:
+    """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
+    if into is None:
+        into = Into(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v)))
+    call = _Call(p, need_planes, (dout, into.q, into.k, into.v))
     if _is_decoding(p):
         saved = saved._replace(states=call.prefix_states()[0])
-    dq, h, row, suffixes = call.query_pass(saved, dout)
+    h, row, suffixes = call.query_pass(saved, dout, into.q)
     suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
-    dk, dv = torch.empty(p.k.shape, dtype=p.k.dtype, device=p.k.device), torch.empty(p.v.shape, dtype=p.v.dtype, device=p.v.device)
     dlog_decay = None if p.log_decay is None else torch.empty(p.log_decay.shape, dtype=torch.float32, device=p.q.device)
     kernel = walk_backward.walk_keys if call.plan.walk else snapshot.snapshot_keys
     call.launch("keys", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _scalars(h),
-                _scalars(row), _rows(dk), _rows(dv), _scalars(dlog_decay), *call.hash, *call.extras, saved.states,
+                _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras, saved.states,
                 saved.final.values, saved.final.mass, suffixes, call.dbeta[1], call.dplanes[1])
     dbeta = call.dbeta.sum((0, 1), dtype=torch.float64).to(p.beta.dtype)
     if dlog_decay is not None and p.log_decay is not None:
         dlog_decay = dlog_decay.to(p.log_decay.dtype)
-    return Gradients(dq, dk, dv, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
+    return Gradients(into.q, into.k, into.v, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
 
 
 def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
     """The gradient of the initial state when that of the final state is 0."""
-    call = _Call(p, dout=dout)
+    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)  # made on the way, and dropped
+    call = _Call(p, moved=(dout, dq))
     if _is_decoding(p):
         saved = saved._replace(states=call.prefix_states()[0])
-    *_, suffixes = call.query_pass(saved, dout)
+    *_, suffixes = call.query_pass(saved, dout, dq)
     _, dinitial = call.suffix_states(suffixes, None, True)
     assert dinitial is not None
     return replace(dinitial, log_decay=total_log_decay(p))
@@ -148,7 +153,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 def _shared_limit(device: torch.device) -> int:
     if device.type != "cuda":
         return 232_448
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _is_decoding(p: Problem) -> bool:
@@ -185,12 +190,13 @@ _PLAIN, _USUAL = _Plain(), nullcontext()
 class _Call:
     """One call: its plan, its tiles and the arguments that every kernel takes."""
 
-    def __init__(self, p: Problem, need_planes: bool = False, dout: Tensor | None = None) -> None:
+    def __init__(self, p: Problem, need_planes: bool = False, moved: tuple[Tensor, ...] = ()) -> None:
+        """``moved``: tensors that the kernels read or write by rows, besides q, k and v."""
         reason = unsupported(p)
         if reason is not None:
             raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
         self.p = p
-        bulk = _bulk(p.q, p.k, p.v, *(() if dout is None else (dout,)))
+        bulk = _bulk(p.q, p.k, p.v, *moved)
         if bulk:
             triton.set_allocator(_scratch)
         self.plan = _plan(p, need_planes, bulk)
@@ -219,11 +225,10 @@ class _Call:
                          choice.constants, num_warps=choice.num_warps, num_stages=choice.spec.stages,
                          **choice.options)
 
-    def decode(self) -> Forward:
+    def decode(self, out: Tensor) -> Forward:
         """The forward pass of one token a row."""
         p = self.p
-        batch, _, heads, value_dim = *p.q.shape[:3], p.v.shape[3]
-        out = p.q.new_empty(batch, 1, heads, value_dim)
+        batch, value_dim = p.q.shape[0], p.v.shape[3]
         den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
         final = self._new_sketch()
         into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
@@ -243,24 +248,25 @@ class _Call:
         assert final is not None
         return states, replace(final, log_decay=total_log_decay(p))
 
-    def query_pass(self, saved: Forward, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """dq, h, the queries' part of dG, and the tiles' sums of the suffix state."""
+    def query_pass(self, saved: Forward, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Writes dq; h, the queries' part of dG, and the tiles' sums of the suffix state."""
         p = self.p
-        dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
         h = None
         if p.normalization == "global":  # tokens adjacent: the pass over the keys reads h along a row of pairs
             h = p.q.new_empty(p.q.shape[0], p.q.shape[2], p.q.shape[1], dtype=torch.float32).transpose(1, 2)
         needs_row = p.log_decay is not None and p.normalization != "global"
         row = p.q.new_empty(*p.q.shape[:2], self.heads, dtype=torch.float32) if needs_row else None
         parts = self._new_states(self.num_tiles)
-        kernel = walk_backward.walk_queries if self.plan.walk else snapshot.snapshot_queries
-        self.launch("queries", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq),
-                    _scalars(h), _scalars(row), *self.hash, *self.extras, saved.states, parts, self.decays,
-                    self.dbeta[0], self.dplanes[0])
-        if self.plan.walk and not self.plan["queries"].spec.fused:
-            self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h),
-                        *self.hash, self.extras[0], parts)
-        return dq, h, row, parts
+        rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq), _scalars(h), _scalars(row))
+        if not self.plan.walk:
+            self.launch("queries", snapshot.snapshot_queries, *rows, *self.hash, *self.extras, saved.states, parts, self.decays,
+                        self.dbeta[0], self.dplanes[0])
+            return h, row, parts
+        self.launch("queries", walk_backward.walk_queries, *rows, *self.hash, *self.extras, saved.states, self.dbeta[0],
+                    self.dplanes[0])
+        self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h), *self.hash,
+                    self.extras[0], parts, self.decays)
+        return h, row, parts
 
     def suffix_states(self, parts: Tensor, dfinal: SketchState | None, wanted: bool) -> tuple[Tensor, SketchState | None]:
         """The suffix states behind each tile (not causal: the totals), and the gradient of the initial state."""
@@ -278,17 +284,18 @@ class _Call:
         blocks = -(-parts.shape[-1] // SCAN_WIDTH)
         grid = (p.num_states * self.heads * blocks,)
         if grid[0]:
-            scan.scan_tiles[grid](parts, self.decays, *into, *outof, totals, self.tiles.row_tiles, per_row, self.heads, constants,
-                                  WIDTH=SCAN_WIDTH, REVERSE=reverse, INITIAL=entering is not None, FINAL=wanted, num_warps=2)
+            scan.scan_tiles[grid](parts, self.decays, *into, *outof, totals, self.tiles.row_tiles, per_row, self.heads,
+                                  constants, WIDTH=SCAN_WIDTH, REVERSE=reverse, INITIAL=entering is not None, FINAL=wanted,
+                                  num_warps=2)
         return (parts if totals is None else totals), leaving
 
     def planes_gradient(self) -> Tensor:
         """Sum of the programs' parts ``[tile, H, block, slot, D]`` as ``[Hkv, L, P, D]``."""
         p, spec = self.p, self.plan["keys"].spec
         _, tables, number, dim = p.planes.shape
-        assert self.dplanes[0] is not None and self.dplanes[1] is not None
-        parts = sum(part.sum(0, dtype=torch.float64) for part in self.dplanes)  # [H, block, LPB, BD]
-        parts = parts[:, :, :min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))  # type: ignore
+        parts = torch.stack([part.sum(0, dtype=torch.float64) for part in self.dplanes if part is not None]).sum(0)
+        # [H, block, LPB, BD] -> [H, block, tables of a block, P, D]
+        parts = parts[:, :, :min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))
         if spec.R > spec.SB:  # several blocks share a table
             parts = parts.unflatten(1, (tables, -1)).sum(2)
         return parts.flatten(1, 2)[:, :tables].to(p.planes.dtype)

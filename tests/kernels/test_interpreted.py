@@ -1,0 +1,91 @@
+"""The kernels under Triton's interpreter: the same random problems as the other backends', small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from tests.ops.cases import Case, Limits, draw, errors
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
+
+from race_dist.kernels.plan import make_plan
+from race_dist.ops import triton as backend
+from race_dist.sketch import SketchState
+
+SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, documents=5)
+
+
+@pytest.fixture(autouse=True)
+def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 16 and tiles of 32 tokens, so that a few dozen tokens cross both."""
+    monkeypatch.setattr(backend, "make_plan", partial(make_plan, chunk=16, tile=32))
+    backend._make_plan.cache_clear()
+
+
+def run(case: Case) -> dict[str, float]:
+    forward = backend.forward(case.problem)
+    return errors(case, forward, backend.backward(case.problem, forward, case.dout, case.dfinal, need_planes=True))
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_float32_equals_the_definition(seed: int) -> None:
+    """Products are float32 here: errors are those of some hundred roundings at 6e-8, more where terms cancel."""
+    worst = run(draw(seed, SMALL, dtype=torch.float32))
+    assert max(worst[n] for n in ("out", "final.mass", "final.values")) <= 1e-5, worst
+    assert max(worst.values()) <= 1e-4, worst
+
+
+@pytest.mark.parametrize("seed", range(100, 106))
+def test_bfloat16_rounds_as_on_a_card(seed: int) -> None:
+    """Operands of products are rounded to bfloat16, 2**-9; what cancels loses some digits more."""
+    worst = run(draw(seed, SMALL, dtype=torch.bfloat16))
+    assert max(worst[n] for n in ("out", "final.values")) <= 4e-3, worst
+    assert max(worst[n] for n in ("dq", "dk", "dv")) <= 1.5e-2, worst
+
+
+def test_many_features_go_in_blocks() -> None:
+    """A table of 128 corners is two blocks that share their planes."""
+    case = next(c for c in (draw(seed, replace(SMALL, length=20, tables=1, planes=7, repeats=1, heads=1), dtype=torch.float32)
+                            for seed in range(200)) if c.problem.features == 128 and c.problem.normalization == "global")
+    assert max(run(case).values()) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> None:
+    case = next(c for c in (draw(seed, replace(SMALL, length=1), dtype=torch.float32) for seed in range(200))
+                if backend._is_decoding(c.problem) and c.problem.initial is not None)
+    assert case.problem.initial is not None
+    large = SketchState(case.problem.initial.mass.to(dtype) + 2.0**25, case.problem.initial.values.to(dtype))
+    case = replace(case, problem=replace(case.problem, initial=large, log_decay=None))
+    final = backend.forward(case.problem).final
+    assert final.mass.dtype == dtype
+    grown = (final.mass - large.mass).sum(-1)
+    expected = case.problem.planes.shape[1] * (1.0 if case.problem.key_mask is None else 0.0)
+    if dtype == torch.float64 and case.problem.key_mask is None:
+        torch.testing.assert_close(grown, torch.full_like(grown, expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_chain_of_pieces_is_the_whole() -> None:
+    """summary is final without the read-out; suffix is the initial state's gradient."""
+    case = next(c for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
+                if c.problem.causal and c.problem.initial is not None and c.problem.q.shape[1] > 20)
+    p = case.problem
+    forward = backend.forward(p)
+    final = backend.summary(p)
+    torch.testing.assert_close(final.values, forward.final.values)
+    zero = case.dfinal.zero()
+    gradients = backend.backward(p, forward, case.dout, zero, need_planes=False)
+    assert gradients.initial is not None
+    torch.testing.assert_close(backend.suffix(p, forward, case.dout).values, gradients.initial.values)
+
+
+def test_what_it_cannot_do_it_says() -> None:
+    case = draw(3, SMALL, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r'bfloat16, float16 and float32; got torch.float64; use backend="chunked"'):
+        backend.forward(case.problem)

@@ -1,0 +1,46 @@
+"""Plans: what is chosen from shapes, and that smaller cards get something that fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from race_dist.kernels import plan as plan_module
+from race_dist.kernels.plan import KERNELS, Spec, make_plan, shared_bytes, work_bucket
+
+HOPPER, AMPERE, ADA = 232_448, 166_912, 101_376
+BASE = Spec(D=128, Dv=128, L=4, P=4, G=1, C=0, SB=0, stages=0, causal=True, is_global=True, is_bucket=False, decay=False,
+            masked=False, packed=False, f32=False, half=False, split_planes=False, bulk=False)
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan as for a card, also where the kernels are interpreted."""
+    monkeypatch.setattr(plan_module, "INTERPRET", False)
+
+
+@pytest.mark.parametrize("limit", [HOPPER, AMPERE, ADA])
+@pytest.mark.parametrize("change", [{}, {"G": 8}, {"L": 1, "P": 8}, {"f32": True}, {"is_bucket": True, "is_global": False},
+                                    {"D": 256, "Dv": 256}, {"D": 16, "Dv": 16}, {"L": 1, "P": 10}])
+def test_every_kernel_fits_the_card(limit: int, change: dict[str, int | bool]) -> None:
+    plan = make_plan(replace(BASE, **change), 2**23, shared_limit=limit)
+    for kernel in KERNELS:
+        assert shared_bytes(kernel, plan[kernel].spec) <= limit
+        assert plan[kernel].spec.C >= 16
+
+
+def test_a_length_changes_the_tile_and_nothing_else() -> None:
+    plans = [make_plan(BASE, work_bucket(8 * length), shared_limit=HOPPER) for length in (2**12, 2**16, 2**20, 2**22)]
+    assert [plan.tile for plan in plans] == sorted(plan.tile for plan in plans)
+    assert len({plan[kernel].spec for plan in plans for kernel in ["out"]}) == 1
+    assert work_bucket(2**20) == work_bucket(2**21 - 1)
+
+
+def test_families() -> None:
+    assert make_plan(BASE, 2**23, shared_limit=HOPPER).walk
+    assert not make_plan(replace(BASE, is_bucket=True, is_global=False), 2**23, shared_limit=HOPPER).walk
+    assert not make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER).walk
+    assert make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER)["out"].spec.NSB == 4
