@@ -13,9 +13,9 @@ from race_dist.hashing import check_hash
 from race_dist.ops.functional import attend, get_backend
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
 from race_dist.parallel.comm import group_rank, group_size
+from race_dist.parallel.layout import Layout, check_layout
 from race_dist.sketch import SketchState
 
-Layout = Literal["contiguous", "zigzag"]
 BackendName = Literal["auto", "reference", "chunked", "triton"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,8 +85,7 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
     q, k, v = _autocast(q, k, v)
     problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
                        sharded=group is not None)
-    if layout not in ("contiguous", "zigzag"):
-        raise ValueError(f'layout must be "contiguous" or "zigzag"; got {layout!r}')
+    check_layout(layout)
     name = _pick_backend(problem, backend)
     final: SketchState | None
     group_rank(group)  # raises where this process is no member
@@ -134,6 +133,8 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | flo
              initial: SketchState | None, *, sharded: bool) -> Problem:
     """The inputs, checked and brought to the form that backends take."""
     _check_qkv(q, k, v)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False; got {causal!r}")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}")
     batch, length, _, dim = q.shape
@@ -215,7 +216,7 @@ def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor)
     _same_device("beta", beta, q)
     if _readable(beta) and not bool(((beta > 0) & beta.isfinite()).all()):
         raise ValueError(f"beta must be positive and finite; got {beta.tolist()}")
-    return beta.to(dtype).expand(heads)
+    return beta.to(dtype).expand(heads).contiguous()
 
 
 def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor) -> Tensor | None:

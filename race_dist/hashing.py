@@ -46,6 +46,8 @@ def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads:
         ValueError: an argument is out of its range.
     """
     check_hash(num_tables, num_planes)
+    if not dtype.is_floating_point:
+        raise TypeError(f"planes are floating point; got dtype = {dtype}")
     for name, value, low, high in (("head_dim", head_dim, 1, 2**31), ("seed", seed, 0, 2**64), ("layer", layer, 0, 2**63),
                                    ("head_offset", head_offset, 0, 2**63), ("num_heads", num_heads, 1, 2**31)):
         if value is not None and not (isinstance(value, int) and low <= value < high):

@@ -66,7 +66,16 @@ class SketchState:
         return self.with_tensors(tuple(torch.zeros_like(t) for t in self.tensors()))
 
     def combine(self, later: Self) -> Self:
-        """The sketch of this piece's tokens followed by ``later``'s: ``exp(later.log_decay) * self + later``."""
+        """The sketch of this piece's tokens followed by ``later``'s: ``exp(later.log_decay) * self + later``.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes differ.
+        """
+        if self.values.shape != later.values.shape:
+            raise ValueError(f"sketches to combine must have one shape; got values {list(self.values.shape)} and "
+                             f"{list(later.values.shape)}")
+        if self.mass.dtype != later.mass.dtype:
+            raise TypeError(f"sketches to combine must have one dtype; got {self.mass.dtype} and {later.mass.dtype}")
         mass, values, log_decay = self.mass, self.values, self.log_decay
         if later.log_decay is not None:
             weight = later.log_decay.exp()

@@ -117,6 +117,10 @@ class _Stream:
     def __init__(self, model: LanguageModel, input_ids: Tokens, labels: Tokens, chunk_size: int,
                  group: ProcessGroup | None, cu_seqlens: Tensor | None,
                  progress: Callable[[Progress], None] | None) -> None:
+        if not isinstance(model, LanguageModel):
+            raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(model).__name__}")
+        for name, tokens in (("input_ids", input_ids), ("labels", labels)):
+            _check_tokens(name, tokens)
         if "S" in model.config.layer_kinds:
             raise ValueError(f"a full-softmax layer cannot be streamed: its carry is every key and value so far; "
                              f"layer_pattern = {model.config.layer_pattern!r} may hold R and W")
@@ -218,6 +222,14 @@ class _Stream:
         works = done if phase == "forward" else self.count - 1 + 3 * done
         tokens = (chunk.stop if phase == "forward" else self.length - chunk.start) * self.batch
         self.progress(Progress(phase, done, self.count, tokens, seconds, seconds * ((4 * self.count - 1) / works - 1)))
+
+
+def _check_tokens(name: str, x: Tokens) -> None:
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {type(x).__name__}")
+    whole = np.issubdtype(x.dtype, np.integer) if isinstance(x, np.ndarray) else not x.is_floating_point()
+    if not whole:
+        raise TypeError(f"{name} must be integers; got {x.dtype}")
 
 
 def _slice(x: Tokens, chunk: _Chunk, device: torch.device) -> Tensor:

@@ -111,6 +111,32 @@ def test_autocast_casts_like_attention_and_computes_in_float32() -> None:
     assert torch.equal(out, race_attention(**{**x, **low}))
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_autocast_leaves_states_in_float32(backend: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        _, final = race_attention(**inputs(), backend=backend, output_final_state=True)
+    wanted = race_attention(**{n: x.bfloat16() if n in ("q", "k", "v") else x for n, x in inputs().items()},
+                            output_final_state=True)[1]
+    assert relative_error(final.values, wanted.values) <= 1e-5
+
+
+@pytest.mark.parametrize("beta", [torch.tensor(1.3), torch.tensor([1.3]), torch.tensor([1.3, 9.0, 0.7, 9.0])[::2]])
+def test_every_form_of_beta_reaches_every_backend_alike(beta: Tensor) -> None:
+    pytest.importorskip("triton")
+    small = {n: x[:, :20] if n in ("q", "k", "v") else x for n, x in inputs().items()}
+    wanted = race_attention(**{**small, "beta": beta}, backend="reference")
+    for backend in ("chunked", "triton"):
+        got = race_attention(**{**small, "beta": beta}, backend=backend)
+        assert relative_error(got, wanted) <= 1e-5
+
+
+def test_an_empty_batch_is_legal() -> None:
+    q, k, v = (torch.randn(0, 3, h, d, requires_grad=True) for h, d in ((HQ, D), (HKV, D), (HKV, DV)))
+    out, final = race_attention(q, k, v, sample_planes(L, P, D, seed=0), 2.0, output_final_state=True)
+    (out.sum() + final.values.sum()).backward()
+    assert out.shape == (0, 3, HQ, DV)
+
+
 def test_planes_are_the_same_wherever_they_are_drawn() -> None:
     every = sample_planes(3, 4, 5, num_heads=6, seed=7, layer=2)
     assert torch.equal(every[2:4], sample_planes(3, 4, 5, num_heads=2, seed=7, layer=2, head_offset=2))
@@ -153,7 +179,8 @@ def spoiled(**changes: Any) -> dict[str, Any]:
     ({"cu_seqlens": torch.tensor([0, T])}, ValueError, "need a batch of 1; got B = 2"),
     ({"initial_state": torch.zeros(3)}, TypeError, "initial_state must be a SketchState"),
     ({"initial_state": SketchState.empty(B, HKV, S + 1, DV)}, ValueError, "initial_state.values must be"),
-    ({"layout": "striped"}, ValueError, 'layout must be "contiguous" or "zigzag"; got \'striped\''),
+    ({"layout": "striped"}, ValueError, "layout must be .*striped"),
+    ({"causal": "yes"}, TypeError, "causal must be True or False; got 'yes'"),
     ({"backend": "cuda"}, ValueError, 'backend must be "auto"'),
 ])
 def test_bad_input_is_answered_in_one_sentence(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -190,5 +217,9 @@ def test_sketches_combine_like_their_tokens() -> None:
     assert torch.equal(a.combine(reset).values, b.values)
     with pytest.raises(TypeError, match="sketches are float32 or float64"):
         SketchState(a.mass.half(), a.values.half())
+    with pytest.raises(ValueError, match="must have one shape"):
+        a.combine(SketchState(a.mass, a.values[..., :2]))
+    with pytest.raises(TypeError, match="must have one dtype"):
+        a.combine(b.to(torch.float64))
     with pytest.raises(ValueError, match=r"needs mass \[B, Hkv, S\]"):
         SketchState(a.mass[0], a.values)

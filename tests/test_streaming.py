@@ -137,12 +137,22 @@ def test_an_interrupted_step_leaves_gradients_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"chunk_size": 0}, "chunk_size must be an integer of at least 1; got 0"), ({"labels": torch.zeros(1, 5)}, "must both be"),
+    ({"chunk_size": 0}, "chunk_size must be an integer of at least 1; got 0"), ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"),
     ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"), ({"keep": "disk"}, 'keep must be "device" or "host"')])
 def test_bad_input_is_named(change: dict[str, Any], words: str) -> None:
     ids, labels = text(1, 20)
     with pytest.raises(ValueError, match=words):
         streamed_backward(model(), **{"input_ids": ids, "labels": labels, "chunk_size": 4, **change})
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"input_ids": torch.rand(1, 20)}, "input_ids must be integers; got torch.float32"),
+    ({"labels": [[1]]}, "labels must be a torch.Tensor or a NumPy array; got list"),
+    ({"model": torch.nn.Linear(2, 2)}, "model must be a race_dist.models.DecoderLM; got Linear")])
+def test_other_types_are_named(change: dict[str, Any], words: str) -> None:
+    ids, labels = text(1, 20)
+    with pytest.raises(TypeError, match=words):
+        streamed_backward(**{"model": model(), "input_ids": ids, "labels": labels, "chunk_size": 4, **change})
 
 
 def test_full_softmax_is_refused_with_the_reason() -> None:

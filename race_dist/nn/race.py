@@ -62,7 +62,10 @@ pytree.register_pytree_node(RaceCarry, lambda c: ([c.sketch, c.tail], None), lam
 
 
 def memory_lengths(heads: int, endless: float = math.inf) -> list[float]:
-    """Tokens that each head remembers: spread geometrically, the last quarter of the heads ``endless``."""
+    """Tokens that each head remembers: spread geometrically, the last quarter of the heads (not an only one)
+    ``endless``."""
+    if heads == 1:
+        return [math.sqrt(SHORTEST_MEMORY * LONGEST_MEMORY)]
     decaying = heads - max(1, heads // 4)
     ratio = (LONGEST_MEMORY / SHORTEST_MEMORY) ** (1 / max(1, decaying - 1))
     return [SHORTEST_MEMORY * ratio**h for h in range(decaying)] + [endless] * (heads - decaying)
@@ -158,7 +161,8 @@ class RaceAttention(Drawn):
         if not self.config.train_beta:
             constants["beta"] = self._betas().to(**where)
         if self.config.decay == "multiscale":
-            constants["log_decay"] = torch.tensor([-1 / n for n in memory_lengths(self.num_kv_heads)]).to(**where)
+            constants["log_decay"] = torch.tensor([-1 / n for n in memory_lengths(self.num_kv_heads)],
+                                                  dtype=torch.float64).to(**where)
         return constants
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -215,6 +219,8 @@ class RaceAttention(Drawn):
         """
         if x.dim() != 3 or x.shape[-1] != self.config.dim:
             raise ValueError(f"RaceAttention takes [B, T, dim = {self.config.dim}]; got {list(x.shape)}")
+        if x.dtype != self.q_proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"RaceAttention has {self.q_proj.weight.dtype} weights but x is {x.dtype}; convert one of them")
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, tail = self._convolve(q, k, None if carry is None else carry.tail, sequence)

@@ -61,7 +61,8 @@ def get_backend(name: str) -> Backend:
 def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
     """Output ``[B, T, Hq, Dv]`` and final state, differentiable in every float input of ``p``."""
     if backend == "reference":
-        return reference.attention(p)
+        with _full_precision(p.q):
+            return reference.attention(p)
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
     out, _, _, mass, values = _attention(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
                                          p.causal, p.normalization, backend)

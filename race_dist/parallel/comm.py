@@ -212,6 +212,8 @@ def pack(tensors: Sequence[Tensor], rows: int | None = None) -> Tensor:
     start = 0
     for t in tensors:
         size = t.numel() * t.element_size() // count
+        if not size:
+            continue  # a view of no bytes has no stride that fits
         buffer[:, start : start + size].view(t.dtype).copy_(t.detach().reshape(count, -1))
         start += _padded(size)
     return buffer if lead else buffer[0]
@@ -222,6 +224,9 @@ def unpack(buffer: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     views, start = [], 0
     for t in like:
         size = math.prod(t.shape) * t.element_size()
+        if not size:
+            views.append(torch.empty((*buffer.shape[:-1], *t.shape), dtype=t.dtype, device=buffer.device))
+            continue
         views.append(buffer[..., start : start + size].view(t.dtype).view((*buffer.shape[:-1], *t.shape)))
         start += _padded(size)
     return tuple(views)

@@ -205,6 +205,7 @@ def shard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: s
         ValueError: no such layout, or zigzag and a document (or the sequence) does not divide by ``2 * W``.
     """
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
+    _check_dim(x, dim)
     total = x.shape[dim]
     if world == 1:
         return x
@@ -217,6 +218,13 @@ def shard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: s
         return torch.cat([x.narrow(dim, rank * size, size), x.narrow(dim, (2 * world - 1 - rank) * size, size)], dim)
     rows = shard_rows(total, rank, world, layout=layout, cu_seqlens=cu_seqlens)
     return x.index_select(dim, rows.to(x.device))
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a sequence must be a torch.Tensor; got {type(x).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim = {dim} is no dimension of a tensor of shape {list(x.shape)}")
 
 
 @eager

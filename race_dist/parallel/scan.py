@@ -300,6 +300,10 @@ def _finish(scan: Steps[CarryT]) -> list[CarryT]:
 
 def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout, Algorithm]:
     layout = check_layout(layout)
+    for piece in pieces:
+        if not isinstance(piece, Carry):
+            raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
+                            f"got {type(piece).__name__}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}; got {algorithm!r}")
     expected = 2 if layout == "zigzag" else 1

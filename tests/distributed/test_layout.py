@@ -58,6 +58,10 @@ def test_fewer_rows_than_ranks_and_other_dimensions() -> None:
         assert [n for _, n, *_ in results] == [1, 1, 1, 0, 0]
 
 
+def test_no_rows_at_all() -> None:
+    assert all(same and length == 0 for same, length, *_ in run_ranks(2, round_trip, 0, "contiguous", None, 0))
+
+
 def uneven(group, lengths):
     rank = torch.distributed.get_rank(group)
     x = torch.arange(sum(lengths)).split(lengths)[rank].double().requires_grad_()
@@ -104,6 +108,10 @@ def test_errors_name_the_value() -> None:
         shard_rows(10, 0, 2, layout="zigzag")
     with pytest.raises(ValueError, match="document 1 has 2 rows, which do not divide by 4"):
         shard_rows(8, 0, 2, layout="zigzag", cu_seqlens=documents([4, 2, 2]))
+    with pytest.raises(ValueError, match=r"dim = 3 is no dimension of a tensor of shape \[5\]"):
+        shard_sequence(torch.zeros(5), None, dim=3)
+    with pytest.raises(TypeError, match="must be a torch.Tensor; got list"):
+        shard_sequence([1, 2], None, dim=0)
     with pytest.raises(RankError, match="holds 3 of 6 rows under the contiguous layout, but was given 2"):
         run_ranks(2, wrong_total)
     with pytest.raises(RankError, match=r"layout is contiguous on ranks 0, 2, but zigzag on rank 1"):
