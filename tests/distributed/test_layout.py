@@ -110,7 +110,7 @@ def test_errors_name_the_value() -> None:
         shard_rows(8, 0, 2, layout="zigzag", cu_seqlens=documents([4, 2, 2]))
     with pytest.raises(ValueError, match=r"dim = 3 is no dimension of a tensor of shape \[5\]"):
         shard_sequence(torch.zeros(5), None, dim=3)
-    with pytest.raises(TypeError, match="must be a torch.Tensor; got list"):
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor; got list"):
         shard_sequence([1, 2], None, dim=0)
     with pytest.raises(RankError, match="holds 3 of 6 rows under the contiguous layout, but was given 2"):
         run_ranks(2, wrong_total)

@@ -194,7 +194,7 @@ def test_errors_name_the_value() -> None:
     carry = SketchState.empty(1, 1, 4, 2)
     with pytest.raises(ValueError, match="got 'ring'"):
         exclusive_scan(carry, None, algorithm="ring")
-    with pytest.raises(TypeError, match="a scan takes carries .* got int"):
+    with pytest.raises(TypeError, match=r"a scan takes carries .* got int"):
         exclusive_scan(3, None)
     with pytest.raises(ValueError, match="holds 2 pieces of the sequence under the zigzag layout; got 1"):
         carries_in([carry], None, "zigzag")
