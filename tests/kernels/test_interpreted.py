@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
 
+from race_dist.attention import race_attention
 from race_dist.kernels.plan import make_plan
 from race_dist.ops import triton as backend
 from race_dist.sketch import SketchState
@@ -83,6 +84,22 @@ def test_a_chain_of_pieces_is_the_whole() -> None:
     gradients = backend.backward(p, forward, case.dout, zero, need_planes=False)
     assert gradients.initial is not None
     torch.testing.assert_close(backend.suffix(p, forward, case.dout).values, gradients.initial.values)
+
+
+def test_the_public_call_reaches_it() -> None:
+    """One custom op for every backend: same results, and a shape of saved states that is known beforehand."""
+    case = next(c for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100)) if c.problem.cu_seqlens is not None
+                and c.problem.causal and c.problem.log_decay is not None and 0 < c.problem.q.shape[1] < 30)
+    p = case.problem
+    assert tuple(backend.forward(p).states.shape) == backend.states_shape(p)
+    results = []
+    for name in ("triton", "chunked"):
+        leaves = [x.clone().requires_grad_() for x in (p.q, p.k, p.v)]
+        out = race_attention(*leaves, p.planes, p.beta, normalization=p.normalization, cu_seqlens=p.cu_seqlens,
+                             key_mask=p.key_mask, log_decay=p.log_decay, initial_state=p.initial, backend=name)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, case.dout)])
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_what_it_cannot_do_it_says() -> None:
