@@ -23,7 +23,7 @@ from race_dist.kernels.common import (
 @triton.jit
 def snapshot_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head): writes ``out [B, T, Hq, Dv]`` and, for "global", ``den [B, T, Hq]``."""
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, t, end, _ = locate(tiles, tile, T, TILE, c)
     n = end - t
@@ -104,7 +104,7 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
                      dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head): what ``walk_queries`` does, for one chunk. "global" needs every block's e for h before the
     first block's gradient, so the blocks are passed twice."""
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, t, end, _ = locate(tiles, tile, T, TILE, c)
     n = end - t
@@ -195,7 +195,7 @@ def add_planes_gradient(dplanes, part, index, s0, first: tl.constexpr, c: tl.con
 def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta, log_decay, key_mask, states,
                   final_values, final_mass, suffixes, dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head): what ``walk_keys`` does, for one chunk."""
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, t, end, last = locate(tiles, tile, T, TILE, c)
     n = end - t

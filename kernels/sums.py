@@ -23,7 +23,7 @@ def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, T
     tile's total log decay ``decays [tile, H]`` (binary units, float64)."""
     pid = tl.program_id(0)
     s0 = (pid % c.NSB) * c.SB
-    h = (pid // c.NSB) % H
+    h = ((pid // c.NSB) % H).to(tl.int64)
     tile = pid // (c.NSB * H)
     b, _, start, end, _ = locate(tiles, tile, T, TILE, c)
     W, W_rest = load_planes(planes, h, s0, c)
@@ -55,7 +55,7 @@ def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, T
 def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head): writes ``sums [tile, H, S (Dv + 1)]`` of the suffix state, and
     the tile's total log decay. One block of features."""
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, _, start, end, _ = locate(tiles, tile, T, TILE, c)
     W, W_rest = load_planes(planes, h, 0, c)

@@ -29,7 +29,7 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     """Program (tile, head), chunks in order: writes dq, ``h [B, T, Hq]`` ("global"), and the queries' part of
     dG ``[B, T, H]`` (decay, "none"). The tile's sums of C and c are made apart (``tile_query_sums``): kept here they would not
     fit in registers beside M."""
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, start, end, _ = locate(tiles, tile, T, TILE, c)
     W, W_rest = load_planes(planes, h, 0, c)
@@ -100,7 +100,7 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
 def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta, log_decay, key_mask, states,
               final_values, final_mass, suffixes, dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head), chunks in reverse: writes dk, dv and dlog_decay ``[B, T, H]``."""
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, start, end, last = locate(tiles, tile, T, TILE, c)
     W, W_rest = load_planes(planes, h, 0, c)
