@@ -138,7 +138,8 @@ def test_an_interrupted_step_leaves_gradients_as_they_were() -> None:
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"chunk_size": 0}, "chunk_size must be an integer of at least 1; got 0"),
-    ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"), ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"), ({"keep": "disk"}, 'keep must be "device" or "host"')])
+    ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"),
+    ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"), ({"keep": "disk"}, 'keep must be "device" or "host"')])
 def test_bad_input_is_named(change: dict[str, Any], words: str) -> None:
     ids, labels = text(1, 20)
     with pytest.raises(ValueError, match=words):
