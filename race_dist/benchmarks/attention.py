@@ -63,7 +63,8 @@ def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
 
 def race(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The attention under test."""
-    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device)
+    dtype = torch.bfloat16 if shape.dtype == "bfloat16" else torch.float32  # they are bfloat16 numbers
+    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=dtype)
     return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal)
 
 

@@ -280,9 +280,12 @@ class RaceAttention(Drawn):
             "cu_seqlens": sequence.cu_seqlens, "key_mask": sequence.key_mask, "log_decay": self._decay(x),
             "initial_state": None if carry is None else _first_row_of(carry.sketch, documents),
             "group": sequence.group, "layout": sequence.layout}
+        # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
+        sampled = v.dtype == torch.bfloat16 and not config.train_planes
+        planes = self.planes.to(torch.bfloat16) if sampled else self.planes
         if not sequence.final:
-            return race_attention(q, k, v, self.planes, self._beta(x), **options), None
-        out, state = race_attention(q, k, v, self.planes, self._beta(x), output_final_state=True, **options)
+            return race_attention(q, k, v, planes, self._beta(x), **options), None
+        out, state = race_attention(q, k, v, planes, self._beta(x), output_final_state=True, **options)
         if documents > 1:
             state = state[-1:]
             state = SketchState(state.mass, state.values, torch.full_like(state.mass[..., 0], -math.inf))
