@@ -61,7 +61,7 @@ def get_backend(name: str) -> Backend:
 def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
     """Output ``[B, T, Hq, Dv]`` and final state, differentiable in every float input of ``p``."""
     if backend == "reference":
-        with _full_precision(p.q):
+        with full_precision(p.q):
             return reference.attention(p)
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
     out, _, _, mass, values = _attention(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
@@ -76,7 +76,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_
     return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, cast(Normalization, normalization))
 
 
-def _full_precision(q: Tensor) -> AbstractContextManager[None]:
+def full_precision(q: Tensor) -> AbstractContextManager[None]:
     """A backend's own products keep their dtype: autocast stays outside."""
     return torch.autocast(q.device.type, enabled=False)
 
@@ -87,7 +87,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, lo
                initial_values: Tensor | None, causal: bool, normalization: str,
                backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
-    with _full_precision(q):
+    with full_precision(q):
         result = get_backend(backend).forward(p)
     return result.out, result.den, result.states, result.final.mass, result.final.values
 
@@ -113,7 +113,7 @@ def _attention_backward(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: T
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
     dfinal = None if dmass is None or dvalues is None else SketchState(dmass, dvalues)
     saved = Forward(out, den, states, SketchState(final_mass, final_values))
-    with _full_precision(q):
+    with full_precision(q):
         grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes)
     dinitial = (None, None) if grads.initial is None else (grads.initial.mass, grads.initial.values)
     nothing = q.new_empty(0)

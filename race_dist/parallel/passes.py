@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from race_dist.ops.functional import Backend
+from race_dist.ops.functional import Backend, full_precision
 from race_dist.ops.problem import Forward, Gradients, Into, Problem
 from race_dist.parallel.agree import agree_on_call
 from race_dist.parallel.comm import group_rank, group_size, start_all_reduce
@@ -144,7 +144,7 @@ class _GroupAttention(torch.autograd.Function):
         out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
         places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
         finals, kept = [], []
-        with _full_precision(p.q):
+        with full_precision(p.q):
             finishes = [route.start_forward(backend, each, _initial(half)) for half, each in zip(halves, calls)]
             for each, place, finish in zip(calls, places, finishes):
                 entering = finish()
@@ -170,7 +170,7 @@ class _GroupAttention(torch.autograd.Function):
         gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
         places = _places(route, halves, gradients)
         work = _backward_calls(p, route, halves, out, dout, kept)
-        with _full_precision(p.q):
+        with full_precision(p.q):
             finishes = [route.start_backward(backend, each.calls, each.saved, each.douts, _arriving(arriving, half, p, i))
                         for i, (half, each) in enumerate(zip(halves, work))]
             grads = [[backend.backward(one, saved, d, state, need_planes=ctx.needs_input_grad[4], into=into)
@@ -291,8 +291,3 @@ def _arriving(dfinal: _StateSum | None, half: Problem, p: Problem, index: int) -
 
 def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    """A backend's own products keep their dtype: autocast stays outside."""
-    return torch.autocast(x.device.type, enabled=False)
