@@ -65,11 +65,13 @@ class ParallelConfig(_Strict):
         dp: groups of ranks, each with its share of the batch.
         sp: ranks a group, each with its shard of every sequence.
         layout: order of the shards, ``"contiguous"`` or ``"zigzag"``.
+        timeout: seconds after which a collective that a rank has not come to fails, naming that rank.
     """
 
     dp: int | None = Field(None, ge=1)
     sp: int | None = Field(None, ge=1)
     layout: Literal["contiguous", "zigzag"] = "contiguous"
+    timeout: float = Field(600.0, gt=0)
 
     def mesh(self, world_size: int) -> tuple[int, int]:
         """``(dp, sp)`` for that many ranks. Raises ValueError where they do not multiply to it."""
