@@ -2,6 +2,7 @@
 
 from race_dist.nn.config import RaceConfig
 from race_dist.nn.conv import ShortConv
+from race_dist.nn.core import RaceCore
 from race_dist.nn.init import Drawn, Embedding, Linear, initialize
 from race_dist.nn.norm import RMSNorm
 from race_dist.nn.race import RaceAttention, RaceCarry
@@ -12,5 +13,5 @@ from race_dist.nn.tail import TailCarry
 from race_dist.nn.window import WindowAttention
 
 __all__ = ["Drawn", "Embedding", "FullAttention", "HistoryCarry", "Linear", "RMSNorm", "RaceAttention", "RaceCarry",
-           "RaceConfig", "Sequence", "ShortConv", "Span", "TailCarry", "WindowAttention", "initialize", "rotate",
+           "RaceConfig", "RaceCore", "Sequence", "ShortConv", "Span", "TailCarry", "WindowAttention", "initialize", "rotate",
            "rotation"]
