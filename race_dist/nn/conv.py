@@ -33,16 +33,21 @@ class ShortConv(Drawn):
         Returns:
             ``[B, T, channels]``.
         """
-        width = self.weight.shape[0]
-        length = extended.shape[1] - width + 1
-        y = self.weight[-1] * extended[:, width - 1:]
-        for tap in range(width - 1):
-            x = extended[:, tap:tap + length]
-            if documents is not None:
-                same = documents[tap:tap + length] == documents[width - 1:]
-                x = torch.where(same[:, None], x, 0)
-            y = y + self.weight[tap] * x
-        return y
+        return short_conv(extended, self.weight, documents)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, width={self.weight.shape[0]}"
+
+
+def short_conv(extended: Tensor, weight: Tensor, documents: Tensor | None = None) -> Tensor:
+    """:meth:`ShortConv.forward` with taps ``weight [width, channels]``."""
+    width = weight.shape[0]
+    length = extended.shape[1] - width + 1
+    y = weight[-1] * extended[:, width - 1:]
+    for tap in range(width - 1):
+        x = extended[:, tap:tap + length]
+        if documents is not None:
+            same = documents[tap:tap + length] == documents[width - 1:]
+            x = torch.where(same[:, None], x, 0)
+        y = y + weight[tap] * x
+    return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,14 @@ def _fill(parameter: Tensor, how: float | Tensor, seed: int, name: str) -> None:
     if isinstance(how, Tensor):
         parameter.copy_(how.expand_as(parameter))
         return
+    parameter.copy_(draw_normal(parameter.shape, how, seed, name))
+
+
+def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
+    """Normal numbers that depend on seed and name alone, float32 on the CPU: a rank that holds a part cuts it out."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0, how, generator=generator))
+    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)
 
 
 class Linear(nn.Linear, Drawn):

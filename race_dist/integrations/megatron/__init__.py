@@ -1,0 +1,32 @@
+"""RACE Attention in Megatron-core: a config, the core_attention slot, specs, arguments, and a trainer from pip alone."""
+
+try:
+    import megatron.core
+except ImportError as error:
+    raise ImportError('race_dist.integrations.megatron needs megatron-core: pip install "race-dist[megatron]"') from error
+
+from race_dist.integrations.megatron.arguments import add_race_args
+from race_dist.integrations.megatron.config import RaceTransformerConfig
+from race_dist.integrations.megatron.core_attention import RaceCoreAttention
+from race_dist.integrations.megatron.self_attention import RaceSelfAttention
+from race_dist.integrations.megatron.specs import (
+    RaceTransformerLayer,
+    get_race_block_spec,
+    get_race_hybrid_stack_spec,
+    get_race_layer_spec,
+    race_layer_local_spec,
+    race_layer_te_spec,
+)
+
+__all__ = [
+    "RaceCoreAttention",
+    "RaceSelfAttention",
+    "RaceTransformerConfig",
+    "RaceTransformerLayer",
+    "add_race_args",
+    "get_race_block_spec",
+    "get_race_hybrid_stack_spec",
+    "get_race_layer_spec",
+    "race_layer_local_spec",
+    "race_layer_te_spec",
+]

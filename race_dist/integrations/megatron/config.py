@@ -1,0 +1,157 @@
+"""RaceTransformerConfig: Megatron's TransformerConfig with the choices of RaceConfig under the prefix ``race_``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import ValidationError
+
+from race_dist.nn import RaceConfig
+from race_dist.parallel import Layout
+from race_dist.parallel.layout import check_layout
+
+PREFIX = "race_"
+# What a RaceConfig says that Megatron's own fields say already: widths, heads, the mask's type, rotary_base.
+OWNED_BY_MEGATRON = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal", "rope_base")
+RACE_FIELDS = tuple(name for name in RaceConfig.model_fields if name not in OWNED_BY_MEGATRON)
+
+
+def _default(name: str) -> Any:
+    return RaceConfig.model_fields[name].default
+
+
+@dataclass
+class RaceTransformerConfig(TransformerConfig):
+    """A TransformerConfig whose self-attention layers are RACE, all of them or those that ``linear_attention_freq`` says.
+
+    ``linear_attention_freq`` has Megatron's meaning: None makes every layer RACE, N makes every N-th layer softmax, a list
+    has 1 for RACE and 0 for softmax, one entry a layer.
+
+    Attributes:
+        race_num_tables ... race_backend: as in :class:`race_dist.RaceConfig`, with its defaults. ``race_beta_init`` with
+            one number a head counts ``num_query_groups`` heads. ``race_seed`` is also that of the RACE layers' own initial
+            weights, which depend on nothing else: they are the same for every tensor-parallel size.
+        race_rope: whether RACE layers turn queries and keys by their positions, where the model has rotary embeddings:
+            "auto" (only without decay, as :class:`race_dist.RaceConfig` does), "always" or "never".
+        race_layout: order of the shards under context parallelism: "zigzag" (what Megatron's data loaders hand a layer) or
+            "contiguous" (where the caller cuts the batch itself).
+
+    Raises:
+        ValueError: a field is out of its range, or asks of a RACE layer what it cannot do; the message says why.
+    """
+
+    attention_dropout: float = 0.0
+    race_num_tables: int = _default("num_tables")
+    race_num_planes: int = _default("num_planes")
+    race_beta_init: Any = _default("beta_init")
+    race_train_beta: bool = _default("train_beta")
+    race_train_planes: bool = _default("train_planes")
+    race_share_planes: bool = _default("share_planes")
+    race_seed: int = _default("seed")
+    race_normalization: Literal["global", "bucket", "none"] = _default("normalization")
+    race_qk_norm: bool = _default("qk_norm")
+    race_short_conv: int = _default("short_conv")
+    race_decay: Literal["none", "multiscale", "token"] = _default("decay")
+    race_output_gate: bool = _default("output_gate")
+    race_norm_eps: float = _default("norm_eps")
+    race_backend: Literal["auto", "reference", "chunked", "triton"] = _default("backend")
+    race_rope: Literal["auto", "always", "never"] = "auto"
+    race_layout: Literal["zigzag", "contiguous"] = "zigzag"
+    # Attention overwrites num_query_groups in its copy of the config where there are fewer than ranks.
+    race_query_groups: int = field(init=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.race_query_groups = cast(int, self.num_query_groups)
+        if isinstance(self.race_beta_init, list):
+            self.race_beta_init = tuple(self.race_beta_init)
+        if self.race_rope not in ("auto", "always", "never"):
+            raise ValueError(f'race_rope must be "auto", "always" or "never"; got {self.race_rope!r}')
+        check_layout(self.race_layout)
+        self.race()
+        pattern = self.race_pattern()
+        if any(pattern):
+            _refuse_what_cannot_be(self, hybrid=not all(pattern))
+
+    def race(self, *, causal: bool = True) -> RaceConfig:
+        """The choices as a RaceConfig, widths and heads filled in. Raises ValueError naming the field with its prefix."""
+        chosen = {name: getattr(self, PREFIX + name) for name in RACE_FIELDS}
+        try:
+            return RaceConfig(dim=self.hidden_size, num_heads=self.num_attention_heads, num_kv_heads=self.race_query_groups,
+                              head_dim=self.kv_channels, causal=causal, rope_base=None, **chosen)
+        except ValidationError as error:
+            raise ValueError("; ".join(_sentence(each) for each in error.errors())) from None
+
+    @property
+    def layout(self) -> Layout:
+        """Order of the shards under context parallelism."""
+        return check_layout(self.race_layout)
+
+    def race_pattern(self) -> list[bool]:
+        """Whether each of the ``num_layers`` layers is RACE."""
+        freq, count = cast(Any, self.linear_attention_freq), cast(int, self.num_layers)
+        if freq is None:
+            return [True] * count
+        if isinstance(freq, int) and freq >= 1:
+            return [(i + 1) % freq != 0 for i in range(count)]
+        if isinstance(freq, (list, tuple)) and len(freq) == count and set(freq) <= {0, 1}:
+            return [bool(each) for each in freq]
+        raise ValueError(f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
+                         f"(softmax) and ones (RACE), one a layer; got {freq!r}")
+
+    @property
+    def race_uses_rope(self) -> bool:
+        """Whether RACE layers turn queries and keys."""
+        return self.race_rope == "always" or (self.race_rope == "auto" and self.race_decay == "none")
+
+
+def race_config(config: object, where: str) -> RaceTransformerConfig:
+    """``config``, once it is clear that it has the race_* fields; TypeError naming the fix where it has not.
+
+    Megatron hands deep copies to attention where there are fewer query groups than ranks: what counts is the class.
+    """
+    if isinstance(config, RaceTransformerConfig):
+        return config
+    raise TypeError(f"{where} needs a RaceTransformerConfig, but the model was built from a {type(config).__name__}: in "
+                    "Megatron-LM build it with core_transformer_config_from_args(args, RaceTransformerConfig)")
+
+
+def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
+    """Options of Megatron that a sketch has no room for."""
+    reasons = {
+        "multi_latent_attention": "its keys and values are not per head",
+        "qk_clip": "it clips logits, and there are none",
+        "flash_decode": "it decodes from cached keys",
+        "fp8_dot_product_attention": "the sketch is summed in float32",
+        "fp8_multi_head_attention": "the sketch is summed in float32",
+        "apply_query_key_layer_scaling": "it scales logits, and there are none; race_qk_norm sets the queries' length",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name, False):
+            raise ValueError(f"{name} does not go with RACE layers: {reason}; turn it off")
+    if config.attention_dropout:
+        raise ValueError(f"attention_dropout is {config.attention_dropout}, but a RACE layer has no attention weights to "
+                         "drop: set it to 0 (--attention-dropout 0)")
+    if config.experimental_attention_variant is not None:
+        raise ValueError(f"experimental_attention_variant is {config.experimental_attention_variant!r}, which names another "
+                         "attention: leave it out")
+    if config.window_size is not None and not hybrid:
+        raise ValueError(f"window_size is {config.window_size}, but every layer is RACE, which sees all tokens before it: "
+                         "leave it out or make some layers softmax (linear_attention_freq)")
+    if hybrid and config.race_layout == "contiguous" and config.context_parallel_size > 1:
+        raise ValueError('race_layout is "contiguous", but Megatron\'s softmax layers take zigzag shards under context '
+                         'parallelism: use "zigzag" or make every layer RACE')
+
+
+def _sentence(error: Any) -> str:
+    """One of pydantic's errors, its fields named with their prefix."""
+    text = error["msg"].removeprefix("Value error, ")
+    for name in sorted(RACE_FIELDS, key=len, reverse=True):
+        text = text.replace(f"{name}=", f"{PREFIX}{name}=").replace(f"{name} ", f"{PREFIX}{name} ")
+    where = ".".join(str(part) for part in error["loc"])
+    return text if not where or where in text else f"{PREFIX}{where}: {text}; got {error['input']!r}"
+
+
+assert {PREFIX + name for name in RACE_FIELDS} <= {f.name for f in fields(RaceTransformerConfig)}
