@@ -46,7 +46,7 @@ bench: .venv/.installed
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[triton,test]'
+	$(PIP) --editable '.[triton,megatron,test]'
 	@touch $@
 
 .venv/bin/python:

@@ -171,16 +171,16 @@ class RaceCore(Drawn):
         sequence = sequence or Sequence.alone(q, sketch, self.rope_base)
         q, k = self._place(q, self.q_scale, sequence), self._place(k, self.k_scale, sequence)
         rates = log_decay if log_decay is not None else self.log_decay if self.config.decay == "multiscale" else None
-        out, state = self._attend(q.to(v.dtype), k.to(v.dtype), v, rates, sketch, sequence)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        out, state = attend(self.config, q, k, v, self.planes, self._beta(v), rates, sketch, sequence)
         return out if self.out_norm is None else self.out_norm(out), state
 
     def _place(self, x: Tensor, scale: Tensor | None, sequence: Sequence) -> Tensor:
         """Unit length times a learned scale, then the rotary position, in the compute dtype. ``[B, T, H, D]``."""
-        dtype = compute_dtype(x)
         if scale is not None:
-            x = rms(x, self.config.norm_eps) * (scale.to(dtype) * self.head_dim**-0.5)
+            x = with_length(x, scale, self.config.norm_eps)
         if self.rope_base is not None:
-            x = rotate(x, *sequence.rotation(self.head_dim, self.rope_base, dtype))
+            x = rotate(x, *sequence.rotation(self.head_dim, self.rope_base, compute_dtype(x)))
         return x
 
     def _beta(self, x: Tensor) -> Tensor:
@@ -190,24 +190,31 @@ class RaceCore(Drawn):
         assert self.beta is not None
         return self.beta
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, sketch: SketchState | None,
-                sequence: Sequence) -> tuple[Tensor, SketchState | None]:
-        config, documents = self.config, sequence.num_documents
-        options: AttentionOptions = {
-            "causal": config.causal, "normalization": config.normalization, "backend": config.backend,
-            "cu_seqlens": sequence.cu_seqlens, "key_mask": sequence.key_mask, "log_decay": log_decay,
-            "initial_state": None if sketch is None else _first_row_of(sketch, documents),
-            "group": sequence.group, "layout": sequence.layout}
-        # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
-        sampled = v.dtype == torch.bfloat16 and not config.train_planes
-        planes, beta = self.planes.to(torch.bfloat16) if sampled else self.planes, self._beta(v)
-        if not sequence.final:
-            return race_attention(q, k, v, planes, beta, **options), None
-        out, state = race_attention(q, k, v, planes, beta, output_final_state=True, **options)
-        if documents > 1:
-            state = state[-1:]
-            state = SketchState(state.mass, state.values, torch.full_like(state.mass[..., 0], -math.inf))
-        return out, state
+
+def with_length(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Each query or key ``[B, T, H, D]`` at its head's learned length ``scale [H, 1]``, in the compute dtype."""
+    return rms(x, eps) * (scale.to(compute_dtype(x)) * x.shape[-1] ** -0.5)
+
+
+def attend(config: RaceConfig, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
+           sketch: SketchState | None, sequence: Sequence) -> tuple[Tensor, SketchState | None]:
+    """The attention of a layer's heads over a piece of a sequence: output, and the outgoing sketch where it is wanted."""
+    documents = sequence.num_documents
+    options: AttentionOptions = {
+        "causal": config.causal, "normalization": config.normalization, "backend": config.backend,
+        "cu_seqlens": sequence.cu_seqlens, "key_mask": sequence.key_mask, "log_decay": log_decay,
+        "initial_state": None if sketch is None else _first_row_of(sketch, documents),
+        "group": sequence.group, "layout": sequence.layout}
+    # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
+    sampled = v.dtype == torch.bfloat16 and not config.train_planes
+    planes = planes.to(torch.bfloat16) if sampled else planes
+    if not sequence.final:
+        return race_attention(q, k, v, planes, beta, **options), None
+    out, state = race_attention(q, k, v, planes, beta, output_final_state=True, **options)
+    if documents > 1:
+        state = state[-1:]
+        state = SketchState(state.mass, state.values, torch.full_like(state.mass[..., 0], -math.inf))
+    return out, state
 
 
 def _first_row_of(sketch: SketchState, documents: int) -> SketchState:

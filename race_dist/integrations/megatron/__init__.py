@@ -1,7 +1,7 @@
 """RACE Attention in Megatron-core: a config, the core_attention slot, specs, arguments, and a trainer from pip alone."""
 
 try:
-    import megatron.core
+    import megatron.core  # noqa: F401
 except ImportError as error:
     raise ImportError('race_dist.integrations.megatron needs megatron-core: pip install "race-dist[megatron]"') from error
 

@@ -16,14 +16,11 @@ PREFIX = "race_"
 # What a RaceConfig says that Megatron's own fields say already: widths, heads, the mask's type, rotary_base.
 OWNED_BY_MEGATRON = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal", "rope_base")
 RACE_FIELDS = tuple(name for name in RaceConfig.model_fields if name not in OWNED_BY_MEGATRON)
-
-
-def _default(name: str) -> Any:
-    return RaceConfig.model_fields[name].default
+_DEFAULTS = RaceConfig()
 
 
 @dataclass
-class RaceTransformerConfig(TransformerConfig):
+class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
     """A TransformerConfig whose self-attention layers are RACE, all of them or those that ``linear_attention_freq`` says.
 
     ``linear_attention_freq`` has Megatron's meaning: None makes every layer RACE, N makes every N-th layer softmax, a list
@@ -43,20 +40,20 @@ class RaceTransformerConfig(TransformerConfig):
     """
 
     attention_dropout: float = 0.0
-    race_num_tables: int = _default("num_tables")
-    race_num_planes: int = _default("num_planes")
-    race_beta_init: Any = _default("beta_init")
-    race_train_beta: bool = _default("train_beta")
-    race_train_planes: bool = _default("train_planes")
-    race_share_planes: bool = _default("share_planes")
-    race_seed: int = _default("seed")
-    race_normalization: Literal["global", "bucket", "none"] = _default("normalization")
-    race_qk_norm: bool = _default("qk_norm")
-    race_short_conv: int = _default("short_conv")
-    race_decay: Literal["none", "multiscale", "token"] = _default("decay")
-    race_output_gate: bool = _default("output_gate")
-    race_norm_eps: float = _default("norm_eps")
-    race_backend: Literal["auto", "reference", "chunked", "triton"] = _default("backend")
+    race_num_tables: int = _DEFAULTS.num_tables
+    race_num_planes: int = _DEFAULTS.num_planes
+    race_beta_init: Any = _DEFAULTS.beta_init
+    race_train_beta: bool = _DEFAULTS.train_beta
+    race_train_planes: bool = _DEFAULTS.train_planes
+    race_share_planes: bool = _DEFAULTS.share_planes
+    race_seed: int = _DEFAULTS.seed
+    race_normalization: Literal["global", "bucket", "none"] = _DEFAULTS.normalization
+    race_qk_norm: bool = _DEFAULTS.qk_norm
+    race_short_conv: int = _DEFAULTS.short_conv
+    race_decay: Literal["none", "multiscale", "token"] = _DEFAULTS.decay
+    race_output_gate: bool = _DEFAULTS.output_gate
+    race_norm_eps: float = _DEFAULTS.norm_eps
+    race_backend: Literal["auto", "reference", "chunked", "triton"] = _DEFAULTS.backend
     race_rope: Literal["auto", "always", "never"] = "auto"
     race_layout: Literal["zigzag", "contiguous"] = "zigzag"
     # Attention overwrites num_query_groups in its copy of the config where there are fewer than ranks.

@@ -70,9 +70,9 @@ class Rows:
         mask = None if lengths is None else _real_rows(length, group, layout, cu_seqlens, lengths)
         return cls(length, group, layout, cu_seqlens, mask)
 
-    def sequence(self, device: torch.device) -> Sequence:
-        """The same, as the project's layers want it."""
-        return Sequence.of(self.length, cu_seqlens=self.cu_seqlens, key_mask=self.key_mask, group=self.group,
+    def sequence(self, key_mask: Tensor | None, device: torch.device) -> Sequence:
+        """The same as the project's layers want it, with this mask."""
+        return Sequence.of(self.length, cu_seqlens=self.cu_seqlens, key_mask=key_mask, group=self.group,
                            layout=self.layout, final=False, device=device)
 
 

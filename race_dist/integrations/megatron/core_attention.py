@@ -9,15 +9,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from race_dist.attention import race_attention
 from race_dist.hashing import sample_planes
 from race_dist.integrations.megatron.config import race_config
 from race_dist.integrations.megatron.context import Rows, check_causal_mask, is_causal, padding_mask
 from race_dist.integrations.megatron.heads import HeadModule
 from race_dist.nn.conv import short_conv
+from race_dist.nn.core import attend, memory_lengths, with_length
 from race_dist.nn.init import draw_normal
 from race_dist.nn.norm import compute_dtype, rms
-from race_dist.nn.race import memory_lengths
+from race_dist.nn.sequence import Sequence
 from race_dist.nn.tail import Extended, through_tails
 
 
@@ -100,7 +100,8 @@ class RaceCoreAttention(HeadModule):
             self.register_buffer("planes_of", torch.tensor(origin, dtype=torch.int64, device=where["device"]))
 
     def _constants(self, like: Tensor) -> dict[str, Tensor]:
-        race, share, where = self.race, self.share, {"device": like.device, "dtype": compute_dtype(like)}
+        race, share = self.race, self.share
+        where: dict[str, Any] = {"device": like.device, "dtype": compute_dtype(like)}
         own = slice(share.first_kv_head, share.first_kv_head + share.kv_heads)
         constants = {}
         if not race.train_planes:
@@ -158,21 +159,21 @@ class RaceCoreAttention(HeadModule):
         """
         mask_type = attn_mask_type or self.attn_mask_type
         thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if key.shape[0] != query.shape[0]:
-            raise ValueError(f"{query.shape[0]} queries came with {key.shape[0]} cached keys, but a RACE layer decodes from "
-                             "a sketch, which static batching does not keep")
+        if key.shape[0] != query.shape[0] or is_causal(mask_type) != self.race.causal:
+            raise ValueError(f"{query.shape[0]} queries came with {key.shape[0]} keys and attn_mask_type {mask_type.name}, as "
+                             "in decoding with cached keys; a RACE layer decodes from a sketch, which Megatron does not keep")
         q, k, v = (x[None] if thd else x.transpose(0, 1) for x in (query, key, value))
         rows = Rows.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
         key_mask = rows.key_mask if thd else padding_mask(attention_mask, mask_type, *q.shape[:2])
         self._look_at_mask(attention_mask, mask_type, rows)
+        sequence = rows.sequence(key_mask, q.device)
         if self.race.short_conv:
-            q, k = self._convolve(q, k, rows, key_mask)
+            q, k = self._convolve(q, k, sequence)
         if self.race.qk_norm:
-            q, k = self._scale(q, self.q_scale), self._scale(k, self.of_own_kv_heads("k_scale"))
-        out = race_attention(
-            q.to(v.dtype), k.to(v.dtype), v, self._planes(v), self._beta(v), causal=is_causal(mask_type),
-            normalization=self.race.normalization, cu_seqlens=rows.cu_seqlens, key_mask=key_mask,
-            log_decay=self._decay(attention_bias, thd), group=rows.group, layout=rows.layout, backend=self.race.backend)
+            eps = self.race.norm_eps
+            q, k = with_length(q, self.q_scale, eps), with_length(k, self.of_own_kv_heads("k_scale"), eps)
+        out, _ = attend(self.race, q.to(v.dtype), k.to(v.dtype), v, self._planes(), self._beta(v),
+                        self._decay(attention_bias, thd), None, sequence)
         if self.race.normalization == "none":
             out = (rms(out, self.race.norm_eps) * self.out_norm.to(compute_dtype(out))).to(out.dtype)
         return out[0].flatten(1) if thd else out.transpose(0, 1).flatten(2)
@@ -185,27 +186,23 @@ class RaceCoreAttention(HeadModule):
             check_causal_mask(mask, rows)
             self._mask_seen = True
 
-    def _convolve(self, q: Tensor, k: Tensor, rows: Rows, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _convolve(self, q: Tensor, k: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
         """Queries and keys, each plus its short convolution over tokens that are not padding."""
-        q_taps, k_taps = self.q_conv, self.of_own_kv_heads("k_conv", dim=1)
-        flat = tuple(x.flatten(2) if key_mask is None else torch.where(key_mask[..., None], x.flatten(2), 0) for x in (q, k))
+        q_taps, k_taps, mask = self.q_conv, self.of_own_kv_heads("k_conv", dim=1), sequence.key_mask
+        flat = tuple(x.flatten(2) if mask is None else torch.where(mask[..., None], x.flatten(2), 0) for x in (q, k))
 
         def taps(piece: Extended) -> tuple[Tensor, Tensor]:
             q_part, k_part = piece.tensors
             return short_conv(q_part, q_taps, piece.documents), short_conv(k_part, k_taps, piece.documents)
 
-        (more_q, more_k), _ = through_tails(flat, self.race.short_conv - 1, None, rows.sequence(q.device), taps)
+        (more_q, more_k), _ = through_tails(flat, self.race.short_conv - 1, None, sequence, taps)
         return q + more_q.view_as(q), k + more_k.view_as(k)
 
-    def _scale(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Each query or key at its head's learned length."""
-        return rms(x, self.race.norm_eps) * (scale.to(compute_dtype(x)) * self.race.width**-0.5)
-
-    def _planes(self, v: Tensor) -> Tensor:
-        race = self.race
-        if not race.train_planes:  # they are bfloat16 numbers: nothing is rounded, and a kernel projects once
-            return self.planes.to(torch.bfloat16) if v.dtype == torch.bfloat16 else self.planes
-        return self.summed_over_ranks(self.planes) if race.share_planes else self.of_own_kv_heads("planes")
+    def _planes(self) -> Tensor:
+        if self.race.train_planes:
+            return self.summed_over_ranks(self.planes) if self.race.share_planes else self.of_own_kv_heads("planes")
+        planes: Tensor = self.planes
+        return planes
 
     def _beta(self, v: Tensor) -> Tensor:
         """``[groups]``."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from race_dist.integrations.megatron.config import race_config
 from race_dist.integrations.megatron.heads import HeadModule
+from race_dist.nn.core import ENDLESS_MEMORY, memory_lengths
 from race_dist.nn.init import draw_normal
 from race_dist.nn.norm import compute_dtype
-from race_dist.nn.race import ENDLESS_MEMORY, memory_lengths
 from race_dist.parallel import group_rank, group_size
 
 
