@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from race_dist.hashing import check_hash
-from race_dist.ops.functional import attend, get_backend
+from race_dist.ops.functional import attend, get_backend, unsupported
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
 from race_dist.parallel.comm import group_rank, group_size
 from race_dist.parallel.layout import Layout, check_layout
 from race_dist.sketch import SketchState
 
 BackendName = Literal["auto", "reference", "chunked", "triton"]
+HAS_TRITON = find_spec("triton") is not None
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -120,10 +121,9 @@ def _pick_backend(p: Problem, backend: str) -> str:
     if backend == "auto":
         # a float32 "bucket" kernel once read outside its memory on a card, for a cause not yet known: only on request
         doubtful = p.q.dtype == torch.float32 and p.normalization == "bucket"
-        usable = p.q.is_cuda and find_spec("triton") is not None and not doubtful \
-            and get_backend("triton").unsupported(p) is None
+        usable = p.q.is_cuda and HAS_TRITON and not doubtful and unsupported(p, "triton") is None
         return "triton" if usable else "chunked"
-    if backend == "triton" and (reason := get_backend("triton").unsupported(p)) is not None:
+    if backend == "triton" and (reason := unsupported(p, "triton")) is not None:
         raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
     return backend
 

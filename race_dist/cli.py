@@ -187,22 +187,20 @@ def bench_streaming(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks first.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there.")] = None,
+    limit_seconds: Annotated[float | None, typer.Option(
+        min=0, metavar="S", help="End a step after so long with what it has shown.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Also list the kernels of a few chunks by time.")] = False,
+    out: Annotated[Path | None, typer.Option(
+        metavar="FILE.json", help="Write the figures there, and a picture of several lengths beside it.")] = None,
 ) -> None:
     """Time one exact optimizer step of a whole model over one long sequence."""
-    import json
-
-    import torch
-
     from race_dist.benchmarks import streaming
     from race_dist.training.config import load_config
 
     with user_errors():
-        report = streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), chunk_size=chunk,
-                               device=torch.device(device or _device()), keep=keep, compiled=compiled, threads=threads)
+        options = streaming.Options(chunk, device or _device(), keep, compiled, threads, limit_seconds, profile)
+        streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), options, out=out)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             print(f"written: {out}")
 
 

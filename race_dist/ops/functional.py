@@ -58,6 +58,23 @@ def get_backend(name: str) -> Backend:
                           'backend="chunked"') from error
 
 
+def unsupported(p: Problem, backend: str) -> str | None:
+    """Why a backend cannot compute ``p``, as a sentence's end; None when it can. Traceable: a compiler cannot import."""
+    if not torch.compiler.is_compiling():
+        return get_backend(backend).unsupported(p)
+    return _unsupported(backend, p.q.device, p.q.dtype, p.k.dtype, p.v.dtype, p.q.shape[3], p.v.shape[3],
+                        *p.planes.shape[1:3], p.causal, p.normalization)
+
+
+@torch.compiler.assume_constant_result
+def _unsupported(backend: str, device: torch.device, q: torch.dtype, k: torch.dtype, v: torch.dtype, dim: int,
+                 value_dim: int, tables: int, number: int, causal: bool, normalization: str) -> str | None:
+    empty = lambda *shape, dtype=torch.float32: torch.empty(shape, device=device, dtype=dtype)
+    p = _problem(empty(1, 0, 1, dim, dtype=q), empty(1, 0, 1, dim, dtype=k), empty(1, 0, 1, value_dim, dtype=v),
+                 empty(1, tables, number, dim), empty(1), None, None, None, None, None, causal, normalization)
+    return get_backend(backend).unsupported(p)
+
+
 def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
     """Output ``[B, T, Hq, Dv]`` and final state, differentiable in every float input of ``p``."""
     if backend == "reference":

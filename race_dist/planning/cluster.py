@@ -90,6 +90,15 @@ def find_gpu(name: str) -> GPU:
     return GPUS[key]
 
 
+def match_gpu(device_name: str) -> GPU | None:
+    """The table's entry of what a driver calls "NVIDIA H100 80GB HBM3"; None where it has none. By the chip's name alone:
+    peaks do not depend on the memory's size."""
+    for name in sorted(GPUS, key=len, reverse=True):
+        if name.split("-")[0] in device_name.lower():
+            return GPUS[name]
+    return None
+
+
 @dataclass(frozen=True)
 class Cluster:
     """``count`` GPUs of one type, ``per_node`` a node.

@@ -116,6 +116,18 @@ def useful_flops(job: Job) -> float:
     return tokens * (6 * matrix_parameters(m) + attention)
 
 
+def streamed_flops(m: ModelConfig, tokens: int) -> float:
+    """Operations of one streamed step, as they are usually counted: 8 x parameters x tokens, and the attention by its
+    definition, two forward passes and a backward pass of twice their work. A token and query head hash twice (2 D L P
+    each), add to and read one state (2 S D each) and meet half a chunk of C = 64 tokens (C (S + D)); a window layer's
+    query meets its window (4 D a key)."""
+    width, race = m.head_width, m.race
+    hashing, state = 4 * width * race.num_tables * race.num_planes, 4 * race.num_features * width
+    forward = {"R": hashing + state + MATMUL_CHUNK * (race.num_features + width), "W": 4 * width * m.window}
+    attention = sum(count * m.num_heads * forward[kind] for kind, count in layers(m).items())
+    return float(tokens) * (8 * parameters(m) + 4 * attention)
+
+
 # --- seconds -------------------------------------------------------------------------------------------------------------
 
 

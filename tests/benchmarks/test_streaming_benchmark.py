@@ -1,0 +1,59 @@
+"""The streaming benchmark measures a whole step, and says what it has when it is stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from race_dist.benchmarks import streaming
+from race_dist.planning.cluster import find_gpu, match_gpu
+from race_dist.planning.costs import streamed_flops
+from race_dist.planning.tally import parameters
+from race_dist.training.config import TrainConfig, parse_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    text = tmp_path / "text.txt"
+    text.write_text("all that is said here is said once more. " * 20)
+    return parse_config({"model": {"dim": 16, "num_layers": 2, "num_heads": 1, "ffn_dim": 32}, "data": {"path": str(text)}})
+
+
+def test_a_whole_step_has_every_figure(config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    streaming.run(config, [512, 1024], streaming.Options(128, "cpu", profile=True), out=out)
+    report = json.loads(out.read_text())
+    for row, tokens in zip(report["rows"], (512, 1024), strict=True):
+        assert row["tokens"] == tokens
+        assert row["text_tokens"] == min(tokens, 20 * 41)
+        assert row["parameters"] == parameters(config.model)
+        assert row["seconds"] == pytest.approx(row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"])
+        assert row["loss"] == pytest.approx(5.6, abs=0.3)  # log(256), and a little for weights that are not zero
+        assert row["flops"] == streamed_flops(config.model, tokens) > 8 * row["parameters"] * tokens
+        assert row["profile"]["busy_ms"] > 0
+        assert "stopped" not in row
+    assert report["rows"][1]["state_bytes"] == 2 * report["rows"][0]["state_bytes"] > 0
+    assert out.with_suffix(".png").is_file()
+
+
+def test_a_step_past_its_limit_says_how_far_it_came(config: TrainConfig) -> None:
+    row = streaming.measure(config, 1024, streaming.Options(128, "cpu", limit=0.0))
+    assert row["stopped"]["phase"] == "forward"
+    assert row["stopped"]["chunk"] == 1
+    assert "seconds" not in row
+    assert row["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(("driver", "table"), [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb"),
+                                               ("NVIDIA GH200 480GB", "gh200"), ("NVIDIA A100-SXM4-80GB", "a100-80gb")])
+def test_a_drivers_name_finds_its_peak(driver: str, table: str) -> None:
+    gpu = match_gpu(driver)
+    assert gpu is not None
+    assert gpu.flops == find_gpu(table).flops
+    assert gpu.name.split("-")[0] == table.split("-")[0]
+
+
+def test_an_unknown_name_finds_none() -> None:
+    assert match_gpu("Intel Arc") is None
