@@ -52,7 +52,7 @@ def test_a_drivers_name_finds_its_peak(driver: str, table: str) -> None:
     gpu = match_gpu(driver)
     assert gpu is not None
     assert gpu.flops == find_gpu(table).flops
-    assert gpu.name.split("-")[0] == table.split("-")[0]
+    assert gpu.name.split("-")[0] == table.split("-", maxsplit=1)[0]
 
 
 def test_an_unknown_name_finds_none() -> None:
