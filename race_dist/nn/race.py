@@ -138,11 +138,15 @@ class RaceAttention(RaceCore):
         y = out.flatten(2)
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(x))
-        return self.o_proj(y), None if sketch is None else RaceCarry(sketch, tail)
+        return self.output(y), None if sketch is None else RaceCarry(sketch, tail)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hkv * D]`` of ``x [B, T, dim]``."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def output(self, y: Tensor) -> Tensor:
+        """``[B, T, dim]`` of the heads' outputs ``[B, T, Hq * D]``."""
+        return self.o_proj(y)
 
     def _convolve(self, q: Tensor, k: Tensor, tail: TailCarry | None,
                   sequence: Sequence) -> tuple[Tensor, Tensor, TailCarry | None]:

@@ -1,0 +1,1 @@
+"""RACE Attention under DeepSpeed."""

@@ -1,0 +1,22 @@
+"""RACE Attention in transformers models: ``attn_implementation="race"``, ``convert``, sequence parallelism.
+
+Importing this registers the implementation.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ImportError("race_dist.integrations.transformers needs transformers: pip install 'race-dist[transformers]'")
+
+from race_dist.integrations.transformers.attach import sequence_parallel
+from race_dist.integrations.transformers.cache import RaceCacheLayer, cached_bytes
+from race_dist.integrations.transformers.convert import convert, freeze_all_but, from_pretrained, trained_parts
+from race_dist.integrations.transformers.interface import race_attention_forward, race_mask, register
+from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.integrations.transformers.parallel import ShardedLoader, sequence_parallel_trainer, shard_batch
+
+register()
+
+__all__ = ["RaceCacheLayer", "RaceSelfAttention", "ShardedLoader", "cached_bytes", "convert", "freeze_all_but",
+           "from_pretrained", "race_attention_forward", "race_mask", "register", "sequence_parallel",
+           "sequence_parallel_trainer", "shard_batch", "trained_parts"]

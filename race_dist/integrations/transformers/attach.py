@@ -1,0 +1,141 @@
+"""One look at a batch for all layers of a model, and the ranks that share it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedModel
+
+from race_dist.integrations.transformers.cache import RaceCacheLayer
+from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.integrations.transformers.rows import rows_of
+from race_dist.integrations.transformers.settings import IMPLEMENTATION
+from race_dist.parallel import check_ranks_agree
+from race_dist.parallel.layout import check_layout
+
+CACHES = ("cache", "past_key_values")
+
+
+class RowsHook:
+    """Before a decoder runs: find out where its rows stand and hand that to every layer, as ``race_rows``."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.group: ProcessGroup | None = None
+        self.layout = "contiguous"
+        self._signature = inspect.signature(type(decoder).forward)
+
+    def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        call = self._signature.bind_partial(decoder, *args, **kwargs).arguments
+        call |= call.pop("kwargs", {})
+        x = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+        if not isinstance(x, Tensor):
+            return args, kwargs
+        if call.get("output_attentions") or decoder.config.output_attentions:
+            raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
+        cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
+        keeps = self.group is None and (cache is not None or self._caches(decoder, call))
+        if self.group is not None and cache is not None:
+            raise ValueError("decoding over a shared sequence is not supported: give use_cache=False, or generate on one rank")
+        rows = rows_of(x.shape[0], x.shape[1], x.device, attention_mask=call.get("attention_mask"),
+                       position_ids=call.get("position_ids"), cu_seqlens=call.get("cu_seq_lens_q"),
+                       past=_seen(cache), final=keeps, group=self.group, layout=self.layout)
+        if self.group is not None and call.get("position_ids") is None:
+            positions = rows.sequence.positions
+            kwargs = {**kwargs, "position_ids": positions[None] if positions.dim() == 1 else positions}
+        return args, {**kwargs, "race_rows": rows}
+
+    @staticmethod
+    def _caches(decoder: Any, call: dict[str, Any]) -> bool:
+        """Whether the decoder is about to make a cache of its own that somebody will go on from: not in training."""
+        wanted = call.get("use_cache")
+        if wanted is None:
+            wanted = getattr(decoder.config, "use_cache", False)
+        return bool(wanted) and not decoder.training
+
+
+def _seen(cache: Any) -> int:
+    """Tokens that a cache has seen; asked of a RACE layer where it has one."""
+    if cache is None:
+        return 0
+    own = [layer.seen for layer in cache.layers if isinstance(layer, RaceCacheLayer)]
+    return own[0] if own else int(cache.get_seq_length())
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of layers inside a language model.
+
+    Raises:
+        TypeError: this is no transformers decoder.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"a transformers model is needed; got {type(model).__name__}")
+    decoder = model.base_model
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise TypeError(f"{type(model).__name__} has no list of decoder layers, as Llama, Qwen, Mistral and GPT-NeoX "
+                        "class models have")
+    return decoder
+
+
+def attach(model: nn.Module) -> RowsHook:
+    """The hook of a model's decoder, put there on first use."""
+    decoder = decoder_of(model)
+    for hook in decoder._forward_pre_hooks.values():
+        if isinstance(hook, RowsHook):
+            return hook
+    hook = RowsHook(decoder)
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    return hook
+
+
+def softmax_layers(model: nn.Module) -> list[int]:
+    """Indices of the layers whose attention is not RACE."""
+    decoder = decoder_of(model)
+    if model.config._attn_implementation == IMPLEMENTATION:  # type: ignore[union-attr]
+        return []
+    converted = {m.layer_idx for m in decoder.modules() if isinstance(m, RaceSelfAttention)}
+    return [i for i in range(len(decoder.layers)) if i not in converted]  # type: ignore[arg-type]
+
+
+def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: str = "contiguous") -> None:
+    """Let the ranks of ``group`` share every sequence: from now on each calls the model with its shard.
+
+    :func:`shard_batch` cuts a batch. With it each rank's loss is its share of the batch's mean loss: the ranks' losses and
+    gradients add up. ``group=None`` ends it.
+
+    Raises:
+        ValueError: a layer is softmax attention, which would see its own shard only; or the ranks' models differ.
+    """
+    others = softmax_layers(model)
+    if others and group is not None:
+        raise ValueError(f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
+                         f'use attn_implementation="{IMPLEMENTATION}"')
+    hook = attach(model)
+    hook.group, hook.layout = group, check_layout(layout)
+    if group is not None:
+        check_ranks_agree({"the model's configuration": _facts(model), "the layout": layout}, group,
+                          what="the model that shares sequences")
+        if not any(isinstance(h, _Shares) for h in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(_Shares(hook), with_kwargs=True)
+
+
+class _Shares:
+    """Before a model that shares its sequences runs: refuse a loss that would not be a share."""
+
+    def __init__(self, hook: RowsHook) -> None:
+        self._hook = hook
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._hook.group is None or kwargs.get("labels") is None:
+            return
+        missing = [name for name in ("shift_labels", "num_items_in_batch") if kwargs.get(name) is None]
+        if missing:
+            raise ValueError(f"labels of a shard need {' and '.join(missing)}: the target of a shard's last token lies on "
+                             "another rank, and a share is divided by the whole batch's targets; shard_batch gives both")
+
+
+def _facts(model: nn.Module) -> str:
+    config = model.config.to_diff_dict()  # type: ignore[union-attr, operator]
+    return repr({k: config[k] for k in sorted(config) if k not in ("_name_or_path", "transformers_version")})[:3000]

@@ -1,0 +1,127 @@
+"""``attn_implementation="race"``: RACE Attention where transformers calls its attention function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from race_dist.integrations.transformers.rows import Rows, rows_of
+from race_dist.integrations.transformers.settings import IMPLEMENTATION, Settings
+from race_dist.nn import RaceConfig, RaceCore
+
+WITHOUT_PARAMETERS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
+                                      "train_beta": False, "rope_base": None}
+
+
+def register() -> None:
+    """Make ``attn_implementation="race"`` known to transformers, with a mask function that keeps padding."""
+    AttentionInterface.register(IMPLEMENTATION, race_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, race_mask)
+
+
+def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int | None = None, **kwargs: Any) -> Tensor | None:
+    """The padding mask as it is, ``[B, keys]``; causality and packed documents are RACE Attention's own.
+
+    Raises:
+        ValueError: the model mixes another pattern into the causal one.
+    """
+    if kwargs.get("use_vmap"):
+        raise ValueError('attn_implementation="race" sees all earlier tokens of a document; this model adds a pattern of '
+                         "its own to its attention mask: take another implementation")
+    return attention_mask if attention_mask is None or kv_length is None else attention_mask[:, -kv_length:]
+
+
+def race_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                           *, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
+                           position_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+                           race_rows: Rows | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    """transformers' attention function.
+
+    Args:
+        module: the attention layer; its ``config.race_attention["options"]`` holds fields of :class:`RaceConfig` that
+            need no parameters (num_tables, num_planes, beta_init, seed, ...). ``scaling`` plays no part: a hash is
+            sharpened by ``beta_init``.
+        query: ``[B, Hq, T, D]``, positions applied.
+        key, value: ``[B, Hkv, Tk, D]``: those of a cache, then those of the query's tokens.
+        attention_mask: ``[B, Tk]`` from :func:`race_mask`.
+        position_ids, cu_seq_lens_q: packed documents.
+        race_rows: what all layers of a model share, where :func:`attach` has found it out already.
+
+    Returns:
+        ``[B, T, Hq, D]``, and no weights.
+
+    Raises:
+        ValueError: something is asked for that RACE Attention has not: dropout, a window, a cap, weights.
+    """
+    batch, _, length, _ = query.shape
+    keys = key.shape[2]
+    _refuse(module, dropout, sliding_window, softcap, keys, kwargs)
+    core = _core(module, query, key)
+    if race_rows is None or keys != length:
+        rows = rows_of(batch, keys, query.device, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
+                       position_ids=position_ids if keys == length else None)
+    else:
+        rows = race_rows
+    if keys != length:  # a cache of all keys: only the last rows are asked for
+        query = F.pad(query, (0, 0, keys - length, 0))
+    q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
+    out, _ = core(q, k, v, None, rows.sequence)
+    return rows.unfold(out)[:, keys - length:], None
+
+
+def _refuse(module: nn.Module, dropout: float, window: int | None, softcap: float | None, keys: int,
+            others: dict[str, Any]) -> None:
+    layer = getattr(module, "layer_idx", None)
+    if dropout:
+        raise ValueError(f"layer {layer} drops attention weights (dropout = {dropout}); RACE Attention has no weights to drop: "
+                         "set config.attention_dropout = 0")
+    if window is not None and keys > window:
+        raise ValueError(f"layer {layer} has a sliding window of {window} tokens and {keys} keys; RACE Attention sees all "
+                         "earlier tokens: set config.sliding_window = None, or keep such layers softmax")
+    if softcap is not None:
+        raise ValueError(f"layer {layer} caps its logits (softcap = {softcap}); RACE Attention has no logits: take another "
+                         "implementation")
+    if others.get("s_aux") is not None:
+        raise ValueError(f"layer {layer} has attention sinks; RACE Attention has none: take another implementation")
+    config = getattr(module, "config", None)
+    if others.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise ValueError("output_attentions=True asks for weights, of which RACE Attention makes none: leave it out")
+
+
+def _core(module: nn.Module, query: Tensor, key: Tensor) -> RaceCore:
+    """The core of a layer, made on first use; it has no parameters and adds nothing to a checkpoint."""
+    core = getattr(module, "race_core", None)
+    options = Settings.of(module.config).options
+    config = _options(options).filled(dim=query.shape[1] * query.shape[3], num_heads=query.shape[1],
+                                      num_kv_heads=key.shape[1], head_dim=query.shape[3])
+    if getattr(module, "is_causal", True) is False:
+        config = RaceConfig.model_validate(config.model_dump() | {"causal": False})
+    if not isinstance(core, RaceCore) or core.config != config:
+        layer = getattr(module, "layer_idx", None)
+        core = _without_parameters(RaceCore(config, layer or 0, device=query.device))
+        module.race_core = core
+    if core.planes.device != query.device or (query.dtype == torch.float64) != (core.planes.dtype == torch.float64):
+        core.to(device=query.device, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return core
+
+
+def _options(options: dict[str, Any]) -> RaceConfig:
+    trained = [name for name in ("short_conv", "output_gate", "train_beta", "train_planes") if options.get(name)]
+    trained += ["decay"] if options.get("decay") == "token" else []
+    if trained:
+        raise ValueError(f"race_attention options {', '.join(trained)} need parameters, which attn_implementation=\"race\" "
+                         "does not add to a model: use race_dist.integrations.transformers.convert(model, ...)")
+    return RaceConfig.model_validate(WITHOUT_PARAMETERS | options)
+
+
+def _without_parameters(core: RaceCore) -> RaceCore:
+    """Turn what would be trained (scales of one) into constants."""
+    for part in core.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            del part._parameters[name]
+            part.register_buffer(name, parameter.detach(), persistent=False)
+    return core

@@ -1,0 +1,146 @@
+"""Batches whose sequences several ranks share: cutting one, reading them from any data loader, HF's Trainer over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from race_dist.integrations.transformers.attach import sequence_parallel
+from race_dist.integrations.transformers.rows import packed_boundaries
+from race_dist.parallel import all_gather_tensor, broadcast_tensor, check_ranks_agree, group_rank, group_size, shard_sequence
+from race_dist.parallel.layout import check_layout
+
+IGNORE = -100
+
+
+def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout: str = "contiguous") -> dict[str, Any]:
+    """This rank's part of a batch that every rank of ``group`` holds whole.
+
+    Tensors ``[B, T]`` are cut along T. Added are what a shard alone does not say: ``position_ids``; ``shift_labels``, the
+    target of each position, and ``num_items_in_batch``, the targets of the whole batch, by which transformers' causal
+    losses divide; ``cu_seq_lens_q`` of the whole sequence where positions start anew inside a row (one row only).
+
+        loss = model(**shard_batch(batch, group)).loss       # this rank's share: shares and their gradients add up
+
+    Args:
+        batch: ``input_ids [B, T]`` and, where they are given, labels (the tokens themselves, as transformers wants them),
+            attention_mask, position_ids.
+        group: the ranks; None is one.
+        layout: "contiguous" or "zigzag".
+
+    Raises:
+        ValueError: no input_ids, several packed rows, or a length that the layout cannot cut.
+    """
+    layout = check_layout(layout)
+    if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].dim() != 2:
+        raise ValueError(f"a batch to cut needs input_ids [B, T]; got the keys {', '.join(batch)}")
+    ids = batch["input_ids"]
+    rows, length = ids.shape
+    whole = dict(batch)
+    if whole.get("position_ids") is None:
+        whole["position_ids"] = torch.arange(length, device=ids.device)
+    whole["position_ids"] = whole["position_ids"].expand(rows, -1)
+    cu_seqlens = whole.get("cu_seq_lens_q")
+    if cu_seqlens is None and whole.get("attention_mask") is None:
+        cu_seqlens = packed_boundaries(whole["position_ids"])
+    if cu_seqlens is not None:
+        if rows > 1 and group_size(group) > 1:
+            raise ValueError(f"packed documents that ranks share need a batch of one row; got {rows}: pack them into one")
+        whole |= {"cu_seq_lens_q": cu_seqlens} if rows == 1 else {}
+    if whole.get("labels") is not None:
+        if whole.get("shift_labels") is None:
+            whole["shift_labels"] = torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE)
+        whole["num_items_in_batch"] = (whole["shift_labels"] != IGNORE).sum().clamp(min=1)
+    if group_size(group) == 1:
+        return whole
+    assert group is not None
+    cut = lambda x: isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (rows, length)
+    cu = cu_seqlens if layout == "zigzag" else None
+    return {name: shard_sequence(x, group, dim=1, layout=layout, cu_seqlens=cu).contiguous() if cut(x) else x
+            for name, x in whole.items()}
+
+
+class ShardedLoader:
+    """Batches of a data loader, each shared by all ranks of a group.
+
+    Every rank's loader gives its own batches, as for data parallelism; the ranks of the group take turns: first all share
+    the batch of the group's first rank, then that of its second, and so on. So no token is read twice.
+
+    Args:
+        loader: of dictionaries of tensors ``[B, T]``; equally many batches on each rank, with the same keys.
+        group, layout: as for :func:`shard_batch`.
+    """
+
+    def __init__(self, loader: Iterable[Mapping[str, Any]], group: ProcessGroup, *, layout: str = "contiguous") -> None:
+        self.loader, self.group, self.layout = loader, group, check_layout(layout)
+
+    def __len__(self) -> int:
+        return len(self.loader) * group_size(self.group)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
+            facts = {"keys and dtypes": ", ".join(f"{n} {t.dtype} {t.dim()}d" for n, t in sorted(tensors.items()))}
+            check_ranks_agree(facts, self.group, what="a batch to share")
+            device = batch["input_ids"].device
+            sizes = torch.tensor([[*t.shape, *[0] * (4 - t.dim())] for _, t in sorted(tensors.items())], device=device)
+            everyone = all_gather_tensor(sizes, self.group).tolist()
+            for source, shapes in enumerate(everyone):
+                whole = {}
+                for (name, own), shape in zip(sorted(tensors.items()), shapes, strict=True):
+                    mine = source == group_rank(self.group)
+                    like = own if mine else own.new_empty(shape[:own.dim()])
+                    whole[name] = broadcast_tensor(like, self.group, source=source)
+                yield shard_batch(whole, self.group, layout=self.layout)
+
+
+def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
+    """HF's Trainer (or a subclass of it) whose ranks share sequences: a class with two more arguments, ``group`` and
+    ``layout``.
+
+        mesh = build_mesh(dp, sp)
+        trainer = sequence_parallel_trainer()(model, args, group=mesh["sp"].get_group(), train_dataset=...)
+
+    It is the Trainer's own data parallelism (DDP) underneath: its loss is the global mean over all targets, whatever the
+    mesh. A step of the trainer is one batch of ``per_device_train_batch_size`` rows a group.
+    """
+    from transformers import Trainer
+
+    base: Any = trainer_class or Trainer
+
+    class SequenceParallelTrainer(base):
+        def __init__(self, *args: Any, group: ProcessGroup, layout: str = "contiguous", **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if not self.args.average_tokens_across_devices:
+                raise ValueError("average_tokens_across_devices=False divides each rank's loss by its own targets, so that "
+                                 "shares do not add up: leave it True")
+            self.group, self.layout = group, layout
+            sequence_parallel(self.accelerator.unwrap_model(self.model), group, layout=layout)
+
+        def get_train_dataloader(self) -> Any:
+            return ShardedLoader(super().get_train_dataloader(), self.group, layout=self.layout)
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            return ShardedLoader(super().get_eval_dataloader(eval_dataset), self.group, layout=self.layout)
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
+                         num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+            """The share; in evaluation, where the Trainer averages over the ranks, as many times as ranks share it."""
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+            if model.training:
+                return result
+            loss, *outputs = result if return_outputs else (result,)
+            loss = loss * group_size(self.group)
+            return (loss, *outputs) if return_outputs else loss
+
+    SequenceParallelTrainer.__name__ = f"SequenceParallel{base.__name__}"
+    return SequenceParallelTrainer

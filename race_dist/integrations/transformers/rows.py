@@ -1,0 +1,112 @@
+"""Where the rows of a transformers batch stand: padding, packed documents, positions, the ranks that share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from race_dist.nn import Sequence
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch ``[B, T]`` as RACE layers take it.
+
+    Attributes:
+        sequence: of the rows; of one long row where ``folded``.
+        batch: ``B``.
+        folded: whether the batch's rows are laid one after the other, as documents of one row: what packed rows need.
+    """
+
+    sequence: Sequence
+    batch: int
+    folded: bool = False
+
+    def fold(self, x: Tensor) -> Tensor:
+        """``[B, T, ...]`` as ``sequence`` describes it: the same, or ``[1, B * T, ...]``."""
+        return x.reshape(1, -1, *x.shape[2:]) if self.folded else x
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`fold`."""
+        return x.reshape(self.batch, -1, *x.shape[2:]) if self.folded else x
+
+
+def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, past: int = 0, final: bool = False,
+            group: ProcessGroup | None = None, layout: str = "contiguous") -> Rows:
+    """What a call of a transformers model says about its rows.
+
+    As in transformers, positions that start anew mean packed documents only where there is no mask and no past.
+
+    Args:
+        batch, length: ``B`` and ``T`` of the new tokens on this rank.
+        attention_mask: ``[B, past + T]``, 0 where a token is padding.
+        position_ids: ``[B, T]`` or ``[1, T]``.
+        cu_seqlens: ``[N + 1]`` boundaries of documents packed in one row (of the whole sequence, under a group).
+        past: tokens that a cache has seen.
+        final: whether the carry after the rows is wanted.
+        group, layout: ranks that each hold a shard of the rows.
+
+    Raises:
+        ValueError: a mask of another kind than padding, or packed rows in a place where they cannot be told apart.
+    """
+    mask = None if attention_mask is None else _key_mask(attention_mask, batch, length)
+    if cu_seqlens is not None and (batch > 1 or past or mask is not None):
+        raise ValueError(f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
+                         f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row")
+    if position_ids is not None:
+        position_ids = position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
+    folded = False
+    if cu_seqlens is None and mask is None and position_ids is not None and not past and length > 1:
+        starts = _starts(position_ids)
+        packed = bool(starts[:, 1:].any())
+        if packed and group is not None:
+            raise ValueError("position_ids start anew inside a shard: under sequence parallelism packed documents are named "
+                             "by cu_seq_lens_q of the whole sequence; shard_batch makes them from a whole batch")
+        if packed and final and batch > 1:
+            raise ValueError(f"{batch} packed rows leave no one carry to go on from: give use_cache=False")
+        if packed:
+            folded, cu_seqlens = True, boundaries(starts)
+    if folded:
+        sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, final=final, device=device)
+    else:
+        sequence = Sequence.of(length, cu_seqlens=cu_seqlens, key_mask=mask, group=group, layout=layout, position=past,
+                               final=final, device=device)
+    if position_ids is not None:
+        positions = position_ids.reshape(-1) if folded else position_ids[0] if batch == 1 else position_ids
+        sequence = replace(sequence, positions=positions)
+    return Rows(sequence, batch, folded)
+
+
+def packed_boundaries(position_ids: Tensor) -> Tensor | None:
+    """``[N + 1]`` int64 boundaries of the documents that ``position_ids [B, T]`` tell apart, the batch's rows laid one
+    after the other; None where every row is one document."""
+    starts = _starts(position_ids)
+    return boundaries(starts) if bool(starts[:, 1:].any()) else None
+
+
+def _starts(position_ids: Tensor) -> Tensor:
+    """``[B, T]`` bool: whether a document begins there; each row begins one."""
+    begun = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.cat([torch.ones_like(begun[:, :1]), begun], 1)
+
+
+def boundaries(starts: Tensor) -> Tensor:
+    """``[N + 1]`` int64 of ``[B, T]`` bool."""
+    flat = starts.reshape(-1)
+    return torch.cat([flat.nonzero()[:, 0], torch.tensor([flat.numel()], device=flat.device)])
+
+
+def _key_mask(attention_mask: Tensor, batch: int, length: int) -> Tensor:
+    """``[B, T]`` bool of the new tokens."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        kind = f"{attention_mask.dim()}-dimensional" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"RACE layers take a padding mask [batch, length]; got a {kind} attention_mask. Which pairs of tokens "
+                         "see each other cannot be chosen: keep such layers softmax, or pack documents by position_ids")
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be [batch, past + new tokens] with {batch} rows and at least {length} columns; "
+                         f"got {list(attention_mask.shape)}")
+    return attention_mask[:, -length:].to(torch.bool) if length else attention_mask[:, :0].to(torch.bool)
