@@ -46,7 +46,7 @@ bench: .venv/.installed
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[triton,megatron,test]'
+	$(PIP) --editable '.[triton,megatron,deepspeed,transformers,test]'
 	@touch $@
 
 .venv/bin/python:
