@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed import ProcessGroup
 
 from race_dist.benchmarks.machine import machine, peak_resident_bytes
 from race_dist.benchmarks.profiling import profile
 from race_dist.models import DecoderLM
+from race_dist.models.backbone import SwiGLU
+from race_dist.nn import RMSNorm
+from race_dist.parallel import all_reduce_max, group_rank, group_size
 from race_dist.planning.cluster import match_gpu
 from race_dist.planning.costs import streamed_flops
 from race_dist.streaming import Keep, Progress, streamed_backward
@@ -31,6 +35,7 @@ from race_dist.training.data import load_corpus
 from race_dist.training.optim import build_optimizer
 
 WARM_CHUNKS = 3
+AGREE_EVERY = 16  # chunks after which the ranks of a group compare their clocks
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Options:
     Attributes:
         chunk_size, keep: of :func:`race_dist.streaming.streamed_backward`.
         device: "cpu" or "cuda".
-        compiled: compile the blocks and the last norm with torch.compile first.
+        compiled: compile with torch.compile first: the blocks and the last norm; under a group what exchanges nothing.
         threads: of PyTorch on the CPU; None leaves it alone.
         limit: seconds after which a step ends with what it has; None: it runs to its end.
         profile: also list the kernels of a few chunks by their time.
@@ -81,8 +86,9 @@ def run(config: TrainConfig, lengths: list[int], options: Options, *, out: Path 
     return report
 
 
-def measure(config: TrainConfig, length: int, options: Options) -> dict[str, Any]:
-    """One optimizer step over ``length`` tokens, in this process. The keys of the result:
+def measure(config: TrainConfig, length: int, options: Options, group: ProcessGroup | None = None) -> dict[str, Any]:
+    """One optimizer step over ``length`` tokens, in this process, its sequence shared by the ranks of ``group``. The keys of
+    the result:
 
     ``tokens``, ``text_tokens`` (the text repeats where it is shorter), ``parameters``, ``loss`` (mean, nats a token, before
     the step), ``gradient_norm``, ``warmup_seconds`` (compiling included), ``forward_seconds``, ``backward_seconds``,
@@ -97,26 +103,26 @@ def measure(config: TrainConfig, length: int, options: Options) -> dict[str, Any
     tokens, unique = _text(config, length)
     model = DecoderLM(config.model, dtype=torch.float64 if config.precision == "float64" else torch.float32).to(device)
     if options.compiled:
-        for part in (*model.blocks, model.norm):
+        for part in _compilable(model, group):
             part.compile(dynamic=False)
     optimizer = build_optimizer(model, config.optim)
     carry = sum(t.numel() * t.element_size() for t in model.zero_carry(1, state_dtype=torch.float64).tensors())
     row: dict[str, Any] = {"tokens": length, "text_tokens": min(unique, length), "chunk_size": options.chunk_size,
                            "parameters": sum(p.numel() for p in model.parameters()),
-                           "state_bytes": carry * -(-length // options.chunk_size)}
+                           "state_bytes": carry * -(-length // (options.chunk_size * group_size(group)))}
 
     def stream(count: int, watch: _Watch | None = None) -> torch.Tensor:
         with _autocast(config, device):
             return streamed_backward(model, tokens[None, :count], tokens[None, 1:count + 1], chunk_size=options.chunk_size,
-                                     keep=options.keep, progress=watch)
+                                     keep=options.keep, group=group, progress=watch)
 
-    warm = min(length, WARM_CHUNKS * options.chunk_size)
+    warm = min(length, WARM_CHUNKS * options.chunk_size * group_size(group))
     row["warmup_seconds"] = _seconds(lambda: stream(warm), device)
     if options.profile:
         row["profile"] = {"tokens": warm, **profile(lambda: stream(warm), device)}
     optimizer.zero_grad()
     _reset_peak(device)
-    watch = _Watch(device, options.limit)
+    watch = _Watch(device, options.limit, group)
     try:
         row["loss"] = float(stream(length, watch))
     except _OutOfTime as stop:
@@ -134,8 +140,15 @@ def measure(config: TrainConfig, length: int, options: Options) -> dict[str, Any
         row["tokens_per_second"] = length / seconds
         row["tflops_per_second"] = row["flops"] / seconds / 1e12
         if gpu is not None:
-            row["mfu"] = row["flops"] / seconds / gpu.flops["bfloat16"]
+            row["mfu"] = row["flops"] / seconds / (gpu.flops["bfloat16"] * group_size(group))
     return row | _peak(device)
+
+
+def _compilable(model: DecoderLM, group: ProcessGroup | None) -> list[torch.nn.Module]:
+    """Whole blocks on one rank; under a group the parts of them that exchange nothing: collectives break a graph."""
+    if group is None:
+        return [*model.blocks, model.norm]
+    return [m for m in model.modules() if isinstance(m, SwiGLU | RMSNorm)]
 
 
 def _apply(model: DecoderLM, optimizer: torch.optim.Optimizer, config: TrainConfig, norm: torch.Tensor) -> None:
@@ -174,8 +187,8 @@ class _OutOfTime(Exception):
 class _Watch:
     """Times the phases, says how far the step is, and ends it at its limit."""
 
-    def __init__(self, device: torch.device, limit: float | None) -> None:
-        self._device, self._limit = device, limit
+    def __init__(self, device: torch.device, limit: float | None, group: ProcessGroup | None) -> None:
+        self._device, self._limit, self._group = device, limit, group
         self._began, self._next = time.perf_counter(), 0.0
         self._forward: float | None = None
 
@@ -184,10 +197,20 @@ class _Watch:
             self._forward = self._now()
         if progress.seconds >= self._next:
             self._next = progress.seconds + 20
-            print(f"  {progress.phase} {progress.chunk}/{progress.chunks}, {progress.seconds:.0f} s, "
-                  f"{progress.remaining:.0f} s left", flush=True)
-        if self._limit is not None and progress.seconds > self._limit:
+            if group_rank(self._group) == 0:
+                print(f"  {progress.phase} {progress.chunk}/{progress.chunks}, {progress.seconds:.0f} s, "
+                      f"{progress.remaining:.0f} s left", flush=True)
+        if self._limit is not None and self._over(progress, self._limit):
             raise _OutOfTime(progress)
+
+    def _over(self, progress: Progress, limit: float) -> bool:
+        """Whether the limit has passed: on any rank of a group, which asks now and then."""
+        if self._group is None:
+            return progress.seconds > limit
+        if progress.chunk % AGREE_EVERY:
+            return False
+        seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self._device)
+        return float(all_reduce_max(seconds, self._group)) > limit
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -133,18 +133,20 @@ def start_broadcast(x: Tensor, source: int, group: ProcessGroup) -> Pending:
     return Pending("broadcast", group, [work], out)
 
 
-def start_shift(x: Tensor, by: int, group: ProcessGroup) -> Pending:
-    """x of the rank ``by`` places before this one (after, when negative), without wrap-around; zeros where none is."""
+def start_shift(x: Tensor, by: int, group: ProcessGroup, *, around: bool = False) -> Pending:
+    """x of the rank ``by`` places before this one (after, when negative); zeros where none is, or, ``around``, that of the
+    ranks counted in a ring."""
     x = x.contiguous()
     rank, world = group_rank(group), group_size(group)
     received, works = torch.zeros_like(x), []
     with watched(group, "shift"):
         ops = []
-        if 0 <= rank + by < world and x.numel():
+        to, source = ((rank + by) % world, (rank - by) % world) if around else (rank + by, rank - by)
+        if 0 <= to < world and x.numel():
             _record("shift", x)
-            ops.append(dist.P2POp(dist.isend, x, group=group, group_peer=rank + by))
-        if 0 <= rank - by < world and x.numel():
-            ops.append(dist.P2POp(dist.irecv, received, group=group, group_peer=rank - by))
+            ops.append(dist.P2POp(dist.isend, x, group=group, group_peer=to))
+        if 0 <= source < world and x.numel():
+            ops.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
         if ops:
             works = dist.batch_isend_irecv(ops)
     return Pending("shift", group, works, received, [x])

@@ -1,0 +1,102 @@
+"""Whether ranks that share a sequence compute what one rank does: attention, a training step, a streamed step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from race_dist import RaceConfig, race_attention
+from race_dist.benchmarks.scaling.job import Job
+from race_dist.hashing import sample_planes
+from race_dist.models import DecoderLM, ModelConfig
+from race_dist.parallel import Layout, all_reduce_sum, shard_sequence
+from race_dist.streaming import streamed_backward
+
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag")
+FLOAT32_LIMIT = 1e-5  # relative error against one rank
+NOISE, ROUNDING = 2.0, 2.0**-9  # times the error that bfloat16 itself makes on one rank; and what one rounding may be
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Relative errors of all ranks against one of them: float32, and bfloat16 beside the error of bfloat16 itself."""
+    result: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for layout in LAYOUTS:
+            result[f"attention {name} {layout}"] = _attention(job, dtype, layout)
+            for pattern in ("R", "RW"):
+                result[f"step {pattern} {name} {layout}"] = _step(job, pattern, dtype, layout)
+        result[f"streamed step {name}"] = _step(job, "R", dtype, None)
+    for name, errors in result.items():
+        job.say(f"{name}: {errors}")
+    return {**result, "all_ok": all(errors["ok"] for errors in result.values())}
+
+
+def _verdict(errors: dict[str, float], noise: dict[str, float] | None) -> dict[str, Any]:
+    limit = {name: FLOAT32_LIMIT if noise is None else max(ROUNDING, NOISE * noise[name]) for name in errors}
+    return {"errors": errors, "noise": noise, "ok": all(errors[name] <= limit[name] for name in errors)}
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def _attention(job: Job, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
+    base, length = job.sizes.base, job.sizes.exact
+    generator = torch.Generator(job.device).manual_seed(0)
+    shape = (1, length, base.heads, base.head_dim)
+    whole = [torch.randn(shape, generator=generator, device=job.device).to(dtype) for _ in range(4)]
+    planes = sample_planes(base.tables, base.planes, base.head_dim, seed=0, device=job.device, dtype=dtype)
+    names = ("out", "dq", "dk", "dv")
+
+    def run(tensors: Sequence[Tensor], *, shared: bool) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+        q, k, v = leaves
+        out = race_attention(q, k, v, planes.to(q.dtype), 2.0, group=job.group(job.size) if shared else None, layout=layout)
+        return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
+
+    cut = lambda x: shard_sequence(x, job.group(job.size), dim=1, layout=layout)
+    one, many = run(whole, shared=False), run([cut(x) for x in whole], shared=True)
+    errors = {name: job.largest(_error(a, cut(b))) for name, a, b in zip(names, many, one, strict=True)}
+    if dtype == torch.float32:
+        return _verdict(errors, None)
+    true = run([t.float() for t in whole], shared=False)
+    return _verdict(errors, {name: job.largest(_error(a, b)) for name, a, b in zip(names, one, true, strict=True)})
+
+
+def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> dict[str, Any]:
+    """Loss and gradient of a whole model; ``layout`` None is a streamed step."""
+    base, length = job.sizes.base, job.sizes.exact // 4
+    model = DecoderLM(ModelConfig(vocab_size=256, dim=base.heads * base.head_dim // 2, num_layers=2, num_heads=base.heads // 2,
+                                  layer_pattern=pattern, window=min(128, length // 4),
+                                  race=RaceConfig(num_tables=base.tables, num_planes=base.planes))).to(job.device)
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (torch.randint(0, 256, (1, length), generator=generator).to(job.device) for _ in range(2))
+
+    def run(narrow: bool, group: Any) -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        with torch.autocast(job.device.type, torch.bfloat16) if narrow else nullcontext():
+            if layout is None:
+                loss = streamed_backward(model, ids, labels, chunk_size=-(-length // (3 * (job.size if group else 1))),
+                                         group=group)
+                return loss, _flat(model)
+            mine = [shard_sequence(x, group, dim=1, layout=layout).contiguous() for x in (ids, labels)]
+            loss = model(*mine, group=group, layout=layout, num_targets=length)
+            loss.backward()
+        return all_reduce_sum(loss, group), all_reduce_sum(_flat(model), group)
+
+    narrow, names = dtype == torch.bfloat16, ("loss", "gradient")
+    one, many = run(narrow, None), run(narrow, job.group(job.size))
+    errors = {name: job.largest(_error(a, b)) for name, a, b in zip(names, many, one, strict=True)}
+    if not narrow:
+        return _verdict(errors, None)
+    true = run(False, None)
+    return _verdict(errors, {name: _error(a, b) for name, a, b in zip(names, one, true, strict=True)})
+
+
+def _flat(model: DecoderLM) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -1,0 +1,94 @@
+"""The scan by itself, and how much of it runs beside the attention's own work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from race_dist.benchmarks.attention import inputs
+from race_dist.benchmarks.scaling.job import Job
+from race_dist.hashing import sample_planes
+from race_dist.ops.functional import get_backend, unsupported
+from race_dist.ops.problem import Problem
+from race_dist.parallel import routes
+from race_dist.parallel.passes import group_attention
+from race_dist.parallel.scan import Algorithm, start_scan
+from race_dist.sketch import SketchState
+
+SCANS = 4  # of an attention call with its gradients: two halves of the heads, forward and backward
+REPEATS = 20
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """For each algorithm and number of ranks: the scan alone, and the attention with and without it."""
+    rows = []
+    for count in job.counts[1:]:
+        for algorithm in ("all_gather", "recursive_doubling"):
+            rows.append({"ranks": count, "algorithm": algorithm, **_scan(job, count, algorithm),
+                         **_hidden(job, count, algorithm)})
+            job.say(str(rows[-1]))
+    return {"tokens_per_rank": job.sizes.per_rank, "rows": rows}
+
+
+def _scan(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
+    """Forward and reverse scan of one layer's float32 sketch."""
+    base = job.sizes.base
+    state = SketchState.empty(1, job.sizes.state_heads, base.tables * 2**base.planes, base.head_dim, device=job.device)
+
+    def both() -> None:
+        for reverse in (False, True):
+            start_scan([state], job.group(count), reverse=reverse, algorithm=algorithm).wait()
+
+    size = sum(t.numel() * t.element_size() for t in state.tensors())
+    sent = job.sent(both) if job.takes_part(count) else {}
+    return {"state_bytes": size, "scan_microseconds": 1e3 * job.milliseconds(both, count, repeats=REPEATS) / 2, "sent": sent}
+
+
+class _NoScan:
+    """Stands where a scan is, and exchanges nothing."""
+
+    def __init__(self, pieces: Sequence[SketchState]) -> None:
+        self._pieces = pieces
+
+    def wait(self) -> list[SketchState]:
+        return [piece.zero() for piece in self._pieces]
+
+
+def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
+    """The same local work with the exchange left out says what the exchange adds."""
+    call = _call(job, count, algorithm) if job.takes_part(count) else lambda: None
+    whole = job.milliseconds(call, count)
+    with mock.patch.object(routes, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
+        local = job.milliseconds(call, count)
+    scan = _half_scan(job, count, algorithm)
+    added, alone = max(0.0, whole - local), SCANS * scan
+    return {"both_ms": whole, "without_exchange_ms": local, "exchange_share": added / whole,
+            "scans_alone_ms": alone, "hidden": 1 - min(1.0, added / alone) if alone else None}
+
+
+def _half_scan(job: Job, count: int, algorithm: Algorithm) -> float:
+    """Milliseconds of the scan of half the timed attention's heads."""
+    base = job.sizes.base
+    state = SketchState.empty(1, base.heads // 2, base.tables * 2**base.planes, base.head_dim, device=job.device)
+    return job.milliseconds(lambda: start_scan([state], job.group(count), algorithm=algorithm).wait(), count, repeats=REPEATS)
+
+
+def _call(job: Job, count: int, algorithm: Algorithm) -> Callable[[], object]:
+    shape = replace(job.sizes.base, length=job.sizes.per_rank)
+    q, k, v = inputs(shape, job.device)
+    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=job.device, dtype=q.dtype)
+    p = Problem(q, k, v, planes.expand(shape.heads, -1, -1, -1), torch.full((shape.heads,), 2.0, device=job.device), None,
+                None, None, None, True, "global")
+    usable = job.device.type == "cuda" and unsupported(p, "triton") is None
+    backend, group, gradient = get_backend("triton" if usable else "chunked"), job.group(count), torch.randn_like(q)
+    assert group is not None
+
+    def both() -> None:
+        out, _ = group_attention(p, group, "contiguous", backend, output_final=False, algorithm=algorithm)
+        torch.autograd.grad(out, (q, k, v), gradient)
+
+    return both

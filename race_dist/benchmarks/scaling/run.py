@@ -1,0 +1,74 @@
+"""Every measure in turn, the JSON written after each, the call ended in time."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from race_dist.benchmarks.scaling import exactness, exchange, layers, peers, step
+from race_dist.benchmarks.scaling.job import LARGE, SMALL, Job
+from race_dist.parallel import init_distributed, shutdown
+from race_dist.training.config import load_config
+
+PARTS = ("exactness", "exchange", "weak", "strong", "streamed_step", "peers")
+TIMEOUT = 240.0  # seconds that a rank waits for the others: one may be compiling
+
+
+def main() -> None:
+    """What torchrun starts on every rank."""
+    options = _parser().parse_args()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast off: not every host that lends GPUs allows it
+    device = init_distributed(device=options.device, timeout=TIMEOUT)
+    job = Job(device, SMALL if device.type == "cpu" else LARGE, options.out, options.seconds)
+    config = load_config(options.config, [f"data.path={options.text}", *options.override])
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "exactness": lambda: exactness.measure(job), "exchange": lambda: exchange.measure(job),
+        "weak": lambda: layers.weak(job), "strong": lambda: layers.strong(job),
+        "streamed_step": lambda: step.streamed_step(job, config, options.tokens, options.chunk, compiled=options.compile),
+        "peers": lambda: peers.measure(job)}
+    for name in options.parts.split(","):
+        _measure(job, name, measures[name])
+    job.say(f"written: {options.out}")
+    shutdown()
+
+
+def _measure(job: Job, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    """One part. What it raises on every rank alike is written down and the next part goes on; where the ranks have come apart,
+    the next collective says so."""
+    gc.collect()
+    left = job.left()
+    if left <= 0:
+        job.report[name] = {"skipped": f"the limit had passed by {-left:.0f} s"}
+        job.write()
+        return
+    job.say(f"{name} ({left:.0f} s left)")
+    try:
+        job.report[name] = measure()
+    except (RuntimeError, ValueError, ImportError) as error:  # out of memory, an operator that is absent
+        job.report[name] = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+        job.say(f"{name} failed: {error}")
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+    job.report.setdefault("seconds_left_after", {})[name] = job.left()
+    job.write()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="race_dist.benchmarks.scaling", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--seconds", type=float, default=560, help="the call ends about then, with what it has")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, with commas between")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="left out: cuda where there is a GPU")
+    parser.add_argument("--config", type=Path, default=Path("configs/streaming-h100.toml"), help="model of the streamed step")
+    parser.add_argument("--override", "-o", action="append", default=[], metavar="KEY=VALUE", help="change one of its keys")
+    parser.add_argument("--text", default="python-stdlib", help="text of the streamed step")
+    parser.add_argument("--tokens", type=int, default=75_000_000, help="of the streamed step, rounded up to whole chunks")
+    parser.add_argument("--chunk", type=int, default=65536, help="tokens a rank whose activations exist at a time")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of the streamed step")
+    return parser
