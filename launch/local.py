@@ -1,16 +1,27 @@
-"""Starting the ranks of a run on this machine, without a launcher in front of the command."""
+"""Starting the ranks of a run on this machine, without a launcher in front of the command, and keeping them running."""
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import os
+import signal
+import socket
+import subprocess
 import sys
-import uuid
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from race_dist.launch.place import die_with_parent
+from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+
+INTERRUPTED = 130
+_POLL = 0.05  # seconds
+_GRACE = 10.0  # seconds in which the ranks beside one that failed may end by themselves, saying what they saw
+_STOP_GRACE = 600.0  # seconds in which ranks that were told to stop may save
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def under_launcher() -> bool:
@@ -18,32 +29,176 @@ def under_launcher() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
-def launch_ranks(arguments: Sequence[str], nproc: int) -> int:
+def launch_ranks(arguments: Sequence[str], nproc: int, *, environment: Mapping[str, str] | None = None) -> int:
     """Run ``python ARGUMENTS`` as ``nproc`` ranks of this machine and wait for them.
 
-    A rank that fails ends the others; which one it was is said on the error stream.
+    A rank that fails ends the others; which one it was is said on the error stream. SIGTERM, SIGUSR1, SIGUSR2 and an
+    interrupt go on to the ranks, which save and stop. The ranks do not outlive this process, however it ends.
 
     Args:
         arguments: what follows ``python``, for example ``["-m", "race_dist.cli", "train", ...]``.
         nproc: number of ranks.
+        environment: further variables for the ranks.
 
     Returns:
-        0, or the exit code of the rank that failed first; 130 where the user interrupted.
+        0, or the exit code of the rank that failed first; 75 where the ranks saved and stopped because they were told to;
+        130 where an interrupt ended them.
     """
+    ranks = _start(arguments, nproc, environment or {})
+    with _signals() as heard:
+        try:
+            return _wait(ranks, heard)
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+
+
+def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str]) -> list[subprocess.Popen[bytes]]:
+    common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(nproc),
+              "LOCAL_WORLD_SIZE": str(nproc)}
     # One machine's cores are shared out: ranks that each start a thread per core only get in each other's way.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, max_restarts=0,
-                          rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                          monitor_interval=0.1)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
-    try:
-        elastic_launch(config, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        print(f"rank {rank} failed ({how}); the other ranks were ended", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except (SignalException, KeyboardInterrupt):
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    common.update(environment)
+    parent = os.getpid()
+    return [subprocess.Popen([sys.executable, *arguments], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                             preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509  no threads here to trouble it
+            for rank in range(nproc)]
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
+    """Until all have ended, or one has failed and the others had their time."""
+    told, deadline, first = 0, float("inf"), None
+    while any(process.poll() is None for process in ranks):
+        for number in heard[told:]:
+            told += 1
+            deadline = min(deadline, time.monotonic() + _STOP_GRACE)
+            for process in ranks:
+                if process.poll() is None:
+                    process.send_signal(number)
+        if first is None:
+            first = _first_failure(ranks)
+            if first is not None:
+                deadline = time.monotonic() + (_STOP_GRACE if ranks[first].returncode == EXIT_STOPPED else _GRACE)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_POLL)
+    first = _first_failure(ranks) if first is None else first
+    if first is None:
+        return INTERRUPTED if heard and any(process.poll() is None for process in ranks) else 0
+    code = ranks[first].returncode
+    if code == EXIT_STOPPED:
+        return code
+    if signal.SIGINT in heard:
         print("interrupted; the ranks were ended", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    print(f"rank {first} failed ({how}); the other ranks were ended", file=sys.stderr)
+    return code if code > 0 else 1
+
+
+def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Which rank failed; of several at once one that a signal ended, as that one took the others with it."""
+    failed = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)]
+    return min(failed, key=lambda rank: (ranks[rank].returncode > 0, rank)) if failed else None
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that arrive while the block runs, instead of what they would do."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    before = {number: signal.signal(number, hear) for number in _PASSED_ON}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: Mapping[str, str],
+              progress: Callable[[], object]) -> int:
+    """Keep a run going on this machine: start its launcher, and start it again when it or a rank of it fails.
+
+    Args:
+        words: what follows ``race-dist`` in each rank; it must find its own newest checkpoint.
+        nproc: number of ranks.
+        restarts: failures in a row without progress after which it gives up.
+        environment: further variables for the ranks.
+        progress: what changes when the run gets further, for example the name of its newest checkpoint.
+
+    Returns:
+        0 when the run has ended well; 75 when it saved and stopped because this process was told to; 2 at once for an
+        error of the user's, which starting again would not mend; else the last exit code.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher dies become children of this process
+    command = [sys.executable, "-m", "race_dist.launch.local", str(nproc), *words]
+    failures, seen = 0, progress()
+    with _signals() as heard:
+        while True:
+            parent = os.getpid()
+            launcher = subprocess.Popen(command, env={**os.environ, **environment},
+                                        preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509
+            code = _attend(launcher, heard)
+            _end_orphans()
+            if code in (0, USER_ERROR) or heard:
+                return code if code >= 0 else 128 - code
+            now = progress()
+            failures, seen = (failures + 1 if now == seen else 1), now
+            if failures > restarts:
+                print(f"race-dist: {failures} failures without a new checkpoint; giving up", file=sys.stderr)
+                return code if code > 0 else 128 - code
+            how = "saved and stopped" if code == EXIT_STOPPED else f"ended with {code}"
+            print(f"race-dist: the run {how}; starting it again ({failures} of {restarts})", file=sys.stderr, flush=True)
+            time.sleep(min(30.0, 2.0 ** (failures - 2)) if failures > 1 else 0.0)
+
+
+def _attend(launcher: subprocess.Popen[bytes], heard: list[int]) -> int:
+    told = 0
+    while launcher.poll() is None:
+        for number in heard[told:]:
+            launcher.send_signal(number)
+            told += 1
+        time.sleep(_POLL)
+    return launcher.returncode
+
+
+def _end_orphans() -> None:
+    """Wait for processes that a launcher left behind; the kernel has told them to end."""
+    deadline = time.monotonic() + _GRACE
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            if time.monotonic() > deadline:
+                for child in _children():
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(_POLL)
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
+def _main() -> None:
+    """``python -m race_dist.launch.local N WORDS...``: the launcher that :func:`supervise` starts."""
+    from race_dist.launch.command import RANK_MODULE
+
+    sys.exit(launch_ranks(["-m", RANK_MODULE, *sys.argv[2:]], int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,294 @@
+"""What a job asks of a cluster: one typed description, read from a template or a file, for every launcher."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+TEMPLATES = Path(__file__).with_name("templates")
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_time(value: object) -> int:
+    """Seconds of ``"90m"``, ``"24h"``, ``"7d"``, ``"MM"``, ``"HH:MM:SS"`` or ``"D-HH:MM:SS"`` (Slurm's forms).
+
+    Raises:
+        ValueError: it is none of them, or not positive.
+    """
+    text = str(value).strip()
+    if match := re.fullmatch(r"(\d+)([smhd])", text):
+        seconds = int(match[1]) * {"s": 1, "m": _MINUTE, "h": _HOUR, "d": _DAY}[match[2]]
+    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text):
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1] is None and match[4] is None:
+            seconds = first * _MINUTE + second  # Slurm reads M:S here and H:M after days
+        else:
+            seconds = days * _DAY + first * _HOUR + second * _MINUTE + third
+    elif text.isdecimal():
+        seconds = int(text) * _MINUTE
+    else:
+        raise ValueError(f"a time must look like 90m, 24h, 7d, 30 (minutes), 12:00:00 or 1-00:00:00; got {value!r}")
+    if seconds < 1:
+        raise ValueError(f"a time must be positive; got {value!r}")
+    return seconds
+
+
+def slurm_time(seconds: int) -> str:
+    """``D-HH:MM:SS``, as sbatch takes it; never less than was asked for."""
+    minutes = -(-seconds // _MINUTE)
+    return f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
+
+
+def _one_line(text: str) -> str:
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ValueError(f"control characters are not allowed in {text!r}")
+    return text
+
+
+def _mount(text: str) -> str:
+    parts = _one_line(text).split(":")
+    if len(parts) not in (2, 3) or not all(p.startswith("/") for p in parts[:2]) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
+        raise ValueError(f"a mount must be /host/path:/container/path, with :ro or :rw behind it where wanted; got {text!r}")
+    return text
+
+
+Seconds = Annotated[int, BeforeValidator(parse_time)]
+Line = Annotated[str, AfterValidator(_one_line)]
+Mount = Annotated[str, AfterValidator(_mount)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:@/=,-]*$")]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class ContainerConfig(_Strict):
+    """An image to run in, and by what.
+
+    Attributes:
+        image: as the runtime names it: a registry path, an .sqsh or .sif file, or the TOML of an ``edf``.
+        runtime: ``"pyxis"`` (srun --container-image), ``"edf"`` (CSCS container engine: srun --environment),
+            ``"apptainer"``, ``"podman"`` or ``"docker"``.
+        workdir: the folder inside to run in.
+    """
+
+    image: Line
+    runtime: Literal["pyxis", "edf", "apptainer", "podman", "docker"] = "pyxis"
+    workdir: Line | None = None
+
+
+class SlurmConfig(_Strict):
+    """What only Slurm is told.
+
+    Attributes:
+        partition, account, qos, constraint, reservation: as sbatch takes them.
+        gpu_request: how GPUs are asked for: ``--gpus-per-node``, ``--gpus-per-task``, ``--gres=gpu:N`` or not at all.
+        exclusive: whole nodes.
+        signal: sent to every rank ``stop_before`` seconds before the end of the time limit.
+        directives: further ``#SBATCH --KEY=VALUE`` lines; an empty value writes ``--KEY``.
+        srun: further options of srun.
+    """
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Line | None = None
+    reservation: Word | None = None
+    gpu_request: Literal["gpus-per-node", "gpus-per-task", "gres", "none"] = "gpus-per-node"
+    exclusive: bool = True
+    signal: Literal["USR1", "USR2", "TERM"] = "USR2"
+    directives: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Line] = {}
+    srun: tuple[Line, ...] = ()
+
+
+class KubernetesConfig(_Strict):
+    """What only Kubernetes is told.
+
+    Attributes:
+        namespace, queue: where the job goes; ``queue`` is that of Kueue.
+        image_pull_policy: of the container.
+        gpu_resource: the name the device plugin gives to GPUs.
+        claims: persistent volume claims and where they are mounted, ``{"data": "/data"}``.
+        node_selector: labels that the nodes must have.
+        shared_memory: size of /dev/shm.
+        tolerate: taints' keys to tolerate.
+        host_network: use the nodes' own network (RoCE and InfiniBand without a secondary network).
+        resources: further resources a pod, ``{"rdma/ib": "8"}``.
+        grace: seconds between SIGTERM and SIGKILL, in which the run saves.
+    """
+
+    namespace: Word = "default"
+    queue: Word | None = None
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    gpu_resource: Word = "nvidia.com/gpu"
+    claims: dict[Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")], Line] = {}
+    node_selector: dict[Word, Line] = {}
+    shared_memory: Word = "16Gi"
+    tolerate: tuple[Word, ...] = ("nvidia.com/gpu",)
+    host_network: bool = False
+    resources: dict[Word, Word] = {}
+    grace: Seconds = 300
+
+
+class JobConfig(_Strict):
+    """One job: how many machines for how long, in which software, over which fabric.
+
+    Attributes:
+        name: of the job; left out, the run's.
+        nodes: machines.
+        ranks_per_node: processes a node; one a GPU.
+        device: ``"cuda"`` or ``"cpu"``.
+        cpus_per_rank: cores a rank; None leaves it to the launcher.
+        memory: a node, ``"200G"``; None asks for nothing, ``"0"`` is all of it under Slurm.
+        time: the time limit.
+        stop_before: how long before it the run is told to save, stop and go back to the queue.
+        restarts: how often ranks that failed are started again in place, before the job goes back to the queue.
+        requeues: how often the job goes back to the queue, in all.
+        timeout: seconds a collective waits for a rank before it is named and the run restarts; None leaves it to the run.
+        numa: bind each rank to the cores near its GPU.
+        venv: a virtual environment to run in; None is this one. Not together with ``container``.
+        container: an image to run in.
+        mounts: folders for the container, ``/host:/container[:ro]``.
+        fabric: a profile of ``templates/fabrics.toml``, or ``"none"``.
+        env: further environment variables; they win over the fabric's.
+        cache: a folder on each node's own disk for compiled kernels, off a shared home.
+        preflight: check the machines before training.
+        logs: a folder for the launcher's logs; None is ``.jobs/NAME`` beside the run's folder.
+        tested: how far this template has been tried; shown by ``race-dist launch templates``.
+        slurm, kubernetes: what only these are told.
+    """
+
+    name: Word | None = None
+    nodes: int = Field(1, ge=1)
+    ranks_per_node: int = Field(1, ge=1)
+    device: Literal["cuda", "cpu"] = "cuda"
+    cpus_per_rank: int | None = Field(None, ge=1)
+    memory: Word | None = None
+    time: Seconds = 24 * _HOUR
+    stop_before: Seconds = 180
+    restarts: int = Field(3, ge=0)
+    requeues: int = Field(100, ge=0)
+    timeout: float | None = Field(None, gt=0)
+    numa: bool = True
+    venv: Line | None = None
+    container: ContainerConfig | None = None
+    mounts: tuple[Mount, ...] = ()
+    fabric: Word = "none"
+    env: dict[EnvironmentName, Line] = {}
+    cache: Line | None = "/tmp/race-dist-cache"
+    preflight: bool = False
+    logs: Line | None = None
+    tested: str = ""
+    slurm: SlurmConfig = SlurmConfig()
+    kubernetes: KubernetesConfig = KubernetesConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> JobConfig:
+        if self.venv is not None and self.container is not None:
+            raise ValueError("venv and container are both given; a job runs in one of them")
+        if self.stop_before >= self.time:
+            raise ValueError(f"stop_before is {self.stop_before} s, which leaves nothing of the time limit of {self.time} s")
+        if self.mounts and self.container is None:
+            raise ValueError("mounts are for a container, and there is none; give container.image or leave them out")
+        fabric(self.fabric)
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """In all."""
+        return self.nodes * self.ranks_per_node
+
+    def environment(self) -> dict[str, str]:
+        """What every rank finds in its environment: the fabric's settings, ours, the user's; later ones win."""
+        ours = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        if self.device == "cuda":
+            ours |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if self.cpus_per_rank is not None:
+            ours["OMP_NUM_THREADS"] = str(self.cpus_per_rank)
+        if self.cache is not None:
+            ours["RACE_DIST_CACHE"] = self.cache
+        if self.numa and self.device == "cuda":
+            ours["RACE_DIST_NUMA"] = "1"
+        return {**ours, **fabric(self.fabric), **self.env}
+
+
+def template_names() -> list[str]:
+    """The templates that come with the package."""
+    return sorted(f.stem for f in TEMPLATES.glob("*.toml") if f.stem != "fabrics")
+
+
+def fabric(name: str) -> dict[str, str]:
+    """The environment variables of a fabric profile. ValueError where there is none of that name."""
+    if name == "none":
+        return {}
+    profiles = tomllib.loads((TEMPLATES / "fabrics.toml").read_text(encoding="utf-8"))
+    if name not in profiles:
+        raise ValueError(f"fabric {name!r} is not known; known are none, {', '.join(sorted(profiles))}")
+    return {k: str(v) for k, v in profiles[name]["env"].items()}
+
+
+def load_job(source: str | Path | None, changes: Iterable[str] = ()) -> JobConfig:
+    """Read a job's description and apply changes ``"a.b=value"``, whose values are TOML (a bare word is a string).
+
+    Args:
+        source: a TOML file, the name of a template, or None for the defaults.
+        changes: of single keys.
+
+    Raises:
+        ValueError: a name, a key or a value is wrong; one sentence that names it.
+        FileNotFoundError: there is no such file.
+    """
+    tree: dict[str, Any] = {}
+    if source is not None:
+        path = TEMPLATES / f"{source}.toml" if str(source) in template_names() else Path(source)
+        if not path.is_file():
+            near = difflib.get_close_matches(str(source), template_names(), n=1)
+            raise FileNotFoundError(f"there is no job description {source}: give a TOML file or one of the templates "
+                                    f"{', '.join(template_names())}" + (f" (did you mean {near[0]}?)" if near else ""))
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for change in changes:
+        _apply(tree, change)
+    try:
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        where = "the job's description" if source is None else str(source)
+        raise ValueError(f"{where}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ValueError(f"--set {change!r} is not of the form key=value, for example nodes=4 or slurm.account=abc")
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--set {change!r}: {part} is a value, not a table")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": text.strip()}
+    tree[path[-1]] = parsed["value"] if len(parsed) == 1 else text
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        owner = JobConfig
+        for part in error["loc"][:-1]:
+            owner = {"slurm": SlurmConfig, "kubernetes": KubernetesConfig, "container": ContainerConfig}.get(str(part), owner)
+        near = difflib.get_close_matches(str(error["loc"][-1]), owner.model_fields, n=1, cutoff=0.5)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] == "value_error" and not where else f"{where}: {message}; got {error['input']!r}"

@@ -1,0 +1,154 @@
+"""A job as a JobSet for Kubernetes: one pod a node, torchrun in it, and what kubectl is asked afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from race_dist.launch.command import Run, show, torchrun_command
+from race_dist.launch.job import JobConfig
+from race_dist.launch.records import Record, remember
+
+_NODES = "node"  # the replicated job's name; pods are NAME-node-0-INDEX
+_PORT = 29400
+_CONFIG = "/etc/race-dist/config.toml"
+
+
+def object_name(text: str) -> str:
+    """A run's name as Kubernetes allows it: lower case, digits and dashes, short enough for a pod's host name."""
+    name = re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:40].strip("-")
+    if not name or not name[0].isalpha():
+        name = f"run-{name}".strip("-")
+    return name
+
+
+def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
+    """The objects to apply: a ConfigMap with the configuration, and the JobSet.
+
+    Raises:
+        ValueError: the job names no image.
+    """
+    if job.container is None:
+        raise ValueError("a job in Kubernetes needs an image: give container.image")
+    name = object_name(job.name or run.name)
+    labels = {"app.kubernetes.io/name": "race-dist", "app.kubernetes.io/instance": name}
+    queue = {} if job.kubernetes.queue is None else {"kueue.x-k8s.io/queue-name": job.kubernetes.queue}
+    config = {"apiVersion": "v1", "kind": "ConfigMap",
+              "metadata": {"name": f"{name}-config", "namespace": job.kubernetes.namespace, "labels": labels},
+              "data": {"config.toml": run.config.read_text(encoding="utf-8")}}
+    template = {"metadata": {"labels": labels}, "spec": _pod(job, run, name)}
+    jobset = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet",
+        "metadata": {"name": name, "namespace": job.kubernetes.namespace, "labels": {**labels, **queue}},
+        "spec": {
+            "failurePolicy": {"maxRestarts": job.requeues},  # pods that are gone (a node lost) start the whole set again
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "successPolicy": {"operator": "All"},
+            "replicatedJobs": [{"name": _NODES, "replicas": 1, "template": {"spec": {
+                "parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed", "backoffLimit": 0,
+                "activeDeadlineSeconds": job.time, "template": template}}}],
+        },
+    }
+    return [config, jobset]
+
+
+def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
+    assert job.container is not None
+    k = job.kubernetes
+    inside = Run(Path(_CONFIG), run.name, run.folder, run.overrides, run.resume)
+    command = torchrun_command(job, inside.arguments(job), endpoint=f"{name}-{_NODES}-0-0.{name}:{_PORT}", run_id=name,
+                               node_rank="$(JOB_COMPLETION_INDEX)", local_address=f"{name}-{_NODES}-0-$(JOB_COMPLETION_INDEX).{name}")
+    resources: dict[str, str] = dict(k.resources)
+    if job.device == "cuda":
+        resources[k.gpu_resource] = str(job.ranks_per_node)
+    if job.cpus_per_rank is not None:
+        resources["cpu"] = str(job.cpus_per_rank * job.ranks_per_node)
+    if job.memory is not None:
+        resources["memory"] = job.memory
+    index = {"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": {
+        "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}}
+    mounts = [{"name": "config", "mountPath": str(Path(_CONFIG).parent), "readOnly": True},
+              {"name": "shm", "mountPath": "/dev/shm"}]
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": f"{name}-config"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": k.shared_memory}}]
+    for claim, path in k.claims.items():
+        mounts.append({"name": claim, "mountPath": path})
+        volumes.append({"name": claim, "persistentVolumeClaim": {"claimName": claim}})
+    for number, (host, path, *mode) in enumerate(m.split(":") for m in job.mounts):
+        mounts.append({"name": f"host-{number}", "mountPath": path, "readOnly": mode == ["ro"]})
+        volumes.append({"name": f"host-{number}", "hostPath": {"path": host}})
+    container: dict[str, Any] = {
+        "name": "ranks", "image": job.container.image, "imagePullPolicy": k.image_pull_policy, "command": command,
+        "env": [index, *({"name": n, "value": v} for n, v in job.environment().items())],
+        "ports": [{"containerPort": _PORT}], "volumeMounts": mounts,
+        "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
+    if job.container.workdir is not None:
+        container["workingDir"] = job.container.workdir
+    if resources:
+        container["resources"] = {"requests": resources, "limits": resources}
+    pod: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": k.grace, "containers": [container],
+                           "volumes": volumes}
+    if k.tolerate:
+        pod["tolerations"] = [{"key": key, "operator": "Exists"} for key in k.tolerate]
+    if k.node_selector:
+        pod["nodeSelector"] = dict(k.node_selector)
+    if k.host_network:
+        pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return pod
+
+
+def to_text(objects: Sequence[dict[str, Any]]) -> str:
+    """The objects as one List in JSON, which kubectl takes like YAML."""
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}, indent=2) + "\n"
+
+
+def kubectl(command: Sequence[str], text: str | None = None) -> str:
+    """Run kubectl. OSError where it is not installed or fails."""
+    if shutil.which("kubectl") is None:
+        raise OSError("kubectl is not found: write the manifest with --write FILE and apply it where kubectl is")
+    done = subprocess.run(["kubectl", *command], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{show(['kubectl', *command])} failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def submit(job: JobConfig, run: Run) -> Record:
+    """Apply the manifest."""
+    objects = manifest(job, run)
+    kubectl(["apply", "-f", "-"], to_text(objects))
+    meta = objects[-1]["metadata"]
+    return remember(run.folder, job_id=f"{meta['namespace']}/{meta['name']}", name=run.name, scheduler="kubernetes", logs="")
+
+
+def state(record: Record) -> dict[str, str]:
+    """Of a JobSet, in the words of :func:`race_dist.launch.slurm.state`."""
+    namespace, name = record.id.split("/")
+    try:
+        tree = json.loads(kubectl(["get", "jobset", name, "--namespace", namespace, "--output", "json"]))
+    except OSError as error:
+        if "NotFound" in str(error):
+            return {"state": "ENDED", "reason": "the JobSet is gone", "nodes": "", "restarts": ""}
+        raise
+    status = tree.get("status", {})
+    done = [c for c in status.get("conditions", []) if c.get("status") == "True"]
+    return {"state": done[-1]["type"].upper() if done else "RUNNING", "reason": done[-1].get("message", "") if done else "",
+            "nodes": "", "restarts": str(status.get("restarts", 0))}
+
+
+def logs(record: Record, lines: int) -> str:
+    """The last lines of every pod."""
+    namespace, name = record.id.split("/")
+    return kubectl(["logs", "--namespace", namespace, "--selector", f"jobset.sigs.k8s.io/jobset-name={name}", "--prefix",
+                    f"--tail={lines}"])
+
+
+def cancel(record: Record) -> None:
+    """Delete the JobSet; its pods get SIGTERM and the grace period to save in."""
+    namespace, name = record.id.split("/")
+    kubectl(["delete", "jobset", name, "--namespace", namespace])

@@ -1,0 +1,184 @@
+"""Where a rank stands: which one it is, under whichever launcher, which cores are near its GPU, where its caches go."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
+_PR_SET_PDEATHSIG = 1
+
+
+def rank_variables(environment: Mapping[str, str], local_rank: int | None = None) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as far as a launcher left them out.
+
+    Args:
+        environment: of this process.
+        local_rank: what DeepSpeed's launcher passes on the command line.
+
+    Returns:
+        The variables to set; none for a process that no launcher started.
+
+    Raises:
+        ValueError: a launcher started several ranks, but does not say where they meet.
+    """
+    e = environment
+    if "RANK" in e and "WORLD_SIZE" in e:  # torchrun, DeepSpeed
+        found = {}
+        if local_rank is not None and "LOCAL_RANK" not in e:
+            found["LOCAL_RANK"] = str(local_rank)
+        return found
+    if "SLURM_PROCID" in e and "SLURM_STEP_ID" in e and e.get("SLURM_STEP_NODELIST"):
+        world = int(e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"])
+        found = {"RANK": e["SLURM_PROCID"], "WORLD_SIZE": str(world), "LOCAL_RANK": e["SLURM_LOCALID"],
+                 "LOCAL_WORLD_SIZE": str(_tasks_here(e)), "MASTER_ADDR": expand_hosts(e["SLURM_STEP_NODELIST"])[0],
+                 # one of 8192 ports, by job, so that two jobs of one node meet at different ones
+                 "MASTER_PORT": str(20000 + int(e["SLURM_JOB_ID"]) % 8192)}
+        return found if world > 1 else {}
+    if "OMPI_COMM_WORLD_RANK" in e:
+        found = {"RANK": e["OMPI_COMM_WORLD_RANK"], "WORLD_SIZE": e["OMPI_COMM_WORLD_SIZE"],
+                 "LOCAL_RANK": e["OMPI_COMM_WORLD_LOCAL_RANK"], "LOCAL_WORLD_SIZE": e["OMPI_COMM_WORLD_LOCAL_SIZE"]}
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in e]
+        if missing and int(found["WORLD_SIZE"]) > 1:
+            raise ValueError(f"mpirun started {found['WORLD_SIZE']} ranks, but {' and '.join(missing)} is not set: pass "
+                             "-x MASTER_ADDR=... -x MASTER_PORT=... with the first host and a free port")
+        return found
+    return {}
+
+
+def _tasks_here(e: Mapping[str, str]) -> int:
+    """This node's number of tasks, from Slurm's ``4(x2),3``."""
+    counts: list[int] = []
+    for part in e.get("SLURM_STEP_TASKS_PER_NODE", e.get("SLURM_TASKS_PER_NODE", "1")).split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE has {part!r}, which is not of the form 4 or 4(x2)")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[min(int(e.get("SLURM_NODEID", "0")), len(counts) - 1)]
+
+
+def expand_hosts(text: str) -> list[str]:
+    """The names in a Slurm host list: ``"nid[001-003,007],login"``. ValueError where it is none."""
+    parts = re.findall(r"((?:[^,\[\]]|\[[^\]]*\])+)", text)
+    hosts: list[str] = []
+    for part in parts:
+        hosts += _expand(part)
+    if not hosts or any(c in host for host in hosts for c in "[]"):
+        raise ValueError(f"{text!r} is not a list of hosts as Slurm writes them")
+    return hosts
+
+
+def _expand(part: str) -> list[str]:
+    match = re.fullmatch(r"([^\[\]]*)\[([^\]]+)\](.*)", part)
+    if match is None:
+        return [part]
+    names = []
+    for piece in match[2].split(","):
+        first, dash, last = piece.partition("-")
+        for number in range(int(first), int(last if dash else first) + 1):
+            names.append(f"{match[1]}{number:0{len(first)}d}")
+    return [name + end for name in names for end in _expand(match[3])]
+
+
+def name_of_rank(rank: int, environment: Mapping[str, str]) -> str | None:
+    """The node that Slurm gave to a rank (tasks in blocks, as the templates ask); None where it cannot be known."""
+    nodes = environment.get("SLURM_STEP_NODELIST")
+    if not nodes:
+        return None
+    hosts, here = expand_hosts(nodes), 0
+    for index, host in enumerate(hosts):
+        here += _tasks_here({**environment, "SLURM_NODEID": str(index)})
+        if rank < here:
+            return host
+    return None
+
+
+def use_local_caches(environment: MutableMapping[str, str]) -> None:
+    """Put compiled kernels under RACE_DIST_CACHE on this node's own disk, a folder a user, unless told otherwise."""
+    root = environment.get("RACE_DIST_CACHE")
+    if not root:
+        return
+    folder = Path(root) / str(os.getuid())
+    for name, part in _CACHES.items():
+        if name not in environment:
+            (folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
+            environment[name] = str(folder / part)
+
+
+def cores_near(bus_id: str, allowed: Sequence[int] | set[int], root: Path = Path("/sys")) -> set[int]:
+    """The allowed cores of the NUMA node that a PCI device hangs on; all allowed ones where that is not known.
+
+    Args:
+        bus_id: ``"00000000:0F:00.0"`` or ``"0000:0f:00.0"``.
+        allowed: cores that this process may use.
+        root: where sysfs is.
+    """
+    domain, _, rest = bus_id.lower().partition(":")
+    folder = root / "bus/pci/devices" / f"{domain[-4:]}:{rest}"
+    try:
+        node = int((folder / "numa_node").read_text())
+        text = (root / f"devices/system/node/node{node}/cpulist").read_text() if node >= 0 else ""
+    except (OSError, ValueError):
+        return set(allowed)
+    return _cores(text) & set(allowed) or set(allowed)
+
+
+def _cores(text: str) -> set[int]:
+    cores: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, dash, last = part.partition("-")
+        cores |= set(range(int(first), int(last if dash else first) + 1))
+    return cores
+
+
+def bind_to_gpu(local_rank: int, local_world: int) -> set[int] | None:
+    """Keep this process on the cores near its GPU, shared out among the ranks of the same NUMA node.
+
+    Memory follows: Linux takes it from the node of the core that first touches it.
+
+    Returns:
+        The cores, or None where there is no GPU or nothing to choose.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    allowed = os.sched_getaffinity(0)
+    count = torch.cuda.device_count()
+    near = [cores_near(_bus_id(i), allowed) for i in range(count)]
+    mine = near[local_rank % count]
+    sharers = [r for r in range(local_world) if near[r % count] == mine]
+    cores = share(sorted(mine), sharers.index(local_rank), len(sharers))
+    if cores == allowed:
+        return None
+    os.sched_setaffinity(0, cores)
+    return cores
+
+
+def share(cores: Sequence[int], index: int, count: int) -> set[int]:
+    """The ``index``-th of ``count`` even parts; all where there are fewer cores than parts."""
+    if len(cores) < count:
+        return set(cores)
+    return set(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
+
+
+def _bus_id(index: int) -> str:
+    import torch
+
+    p = torch.cuda.get_device_properties(index)
+    return f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this process when the launcher that started it is gone, so that no rank is left over.
+
+    Args:
+        parent: process id of the launcher, as found when this process began.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(128 + signal.SIGKILL)

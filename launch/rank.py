@@ -1,0 +1,70 @@
+"""One rank of a job: what launchers start. ``python -m race_dist.launch.rank train CONFIG ...``
+
+Finds out which rank this is, puts caches on the node's own disk, binds to the cores near its GPU, sees to it that it
+does not outlive its launcher, and then runs ``race-dist`` with the remaining words.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+USER_ERROR = 2  # starting again would not help
+EXIT_STOPPED = 75  # the run has saved and stopped because it was told to, and wants to go on: sysexits' EX_TEMPFAIL
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``race-dist`` as one rank; exits with its code."""
+    parent = os.getppid()
+    from race_dist.launch.place import bind_to_gpu, die_with_parent, rank_variables, use_local_caches
+
+    local_rank, words = take_local_rank(sys.argv[1:] if arguments is None else arguments)
+    try:
+        os.environ.update(rank_variables(os.environ, local_rank))
+    except ValueError as error:
+        print(f"race-dist: {error}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None
+    if "TORCHELASTIC_RUN_ID" in os.environ or "RACE_DIST_CHILD" in os.environ:
+        die_with_parent(parent)
+    use_local_caches(os.environ)
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    if os.environ.get("RACE_DIST_NUMA") == "1":
+        bind_to_gpu(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    from race_dist.cli import app
+
+    try:
+        app(words, prog_name="race-dist")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise SystemExit(_told(code)) from None
+
+
+def take_local_rank(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """``--local_rank=N`` (or ``--local-rank N``), which DeepSpeed puts in front, and the words without it."""
+    words, found = list(arguments), None
+    for index, word in enumerate(words):
+        match = re.fullmatch(r"--local[_-]rank(?:=(\d+))?", word)
+        if match:
+            if match[1] is None and (index + 1 == len(words) or not words[index + 1].isdecimal()):
+                raise ValueError(f"{word} needs a number behind it")
+            found = int(match[1] or words[index + 1])
+            del words[index : index + (1 if match[1] else 2)]
+            break
+    return found, words
+
+
+def _told(code: int) -> int:
+    """The exit code for the launcher. torchrun restarts whatever does not end with 0, and a run that has stopped when it
+    was told to must not be; where one that knows better stands above it, that one hears the true code."""
+    if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ and "RACE_DIST_SUPERVISED" not in os.environ:
+        return 0
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What was submitted: one JSON file a job beside the runs, so that its state and its logs can be found again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = ".jobs"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One submitted job.
+
+    Attributes:
+        id: as the scheduler names it: ``"123"``, ``"123_0"`` of an array, ``"namespace/name"`` in Kubernetes.
+        name: of the run.
+        scheduler: ``"slurm"`` or ``"kubernetes"``.
+        submitted: when, as ISO 8601.
+        logs: the files with its output, as a pattern.
+        run: the run's folder.
+    """
+
+    id: str
+    name: str
+    scheduler: str
+    submitted: str
+    logs: str
+    run: str
+
+
+def job_folder(runs: Path, name: str) -> Path:
+    """Where the jobs of a run leave scripts, logs and records."""
+    return runs / FOLDER / name
+
+
+def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -> Record:
+    """Write down a job that was submitted."""
+    record = Record(job_id, name, scheduler, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), logs,
+                    str(runs / name))
+    folder = job_folder(runs, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{job_id.replace('/', '.')}.json"
+    file.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def recall(runs: Path, which: str | None = None) -> list[Record]:
+    """The jobs that were submitted, oldest first; with ``which`` those of that name, id or array.
+
+    Raises:
+        ValueError: there is none that fits, or a record is not readable.
+    """
+    records = sorted(_read(runs), key=lambda r: (r.submitted, r.id))
+    if which is None:
+        return records
+    found = [r for r in records if which in (r.id, r.name, r.id.split("_")[0])]
+    if not found:
+        known = ", ".join(sorted({r.name for r in records})) or "none"
+        raise ValueError(f"no job {which!r} was submitted with its runs in {runs}; known are {known} "
+                         "(--runs names another folder)")
+    return found
+
+
+def _read(runs: Path) -> Iterator[Record]:
+    for file in sorted((runs / FOLDER).glob("*/*.json")):
+        try:
+            tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            yield Record(**tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is not the record of a job: {error}") from None

@@ -1,0 +1,123 @@
+"""A job as a plain sbatch file, to be read, kept and changed by hand."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from race_dist.launch.command import Run, in_container, rank_command, srun_container
+from race_dist.launch.job import JobConfig, slurm_time
+from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+
+_BODY = """\
+{environment}
+
+# Ranks that fail are started again in place, up to {restarts} times without a stop in between, then on other nodes. A run
+# that was told to stop (SIGUSR1, SIGUSR2 or SIGTERM to the ranks) has saved and exits with {stopped}: the job goes back to
+# the queue. SIGTERM to this script comes from Slurm itself, which ends the job and knows whether to requeue it.
+ended=0
+trap 'ended=1' TERM
+
+run_ranks() {{
+    srun --kill-on-bad-exit=1 --distribution=block{srun} \\
+        "$@" &
+    local pid=$! code
+    while true; do
+        wait "$pid"
+        code=$?
+        kill -0 "$pid" 2>/dev/null || break  # a signal ends wait before srun has ended
+    done
+    return "$code"
+}}
+{preflight}
+failures=0
+while true; do
+    run_ranks {command}
+    code=$?
+    if [ "$code" -eq 0 ] || [ "$code" -eq {user_error} ] || [ "$ended" -eq 1 ]; then
+        exit "$code"
+    fi
+    if [ "$code" -eq {stopped} ] || [ "$failures" -ge {restarts} ]; then
+        break
+    fi
+    failures=$((failures + 1))
+    echo "ranks failed with code $code; starting them again in place ($failures of {restarts})" >&2
+done
+if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
+    echo "back in the queue {requeues} times already; giving up with code $code" >&2
+    exit "$code"
+fi
+echo "code $code: back to the queue" >&2
+scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+sleep 60  # Slurm ends this script
+"""
+
+
+def directives(job: JobConfig, name: str, logs: Path) -> Iterator[str]:
+    """The options of sbatch, without ``#SBATCH``."""
+    s = job.slurm
+    yield f"--job-name={job.name or name}"
+    yield f"--nodes={job.nodes}"
+    yield f"--ntasks-per-node={job.ranks_per_node}"
+    if job.cpus_per_rank is not None:
+        yield f"--cpus-per-task={job.cpus_per_rank}"
+    if job.device == "cuda" and s.gpu_request != "none":
+        amount = 1 if s.gpu_request == "gpus-per-task" else job.ranks_per_node
+        yield f"--gres=gpu:{amount}" if s.gpu_request == "gres" else f"--{s.gpu_request}={amount}"
+    if job.memory is not None:
+        yield f"--mem={job.memory}"
+    if s.exclusive:
+        yield "--exclusive"
+    yield f"--time={slurm_time(job.time)}"
+    yield f"--signal={s.signal}@{job.stop_before}"
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--output={logs}/%j.log"
+    for key in ("partition", "account", "qos", "constraint", "reservation"):
+        value = getattr(s, key)
+        if value is not None:
+            yield f"--{key}={value}"
+    for key, value in s.directives.items():
+        yield f"--{key}={value}" if value else f"--{key}"
+
+
+def render(job: JobConfig, run: Run, logs: Path) -> str:
+    """The file's text. Values from the user are quoted for the shell, and directives hold no line breaks."""
+    environment, folder = job.environment(), Path.cwd()
+    # since Slurm 22.05 srun does not inherit --cpus-per-task
+    exports = environment | ({"SRUN_CPUS_PER_TASK": str(job.cpus_per_rank)} if job.cpus_per_rank is not None else {})
+    command = in_container(job, rank_command(job, run.arguments(job)), environment, folder)
+    check = in_container(job, rank_command(job, preflight_words(run, job)), environment, folder)
+    lines = [f"#SBATCH {_directive(d)}" for d in directives(job, run.name, logs)]
+    body = _BODY.format(
+        restarts=job.restarts, requeues=job.requeues, stopped=EXIT_STOPPED, user_error=USER_ERROR,
+        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        srun="".join(f" \\\n        {shlex.quote(o)}" for o in [*srun_container(job, folder), *job.slurm.srun]),
+        preflight=_PREFLIGHT.format(command=_shell(check)) if job.preflight else "", command=_shell(command))
+    head = f"#!/bin/bash\n# {run.name}: {job.ranks} ranks on {job.nodes} nodes, written by race-dist launch slurm\n"
+    return head + "\n".join(lines) + "\n\nset -uo pipefail\n\n" + body
+
+
+def preflight_words(run: Run, job: JobConfig) -> list[str]:
+    """``race-dist preflight`` for this run, with its checkpoints' disk and a JSON beside the run."""
+    return ["preflight", str(run.config), "--device", job.device]
+
+
+_PREFLIGHT = """
+if ! run_ranks {command}; then
+    echo "preflight refused these nodes; the job is not started on them" >&2
+    exit 1
+fi
+"""
+
+
+def _shell(command: Sequence[str]) -> str:
+    return shlex.join(command)
+
+
+def _directive(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if equals and any(c in value for c in " \t\"'"):
+        return f"{key}={shlex.quote(value)}"
+    return text

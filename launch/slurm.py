@@ -1,0 +1,223 @@
+"""Jobs under Slurm: submitted through submitit or as a plain sbatch file; their state, their logs, their end."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from race_dist.launch.command import Run, in_container, python, rank_command, show, srun_container
+from race_dist.launch.job import JobConfig
+from race_dist.launch.place import rank_variables
+from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+from race_dist.launch.records import Record, job_folder, remember
+from race_dist.launch.sbatch import directives, render
+
+_ENDED = "ENDED"
+
+
+def slurm(command: Sequence[str]) -> str:
+    """Run one of Slurm's commands and return what it printed.
+
+    Raises:
+        OSError: it is not installed, or it failed; with its own words.
+    """
+    if shutil.which(command[0]) is None:
+        raise OSError(f"{command[0]} is not found: race-dist launch slurm is for a machine that submits to Slurm "
+                      "(--dry-run works anywhere)")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{show(command)} failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def write_script(job: JobConfig, run: Run, file: Path) -> Path:
+    """Write the sbatch file of a job; its logs go beside its record."""
+    logs = logs_folder(job, run)
+    logs.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(render(job, run, logs), encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+def logs_folder(job: JobConfig, run: Run) -> Path:
+    """Where the job's output goes."""
+    return (Path(job.logs) if job.logs is not None else job_folder(run.folder, run.name)).absolute()
+
+
+def submit_script(job: JobConfig, run: Run) -> Record:
+    """Submit as a plain sbatch file, which stays beside the logs."""
+    file = write_script(job, run, job_folder(run.folder, run.name) / "job.sbatch")
+    job_id = slurm(["sbatch", "--parsable", str(file)]).strip().split(";")[0]
+    return remember(run.folder, job_id=job_id, name=run.name, scheduler="slurm", logs=f"{logs_folder(job, run)}/{job_id}.log")
+
+
+class RankTask:
+    """What submitit runs in every task: one rank as a child process, and the way back to the queue.
+
+    submitit would answer the signal itself, on rank 0 alone and inside the handler, where no collective save is possible.
+    So the ranks get it, save together and exit; rank 0's task then asks for the requeue. After a failure the first task
+    that sees it does. SIGTERM comes from Slurm, which ends the job and knows itself whether to requeue it.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: str, *, restarts: int,
+                 requeues: int) -> None:
+        self.command, self.environment, self.folder = list(command), dict(environment), folder
+        self.restarts, self.requeues = restarts, requeues
+
+    def __call__(self) -> int:
+        """Run the rank; returns its exit code where the job is over, raises where it failed."""
+        asked: list[int] = []
+        process: list[subprocess.Popen[bytes]] = []
+
+        def pass_on(number: int, _: object) -> None:
+            asked.append(number)
+            if process:
+                process[0].send_signal(number)
+
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, pass_on)
+        environment = {**os.environ, **self.environment, "RACE_DIST_CHILD": "1"}
+        environment |= rank_variables(environment)
+        process.append(subprocess.Popen(self.command, env=environment, cwd=self.folder))
+        code = process[0].wait()
+        rank = environment.get("RANK", "0")
+        if signal.SIGTERM not in asked:
+            if code == EXIT_STOPPED:
+                self._requeue(self.requeues, ask=rank == "0")
+            elif code not in (0, USER_ERROR):
+                self._requeue(self.restarts, ask=True)
+        if code not in (0, EXIT_STOPPED):
+            raise RuntimeError(f"rank {rank} ended with code {code}")
+        return code
+
+    def _requeue(self, limit: int, *, ask: bool) -> None:
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= limit:
+            print(f"back in the queue {limit} times already; giving up", file=sys.stderr)
+            return
+        if ask:
+            with contextlib.suppress(OSError):  # another task was faster
+                slurm(["scontrol", "requeue", _own_id()])
+        time.sleep(60)  # Slurm ends this task
+
+
+def _own_id() -> str:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
+def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
+    """Submit through submitit; several runs become one array."""
+    try:
+        import submitit
+    except ImportError:
+        raise ImportError("race-dist launch slurm submits through submitit, which is not installed: pip install "
+                          "'race-dist[slurm]', or give --plain for a plain sbatch file") from None
+    first = runs[0]
+    logs = logs_folder(job, first)
+    logs.mkdir(parents=True, exist_ok=True)
+    executor = submitit.SlurmExecutor(folder=str(logs / "%j"), max_num_timeout=job.requeues,
+                                      python=_submitit_python(job))
+    executor.update_parameters(**submitit_parameters(job, first.name, logs))
+    environment = job.environment()
+    tasks = [RankTask(in_container(job, rank_command(job, run.arguments(job)), environment, Path.cwd()), environment,
+                      str(Path.cwd()), restarts=job.restarts, requeues=job.requeues) for run in runs]
+    if len(tasks) == 1:
+        jobs = [executor.submit(tasks[0])]
+    else:
+        with executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    return [remember(run.folder, job_id=j.job_id, name=run.name, scheduler="slurm",
+                     logs=f"{logs}/{j.job_id}/{j.job_id}_*_log.*") for run, j in zip(runs, jobs, strict=True)]
+
+
+def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]:
+    """The job's description in submitit's words: what it does not name itself goes through as further directives."""
+    taken = ("--job-name", "--nodes", "--ntasks-per-node", "--time", "--open-mode", "--output")
+    extra: dict[str, Any] = {}
+    for directive in directives(job, name, logs):
+        key, equals, value = directive.partition("=")
+        if key not in taken:
+            extra[key.removeprefix("--")] = value if equals else True
+    srun = ["--kill-on-bad-exit=1", "--distribution=block", *srun_container(job, Path.cwd()), *job.slurm.srun]
+    setup = [] if job.cpus_per_rank is None else [f"export SRUN_CPUS_PER_TASK={job.cpus_per_rank}"]
+    return {"job_name": job.name or name, "nodes": job.nodes, "ntasks_per_node": job.ranks_per_node,
+            "time": -(-job.time // 60), "additional_parameters": extra,
+            "srun_args": srun, "setup": setup, "stderr_to_stdout": True}
+
+
+def _submitit_python(job: JobConfig) -> str | None:
+    """None is this interpreter, which also wraps ranks into a container that srun does not know."""
+    return python(job) if job.venv is not None or srun_container(job, Path.cwd()) else None
+
+
+def state(record: Record) -> dict[str, str]:
+    """Of a job: ``state`` in Slurm's word (``ENDED`` where Slurm has forgotten it), ``reason``, ``nodes``, ``restarts``."""
+    for read in (_from_scontrol, _from_sacct):
+        found = read(record.id)
+        if found is not None:
+            return found
+    return {"state": _ENDED, "reason": "Slurm does not know this job any more", "nodes": "", "restarts": ""}
+
+
+def _from_scontrol(job_id: str) -> dict[str, str] | None:
+    try:
+        text = slurm(["scontrol", "show", "job", "--oneliner", job_id])
+    except OSError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    facts = dict(part.split("=", 1) for part in text.split() if "=" in part)
+    return {"state": facts.get("JobState", ""), "reason": "" if facts.get("Reason") == "None" else facts.get("Reason", ""),
+            "nodes": "" if facts.get("NodeList") == "(null)" else facts.get("NodeList", ""),
+            "restarts": facts.get("Restarts", "")}
+
+
+def _from_sacct(job_id: str) -> dict[str, str] | None:
+    try:
+        text = slurm(["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,Reason,NodeList"])
+    except OSError:  # without accounting there is no such memory
+        return None
+    for line in text.splitlines():
+        found, reason, nodes = (*line.split("|"), "", "")[:3]
+        return {"state": found.split()[0], "reason": reason, "nodes": nodes, "restarts": ""}
+    return None
+
+
+def cancel(record: Record) -> None:
+    """Tell the job to end: its ranks get SIGTERM and save, then Slurm ends them; it does not come back."""
+    slurm(["scancel", record.id])
+
+
+def log_files(record: Record) -> list[Path]:
+    """The job's logs so far, in order."""
+    return [Path(name) for name in sorted(glob.glob(record.logs)) if not name.endswith((".pkl", ".sh"))]
+
+
+def tail(files: Sequence[Path], lines: int) -> Iterator[str]:
+    """The last lines of each file, under its name where there are several."""
+    for file in files:
+        if len(files) > 1:
+            yield f"==> {file} <=="
+        yield from file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+
+
+def progress(record: Record) -> str:
+    """The newest step of the run, from its metrics."""
+    try:
+        with (Path(record.run) / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            steps = [line for line in file.read().split(b"\n") if line.endswith(b"}")]
+        return f"step {json.loads(steps[-1])['step']}"
+    except (OSError, IndexError, KeyError, ValueError):
+        return ""
