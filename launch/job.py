@@ -57,7 +57,7 @@ def _one_line(text: str) -> str:
 
 def _mount(text: str) -> str:
     parts = _one_line(text).split(":")
-    if len(parts) not in (2, 3) or not all(p.startswith("/") for p in parts[:2]) or (len(parts) == 3 and parts[2] not in ("ro", "rw")):
+    if len(parts) not in (2, 3) or not all(p.startswith("/") for p in parts[:2]) or parts[2:] not in ([], ["ro"], ["rw"]):
         raise ValueError(f"a mount must be /host/path:/container/path, with :ro or :rw behind it where wanted; got {text!r}")
     return text
 
@@ -119,6 +119,7 @@ class KubernetesConfig(_Strict):
         node_selector: labels that the nodes must have.
         shared_memory: size of /dev/shm.
         tolerate: taints' keys to tolerate.
+        runs: the folder of all runs inside the pods; it must lie in a claim or a mount, or a pod would take it with it.
         host_network: use the nodes' own network (RoCE and InfiniBand without a secondary network).
         resources: further resources a pod, ``{"rdma/ib": "8"}``.
         grace: seconds between SIGTERM and SIGKILL, in which the run saves.
@@ -132,6 +133,7 @@ class KubernetesConfig(_Strict):
     node_selector: dict[Word, Line] = {}
     shared_memory: Word = "16Gi"
     tolerate: tuple[Word, ...] = ("nvidia.com/gpu",)
+    runs: Line = "/runs"
     host_network: bool = False
     resources: dict[Word, Word] = {}
     grace: Seconds = 300

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
     """The objects to apply: a ConfigMap with the configuration, and the JobSet.
 
     Raises:
-        ValueError: the job names no image.
+        ValueError: the job names no image, or its runs would be gone with the pods.
     """
     if job.container is None:
         raise ValueError("a job in Kubernetes needs an image: give container.image")
+    kept = [*job.kubernetes.claims.values(), *(m.split(":")[1] for m in job.mounts)]
+    if not any(Path(job.kubernetes.runs).is_relative_to(path) for path in kept):
+        raise ValueError(f"kubernetes.runs is {job.kubernetes.runs}, which lies in none of the volumes {kept}: its checkpoints "
+                         "would be gone with the pod; name a claim for it, kubernetes.claims = { NAME = \"/runs\" }")
     name = object_name(job.name or run.name)
     labels = {"app.kubernetes.io/name": "race-dist", "app.kubernetes.io/instance": name}
     queue = {} if job.kubernetes.queue is None else {"kueue.x-k8s.io/queue-name": job.kubernetes.queue}
@@ -60,9 +65,10 @@ def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
 def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
     assert job.container is not None
     k = job.kubernetes
-    inside = Run(Path(_CONFIG), run.name, run.folder, run.overrides, run.resume)
-    command = torchrun_command(job, inside.arguments(job), endpoint=f"{name}-{_NODES}-0-0.{name}:{_PORT}", run_id=name,
-                               node_rank="$(JOB_COMPLETION_INDEX)", local_address=f"{name}-{_NODES}-0-$(JOB_COMPLETION_INDEX).{name}")
+    inside = replace(run, config=Path(_CONFIG), overrides=(*run.overrides, f"runs={k.runs}"))
+    pod = f"{name}-{_NODES}-0"  # the pods' host names are this and their index, within the domain of the JobSet's name
+    command = torchrun_command(job, inside.arguments(job), endpoint=f"{pod}-0.{name}:{_PORT}", run_id=name,
+                               node_rank="$(JOB_COMPLETION_INDEX)", local_address=f"{pod}-$(JOB_COMPLETION_INDEX).{name}")
     resources: dict[str, str] = dict(k.resources)
     if job.device == "cuda":
         resources[k.gpu_resource] = str(job.ranks_per_node)
@@ -92,15 +98,15 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
         container["workingDir"] = job.container.workdir
     if resources:
         container["resources"] = {"requests": resources, "limits": resources}
-    pod: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": k.grace, "containers": [container],
+    spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": k.grace, "containers": [container],
                            "volumes": volumes}
     if k.tolerate:
-        pod["tolerations"] = [{"key": key, "operator": "Exists"} for key in k.tolerate]
+        spec["tolerations"] = [{"key": key, "operator": "Exists"} for key in k.tolerate]
     if k.node_selector:
-        pod["nodeSelector"] = dict(k.node_selector)
+        spec["nodeSelector"] = dict(k.node_selector)
     if k.host_network:
-        pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
-    return pod
+        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return spec
 
 
 def to_text(objects: Sequence[dict[str, Any]]) -> str:

@@ -61,10 +61,15 @@ def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str])
     # One machine's cores are shared out: ranks that each start a thread per core only get in each other's way.
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     common.update(environment)
-    parent = os.getpid()
-    return [subprocess.Popen([sys.executable, *arguments], env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509  no threads here to trouble it
+    return [_spawn([sys.executable, *arguments], common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(nproc)]
+
+
+def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A child that the kernel ends with this process. (preexec_fn is safe here: launchers have no threads.)"""
+    parent = os.getpid()
+    return subprocess.Popen(command, env={**os.environ, **environment},
+                            preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
@@ -140,9 +145,7 @@ def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: M
     failures, seen = 0, progress()
     with _signals() as heard:
         while True:
-            parent = os.getpid()
-            launcher = subprocess.Popen(command, env={**os.environ, **environment},
-                                        preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509
+            launcher = _spawn(command, environment)
             code = _attend(launcher, heard)
             _end_orphans()
             if code in (0, USER_ERROR) or heard:

@@ -13,9 +13,9 @@ from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 _BODY = """\
 {environment}
 
-# Ranks that fail are started again in place, up to {restarts} times without a stop in between, then on other nodes. A run
-# that was told to stop (SIGUSR1, SIGUSR2 or SIGTERM to the ranks) has saved and exits with {stopped}: the job goes back to
-# the queue. SIGTERM to this script comes from Slurm itself, which ends the job and knows whether to requeue it.
+# Ranks that fail are started again in place, up to {restarts} times without a new checkpoint, then on other nodes if there
+# was one. A run that was told to stop (SIGUSR1, SIGUSR2 or SIGTERM to the ranks) has saved and exits with {stopped}: the
+# job goes back to the queue. SIGTERM to this script comes from Slurm, which ends the job and knows whether to requeue it.
 ended=0
 trap 'ended=1' TERM
 
@@ -30,8 +30,14 @@ run_ranks() {{
     done
     return "$code"
 }}
+
+newest() {{
+    find {checkpoints} -maxdepth 1 -name '*-step-*' 2>/dev/null | sort | tail -n 1
+}}
 {preflight}
 failures=0
+first=$(newest)
+seen=$first
 while true; do
     run_ranks {command}
     code=$?
@@ -41,9 +47,16 @@ while true; do
     if [ "$code" -eq {stopped} ] || [ "$failures" -ge {restarts} ]; then
         break
     fi
+    now=$(newest)
+    [ "$now" = "$seen" ] || failures=0
+    seen=$now
     failures=$((failures + 1))
     echo "ranks failed with code $code; starting them again in place ($failures of {restarts})" >&2
 done
+if [ "$code" -ne {stopped} ] && [ "$(newest)" = "$first" ]; then
+    echo "no new checkpoint since the job began; giving up with code $code" >&2
+    exit "$code"
+fi
 if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
     echo "back in the queue {requeues} times already; giving up with code $code" >&2
     exit "$code"
@@ -91,6 +104,7 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
     check = in_container(job, rank_command(job, preflight_words(run, job)), environment, folder)
     lines = [f"#SBATCH {_directive(d)}" for d in directives(job, run.name, logs)]
     body = _BODY.format(
+        checkpoints=shlex.quote(str(run.folder / run.name / "checkpoints")),
         restarts=job.restarts, requeues=job.requeues, stopped=EXIT_STOPPED, user_error=USER_ERROR,
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         srun="".join(f" \\\n        {shlex.quote(o)}" for o in [*srun_container(job, folder), *job.slurm.srun]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -43,7 +42,6 @@ class StopFlag:
         if number == signal.SIGINT and self._number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._number is None:
-            rank = os.environ.get("RANK", "0")
-            os.write(sys.stderr.fileno() if sys.stderr is not None else 2,
-                     f"race-dist: rank {rank} got {signal.Signals(number).name}: the run saves after this step and stops\n".encode())
+            who = f"race-dist: rank {os.environ.get('RANK', '0')} got {signal.Signals(number).name}"
+            os.write(2, f"{who}: the run saves after this step and stops\n".encode())  # print is not for handlers
         self._number = number

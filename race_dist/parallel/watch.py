@@ -3,17 +3,23 @@
 A collective that a rank never joins fails on the others late and without a name. So each process runs one small thread
 that beats in the default store ("I live, and I am at collective 57 of this group") and reads there what others have
 found out. When a collective fails, the survivors look at whose beat has stopped, or who has not come to the collective,
-agree on one verdict, and raise :class:`RankFailure` with it.
+agree on one verdict, and raise :class:`RankFailure` with it. The rank that is named prints where its threads stand.
+
+On a GPU nothing raises: the host runs ahead and then waits for a device that waits for a rank. :func:`guard_stalls` has the
+thread itself find the rank that is missing, and end this process so that a launcher can start the job again.
 """
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import logging
+import os
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +33,8 @@ _VERDICT = _PREFIX + "verdict"
 _BEAT_SECONDS = 0.5
 _LOST_BEATS = 4  # a rank whose beat stands still for so many beats is gone
 _STALL_SECONDS = 30.0  # a neighbour silent for so long is reported in the log
+_POST_SECONDS = 2.0  # between two readings of what ranks post
+_LAST_WORDS = 15.0  # seconds in which a process whose job has failed may end by itself
 
 
 class RankFailure(RuntimeError):
@@ -57,6 +65,9 @@ class Watch:
         self.progress: dict[str, tuple[int, str]] = {}
         self.verdict: tuple[str, list[int]] | None = None
         self.store_lost = False
+        self.patience = float("inf")  # seconds without a collective after which the job counts as stalled
+        self._moved = time.monotonic()
+        self._posted: tuple[float, dict[str, Mapping[str, Any]]] = (0.0, {})
         self._count = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="race-dist-watch", daemon=True)
@@ -79,10 +90,13 @@ class Watch:
     def enter(self, group: ProcessGroup, op: str) -> None:
         """Note that this rank is entering the next collective of ``group``."""
         self.progress[group.group_name] = (self.progress.get(group.group_name, (0, ""))[0] + 1, op)
+        self._moved = time.monotonic()
 
     def _say(self, state: str) -> None:
         self._count += 1
-        message = {"beat": self._count, "state": state, "at": self.progress}
+        if _posts and time.monotonic() - self._posted[0] > _POST_SECONDS:
+            self._posted = (time.monotonic(), {name: _told(tell) for name, tell in list(_posts.items())})
+        message = {"beat": self._count, "state": state, "at": self.progress, "posts": self._posted[1]}
         self.store.set(f"{_PREFIX}{self.rank}", json.dumps(message))
 
     def _run(self) -> None:
@@ -98,10 +112,54 @@ class Watch:
                 elif not reported and time.monotonic() - silent_since > _STALL_SECONDS:
                     log.error("rank %d has not been heard from for %.0f s", neighbour, _STALL_SECONDS)
                     reported = True
+                if self.verdict is None and time.monotonic() - self._moved > self.patience:
+                    self._judge_stall()
+                if self.verdict is not None and self._end(*self.verdict):
+                    return
                 if self._stop.wait(self.beat):
                     return
         except RuntimeError:  # the store's host is gone
             self.store_lost = True
+
+    def posts(self, name: str) -> dict[int, Mapping[str, Any]]:
+        """What each rank has posted under ``name``, as of its last beat."""
+        beats = self._beats(range(self.world))
+        return {rank: beat["posts"][name] for rank, beat in beats.items() if name in beat.get("posts", {})}
+
+    def _judge_stall(self) -> None:
+        """Publish which ranks keep the others from going on: gone, or at an earlier collective than the rest of a group."""
+        everyone = list(range(self.world))
+        before = self._beats(everyone)
+        if self._stop.wait(_LOST_BEATS * self.beat):
+            return
+        after = self._beats(everyone)
+        gone = [r for r in everyone if r != self.rank and after[r].get("state") != "left"
+                and before[r].get("beat") == after[r].get("beat")]
+        places = {r: beat.get("at", {}) for r, beat in after.items()}
+        most = {name: max(at[name][0] for at in places.values() if name in at) for at in places.values() for name in at}
+        late = [r for r, at in places.items() if any(at[name][0] < most[name] for name in at)]
+        waited = f"the job has stood still for {self.patience:g} s"
+        if gone:
+            text = f"{waited}: {name_ranks(gone)} died (no sign of life)"
+        elif late:
+            text = f"{waited}: {name_ranks(late)} did not come to the collective that the others wait in"
+        else:
+            text = f"{waited}, although every rank has come to the same collective"
+        self.store.compare_set(_VERDICT, "", json.dumps([text, gone or late]))
+        self._hear()
+
+    def _end(self, text: str, ranks: Sequence[int]) -> bool:
+        """After a verdict: a rank that it names, or one that stalls, says where it stands; one that does not end by itself
+        (guarded jobs only) is ended. Whether the thread is done."""
+        stalled = self.patience != float("inf")
+        if self.rank in ranks or stalled:
+            print(f"rank {self.rank}: {text}; where the threads of rank {self.rank} stand:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if not stalled:
+            return self._stop.is_set()
+        if not self._stop.wait(_LAST_WORDS):
+            os._exit(1)
+        return True
 
     def _hear(self) -> None:
         if self.verdict is None and self.store.check([_VERDICT]):
@@ -161,6 +219,7 @@ class Watch:
             time.sleep(self.beat / 4)
 
 
+_posts: dict[str, Callable[[], Mapping[str, Any]]] = {}  # of this process
 _current: Watch | None = None  # one a process, like the default store it beats in
 
 
@@ -172,6 +231,39 @@ def watch() -> Watch:
             _current.close()
         _current = Watch()
     return _current
+
+
+def guard_stalls(seconds: float) -> None:
+    """End this process with code 1 when it has come to no collective for so long, and name the rank that is missing.
+
+    For jobs whose every step has collectives. Choose more than the collectives' timeout, which raises an error that can be
+    handled wherever the host waits for them itself. One process has nobody to wait for.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        watch().patience = seconds
+
+
+def post(name: str, tell: Callable[[], Mapping[str, Any]]) -> None:
+    """Let the other ranks see what ``tell()`` returns (of JSON types), every few seconds; no collective, no waiting."""
+    _posts[name] = tell
+
+
+def posted(name: str) -> dict[int, Mapping[str, Any]]:
+    """What the ranks have posted under ``name``, by rank; some may be missing for a few seconds."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return {0: _told(_posts[name])} if name in _posts else {}
+    try:
+        return watch().posts(name)
+    except RuntimeError:  # the store's host is gone, which the next collective says better
+        return {}
+
+
+def _told(tell: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    try:
+        return dict(tell())
+    except Exception:  # whatever a reading runs into, the watch goes on
+        log.exception("a reading for the other ranks failed")
+        return {}
 
 
 def stop_watch() -> None:

@@ -48,8 +48,9 @@ GresTypes=gpu
 ResumeProgram=/bin/false
 SuspendProgram=/bin/false
 SuspendTime=-1
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory} State=UNKNOWN
-{far_nodes}
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
+# nodes that are not there: sbatch --test-only plans with them
+NodeName=far[0-7] NodeAddr=127.0.0.1 CPUs=288 SocketsPerBoard=4 CoresPerSocket=72 RealMemory=800000 Gres=gpu:8 State=CLOUD
 PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES:4
 PartitionName=far Nodes=far[0-7] MaxTime=INFINITE State=UP
 """
@@ -132,11 +133,9 @@ class Slurm:
         key.chmod(0o600)
         host = socket.gethostname().split(".")[0]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-        far = "NodeName=far[0-7] NodeAddr=127.0.0.1 CPUs=288 Boards=1 SocketsPerBoard=4 CoresPerSocket=72 ThreadsPerCore=1 " \
-              "RealMemory=800000 Gres=gpu:8 State=CLOUD"
         (self.folder / "slurm.conf").write_text(_CONF.format(
             host=host, folder=self.folder, ctld_port=_free_port(), slurmd_port=_free_port(), cpus=max(2, os.cpu_count() or 2),
-            memory=memory - 512, kill_wait=self._kill_wait, far_nodes=far))
+            memory=memory - 512, kill_wait=self._kill_wait))
         self._spawn("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket",
                     f"--pid-file={self.folder}/munged.pid", f"--log-file={self.folder}/munged.log",
                     f"--seed-file={self.folder}/munged.seed", "--num-threads=2")

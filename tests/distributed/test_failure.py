@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -50,3 +51,31 @@ def test_survivors_name_the_rank(victim: int, how: str) -> None:
         assert f"rank {victim}" in message
         assert message.startswith(f"rank {rank}: ")
         assert seconds < timeout + 7.0, message
+
+
+def silent(group, victim: int, folder: str):
+    """One rank computes for ever; nobody's collective times out before the guard looks."""
+    from race_dist.parallel.watch import guard_stalls
+
+    os.dup2(os.open(f"{folder}/{dist.get_rank()}", os.O_WRONLY | os.O_CREAT), 2)
+    guard_stalls(4.0)
+    carry = SketchState.empty(1, 2, 8, 4)
+    for step in range(3):
+        if step == 2 and dist.get_rank() == victim:
+            lost_in_thought()
+        exclusive_scan(carry, group)
+
+
+def lost_in_thought() -> None:
+    time.sleep(600)
+
+
+def test_a_stalled_job_names_the_rank_shows_its_stack_and_ends(tmp_path: Path) -> None:
+    began = time.monotonic()
+    outcomes = spawn_ranks(3, silent, 1, str(tmp_path), timeout=300.0)
+    assert all(outcome.error for outcome in outcomes)  # ended by the guard, or by the error of a rank that ended before
+    assert time.monotonic() - began < 100.0  # of 300 and 600 that the collective and the rank would have taken
+    for rank in (0, 2):
+        assert f"rank {rank}: the job has stood still for 4 s: rank 1 did not come to the collective" in (
+            tmp_path / str(rank)).read_text()
+    assert "in lost_in_thought" in (tmp_path / "1").read_text()
