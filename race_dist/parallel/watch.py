@@ -34,7 +34,7 @@ _BEAT_SECONDS = 0.5
 _LOST_BEATS = 4  # a rank whose beat stands still for so many beats is gone
 _STALL_SECONDS = 30.0  # a neighbour silent for so long is reported in the log
 _POST_SECONDS = 2.0  # between two readings of what ranks post
-_LAST_WORDS = 15.0  # seconds in which a process whose job has failed may end by itself
+_LAST_WORDS = 8.0  # seconds in which a process whose job has failed may end by itself
 
 
 class RankFailure(RuntimeError):
@@ -66,7 +66,7 @@ class Watch:
         self.verdict: tuple[str, list[int]] | None = None
         self.store_lost = False
         self.patience = float("inf")  # seconds without a collective after which the job counts as stalled
-        self._moved = time.monotonic()
+        self.moved = time.monotonic()
         self._posted: tuple[float, dict[str, Mapping[str, Any]]] = (0.0, {})
         self._count = 0
         self._stop = threading.Event()
@@ -90,7 +90,7 @@ class Watch:
     def enter(self, group: ProcessGroup, op: str) -> None:
         """Note that this rank is entering the next collective of ``group``."""
         self.progress[group.group_name] = (self.progress.get(group.group_name, (0, ""))[0] + 1, op)
-        self._moved = time.monotonic()
+        self.moved = time.monotonic()
 
     def _say(self, state: str) -> None:
         self._count += 1
@@ -112,7 +112,7 @@ class Watch:
                 elif not reported and time.monotonic() - silent_since > _STALL_SECONDS:
                     log.error("rank %d has not been heard from for %.0f s", neighbour, _STALL_SECONDS)
                     reported = True
-                if self.verdict is None and time.monotonic() - self._moved > self.patience:
+                if self.verdict is None and time.monotonic() - self.moved > self.patience:
                     self._judge_stall()
                 if self.verdict is not None and self._end(*self.verdict):
                     return
@@ -240,7 +240,8 @@ def guard_stalls(seconds: float) -> None:
     handled wherever the host waits for them itself. One process has nobody to wait for.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        watch().patience = seconds
+        guard = watch()
+        guard.patience, guard.moved = seconds, time.monotonic()
 
 
 def post(name: str, tell: Callable[[], Mapping[str, Any]]) -> None:

@@ -58,8 +58,9 @@ def silent(group, victim: int, folder: str):
     from race_dist.parallel.watch import guard_stalls
 
     os.dup2(os.open(f"{folder}/{dist.get_rank()}", os.O_WRONLY | os.O_CREAT), 2)
-    guard_stalls(4.0)
     carry = SketchState.empty(1, 2, 8, 4)
+    exclusive_scan(carry, group)  # everybody is here
+    guard_stalls(4.0)
     for step in range(3):
         if step == 2 and dist.get_rank() == victim:
             lost_in_thought()
