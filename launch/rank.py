@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
+import runpy
 import sys
 from collections.abc import Sequence
 
@@ -35,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.environ.get("RACE_DIST_NUMA") == "1":
         bind_to_gpu(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    from race_dist.cli import app
-
+    sys.argv = ["race-dist", *words]
     try:
-        app(words, prog_name="race-dist")
+        runpy.run_module("race_dist.cli", run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise SystemExit(_told(code)) from None

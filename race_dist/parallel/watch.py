@@ -34,6 +34,7 @@ _BEAT_SECONDS = 0.5
 _LOST_BEATS = 4  # a rank whose beat stands still for so many beats is gone
 _STALL_SECONDS = 30.0  # a neighbour silent for so long is reported in the log
 _POST_SECONDS = 2.0  # between two readings of what ranks post
+_LOOK_SECONDS = 10.0  # how long a stalled job's ranks are looked at before one counts as dead
 _LAST_WORDS = 8.0  # seconds in which a process whose job has failed may end by itself
 
 
@@ -129,12 +130,15 @@ class Watch:
     def _judge_stall(self) -> None:
         """Publish which ranks keep the others from going on: gone, or at an earlier collective than the rest of a group."""
         everyone = list(range(self.world))
-        before = self._beats(everyone)
-        if self._stop.wait(_LOST_BEATS * self.beat):
-            return
-        after = self._beats(everyone)
-        gone = [r for r in everyone if r != self.rank and after[r].get("state") != "left"
-                and before[r].get("beat") == after[r].get("beat")]
+        before, deadline = self._beats(everyone), time.monotonic() + _LOOK_SECONDS
+        while True:  # there is time to tell a slow rank from a dead one
+            self._say("alive")
+            after = self._beats(everyone)
+            gone = [r for r in everyone if after[r].get("state") != "left" and before[r].get("beat") == after[r].get("beat")]
+            if not gone or time.monotonic() > deadline:
+                break
+            if self._stop.wait(self.beat):
+                return
         places = {r: beat.get("at", {}) for r, beat in after.items()}
         most = {name: max(at[name][0] for at in places.values() if name in at) for at in places.values() for name in at}
         late = [r for r, at in places.items() if any(at[name][0] < most[name] for name in at)]
