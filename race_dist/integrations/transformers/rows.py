@@ -60,21 +60,18 @@ def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Te
     if position_ids is not None:
         position_ids = position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
     folded = False
-    if cu_seqlens is None and mask is None and position_ids is not None and not past and length > 1:
-        starts = _starts(position_ids)
-        packed = bool(starts[:, 1:].any())
-        if packed and group is not None:
-            raise ValueError("position_ids start anew inside a shard: under sequence parallelism packed documents are named "
-                             "by cu_seq_lens_q of the whole sequence; shard_batch makes them from a whole batch")
-        if packed and final and batch > 1:
-            raise ValueError(f"{batch} packed rows leave no one carry to go on from: give use_cache=False")
-        if packed:
-            folded, cu_seqlens = True, boundaries(starts)
+    if group is None and cu_seqlens is None and mask is None and position_ids is not None and not past:
+        cu_seqlens = packed_boundaries(position_ids)
+        folded = cu_seqlens is not None
+    if folded and final and batch > 1:
+        raise ValueError(f"{batch} packed rows leave no one carry to go on from: give use_cache=False")
     if folded:
         sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, final=final, device=device)
     else:
         sequence = Sequence.of(length, cu_seqlens=cu_seqlens, key_mask=mask, group=group, layout=layout, position=past,
                                final=final, device=device)
+    if group is not None and cu_seqlens is None and mask is None and position_ids is not None:
+        _check_one_document(position_ids, sequence.positions)
     if position_ids is not None:
         positions = position_ids.reshape(-1) if folded else position_ids[0] if batch == 1 else position_ids
         sequence = replace(sequence, positions=positions)
@@ -86,6 +83,14 @@ def packed_boundaries(position_ids: Tensor) -> Tensor | None:
     after the other; None where every row is one document."""
     starts = _starts(position_ids)
     return boundaries(starts) if bool(starts[:, 1:].any()) else None
+
+
+def _check_one_document(position_ids: Tensor, positions: Tensor) -> None:
+    """Raise ValueError unless the given positions of a shard run on as those of one document do."""
+    ahead = position_ids - positions
+    if bool((ahead != ahead[:, :1]).any()):
+        raise ValueError("position_ids start anew inside a shard: under sequence parallelism packed documents are named by "
+                         "cu_seq_lens_q of the whole sequence; shard_batch makes them from a whole batch")
 
 
 def _starts(position_ids: Tensor) -> Tensor:

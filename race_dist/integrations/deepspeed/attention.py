@@ -1,0 +1,73 @@
+"""An attention module that stands where Ulysses' DistributedAttention stood, and moves sketches in place of activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from race_dist.nn import RaceConfig, RaceCore, Sequence
+
+# what queries and keys from elsewhere, already turned by rotary positions, can do without
+DEFAULTS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
+                            "rope_base": None}
+
+
+class SketchAttention(nn.Module):
+    """RACE Attention over sharded sequences, called as ``deepspeed.sequence.layer.DistributedAttention`` is.
+
+    Each rank passes all heads of its shard of the sequence and gets the same back; one sketch a head is exchanged. Nothing
+    needs to divide: neither heads nor lengths by the ranks.
+
+    Args:
+        config: with num_heads and head_dim (and num_kv_heads) set. ``decay="token"``, a convolution and a gate need the
+            layer's input, which this module does not see: RaceAttention has them.
+        sequence_process_group: the ranks that share a sequence; None: one rank, until :func:`initialize` says which.
+        layer: index of the layer: layers draw different hyperplanes.
+        layout: order of the shards.
+
+    Raises:
+        ValueError: the config asks for what only a whole layer has.
+    """
+
+    def __init__(self, config: RaceConfig, sequence_process_group: ProcessGroup | None = None, *, layer: int = 0,
+                 layout: str = "contiguous") -> None:
+        super().__init__()
+        options = DEFAULTS | config.model_dump(exclude_unset=True)
+        wanted = [name for name in ("short_conv", "output_gate") if options[name]]
+        wanted += ["decay"] if options["decay"] == "token" else []
+        if wanted:
+            raise ValueError(f"SketchAttention sees queries, keys and values only; {', '.join(wanted)} needs the layer's "
+                             "input: leave it out, or use race_dist.RaceAttention in place of the whole layer")
+        self.core = RaceCore(RaceConfig.model_validate(options), layer)
+        self.group, self.layout = sequence_process_group, layout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int = 0, rotary_pos_emb: Any = None,
+                *args: Any, **kwargs: Any) -> Tensor:
+        """
+        Args:
+            query: ``[B, T, Hq, D]`` with ``batch_dim_idx = 0``, ``[T, B, Hq, D]`` with 1; T is this rank's share.
+            key, value: the same with Hkv heads.
+            rotary_pos_emb: must be None: turn queries and keys before, each rank at its own positions.
+            *args, **kwargs: what a local attention would take; only None (no mask beside the causal one) is accepted.
+
+        Returns:
+            The shape of ``query``.
+
+        Raises:
+            ValueError: a rotary table or a mask is passed.
+        """
+        if rotary_pos_emb is not None:
+            raise ValueError("SketchAttention does not turn queries and keys: apply rotary positions before the call and pass "
+                             "rotary_pos_emb=None")
+        if any(x is not None for x in (*args, *kwargs.values())):
+            raise ValueError("SketchAttention takes no mask and no other arguments of a local attention: RACE Attention is "
+                             "causal by its config")
+        if batch_dim_idx not in (0, 1):
+            raise ValueError(f"batch_dim_idx must be 0 or 1; got {batch_dim_idx}")
+        q, k, v = ((x, x.transpose(0, 1))[batch_dim_idx] for x in (query, key, value))
+        sequence = Sequence.of(q.shape[1], group=self.group, layout=self.layout, final=False, device=q.device)
+        out, _ = self.core(q, k, v, None, replace(sequence, final=False))
+        return out.transpose(0, 1) if batch_dim_idx else out

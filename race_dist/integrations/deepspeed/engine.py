@@ -1,0 +1,146 @@
+"""One call that sets up the groups, puts RACE Attention into the model and starts DeepSpeed with the right gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from race_dist.integrations.deepspeed.groups import SequenceGroups
+from race_dist.integrations.deepspeed.settings import SIZE, check_wiring, gradient_factor, read_settings
+from race_dist.integrations.deepspeed.swap import swap_attention
+from race_dist.nn import RaceCore
+from race_dist.parallel import all_reduce_sum, build_mesh, group_size, init_distributed, shard_sequence
+from race_dist.parallel.mesh import DEFAULT_TIMEOUT
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Which ranks share this rank's sequences; ``engine.race``.
+
+    Attributes:
+        sp_group: the ranks; None for one.
+        sp, dp: ranks a sequence, and how many such groups.
+        dp_rank: which of them this rank is in.
+        layout: order of the shards.
+    """
+
+    sp_group: ProcessGroup | None
+    sp: int
+    dp: int
+    dp_rank: int
+    layout: str = "contiguous"
+
+    def shard(self, x: Tensor, *, dim: int = 1) -> Tensor:
+        """This rank's part of a whole ``x``."""
+        if self.sp_group is None:
+            return x
+        return shard_sequence(x, self.sp_group, dim=dim, layout=self.layout).contiguous()
+
+    def num_targets(self, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """What each rank divides its summed loss by, so that the gradient is that of the mean over all targets of all ranks:
+        their count / dp. ``labels`` are this rank's shard. Every rank calls it."""
+        world = dist.group.WORLD if dist.is_initialized() else None
+        return all_reduce_sum((labels != ignore_index).sum(), world).double().clamp(min=1) / self.dp
+
+
+def join(*, device: str | torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> torch.device:
+    """Join the job that the environment describes (torchrun, the deepspeed launcher, a plain process) and return this rank's
+    device. Called by :func:`initialize`; call it before where the device is wanted earlier."""
+    place = init_distributed(device=device, timeout=timeout)
+    os.environ.setdefault("LOCAL_RANK", str(place.index or 0))  # DeepSpeed's engine asks for it
+    if place.type == "cpu":
+        _leave_out_shared_memory_op()
+    return place
+
+
+def _leave_out_shared_memory_op() -> None:
+    """DeepSpeed on the CPU would compile an all-reduce over shared memory, a minute of a C++ compiler's time, that only its
+    inference engine ever calls."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, timeout: float = DEFAULT_TIMEOUT,
+               mpu: Any = None, mesh_param: Any = None, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a model whose attention is RACE Attention over ranks that share sequences.
+
+        engine, optimizer, _, _ = initialize(model=model, config="configs/deepspeed-zero3.json")
+        loss = engine(engine.race.shard(input_ids), engine.race.shard(labels), num_targets=...)
+        engine.backward(loss)
+        engine.step()
+
+    Read from the DeepSpeed configuration are ``"sequence_parallel_size"`` and ``"race_attention"`` (see
+    :class:`RaceSection`). Each rank's loss is its share of the mean loss of its sequences: shares add up over the ranks of a
+    sequence and are averaged over the sequences, as DeepSpeed averages over data-parallel ranks. The gradient that is applied
+    (and clipped) is then the true one, for ZeRO 0 to 3, whichever way the loss is sent backward.
+
+    Args:
+        model: of this package, of transformers, or with ``DistributedAttention`` or :class:`SketchAttention` modules. Its
+            attention is replaced in place where the configuration has ``"race_attention"``.
+        config: a dictionary or the path of a JSON file.
+        timeout: seconds after which a collective that a rank does not join fails.
+        mpu, mesh_param: DeepSpeed's own; refused where sequences are shared.
+        **options: of ``deepspeed.initialize``: optimizer, model_parameters, lr_scheduler, training_data, ...
+
+    Returns:
+        DeepSpeed's ``(engine, optimizer, dataloader, lr_scheduler)``; the engine has ``race``, a :class:`Shared`.
+
+    Raises:
+        ValueError: a wiring that would train wrongly (the reason and the fix), or a configuration that does not fit.
+    """
+    import deepspeed
+    from deepspeed.utils import groups
+
+    settings = read_settings(config)
+    check_wiring(settings.config, settings.sp, mpu=mpu, mesh_param=mesh_param)
+    if settings.sp > 1 and isinstance(model, deepspeed.PipelineModule):
+        raise ValueError(f'"{SIZE}": {settings.sp} with a PipelineModule has not been measured: train without pipeline stages')
+    join(timeout=timeout)
+    layout = "contiguous" if settings.race is None else settings.race.layout
+    shared = _share(settings.sp, layout, timeout)
+    swap_attention(model, settings.race, shared.sp_group)
+    if shared.sp_group is not None:
+        mpu = SequenceGroups(shared.sp_group)
+    elif isinstance(groups.mpu, SequenceGroups):
+        groups.mpu = None  # of an earlier engine, which DeepSpeed would go on asking
+    # the number of numbers has to be read before ZeRO-3 takes the parameters apart
+    _scale_gradients(model, settings.config, settings.sp)
+    made = deepspeed.initialize(model=model, config=settings.config, mpu=mpu, mesh_param=mesh_param, **options)
+    for module in model.modules():
+        if isinstance(module, RaceCore):
+            module.settle(next(module.parameters(), next(model.parameters())))
+    made[0].race = shared
+    return made
+
+
+def _share(sp: int, layout: str, timeout: float) -> Shared:
+    world = dist.get_world_size()
+    if world % sp:
+        raise ValueError(f'"{SIZE}": {sp} does not divide the {world} rank{"s" if world > 1 else ""} that were started: start '
+                         f"a multiple of {sp} or change it")
+    if sp == 1:
+        return Shared(None, 1, world, dist.get_rank(), layout)
+    mesh = build_mesh(world // sp, sp, timeout=timeout)
+    group = mesh["sp"].get_group()
+    return Shared(group, group_size(group), world // sp, dist.get_rank() // sp, layout)
+
+
+def _scale_gradients(model: nn.Module, config: Mapping[str, Any], sp: int) -> None:
+    """Make up, where each gradient arises, for what DeepSpeed's reduction lacks: so any way of calling backward is right."""
+    for handle in vars(model).pop("_race_gradient_hooks", ()):  # of an earlier engine
+        handle.remove()
+    handles = []
+    for parameter in model.parameters():
+        factor = gradient_factor(config, sp, getattr(parameter, "ds_numel", parameter.numel()))
+        if factor != 1 and parameter.requires_grad:
+            handles.append(parameter.register_hook(lambda gradient, factor=factor: gradient * factor))
+    vars(model)["_race_gradient_hooks"] = handles

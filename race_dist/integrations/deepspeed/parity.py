@@ -1,0 +1,165 @@
+"""Is the gradient that DeepSpeed applies the true one? Measured on the ranks at hand:
+
+    torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.parity
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from race_dist.integrations.deepspeed.engine import initialize, join
+from race_dist.models import DecoderLM, ModelConfig
+from race_dist.nn import RaceConfig
+from race_dist.parallel import shutdown
+
+VOCAB, LENGTH, ROWS = 31, 23, 2  # a length that divides by no number of ranks
+RATE = 2.0**14  # weights are then small beside a step, and their difference is the gradient to float32 precision
+
+
+class Case(NamedTuple):
+    """One wiring. ``backward``: "engine" (``engine.backward(loss)``) or "tensor" (``loss.backward()``)."""
+
+    stage: int
+    sp: int
+    dp: int
+    clip: float = 0.0
+    reduce_scatter: bool = True
+    offload: bool = False
+    bucket: int | None = None
+    accumulate: int = 1
+    backward: str = "engine"
+    bfloat16: bool = False
+
+
+class Ratio(NamedTuple):
+    """Applied over true gradient.
+
+    ``ratio``: of the whole gradient, projected on the true one. ``distance``: of the two, over the true one's norm.
+    ``worst``: the ratio of the parameter that is furthest from 1. ``spread``: the largest difference of a weight between
+    ranks after the step.
+    """
+
+    ratio: float
+    distance: float
+    worst: float
+    spread: float
+
+
+def cases(world: int) -> Iterator[Case]:
+    """Every ZeRO stage, mesh of ``world`` ranks and clipping on or off, then what else changes the way of a gradient."""
+    meshes = [(sp, world // sp) for sp in (1, 2, 4) if world % sp == 0]
+    for stage in range(4):
+        for sp, dp in meshes:
+            yield from (Case(stage, sp, dp, clip) for clip in (0.0, 0.05))
+    sp, dp = meshes[-1] if world < 4 else (2, 2)
+    for stage in (1, 2, 3):
+        yield Case(stage, sp, dp, reduce_scatter=False)
+        yield Case(stage, sp, dp, offload=True)
+        yield Case(stage, sp, dp, accumulate=2)
+        yield Case(stage, sp, dp, backward="tensor")
+        yield Case(stage, sp, dp, bfloat16=True)
+    yield Case(3, sp, dp, reduce_scatter=False, bucket=600)  # some parameters are larger, some are not
+    yield Case(3, sp, dp, bucket=600)
+
+
+def measure(case: Case) -> Ratio:
+    """Train one step by SGD under DeepSpeed and compare it with the gradient of one process in float64. Every rank calls it.
+
+    Raises:
+        ValueError: the wiring is refused.
+    """
+    place = join()
+    config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, layer_pattern="RW", window=4,
+                         race=RaceConfig(num_tables=2, num_planes=3))
+    draw = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(VOCAB, (2, case.accumulate, case.dp * ROWS, LENGTH), generator=draw)
+    labels[:, -1, 3:9] = -100  # replicas differ in how many targets they have
+    truth = _truth(config, ids, labels, case.clip)
+    model = DecoderLM(config).to(place)
+    before = {name: p.detach().double().cpu() for name, p in model.named_parameters()}
+    engine, *_ = initialize(model=model, config=_deepspeed(case), optimizer=torch.optim.SGD(model.parameters(), lr=RATE))
+    shared = engine.race
+    mine = slice(shared.dp_rank * ROWS, (shared.dp_rank + 1) * ROWS)
+    for part in range(case.accumulate):
+        x, y = (shared.shard(t[part, mine].to(place)) for t in (ids, labels))
+        loss = engine(x, y, num_targets=shared.num_targets(y))
+        engine.backward(loss) if case.backward == "engine" else loss.backward()
+        engine.step()
+    after = _weights(engine)
+    engine.destroy()
+    return _compare(truth, {name: (before[name] - w) / RATE for name, w in after.items()}, place)
+
+
+def _truth(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, clip: float) -> dict[str, torch.Tensor]:
+    model = DecoderLM(config, dtype=torch.float64)
+    for x, y in zip(ids, labels, strict=True):
+        (model(x, y) / len(ids)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    return {name: g * min(1.0, clip / float(norm)) if clip else g for name, g in gradients.items()}
+
+
+def _deepspeed(case: Case) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": case.stage, "reduce_scatter": case.reduce_scatter}
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if case.bucket is not None:
+        zero["reduce_bucket_size"] = case.bucket
+    precision = {"bf16": {"enabled": True}} if case.bfloat16 else {}
+    return precision | {"train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": case.accumulate,
+            "gradient_clipping": case.clip, "zero_optimization": zero, "sequence_parallel_size": case.sp,
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The float32 weights, whole, wherever DeepSpeed keeps them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = safe_get_full_fp32_param if engine.zero_optimization_stage() else lambda p: p.detach()
+    return {name: whole(p).double().cpu().clone() for name, p in engine.module.named_parameters()}
+
+
+def _compare(truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], place: torch.device) -> Ratio:
+    flat = lambda gradients: torch.cat([gradients[name].flatten() for name in truth])
+    one, other = flat(truth), flat(applied)
+    each = [float((truth[n] * applied[n]).sum() / truth[n].square().sum()) for n in truth]
+    highest, lowest = (other.to(place, copy=True) for _ in range(2))
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return Ratio(float(one @ other / (one @ one)), float((one - other).norm() / one.norm()),
+                 max(each, key=lambda ratio: abs(ratio - 1)), float((highest - lowest).abs().max() * RATE))
+
+
+def main() -> None:
+    """Measure every case of this number of ranks; rank 0 prints a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the figures there, as JSON")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    join()
+    rows = []
+    for case in cases(dist.get_world_size()):
+        ratio = measure(case)
+        rows.append(case._asdict() | ratio._asdict())
+        if dist.get_rank() == 0:
+            print(f"{case}: applied / true = {ratio.ratio:.7f}, distance {ratio.distance:.1e}, worst parameter "
+                  f"{ratio.worst:.7f}, ranks differ by {ratio.spread:.1e}", flush=True)
+    if dist.get_rank() == 0 and arguments.out is not None:
+        import deepspeed
+
+        report = {"command": f"torchrun --nproc-per-node {dist.get_world_size()} -m {__spec__.name} {' '.join(sys.argv[1:])}",
+                  "torch": torch.__version__, "deepspeed": deepspeed.__version__, "rows": rows}
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a DeepSpeed configuration says about sequences and RACE Attention, and the wirings that are refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from race_dist.nn import RaceConfig
+
+SIZE, SECTION = "sequence_parallel_size", "race_attention"
+ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
+
+
+class RaceSection(BaseModel):
+    """The section ``"race_attention"`` of a DeepSpeed configuration. Every other key in it is a field of
+    :class:`race_dist.RaceConfig`: ``"num_planes": 6``.
+
+    Attributes:
+        layout: order of the shards, "contiguous" or "zigzag".
+        layers: which layers of a transformers model to convert; None: all.
+        inherit_rope: whether converted layers keep the model's rotary positions.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    layers: tuple[int, ...] | None = None
+    inherit_rope: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of RaceConfig that are given."""
+        return dict(self.model_extra or {})
+
+    @classmethod
+    def read(cls, section: Any) -> RaceSection:
+        """Check a section. Raises ValueError in one sentence."""
+        if not isinstance(section, Mapping):
+            raise ValueError(f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
+                             f"got {section!r}")
+        try:
+            made = cls.model_validate(dict(section))
+            RaceConfig.model_validate(made.options)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ValueError(f'"{SECTION}"{": " + where if where else ""}: {problem["msg"].removeprefix("Value error, ")}; got '
+                             f"{problem['input']!r}") from None
+        return made
+
+
+class Settings(NamedTuple):
+    """``config`` for DeepSpeed, without our section; ``sp`` ranks that share a sequence; ``race``: our section, or None
+    where the attention stays as it is."""
+
+    config: dict[str, Any]
+    sp: int
+    race: RaceSection | None
+
+
+def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
+    """Split a DeepSpeed configuration, given as a dictionary or as the path of a JSON file.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: there is none, or it is not of this form.
+    """
+    if isinstance(config, str | Path):
+        path = Path(config)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no DeepSpeed configuration {path}")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, Mapping):
+        raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {type(config).__name__}")
+    tree = copy.deepcopy(dict(config))
+    section = tree.pop(SECTION, None)
+    size = tree.get(SIZE, 1)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f'"{SIZE}" must be an integer of at least 1; got {size!r}')
+    return Settings(tree, size, None if section is None else RaceSection.read(section))
+
+
+def check_wiring(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh_param: object = None) -> None:
+    """Refuse what does not give the gradient of the whole batch when ``sp > 1`` ranks share a sequence.
+
+    Raises:
+        ValueError: the reason, and what to do instead.
+    """
+    if sp == 1:
+        return
+    zero = config.get("zero_optimization", {})
+    optimizer = (config.get("optimizer") or {}).get("type", "")
+    refused: list[tuple[object, str]] = [
+        (mpu is not None,
+         "mpu is made here when sequences are shared, and one that has get_data_parallel_group leaves the ranks of a sequence "
+         "with different weights under ZeRO-3: leave mpu out"),
+        ("data_parallel_size" in config or mesh_param is not None,
+         '"data_parallel_size" (or mesh_param) makes DeepSpeed build a mesh of its own, in which gradients are not summed over '
+         f'the ranks that share a sequence: leave it out; it is the number of ranks / "{SIZE}"'),
+        (optimizer in ONE_BIT,
+         f"the optimizer {optimizer} exchanges compressed momenta and not gradients, over groups that know nothing of shared "
+         'sequences: use "AdamW"'),
+        (config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1.0,
+         '"prescale_gradients" and "gradient_predivide_factor" change the scale of a sum over data-parallel ranks only: leave '
+         "them out"),
+        (str(config.get("gradient_allreduce_op", "mean")).lower() != "mean",
+         '"gradient_allreduce_op" other than "mean" is not the scale in which losses of shared sequences are given: leave it '
+         "out"),
+        ((config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
+         '"tensor_parallel" beside shared sequences has not been measured: leave it out'),
+    ]
+    for key, harmless in (("mics_shard_size", -1), ("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False),
+                          ("zero_quantized_weights", False)):
+        refused.append((zero.get(key, harmless) != harmless,
+                        f'"zero_optimization.{key}" reduces over groups of its own; beside shared sequences that has not been '
+                        "measured: leave it out"))
+    for applies, reason in refused:
+        if applies:
+            raise ValueError(f'DeepSpeed with "{SIZE}": {sp}: {reason}')
+
+
+def gradient_factor(config: Mapping[str, Any], sp: int, numel: int) -> int:
+    """What DeepSpeed's reduction lacks for a parameter of ``numel`` numbers.
+
+    DeepSpeed sums over the ranks of a sequence and averages over sequences, except in ZeRO-3's reduce-scatter, which
+    averages over all ranks: there gradients come out ``sp`` times too small. That path is taken with
+    ``"reduce_scatter"`` (the default); without it by parameters larger than a bucket, or by all if gradients are not
+    contiguous.
+    """
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        return 1
+    bucket = zero.get("reduce_bucket_size", 5e8)
+    scattered = zero.get("reduce_scatter", True) or not zero.get("contiguous_gradients", True)
+    return sp if scattered or numel > bucket else 1

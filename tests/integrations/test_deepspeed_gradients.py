@@ -1,0 +1,50 @@
+"""The gradient that DeepSpeed applies is the true one: every ZeRO stage, mesh and clipping, one launch a number of ranks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import spawn_ranks
+
+pytest.importorskip("deepspeed")
+
+from race_dist.integrations.deepspeed.parity import Case, Ratio, cases
+
+
+def measure_all(group: Any, world: int) -> dict[Case, Ratio]:
+    from race_dist.integrations.deepspeed.parity import measure
+
+    return {case: measure(case) for case in cases(world)}
+
+
+@functools.cache
+def measured(world: int) -> list[dict[Case, Ratio]]:
+    """What each rank found."""
+    outcomes = spawn_ranks(world, measure_all, world, timeout=60.0)
+    assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
+    return [o.value for o in outcomes]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_grid_is_the_whole_one(world: int) -> None:
+    """ZeRO {0, 1, 2, 3} x meshes x clipping on and off."""
+    meshes = {2: {(1, 2), (2, 1)}, 4: {(1, 4), (2, 2), (4, 1)}}[world]
+    grid = {(case.stage, (case.sp, case.dp), case.clip > 0) for case in cases(world)}
+    assert grid == {(stage, mesh, clipped) for stage in range(4) for mesh in meshes for clipped in (False, True)}
+
+
+@pytest.mark.parametrize("case", [c for world in (2, 4) for c in cases(world)], ids=lambda c: "-".join(
+    f"{name}{value}" for name, value in c._asdict().items() if value != Case._field_defaults.get(name)))
+def test_the_applied_gradient_is_the_true_one(case: Case) -> None:
+    for found in measured(case.sp * case.dp):
+        ratio = found[case]
+        assert ratio.spread == 0
+        if case.bfloat16:  # weights and gradients of 8 bits: a wrong factor is at least 2
+            assert ratio.ratio == pytest.approx(1, abs=0.1)
+        else:
+            assert ratio.ratio == pytest.approx(1, abs=1e-5)
+            assert ratio.distance < 1e-5
+            assert ratio.worst == pytest.approx(1, abs=1e-4)
