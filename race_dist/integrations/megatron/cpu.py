@@ -1,0 +1,50 @@
+"""megatron-core on machines without a GPU: it asks CUDA for devices and random states even for models on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import megatron.core.tensor_parallel.random as megatron_random
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """What is asked for on CUDA is made on the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)  # the optimizer asserts that it is this one
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_cuda() -> Iterator[None]:
+    """Let megatron-core run on the CPU inside the block; where there is CUDA, nothing is changed.
+
+    For training runs without a GPU, and tests. Models want ``use_cpu_initialization=True`` and no dropout.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    with ExitStack() as stack:
+        for target, name, value in (
+            (torch.cuda, "current_device", lambda: torch.device("cpu")),
+            (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+            (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+            (torch.cuda, "synchronize", lambda *_: None),
+            (megatron_random, "_lazy_call", lambda *_, **__: None),
+        ):
+            stack.enter_context(patch.object(target, name, value))
+        stack.enter_context(_CpuForCuda())
+        yield

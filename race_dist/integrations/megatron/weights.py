@@ -1,0 +1,115 @@
+"""The project's own language model as Megatron's GPTModel: names and cuts of the weights, both ways.
+
+Both models compute the same (tests hold them together), so a run can start from the same weights under either, and what
+Megatron has trained can be generated from by :class:`race_dist.models.DecoderLM`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from race_dist.models import ModelConfig
+from race_dist.parallel import all_gather_tensor, group_rank, group_size
+
+_ENDS = {"embed.weight": "embedding.word_embeddings.weight", "norm.weight": "decoder.final_layernorm.weight",
+         "head.weight": "output_layer.weight"}
+_LAYER = {"mixer_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "pre_mlp_layernorm.weight",
+          "mixer.o_proj.weight": "self_attention.linear_proj.weight", "ffn.down_proj.weight": "mlp.linear_fc2.weight"}
+_CORE = {"q_scale": "q_scale", "k_scale": "k_scale", "log_beta": "log_beta", "planes": "planes", "q_conv.weight": "q_conv",
+         "k_conv.weight": "k_conv", "out_norm.weight": "out_norm"}
+_DECAY = {"decay_proj.weight": "weight", "decay_bias": "bias"}
+
+
+def _renamed(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(own name, Megatron's name) of every weight that is the same in both."""
+    yield from (pair for pair in _ENDS.items() if not (config.tie_embeddings and pair[0] == "head.weight"))
+    for i, kind in enumerate(config.layer_kinds):
+        mine, theirs = f"blocks.{i}.", f"decoder.layers.{i}."
+        yield from ((mine + a, theirs + b) for a, b in _LAYER.items())
+        if kind == "R":
+            yield from ((f"{mine}mixer.{a}", f"{theirs}self_attention.core_attention.{b}") for a, b in _CORE.items())
+            yield from ((f"{mine}mixer.{a}", f"{theirs}self_attention.decay.{b}") for a, b in _DECAY.items())
+
+
+def _projections(config: ModelConfig, layer: int, names: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """What linear_qkv holds of each query group, in order: own name and rows."""
+    width = config.head_width
+    of_queries = config.num_heads // config.kv_heads * width
+    parts = [("q_proj", of_queries), ("gate_proj", of_queries), ("k_proj", width), ("v_proj", width)]
+    return [(name, rows) for part, rows in parts if (name := f"blocks.{layer}.mixer.{part}.weight") in names]
+
+
+def to_megatron(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A DecoderLM's weights under the names of a GPTModel that is not cut: :func:`load_weights` cuts them."""
+    result = {theirs: state[mine] for mine, theirs in _renamed(config) if mine in state}
+    for i in range(config.num_layers):
+        groups = [state[name].unflatten(0, (config.kv_heads, rows)) for name, rows in _projections(config, i, state)]
+        result[f"decoder.layers.{i}.self_attention.linear_qkv.weight"] = torch.cat(groups, 1).flatten(0, 1)
+        result[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = torch.cat(
+            [state[f"blocks.{i}.ffn.{part}_proj.weight"] for part in ("gate", "up")])
+    return result
+
+
+def from_megatron(state: Mapping[str, Tensor], config: ModelConfig, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of :func:`to_megatron`; ``names`` are those of the DecoderLM's weights."""
+    result = {mine: state[theirs] for mine, theirs in _renamed(config) if mine in names}
+    for i in range(config.num_layers):
+        parts = _projections(config, i, names)
+        qkv = state[f"decoder.layers.{i}.self_attention.linear_qkv.weight"].unflatten(0, (config.kv_heads, -1))
+        for (name, _), part in zip(parts, qkv.split([rows for _, rows in parts], 1), strict=True):
+            result[name] = part.flatten(0, 1)
+        for part, half in zip(("gate", "up"), state[f"decoder.layers.{i}.mlp.linear_fc1.weight"].chunk(2), strict=True):
+            result[f"blocks.{i}.ffn.{part}_proj.weight"] = half
+    return result
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: ProcessGroup | None) -> None:
+    """Fill a GPTModel, cut over tensor-parallel ranks, from whole weights under its names.
+
+    Raises:
+        ValueError: a weight of the model is not there, or one that is there is not the model's.
+    """
+    own = dict(model.named_parameters())
+    if own.keys() != full.keys():
+        raise ValueError("the weights do not fit the model: missing are " + (", ".join(sorted(own.keys() - full.keys())) or
+                         "none") + "; not the model's are " + (", ".join(sorted(full.keys() - own.keys())) or "none"))
+    rank, size = group_rank(tp_group), group_size(tp_group)
+    for name, parameter in own.items():
+        value = full[name]
+        if _is_divided(parameter):
+            value = torch.cat([part.chunk(size, parameter.partition_dim)[rank] for part in _halves(name, value)],
+                              parameter.partition_dim)
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module, tp_group: ProcessGroup | None,
+                  read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach) -> dict[str, Tensor]:
+    """A GPTModel's weights (or what ``read`` finds at each: its gradient), put together from the tensor-parallel ranks.
+
+    Every rank of the group calls it.
+    """
+    result = {}
+    for name, parameter in model.named_parameters():
+        value = read(parameter)
+        if _is_divided(parameter) and group_size(tp_group) > 1:
+            dim = parameter.partition_dim
+            parts = list(all_gather_tensor(value, tp_group))
+            value = torch.cat([torch.cat(half, dim) for half in zip(*(_halves(name, part) for part in parts), strict=True)], dim)
+        result[name] = value
+    return result
+
+
+def _is_divided(parameter: Any) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def _halves(name: str, value: Tensor) -> tuple[Tensor, ...]:
+    """The gate and the linear half of a gated MLP's first map are cut one by one."""
+    return value.chunk(2) if name.endswith("mlp.linear_fc1.weight") else (value,)

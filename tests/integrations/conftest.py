@@ -1,0 +1,9 @@
+"""The ranks of tests/distributed serve here too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "distributed")]
