@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from race_dist import RaceConfig
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.model import build_gpt, transformer_config
 from race_dist.integrations.megatron.weights import from_megatron, load_weights, to_megatron, whole_weights
 from race_dist.models import DecoderLM, ModelConfig
-from race_dist.parallel import all_reduce_sum, shard_positions, shard_sequence
+from race_dist.parallel import all_reduce_sum, shard_sequence
 
 VOCAB, LENGTH, ROWS = 32, 48, 4
 
@@ -32,11 +36,13 @@ def model_config(**race: Any) -> ModelConfig:
     return ModelConfig(**(defaults | own), race=RaceConfig(**({"num_tables": 2, "num_planes": 3} | race)))
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    """Tokens and targets ``[ROWS, LENGTH]``, the same everywhere; some targets do not count."""
+def batch(real: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens and targets ``[ROWS, LENGTH]``, the same everywhere; some targets do not count, nor those past ``real``."""
     rows = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     labels = rows[:, 1:].clone()
     labels[1, 5:11] = -100
+    for row, length in enumerate(real or ()):
+        labels[row, length:] = -100
     return rows[:, :-1].clone(), labels
 
 
@@ -48,13 +54,13 @@ class Outcome:
     grads: dict[str, Any] = field(default_factory=dict)
 
 
-def native(config: ModelConfig) -> Outcome:
+def native(config: ModelConfig, real: Sequence[int] | None = None) -> Outcome:
     """The reference: DecoderLM in float64 on one rank."""
     model = DecoderLM(config, dtype=torch.float64)
     with torch.no_grad():  # as far from the start as float32 weights can say
         for p, q in zip(model.parameters(), weights(config).values(), strict=True):
             p.copy_(q)
-    loss = model(*batch())
+    loss = model(*batch(real))
     loss.backward()
     return Outcome(float(loss), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
 
@@ -92,26 +98,65 @@ def build(config: ModelConfig, **more: Any) -> GPTModel:
     return model
 
 
-def own_part(x: Tensor, order: str) -> Tensor:
-    """This rank's rows and its shard of the sequence."""
-    dp, place = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    return shard_sequence(x.chunk(dp)[place], parallel_state.get_context_parallel_group(), dim=1, layout=order).contiguous()
+@dataclass(frozen=True)
+class Packed:
+    """Rows handed as packed documents (THD), each with ``real`` of its LENGTH tokens and padding after them.
+
+    With ``dynamic`` ranks the context-parallel groups are those of packed_seq_params, not the job's.
+    """
+
+    real: tuple[int, ...] = (LENGTH,) * ROWS
+    dynamic: int = 0
+
+    def params(self, rows: slice, group: ProcessGroup | None) -> PackedSeqParams:
+        real = torch.tensor(self.real[rows])
+        cu = torch.cat([real.new_zeros(1), real.cumsum(0)]).int()
+        padded = torch.arange(len(real) + 1, dtype=torch.int32) * LENGTH
+        padding = {} if set(self.real) == {LENGTH} else {"cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded}
+        own = {"cp_group": group, "local_cp_size": self.dynamic} if self.dynamic else {}
+        return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=LENGTH, max_seqlen_kv=LENGTH,
+                               **padding, **own)
 
 
-def run(config: ModelConfig, order: str = "zigzag", *, packed: Any = None, **more: Any) -> Outcome:
+@dataclass(frozen=True)
+class Place:
+    """Which rows and which shard of them this rank has."""
+
+    rows: slice
+    group: ProcessGroup | None
+
+    @classmethod
+    def of(cls, dynamic: int = 0) -> Place:
+        dp, index = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        group = parallel_state.get_context_parallel_group()
+        if dynamic:
+            groups = [dist.new_group(list(range(first, first + dynamic))) for first in range(0, dist.get_world_size(), dynamic)]
+            dp, index = len(groups), dist.get_rank() // dynamic
+            group = groups[index]
+        return cls(slice(index * ROWS // dp, (index + 1) * ROWS // dp), group)
+
+    def part(self, x: Tensor, order: str, flat: bool) -> Tensor:
+        """This rank's part of ``[ROWS, LENGTH]``, flat where its rows are packed: zigzag as Megatron's own loader cuts it."""
+        if order == "contiguous":
+            own = x[self.rows].reshape(1, -1) if flat else x[self.rows]
+            return shard_sequence(own, self.group, dim=1).contiguous()
+        part: Tensor = get_batch_on_this_cp_rank({"x": x[self.rows]}, self.group)["x"]
+        return part.reshape(1, -1) if flat else part
+
+
+def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = None, **more: Any) -> Outcome:
     """One step's loss and gradients through Megatron's DistributedDataParallel."""
     model = build(config, race_layout=order, **more)
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     model.zero_grad_buffer()
-    ids, labels = (own_part(x, order) for x in batch())
-    count = int((batch()[1] != -100).sum())
-    cp = parallel_state.get_context_parallel_group()
-    positions = shard_positions(ids.shape[1], cp, layout=order).expand(*ids.shape)
-    keep = labels != -100
-    if packed is not None:
-        ids, labels, keep, positions = packed.flatten(ids, labels, keep, positions)
-    losses = model(ids, positions, None, labels=labels.clamp(min=0), packed_seq_params=packed and packed.params)
-    loss = (losses * keep).sum() / count
+    place = Place.of(packed.dynamic if packed else 0)
+    tokens, labels = batch(packed.real if packed else None)
+    count = int((labels != -100).sum())
+    ids, labels, positions = (place.part(x, order, packed is not None)
+                              for x in (tokens, labels, torch.arange(LENGTH).expand(ROWS, -1)))
+    params = packed and packed.params(place.rows, place.group)
+    losses = model(ids, positions, None, labels=labels.clamp(min=0), packed_seq_params=params)
+    loss = (losses * (labels != -100)).sum() / count
     loss.backward()
     finalize_model_grads([model])
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -2,41 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
-
-pytest.importorskip("megatron.core")
-
 import numpy as np
+import pytest
 from harness import spawn_ranks
-from megatron_ranks import Outcome, layout, model_config, native, run
+from megatron_ranks import LENGTH, ROWS, Outcome, Packed, layout, model_config, native, run
 from torch.distributed import ProcessGroup
 
 TOLERANCE = 1e-6
+BARE = {"qk_norm": False, "short_conv": 0, "decay": "none", "normalization": "global", "output_gate": False}
 
 
-def layouts(_: ProcessGroup, cases: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]]) -> dict[str, Outcome]:
-    """Every case's outcome: (name, tp, cp, options of the model, options of the run)."""
-    results = {}
-    for name, tp, cp, race, options in cases:
-        with layout(tp, cp):
-            results[name] = run(model_config(**race), **options)
+@dataclass(frozen=True)
+class Case:
+    """A layout, the model's options (those of RaceConfig; others with an underscore) and those of the run."""
+
+    tp: int
+    cp: int
+    model: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def outcomes(_: ProcessGroup, cases: list[Case]) -> list[Outcome]:
+    results = []
+    for case in cases:
+        with layout(case.tp, case.cp):
+            results.append(run(model_config(**case.model), **case.options))
     return results
 
 
-def run_cases(world: int, cases: list[tuple[str, int, int, dict[str, Any], dict[str, Any]]]) -> None:
+def run_cases(world: int, cases: list[Case]) -> list[list[Outcome]]:
     """Hold every case, on every rank, to DecoderLM in float64."""
-    for rank in spawn_ranks(world, layouts, cases, timeout=120):
+    ranks = spawn_ranks(world, outcomes, cases, timeout=120)
+    for rank in ranks:
         assert rank.error is None, rank.error
-        for name, _, _, race, _ in cases:
-            expected, got = native(model_config(**race)), rank.value[name]
-            assert got.loss == pytest.approx(expected.loss, abs=TOLERANCE), name
+    for i, case in enumerate(cases):
+        packed = case.options.get("packed")
+        expected = native(model_config(**case.model), packed.real if packed else None)
+        for rank in ranks:
+            got = rank.value[i]
+            assert got.loss == pytest.approx(expected.loss, abs=TOLERANCE), case
             assert got.grads.keys() == expected.grads.keys()
             for weight, g in expected.grads.items():
                 error = np.abs(got.grads[weight] - g).max()
-                assert error <= TOLERANCE * max(1.0, np.abs(g).max()), (name, weight, error)
+                assert error <= TOLERANCE * max(1.0, np.abs(g).max()), (case, weight, error)
+    return [rank.value for rank in ranks]
 
 
-def test_two_ranks() -> None:
-    run_cases(2, [(f"tp{tp} cp{cp}", tp, cp, {}, {}) for tp, cp in [(1, 1), (1, 2), (2, 1)]])
+def test_one_rank_and_two() -> None:
+    run_cases(1, [Case(1, 1), Case(1, 1, {"_layer_pattern": "RS", "_rope_base": None})])
+    run_cases(2, [Case(1, 1), Case(1, 2), Case(2, 1)])
+
+
+def test_four_ranks() -> None:
+    """tp x cp x dp, both orders of shards, fewer key/value heads than ranks, and every option that has parameters."""
+    run_cases(4, [
+        *[Case(tp, cp) for tp, cp in [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)]],
+        Case(1, 4, options={"order": "contiguous"}),
+        Case(4, 1), Case(4, 1, {"train_planes": True, "normalization": "bucket"}),
+        Case(2, 2, BARE), Case(2, 2, BARE | {"rope_base": 10000.0}),
+        Case(2, 2, {"decay": "multiscale", "train_beta": False, "beta_init": (1.0, 3.0), "output_gate": False}),
+        Case(2, 2, {"train_planes": True, "share_planes": True, "normalization": "bucket"}),
+        Case(2, 1, {"_layer_pattern": "RS", "_rope_base": None}),
+    ])
+
+
+def test_packed_documents_are_rows() -> None:
+    """THD is SBHD: the same documents one after the other, padded or not, also in groups that the batch brings itself."""
+    ragged = (LENGTH, LENGTH - 9, LENGTH // 2 + 1, 3)
+    assert len(ragged) == ROWS
+    run_cases(4, [Case(tp, cp, options={"packed": Packed(*real)})
+                  for tp, cp in [(1, 1), (1, 4), (2, 2)] for real in [(), (ragged,)]]
+              + [Case(1, 4, options={"packed": Packed(), "order": "contiguous"}),
+                 Case(1, 1, options={"packed": Packed(dynamic=2)}), Case(1, 4, options={"packed": Packed(dynamic=2)})])
+
+
+def test_recompute_and_determinism() -> None:
+    """Activations computed again, whole layers or the core attention, change nothing; a second run has the same bits."""
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    fixed = {"deterministic_mode": True}
+    for _, _, once, twice in run_cases(4, [Case(2, 2, options=full), Case(2, 2, options=selective),
+                                           Case(2, 2, options=fixed), Case(2, 2, options=fixed)]):
+        assert once.loss == twice.loss
+        for name, g in once.grads.items():
+            assert np.array_equal(g, twice.grads[name]), name
