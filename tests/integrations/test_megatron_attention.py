@@ -33,8 +33,8 @@ def attention(tp: int, sp: bool, cp: int, **options: Any) -> nn.Module:
     torch.manual_seed(123)
     config = RaceTransformerConfig(
         num_layers=1, hidden_size=WIDTH, num_attention_heads=4, normalization="RMSNorm", hidden_dropout=0.0,
-        transformer_impl="local", use_cpu_initialization=True, params_dtype=torch.float64, tensor_model_parallel_size=tp, context_parallel_size=cp,
-        sequence_parallel=sp, race_num_tables=2, race_num_planes=3, **options)
+        transformer_impl="local", use_cpu_initialization=True, params_dtype=torch.float64, tensor_model_parallel_size=tp,
+        context_parallel_size=cp, sequence_parallel=sp, race_num_tables=2, race_num_planes=3, **options)
     layer: nn.Module = build_module(get_race_layer_spec(config).submodules.self_attention, config=config, layer_number=1)
     return layer
 
@@ -45,7 +45,8 @@ def own_part(x: Tensor, sp: bool, packed: bool) -> Tensor:
     part = part.reshape(1, -1, WIDTH) if packed else part
     part = part.transpose(0, 1)
     if sp:
-        part = part.chunk(parallel_state.get_tensor_model_parallel_world_size())[parallel_state.get_tensor_model_parallel_rank()]
+        group = parallel_state.get_tensor_model_parallel_group()
+        part = part.chunk(group.size())[group.rank()]
     return part.contiguous()
 
 
@@ -104,7 +105,7 @@ def errors(_: ProcessGroup, variants: list[Variant]) -> dict[str, float]:
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(LENGTH, ROWS, WIDTH, generator=generator) for _ in range(2))
     bounds = torch.arange(ROWS + 1, dtype=torch.int32) * LENGTH
-    thd = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=LENGTH, max_seqlen_kv=LENGTH)
+    thd = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     for variant in variants:
         with layout(1, 1):
             baseline = attention(1, False, 1, **variant.options)

@@ -7,7 +7,7 @@ Megatron has trained can be generated from by :class:`race_dist.models.DecoderLM
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def load_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: Process
     Raises:
         ValueError: a weight of the model is not there, or one that is there is not the model's.
     """
-    own = dict(model.named_parameters())
+    own: dict[str, Any] = dict(model.named_parameters())
     if own.keys() != full.keys():
         raise ValueError("the weights do not fit the model: missing are " + (", ".join(sorted(own.keys() - full.keys())) or
                          "none") + "; not the model's are " + (", ".join(sorted(full.keys() - own.keys())) or "none"))
@@ -99,9 +99,9 @@ def whole_weights(model: nn.Module, tp_group: ProcessGroup | None,
     for name, parameter in model.named_parameters():
         value = read(parameter)
         if _is_divided(parameter) and group_size(tp_group) > 1:
-            dim = parameter.partition_dim
-            parts = list(all_gather_tensor(value, tp_group))
-            value = torch.cat([torch.cat(half, dim) for half in zip(*(_halves(name, part) for part in parts), strict=True)], dim)
+            dim = cast(Any, parameter).partition_dim
+            parts = [_halves(name, part) for part in all_gather_tensor(value, tp_group)]
+            value = torch.cat([torch.cat(half, dim) for half in zip(*parts, strict=True)], dim)
         result[name] = value
     return result
 
