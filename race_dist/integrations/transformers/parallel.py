@@ -134,9 +134,9 @@ def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
                          num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-            """The share; in evaluation, where the Trainer averages over the ranks, as many times as ranks share it."""
+            """The share, as often as the Trainer's average over the ranks wants it; with num_items_in_batch it sees to that."""
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-            if model.training:
+            if model.training or num_items_in_batch is not None:
                 return result
             loss, *outputs = result if return_outputs else (result,)
             loss = loss * group_size(self.group)
