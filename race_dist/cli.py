@@ -35,10 +35,11 @@ def user_errors() -> Iterator[None]:
 def failures() -> Iterator[None]:
     """Say in one sentence how a run has failed: a rank that died, a loss that is no number."""
     from race_dist.parallel import RankFailure
+    from race_dist.training.checkpoint import CheckpointError
 
     try:
         yield
-    except (RankFailure, FloatingPointError) as error:
+    except (RankFailure, FloatingPointError, CheckpointError) as error:
         print(f"race-dist: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
 
@@ -65,12 +66,14 @@ def train(
     nproc: Annotated[int | None, typer.Option(
         min=1, metavar="N", help="Start N ranks on this machine. Leave it out under torchrun.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Go on from the run's newest good checkpoint; begin where there is none.")] = False,
 ) -> None:
     """Train a language model on text.
 
-    The run goes to runs/NAME: its configuration, metrics.jsonl, the curves as a PNG, the weights as safetensors and a
-    sample. One process is enough; several ranks share the sequences (parallel.sp) and the batch (parallel.dp), and
-    get the same losses.
+    The run goes to runs/NAME: its configuration, metrics.jsonl, checkpoints, the curves as a PNG, the weights as
+    safetensors and a sample. One process is enough; several ranks share the sequences (parallel.sp) and the batch
+    (parallel.dp), and get the same losses. Exit code 75: saved and left on request, --resume goes on.
     """
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.parallel.mesh import shutdown
@@ -78,35 +81,40 @@ def train(
     from race_dist.training.config import load_config
     from race_dist.training.ranks import Ranks
     from race_dist.training.rundir import RunDirectory
+    from race_dist.training.trainer import Trainer, open_corpus
 
     with user_errors():
         settings = load_config(config, override or ())
+        if overwrite and resume:
+            raise ValueError("--overwrite and --resume exclude each other")
+        directory = RunDirectory(settings.directory)
         if not under_launcher():
-            dp, _ = settings.parallel.mesh(nproc or 1)
-            RunDirectory(settings.directory).check_free(overwrite=overwrite)
+            dp, sp = settings.parallel.mesh(nproc or 1)
+            directory.check_resumable() if resume else directory.check_free(overwrite=overwrite)
         elif nproc is not None:
             raise ValueError("--nproc starts ranks itself; leave it out under torchrun")
         if nproc is not None and nproc > 1:
-            loop.open_corpus(settings, dp)  # what is wrong with the text is said once, not by every rank
+            open_corpus(settings, dp, sp)  # what is wrong with the text is said once, not by every rank
     if nproc is not None and nproc > 1:
-        raise typer.Exit(launch_ranks(_again(config, override, overwrite), nproc))
+        raise typer.Exit(launch_ranks(_again(config, override, overwrite, resume), nproc))
     with user_errors():
         place = Ranks.join(settings)
-        trainer = loop.Trainer(settings, place)
-        directory = RunDirectory(settings.directory)
+        trainer = Trainer(settings, place)
         if place.rank == 0:
-            directory.create(settings, overwrite=overwrite)
+            directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)
     with failures():
-        loop.run(trainer, directory)
+        outcome = loop.run(trainer, directory, resume=resume)
         shutdown()
+    if outcome.stopped:
+        raise typer.Exit(loop.STOPPED)
 
 
-def _again(config: Path, override: list[str] | None, overwrite: bool) -> list[str]:
+def _again(config: Path, override: list[str] | None, overwrite: bool, resume: bool) -> list[str]:
     """The arguments of one rank of ``train``."""
     arguments = ["-m", "race_dist.cli", "train", str(config)]
     for change in override or ():
         arguments += ["--override", change]
-    return [*arguments, "--overwrite"] if overwrite else arguments
+    return [*arguments, *(["--overwrite"] if overwrite else []), *(["--resume"] if resume else [])]
 
 
 @app.command()

@@ -31,7 +31,7 @@ from race_dist.planning.cluster import match_gpu
 from race_dist.planning.costs import streamed_flops
 from race_dist.streaming import Keep, Progress, streamed_backward
 from race_dist.training.config import TrainConfig
-from race_dist.training.data import load_corpus
+from race_dist.training.corpus import load_corpus
 from race_dist.training.optim import build_optimizer
 
 WARM_CHUNKS = 3

@@ -7,6 +7,7 @@ and adding a layer does not change the others.
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -41,9 +42,9 @@ def _fill(parameter: Tensor, how: float | Tensor, seed: int, name: str) -> None:
     if parameter.is_meta:
         return
     if isinstance(how, Tensor):
-        parameter.copy_(how.expand_as(parameter))
+        _write(parameter, how.expand(parameter.shape))
         return
-    parameter.copy_(draw_normal(parameter.shape, how, seed, name))
+    _write(parameter, draw_normal(parameter.shape, how, seed, name))
 
 
 def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
@@ -51,6 +52,20 @@ def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tenso
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(tuple(shape), dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)
+
+
+def _write(parameter: Tensor, values: Tensor) -> None:
+    """Copy the values, or this rank's part of them where the parameter is sharded."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if isinstance(parameter, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh,
+                                                                  parameter.placements)
+            values = values[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
+            parameter = parameter.to_local()
+    parameter.copy_(values)
 
 
 class Linear(nn.Linear, Drawn):

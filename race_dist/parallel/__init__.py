@@ -9,6 +9,7 @@ from race_dist.parallel.comm import (
     barrier,
     broadcast_tensor,
     count_bytes,
+    gather_objects,
     group_rank,
     group_size,
 )
@@ -24,15 +25,18 @@ from race_dist.parallel.layout import (
     shard_sequence,
     unshard_sequence,
 )
-from race_dist.parallel.mesh import build_mesh, init_distributed, shutdown
+from race_dist.parallel.mesh import build_mesh, init_distributed, shutdown, side_group
+from race_dist.parallel.replicas import GradientSum, Replica, full_tensor
 from race_dist.parallel.scan import ScanHandle, carries_in, exclusive_scan, exclusive_total, fold, start_scan
 from race_dist.parallel.watch import RankFailure
 
 __all__ = [
     "LAYOUTS",
     "ByteCount",
+    "GradientSum",
     "Layout",
     "RankFailure",
+    "Replica",
     "ScanHandle",
     "Segments",
     "all_gather_tensor",
@@ -47,6 +51,8 @@ __all__ = [
     "exclusive_scan",
     "exclusive_total",
     "fold",
+    "full_tensor",
+    "gather_objects",
     "group_rank",
     "group_size",
     "init_distributed",
@@ -57,6 +63,7 @@ __all__ = [
     "shard_rows",
     "shard_sequence",
     "shutdown",
+    "side_group",
     "start_scan",
     "unshard_sequence",
 ]

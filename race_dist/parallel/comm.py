@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -187,6 +188,17 @@ def all_gather_tensor(x: Tensor, group: ProcessGroup | None) -> Tensor:
         return x.detach().clone()[None]
     assert group is not None
     return start_all_gather(x.detach(), group).wait()
+
+
+def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
+    """Every rank's value, in rank order: facts for a decision that all ranks take alike. Not for data."""
+    if group_size(group) == 1:
+        return [value]
+    assert group is not None
+    values: list[Any] = [None] * group_size(group)
+    with watched(group, "gather_objects"):
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def barrier(group: ProcessGroup | None) -> None:

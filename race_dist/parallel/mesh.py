@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, ProcessGroup, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
+from race_dist.parallel.comm import group_size
 from race_dist.parallel.watch import RankFailure, name_ranks, stop_watch, watch
 
 DEFAULT_TIMEOUT = 600.0  # seconds
@@ -103,6 +104,17 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
                 mine[name] = group
     device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     return DeviceMesh.from_group([mine["dp"], mine["sp"]], device_type, mesh=ranks, mesh_dim_names=("dp", "sp"))
+
+
+def side_group(group: ProcessGroup | None) -> ProcessGroup | None:
+    """A gloo group of the same ranks, for collectives of a background thread; every rank of ``group`` calls it.
+
+    Two threads must not share a group: their collectives would meet in any order. One rank needs none (None).
+    """
+    if group is None or group_size(group) == 1:
+        return None
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=_job_timeout(),
+                          use_local_synchronization=True)
 
 
 def _meet(rank: int, world: int, timeout: datetime.timedelta) -> Any:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from race_dist.models import ModelConfig
-
-BYTE_VOCAB = 256
+from race_dist.training.corpus import BYTE_VOCAB, HeldOut
 
 
 class _Strict(BaseModel):
@@ -26,12 +25,18 @@ class DataConfig(_Strict):
         path: ``"python-stdlib"`` (the source of the running Python's standard library: nothing to download), a text
             file, or a folder, whose files are read in the order of their paths.
         pattern: which files of a folder are read, by name.
+        documents: ``"joined"`` (the whole text is one document, read in windows) or ``"separate"`` (files, or the documents
+            of a packed corpus, never see each other, also where a window holds several).
+        held_out: what is measured and not trained on: ``"blocks"`` (every tenth block of 256 Ki tokens), ``"documents"``
+            (every tenth) or ``"tail"`` (the last tenth: the rest stays one piece).
         context: tokens a training sequence.
         batch_size: sequences a step, over all ranks together.
     """
 
     path: str = "python-stdlib"
     pattern: str = "*"
+    documents: Literal["joined", "separate"] = "joined"
+    held_out: HeldOut = "blocks"
     context: int = Field(1024, ge=1)
     batch_size: int = Field(8, ge=1)
 
@@ -46,6 +51,7 @@ class OptimConfig(_Strict):
         weight_decay: applied to the matrices of linear maps only.
         beta1, beta2, eps: of AdamW.
         clip: largest norm of the gradient, over the whole mesh; 0 turns clipping off.
+        accumulate: parts in which a rank works through its rows of a batch, one after the other; the gradients add up.
     """
 
     lr: float = Field(1e-3, gt=0)
@@ -56,6 +62,7 @@ class OptimConfig(_Strict):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, ge=0)
+    accumulate: int = Field(1, ge=1)
 
 
 class ParallelConfig(_Strict):
@@ -65,12 +72,15 @@ class ParallelConfig(_Strict):
         dp: groups of ranks, each with its share of the batch.
         sp: ranks a group, each with its shard of every sequence.
         layout: order of the shards, ``"contiguous"`` or ``"zigzag"``.
+        sharding: ``"none"`` (every rank holds all parameters) or ``"fsdp"`` (parameters, gradients and optimizer states are
+            divided over all ranks).
         timeout: seconds after which a collective that a rank has not come to fails, naming that rank.
     """
 
     dp: int | None = Field(None, ge=1)
     sp: int | None = Field(None, ge=1)
     layout: Literal["contiguous", "zigzag"] = "contiguous"
+    sharding: Literal["none", "fsdp"] = "none"
     timeout: float = Field(600.0, gt=0)
 
     def mesh(self, world_size: int) -> tuple[int, int]:
@@ -101,6 +111,27 @@ class EvalConfig(_Strict):
     tokens: int = Field(2**17, ge=1)
 
 
+class CheckpointConfig(_Strict):
+    """What is saved, so that a run goes on where it was stopped or has crashed.
+
+    Attributes:
+        every: steps between two checkpoints; 0: by time alone.
+        minutes: the same in minutes; 0: by steps alone. The end of a run is always saved, unless both are 0.
+        keep: how many of the newest stay.
+        keep_every: older ones whose step is a multiple of it stay too; 0: none.
+    """
+
+    every: int = Field(0, ge=0)
+    minutes: float = Field(10.0, ge=0)
+    keep: int = Field(3, ge=1)
+    keep_every: int = Field(0, ge=0)
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is saved."""
+        return bool(self.every or self.minutes)
+
+
 class SampleConfig(_Strict):
     """The text written when training ends.
 
@@ -125,6 +156,7 @@ class TrainConfig(_Strict):
         seed: of the weights, the planes, the batches and the sample (model.seed and model.race.seed may differ).
         precision: ``"float32"``, ``"bfloat16"`` (autocast; weights stay float32) or ``"float64"``.
         device: ``"auto"`` (a GPU a rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
+        compile: compile the model's blocks with torch.compile.
         log_every: steps between two lines of metrics.
     """
 
@@ -134,18 +166,20 @@ class TrainConfig(_Strict):
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
     log_every: int = Field(10, ge=1)
     model: ModelConfig
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _fill_model(cls, values: Any) -> Any:
-        """Bytes are the tokens, and one seed is enough: what the model leaves out of both is filled in."""
+        """Tokens are bytes unless the model says otherwise, and one seed is enough: what is left out is filled in."""
         model = values.get("model") if isinstance(values, Mapping) else None
         if not isinstance(model, Mapping):
             return values
@@ -157,9 +191,6 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.model.vocab_size != BYTE_VOCAB:
-            raise ValueError(f"model.vocab_size is {self.model.vocab_size}, but tokens are bytes: make it {BYTE_VOCAB} or "
-                             "leave it out")
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
                              "steps; lower it or raise steps")
@@ -244,3 +275,15 @@ def _sentence(error: Any) -> str:
     message = message.removeprefix("Input ").removeprefix("String ")
     value = error["input"]
     return f"{where} {message}" + ("" if isinstance(value, Mapping | BaseModel) else f"; got {value!r}")
+
+
+def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys ``a.b.c`` that two configurations (as trees) both have, with different values."""
+    keys = []
+    for key in one:
+        a, b = one[key], other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif key in other and a != b:
+            keys.append(prefix + key)
+    return keys

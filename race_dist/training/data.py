@@ -1,202 +1,167 @@
-"""Text as bytes: reading a corpus, holding a part of it out, and drawing batches.
+"""Batches: which windows of a text a step reads, and the part of them that a rank needs.
 
-A token is a byte. A batch is a function of (seed, step) alone: every rank draws the same global batch and takes its
-own part, so the run does not depend on how the ranks are arranged, and a position in the data needs no state.
+A training batch is a function of (seed, position) alone, where position counts the batches drawn. So the run does not
+depend on how the ranks are arranged, and a position in the data is one number. A rank reads the tokens of its own rows and
+its own shard of them, and nothing else.
 """
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import os
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
-STDLIB = "python-stdlib"
-HELD_OUT_EVERY = 10  # of ten blocks, the last is held out
-BLOCK = 256 * 1024
-MIN_BLOCKS = 20  # a small corpus gets smaller blocks, so that it has two to hold out
-_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
-
-Bytes = NDArray[np.uint8]
+from race_dist.models.loss import IGNORE
+from race_dist.parallel import shard_lengths
+from race_dist.training.corpus import Split, Tokens
 
 
 @dataclass(frozen=True)
-class Split:
-    """One side of a corpus cut into blocks: the training text (blocks 0 to 8 of each ten) or the held-out text.
+class Shard:
+    """Which part of every sequence a rank holds: place ``rank`` of ``world`` under a layout."""
 
-    The blocks of a side stand one after the other as if they were one text.
+    rank: int = 0
+    world: int = 1
+    layout: str = "contiguous"
 
-    Attributes:
-        tokens: the whole corpus.
-        block: bytes a block.
-        held_out: which side this is.
-    """
-
-    tokens: Bytes
-    block: int
-    held_out: bool
-
-    def __len__(self) -> int:
-        period, kept = HELD_OUT_EVERY * self.block, (HELD_OUT_EVERY - 1) * self.block
-        periods, rest = divmod(len(self.tokens), period)
-        return periods * self.block + max(0, rest - kept) if self.held_out else periods * kept + min(rest, kept)
-
-    def read(self, start: int, length: int) -> Bytes:
-        """``length`` bytes of this side from ``start``."""
-        at = np.arange(start, start + length, dtype=np.int64)
-        kept = (HELD_OUT_EVERY - 1) * self.block
-        if self.held_out:
-            at += (at // self.block + 1) * kept
-        else:
-            at += at // kept * self.block
-        return np.asarray(self.tokens[at])
+    def runs(self, length: int) -> list[tuple[int, int]]:
+        """The rank's rows of a sequence of that length, as runs ``(start, stop)`` in its order."""
+        if self.layout == "contiguous":
+            lengths = shard_lengths(length, self.world)
+            start = sum(lengths[:self.rank])
+            return [(start, start + lengths[self.rank])]
+        size = length // (2 * self.world)
+        return [(n * size, (n + 1) * size) for n in (self.rank, 2 * self.world - 1 - self.rank)]
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A text and its two sides.
+class Part:
+    """What a rank puts into the model.
 
     Attributes:
-        name: what it is called in messages.
-        tokens: its bytes; a memory map where it is one file.
+        inputs: ``[B, t]`` int64 tokens.
+        labels: ``[B, t]`` int64, the token after each; -100 where it does not count.
+        cu_seqlens: ``[N + 1]`` int64 boundaries of the documents in the whole sequence (B = 1), or None.
     """
 
-    name: str
-    tokens: Bytes
-
-    @property
-    def block(self) -> int:
-        """Bytes a block of the split."""
-        return max(1, min(BLOCK, len(self.tokens) // MIN_BLOCKS))
-
-    @property
-    def train(self) -> Split:
-        """Nine blocks of ten."""
-        return Split(self.tokens, self.block, held_out=False)
-
-    @property
-    def held_out(self) -> Split:
-        """Every tenth block."""
-        return Split(self.tokens, self.block, held_out=True)
-
-    def digest(self) -> str:
-        """Of the length and of pieces all over the text, for ranks to compare: quick for any size."""
-        size, pieces, piece = len(self.tokens), 256, 4096
-        digest = hashlib.sha256(str(size).encode())
-        for n in range(pieces):
-            start = n * max(0, size - piece) // (pieces - 1)
-            digest.update(self.tokens[start:start + piece].tobytes())
-        return digest.hexdigest()
+    inputs: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None = None
 
 
-def load_corpus(path: str, pattern: str = "*") -> Corpus:
-    """Read ``"python-stdlib"``, a text file or a folder of text files (UTF-8).
+@dataclass(frozen=True)
+class Batch:
+    """The windows of one step, over all ranks together. Nothing is read until it is asked for.
 
-    The files of a folder are read in the order of their relative paths; hidden ones are left out, and of files with
-    the same content only the first is kept, so that no held-out file is also trained on.
-
-    Raises:
-        FileNotFoundError: there is nothing at ``path``.
-        ValueError: no text there, or a file that is not UTF-8 text; the message names it.
+    Attributes:
+        split: the text.
+        starts: where in it each window (row) begins.
+        context: tokens a row; the one after the last is the last target.
+        count: rows that count; those after them fill the batch up.
     """
-    if path == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        return Corpus(STDLIB, _join(path, (text for file in _tree(root, "*.py") if (text := _utf8(file)) is not None)))
-    source = Path(path).expanduser()
-    if source.is_dir():
-        return Corpus(path, _join(path, (_required(file) for file in _tree(source, pattern))))
-    if not source.is_file():
-        raise FileNotFoundError(f"data.path: there is no file or folder {source}")
-    if source.stat().st_size == 0:
-        raise ValueError(f"data.path: {source} is empty")
-    tokens: Bytes = np.memmap(source, dtype=np.uint8, mode="r")
-    _check_utf8(tokens, source)
-    return Corpus(path, tokens)
+
+    split: Split
+    starts: tuple[int, ...]
+    context: int
+    count: int
+
+    @property
+    def targets(self) -> int:
+        """Targets that count, over all rows. The first token of a document is nobody's target."""
+        starts = self.starts[:self.count]
+        return self.count * self.context - sum(len(self.split.inside(s + 1, s + self.context + 1)) for s in starts)
+
+    def rows_of(self, group: int, groups: int) -> range:
+        """The rows of one of ``groups`` groups of ranks."""
+        return range(group * len(self.starts) // groups, (group + 1) * len(self.starts) // groups)
+
+    def row(self, index: int) -> Tokens:
+        """``context + 1`` tokens, unread where they lie in one piece of a memory map (``data.held_out = "tail"``)."""
+        return self.split.view(self.starts[index], self.context + 1)
+
+    def part(self, rows: range, shard: Shard) -> Part:
+        """The shard of some rows. Documents that are kept apart need one sequence: rows are then strung together."""
+        if self.split.boundaries is None:
+            pieces = [self._window(row, shard.runs(self.context)) for row in rows]
+            inputs, labels = (torch.stack([piece[n] for piece in pieces]) for n in (0, 1))
+            return Part(inputs, labels)
+        runs = shard.runs(len(rows) * self.context)
+        pieces = [self._window(rows[n], [(low, high)]) for start, stop in runs for n, low, high in self._cut(start, stop)]
+        empty = torch.zeros(0, dtype=torch.int64)
+        inputs, labels = (torch.cat([empty, *(piece[n] for piece in pieces)])[None] for n in (0, 1))
+        return Part(inputs, labels, self._documents(rows))
+
+    def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Rows strung together: a run of that sequence as (row, start, stop) of each row it touches."""
+        while start < stop:
+            n, low = divmod(start, self.context)
+            high = min(self.context, low + stop - start)
+            yield n, low, high
+            start += high - low
+
+    def _window(self, row: int, runs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of runs of one row."""
+        start, inputs, labels = self.starts[row], [], []
+        for low, high in runs:
+            tokens = torch.from_numpy(self.split.read(start + low, high - low + 1).astype(np.int64))
+            targets = tokens[1:].clone()
+            targets[torch.from_numpy(self.split.inside(start + low + 1, start + high + 1) - (start + low + 1))] = IGNORE
+            if row >= self.count:
+                targets.fill_(IGNORE)
+            inputs.append(tokens[:-1])
+            labels.append(targets)
+        return torch.cat(inputs), torch.cat(labels)
+
+    def _documents(self, rows: range) -> Tensor:
+        """``cu_seqlens`` of rows strung together: each row begins a document."""
+        bounds = [np.array([len(rows) * self.context], np.int64)]
+        for n, row in enumerate(rows):
+            start = self.starts[row]
+            bounds += [np.array([n * self.context], np.int64),
+                       self.split.inside(start + 1, start + self.context) - start + n * self.context]
+        return torch.from_numpy(np.unique(np.concatenate(bounds)))
 
 
-def _tree(root: Path, pattern: str) -> Iterator[Path]:
-    """The files under ``root`` whose names match, in the order of their paths; the same on every machine."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    files = (file for file in found if file.match(pattern) and file.is_file())
-    return iter(sorted(files, key=lambda file: file.relative_to(root).as_posix()))
-
-
-def _join(path: str, texts: Iterator[bytes]) -> Bytes:
-    """The texts one after the other, each content once."""
-    seen: dict[bytes, bytes] = {}
-    for text in texts:
-        seen.setdefault(hashlib.sha256(text).digest(), text)
-    joined = b"".join(seen.values())
-    if not joined:
-        raise ValueError(f"data.path: no text was found in {path}; give a text file, or a folder and data.pattern")
-    return np.frombuffer(joined, dtype=np.uint8)
-
-
-def _utf8(file: Path) -> bytes | None:
-    """The file's bytes, None where they are not UTF-8 text."""
-    text = file.read_bytes()
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return None
-    return text
-
-
-def _required(file: Path) -> bytes:
-    text = _utf8(file)
-    if text is None:
-        raise ValueError(f"data.path: {file} is not UTF-8 text; leave it out with data.pattern, for example \"*.txt\"")
-    return text
-
-
-def _check_utf8(tokens: Bytes, source: Path, piece: int = 2**24) -> None:
-    """Raise ValueError unless the bytes are UTF-8; reads them in pieces."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, len(tokens), piece):
-        end = min(start + piece, len(tokens))
-        try:
-            decoder.decode(tokens[start:end].tobytes(), final=end == len(tokens))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data.path: {source} is not UTF-8 text (near byte {start + error.start}): "
-                             "convert it, for example with iconv") from None
-
-
-def training_batch(split: Split, *, seed: int, step: int, batch_size: int, context: int) -> Bytes:
-    """The global batch of a step: ``[batch_size, context + 1]`` bytes, inputs and the target after each.
+def training_batch(split: Split, *, seed: int, position: int, batch_size: int, context: int) -> Batch:
+    """The batch at a position in the data: ``batch_size`` windows drawn over the whole text.
 
     Only the raw words of numpy's Philox are used: their stream is fixed for good.
     """
-    words = np.random.Philox(key=[seed, step]).random_raw(batch_size)
+    words = np.random.Philox(key=[seed, position]).random_raw(batch_size)
     starts = words % np.uint64(len(split) - context)
-    return np.stack([split.read(int(start), context + 1) for start in starts])
+    return Batch(split, tuple(map(int, starts)), context, batch_size)
 
 
-def evaluation_batches(split: Split, *, tokens: int, batch_size: int, context: int) -> Iterator[tuple[Bytes, int]]:
-    """Windows spread evenly over ``split``, about ``tokens`` in all, the same on every call.
-
-    Yields:
-        ``[batch_size, context + 1]`` bytes and how many of the rows count; the last batch is filled up with others.
-    """
+def evaluation_batches(split: Split, *, tokens: int, batch_size: int, context: int) -> Iterator[Batch]:
+    """Windows spread evenly over ``split``, about ``tokens`` in all, the same on every call. The last batch is filled up
+    with rows that do not count."""
     fit = (len(split) - 1) // context
     count = max(1, min(fit, tokens // context))
-    windows = [split.read(n * fit // count * context, context + 1) for n in range(count)]
+    starts = [n * fit // count * context for n in range(count)]
     for first in range(0, count, batch_size):
-        rows = windows[first:first + batch_size]
-        yield np.stack(rows + rows[:1] * (batch_size - len(rows))), len(rows)
+        rows = starts[first:first + batch_size]
+        yield Batch(split, tuple(rows + rows[:1] * (batch_size - len(rows))), context, len(rows))
 
 
-def check_fits(corpus: Corpus, context: int) -> None:
+def check_fits(train: Split, held_out: Split, context: int, name: str) -> None:
     """Raise ValueError where a side of the corpus is too short for one sequence of ``context`` tokens."""
-    for split, name in ((corpus.train, "training"), (corpus.held_out, "held-out")):
+    for split, side in ((train, "training"), (held_out, "held-out")):
         if len(split) < context + 1:
-            raise ValueError(f"the {name} part of {corpus.name} has {len(split)} bytes, too few for one sequence of "
+            raise ValueError(f"the {side} part of {name} has {len(split)} tokens, too few for one sequence of "
                              f"data.context + 1 = {context + 1}; lower data.context or give more text")
+
+
+def check_shards(context: int, rows: int, shard: Shard, *, separate: bool) -> None:
+    """Raise ValueError where sequences do not divide by the layout."""
+    if shard.layout == "zigzag" and shard.world > 1:
+        if separate:
+            raise ValueError('parallel.layout = "zigzag" cuts every document into equal slices, which documents of all '
+                             'lengths do not allow; use "contiguous" with data.documents = "separate"')
+        if context % (2 * shard.world):
+            raise ValueError(f"data.context = {context} does not divide into the 2 * {shard.world} slices of the zigzag "
+                             f"layout; make it a multiple of {2 * shard.world} or use parallel.layout = \"contiguous\"")
+    elif rows * context < shard.world:
+        raise ValueError(f"data.context = {context} gives some of the {shard.world} ranks no token")

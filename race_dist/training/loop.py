@@ -8,222 +8,177 @@ whole mesh.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from race_dist.models import DecoderLM
-from race_dist.parallel import all_reduce_sum, shard_sequence
-from race_dist.training.agreement import check_same_run
-from race_dist.training.config import TrainConfig
-from race_dist.training.data import Bytes, Corpus, check_fits, evaluation_batches, load_corpus, training_batch
+from race_dist.training.checkpoint import CheckpointError, Checkpoints
+from race_dist.training.closing import finish
 from race_dist.training.metrics import Metrics, bits
-from race_dist.training.optim import build_optimizer, learning_rate
-from race_dist.training.ranks import Ranks
 from race_dist.training.rundir import RunDirectory
-from race_dist.training.sampling import stream_text
+from race_dist.training.trainer import Evaluation, Trainer
+
+STOPPED = 75  # exit code of a run that saved and left because it was asked to (EX_TEMPFAIL: try again later)
+
+Probe = Callable[[], Mapping[str, float]]
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A measurement on held-out text: mean ``loss`` in nats over ``tokens`` tokens."""
-
-    loss: float
-    tokens: int
-
-
-class Trainer:
-    """A model, its optimizer and its text on this rank's place in the mesh.
+class Hooks:
+    """What others may plug into a run.
 
     Attributes:
-        config: of the run.
-        ranks: the mesh and this rank's place in it.
-        corpus: the text.
-        model: this rank's replica.
-        optimizer: over its parameters.
-        step: steps done.
+        stop_requested: asked on every rank after every step; where it is True on any rank, all save and leave together.
+        probes: asked on rank 0 for each line of metrics; what they answer is added to it.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
-        """Everything a run needs, on every rank.
-
-        Raises:
-            ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
-                divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
-        """
-        self.config, self.ranks = config, ranks
-        self.corpus = open_corpus(config, ranks.dp)
-        dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.model = DecoderLM(config.model, dtype=dtype).to(ranks.device)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.step = 0
-        check_same_run(config, self.corpus, self.model, ranks.world)
-
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step. Returns the global batch's mean loss in nats and the norm of its whole gradient.
-
-        Raises:
-            FloatingPointError: one of them is not finite; the weights are then left as they were.
-        """
-        config, data = self.config, self.config.data
-        batch = training_batch(self.corpus.train, seed=config.seed, step=self.step, batch_size=data.batch_size,
-                               context=data.context)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(batch, len(batch))
-        loss.backward()
-        total = self._sum_over_ranks(loss)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if not (math.isfinite(total) and bool(norm.isfinite())):
-            raise FloatingPointError(f"step {self.step + 1}: the loss is {total} and the gradient's norm {float(norm)}; "
-                                     "try a lower optim.lr or a longer optim.warmup_steps")
-        if config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config.steps, config.optim)
-        self.optimizer.step()
-        self.step += 1
-        return total, float(norm)
-
-    @torch.no_grad()
-    def evaluate(self) -> Evaluation:
-        """The loss on held-out text, the same on every rank."""
-        data = self.config.data
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        tokens = 0
-        for batch, count in evaluation_batches(self.corpus.held_out, tokens=self.config.eval.tokens,
-                                               batch_size=data.batch_size, context=data.context):
-            total += self._loss(batch, count).double() * (count * data.context)
-            tokens += count * data.context
-        self.model.train()
-        return Evaluation(float(all_reduce_sum(total, self.ranks.world)) / tokens, tokens)
-
-    def _loss(self, batch: Bytes, count: int) -> Tensor:
-        """This rank's share of the mean loss over the first ``count`` rows of a global batch ``[B, context + 1]``."""
-        ranks, length = self.ranks, batch.shape[1] - 1
-        rows = torch.from_numpy(batch).to(torch.int64)
-        inputs, labels = rows[:, :-1], rows[:, 1:].clone()
-        labels[count:] = -100
-        mine = slice(ranks.dp_rank * len(batch) // ranks.dp, (ranks.dp_rank + 1) * len(batch) // ranks.dp)
-        inputs, labels = (shard_sequence(x[mine], ranks.sp_group, dim=1, layout=ranks.layout)
-                          .contiguous().to(ranks.device) for x in (inputs, labels))
-        autocast = (torch.autocast(ranks.device.type, torch.bfloat16) if self.config.precision == "bfloat16"
-                    else nullcontext())
-        with autocast:
-            loss: Tensor = self.model(inputs, labels, group=ranks.sp_group, layout=ranks.layout,
-                                      num_targets=count * length)
-        return loss
-
-    def _sum_over_ranks(self, loss: Tensor) -> float:
-        """Add up the gradients and the loss over the whole mesh, in one collective."""
-        if self.ranks.world is None:
-            return float(loss.detach())
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
-        dtype = torch.promote_types(loss.dtype, torch.float32)
-        flat = torch.cat([loss.detach().reshape(1).to(dtype), *(g.reshape(-1).to(dtype) for g in grads)])
-        flat = all_reduce_sum(flat, self.ranks.world)
-        for p, part in zip(trained, flat[1:].split([p.numel() for p in trained])):
-            p.grad = part.view_as(p).to(p.dtype)
-        return float(flat[0])
+    stop_requested: Callable[[], bool] = never
+    probes: tuple[Probe, ...] = ()
 
 
-def open_corpus(config: TrainConfig, dp: int) -> Corpus:
-    """The text of a run, once it is clear that ``dp`` groups of ranks can train on it; ValueError where they cannot."""
-    if config.data.batch_size % dp:
-        raise ValueError(f"data.batch_size is {config.data.batch_size}, which does not divide over parallel.dp = {dp} "
-                         "groups of ranks; change one of them")
-    corpus = load_corpus(config.data.path, config.data.pattern)
-    check_fits(corpus, config.data.context)
-    return corpus
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
 
-
-def run(trainer: Trainer, directory: RunDirectory) -> Evaluation:
-    """Train to the end and leave the run's files in its folder, which :meth:`RunDirectory.create` has made.
-
-    Every rank calls it; rank 0 writes and prints.
-
-    Returns:
-        The last measurement on held-out text.
+    Attributes:
+        evaluation: the last measurement on held-out text (not a number where none was made).
+        stopped: whether it saved and left before the end.
     """
+
+    evaluation: Evaluation
+    stopped: bool = False
+
+
+def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hooks: Hooks | None = None) -> Outcome:
+    """Train to the end, or until asked to stop, and leave the run's files in its folder.
+
+    Every rank calls it, after :meth:`RunDirectory.create` or :meth:`RunDirectory.reopen` on rank 0; rank 0 writes and prints.
+
+    Args:
+        trainer: at step 0.
+        directory: of the run.
+        resume: go on from the newest checkpoint that is whole; from the beginning where there is none.
+        hooks: a stop flag and further metrics.
+
+    Raises:
+        CheckpointError: no checkpoint is whole, or the last one could not be written.
+        FloatingPointError: the loss or the gradient is no number.
+    """
+    config = trainer.config
+    store = Checkpoints(directory.checkpoints, trainer.ranks.world, keep=config.checkpoint.keep,
+                        keep_every=config.checkpoint.keep_every)
+    saved = store.newest() if resume else None
+    if saved is not None:
+        trainer.restore(store, saved)
     if trainer.ranks.rank != 0:
-        return _fit(trainer, None)
-    with Metrics(directory.metrics, trainer.config.steps) as metrics:
-        last = _fit(trainer, metrics)
-        _finish(trainer, directory, metrics, last)
-    return last
+        return _Run(trainer, directory, store, None, hooks or Hooks()).go()
+    with Metrics(directory.metrics, config.steps, after=trainer.step) as metrics:
+        if resume:
+            metrics.say([f"resuming {directory.path} after step {trainer.step:,}" if saved is not None else
+                         f"{directory.path} has no checkpoint yet: starting from the beginning"])
+        return _Run(trainer, directory, store, metrics, hooks or Hooks()).go()
 
 
-def _fit(trainer: Trainer, metrics: Metrics | None) -> Evaluation:
-    """All steps, with the lines and the measurements between them; returns the last measurement."""
-    config = trainer.config
-    if metrics is not None:
-        metrics.say(_opening(trainer))
-    began = logged = time.perf_counter()
-    steps = 0
-    evaluation = Evaluation(math.nan, 0)
-    while trainer.step < config.steps:
-        loss, norm = trainer.train_step()
-        steps += 1
-        step, last = trainer.step, trainer.step == config.steps
-        if step == 1 or last or step % config.log_every == 0:
-            now = time.perf_counter()
-            if metrics is not None:
-                metrics.train(step, {
-                    "loss": loss, "bpb": bits(loss), "grad_norm": norm,
-                    "lr": trainer.optimizer.param_groups[0]["lr"],
-                    "tokens_per_second": steps * config.data.batch_size * config.data.context / (now - logged),
-                    "seconds": now - began})
-            logged, steps = now, 0
-        if last or step % config.eval.every == 0:
-            started = time.perf_counter()
-            evaluation = trainer.evaluate()
-            logged += time.perf_counter() - started
-            if metrics is not None:
-                metrics.evaluation(step, {"loss": evaluation.loss, "bpb": bits(evaluation.loss),
-                                          "tokens": evaluation.tokens, "seconds": time.perf_counter() - began})
-    return evaluation
+@dataclass
+class _Run:
+    """One call of :func:`run` on one rank."""
 
+    trainer: Trainer
+    directory: RunDirectory
+    store: Checkpoints
+    metrics: Metrics | None
+    hooks: Hooks
+    began: float = field(default_factory=time.perf_counter)
 
-def _opening(trainer: Trainer) -> Iterator[str]:
-    """What is about to happen, in two lines."""
-    config, ranks, corpus = trainer.config, trainer.ranks, trainer.corpus
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    yield (f"{config.name}: {parameters:,} parameters, {ranks.dp * ranks.sp} "
-           f"rank{'s' if ranks.dp * ranks.sp > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}) on {ranks.device.type}")
-    yield (f"text: {corpus.name}, {len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.held_out) / 1e6:.1f} MB "
-           f"held out; {config.data.batch_size} x {config.data.context} bytes a step")
+    def go(self) -> Outcome:
+        trainer, config = self.trainer, self.trainer.config
+        if self.metrics is not None:
+            self.metrics.say(trainer.describe())
+        self.logged = self.saved = time.perf_counter()
+        self.since = 0
+        evaluation = Evaluation(math.nan, 0)
+        saved_step = trainer.step
+        while trainer.step < config.steps:
+            asked = self.hooks.stop_requested()
+            result = trainer.train_step(flags=(asked, self._is_due()))
+            stop, due = result.flags
+            self._tell_problems()
+            last = trainer.step == config.steps
+            self._log(result.loss, result.grad_norm, last)
+            if last or trainer.step % config.eval.every == 0:
+                evaluation = self._evaluate()
+            if config.checkpoint.on and (due or stop or last):
+                self._save()
+                saved_step = trainer.step
+            if stop and not last:
+                return self._leave(saved_step, evaluation)
+        if math.isnan(evaluation.loss):  # resumed after the last step
+            evaluation = self._evaluate()
+        self._settle()
+        finish(trainer, self.directory, self.metrics, evaluation)
+        return Outcome(evaluation)
 
+    def _is_due(self) -> bool:
+        """Whether this rank wants a checkpoint after the step that comes: rank 0's clock counts."""
+        config = self.trainer.config.checkpoint
+        by_steps = config.every > 0 and (self.trainer.step + 1) % config.every == 0
+        by_time = (self.trainer.ranks.rank == 0 and config.minutes > 0
+                   and time.perf_counter() - self.saved > 60 * config.minutes)
+        return by_steps or by_time
 
-def _finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics, last: Evaluation) -> None:
-    """Weights, picture, sample, and the closing words."""
-    from race_dist.training.curves import draw_curves
-    from race_dist.training.metrics import read_metrics
+    def _save(self) -> None:
+        self.trainer.save(self.store)
+        self.saved = time.perf_counter()
+        if self.metrics is not None:
+            self.metrics.event(self.trainer.step, "checkpoint", quiet=True)
 
-    config = trainer.config
-    directory.save_weights(trainer.model)
-    draw_curves(read_metrics(directory.metrics), directory.curves, title=f"{config.name} on {trainer.corpus.name}")
-    if config.sample.tokens:
-        text = config.sample.prompt + "".join(stream_text(
-            trainer.model, config.sample.prompt, tokens=config.sample.tokens, temperature=config.sample.temperature,
-            seed=config.seed))
-        directory.sample.write_text(text, encoding="utf-8")
-        metrics.say(["", "sample:", *(f"    {line}" for line in text.splitlines()), ""])
-    metrics.say([f"held out: {bits(last.loss):.3f} bits per byte over {last.tokens:,} bytes (uniform: 8)",
-                 f"curves:   {directory.curves}",
-                 f"weights:  {directory.weights}",
-                 f"go on:    {_command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
+    def _log(self, loss: float, norm: float, last: bool) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        self.since += 1
+        step = trainer.step
+        if not (last or step == 1 or step % config.log_every == 0):
+            return
+        now = time.perf_counter()
+        if self.metrics is not None:
+            tokens = self.since * config.data.batch_size * config.data.context
+            record = {"loss": loss, "bpb": bits(loss) / trainer.corpus.bytes_per_token, "grad_norm": norm,
+                      "lr": trainer.optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / (now - self.logged),
+                      "seconds": now - self.began}
+            for probe in self.hooks.probes:
+                record |= probe()
+            self.metrics.train(step, record)
+        self.logged, self.since = now, 0
 
+    def _evaluate(self) -> Evaluation:
+        started = time.perf_counter()
+        evaluation = self.trainer.evaluate()
+        self.logged += time.perf_counter() - started
+        if self.metrics is not None:
+            self.metrics.evaluation(self.trainer.step, {
+                "loss": evaluation.loss, "bpb": bits(evaluation.loss) / self.trainer.corpus.bytes_per_token,
+                "tokens": evaluation.tokens, "seconds": time.perf_counter() - self.began})
+        return evaluation
 
-def _command() -> str:
-    """How the user calls ``race-dist``: by its name where that is found, else by its path."""
-    beside = Path(sys.executable).with_name("race-dist")
-    return "race-dist" if shutil.which("race-dist") or not beside.exists() else os.path.relpath(beside)
+    def _leave(self, saved_step: int, evaluation: Evaluation) -> Outcome:
+        self._settle()
+        if self.metrics is not None:
+            self.metrics.event(self.trainer.step, "stopped", quiet=True)
+            where = f"saved after step {saved_step:,}" if self.trainer.config.checkpoint.on else "nothing was saved"
+            self.metrics.say([f"stopped on request, {where}; go on with --resume"])
+        return Outcome(evaluation, stopped=True)
+
+    def _settle(self) -> None:
+        """The last checkpoint must be on disk before anybody leaves."""
+        if not self.store.wait():
+            raise CheckpointError(self.store.problems[-1])
+
+    def _tell_problems(self) -> None:
+        problems, self.store.problems = self.store.problems, []
+        if self.metrics is not None:
+            for problem in problems:
+                self.metrics.event(self.trainer.step, "checkpoint failed", problem)

@@ -23,13 +23,20 @@ def bits(nats: float) -> float:
 class Metrics:
     """Writes each record as one line of JSON and shows it: a bar on a terminal, plain lines elsewhere.
 
-    Only one rank should make one. A record has ``step`` and ``kind`` ("train" or "eval"); the file is flushed after
+    Only one rank should make one. A record has ``step`` and ``kind`` ("train", "eval" or "event"); the file is flushed after
     every record, so that a run that dies leaves what it knew.
+
+    Args:
+        path: of the file; what another process wrote there about later steps than ``after`` is dropped.
+        steps: of the run.
+        console: to print to.
+        after: the step that the run goes on after.
     """
 
-    def __init__(self, path: Path, steps: int, console: Console | None = None) -> None:
+    def __init__(self, path: Path, steps: int, console: Console | None = None, *, after: int = 0) -> None:
         self.console = console or Console(highlight=False)
-        self._file = path.open("w", encoding="utf-8")
+        _drop_after(path, after)
+        self._file = path.open("a", encoding="utf-8")
         self._held_out = math.nan
         self._steps = steps
         self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
@@ -70,6 +77,12 @@ class Metrics:
         else:
             self._line(step, f"held out: {record['bpb']:.3f} bits/byte")
 
+    def event(self, step: int, what: str, text: str = "", *, quiet: bool = False) -> None:
+        """Record that something happened, and say it unless ``quiet``."""
+        self._write({"kind": "event", "step": step, "what": what, **({"text": text} if text else {})})
+        if not quiet:
+            self.say([f"step {step}: {what}{': ' if text else ''}{text}"])
+
     def _line(self, step: int, text: str) -> None:
         width = len(str(self._steps))
         self.console.print(f"step {step:{width}d}/{self._steps}  {text}", soft_wrap=True)
@@ -77,6 +90,16 @@ class Metrics:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the records up to a step: a run that goes on from there writes the later ones again."""
+    if not path.is_file():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from race_dist.training.config import OptimConfig
 
@@ -32,3 +32,20 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps + 1) / (steps - config.warmup_steps)
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """AdamW's states by parameter and kind, ``optim.NAME.exp_avg`` and so on: the tensors themselves, to save or to fill.
+
+    They are made here where no step has been made yet.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        state = optimizer.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        tensors |= {f"optim.{name}.{kind}": value for kind, value in state.items()}
+    return {name: value.detach() for name, value in tensors.items()}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
+from torch import Tensor
 
 from race_dist.models import DecoderLM
 from race_dist.training.config import TrainConfig, parse_config
@@ -45,6 +48,11 @@ class RunDirectory:
         """The text written at the end."""
         return self.path / "sample.txt"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
     def check_free(self, *, overwrite: bool) -> None:
         """Raise FileExistsError where a run would write over files: another run's without ``overwrite``, or ones that
         no run has made."""
@@ -62,11 +70,30 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.metrics, self.weights, self.curves, self.sample):
             file.unlink(missing_ok=True)
-        self.config.write_text(config.to_json(), encoding="utf-8")
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._write_config(config)
 
-    def save_weights(self, model: DecoderLM) -> None:
-        """Write the weights; those with two names (a tied head) once."""
-        save_model(model, str(self.weights))
+    def check_resumable(self) -> None:
+        """Raise FileExistsError where the folder holds something, but no run."""
+        if self.path.exists() and not self.config.is_file() and any(self.path.iterdir()):
+            raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")
+
+    def reopen(self, config: TrainConfig) -> None:
+        """Make the folder, or go on in one that is there: everything in it stays, the configuration is written anew."""
+        self.check_resumable()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write_config(config)
+
+    def _write_config(self, config: TrainConfig) -> None:
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(config.to_json(), encoding="utf-8")
+        partial.replace(self.config)
+
+    def save_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Write the weights by name, whole or not at all."""
+        partial = self.weights.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+        partial.replace(self.weights)
 
     def load_config(self) -> TrainConfig:
         """The configuration the run had. Raises FileNotFoundError or ValueError in one sentence."""

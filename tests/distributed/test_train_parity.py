@@ -11,8 +11,8 @@ from harness import RankError, run_ranks
 from torch.distributed import ProcessGroup
 
 from race_dist.training.config import TrainConfig, parse_config
-from race_dist.training.loop import Trainer
 from race_dist.training.ranks import Ranks
+from race_dist.training.trainer import Trainer
 
 STEPS = 20
 
@@ -45,7 +45,7 @@ def place(group: ProcessGroup | None, dp: int, layout: str) -> Ranks:
 def losses(config: TrainConfig, ranks: Ranks) -> dict[str, list[float]]:
     trainer = Trainer(config, ranks)
     steps = [trainer.train_step() for _ in range(config.steps)]
-    return {"loss": [s[0] for s in steps], "norm": [s[1] for s in steps],
+    return {"loss": [s.loss for s in steps], "norm": [s.grad_norm for s in steps],
             "held out": [trainer.evaluate().loss],
             "weights": [float(p.detach().double().norm()) for p in trainer.model.parameters()]}
 

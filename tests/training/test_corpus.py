@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from race_dist.training.data import BLOCK, Corpus, check_fits, evaluation_batches, load_corpus, training_batch
+from race_dist.training.corpus import BLOCK, Corpus, load_corpus
+from race_dist.training.data import Batch, Shard, check_fits, evaluation_batches, training_batch
 
 
 def corpus_of(size: int) -> Corpus:
@@ -33,37 +34,37 @@ def test_blocks_of_a_large_corpus_are_256_kib() -> None:
     assert corpus_of(BLOCK * 25).block == 256 * 1024
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
+def test_a_batch_depends_on_seed_and_position_alone() -> None:
     split = corpus_of(100_000).train
-    first = training_batch(split, seed=3, step=7, batch_size=4, context=100)
-    assert first.shape == (4, 101)
-    assert np.array_equal(first, training_batch(split, seed=3, step=7, batch_size=4, context=100))
-    assert not np.array_equal(first, training_batch(split, seed=3, step=8, batch_size=4, context=100))
-    assert not np.array_equal(first, training_batch(split, seed=4, step=7, batch_size=4, context=100))
+    first = training_batch(split, seed=3, position=7, batch_size=4, context=100)
+    assert [len(first.row(n)) for n in range(4)] == [101] * 4
+    assert first.starts == training_batch(split, seed=3, position=7, batch_size=4, context=100).starts
+    assert first.starts != training_batch(split, seed=3, position=8, batch_size=4, context=100).starts
+    assert first.starts != training_batch(split, seed=4, position=7, batch_size=4, context=100).starts
 
 
 def test_batches_reach_the_whole_training_text() -> None:
     split = corpus_of(2_000).train
-    starts = {training_batch(split, seed=0, step=s, batch_size=64, context=len(split) - 5)[r].tobytes()[:8]
-              for s in range(4) for r in range(64)}
-    assert len(starts) == 5  # every window that fits, first and last included
+    starts = {start for s in range(4)
+              for start in training_batch(split, seed=0, position=s, batch_size=64, context=len(split) - 5).starts}
+    assert starts == set(range(5))  # every window that fits, first and last included
 
 
 def test_evaluation_windows_are_disjoint_and_the_same_every_time() -> None:
     split = corpus_of(400_000).held_out
     batches = list(evaluation_batches(split, tokens=10_000, batch_size=4, context=300))
-    assert sum(count for _, count in batches) == 10_000 // 300
-    assert all(batch.shape == (4, 301) for batch, _ in batches)
-    windows = np.concatenate([batch[:count, :-1] for batch, count in batches])
-    assert len({w.tobytes() for w in windows}) == len(windows)
-    again = list(evaluation_batches(split, tokens=10_000, batch_size=4, context=300))
-    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(batches, again))
+    assert sum(batch.count for batch in batches) == 10_000 // 300
+    assert all(len(batch.starts) == 4 for batch in batches)
+    starts = sorted(start for batch in batches for start in batch.starts[:batch.count])
+    assert all(b - a >= 300 for a, b in zip(starts, starts[1:]))
+    assert batches == list(evaluation_batches(split, tokens=10_000, batch_size=4, context=300))
 
 
 def test_evaluation_never_reads_past_the_end() -> None:
     split = corpus_of(10_000).held_out
     everything = list(evaluation_batches(split, tokens=10**9, batch_size=3, context=99))
-    assert sum(count for _, count in everything) == (len(split) - 1) // 99
+    assert sum(batch.count for batch in everything) == (len(split) - 1) // 99
+    assert max(max(batch.starts) for batch in everything) + 100 <= len(split)
 
 
 def test_the_standard_library_is_large_ordered_and_has_no_duplicates() -> None:
@@ -110,6 +111,6 @@ def test_text_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_text_shorter_than_a_sequence_is_refused() -> None:
-    check_fits(corpus_of(10_000), 900)
-    with pytest.raises(ValueError, match=r"the held-out part of numbers has 1000 bytes.*1025; lower data.context"):
-        check_fits(corpus_of(10_000), 1024)
+    check_fits(*corpus_of(10_000).split(), 900, "numbers")
+    with pytest.raises(ValueError, match=r"the held-out part of numbers has 1000 tokens.*1025; lower data.context"):
+        check_fits(*corpus_of(10_000).split(), 1024, "numbers")

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.curves import draw_curves
-from race_dist.training.loop import Trainer, run
+from race_dist.training.loop import run
 from race_dist.training.metrics import Metrics, read_metrics
 from race_dist.training.ranks import Ranks
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import stream_text
+from race_dist.training.trainer import Trainer
 
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:
@@ -43,14 +44,14 @@ def test_a_run_leaves_everything_and_reads_it_back(tmp_path: Path, precision: st
                       model={"dim": 16, "num_layers": 1, "num_heads": 2, "tie_embeddings": tied})
     directory, trainer = RunDirectory(config.directory), alone(config)
     directory.create(config, overwrite=False)
-    last = run(trainer, directory)
+    last = run(trainer, directory).evaluation
 
     records = read_metrics(directory.metrics)
     train = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in train] == [1, 2, 4, 6]
     assert [r["step"] for r in records if r["kind"] == "eval"] == [3, 6]
     assert all(r["bpb"] == pytest.approx(r["loss"] / math.log(2)) and r["grad_norm"] > 0 for r in train)
-    assert records[-1]["loss"] == last.loss
+    assert [r["loss"] for r in records if r["kind"] == "eval"][-1] == last.loss
     assert last.tokens == 96
     assert directory.curves.read_bytes().startswith(b"\x89PNG")
     assert directory.load_config().to_json() == config.to_json()
@@ -81,7 +82,7 @@ def test_evaluation_is_the_mean_over_the_windows(tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_gradient_and_reports_its_norm(tmp_path: Path) -> None:
     trainer = alone(settings(tmp_path, optim={"warmup_steps": 2, "clip": 0.01}))
-    _, norm = trainer.train_step()
+    norm = trainer.train_step().grad_norm
     grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     assert norm > 0.01
     assert float(torch.nn.utils.get_total_norm(grads)) == pytest.approx(0.01, rel=1e-3)

@@ -1,0 +1,293 @@
+"""A corpus: tokens one after the other, where its documents begin, and which part of it is held out.
+
+A token is a byte of UTF-8 text, unless the corpus was packed with a tokenizer (:mod:`race_dist.training.packed`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import mmap
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+STDLIB = "python-stdlib"
+HELD_OUT_EVERY = 10  # of ten blocks or documents, the last is held out; of the whole, the last tenth
+BLOCK = 256 * 1024
+MIN_BLOCKS = 20  # a small corpus gets smaller blocks, so that it has two to hold out
+LARGEST_IN_MEMORY = 2**31  # bytes of a folder that is read and not packed
+BYTE_VOCAB = 256
+_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_PIECE = 2**24
+_FAULT_AROUND = 2**16  # bytes that the kernel maps about a page that is touched
+
+Tokens = NDArray[Any]  # uint8, uint16 or uint32, [N]
+HeldOut = Literal["blocks", "documents", "tail"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One side of a corpus, the training text or the held-out text: pieces of it, one after the other as one text.
+
+    Attributes:
+        tokens: the whole corpus.
+        starts: ``[S]`` where each piece begins in the corpus.
+        ends: ``[S + 1]`` where each piece begins in this side; the last entry is the side's length.
+        boundaries: ``[K]`` ascending, where in this side documents begin (0 left out); None: all is one document.
+    """
+
+    tokens: Tokens
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    boundaries: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, length: int) -> Tokens:
+        """A copy of ``length`` tokens of this side from ``start``. Pages of a memory map are given back: reading all of a
+        corpus does not fill memory."""
+        pieces = [_copied(self.tokens, a, b) for a, b in self._runs(start, length)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def view(self, start: int, length: int) -> Tokens:
+        """The same without a copy where it lies in one piece: then nothing is read until it is used."""
+        runs = self._runs(start, length)
+        return self.tokens[runs[0][0]:runs[0][1]] if len(runs) == 1 else self.read(start, length)
+
+    def inside(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Boundaries b of documents with ``start <= b < stop``."""
+        if self.boundaries is None:
+            return np.empty(0, np.int64)
+        low, high = np.searchsorted(self.boundaries, [start, stop])
+        return self.boundaries[low:high]
+
+    def _runs(self, start: int, length: int) -> list[tuple[int, int]]:
+        """Where ``length`` tokens from ``start`` lie in the corpus."""
+        assert 0 <= start <= start + length <= len(self), (start, length, len(self))
+        runs, at, stop = [], start, start + length
+        piece = int(np.searchsorted(self.ends, start, side="right")) - 1
+        while at < stop:
+            begin = int(self.starts[piece]) + at - int(self.ends[piece])
+            count = min(stop, int(self.ends[piece + 1])) - at
+            runs.append((begin, begin + count))
+            at, piece = at + count, piece + 1
+        return runs or [(0, 0)]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text.
+
+    Attributes:
+        name: what it is called in messages.
+        tokens: ``[N]``; a memory map where it is one file.
+        documents: ``[D + 1]`` where each document begins, and N; None: one document.
+        vocab_size: tokens are below it.
+        text_bytes: bytes of UTF-8 text that the tokens stand for.
+        tokenizer: the file that made the tokens; None: they are bytes.
+    """
+
+    name: str
+    tokens: Tokens
+    documents: NDArray[np.int64] | None = None
+    vocab_size: int = BYTE_VOCAB
+    text_bytes: int | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Over the whole corpus."""
+        return 1.0 if self.text_bytes is None else self.text_bytes / len(self.tokens)
+
+    @property
+    def block(self) -> int:
+        """Tokens a block of the split by blocks."""
+        return max(1, min(BLOCK, len(self.tokens) // MIN_BLOCKS))
+
+    @property
+    def train(self) -> Split:
+        """Nine blocks of ten, as one document."""
+        return self.split()[0]
+
+    @property
+    def held_out(self) -> Split:
+        """Every tenth block, as one document."""
+        return self.split()[1]
+
+    def split(self, held_out: HeldOut = "blocks", *, separate: bool = False) -> tuple[Split, Split]:
+        """The training side and the held-out side.
+
+        Args:
+            held_out: "blocks" (every tenth block of 256 Ki tokens), "documents" (every tenth) or "tail" (the last tenth,
+                so that the training side is one piece).
+            separate: whether documents stay apart; otherwise each side is one document.
+
+        Raises:
+            ValueError: documents are asked for and the corpus is one.
+        """
+        size = len(self.tokens)
+        if (separate or held_out == "documents") and (self.documents is None or len(self.documents) < 3):
+            key = 'data.documents = "separate"' if separate else 'data.held_out = "documents"'
+            raise ValueError(f"{key} needs several documents, but {self.name} is one; leave it out, or give a folder or a "
+                             "packed corpus")
+        if held_out == "tail":
+            bounds = np.array([0, size - size // HELD_OUT_EVERY, size], np.int64)
+            out = np.array([False, True])
+        elif held_out == "documents":
+            assert self.documents is not None
+            bounds = self.documents
+            out = np.arange(len(bounds) - 1) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            if len(out) < HELD_OUT_EVERY:
+                out[-1] = True
+        else:
+            bounds = np.append(np.arange(0, size, self.block, dtype=np.int64), np.int64(size))
+            out = np.arange(len(bounds) - 1) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        return self._side(bounds, ~out, separate), self._side(bounds, out, separate)
+
+    def _side(self, bounds: NDArray[np.int64], chosen: NDArray[np.bool_], separate: bool) -> Split:
+        """The pieces that are chosen; neighbours that are both chosen become one."""
+        edge = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
+        starts, stops = bounds[:-1][edge[:-1] == 1], bounds[1:][edge[1:] == -1]
+        ends = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
+        if not separate:
+            return Split(self.tokens, starts, ends)
+        assert self.documents is not None
+        inner = self.documents[1:-1]
+        piece = np.searchsorted(starts, inner, side="right") - 1
+        held = (piece >= 0) & (inner < stops[piece]) & (inner > starts[piece])
+        moved = inner[held] - starts[piece[held]] + ends[piece[held]]
+        return Split(self.tokens, starts, ends, np.union1d(moved, ends[1:-1]))
+
+    def digest(self) -> str:
+        """Of the length and of pieces all over the text, for ranks to compare: quick for any size."""
+        return sample_digest(self.tokens)
+
+
+def sample_digest(tokens: Tokens, pieces: int = 256, piece: int = 4096) -> str:
+    """SHA-256 of the length and of ``pieces`` pieces spread over the tokens, as hexadecimal."""
+    size = len(tokens)
+    digest = hashlib.sha256(f"{size} {tokens.dtype.itemsize}".encode())
+    for n in range(pieces):
+        start = n * max(0, size - piece) // (pieces - 1)
+        digest.update(_copied(tokens, start, min(size, start + piece)).tobytes())
+    return digest.hexdigest()
+
+
+def _copied(tokens: Tokens, start: int, stop: int) -> Tokens:
+    """``tokens[start:stop]``, copied; a map's pages are unmapped again (they stay in the system's cache)."""
+    copy = np.array(tokens[start:stop])
+    mapped = getattr(tokens, "_mmap", None)
+    if isinstance(tokens, np.memmap) and isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        low = start * tokens.itemsize // _FAULT_AROUND * _FAULT_AROUND
+        high = min(len(mapped), -(-stop * tokens.itemsize // _FAULT_AROUND) * _FAULT_AROUND)
+        if high > low:
+            mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
+    return copy
+
+
+def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
+    """Read ``"python-stdlib"``, a text file, a folder of text files (UTF-8), or a corpus packed by ``race-dist data pack``.
+
+    The files of a folder are its documents, in the order of their relative paths; hidden ones are left out, and of files
+    with the same content only the first is kept, so that no held-out file is also trained on.
+
+    Args:
+        path: where.
+        pattern: of the names of a folder's files.
+        check: whether a text file is read once to see that it is UTF-8.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: no text there, or a file that is not UTF-8 text, or a packed corpus that was cut or changed; the message
+            names it.
+    """
+    from race_dist.training.packed import is_packed, open_packed
+
+    if path == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return _join(path, (text for file in text_files(root, "*.py") if (text := _utf8(file)) is not None))
+    source = Path(path).expanduser()
+    if is_packed(source):
+        return open_packed(source)
+    if source.is_dir():
+        return _join(path, (_required(file) for file in text_files(source, pattern)))
+    if not source.is_file():
+        raise FileNotFoundError(f"data.path: there is no file or folder {source}")
+    if source.stat().st_size == 0:
+        raise ValueError(f"data.path: {source} is empty")
+    if check:
+        for _ in utf8_pieces(source):
+            pass
+    return Corpus(path, np.memmap(source, dtype=np.uint8, mode="r"))
+
+
+def text_files(root: Path, pattern: str) -> Iterator[Path]:
+    """The files under ``root`` whose names match, in the order of their paths; the same on every machine."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = (file for file in found if file.match(pattern) and file.is_file())
+    return iter(sorted(files, key=lambda file: file.relative_to(root).as_posix()))
+
+
+def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
+    """The file's bytes, some at a time. Raises ValueError, naming the file and the place, where they are not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0
+    with source.open("rb") as file:
+        while True:
+            data = file.read(piece)
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"data.path: {source} is not UTF-8 text (near byte {start + error.start}): "
+                                 "convert it, for example with iconv") from None
+            if not data:
+                return
+            start += len(data)
+            yield data
+
+
+def _join(path: str, texts: Iterator[bytes]) -> Corpus:
+    """The texts one after the other, each content once."""
+    seen: dict[bytes, bytes] = {}
+    total = 0
+    for text in texts:
+        key = hashlib.sha256(text).digest()
+        if text and key not in seen:
+            seen[key] = text
+            total += len(text)
+        if total > LARGEST_IN_MEMORY:
+            raise ValueError(f"data.path: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
+                             "every rank would hold in memory; pack them first: race-dist data pack "
+                             f"{path} --out NAME, then data.path = \"NAME\"")
+    if not total:
+        raise ValueError(f"data.path: no text was found in {path}; give a text file, or a folder and data.pattern")
+    ends = np.cumsum([0, *map(len, seen.values())]).astype(np.int64)
+    return Corpus(path, np.frombuffer(b"".join(seen.values()), dtype=np.uint8), ends)
+
+
+def _utf8(file: Path) -> bytes | None:
+    """The file's bytes, None where they are not UTF-8 text."""
+    text = file.read_bytes()
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return None
+    return text
+
+
+def _required(file: Path) -> bytes:
+    text = _utf8(file)
+    if text is None:
+        raise ValueError(f"data.path: {file} is not UTF-8 text; leave it out with data.pattern, for example \"*.txt\"")
+    return text

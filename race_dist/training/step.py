@@ -1,0 +1,99 @@
+"""One step's loss and gradients: how a global batch becomes them. The one place to put another way of computing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from race_dist.models import DecoderLM
+from race_dist.parallel import Replica
+from race_dist.training.config import TrainConfig
+from race_dist.training.data import Batch, Part, Shard
+from race_dist.training.ranks import Ranks
+
+
+class StepMethod(Protocol):
+    """How one global batch becomes gradients."""
+
+    replica: Replica
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """Leave in every ``.grad`` the gradient of the global batch's mean loss, summed over all ranks (of sharded
+        parameters: this rank's part of it).
+
+        Args:
+            batch: the windows of all ranks; ``batch.targets`` is what the summed loss is divided by.
+
+        Returns:
+            This rank's share of the mean loss, detached: the ranks' shares add up to it.
+        """
+        ...
+
+
+def build_step(config: TrainConfig, model: DecoderLM, ranks: Ranks) -> StepMethod:
+    """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
+    return WholeStep(config, model, ranks)
+
+
+class WholeStep:
+    """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
+
+    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        if config.compile:
+            for block in model.blocks:
+                block.compile()
+        if config.parallel.sharding == "fsdp":
+            self.replica = Replica.sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
+            materialize(model, ranks.device)
+        else:
+            materialize(model, ranks.device)
+            self.replica = Replica.whole(model, ranks.world)
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """See :class:`StepMethod`."""
+        total: Tensor | None = None
+        parts = list(rows_in_parts(batch.rows_of(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate))
+        for rows in parts:
+            part = batch.part(rows, shard_of(self.ranks))
+            with self.replica.backward(last=rows is parts[-1]):
+                loss = loss_of(self.replica, part, batch.targets, self.config, self.ranks)
+                loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+
+def materialize(model: DecoderLM, device: torch.device) -> None:
+    """Give a model on the meta device its first weights: they depend on the seed and their names alone."""
+    model.to_empty(device=device)
+    model.initialize()
+
+
+def loss_of(model: Replica | DecoderLM, part: Part, targets: int, config: TrainConfig, ranks: Ranks) -> Tensor:
+    """A part's summed loss over the global count of targets."""
+    device = ranks.device
+    with autocast(config, device):
+        loss: Tensor = model(part.inputs.to(device), part.labels.to(device), group=ranks.sp_group, layout=ranks.layout,
+                             cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device), num_targets=targets)
+    return loss
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Matrix products in bfloat16 where the precision says so; weights, norms, states and sums stay wide."""
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+
+
+def shard_of(ranks: Ranks) -> Shard:
+    """This rank's shard of every sequence."""
+    return Shard(ranks.rank % ranks.sp, ranks.sp, ranks.layout)
+
+
+def rows_in_parts(rows: range, parts: int) -> Iterator[range]:
+    """The rows in that many parts of equal size."""
+    size = len(rows) // parts
+    return (rows[n * size:(n + 1) * size] for n in range(parts))

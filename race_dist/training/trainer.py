@@ -1,0 +1,195 @@
+"""A model, its optimizer and its text on one rank's place in the mesh: a step, a measurement, saving and restoring."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import race_dist
+from race_dist.models import DecoderLM
+from race_dist.parallel import all_reduce_sum, full_tensor
+from race_dist.training.agreement import check_same_run
+from race_dist.training.checkpoint import CheckpointError, Checkpoints, Saved
+from race_dist.training.config import TrainConfig, differing_keys
+from race_dist.training.corpus import Corpus, load_corpus
+from race_dist.training.data import check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors
+from race_dist.training.ranks import Ranks
+from race_dist.training.step import build_step, loss_of, rows_in_parts, shard_of
+
+# what a run may be resumed with although it was begun with another value
+FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "steps", "parallel", "eval", "sample", "checkpoint",
+                  "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement on held-out text: mean ``loss`` in nats over ``tokens`` tokens."""
+
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step.
+
+    Attributes:
+        loss: mean over the global batch, in nats, before the step.
+        grad_norm: norm of its whole gradient, before clipping.
+        flags: for each flag that was passed in, whether it was set on any rank.
+    """
+
+    loss: float
+    grad_norm: float
+    flags: tuple[bool, ...] = ()
+
+
+class Trainer:
+    """A model, its optimizer and its text on this rank's place in the mesh.
+
+    Attributes:
+        config: of the run.
+        ranks: the mesh and this rank's place in it.
+        corpus: the text; ``train`` and ``held_out`` are its two sides.
+        model: this rank's replica, or its shards of it.
+        optimizer: over its parameters.
+        step: steps done.
+        position: batches drawn.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        """Everything a run needs, on every rank.
+
+        Raises:
+            ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
+                divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
+        """
+        self.config, self.ranks = config, ranks
+        self.corpus = open_corpus(config, ranks.dp, ranks.sp)
+        self.train, self.held_out = _sides(config, self.corpus)
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        self.model = DecoderLM(config.model, dtype=dtype, device="meta")
+        self.method = build_step(config, self.model, ranks)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.step = self.position = 0
+        check_same_run(config, self.corpus, self.model, ranks.world)
+
+    def train_step(self, flags: Sequence[bool] = ()) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            flags: this rank's; the result says which were set on any rank.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; the weights are then left as they were.
+        """
+        config, data = self.config, self.config.data
+        batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
+                               context=data.context)
+        self.optimizer.zero_grad(set_to_none=True)
+        share = self.method.gradients(batch)
+        shared = torch.stack([share.double(), *(share.new_tensor(float(f), dtype=torch.float64) for f in flags)])
+        loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = full_tensor(torch.nn.utils.get_total_norm(grads))
+        if not (math.isfinite(loss) and bool(norm.isfinite())):
+            raise FloatingPointError(f"step {self.step + 1}: the loss is {loss} and the gradient's norm {float(norm)}; "
+                                     "try a lower optim.lr or a longer optim.warmup_steps")
+        if config.optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config.steps, config.optim)
+        self.optimizer.step()
+        self.step += 1
+        self.position += 1
+        return StepResult(loss, float(norm), tuple(f > 0 for f in raised))
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """The loss on held-out text, the same on every rank."""
+        data, ranks = self.config.data, self.ranks
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        tokens = 0
+        for batch in evaluation_batches(self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size,
+                                        context=data.context):
+            for rows in rows_in_parts(batch.rows_of(ranks.dp_rank, ranks.dp), self.config.optim.accumulate):
+                total += loss_of(self.model, batch.part(rows, shard_of(ranks)), 1, self.config, ranks).double()
+            tokens += batch.targets
+        self.model.train()
+        return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: parameters and the optimizer's states by name."""
+        named = {name: p.detach() for name, p in self.model.named_parameters()}
+        return {f"model.{name}": p for name, p in named.items()} | optimizer_tensors(self.model, self.optimizer)
+
+    def save(self, store: Checkpoints) -> None:
+        """Begin a checkpoint of this moment."""
+        store.save(self.step, self.tensors(), {
+            "position": self.position, "config": self.config.model_dump(mode="json"),
+            "corpus": {"tokens": len(self.corpus.tokens), "digest": self.corpus.digest()},
+            "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
+            "versions": {"race-dist": race_dist.__version__, "torch": torch.__version__, "python": platform.python_version()}})
+
+    def restore(self, store: Checkpoints, saved: Saved) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            CheckpointError: it is of a run with another model, text or optimizer; the message names what differs.
+        """
+        facts = saved.facts
+        differing = [key for key in differing_keys(facts["config"], self.config.model_dump(mode="json"))
+                     if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)]
+        if differing:
+            raise CheckpointError(f"{saved.path} was written with another {', '.join(differing)}; put back what it was, or "
+                                  "begin a new run under another name")
+        if facts["corpus"]["digest"] != self.corpus.digest():
+            raise CheckpointError(f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
+                                  "back, or begin a new run under another name")
+        store.load(saved, self.tensors())
+        self.step, self.position = saved.step, facts["position"]
+
+    def describe(self) -> Iterator[str]:
+        """What is about to happen, in two lines."""
+        config, ranks, corpus = self.config, self.ranks, self.corpus
+        parameters = sum(p.numel() for p in self.model.parameters())
+        unit = "bytes" if corpus.tokenizer is None else "tokens"
+        yield (f"{config.name}: {parameters:,} parameters, {ranks.dp * ranks.sp} "
+               f"rank{'s' if ranks.dp * ranks.sp > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}"
+               f"{', parameters sharded' if self.method.replica.is_sharded else ''}) on {ranks.device.type}")
+        yield (f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
+               f"held out; {config.data.batch_size} x {config.data.context} {unit} a step")
+
+
+def open_corpus(config: TrainConfig, dp: int, sp: int = 1) -> Corpus:
+    """The text of a run, once it is clear that ``dp`` groups of ``sp`` ranks can train on it; ValueError where they
+    cannot."""
+    data, parts = config.data, config.optim.accumulate
+    if data.batch_size % dp:
+        raise ValueError(f"data.batch_size is {data.batch_size}, which does not divide over parallel.dp = {dp} "
+                         "groups of ranks; change one of them")
+    if data.batch_size // dp % parts:
+        raise ValueError(f"data.batch_size = {data.batch_size} over parallel.dp = {dp} leaves {data.batch_size // dp} rows a "
+                         f"rank, which do not divide into optim.accumulate = {parts} parts; change one of them")
+    from race_dist.training.data import Shard
+
+    check_shards(data.context, data.batch_size // dp // parts, Shard(0, sp, config.parallel.layout),
+                 separate=data.documents == "separate")
+    corpus = load_corpus(data.path, data.pattern)
+    if corpus.vocab_size > config.model.vocab_size:
+        raise ValueError(f"model.vocab_size is {config.model.vocab_size}, but the tokens of {corpus.name} need "
+                         f"{corpus.vocab_size}: make it {corpus.vocab_size} or more")
+    check_fits(*_sides(config, corpus), data.context, corpus.name)
+    return corpus
+
+
+def _sides(config: TrainConfig, corpus: Corpus) -> tuple[Any, Any]:
+    return corpus.split(config.data.held_out, separate=config.data.documents == "separate")

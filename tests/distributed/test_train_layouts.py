@@ -1,0 +1,108 @@
+"""The same loss curve on every arrangement of up to four ranks, whatever is sharded, accumulated and computed again; and
+checkpoints that one arrangement writes and another one reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch.distributed import ProcessGroup
+
+from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.loop import Hooks, run
+from race_dist.training.metrics import read_metrics
+from race_dist.training.ranks import Ranks
+from race_dist.training.rundir import RunDirectory
+from race_dist.training.trainer import Trainer
+
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1)]
+OPTIONS = [(sharding, parts, again) for sharding in ("none", "fsdp") for parts in (1, 2) for again in (False, True)]
+STEPS = 50
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    text = folder / "text.txt"
+    if not text.exists():
+        text.write_text(" ".join(f"{n} squared is {n * n}." for n in range(3000)))
+    tree: dict[str, Any] = {
+        "runs": str(folder), "steps": STEPS, "log_every": 1,
+        "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "layer_pattern": "RW", "window": 8,
+                  "race": {"num_tables": 2, "num_planes": 2}},
+        "data": {"path": str(text), "context": 24, "batch_size": 24},
+        "optim": {"lr": 3e-3, "warmup_steps": 5}, "eval": {"tokens": 480, "every": 1000},
+        "checkpoint": {"minutes": 1000}, "sample": {"tokens": 0}}
+    return tree | changes
+
+
+def place(group: ProcessGroup | None, dp: int, sp: int) -> Ranks:
+    """``dp`` rows of ``sp`` neighbouring ranks."""
+    if group is None or dp * sp == 1:
+        return Ranks(torch.device("cpu"))
+    first = dist.get_rank(group) // sp * sp
+    shared = dist.new_group(list(range(first, first + sp)), use_local_synchronization=True) if sp > 1 else None
+    return Ranks(torch.device("cpu"), group, shared)
+
+
+def curve(group: ProcessGroup | None, tree: dict[str, Any], dp: int, sp: int) -> list[float]:
+    trainer = Trainer(parse_config(tree), place(group, dp, sp))
+    return [trainer.train_step().loss for _ in range(STEPS)] + [trainer.evaluate().loss]
+
+
+def changed(tree: dict[str, Any], sharding: str, parts: int, again: bool) -> dict[str, Any]:
+    return {**tree, "parallel": {"sharding": sharding}, "optim": {**tree["optim"], "accumulate": parts},
+            "model": {**tree["model"], "activation_checkpointing": again}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[float]:
+    losses = curve(None, settings(folder), 1, 1)
+    assert losses[-1] < losses[0] - 1.5
+    return losses
+
+
+# every layout, and every option on several of them; all 64 are slow
+SOME = [(*layout, *OPTIONS[(5 * n + 3) % 8]) for n, layout in enumerate(LAYOUTS)]
+ALL = [(*layout, *options) for layout in LAYOUTS for options in OPTIONS]
+
+
+@pytest.mark.parametrize(("dp", "sp", "sharding", "parts", "again"),
+                         [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in SOME)])
+def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], dp: int, sp: int, sharding: str, parts: int,
+                                          again: bool) -> None:
+    for losses in run_ranks(dp * sp, curve, changed(settings(folder), sharding, parts, again), dp, sp):
+        assert losses == pytest.approx(alone, abs=1e-5, rel=0)
+
+
+def leg(group: ProcessGroup | None, config: TrainConfig, dp: int, sp: int, until: int) -> bool:
+    """Go on from the newest checkpoint until step ``until``, save, leave."""
+    trainer, directory = Trainer(config, place(group, dp, sp)), RunDirectory(config.directory)
+    if trainer.ranks.rank == 0:
+        directory.reopen(config)
+    asked = lambda: trainer.ranks.rank == trainer.ranks.dp * trainer.ranks.sp - 1 and trainer.step + 1 == until
+    return run(trainer, directory, resume=True, hooks=Hooks(stop_requested=asked)).stopped
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_is_read_by_any_layout(folder: Path, alone: list[float], sharded: bool) -> None:
+    tree = settings(folder, name=f"legs-{sharded}")
+    directory = RunDirectory(parse_config(tree).directory)
+    legs = [((2, 1), "none"), ((1, 2), "none"), ((1, 1), "none"), ((2, 1), "none")]
+    if sharded:
+        legs = [((4, 1), "fsdp"), ((1, 1), "none"), ((1, 3), "fsdp"), ((2, 1), "none"), ((2, 2), "fsdp")]
+    for n, ((dp, sp), sharding) in enumerate(legs, 1):
+        config = parse_config({**tree, "parallel": {"sharding": sharding}})
+        until = STEPS if n == len(legs) else n * STEPS // len(legs)
+        stopped = run_ranks(dp * sp, leg, config, dp, sp, until)
+        assert stopped == [until < STEPS] * (dp * sp)
+    losses = [r["loss"] for r in read_metrics(directory.metrics) if r["kind"] == "train"]
+    assert losses == pytest.approx(alone[:STEPS], abs=1e-5, rel=0)
+    assert {n.shape for n in directory.load_model().parameters()}
