@@ -107,14 +107,13 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
 
 
 def side_group(group: ProcessGroup | None) -> ProcessGroup | None:
-    """A gloo group of the same ranks, for collectives of a background thread; every rank of ``group`` calls it.
+    """A gloo group of the same ranks, for collectives of a background thread; every rank of the job calls it.
 
     Two threads must not share a group: their collectives would meet in any order. One rank needs none (None).
     """
     if group is None or group_size(group) == 1:
         return None
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=_job_timeout(),
-                          use_local_synchronization=True)
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=_job_timeout())
 
 
 def _meet(rank: int, world: int, timeout: datetime.timedelta) -> Any:

@@ -3,15 +3,16 @@ checkpoints that one arrangement writes and another one reads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from harness import run_ranks
+from harness import RankError, spawn_ranks
 from torch.distributed import ProcessGroup
 
+from race_dist.parallel import build_mesh
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.loop import Hooks, run
 from race_dist.training.metrics import read_metrics
@@ -38,16 +39,24 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return tree | changes
 
 
+def start(dp: int, sp: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """``fn(group, dp, sp, *args)`` on fresh ranks that are the whole job; in this process for one."""
+    if dp * sp == 1:
+        return [fn(None, dp, sp, *args)]
+    outcomes = spawn_ranks(dp * sp, fn, dp, sp, *args, timeout=60.0)
+    if any(o.error for o in outcomes):
+        raise RankError([o.error for o in outcomes])
+    return [o.value for o in outcomes]
+
+
 def place(group: ProcessGroup | None, dp: int, sp: int) -> Ranks:
-    """``dp`` rows of ``sp`` neighbouring ranks."""
-    if group is None or dp * sp == 1:
+    if group is None:
         return Ranks(torch.device("cpu"))
-    first = dist.get_rank(group) // sp * sp
-    shared = dist.new_group(list(range(first, first + sp)), use_local_synchronization=True) if sp > 1 else None
-    return Ranks(torch.device("cpu"), group, shared)
+    mesh = build_mesh(dp, sp)
+    return Ranks(torch.device("cpu"), group, mesh["sp"].get_group() if sp > 1 else None)
 
 
-def curve(group: ProcessGroup | None, tree: dict[str, Any], dp: int, sp: int) -> list[float]:
+def curve(group: ProcessGroup | None, dp: int, sp: int, tree: dict[str, Any]) -> list[float]:
     trainer = Trainer(parse_config(tree), place(group, dp, sp))
     return [trainer.train_step().loss for _ in range(STEPS)] + [trainer.evaluate().loss]
 
@@ -64,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[float]:
-    losses = curve(None, settings(folder), 1, 1)
+    losses = curve(None, 1, 1, settings(folder))
     assert losses[-1] < losses[0] - 1.5
     return losses
 
@@ -78,11 +87,11 @@ ALL = [(*layout, *options) for layout in LAYOUTS for options in OPTIONS]
                          [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in SOME)])
 def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], dp: int, sp: int, sharding: str, parts: int,
                                           again: bool) -> None:
-    for losses in run_ranks(dp * sp, curve, changed(settings(folder), sharding, parts, again), dp, sp):
+    for losses in start(dp, sp, curve, changed(settings(folder), sharding, parts, again)):
         assert losses == pytest.approx(alone, abs=1e-5, rel=0)
 
 
-def leg(group: ProcessGroup | None, config: TrainConfig, dp: int, sp: int, until: int) -> bool:
+def leg(group: ProcessGroup | None, dp: int, sp: int, config: TrainConfig, until: int) -> bool:
     """Go on from the newest checkpoint until step ``until``, save, leave."""
     trainer, directory = Trainer(config, place(group, dp, sp)), RunDirectory(config.directory)
     if trainer.ranks.rank == 0:
@@ -101,7 +110,7 @@ def test_a_checkpoint_is_read_by_any_layout(folder: Path, alone: list[float], sh
     for n, ((dp, sp), sharding) in enumerate(legs, 1):
         config = parse_config({**tree, "parallel": {"sharding": sharding}})
         until = STEPS if n == len(legs) else n * STEPS // len(legs)
-        stopped = run_ranks(dp * sp, leg, config, dp, sp, until)
+        stopped = start(dp, sp, leg, config, until)
         assert stopped == [until < STEPS] * (dp * sp)
     losses = [r["loss"] for r in read_metrics(directory.metrics) if r["kind"] == "train"]
     assert losses == pytest.approx(alone[:STEPS], abs=1e-5, rel=0)
