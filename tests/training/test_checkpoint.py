@@ -98,7 +98,7 @@ def test_a_damaged_one_is_passed_over_and_told(tmp_path: Path, damage: Any, whic
     assert problems[0].startswith("checkpoint 000002-step-00000020 is damaged (")
     assert re.search(says, problems[0])
     cut(tmp_path / "000001-step-00000010" / MANIFEST)
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole: checkpoint 000002"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: checkpoint 000002"):
         Checkpoints(tmp_path, None).newest()
 
 
@@ -205,7 +205,7 @@ def test_a_run_resumes_only_what_it_was(tmp_path: Path) -> None:
     go(longer, resume=True)
     assert curve(longer)[-1][1] == 14
     Path(config.data.path).write_text("another text, as long as you like\n" * 900)
-    with pytest.raises(CheckpointError, match="is not the one that .* was trained on"):
+    with pytest.raises(CheckpointError, match=r"is not the one that .* was trained on"):
         go(parse_config({**json.loads(config.to_json()), "steps": 20}), resume=True)
 
 

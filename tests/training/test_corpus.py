@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from race_dist.training.corpus import BLOCK, Corpus, load_corpus
-from race_dist.training.data import Batch, Shard, check_fits, evaluation_batches, training_batch
+from race_dist.training.data import check_fits, evaluation_batches, training_batch
 
 
 def corpus_of(size: int) -> Corpus:
