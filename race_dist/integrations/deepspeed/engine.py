@@ -54,10 +54,15 @@ class Shared:
 def join(*, device: str | torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     """Join the job that the environment describes (torchrun, the deepspeed launcher, a plain process) and return this rank's
     device. Called by :func:`initialize`; call it before where the device is wanted earlier."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     place = init_distributed(device=device, timeout=timeout)
     os.environ.setdefault("LOCAL_RANK", str(place.index or 0))  # DeepSpeed's engine asks for it
     if place.type == "cpu":
         _leave_out_shared_memory_op()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(get_accelerator().communication_backend_name())  # takes what is there
     return place
 
 

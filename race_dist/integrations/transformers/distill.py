@@ -1,0 +1,90 @@
+"""Teaching a converted model what its softmax teacher does: first layer by layer, then as a whole.
+
+The recipe is the usual one for making a softmax model linear: match each replaced layer's output on the teacher's own hidden
+states (mean squared error), then the teacher's predictions (Kullback-Leibler divergence) beside the text's (cross-entropy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from race_dist.integrations.transformers.attach import decoder_of
+from race_dist.integrations.transformers.layer import RaceSelfAttention
+
+KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")  # of a teacher's call, what its student's layer is told too
+
+
+def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """How far the RACE layers' outputs are from the teacher's, on the teacher's hidden states: the mean squared error over
+    the mean square, averaged over the layers. 1 is a layer that says nothing, 0 one that has learned all.
+
+    Args:
+        teacher: the model before its conversion; no gradients are taken through it.
+        student: the converted model.
+        batch: input_ids ``[B, T]`` and what else the teacher takes; attention_mask marks padding, which is left out.
+
+    Raises:
+        ValueError: the student has no RACE layer.
+    """
+    layers = {m.layer_idx: m for m in student.modules() if isinstance(m, RaceSelfAttention)}
+    if not layers:
+        raise ValueError("the student has no RACE layer to teach: convert it first")
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", "shift_labels", "num_items_in_batch")}
+    with torch.no_grad(), _watched(teacher, layers) as seen:
+        decoder_of(teacher)(**inputs, use_cache=False)
+    mask = batch.get("attention_mask")
+    weight = torch.ones(()) if mask is None else mask.to(torch.bool)[..., None]
+    losses = []
+    for index, (x, told, target) in seen.items():
+        out, _ = layers[index](x, attention_mask=mask, **told)
+        weight = weight.to(out.device)
+        error, power = (out - target).float().square() * weight, target.float().square() * weight
+        losses.append(error.sum() / power.sum())
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any], Tensor]]]:
+    """What goes into and comes out of some of the teacher's attention modules."""
+    seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
+    handles = []
+    for index, block in enumerate(decoder_of(teacher).layers):  # type: ignore[arg-type]
+        attention = getattr(block, "self_attn", None) or getattr(block, "attention", None)
+        if index in wanted and attention is not None:
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, index: int = index) -> None:
+                x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                seen[index] = x, {name: kwargs[name] for name in KEPT if kwargs.get(name) is not None}, out[0]
+
+            handles.append(attention.register_forward_hook(note, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prediction_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
+                    share: float = 0.5) -> Tensor:
+    """``share * KL(teacher || student) + (1 - share) * cross-entropy``, the mean over targets that count.
+
+    Args:
+        logits, teacher_logits: ``[B, T, vocab]``.
+        targets: ``[B, T]`` int64, the target of each position; -100 does not count.
+        temperature: of both distributions in the divergence, which is scaled by its square.
+        share: of the divergence, 0 to 1.
+
+    Raises:
+        ValueError: temperature or share are out of their range.
+    """
+    if not temperature > 0 or not 0 <= share <= 1:
+        raise ValueError(f"temperature must be positive and share from 0 to 1; got {temperature} and {share}")
+    counts = targets != -100
+    ours, theirs = (F.log_softmax(x[counts].float() / temperature, -1) for x in (logits, teacher_logits.detach()))
+    divergence = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
+    return share * divergence + (1 - share) * F.cross_entropy(logits[counts].float(), targets[counts])
