@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from race_dist import __version__
+
+if TYPE_CHECKING:
+    from race_dist.training.corpus import Corpus
 
 FAILED, USER_ERROR = 1, 2
 
@@ -144,6 +147,52 @@ def generate(
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
+app.add_typer(data, name="data")
+
+
+@data.command("pack")
+def data_pack(
+    path: Annotated[str, typer.Argument(help="A text file, a folder, or python-stdlib.", metavar="PATH")],
+    out: Annotated[Path, typer.Option(help="The folder to make; data.path of a run.", metavar="FOLDER")],
+    pattern: Annotated[str, typer.Option(help='Which files of a folder, by name: "*.md".')] = "*",
+    tokenizer: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")] = None,
+    one_document: Annotated[bool, typer.Option("--one-document", help="All files are one long document.")] = False,
+    skip_undecodable: Annotated[bool, typer.Option(
+        "--skip-undecodable", help="Leave out files that are not UTF-8 instead of refusing them.")] = False,
+) -> None:
+    """Make one memory-mapped token file, with an index of documents, of any amount of text.
+
+    Text is read a piece at a time. Of files with the same content the first is kept. A run that trains on the folder
+    reads only what its batches need.
+    """
+    from rich.console import Console
+
+    from race_dist.training.packed import pack
+
+    console = Console(stderr=True)
+    with user_errors(), console.status("packing") as status:
+        corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
+                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(f"packing {file}"))
+    _describe_corpus(corpus)
+
+
+@data.command("check")
+def data_check(folder: Annotated[Path, typer.Argument(help="A packed corpus.", metavar="FOLDER")]) -> None:
+    """Read all of a packed corpus and compare it with its checksums."""
+    from race_dist.training.packed import verify_packed
+
+    with user_errors():
+        _describe_corpus(verify_packed(folder))
+
+
+def _describe_corpus(corpus: Corpus) -> None:
+    assert corpus.documents is not None
+    print(f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
+          f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents")
 
 
 bench = typer.Typer(no_args_is_help=True, help="Time this machine.")

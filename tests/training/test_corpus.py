@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from race_dist.parallel import shard_rows
 from race_dist.training.corpus import BLOCK, Corpus, load_corpus
-from race_dist.training.data import check_fits, evaluation_batches, training_batch
+from race_dist.training.data import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
 
 
 def corpus_of(size: int) -> Corpus:
@@ -114,3 +118,112 @@ def test_a_text_shorter_than_a_sequence_is_refused() -> None:
     check_fits(*corpus_of(10_000).split(), 900, "numbers")
     with pytest.raises(ValueError, match=r"the held-out part of numbers has 1000 tokens.*1025; lower data.context"):
         check_fits(*corpus_of(10_000).split(), 1024, "numbers")
+
+
+# --- documents, and what a rank reads --------------------------------------------------------------------------------------
+
+
+def documents_of(lengths: list[int]) -> Corpus:
+    """Token i of the corpus is i."""
+    bounds = np.cumsum([0, *lengths]).astype(np.int64)
+    return Corpus("numbers", np.arange(bounds[-1], dtype=np.uint32), bounds, vocab_size=2**32)
+
+
+def test_every_tenth_document_or_the_tail_is_held_out() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 9, 34)]
+    corpus = documents_of(lengths)
+    assert corpus.documents is not None
+    pieces = [corpus.tokens[a:b] for a, b in zip(corpus.documents, corpus.documents[1:])]
+    train, held_out = corpus.split("documents")
+    assert np.array_equal(train.read(0, len(train)), np.concatenate([p for n, p in enumerate(pieces) if n % 10 != 9]))
+    assert np.array_equal(held_out.read(0, len(held_out)), np.concatenate([p for n, p in enumerate(pieces) if n % 10 == 9]))
+    train, held_out = corpus.split("tail")
+    size = len(corpus.tokens)
+    assert np.array_equal(held_out.read(0, len(held_out)), corpus.tokens[size - size // 10:])
+    assert np.shares_memory(train.view(2, 5), corpus.tokens)
+    assert [len(s) for s in documents_of([5, 6, 7]).split("documents")] == [11, 7]  # of few, the last
+    for options in ({"held_out": "documents"}, {"separate": True}):
+        with pytest.raises(ValueError, match="needs several documents, but numbers is one"):
+            documents_of([100]).split(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("held_out", ["blocks", "documents", "tail"])
+def test_separate_documents_begin_where_they_begin(held_out: str) -> None:
+    corpus = documents_of([int(n) for n in np.random.default_rng(1).integers(1, 9, 100)])
+    assert corpus.documents is not None
+    begins = set(corpus.documents.tolist())
+    for side in corpus.split(held_out, separate=True):  # type: ignore[arg-type]
+        tokens = side.read(0, len(side)).tolist()
+        assert side.boundaries is not None
+        expected = [n for n in range(1, len(tokens)) if tokens[n] in begins or tokens[n] != tokens[n - 1] + 1]
+        assert side.boundaries.tolist() == expected
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_shards_of_a_batch_are_those_of_the_whole(layout: str, world: int) -> None:
+    split = corpus_of(20_000).train
+    batch = Batch(split, (0, 17, 1_000, 12_345), 24, 3)
+    rows = torch.from_numpy(np.stack([batch.row(n) for n in range(4)]).astype(np.int64))
+    labels = rows[:, 1:].clone()
+    labels[3] = -100  # fills the batch up
+    for rank in range(world):
+        at = shard_rows(24, rank, world, layout=layout)  # type: ignore[arg-type]
+        part = batch.part(range(1, 4), Shard(rank, world, layout))
+        assert torch.equal(part.inputs, rows[1:4, :-1][:, at])
+        assert torch.equal(part.labels, labels[1:4][:, at])
+        assert part.cu_seqlens is None
+    assert batch.targets == 72
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_rows_of_separate_documents_are_one_packed_sequence(world: int) -> None:
+    corpus = documents_of([int(n) for n in np.random.default_rng(2).integers(1, 12, 200)])
+    split = corpus.split("blocks", separate=True)[0]
+    batch = Batch(split, (3, 400, 77), 29, 3)
+    assert split.boundaries is not None
+    new = set(split.boundaries.tolist())
+    inputs, labels, cu = [], [], [0]
+    for row, start in enumerate(batch.starts):
+        for at in range(start, start + 29):
+            if at != start and at in new:
+                cu.append(row * 29 + at - start)
+            inputs.append(int(split.read(at, 1)[0]))
+            labels.append(-100 if at + 1 in new else int(split.read(at + 1, 1)[0]))
+        cu.append((row + 1) * 29)
+    parts = [batch.part(range(3), Shard(rank, world)) for rank in range(world)]
+    assert torch.cat([p.inputs for p in parts], 1).tolist() == [inputs]
+    assert torch.cat([p.labels for p in parts], 1).tolist() == [labels]
+    assert all(p.cu_seqlens is not None and p.cu_seqlens.tolist() == cu for p in parts)
+    assert batch.targets == sum(label != -100 for label in labels)
+
+
+def test_shards_that_do_not_fit_are_refused() -> None:
+    check_shards(24, 2, Shard(0, 3, "zigzag"), separate=False)
+    with pytest.raises(ValueError, match=r"data.context = 25 does not divide into the 2 \* 3 slices"):
+        check_shards(25, 2, Shard(0, 3, "zigzag"), separate=False)
+    with pytest.raises(ValueError, match="which documents of all lengths do not allow"):
+        check_shards(24, 2, Shard(0, 3, "zigzag"), separate=True)
+
+
+def test_reading_all_of_a_file_leaves_little_of_it_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "sparse"
+    with file.open("wb") as data:
+        data.truncate(2**28)
+    program = f"""
+import sys
+from race_dist.training.corpus import Corpus
+import numpy as np
+from pathlib import Path
+def resident():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+tokens = np.memmap({str(file)!r}, dtype=np.uint8, mode="r")
+train, _ = Corpus("sparse", tokens).split("tail")
+train.read(0, 2**20)
+before = resident()
+for start in range(0, len(train) - 2**20, 2**20):
+    train.read(start, 2**20)
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8 * 1024  # KiB, of 256 MiB that were read
