@@ -11,7 +11,7 @@ from torch import Tensor
 
 from race_dist import RaceConfig
 from race_dist.models import DecoderLM, ModelConfig
-from race_dist.streaming import Progress, streamed_backward, streamed_loss
+from race_dist.streaming import Progress, streamed_backward, streamed_loss, streamed_prompt
 
 VOCAB = 17
 
@@ -117,8 +117,9 @@ def test_progress_counts_every_chunk_of_both_phases() -> None:
     streamed_backward(model(), ids, labels, chunk_size=10, progress=seen.append)
     assert [(p.phase, p.chunk) for p in seen] == [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2),
                                                  ("backward", 3)]
-    assert seen[-1].tokens == 50
+    assert [p.tokens for p in seen] == [20, 40, 10, 30, 50]  # of both rows; the ragged chunk comes first on the way back
     assert seen[-1].remaining == 0
+    assert all(p.memory > 0 and p.tokens_per_second > 0 for p in seen)
 
 
 def test_an_interrupted_step_leaves_gradients_as_they_were() -> None:
@@ -139,7 +140,11 @@ def test_an_interrupted_step_leaves_gradients_as_they_were() -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"chunk_size": 0}, "chunk_size must be an integer of at least 1; got 0"),
     ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"),
-    ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"), ({"keep": "disk"}, 'keep must be "device" or "host"')])
+    ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"),
+    ({"keep": "disk"}, "keep must be one of 'device', 'host', 'subtract'; got 'disk'"),
+    ({"keep": "subtract"}, "needs race.decay = \"none\", but it is 'token'"),
+    ({"input_ids": torch.full((1, 20), 17)}, "input_ids must be from 0 to vocab_size - 1 = 16; got 17"),
+    ({"labels": torch.full((1, 20), -1)}, "labels must be from 0 to vocab_size - 1 = 16 \\(or -100\\); got -1")])
 def test_bad_input_is_named(change: dict[str, Any], words: str) -> None:
     ids, labels = text(1, 20)
     with pytest.raises(ValueError, match=words):
@@ -154,6 +159,66 @@ def test_other_types_are_named(change: dict[str, Any], words: str) -> None:
     ids, labels = text(1, 20)
     with pytest.raises(TypeError, match=words):
         streamed_backward(**{"model": model(), "input_ids": ids, "labels": labels, "chunk_size": 4, **change})
+
+
+@pytest.mark.parametrize("pattern", ["R", "RW"])
+@pytest.mark.parametrize("normalization", ["global", "bucket", "none"])
+def test_sketches_recovered_by_subtraction(pattern: str, normalization: str) -> None:
+    net = model(pattern, decay="none", normalization=normalization)
+    ids, labels = text(2, 45)
+    net(ids, labels).backward()
+    wanted = gradients(net)
+    net.zero_grad()
+    streamed_backward(net, ids, labels, chunk_size=4, keep="subtract")
+    assert_same(gradients(net), wanted)
+
+
+def test_subtraction_is_refused_where_documents_begin() -> None:
+    ids, labels = text(1, 20)
+    with pytest.raises(ValueError, match="does not go with cu_seqlens"):
+        streamed_backward(model(decay="none"), ids, labels, chunk_size=4, keep="subtract", cu_seqlens=torch.tensor([0, 7, 20]))
+
+
+def test_targets_may_be_counted_elsewhere() -> None:
+    """Replicas that share a batch divide by the targets of all."""
+    net, (ids, labels) = model(), text(1, 30)
+    mean = streamed_backward(net, ids, labels, chunk_size=8)
+    wanted, count = gradients(net), int((labels != -100).sum())
+    net.zero_grad()
+    assert float(streamed_backward(net, ids, labels, chunk_size=8, num_targets=3 * count)) == pytest.approx(float(mean) / 3)
+    assert_same(gradients(net), {name: g / 3 for name, g in wanted.items()})
+
+
+@pytest.mark.parametrize(("length", "chunk_size"), [(30, 8), (24, 8), (5, 9)])
+def test_a_prompt_is_read_in_chunks(length: int, chunk_size: int) -> None:
+    net, (ids, _) = model("RW"), text(2, length)
+    with torch.no_grad():
+        wanted = net(ids)[:, -1]
+        logits, carry = streamed_prompt(net, ids, chunk_size=chunk_size)
+        assert float((logits - wanted).norm() / wanted.norm()) <= 1e-12
+        following = torch.ones(2, 1, dtype=torch.int64)
+        h, _ = net.hidden(following, carry)
+        wanted = net(torch.cat([ids, following], 1))[:, -1]
+        assert float((net.logits(h)[:, -1] - wanted).norm() / wanted.norm()) <= 1e-12
+
+
+def test_compiled_blocks_run_one_graph_in_both_phases() -> None:
+    """A graph for the forward phase and another for the backward phase would round differently in a narrow dtype."""
+    from torch._dynamo.utils import counters
+
+    ids, labels = text(1, 64)
+    net = model("R").float()
+    eager = streamed_backward(net, ids, labels, chunk_size=16)
+    wanted = gradients(net)
+    net.zero_grad()
+    torch.compiler.reset()
+    counters.clear()
+    for block in net.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    loss = streamed_backward(net, ids, labels, chunk_size=16)
+    assert counters["stats"]["unique_graphs"] == 1  # for all blocks, chunks and phases
+    assert abs(float(loss - eager)) <= 1e-6
+    assert_same(gradients(net), wanted, 1e-4)
 
 
 def test_full_softmax_is_refused_with_the_reason() -> None:

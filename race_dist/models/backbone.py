@@ -170,11 +170,8 @@ class Backbone(nn.Module):
         Returns:
             ``h [B, T, dim]`` and the carry after the whole sequence.
         """
-        self._check(input_ids, key_mask, cu_seqlens)
-        sequence = Sequence.of(input_ids.shape[1], cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout,
-                               position=0 if carry is None else carry.position, final=final, device=input_ids.device)
-        x = self.embed(input_ids)
-        sequence = sequence.with_rotations(self._rotation_kinds(), compute_dtype(x))
+        x, sequence = self.enter(input_ids, 0 if carry is None else carry.position, cu_seqlens=cu_seqlens, key_mask=key_mask,
+                                 group=group, layout=layout, final=final)
         layers = []
         for i, block in enumerate(self._blocks()):
             before = None if carry is None else carry.layers[i]
@@ -187,6 +184,17 @@ class Backbone(nn.Module):
         if not final:
             return h, None
         return h, ModelCarry(tuple(layers), sequence.end_position(None if carry is None else carry.position))
+
+    def enter(self, input_ids: Tensor, position: Tensor | int = 0, *, cu_seqlens: Tensor | None = None,
+              key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
+              final: bool = True) -> tuple[Tensor, Sequence]:
+        """What :meth:`hidden` gives its first block: embedded tokens ``[B, T, dim]``, and where they stand. ``position``: of
+        the first token; the rest as there."""
+        self._check(input_ids, key_mask, cu_seqlens)
+        sequence = Sequence.of(input_ids.shape[1], cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout,
+                               position=position, final=final, device=input_ids.device)
+        x = self.embed(input_ids)
+        return x, sequence.with_rotations(self._rotation_kinds(), compute_dtype(x))
 
     def _blocks(self) -> Iterable[Block]:
         return cast(Iterable[Block], self.blocks)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.parallel.comm import group_rank, group_size, start_all_gather
+from race_dist.parallel.comm import group_rank, group_size, start_all_gather, start_all_reduce
 from race_dist.parallel.watch import name_ranks
 
 _DIGEST_BYTES = 32
@@ -134,3 +134,17 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
                          + (f" and so on for {len(odd)} ranks" if len(odd) > _FEW else ""))
     return (f"the ranks do not agree on {what} (this is rank {ranks[group_rank(group)]}): " + "; ".join(parts)
             + ". Every rank must make the same call with the same settings.")
+
+
+def agree_on_least(value: int, group: ProcessGroup | None) -> int:
+    """The least of the ranks' integers, the same on every rank; by the CPU where the group talks over it."""
+    return -agree_on_greatest([-value], group)[0]
+
+
+def agree_on_greatest(values: list[int], group: ProcessGroup | None) -> list[int]:
+    """The greatest of the ranks' integers, one by one; by the CPU where the group talks over it."""
+    if group_size(group) == 1:
+        return values
+    assert group is not None
+    mine = torch.tensor(values, dtype=torch.int64, device=_device_of(group))
+    return [int(v) for v in start_all_reduce(mine, group, op="max").wait()]

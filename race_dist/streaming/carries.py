@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from race_dist.models.backbone import ModelCarry
+from race_dist.models.backbone import Block, ModelCarry
+from race_dist.models.language import LanguageModel
+from race_dist.nn.race import RaceCarry
 from race_dist.parallel.comm import pack, packed_size, unpack
 
-Keep = Literal["device", "host"]
+Keep = Literal["device", "host", "subtract"]
+KEEPS = ("device", "host", "subtract")
 SLAB = 2**28  # bytes of carries that are allocated at a time
 
 
@@ -27,16 +33,15 @@ class Carries:
     On a CUDA device carries go to the host, and come back one chunk early, on a stream of their own beside the work.
 
     Args:
-        keep: "device" or "host".
+        keep: "device", "host", or "subtract": on the device, without the sketches.
         like: any of the carries: they differ in their tensors' values alone.
         count: how many there will be at most.
     """
 
     def __init__(self, keep: Keep, like: ModelCarry, count: int) -> None:
-        if keep not in ("device", "host"):
-            raise ValueError(f'keep must be "device" or "host"; got {keep!r}')
         self._like, self._device = like, like.position.device
-        self._row = packed_size(like.tensors())
+        self._kept = _kept(like, sketches=keep != "subtract")
+        self._row = packed_size(self._of(like))
         self._rows = max(1, min(count, SLAB // max(1, self._row)))  # of a slab
         self._host = keep == "host" and self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._host else None
@@ -47,17 +52,48 @@ class Carries:
     def __len__(self) -> int:
         return self._count
 
-    @property
-    def bytes(self) -> int:
-        """Of all carries that wait."""
-        return self._count * self._row
-
     def push(self, carry: ModelCarry) -> None:
         """Keep one more; ``carry`` itself may be freed."""
-        packed = pack([t.detach() for t in carry.tensors()])
+        self._push(pack([t.detach() for t in self._of(carry)]))
+
+    def pop(self) -> ModelCarry:
+        """The last one; sketches that are not kept are zero."""
+        self._count -= 1
+        row = self._fetch(self._count)
+        if self._count % self._rows == 0:
+            self._slabs.pop()
+        tensors = iter(unpack(row, self._of(self._like)))
+        every = zip(self._like.tensors(), self._kept, strict=True)
+        return self._like.with_tensors(tuple(next(tensors) if kept else torch.zeros_like(t) for t, kept in every))
+
+    def rows(self, first: int) -> Tensor | None:
+        """``[count - first, bytes]``: those from ``first`` on, to be stored; None where there are none."""
+        if first >= self._count:
+            return None
+        if self._stream is not None:
+            self._stream.synchronize()
+        return torch.stack([self._slot(i) for i in range(first, self._count)])
+
+    def restore(self, rows: Tensor) -> None:
+        """Put back what :meth:`rows` gave.
+
+        Raises:
+            ValueError: a row has another size.
+        """
+        if rows.shape[1:] != (self._row,):
+            raise ValueError(f"the stored carries have {rows.shape[1]} bytes each, this step's {self._row}: they are of "
+                             "another model or batch")
+        for row in rows:
+            self._push(row.to(self._device))
+
+    def _of(self, carry: ModelCarry) -> list[Tensor]:
+        """The tensors that are kept."""
+        return [t for t, kept in zip(carry.tensors(), self._kept, strict=True) if kept]
+
+    def _push(self, packed: Tensor) -> None:
         if self._count == self._rows * len(self._slabs):
-            place = {"pin_memory": True} if self._host else {"device": self._device}
-            self._slabs.append(torch.empty(self._rows, self._row, dtype=torch.uint8, **place))
+            where = {"pin_memory": True} if self._host else {"device": self._device}
+            self._slabs.append(torch.empty(self._rows, self._row, dtype=torch.uint8, **where))
         row = self._slot(self._count)
         self._count += 1
         if self._stream is None:
@@ -67,14 +103,6 @@ class Carries:
         with torch.cuda.stream(self._stream):
             row.copy_(packed, non_blocking=True)
         packed.record_stream(self._stream)
-
-    def pop(self) -> tuple[ModelCarry, list[Tensor | None]]:
-        """The last one as leaves of a new graph; and of its tensors, those that can have a gradient (None elsewhere)."""
-        self._count -= 1
-        row = self._fetch(self._count)
-        if self._count % self._rows == 0:
-            self._slabs.pop()
-        return as_leaves(self._like.with_tensors(unpack(row, self._like.tensors())))
 
     def _slot(self, index: int) -> Tensor:
         return self._slabs[index // self._rows][index % self._rows]
@@ -96,3 +124,37 @@ class Carries:
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
             return self._slot(index).to(self._device, non_blocking=True)
+
+
+def _kept(carry: ModelCarry, *, sketches: bool) -> list[bool]:
+    """Of each of a carry's tensors, whether it is kept."""
+    kept = []
+    for layer in carry.layers:
+        of_sketch = len(layer.sketch.tensors()) if isinstance(layer, RaceCarry) else 0
+        kept += [sketches] * of_sketch + [True] * (len(layer.tensors()) - of_sketch)
+    return [*kept, True]
+
+
+@torch.no_grad()
+def subtract(model: LanguageModel, ids: Tensor, after: ModelCarry, rest: ModelCarry,
+             group: ProcessGroup | None) -> ModelCarry:
+    """The carry at a chunk's start, from the one behind the chunk: without decay, sketches of disjoint tokens add.
+
+    Layer by layer: what the chunk adds to a layer's sketch is known once the layers below are run from theirs.
+
+    Args:
+        ids: the chunk's tokens, this rank's.
+        after: the carry behind the chunk, with float64 sketches.
+        rest: the carry at its start, whose sketches are zero.
+    """
+    x, sequence = model.enter(ids, rest.position, group=group)
+    layers = []
+    for block, behind, at_start in zip(cast(Iterable[Block], model.blocks), after.layers, rest.layers, strict=True):
+        start = at_start
+        if isinstance(behind, RaceCarry) and isinstance(at_start, RaceCarry):
+            added = cast(RaceCarry, block.mixer(block.mixer_norm(x), at_start, sequence)[1])
+            pairs = zip(behind.sketch.tensors(), added.sketch.tensors(), strict=True)
+            start = replace(at_start, sketch=behind.sketch.with_tensors(tuple(a - b for a, b in pairs)))
+        layers.append(start)
+        x = cast(Tensor, block(x, start, sequence)[0])
+    return ModelCarry(tuple(layers), rest.position)

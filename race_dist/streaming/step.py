@@ -11,57 +11,37 @@ Related work that runs a sequence in pieces: Sequence Accumulation (AAAI 2025), 
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist.models.backbone import ModelCarry
-from race_dist.models.language import LanguageModel
+from race_dist.models.language import DecoderLM
 from race_dist.parallel import all_reduce_sum, group_size
-from race_dist.streaming.carries import Carries, Keep, as_leaves
-from race_dist.streaming.gradients import Gradients
+from race_dist.parallel.agree import agree_on_greatest
+from race_dist.parallel.comm import pack, unpack
+from race_dist.streaming.carries import KEEPS, Carries, Keep, as_leaves, subtract
+from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, digest_of_tokens, digest_of_weights
+from race_dist.streaming.gradients import Gradients, unwrapped
+from race_dist.streaming.progress import Interrupts, Pace, Progress, StepInterrupted
 from race_dist.streaming.text import Chunk, Text, Tokens
 
-HOST_AHEAD = 2  # chunks whose kernels may wait on a device before the host waits for them
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far one streamed step is: given to the ``progress`` callback after every chunk.
-
-    On a device the last chunks may still be running: the host is at most two ahead.
-
-    Attributes:
-        phase: "forward" (carries only) or "backward" (activations again, and gradients).
-        chunk: chunks done in this phase, of ``chunks``.
-        tokens: tokens done in this phase, over all ranks and rows.
-        seconds: since the step began.
-        remaining: seconds left, judged by the pace so far.
-    """
-
-    phase: str
-    chunk: int
-    chunks: int
-    tokens: int
-    seconds: float
-    remaining: float
-
-
-def streamed_backward(model: LanguageModel, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
-                      group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, keep: Keep = "device",
+def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
+                      group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
+                      keep: Keep = "device", checkpoint: StepCheckpoint | None = None,
                       progress: Callable[[Progress], None] | None = None) -> Tensor:
     """The mean loss over the whole sequence; adds its exact gradients to every parameter's ``.grad``.
 
     Blocks that are compiled run one graph in both phases, so that they round alike; a last chunk shorter than the others
-    compiles another one.
+    compiles another one. Ctrl-C ends the step at the next chunk's edge, on all ranks.
 
     Args:
-        model: a DecoderLM of R and W layers.
+        model: a DecoderLM of R and W layers, by itself, in DistributedDataParallel or under FSDP2 (``fully_shard``). Replicas'
+            gradients are averaged, as those wrappers do, once, after the last chunk.
         input_ids: ``[B, T]`` integers, the full sequence on every rank: a tensor, or a NumPy array such as a memory
             map far larger than memory.
         labels: ``[B, T]`` integers, ``labels[t]`` the target of position t; -100 is ignored.
@@ -69,65 +49,102 @@ def streamed_backward(model: LanguageModel, input_ids: Tokens, labels: Tokens, *
             ``W * chunk_size`` tokens are sharded over the ranks, so that no rank waits for another's whole shard.
         group: the ranks that share the sequence. Gradients are summed over it, once, after the last chunk.
         cu_seqlens: ``[N + 1]`` int, packed documents (B = 1).
-        keep: where the carries at chunk starts wait: "device", or "host" (pinned memory, copied beside the work).
+        num_targets: what the summed loss is divided by; None: the labels that count.
+        keep: where the carries at chunk starts wait: "device", "host" (pinned memory, copied beside the work), or "subtract":
+            sketches are recovered by taking away what each chunk has added (no decay, no packed documents; about one more
+            forward pass).
+        checkpoint: store the step in its middle, and resume it from there.
         progress: called after every chunk.
 
     Returns:
         The mean over all targets, on every rank; 0 (with gradients 0) where no target counts.
 
     Raises:
-        ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, or ``chunk_size < 1``.
+        ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, or what
+            the checkpoint's folder holds is not of this step.
+        StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
-    stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens, progress)
-    with Gradients(model) as gradients:
-        carries = Carries(keep, stream.first_carry(), stream.text.count)
-        stream.forward(carries)
-        total = all_reduce_sum(stream.backward(carries, gradients), stream.group)
-        gradients.finish(stream.group)
+    stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
+    with Gradients(model, stream.group) as gradients, Interrupts(None if checkpoint is None else checkpoint.stop) as interrupts:
+        step = _Step(stream, gradients, interrupts, keep, num_targets, progress)
+        if checkpoint is not None:
+            step.resume(checkpoint)
+        step.forward()
+        step.backward()
+        total = all_reduce_sum(step.total, stream.group)
+        gradients.finish()
     return total
 
 
 @torch.no_grad()
-def streamed_loss(model: LanguageModel, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
-                  group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None,
+def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
+                  group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
                   progress: Callable[[Progress], None] | None = None) -> Tensor:
     """The mean loss of :func:`streamed_backward` without gradients: evaluation over any length. Same arguments."""
-    stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens, progress)
-    targets, carry = stream.targets(), stream.first_carry()
+    stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
+    targets, carry, pace = stream.targets(num_targets), stream.first_carry(), stream.pace()
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
     for chunk, ids, wanted in stream.text.read(range(stream.text.count)):
         h, carry = stream.hidden(ids, carry, chunk)
-        total += model.loss(h, wanted, num_targets=targets).double()
-        stream.report("forward", chunk)
+        total += stream.model.loss(h, wanted, num_targets=targets).double()
+        if progress is not None:
+            progress(pace.chunk_done("forward", chunk.index + 1))
     return all_reduce_sum(total, stream.group)
+
+
+@torch.no_grad()
+def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int,
+                    group: ProcessGroup | None = None) -> tuple[Tensor, ModelCarry]:
+    """Read a prompt of any length: the logits of the token that follows it, and the carry to go on from.
+
+    Args:
+        model, chunk_size, group: as for :func:`streamed_backward`.
+        input_ids: ``[B, T]`` integers.
+
+    Returns:
+        ``[B, vocab]``, and the carry behind the last token (for ``model.hidden``), both on every rank.
+    """
+    stream = _Stream(model, input_ids, input_ids, chunk_size, group, None)
+    carry = stream.first_carry()
+    for chunk, ids, _ in stream.text.read(range(stream.text.count)):
+        h, carry = stream.hidden(ids, carry, chunk)
+    last = h[:, -1] if h.shape[1] else h.new_zeros(h.shape[0], h.shape[2])
+    if stream.group is not None:  # shards of a short last chunk may be empty: the last rank with rows has the last token
+        held = agree_on_greatest([torch.distributed.get_rank(stream.group) if h.shape[1] else -1], stream.group)[0]
+        mine = torch.distributed.get_rank(stream.group) == held
+        last = all_reduce_sum(last if mine else torch.zeros_like(last), stream.group)
+    return stream.model.logits(last), carry
 
 
 class _Stream:
     """One sequence, cut into chunks, and the model that runs over them."""
 
-    def __init__(self, model: LanguageModel, input_ids: Tokens, labels: Tokens, chunk_size: int,
-                 group: ProcessGroup | None, cu_seqlens: Tensor | None,
-                 progress: Callable[[Progress], None] | None) -> None:
-        if not isinstance(model, LanguageModel):
-            raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(model).__name__}")
-        if "S" in model.config.layer_kinds:
+    def __init__(self, model: nn.Module, input_ids: Tokens, labels: Tokens, chunk_size: int, group: ProcessGroup | None,
+                 cu_seqlens: Tensor | None) -> None:
+        inner = unwrapped(model)
+        if not isinstance(inner, DecoderLM):
+            raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(inner).__name__}")
+        if "S" in inner.config.layer_kinds:
             raise ValueError(f"a full-softmax layer cannot be streamed: its carry is every key and value so far; "
-                             f"layer_pattern = {model.config.layer_pattern!r} may hold R and W")
-        self.model, self.device = model, model.head_weight.device
+                             f"layer_pattern = {inner.config.layer_pattern!r} may hold R and W")
+        self.model, self.device = inner, inner.norm.weight.device
         self.group = group if group_size(group) > 1 else None
-        self.text = Text(input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=model.config.vocab_size,
+        self.text = Text(input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size,
                          device=self.device)
-        self.compiled = any(m._compiled_call_impl is not None for m in model.modules())
-        self.progress, self.began = progress, time.monotonic()
-        self._running: deque[torch.cuda.Event] = deque()
+        self.packed = cu_seqlens is not None
+        self.compiled = any(m._compiled_call_impl is not None for m in inner.modules())
 
-    def targets(self) -> Tensor:
-        """How many there are in the whole sequence, on the device."""
-        return torch.tensor(self.text.count_targets(), device=self.device)
+    def pace(self) -> Pace:
+        """A count of chunks that begins now."""
+        return Pace(self.device, self.text.count, self.text.length, self.text.batch, self.text.step)
+
+    def targets(self, given: int | None) -> Tensor:
+        """What the summed loss is divided by, on the device."""
+        return torch.tensor(self.text.count_targets() if given is None else given, device=self.device)
 
     def first_carry(self) -> ModelCarry:
         """No tokens yet. The sketches are float64: theirs are sums over the whole sequence."""
-        kind, weights = self.device.type, self.model.head_weight.dtype
+        kind, weights = self.device.type, self.model.norm.weight.dtype
         narrow = torch.is_autocast_enabled(kind) and weights != torch.float64
         return self.model.zero_carry(self.text.batch, dtype=torch.get_autocast_dtype(kind) if narrow else weights,
                                      state_dtype=torch.float64)
@@ -138,57 +155,137 @@ class _Stream:
         assert after is not None
         return h, after
 
-    def forward(self, carries: Carries) -> None:
+
+class _Step:
+    """A step under way: everything that changes from chunk to chunk, which is also what is stored.
+
+    Attributes:
+        phase, done: chunks done of a phase.
+        carry: behind the last chunk of the forward phase; then at the start of the chunk that was done last.
+        incoming: gradients of that carry's tensors.
+        total: this rank's share of the mean loss, float64.
+    """
+
+    def __init__(self, stream: _Stream, gradients: Gradients, interrupts: Interrupts, keep: Keep, num_targets: int | None,
+                 progress: Callable[[Progress], None] | None) -> None:
+        _check_keep(keep, stream)
+        self.stream, self.gradients, self.interrupts, self.keep, self.progress = stream, gradients, interrupts, keep, progress
+        self.targets, self.pace = stream.targets(num_targets), stream.pace()
+        self.phase, self.done, self.carry = "forward", 0, stream.first_carry()
+        self.carries = Carries(keep, self.carry, stream.text.count)
+        self.carries.push(self.carry)
+        self.incoming: list[Tensor | None] = [None] * len(self.carry.tensors())
+        self.total = torch.zeros((), dtype=torch.float64, device=stream.device)
+        self.store: Store | None = None
+
+    def forward(self) -> None:
         """Fill in the carry at each chunk's start. The last chunk is not run: nothing reads what it hands on."""
-        carry = self.first_carry()
-        carries.push(carry)
-        for chunk, ids, _ in self.text.read(range(self.text.count - 1)):
-            with torch.set_grad_enabled(self.compiled):  # a compiled graph rounds as it does in the backward phase
-                _, carry = self.hidden(ids, as_leaves(carry)[0], chunk)
-            carries.push(carry)
-            self.report("forward", chunk)
-
-    def backward(self, carries: Carries, gradients: Gradients) -> Tensor:
-        """This rank's share of the mean loss, float64; gradients are added up chunk by chunk."""
-        targets = self.targets()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        incoming: list[Tensor | None] = []  # gradient of the carry that leaves the chunk
-        for chunk, ids, labels in self.text.read(reversed(range(self.text.count))):
-            torch.clear_autocast_cache()  # weights cast without gradients must not be taken for these
-            carry, leaves = carries.pop()
-            with torch.enable_grad():
-                h, after = self.hidden(ids, carry, chunk)
-                loss = self.model.loss(h, labels, num_targets=targets)
-            roots: list[Tensor] = [loss]
-            seeds: list[Tensor | None] = [None]
-            for tensor, gradient in zip(after.tensors(), incoming):
-                if gradient is not None and tensor.requires_grad:
-                    roots.append(tensor)
-                    seeds.append(gradient)
-            torch.autograd.backward(roots, seeds)
-            total += loss.detach().double()
-            gradients.collect()
-            incoming = [None if leaf is None or leaf.grad is None else leaf.grad for leaf in leaves]
-            self.report("backward", chunk)
-        return total
-
-    def report(self, phase: str, chunk: Chunk) -> None:
-        """Tell the callback. A backward chunk is three forward passes' work, as is usual to count it."""
-        self._keep_pace()
-        if self.progress is None:
+        if self.phase != "forward":
             return
-        text, seconds = self.text, time.monotonic() - self.began
-        done = chunk.index + 1 if phase == "forward" else text.count - chunk.index
-        works = done if phase == "forward" else text.count - 1 + 3 * done
-        tokens = (chunk.stop if phase == "forward" else text.length - chunk.start) * text.batch
-        self.progress(Progress(phase, done, text.count, tokens, seconds, seconds * ((4 * text.count - 1) / works - 1)))
+        for chunk, ids, _ in self.stream.text.read(range(self.done, self.stream.text.count - 1)):
+            with torch.set_grad_enabled(self.stream.compiled):  # a compiled graph rounds as it does in the backward phase
+                _, carry = self.stream.hidden(ids, as_leaves(self.carry)[0], chunk)
+            self.carry = carry.with_tensors(tuple(t.detach() for t in carry.tensors()))
+            self.carries.push(self.carry)
+            self._chunk_done("forward", chunk.index + 1)
+        self.phase, self.done = "backward", 0
 
-    def _keep_pace(self) -> None:
-        """The host waits for the chunk before the last: what it reports has happened, and a key press is soon heard."""
-        if self.device.type != "cuda":
-            return
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        self._running.append(event)
-        if len(self._running) > HOST_AHEAD:
-            self._running.popleft().synchronize()
+    def backward(self) -> None:
+        """Add up the gradients, from the last chunk to the first."""
+        text = self.stream.text
+        for chunk, ids, labels in text.read(range(text.count - 1 - self.done, -1, -1)):
+            start = self.carries.pop()
+            if self.keep == "subtract":
+                first = chunk.index == text.count - 1  # whose carry is at hand
+                start = self.carry if first else subtract(self.stream.model, ids, self.carry, start, self.stream.group)
+            self.carry = start
+            self._backward_chunk(chunk, ids, labels)
+            self._chunk_done("backward", text.count - chunk.index)
+
+    def _backward_chunk(self, chunk: Chunk, ids: Tensor, labels: Tensor) -> None:
+        torch.clear_autocast_cache()  # weights cast without gradients must not be taken for these
+        self.gradients.begin_chunk(last=chunk.index == 0)
+        carry, leaves = as_leaves(self.carry)
+        with torch.enable_grad():
+            h, after = self.stream.hidden(ids, carry, chunk)
+            loss = self.stream.model.loss(h, labels, num_targets=self.targets)
+        roots: list[Tensor] = [loss]
+        seeds: list[Tensor | None] = [None]
+        for tensor, gradient in zip(after.tensors(), self.incoming, strict=True):
+            if gradient is not None and tensor.requires_grad:
+                roots.append(tensor)
+                seeds.append(gradient)
+        torch.autograd.backward(roots, seeds)
+        self.total += loss.detach().double()
+        self.gradients.collect()
+        self.incoming = [None if leaf is None or leaf.grad is None else leaf.grad for leaf in leaves]
+
+    def _chunk_done(self, phase: str, done: int) -> None:
+        """Report, store and stop, each where it is asked for."""
+        self.phase, self.done = phase, done
+        report = self.pace.chunk_done(phase, done)
+        due = self.store is not None and self.store.due()
+        stop, due = (bool(v) for v in agree_on_greatest([self.interrupts.wanted(), due], self.stream.group))
+        finished = phase == "backward" and done == self.stream.text.count
+        if self.store is not None and (stop or due or finished):
+            self._save(self.store)
+        if self.progress is not None:
+            self.progress(report)
+        if stop and not finished:
+            self._stop(report)
+
+    def _stop(self, report: Progress) -> NoReturn:
+        where = f"interrupted after {report.chunk} of {report.chunks} chunks of the {report.phase} phase"
+        if self.store is None:
+            raise StepInterrupted(f"{where}; nothing of this step is kept (checkpoint= would)")
+        raise StepInterrupted(f"{where}; stored in {self.store.folder}: the same call goes on from there")
+
+    # --- storing -------------------------------------------------------------------------------------------------------
+
+    def resume(self, checkpoint: StepCheckpoint) -> None:
+        """Store the step from now on; first go on from what is stored of it."""
+        if self.gradients.sharded:
+            raise ValueError("a step under FSDP2 cannot be stored in its middle: FSDP2 holds the gradients of chunks itself; "
+                             "leave out checkpoint=, or use DDP or no wrapper")
+        text = self.stream.text
+        facts: Mapping[str, str] = {
+            "text": digest_of_tokens(text.ids), "labels": digest_of_tokens(text.labels), "chunk size": str(text.step),
+            "number of ranks": str(group_size(self.stream.group)), "model": self.stream.model.config.model_dump_json(),
+            "set of weights": digest_of_weights(self.stream.model), "number of targets": str(int(self.targets)),
+            "way to keep carries": self.keep, "precision": str(self.carry.tensors()[-2].dtype)}
+        self.store = Store(checkpoint, facts, self.stream.group)
+        saved = self.store.load()
+        if saved is not None:
+            self._restore(saved)
+
+    def _save(self, store: Store) -> None:
+        tensors = {"carry": pack(self.carry.tensors()), "total": self.total, **self.gradients.tensors()}
+        tensors |= {f"incoming.{i}": g for i, g in enumerate(self.incoming) if g is not None}
+        store.save(self.phase, self.done, tensors, self.carries.rows)
+
+    def _restore(self, saved: Saved) -> None:
+        device, tensors = self.stream.device, saved.tensors
+        self.phase, self.done = saved.phase, saved.done
+        self.total = tensors["total"].to(device)
+        self.carry = self.carry.with_tensors(unpack(tensors["carry"].to(device), self.carry.tensors()))
+        self.incoming = [tensors[f"incoming.{i}"].to(device) if f"incoming.{i}" in tensors else None
+                         for i in range(len(self.incoming))]
+        self.gradients.restore(tensors)
+        self.carries = Carries(self.keep, self.carry, self.stream.text.count)
+        left = saved.done + 1 if saved.phase == "forward" else self.stream.text.count - saved.done
+        assert saved.carries is not None
+        self.carries.restore(saved.carries[:left])
+
+
+def _check_keep(keep: str, stream: _Stream) -> None:
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}; got {keep!r}")
+    if keep != "subtract":
+        return
+    if stream.packed:
+        raise ValueError('keep="subtract" does not go with cu_seqlens: where a document begins, nothing of the state before '
+                         'it is left to subtract from; use keep="host"')
+    config = stream.model.config
+    if "R" in config.layer_kinds and config.race.decay != "none":
+        raise ValueError(f'keep="subtract" needs race.decay = "none", but it is {config.race.decay!r}: what has decayed '
+                         'cannot be brought back; use keep="host"')

@@ -60,7 +60,7 @@ class Text:
         if cu_seqlens is not None and (input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]):
             raise ValueError(f"cu_seqlens must end at T = {input_ids.shape[1]} with B = 1; it ends at {int(cu_seqlens[-1])} "
                              f"with B = {input_ids.shape[0]}")
-        self._ids, self._labels, self._group, self._device = input_ids, labels, group, device
+        self.ids, self.labels, self._group, self._device = input_ids, labels, group, device
         self._vocab_size = vocab_size
         self._boundaries = None if cu_seqlens is None else cu_seqlens[1:-1].unique().tolist()
         self.batch, self.length = int(input_ids.shape[0]), int(input_ids.shape[1])
@@ -84,10 +84,10 @@ class Text:
 
     def count_targets(self) -> int:
         """Targets of the whole sequence, counted piece by piece."""
-        if isinstance(self._labels, np.ndarray) and self._labels.dtype.kind == "u":
+        if isinstance(self.labels, np.ndarray) and self.labels.dtype.kind == "u":
             return self.batch * self.length
         step = max(self.step, 2**22)
-        pieces = (self._labels[:, start:start + step] for start in range(0, self.length, step))
+        pieces = (self.labels[:, start:start + step] for start in range(0, self.length, step))
         return sum(int((piece != IGNORE).sum()) for piece in pieces)
 
     def read(self, indices: Iterable[int]) -> Iterator[Loaded]:
@@ -114,7 +114,7 @@ class Text:
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             chunk = self.chunk(index)
             first, last = self._shard(chunk)
-            ids, labels = (self._send(x, name, first, last) for name, x in (("input_ids", self._ids), ("labels", self._labels)))
+            ids, labels = (self._send(x, name, first, last) for name, x in (("input_ids", self.ids), ("labels", self.labels)))
             if self._copies is None:
                 return chunk, ids, labels, None
             event = torch.cuda.Event()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from race_dist.streaming import streamed_backward
-from tests.distributed.harness import run_ranks
+from race_dist.parallel import build_mesh
+from race_dist.streaming import StepCheckpoint, StepInterrupted, streamed_backward, streamed_prompt
+from tests.distributed.harness import run_ranks, spawn_ranks
 from tests.test_streaming import assert_same, gradients, model, text
 
 
@@ -31,3 +38,122 @@ def test_equals_one_rank(world: int, pattern: str, length: int, chunk_size: int,
     for loss, got in run_ranks(world, step, pattern, length, chunk_size, bounds):
         assert abs(loss - float(wanted_loss.detach())) <= 1e-12
         assert_same(got, gradients(net))
+
+
+def stopped(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
+    """One rank is asked to stop; then the step goes on from where it was stored. Uneven shards, a document's edge inside."""
+    ids, labels = text(1, 41)
+    options: dict[str, Any] = {"chunk_size": 5, "group": group, "cu_seqlens": torch.tensor([0, 17, 41])}
+    asked = iter(range(100))
+    on_one = StepCheckpoint(folder, stop=lambda: next(asked) >= 4 and dist.get_rank(group) == 1)
+    said = ""
+    try:
+        streamed_backward(model("RW"), ids, labels, **options, checkpoint=on_one)
+    except StepInterrupted as error:
+        said = str(error).split(";")[0]
+    net = model("RW")
+    loss = streamed_backward(net, ids, labels, **options, checkpoint=StepCheckpoint(folder))
+    return said, float(loss), gradients(net)
+
+
+def test_all_ranks_stop_at_the_same_chunk_and_resume(tmp_path: Path) -> None:
+    net, (ids, labels) = model("RW"), text(1, 41)
+    wanted: Tensor = net(ids, labels, cu_seqlens=torch.tensor([0, 17, 41]))
+    wanted.backward()
+    for said, loss, got in run_ranks(2, stopped, str(tmp_path)):
+        assert said == "interrupted after 1 of 5 chunks of the backward phase"
+        assert abs(loss - float(wanted.detach())) <= 1e-12
+        assert_same(got, gradients(net))
+
+
+def one_rank_lost(group: ProcessGroup, folder: str) -> list[str]:
+    """The files of rank 1 are gone: the ranks begin anew together; then its weights are others: all are told."""
+    ids, labels = text(1, 41)
+    seen: list[str] = []
+    for change in ("files", "weights"):
+        store = StepCheckpoint(folder, key=change, stop=iter([False, False, True]).__next__)
+        net = model()
+        try:
+            streamed_backward(net, ids, labels, chunk_size=5, group=group, checkpoint=store)
+        except StepInterrupted as error:
+            seen.append(type(error).__name__)
+        net = model()
+        if dist.get_rank(group) == 1:
+            if change == "files":
+                store.clear()
+            else:
+                with torch.no_grad():
+                    net.norm.weight += 1
+        try:
+            count: list[int] = []
+            streamed_backward(net, ids, labels, chunk_size=5, group=group, checkpoint=StepCheckpoint(folder, key=change),
+                              progress=lambda p: count.append(p.chunk))
+            seen.append(f"{len(count)} chunks")
+        except ValueError as error:
+            seen.append(str(error).split("in progress of ")[1].split(":")[0])
+    return seen
+
+
+def test_ranks_agree_on_what_is_stored(tmp_path: Path) -> None:
+    first, second = run_ranks(2, one_rank_lost, str(tmp_path))
+    assert first == ["StepInterrupted", "9 chunks", "StepInterrupted", "something else, as another rank has found"]
+    assert second == ["StepInterrupted", "9 chunks", "StepInterrupted", "another set of weights"]
+
+
+def recovered(group: ProcessGroup) -> dict[str, Tensor]:
+    net, (ids, labels) = model("RW", decay="none"), text(1, 41)
+    streamed_backward(net, ids, labels, chunk_size=5, group=group, keep="subtract")
+    return gradients(net)
+
+
+def test_subtraction_over_ranks() -> None:
+    net, (ids, labels) = model("RW", decay="none"), text(1, 41)
+    net(ids, labels).backward()
+    for got in run_ranks(2, recovered):
+        assert_same(got, gradients(net))
+
+
+def prompt(group: ProcessGroup, length: int) -> Tensor:
+    return streamed_prompt(model("RW"), text(1, length)[0], chunk_size=5, group=group)[0]
+
+
+@pytest.mark.parametrize("length", [31, 40, 2])
+def test_a_prompt_over_ranks(length: int) -> None:
+    with torch.no_grad():
+        wanted = model("RW")(text(1, length)[0])[:, -1]
+    for got in run_ranks(3, prompt, length):
+        assert float((got - wanted).norm() / wanted.norm()) <= 1e-12
+
+
+def wrapped(world: ProcessGroup, sp: int) -> list[tuple[str, dict[str, Tensor], int]]:
+    """Each row of ``sp`` ranks streams its own text. For each wrapper the gradients, and how often FSDP2 has reduced any."""
+    mesh = build_mesh(dist.get_world_size() // sp, sp)
+    group = mesh["sp"].get_group() if sp > 1 else None
+    ids, labels = text(1, 37, seed=dist.get_rank() // sp)
+    full = lambda g: g.full_tensor() if isinstance(g, DTensor) else g
+    results = []
+    for how in ("DDP", "FSDP2", "FSDP2 over replicas"):
+        net: Any = model("RW")
+        if how == "DDP":
+            net = DistributedDataParallel(net)
+        else:
+            for part in (*net.blocks, net):
+                fully_shard(part, mesh=mesh["dp"] if how == "FSDP2 over replicas" else DeviceMesh.from_group(world, "cpu"))
+        name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        with mock.patch.object(dist, name, wraps=getattr(dist, name)) as reduce:
+            streamed_backward(net, ids, labels, chunk_size=4, group=group)
+        got = {name.removeprefix("module."): full(p.grad).clone() for name, p in net.named_parameters()}
+        results.append((how, got, reduce.call_count))
+    return results
+
+
+@pytest.mark.parametrize(("world", "sp"), [(2, 1), (4, 2)])
+def test_replicas_are_averaged_once(world: int, sp: int) -> None:
+    net, replicas = model("RW"), world // sp
+    for seed in range(replicas):
+        (net(*text(1, 37, seed=seed)) / replicas).backward()
+    for outcome in spawn_ranks(world, wrapped, sp, timeout=30.0):
+        assert outcome.error is None, outcome.error
+        for how, got, reduced in outcome.value:
+            assert_same(got, gradients(net))
+            assert reduced == (0 if how == "DDP" else 3)  # two blocks and what stands outside them, in the last chunk alone
