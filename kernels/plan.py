@@ -3,6 +3,7 @@
 A sequence is cut in state *tiles* (one stored state each) and a tile in matmul *chunks*. Two families of kernels:
 
 - *walk*: all features fit in one block; a program walks its tile with the running state in registers.
+- *pipe*: the same walk on Hopper as a pipeline of warp groups, for bfloat16 (``kernels/hopper``).
 - *snapshot*: any number of features, in blocks; a tile is one chunk and reads the stored state directly. Also the
   "bucket" normalization, whose backward pass needs prefix and suffix state at the same chunk.
 
@@ -26,6 +27,8 @@ MAX_TILE = 4096
 SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV")
 STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
+PIPE_SHARED = 227 * 1024  # what the pipelines take, about: all of a multiprocessor
+PIPE_REGISTERS = 128  # of each of 16 warps' threads, before they share them out anew
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A call's choices. ``tile`` tokens share a stored state; ``walk`` tells the family."""
+    """A call's choices. ``tile`` tokens share a stored state; ``walk`` and ``pipe`` tell the family."""
 
     tile: int
     walk: bool
     launches: dict[str, Launch]
+    pipe: bool = False
 
     def __getitem__(self, kernel: str) -> Launch:
         return self.launches[kernel]
@@ -155,13 +159,15 @@ def work_bucket(work: int) -> int:
     return 1 << max(0, work.bit_length() - 1)
 
 
-def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = None, tile: int | None = None) -> Plan:
+def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False, chunk: int | None = None,
+              tile: int | None = None) -> Plan:
     """Choose for one call.
 
     Args:
         spec: dimensions and flags; its C, SB and stages are overwritten.
         work: ``B * Hkv * T``, about.
         shared_limit: bytes of shared memory a program may use.
+        hopper: whether the device runs Hopper's matrix instructions.
         chunk, tile: force these (tests).
     """
     block = padded(spec.S, spec.least)
@@ -171,12 +177,21 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, chunk: int | None = N
     if walk:
         launches = {kernel: _launch(kernel, spec, shared_limit) for kernel in KERNELS}
         bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
-        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches)
+        pipe = hopper and _fits_pipe(spec) and shared_limit >= PIPE_SHARED
+        if pipe:
+            launches |= {kernel: Launch(replace(spec, stages=1), 4, PIPE_REGISTERS) for kernel in ("out", "queries", "keys")}
+        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipe)
     spec = replace(spec, stages=1)
     while max(spec.C, spec.SB) > 16 and any(shared_bytes(kernel, spec) > shared_limit for kernel in KERNELS):
         # of all kernels alike: their chunk is the tile
         spec = replace(spec, C=spec.C // 2) if spec.C > 16 else replace(spec, SB=spec.SB // 2)
     return Plan(spec.C, False, dict.fromkeys(KERNELS, Launch(spec, 4)))
+
+
+def _fits_pipe(spec: Spec) -> bool:
+    """Whether Hopper's pipelines compute it: bfloat16 rows that the copy engine moves, no gradient of the planes."""
+    return (spec.bulk and spec.C == 64 and spec.SB == 64 and spec.BD <= 128 and spec.BV <= 128
+            and not (spec.f32 or spec.half or spec.split_planes or spec.need_planes))
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:

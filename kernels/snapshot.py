@@ -14,7 +14,7 @@ import triton.language as tl
 
 from race_dist.kernels.common import (
     BUCKET_EPS, buckets, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving,
-    load_decay, load_keep, load_planes, load_scalars, load_state, locate, low, mm, mm_right, open_rows, parts,
+    load_decay, load_keep, load_planes, load_scalars, load_state, locate, low, mm, mm_left, mm_right, open_rows, parts,
     planes_gradient, read_rows, rounded, seen, seen_by, signs, soft_hash, store_planes_gradient, store_rows,
     store_scalars, store_state, unproject,
 )
@@ -91,7 +91,7 @@ def query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, 
     e = entering(mm_right(do_c, parts(tl.trans(M), c), None, c), G, c)
     masses = tl.zeros([c.C, c.SB], tl.float32) + m[None, :]
     if c.causal:
-        e += mm(A, Fk)
+        e = mm_left(A, Fk, e, c)
         if c.is_global or c.is_bucket:
             masses = mass_seen(m, Fk, t, G, c)
     if c.is_bucket:
@@ -119,11 +119,11 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
         hq = h * c.G + g
         q_c = read_rows(q, b, t, hq, end, c.D, c.BD, c)
         do_c = low(read_rows(dout, b, t, hq, end, c.Dv, c.BV, c), c)
-        A = low(tl.zeros([c.C, c.C], tl.float32), c)
+        A = parts(tl.zeros([c.C, c.C], tl.float32), c)
         if c.causal:
             k_c = read_rows(k, b, t, h, end, c.D, c.BD, c)
             v_c = low(read_rows(v, b, t, h, end, c.Dv, c.BV, c), c)
-            A = low(seen(mm(do_c, tl.trans(v_c)), t, G, c), c)
+            A = parts(seen(mm(do_c, tl.trans(v_c)), t, G, c), c)
         r = tl.full([c.C], 1.0, tl.float32)
         h_c = tl.zeros([c.C], tl.float32)
         if c.is_global:
@@ -133,7 +133,7 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
                 W, W_rest = load_planes(planes, h, s0, c)
                 ones, zeros = corner_bits(s0, c)
                 M, m = load_state(states, index, s0, c)
-                Fk = A
+                Fk = A[0]
                 if c.causal:
                     Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
                 products = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
@@ -145,7 +145,7 @@ def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_d
             W, W_rest = load_planes(planes, h, s0, c)
             ones, zeros = corner_bits(s0, c)
             M, m = load_state(states, index, s0, c)
-            Fk = A
+            Fk = A[0]
             if c.causal:
                 Fk = low(key_features(k_c, W, W_rest, ones, zeros, sharp, keep, s0, c), c)
             products = query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, s0, c)
@@ -231,7 +231,7 @@ def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, 
                 A = mm(v_c, tl.trans(do_c))  # [j, i]
                 if c.is_bucket:
                     M, m = load_state(states, index, s0, c)
-                    A_q = low(seen(tl.trans(A), t, G, c), c)
+                    A_q = parts(seen(tl.trans(A), t, G, c), c)
                     products = query_products(q_c, do_c, A_q, M, m, Fk_low, W, W_rest, ones, zeros, sharp, t, G, s0, c)
                     masses = products[5]
                     w = products[3] / masses

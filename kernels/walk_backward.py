@@ -17,7 +17,7 @@ import triton.language as tl
 
 from race_dist.kernels.common import (
     buckets, centred, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay,
-    load_keep, load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_right, open_heads, open_rows,
+    load_keep, load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_left, mm_right, open_heads, open_rows,
     parts, planes_gradient, rounded, seen, seen_by, signs, soft_hash, store_planes_gradient, store_rows,
     store_scalars, through, unproject,
 )
@@ -65,7 +65,7 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
             do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
             e = entering(mm_right(do_c, before, None, c), G, c)
             if c.causal:
-                e = mm(low(seen(mm(do_c, tl.trans(v_c)), t, G, c), c), Fk_low, e)
+                e = mm_left(parts(seen(mm(do_c, tl.trans(v_c)), t, G, c), c), Fk_low, e, c)
             q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
             u, log_on, log_off = signs(q_c, W, W_rest, sharp, c)
             w = buckets(log_on, log_off, ones, zeros, 0, c)

@@ -119,9 +119,7 @@ def _pick_backend(p: Problem, backend: str) -> str:
     if backend not in ("auto", "reference", "chunked", "triton"):
         raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {backend!r}')
     if backend == "auto":
-        # a float32 "bucket" kernel once read outside its memory on a card, for a cause not yet known: only on request
-        doubtful = p.q.dtype == torch.float32 and p.normalization == "bucket"
-        usable = p.q.is_cuda and HAS_TRITON and not doubtful and unsupported(p, "triton") is None
+        usable = p.q.is_cuda and HAS_TRITON and unsupported(p, "triton") is None
         return "triton" if usable else "chunked"
     if backend == "triton" and (reason := unsupported(p, "triton")) is not None:
         raise ValueError(f'backend="triton" {reason}; use backend="chunked"')

@@ -27,6 +27,8 @@ SCAN_WIDTH = 256
 DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
 MAX_FEATURES = 1024
+WALKS = {"out": walk.walk_out, "queries": walk_backward.walk_queries, "keys": walk_backward.walk_keys}
+SNAPSHOTS = {"out": snapshot.snapshot_out, "queries": snapshot.snapshot_queries, "keys": snapshot.snapshot_keys}
 
 
 def forward(p: Problem, out: Tensor | None = None) -> Forward:
@@ -39,8 +41,8 @@ def forward(p: Problem, out: Tensor | None = None) -> Forward:
         return call.decode(out)
     states, final = call.prefix_states()
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
-    kernel = walk.walk_out if call.plan.walk else snapshot.snapshot_out
-    call.launch("out", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash, *call.extras, states)
+    call.launch("out", call.kernel("out"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash,
+                *call.extras, states)
     return Forward(out, den, states, final)
 
 
@@ -60,10 +62,9 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     h, row, suffixes = call.query_pass(saved, dout, into.q)
     suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
     dlog_decay = None if p.log_decay is None else torch.empty(p.log_decay.shape, dtype=torch.float32, device=p.q.device)
-    kernel = walk_backward.walk_keys if call.plan.walk else snapshot.snapshot_keys
-    call.launch("keys", kernel, _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _scalars(h),
-                _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras, saved.states,
-                saved.final.values, saved.final.mass, suffixes, call.dbeta[1], call.dplanes[1])
+    call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
+                _scalars(h), _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
+                saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.planes_part(1))
     dbeta = call.dbeta.sum((0, 1), dtype=torch.float64).to(p.beta.dtype)
     if dlog_decay is not None and p.log_decay is not None:
         dlog_decay = dlog_decay.to(p.log_decay.dtype)
@@ -116,19 +117,20 @@ def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
     return _make_plan((dim, p.v.shape[3], tables, number, p.q.shape[2] // heads), p.causal, p.normalization,
                       (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None), p.q.dtype,
                       p.planes.dtype != p.q.dtype, bulk, need_planes, work_bucket(batch * heads * length),
-                      _shared_limit(p.q.device))
+                      _shared_limit(p.q.device), _has_pipes(p.q.device))
 
 
 @lru_cache(maxsize=256)
 def _make_plan(sizes: tuple[int, int, int, int, int], causal: bool, normalization: str, extras: tuple[bool, bool, bool],
-               dtype: torch.dtype, split_planes: bool, bulk: bool, need_planes: bool, work: int, shared_limit: int) -> Plan:
+               dtype: torch.dtype, split_planes: bool, bulk: bool, need_planes: bool, work: int, shared_limit: int,
+               hopper: bool) -> Plan:
     dim, value_dim, tables, number, group = sizes
     decay, masked, packed = extras
     spec = Spec(D=dim, Dv=value_dim, L=tables, P=number, G=group, C=0, SB=0, stages=0, causal=causal,
                 is_global=normalization == "global", is_bucket=normalization == "bucket", decay=decay, masked=masked,
                 packed=packed, f32=dtype == torch.float32, half=dtype == torch.float16, split_planes=split_planes, bulk=bulk,
                 need_planes=need_planes)
-    return make_plan(spec, work, shared_limit=shared_limit)
+    return make_plan(spec, work, shared_limit=shared_limit, hopper=hopper)
 
 
 def _bulk(*tensors: Tensor) -> bool:
@@ -147,6 +149,20 @@ def _capability(device: torch.device) -> int:
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Device memory for the copy engine's descriptors."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@lru_cache
+def _has_pipes(device: torch.device) -> bool:
+    """Whether the device runs Hopper's matrix instructions."""
+    return device.type == "cuda" and _capability(device) == 9
+
+
+@lru_cache
+def _pipes() -> dict[str, object]:
+    """Hopper's pipelines; Gluon is imported where they run."""
+    from race_dist.kernels.hopper import keys, out, queries
+
+    return {"out": out.pipe_out, "queries": queries.pipe_queries, "keys": keys.pipe_keys}
 
 
 @lru_cache
@@ -214,13 +230,23 @@ class _Call:
             shape = (self.num_tiles, self.heads, spec.NSB, spec.LPB, spec.BD)
             self.dplanes = [p.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
 
+    def kernel(self, name: str) -> object:
+        """The family's kernel of that name."""
+        if self.plan.pipe:
+            return _pipes()[name]
+        return (WALKS if self.plan.walk else SNAPSHOTS)[name]
+
+    def planes_part(self, half: int) -> tuple[Tensor | None, ...]:
+        """The last argument of a backward kernel that can make the gradient of the planes."""
+        return () if self.plan.pipe else (self.dplanes[half],)
+
     def launch(self, name: str, kernel: object, *args: object, programs: int = 1) -> None:
         """Run a kernel with one program (or ``programs``) for each tile and key/value head."""
         choice = self.plan[name]
         grid = (self.num_tiles * self.heads * programs,)
         if not grid[0]:
             return
-        with _PLAIN if not choice.spec.f32 else _USUAL:
+        with _PLAIN if not (choice.spec.f32 or choice.maxnreg) else _USUAL:
             kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
                          choice.constants, num_warps=choice.num_warps, num_stages=choice.spec.stages,
                          **choice.options)
@@ -258,11 +284,11 @@ class _Call:
         row = p.q.new_empty(*p.q.shape[:2], self.heads, dtype=torch.float32) if needs_row else None
         parts = self._new_states(self.num_tiles)
         rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq), _scalars(h), _scalars(row))
-        if not self.plan.walk:
-            self.launch("queries", snapshot.snapshot_queries, *rows, *self.hash, *self.extras, saved.states, parts, self.decays,
-                        self.dbeta[0], self.dplanes[0])
+        if self.plan.pipe or not self.plan.walk:
+            self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, parts, self.decays,
+                        self.dbeta[0], *self.planes_part(0))
             return h, row, parts
-        self.launch("queries", walk_backward.walk_queries, *rows, *self.hash, *self.extras, saved.states, self.dbeta[0],
+        self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, self.dbeta[0],
                     self.dplanes[0])
         self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h), *self.hash,
                     self.extras[0], parts, self.decays)

@@ -1,6 +1,8 @@
 """Compile every kernel of a call for a card that need not be there, and print what each takes, as JSON.
 
-    python -m tests.kernels.compile_only CAPABILITY SHARED_LIMIT
+    python -m tests.kernels.compile_only CAPABILITY SHARED_LIMIT [CALL ...]
+
+With calls named (see CALLS): the pipelines that Hopper runs for them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from race_dist.kernels.plan import shared_bytes
+from race_dist.kernels.plan import KERNELS, shared_bytes
 from race_dist.ops import triton as backend
 from race_dist.ops.problem import Problem
+
+WALKS = {"sums": "tile_sums", "out": "walk_out", "queries": "walk_queries", "query_sums": "tile_query_sums",
+         "keys": "walk_keys"}
+PIPES = {"sums": "tile_sums", "out": "pipe_out", "queries": "pipe_queries", "keys": "pipe_keys"}
 
 
 class NoCard:
@@ -34,11 +40,29 @@ class NoCard:
         return 0
 
 
+CALLS: dict[str, dict[str, object]] = {
+    "plain": {}, "decay": {"decay": True, "normalization": "none"},
+    "not causal": {"causal": False}, "packed, grouped": {"documents": 3, "queries": 8},
+    "many tables": {"tables": 32, "planes": 1, "decay": True},
+}
+
+
+def problem(*, decay: bool = False, normalization: str = "global", causal: bool = True, documents: int = 0, queries: int = 4,
+            dim: int = 128, tables: int = 4, planes: int = 4) -> Problem:
+    """A call's tensors, without their elements."""
+    make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
+    log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
+    cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
+    return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, dim), make(4, tables, planes, dim),
+                   make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None, causal, normalization)  # type: ignore[arg-type]
+
+
 def main() -> None:
-    capability, limit = int(sys.argv[1]), int(sys.argv[2])
+    capability, limit, *names = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     driver.set_active(NoCard(capability))
     backend.unsupported = lambda p: None
     backend._bulk = lambda *tensors: capability >= 90
+    backend._has_pipes = lambda device: capability == 90 and bool(names)
     backend.triton.set_allocator(lambda *request: None)
     backend._shared_limit = lambda device: limit
     shared: dict[str, int] = {}
@@ -49,16 +73,18 @@ def main() -> None:
         return run
 
     JITFunction.__getitem__ = getitem
-    make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
-    p = Problem(make(1, 8192, 8, 128), make(1, 8192, 8, 128), make(1, 8192, 8, 128), make(8, 4, 4, 128),
-                make(8, dtype=torch.float32), None, None, None, None, True, "global")
-    saved = backend.forward(p)
-    backend.backward(p, saved, torch.empty_like(saved.out), None, need_planes=False)
-    names = {"sums": "tile_sums", "out": "walk_out", "queries": "walk_queries", "query_sums": "tile_query_sums",
-             "keys": "walk_keys"}
-    plan = backend._plan(p, False, capability >= 90)
-    print(json.dumps({name: {"shared": shared[kernel], "bound": shared_bytes(name, plan[name].spec)}
-                      for name, kernel in names.items()}))
+    found: dict[str, dict[str, int]] = {}
+    for call in names or ["plain"]:
+        p = problem(**CALLS[call])  # type: ignore[arg-type]
+        saved = backend.forward(p)
+        backend.backward(p, saved, torch.empty_like(saved.out), None, need_planes=False)
+        plan = backend._plan(p, False, capability >= 90)
+        for name in KERNELS:
+            kernel = PIPES.get(name, "") if plan.pipe else WALKS[name]
+            if kernel:
+                bound = limit if plan.pipe and name in PIPES else shared_bytes(name, plan[name].spec)
+                found[f"{call}: {kernel}"] = {"shared": shared[kernel], "bound": bound}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

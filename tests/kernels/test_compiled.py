@@ -10,14 +10,27 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+from tests.kernels.compile_only import CALLS, PIPES
+
+
+def figures(*arguments: object) -> dict[str, dict[str, int]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.compile_only", *map(str, arguments)], env=environment,
+                         capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_pipelines_of_hopper_compile_and_fit() -> None:
+    """No interpreter runs Gluon: what can be known of them without a card."""
+    found = figures(90, 232_448, *CALLS)
+    assert {name.split(": ")[1] for name in found} == set(PIPES.values())
+    for name, kernel in found.items():
+        assert kernel["shared"] <= kernel["bound"], (name, kernel)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "limit"), [(90, 232_448), (80, 166_912), (89, 101_376)])
 def test_shared_memory_is_what_the_plan_says(capability: int, limit: int) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-m", "tests.kernels.compile_only", str(capability), str(limit)], env=environment,
-                         capture_output=True, text=True, timeout=280, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    for name, figures in json.loads(run.stdout.splitlines()[-1]).items():
-        assert figures["shared"] <= figures["bound"] <= limit, (name, figures)
+    for name, kernel in figures(capability, limit).items():
+        assert kernel["shared"] <= kernel["bound"] <= limit, (name, kernel)
