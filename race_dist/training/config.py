@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from race_dist.models import ModelConfig
 from race_dist.training.corpus import BYTE_VOCAB, HeldOut
@@ -158,6 +159,9 @@ class TrainConfig(_Strict):
         device: ``"auto"`` (a GPU a rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
         compile: compile the model's blocks with torch.compile.
         log_every: steps between two lines of metrics.
+        engine: who holds parameters and makes the optimizer's step: ``"native"`` or ``"deepspeed"``.
+        deepspeed: the DeepSpeed configuration of that engine: a table of DeepSpeed's own keys, or the path of a JSON file,
+            whose content is then stored with the run.
     """
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -168,6 +172,8 @@ class TrainConfig(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     log_every: int = Field(10, ge=1)
+    engine: Literal["native", "deepspeed"] = "native"
+    deepspeed: dict[str, Any] = {}
     model: ModelConfig
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -189,8 +195,21 @@ class TrainConfig(_Strict):
             filled["race"] = {**seed, **filled.get("race", {})}
         return {**values, "model": filled}
 
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"deepspeed = {value!r} is the path of no DeepSpeed configuration: {error}") from None
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.deepspeed and self.engine != "deepspeed":
+            raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it '
+                             "out")
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
                              "steps; lower it or raise steps")

@@ -21,11 +21,11 @@ from race_dist.training.corpus import Corpus, load_corpus
 from race_dist.training.data import check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors
 from race_dist.training.ranks import Ranks
-from race_dist.training.step import build_step, loss_of, rows_in_parts, shard_of
+from race_dist.training.step import StepMethod, build_step, loss_of, rows_in_parts, shard_of
 
 # what a run may be resumed with although it was begun with another value
 FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "steps", "parallel", "eval", "sample", "checkpoint",
-                  "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
+                  "engine", "deepspeed", "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,17 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.corpus = open_corpus(config, ranks.dp, ranks.sp)
         self.train, self.held_out = _sides(config, self.corpus)
+        self.step = self.position = 0
+        self._build()
+
+    def _build(self) -> None:
+        """Model, optimizer and the way of a step; another engine has its own."""
+        config = self.config
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.model = DecoderLM(config.model, dtype=dtype, device="meta")
-        self.method = build_step(config, self.model, ranks)
+        self.method: StepMethod = build_step(config, self.model, self.ranks)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.step = self.position = 0
-        check_same_run(config, self.corpus, self.model, ranks.world)
+        check_same_run(config, self.corpus, self.model, self.ranks.world)
 
     def train_step(self, flags: Sequence[bool] = ()) -> StepResult:
         """One optimizer step.
@@ -154,8 +159,11 @@ class Trainer:
         if facts["corpus"]["digest"] != self.corpus.digest():
             raise CheckpointError(f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
                                   "back, or begin a new run under another name")
-        store.load(saved, self.tensors())
+        self._load(store, saved)
         self.step, self.position = saved.step, facts["position"]
+
+    def _load(self, store: Checkpoints, saved: Saved) -> None:
+        store.load(saved, self.tensors())
 
     def describe(self) -> Iterator[str]:
         """What is about to happen, in two lines."""

@@ -75,7 +75,8 @@ def _leave_out_shared_memory_op() -> None:
 
 
 def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, timeout: float = DEFAULT_TIMEOUT,
-               mpu: Any = None, mesh_param: Any = None, **options: Any) -> tuple[Any, Any, Any, Any]:
+               mpu: Any = None, mesh_param: Any = None, shared: Shared | None = None,
+               **options: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a model whose attention is RACE Attention over ranks that share sequences.
 
         engine, optimizer, _, _ = initialize(model=model, config="configs/deepspeed-zero3.json")
@@ -94,6 +95,7 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
         config: a dictionary or the path of a JSON file.
         timeout: seconds after which a collective that a rank does not join fails.
         mpu, mesh_param: DeepSpeed's own; refused where sequences are shared.
+        shared: the mesh, where it is made already; None: made here, neighbouring ranks sharing a sequence.
         **options: of ``deepspeed.initialize``: optimizer, model_parameters, lr_scheduler, training_data, ...
 
     Returns:
@@ -111,7 +113,7 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
         raise ValueError(f'"{SIZE}": {settings.sp} with a PipelineModule has not been measured: train without pipeline stages')
     join(timeout=timeout)
     layout = "contiguous" if settings.race is None else settings.race.layout
-    shared = _share(settings.sp, layout, timeout)
+    shared = shared or _share(settings.sp, layout, timeout)
     swap_attention(model, settings.race, shared.sp_group)
     if shared.sp_group is not None:
         mpu = SequenceGroups(shared.sp_group)
