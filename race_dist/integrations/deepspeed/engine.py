@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist.integrations.deepspeed.groups import SequenceGroups
-from race_dist.integrations.deepspeed.settings import SIZE, check_wiring, gradient_factor, read_settings
+from race_dist.integrations.deepspeed.settings import (
+    SIZE,
+    check_wiring,
+    gradient_factor,
+    read_settings,
+    without_auto,
+)
 from race_dist.integrations.deepspeed.swap import swap_attention
 from race_dist.nn import RaceCore
 from race_dist.parallel import all_reduce_sum, build_mesh, group_size, init_distributed, shard_sequence
@@ -108,20 +114,23 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
     from deepspeed.utils import groups
 
     settings = read_settings(config)
-    check_wiring(settings.config, settings.sp, mpu=mpu, mesh_param=mesh_param)
-    if settings.sp > 1 and isinstance(model, deepspeed.PipelineModule):
-        raise ValueError(f'"{SIZE}": {settings.sp} with a PipelineModule has not been measured: train without pipeline stages')
     join(timeout=timeout)
+    sp = dist.get_world_size() if settings.sp is None else settings.sp
+    narrow = next(model.parameters()).dtype == torch.bfloat16
+    tree = without_auto(settings.config | {SIZE: sp}, bfloat16=narrow)
+    check_wiring(tree, sp, mpu=mpu, mesh_param=mesh_param)
+    if sp > 1 and isinstance(model, deepspeed.PipelineModule):
+        raise ValueError(f'"{SIZE}": {sp} with a PipelineModule has not been measured: train without pipeline stages')
     layout = "contiguous" if settings.race is None else settings.race.layout
-    shared = shared or _share(settings.sp, layout, timeout)
+    shared = shared or _share(sp, layout, timeout)
     swap_attention(model, settings.race, shared.sp_group)
     if shared.sp_group is not None:
         mpu = SequenceGroups(shared.sp_group)
     elif isinstance(groups.mpu, SequenceGroups):
         groups.mpu = None  # of an earlier engine, which DeepSpeed would go on asking
     # the number of numbers has to be read before ZeRO-3 takes the parameters apart
-    _scale_gradients(model, settings.config, settings.sp)
-    made = deepspeed.initialize(model=model, config=settings.config, mpu=mpu, mesh_param=mesh_param, **options)
+    _scale_gradients(model, tree, sp)
+    made = deepspeed.initialize(model=model, config=tree, mpu=mpu, mesh_param=mesh_param, **options)
     for module in model.modules():
         if isinstance(module, RaceCore):
             module.settle(next(module.parameters(), next(model.parameters())))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from race_dist.nn import RaceConfig
 
 SIZE, SECTION = "sequence_parallel_size", "race_attention"
+AUTO = "auto"  # "what the caller makes of it", as in transformers' DeepSpeed configurations
 ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
 
 
@@ -55,11 +56,11 @@ class RaceSection(BaseModel):
 
 
 class Settings(NamedTuple):
-    """``config`` for DeepSpeed, without our section; ``sp`` ranks that share a sequence; ``race``: our section, or None
-    where the attention stays as it is."""
+    """``config`` for DeepSpeed, without our section; ``sp`` ranks that share a sequence (None: all); ``race``: our section,
+    or None where the attention stays as it is."""
 
     config: dict[str, Any]
-    sp: int
+    sp: int | None
     race: RaceSection | None
 
 
@@ -82,9 +83,25 @@ def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
     tree = copy.deepcopy(dict(config))
     section = tree.pop(SECTION, None)
     size = tree.get(SIZE, 1)
+    if size == AUTO:
+        return Settings(tree, None, None if section is None else RaceSection.read(section))
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f'"{SIZE}" must be an integer of at least 1; got {size!r}')
+        raise ValueError(f'"{SIZE}" must be an integer of at least 1, or "{AUTO}"; got {size!r}')
     return Settings(tree, size, None if section is None else RaceSection.read(section))
+
+
+def without_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
+    """A configuration whose "auto" is made up: bf16 as the model's weights are, a micro-batch of 1 where nothing says the
+    size of a batch, and DeepSpeed's own defaults elsewhere."""
+    def settled(value: Any) -> Any:
+        return {k: settled(v) for k, v in value.items() if v != AUTO} if isinstance(value, Mapping) else value
+
+    made: dict[str, Any] = settled(tree)
+    if (tree.get("bf16") or {}).get("enabled") == AUTO:
+        made["bf16"] = made["bf16"] | {"enabled": bfloat16}
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & made.keys():
+        made["train_micro_batch_size_per_gpu"] = 1
+    return made
 
 
 def check_wiring(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh_param: object = None) -> None:

@@ -257,9 +257,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     layout = (tree.pop(SECTION, None) or {}).get("layout", ranks.layout)
     if layout != ranks.layout:
         raise ValueError(f"deepspeed.{SECTION}.layout = {layout!r} but parallel.layout = {ranks.layout!r}: make them agree")
-    if config.precision == "bfloat16" and tree.get("bf16", "auto") == "auto":
-        tree["bf16"] = {"enabled": True}
-    elif tree.get("bf16") == "auto":
-        del tree["bf16"]
+    if (tree.get("bf16") or {}).get("enabled", "auto") == "auto":
+        tree["bf16"] = (tree.get("bf16") or {}) | {"enabled": config.precision == "bfloat16"}
     # the run's AdamW is torch's: DeepSpeed need not know it, nor compile its own for offloaded states
     return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False} | tree | ours
