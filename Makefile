@@ -23,10 +23,10 @@ help:
 demo: .venv/.installed
 	$(BIN)/race-dist train configs/demo.toml --nproc 2 --overwrite
 
-test: lint
+test: lint .venv/.installed-cluster
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint
+test-all: lint .venv/.installed-cluster
 	$(PYTEST) -m "not gpu"
 
 test-gpu: .venv/.installed-dev
@@ -46,7 +46,12 @@ bench: .venv/.installed
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[triton,megatron,deepspeed,transformers,test]'
+	$(PIP) --editable '.[triton,megatron,deepspeed,transformers,slurm,nvml,test]'
+	@touch $@
+
+# A Slurm and network tools for tests/cluster, from apt where that is possible.
+.venv/.installed-cluster: tests/cluster/install.sh | .venv/bin/python
+	@tests/cluster/install.sh
 	@touch $@
 
 .venv/bin/python:

@@ -49,6 +49,10 @@ def slurm_time(seconds: int) -> str:
     return f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
 
 
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _one_line(text: str) -> str:
     if any(ord(c) < 32 or ord(c) == 127 for c in text):
         raise ValueError(f"control characters are not allowed in {text!r}")
@@ -63,7 +67,7 @@ def _mount(text: str) -> str:
 
 
 Seconds = Annotated[int, BeforeValidator(parse_time)]
-Line = Annotated[str, AfterValidator(_one_line)]
+Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line)]
 Mount = Annotated[str, AfterValidator(_mount)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:@/=,-]*$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]

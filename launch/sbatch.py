@@ -9,6 +9,7 @@ from pathlib import Path
 from race_dist.launch.command import Run, in_container, rank_command, srun_container
 from race_dist.launch.job import JobConfig, slurm_time
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+from race_dist.launch.records import job_folder
 
 _BODY = """\
 {environment}
@@ -115,7 +116,11 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
 
 def preflight_words(run: Run, job: JobConfig) -> list[str]:
     """``race-dist preflight`` for this run, with its checkpoints' disk and a JSON beside the run."""
-    return ["preflight", str(run.config), "--device", job.device]
+    words = ["preflight", str(run.config), "--device", job.device, "--json",
+             str(job_folder(run.folder, run.name) / "preflight.json")]
+    for change in run.overrides:
+        words += ["--override", change]
+    return words
 
 
 _PREFLIGHT = """

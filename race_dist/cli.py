@@ -443,6 +443,47 @@ def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs
         print("\n".join(start.cancel(runs, which)))
 
 
+@app.command()
+def preflight(
+    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="[CONFIG]")] = None,
+    override: Override = None,
+    nproc: Annotated[int | None, typer.Option(
+        min=1, metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.")] = None,
+    folder: Annotated[Path | None, typer.Option(
+        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds that ranks wait for each other.")] = 120.0,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there.")] = None,
+) -> None:
+    """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
+
+    Prints a table; ends with 1 and the node's name where a node is not fit.
+    """
+    from race_dist.launch.local import launch_ranks, under_launcher
+    from race_dist.training.config import load_config
+
+    with user_errors():
+        settings = None if config is None else load_config(config, override or ())
+        if nproc is not None and under_launcher():
+            raise ValueError("--nproc starts ranks itself; leave it out under a launcher")
+    if nproc is not None and nproc > 1:
+        words = [w for w in sys.argv[1:] if not w.startswith("--nproc")]
+        if "--nproc" in sys.argv:
+            words.remove(str(nproc))
+        raise typer.Exit(launch_ranks(["-m", "race_dist.launch.rank", *words], nproc))
+    from race_dist.launch import preflight as checks
+
+    where = folder or (Path("runs") if settings is None else Path(settings.runs))
+    with user_errors(), failures():
+        report = checks.preflight(settings, where, device=device, timeout=timeout)
+        if os.environ.get("RANK", "0") == "0":
+            checks.show(report)
+            if out is not None:
+                checks.write(report, out)
+    if report.refused:
+        raise typer.Exit(FAILED)
+
+
 def _device() -> str:
     import torch
 

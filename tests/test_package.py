@@ -25,8 +25,7 @@ FLOORS = {"cli": 7, "training": 6, "integrations": 6, "launch": 6, "benchmarks":
           "planning": 5, "nn": 4, "attention": 3, "parallel": 2, "ops": 1, "kernels": 0, "carry": 0, "sketch": 0,
           "hashing": 0}
 SAME_FLOOR = {("models", "streaming"), ("streaming", "models"), ("planning", "models"), ("benchmarks", "training"),
-              ("launch", "training"),
-              ("integrations", "training")}
+              ("launch", "training"), ("launch", "benchmarks"), ("integrations", "training")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

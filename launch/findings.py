@@ -1,0 +1,102 @@
+"""What preflight finds: one line a question, with a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["ok", "warn", "fail", "unknown"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An answer to one question about one rank, one node or the whole group.
+
+    Attributes:
+        name: the question: ``"gpu memory"``.
+        verdict: ``"fail"`` refuses the node, ``"warn"`` is for a person to look at, ``"unknown"`` could not be asked.
+        value: what was found, of JSON types; None is unknown, never 0.
+        detail: a sentence, where the value does not speak for itself.
+    """
+
+    name: str
+    verdict: Verdict
+    value: Any = None
+    detail: str = ""
+
+
+@dataclass
+class RankReport:
+    """Everything about one rank.
+
+    Attributes:
+        rank, local_rank: its numbers.
+        node: its host's name.
+        facts: what must be the same on all ranks (versions, digests).
+        findings: about its device and its node.
+    """
+
+    rank: int
+    local_rank: int
+    node: str
+    facts: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def compare_facts(reports: Sequence[RankReport]) -> list[Finding]:
+    """One finding a fact: all ranks have it alike, or who differs."""
+    found = []
+    for name in sorted({name for report in reports for name in report.facts}):
+        values = [report.facts.get(name, "unknown") for report in reports]
+        common = max(values, key=lambda value: (values.count(value), value == values[0]))
+        odd = [f"{report.node} (rank {report.rank}) has {value}" for report, value in zip(reports, values) if value != common]
+        if odd:
+            found.append(Finding(name, "fail", common, f"not the same everywhere: most have {common}, {'; '.join(odd[:8])}"))
+        else:
+            found.append(Finding(name, "ok" if common != "unknown" else "unknown", common))
+    return found
+
+
+def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.8) -> list[Finding]:
+    """Ranks whose figure ``name`` (larger is better) is below ``slow`` times the median: the nodes that hold up the rest."""
+    values = {r.rank: f.value for r in reports for f in r.findings if f.name == name and f.value is not None}
+    if len(values) < 2:
+        return []
+    median = sorted(values.values())[len(values) // 2]
+    late = [f"{r.node} (rank {r.rank}) {values[r.rank]:.3g}" for r in reports
+            if r.rank in values and values[r.rank] < slow * median]
+    if late:
+        return [Finding(f"{name}, compared", "warn", median, f"slower than the others' {median:.3g}: {', '.join(late[:8])}")]
+    return [Finding(f"{name}, compared", "ok", median)]
+
+
+def refusals(reports: Iterable[RankReport], shared: Iterable[Finding]) -> list[str]:
+    """Why the job should not start here: a sentence each, with the node's name."""
+    found = [f"{r.node} (rank {r.rank}): {f.name}: {f.detail or f.value}" for r in reports for f in r.findings
+             if f.verdict == "fail"]
+    return found + [f"{f.name}: {f.detail or f.value}" for f in shared if f.verdict == "fail"]
+
+
+def table(reports: Sequence[RankReport], shared: Sequence[Finding]) -> Any:
+    """A rich table: every finding about the group; of ranks those that are not plainly ok, and one whole rank."""
+    from rich.table import Table
+
+    out = Table(box=None, pad_edge=False, show_edge=False)
+    for column in ("where", "what", "verdict", "found"):
+        out.add_column(column, overflow="fold")
+    colours: Mapping[str, str] = {"ok": "green", "warn": "yellow", "fail": "bold red", "unknown": "dim"}
+    rows = [(f"{r.node}/{r.rank}", f) for i, r in enumerate(reports) for f in r.findings
+            if i == 0 or f.verdict not in ("ok", "unknown")]
+    for where, finding in [*rows, *(("all", f) for f in shared)]:
+        found = finding.detail or ("" if finding.value is None else _short(finding.value))
+        out.add_row(where, finding.name, f"[{colours[finding.verdict]}]{finding.verdict}[/]", found)
+    return out
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    return str(value)

@@ -1,0 +1,100 @@
+"""A rank finds its place under every launcher, its cores, its caches; and the ranks' words reach it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from race_dist.launch.place import cores_near, expand_hosts, name_of_rank, rank_variables, share, use_local_caches
+from race_dist.launch.rank import take_local_rank
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8",
+         "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "nid[008-009]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+         "SLURM_JOB_ID": "123456"}
+
+
+@pytest.mark.parametrize(("text", "hosts"), [
+    ("vm", ["vm"]), ("nid[001-003,007]", ["nid001", "nid002", "nid003", "nid007"]), ("a1,b[2-3]", ["a1", "b2", "b3"]),
+    ("r[1-2]n[08-10]", ["r1n08", "r1n09", "r1n10", "r2n08", "r2n09", "r2n10"]),
+    ("gpu-[9-11].x", ["gpu-9.x", "gpu-10.x", "gpu-11.x"])])
+def test_host_lists_are_expanded(text: str, hosts: list[str]) -> None:
+    assert expand_hosts(text) == hosts
+
+
+def test_under_slurm() -> None:
+    found = rank_variables(SLURM)
+    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "nid008",
+                     "MASTER_PORT": str(20000 + 123456 % 8192)}
+    assert rank_variables(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) == {}
+
+
+def test_slurm_nodes_with_unequal_tasks_and_the_node_of_a_rank() -> None:
+    uneven = SLURM | {"SLURM_STEP_NODELIST": "a[1-3]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}
+    assert rank_variables(uneven)["LOCAL_WORLD_SIZE"] == "1"
+    assert [name_of_rank(r, uneven) for r in range(6)] == ["a1", "a1", "a2", "a2", "a3", None]
+    assert name_of_rank(0, {}) is None
+
+
+def test_an_interactive_shell_inside_an_allocation_is_no_rank() -> None:
+    assert rank_variables({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) == {}
+
+
+def test_under_torchrun_nothing_is_changed_and_deepspeed_gets_its_local_rank() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    assert rank_variables(torchrun | SLURM) == {}
+    assert rank_variables({"RANK": "3", "WORLD_SIZE": "4"}, local_rank=1) == {"LOCAL_RANK": "1"}
+
+
+def test_under_mpirun_the_place_to_meet_must_be_given() -> None:
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT is not set: pass -x"):
+        rank_variables(mpi)
+    assert rank_variables(mpi | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})["RANK"] == "1"
+
+
+def test_a_plain_process_is_no_rank() -> None:
+    assert rank_variables({}) == {}
+
+
+@pytest.mark.parametrize(("words", "found"), [
+    (["--local_rank=3", "train", "x"], (3, ["train", "x"])), (["--local-rank", "2", "train"], (2, ["train"])),
+    (["train", "x", "-o", "a=1"], (None, ["train", "x", "-o", "a=1"]))])
+def test_local_rank_is_taken_out_of_the_words(words: list[str], found: tuple[int | None, list[str]]) -> None:
+    assert take_local_rank(words) == found
+
+
+def test_cores_near_a_gpu_come_from_sysfs(tmp_path: Path) -> None:
+    device = tmp_path / "bus/pci/devices/0009:01:00.0"
+    device.mkdir(parents=True)
+    (device / "numa_node").write_text("1\n")
+    node = tmp_path / "devices/system/node/node1"
+    node.mkdir(parents=True)
+    (node / "cpulist").write_text("72-143,200\n")
+    allowed = set(range(288))
+    assert cores_near("00000009:01:00.0", allowed, tmp_path) == {*range(72, 144), 200}
+    assert cores_near("0009:01:00.0", set(range(70, 80)), tmp_path) == set(range(72, 80))
+    assert cores_near("0009:01:00.0", {0, 1}, tmp_path) == {0, 1}  # none of them is near: all that it may use
+    assert cores_near("0000:99:00.0", allowed, tmp_path) == allowed
+    (device / "numa_node").write_text("-1\n")
+    assert cores_near("0009:01:00.0", allowed, tmp_path) == allowed
+
+
+def test_ranks_of_one_numa_node_share_its_cores() -> None:
+    parts = [share(list(range(10)), i, 4) for i in range(4)]
+    assert sorted(c for part in parts for c in part) == list(range(10))
+    assert all(len(part) in (2, 3) for part in parts)
+    assert share([1, 2], 0, 3) == {1, 2}
+
+
+def test_caches_go_to_the_nodes_own_disk_unless_set(tmp_path: Path) -> None:
+    environment = {"RACE_DIST_CACHE": str(tmp_path), "CUDA_CACHE_PATH": "/mine"}
+    use_local_caches(environment)
+    assert environment["TRITON_CACHE_DIR"] == str(tmp_path / str(os.getuid()) / "triton")
+    assert Path(environment["TORCHINDUCTOR_CACHE_DIR"]).is_dir()
+    assert environment["CUDA_CACHE_PATH"] == "/mine"
+    untouched: dict[str, str] = {}
+    use_local_caches(untouched)
+    assert untouched == {}
