@@ -137,20 +137,24 @@ def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: M
         progress: what changes when the run gets further, for example the name of its newest checkpoint.
 
     Returns:
-        0 when the run has ended well; 75 when it saved and stopped because this process was told to; 2 at once for an
-        error of the user's, which starting again would not mend; else the last exit code.
+        0 when the run has ended well; 75 when it saved and stopped because this process was told to; 2 at once for a
+        mistake of the user's, which starting again would not mend; else the last exit code.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher dies become children of this process
     command = [sys.executable, "-m", "race_dist.launch.local", str(nproc), *words]
     failures, seen = 0, progress()
+    first = seen
     with _signals() as heard:
         while True:
             launcher = _spawn(command, environment)
             code = _attend(launcher, heard)
             _end_orphans()
-            if code in (0, USER_ERROR) or heard:
-                return code if code >= 0 else 128 - code
             now = progress()
+            mistaken = code == USER_ERROR and now == first  # later it is the machine's: a disk that is full or gone
+            if code == 0 or mistaken:
+                return code
+            if heard:
+                return INTERRUPTED if signal.SIGINT in heard and code != EXIT_STOPPED else EXIT_STOPPED
             failures, seen = (failures + 1 if now == seen else 1), now
             if failures > restarts:
                 print(f"race-dist: {failures} failures without a new checkpoint; giving up", file=sys.stderr)

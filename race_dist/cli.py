@@ -81,11 +81,14 @@ def train(
     """
     from race_dist.integrations.engines import make_trainer
     from race_dist.launch.local import launch_ranks, under_launcher
+    from race_dist.launch.stop import StopFlag
     from race_dist.parallel.mesh import shutdown
+    from race_dist.parallel.watch import guard_stalls
     from race_dist.training import loop
     from race_dist.training.config import load_config
     from race_dist.training.ranks import Ranks
     from race_dist.training.rundir import RunDirectory
+    from race_dist.training.telemetry import Telemetry
     from race_dist.training.trainer import open_corpus
 
     override = [*(override or ()), *([] if engine is None else [f"engine={engine}"])]
@@ -108,8 +111,11 @@ def train(
         trainer = make_trainer(settings, place)
         if place.rank == 0:
             directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)
-    with failures():
-        outcome = loop.run(trainer, directory, resume=resume)
+    guard_stalls(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
+    telemetry = Telemetry(place.device, tokens=lambda: trainer.step * settings.data.batch_size * settings.data.context)
+    with failures(), StopFlag() as stop:
+        outcome = loop.run(trainer, directory, resume=resume,
+                           hooks=loop.Hooks(stop_requested=stop.requested, probes=(telemetry.probe,)))
         shutdown()
     if outcome.stopped:
         raise typer.Exit(loop.STOPPED)

@@ -1,0 +1,301 @@
+"""Faults thrown at a training run, and whether it came through: ``python tests/cluster/chaos.py --faults 50``.
+
+A run of several ranks under ``race-dist launch local`` is disturbed at random moments. It must end with the losses of an
+undisturbed run, bit by bit, lose no step beyond the newest checkpoint, and leave no process and no half-written file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from training_job import RACE_DIST, TrainingJob, wait_for
+
+RANKS = 2
+TIMEOUT = 6.0  # seconds a collective waits
+DISK = 24  # MiB of the checkpoints' own small disk
+
+
+@dataclass
+class Outcome:
+    """What one fault did.
+
+    Attributes:
+        fault: its name.
+        step: of the run when it came.
+        saved: the newest checkpoint's step then.
+        resumed: where the run went on; the step itself where it was not interrupted.
+        seconds: until the run was further than before.
+    """
+
+    fault: str
+    step: int
+    saved: int
+    resumed: int
+    seconds: float
+
+
+class Chaos:
+    """One disturbed run."""
+
+    def __init__(self, folder: Path, seed: int, steps: int, *, every: int = 10) -> None:
+        self.random = random.Random(seed)
+        self.job = TrainingJob(folder, "disturbed", steps=steps, every=every, timeout=TIMEOUT)
+        self.log = folder / "disturbed.log"
+        self.job.checkpoints.mkdir(parents=True)
+        (self.job.run / "config.json").write_text("{}")  # a run's folder is recognised by it
+        self.disk = os.geteuid() == 0 and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(self.job.checkpoints)], check=False).returncode == 0
+        self.supervisor: subprocess.Popen[bytes] | None = None
+        self.outcomes: list[Outcome] = []
+        self.said = 0
+
+    def close(self) -> None:
+        for pid in [*([self.supervisor.pid] if self.supervisor else []), *self.job.processes()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.disk:
+            subprocess.run(["umount", "-l", str(self.job.checkpoints)], check=False)
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.supervisor = subprocess.Popen(
+                [*RACE_DIST, "launch", "local", str(self.job.config), "--set", f"ranks_per_node={RANKS}", "--set", "device=cpu",
+                 "--set", "restarts=5"], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def text(self) -> str:
+        """What the run has printed since the last fault."""
+        return self.log.read_bytes()[self.said:].decode(errors="replace") if self.log.exists() else ""
+
+    def ranks(self) -> list[int]:
+        """All ranks' process ids, once they are there."""
+        return wait_for(lambda: len(r := self.job.ranks()) == RANKS and r, "all ranks run")
+
+    def launcher(self) -> int:
+        return next(pid for pid, words in self.job.processes().items() if "race_dist.launch.local" in words)
+
+    def victim(self) -> int:
+        return self.random.choice(self.ranks())
+
+    def throw(self, name: str, at: int) -> None:
+        """Wait until the run has come to step ``at``, throw a fault, and wait until the run is further than that."""
+        wait_for(lambda: self.job.step() >= at and len(self.job.ranks()) == RANKS, f"step {at}: {self.text()[-2000:]}")
+        time.sleep(self.random.random() * 0.3)
+        self.said = self.log.stat().st_size
+        began, step, saved = time.monotonic(), self.job.step(), self.job.saved_step()
+        interrupts = FAULTS[name](self)
+        if interrupts:
+            match = wait_for(lambda: re.search(r"resuming \S+ after step ([\d,]+)|has no checkpoint yet", self.text()),
+                             f"{name} at step {step}: the run goes on\n{self.text()[-2000:]}")
+            resumed = int((match[1] or "0").replace(",", ""))
+        else:
+            resumed = step
+        if resumed < self.job.steps:
+            wait_for(lambda: self.job.step() > step or self.supervisor.poll() is not None, f"{name}: further than step {step}")
+        self.outcomes.append(Outcome(name, step, saved, resumed, round(time.monotonic() - began, 2)))
+
+    def finish(self) -> int:
+        """Wait for the end of the run and return its exit code."""
+        assert self.supervisor is not None
+        return self.supervisor.wait(180)
+
+
+def kill_rank(chaos: Chaos) -> bool:
+    os.kill(chaos.victim(), signal.SIGKILL)
+    return True
+
+
+def kill_rank_while_saving(chaos: Chaos) -> bool:
+    victim = chaos.victim()
+    wait_for(lambda: any(n.startswith(".partial") for n in os.listdir(chaos.job.checkpoints)), "a checkpoint is being written")
+    os.kill(victim, signal.SIGKILL)
+    return True
+
+
+def kill_launcher(chaos: Chaos) -> bool:
+    os.kill(chaos.launcher(), signal.SIGKILL)
+    return True
+
+
+def kill_everything(chaos: Chaos) -> bool:
+    """The supervisor itself: nothing of it may be left over; the machine's own supervisor starts it again."""
+    assert chaos.supervisor is not None
+    chaos.supervisor.kill()
+    chaos.supervisor.wait()
+    wait_for(lambda: not chaos.job.processes(), "the ranks ended with their supervisor", 20)
+    chaos.start()
+    return True
+
+
+def terminate_rank(chaos: Chaos) -> bool:
+    os.kill(chaos.victim(), signal.SIGTERM)
+    return True
+
+
+def terminate_run(chaos: Chaos) -> bool:
+    """As a scheduler preempts: the run saves and ends with 75; it is started again later."""
+    assert chaos.supervisor is not None
+    chaos.supervisor.terminate()
+    code = chaos.supervisor.wait(60)
+    assert code == 75, f"told to stop, the run ended with {code}\n{chaos.text()[-2000:]}"
+    chaos.start()
+    return True
+
+
+def full_disk(chaos: Chaos) -> bool:
+    """No room for the next checkpoint: the run goes on, says so, and saves again once there is room."""
+    filler = chaos.job.checkpoints / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as out:
+        while True:
+            out.write(b"x" * 2**14)
+    wait_for(lambda: re.search(r"checkpoint.*(space|failed)", chaos.text(), re.IGNORECASE), "the full disk is noticed")
+    before = chaos.job.saved()
+    filler.unlink()
+    wait_for(lambda: chaos.job.saved()[-1:] > before[-1:], "a checkpoint after the disk has room")
+    return False
+
+
+def truncated_checkpoint(chaos: Chaos) -> bool:
+    """The newest checkpoint loses its end, and a rank dies: the one before is taken, and that is said."""
+    newest = wait_for(lambda: len(s := chaos.job.saved()) > 1 and chaos.job.checkpoints / s[-1], "two checkpoints")
+    os.kill(chaos.victim(), signal.SIGSTOP)  # so that no newer one appears meanwhile
+    newest = chaos.job.checkpoints / chaos.job.saved()[-1]
+    file = chaos.random.choice(sorted(p for p in newest.iterdir() if p.is_file()))
+    os.truncate(file, chaos.random.randrange(file.stat().st_size))
+    for pid in chaos.job.ranks():
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: re.search(rf"checkpoint {newest.name} is damaged", chaos.text()), "the damage is told")
+    return True
+
+
+def slow_rank(chaos: Chaos) -> bool:
+    """A rank that stands still for less than the timeout: nothing happens."""
+    victim = chaos.victim()
+    os.kill(victim, signal.SIGSTOP)
+    time.sleep(TIMEOUT / 3)
+    os.kill(victim, signal.SIGCONT)
+    return False
+
+
+def hung_rank(chaos: Chaos) -> bool:
+    """A rank that stands still for ever: the others name it within the timeout and the run starts again."""
+    ranks = chaos.ranks()
+    victim = chaos.random.randrange(RANKS)
+    os.kill(ranks[victim], signal.SIGSTOP)
+    wait_for(lambda: re.search(rf"rank {victim} (died|did not come)|rank {victim}\) died", chaos.text()),
+             f"rank {victim} is named\n{chaos.text()[-2000:]}", 30 + TIMEOUT)
+    return True
+
+
+def another_configuration(chaos: Chaos) -> bool:
+    """Ranks of two configurations: refused by all before anything is trained or written."""
+    terminate = terminate_run(chaos)
+    assert chaos.supervisor is not None
+    chaos.supervisor.terminate()
+    chaos.supervisor.wait(60)
+    before = sorted(chaos.job.saved())
+    chaos.said = chaos.log.stat().st_size
+    with contextlib.closing(__import__("socket").socket()) as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    ranks = []
+    for rank in range(RANKS):
+        variables = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
+                     "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen([*RACE_DIST, "train", str(chaos.job.config), "--resume", "-o", f"optim.lr={1 + rank}e-2"],
+                                      env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    for rank in ranks:
+        printed = rank.communicate(timeout=90)[0].decode()
+        assert rank.returncode == 2, printed
+        assert "do not agree on" in printed, printed
+        assert "the configuration" in printed, printed
+    assert sorted(chaos.job.saved()) == before
+    chaos.start()
+    return terminate
+
+
+FAULTS = {f.__name__.replace("_", " "): f for f in (
+    kill_rank, kill_launcher, terminate_run, full_disk, truncated_checkpoint, hung_rank, kill_rank_while_saving,
+    kill_everything, terminate_rank, slow_rank, another_configuration)}
+FIRST = ["kill rank", "kill launcher", "terminate run", "full disk", "truncated checkpoint", "hung rank"]
+
+
+def faults(count: int, seed: int) -> list[str]:
+    """``count`` faults, each kind about as often, in random order; the first six are fixed kinds, so that few suffice."""
+    order = random.Random(seed)
+    names = [*FIRST, *(n for n in FAULTS if n not in FIRST)]
+    picked = [names[i % len(names)] for i in range(count)]
+    order.shuffle(picked)
+    return picked
+
+
+def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any]:
+    """Disturb a run ``count`` times, ``pace`` steps apart, and compare it with an undisturbed one. AssertionError where it
+    did not come through."""
+    steps = (count + 1) * pace
+    calm = TrainingJob(folder, "calm", steps=steps, every=10, timeout=TIMEOUT * 10)
+    quiet = subprocess.run([*RACE_DIST, "train", str(calm.config), "--nproc", str(RANKS)], capture_output=True, text=True,
+                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert quiet.returncode == 0, quiet.stderr
+    chaos = Chaos(folder, seed, steps)
+    try:
+        chaos.start()
+        plan = faults(count, seed)
+        if not chaos.disk:
+            plan = [name for name in plan if name != "full disk"]
+        for number, name in enumerate(plan):
+            chaos.throw(name, (number + 1) * pace - pace // 2)
+        code = chaos.finish()
+        assert code == 0, chaos.text()[-3000:]
+        assert chaos.job.losses() == calm.losses()
+        assert chaos.job.weights() == calm.weights()
+        assert chaos.job.records("eval")[-1]["loss"] == calm.records("eval")[-1]["loss"]
+        for outcome in chaos.outcomes:
+            allowed = outcome.saved if outcome.fault != "truncated checkpoint" else 0
+            assert outcome.resumed >= allowed, outcome
+        assert not chaos.job.processes(), chaos.job.processes()
+        assert not chaos.job.leftovers(), chaos.job.leftovers()
+        return {"ranks": RANKS, "steps": steps, "seed": seed, "faults": [asdict(o) for o in chaos.outcomes]}
+    finally:
+        chaos.close()
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown: for each kind of fault how often, the steps computed again, the seconds to get further."""
+    lines = ["| fault | times | steps done again, at most | seconds until further than before, median | at most |", "|---" * 5 + "|"]
+    for name in FAULTS:
+        mine = [o for o in report["faults"] if o["fault"] == name]
+        if mine:
+            seconds, again = sorted(o["seconds"] for o in mine), max(0, *(o["step"] - o["resumed"] for o in mine))
+            lines.append(f"| {name} | {len(mine)} | {again} | {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(Path(folder), options.faults, options.seed)
+    report = {"command": f"python tests/cluster/chaos.py {' '.join(sys.argv[1:])}", **report}
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
