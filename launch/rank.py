@@ -44,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runpy.run_module("race_dist.cli", run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise SystemExit(_told(code)) from None
+    else:
+        code = 0
+    # The first rank to end may have the launcher send SIGTERM to the others, and Python's own end is long and listens to
+    # none: leave at once, so that every rank's code is its own.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_told(code))
 
 
 def take_local_rank(arguments: Sequence[str]) -> tuple[int | None, list[str]]:

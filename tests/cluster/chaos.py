@@ -274,7 +274,7 @@ def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: for each kind of fault how often, the steps computed again, the seconds to get further."""
-    lines = ["| fault | times | steps done again, at most | seconds until further than before, median | at most |", "|---" * 5 + "|"]
+    lines = ["| fault | times | steps done again, at most | seconds to get further, median | at most |", "|---" * 5 + "|"]
     for name in FAULTS:
         mine = [o for o in report["faults"] if o["fault"] == name]
         if mine:

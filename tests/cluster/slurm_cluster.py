@@ -147,8 +147,8 @@ class Slurm:
                     "slurmd did not register")
 
     def _spawn(self, *command: str) -> None:
-        log = (self.folder / f"{command[0]}.out").open("wb")
-        self.processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder))
+        with (self.folder / f"{command[0]}.out").open("wb") as log:
+            self.processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder))
 
     def _await(self, done, message: str, timeout: float = 30.0) -> None:
         deadline = time.monotonic() + timeout

@@ -134,8 +134,9 @@ class TrainingJob:
                     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), None)
-                if rank is not None:
+                named = dict(v.split(b"=", 1) for v in variables if b"=" in v)
+                rank = named.get(b"RANK", named.get(b"SLURM_PROCID"))
+                if rank is not None and not words[0].endswith("srun"):
                     found[int(rank)] = pid
         return [found[r] for r in sorted(found)]
 
