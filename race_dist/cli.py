@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from race_dist import __version__
+from race_dist.cli_errors import failures, user_errors
+from race_dist.cli_launch import launch, preflight
 
 if TYPE_CHECKING:
     from race_dist.training.corpus import Corpus
 
-FAILED, USER_ERROR = 1, 2
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown",
                   context_settings={"help_option_names": ["-h", "--help"]})
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Say what a user can mend in one sentence; a traceback is for our own mistakes."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
-        raise typer.Exit(USER_ERROR) from None
-
-
-@contextmanager
-def failures() -> Iterator[None]:
-    """Say in one sentence how a run has failed: a rank that died, a loss that is no number."""
-    from race_dist.parallel import RankFailure
-    from race_dist.training.checkpoint import CheckpointError
-
-    try:
-        yield
-    except (RankFailure, FloatingPointError, CheckpointError) as error:
-        print(f"race-dist: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED) from None
 
 
 def _version(wanted: bool) -> None:
@@ -322,172 +294,8 @@ def plan(
         planning.print_report(best, largest, budget)
 
 
-launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")
 app.add_typer(launch, name="launch")
-
-Config = Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG")]
-Override = Annotated[list[str] | None, typer.Option(
-    "--override", "-o", metavar="KEY=VALUE", help="Change one key of CONFIG. Repeatable.")]
-JobFile = Annotated[str | None, typer.Option(
-    "--job", "-j", metavar="NAME|FILE", help="The job: a template's name or a TOML file.")]
-Change = Annotated[list[str] | None, typer.Option(
-    "--set", "-s", metavar="KEY=VALUE", help="Change one key of the job, e.g. nodes=4. Repeatable.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and do nothing.")]
-Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of all runs.")]
-Write = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the file instead of submitting it.")]
-
-
-@launch.command("local")
-def launch_local(config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-                 dry_run: DryRun = False) -> None:
-    """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
-    from race_dist.launch import start
-
-    with user_errors():
-        code = start.local(*start.describe(config, override or (), job, change or ()), dry_run=dry_run)
-    raise typer.Exit(code)
-
-
-@launch.command("torchrun")
-def launch_torchrun(
-    config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: the first one.")] = None,
-    node_rank: Annotated[int | None, typer.Option(min=0, metavar="N", help="This node's place.")] = None,
-    local_address: Annotated[str | None, typer.Option(metavar="HOST", help="How the others reach this node.")] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Run torchrun on this node; give every node of the job the same command."""
-    from race_dist.launch import start
-
-    with user_errors():
-        code = start.torchrun(*start.describe(config, override or (), job, change or ()), endpoint=endpoint,
-                              node_rank=node_rank, local_address=local_address, dry_run=dry_run)
-    raise typer.Exit(code)
-
-
-@launch.command("deepspeed")
-def launch_deepspeed(
-    config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Run under DeepSpeed's launcher."""
-    from race_dist.launch import start
-
-    with user_errors():
-        code = start.deepspeed(*start.describe(config, override or (), job, change or ()), hostfile=hostfile, dry_run=dry_run)
-    raise typer.Exit(code)
-
-
-@launch.command("slurm")
-def launch_slurm(
-    config: Config, override: Override = None, job: JobFile = "slurm", change: Change = None,
-    array: Annotated[list[str] | None, typer.Option(
-        metavar="KEY=V,V,...", help="One run for each value of a key of CONFIG. Repeatable.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="A plain sbatch file instead of submitit.")] = False,
-    write: Write = None, dry_run: DryRun = False,
-) -> None:
-    """Submit to Slurm. The job saves before its time is up, goes back to the queue and goes on."""
-    from race_dist.launch import start
-
-    with user_errors():
-        for line in start.submit_slurm(*start.describe(config, override or (), job, change or ()), array=array or (),
-                                       plain=plain, write=write, dry_run=dry_run):
-            print(line)
-
-
-@launch.command("kubernetes")
-def launch_kubernetes(config: Config, override: Override = None, job: JobFile = "kubernetes", change: Change = None,
-                      write: Write = None, dry_run: DryRun = False) -> None:
-    """Submit to Kubernetes as a JobSet: one pod a node, torchrun in each."""
-    from race_dist.launch import start
-
-    with user_errors():
-        for line in start.submit_kubernetes(*start.describe(config, override or (), job, change or ()), write=write,
-                                            dry_run=dry_run):
-            print(line)
-
-
-@launch.command("templates")
-def launch_templates() -> None:
-    """List the jobs' templates, and how far each was tested."""
-    from race_dist.launch.job import load_job, template_names
-
-    for name in template_names():
-        print(f"{name:12} {load_job(name).tested}")
-
-
-@launch.command("status")
-def launch_status(which: Annotated[str | None, typer.Argument(metavar="[NAME|ID]")] = None,
-                  runs: Runs = Path("runs")) -> None:
-    """Say how submitted jobs stand."""
-    from race_dist.launch import start
-
-    with user_errors():
-        for record, facts in start.status(runs, which):
-            print(f"{record.id:10} {record.name:24} {facts['state']:12} "
-                  + ", ".join(filter(None, (facts["progress"], facts["nodes"], facts["reason"],
-                                            f"{facts['restarts']} requeues" if facts["restarts"] not in ("", "0") else ""))))
-
-
-@launch.command("logs")
-def launch_logs(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs"),
-                lines: Annotated[int, typer.Option("--lines", "-n", min=1, metavar="N", help="Of each file.")] = 40) -> None:
-    """Show the end of what a submitted job has printed."""
-    from race_dist.launch import start
-
-    with user_errors():
-        print("\n".join(start.logs(runs, which, lines)))
-
-
-@launch.command("cancel")
-def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs")) -> None:
-    """End a submitted job: it saves and does not come back."""
-    from race_dist.launch import start
-
-    with user_errors():
-        print("\n".join(start.cancel(runs, which)))
-
-
-@app.command()
-def preflight(
-    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="[CONFIG]")] = None,
-    override: Override = None,
-    nproc: Annotated[int | None, typer.Option(
-        min=1, metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.")] = None,
-    folder: Annotated[Path | None, typer.Option(
-        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds that ranks wait for each other.")] = 120.0,
-    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there.")] = None,
-) -> None:
-    """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
-
-    Prints a table; ends with 1 and the node's name where a node is not fit.
-    """
-    from race_dist.launch.local import launch_ranks, under_launcher
-    from race_dist.training.config import load_config
-
-    with user_errors():
-        settings = None if config is None else load_config(config, override or ())
-        if nproc is not None and under_launcher():
-            raise ValueError("--nproc starts ranks itself; leave it out under a launcher")
-    if nproc is not None and nproc > 1:
-        words = [w for w in sys.argv[1:] if not w.startswith("--nproc")]
-        if "--nproc" in sys.argv:
-            words.remove(str(nproc))
-        raise typer.Exit(launch_ranks(["-m", "race_dist.launch.rank", *words], nproc))
-    from race_dist.launch import preflight as checks
-
-    where = folder or (Path("runs") if settings is None else Path(settings.runs))
-    with user_errors(), failures():
-        report = checks.preflight(settings, where, device=device, timeout=timeout)
-        if os.environ.get("RANK", "0") == "0":
-            checks.show(report)
-            if out is not None:
-                checks.write(report, out)
-    if report.refused:
-        raise typer.Exit(FAILED)
+app.command()(preflight)
 
 
 def _device() -> str:

@@ -1,0 +1,36 @@
+"""How the command answers: mistakes of the user's and failures of a run, each in one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+FAILED, USER_ERROR = 1, 2
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Say what a user can mend in one sentence; a traceback is for our own mistakes."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        raise typer.Exit(USER_ERROR) from None
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Say in one sentence how a run has failed: a rank that died, a loss that is no number."""
+    from race_dist.parallel import RankFailure
+    from race_dist.training.checkpoint import CheckpointError
+
+    try:
+        yield
+    except (RankFailure, FloatingPointError, CheckpointError) as error:
+        print(f"race-dist: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
