@@ -142,6 +142,7 @@ def test_an_interrupted_step_leaves_gradients_as_they_were() -> None:
     ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"),
     ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"),
     ({"keep": "disk"}, "keep must be one of 'device', 'host', 'subtract'; got 'disk'"),
+    ({"reduce": "max"}, "reduce must be one of 'mean', 'sum', 'none'; got 'max'"),
     ({"keep": "subtract"}, "needs race.decay = \"none\", but it is 'token'"),
     ({"input_ids": torch.full((1, 20), 17)}, "input_ids must be from 0 to vocab_size - 1 = 16; got 17"),
     ({"labels": torch.full((1, 20), -1)}, "labels must be from 0 to vocab_size - 1 = 16 \\(or -100\\); got -1")])

@@ -81,7 +81,7 @@ class Store:
     Attributes:
         checkpoint: what the user asked for.
         facts: names and values that must be the same for what is stored to be of this step.
-        group: the ranks that share the sequence.
+        group: the ranks that store it together.
     """
 
     checkpoint: StepCheckpoint

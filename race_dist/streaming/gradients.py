@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from race_dist.parallel import all_reduce_sum, group_size
+
+Reduce = Literal["mean", "sum", "none"]
+REDUCES = ("mean", "sum", "none")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -33,10 +36,16 @@ class Gradients:
     Args:
         model: as the user has it.
         group: the ranks that share the sequence.
+        reduce: "mean" or "sum" over replicas, or "none": each rank keeps its share.
+
+    Raises:
+        ValueError: no such ``reduce``.
     """
 
-    def __init__(self, model: nn.Module, group: ProcessGroup | None) -> None:
-        self._model, self._group = model, group if group_size(group) > 1 else None
+    def __init__(self, model: nn.Module, group: ProcessGroup | None, reduce: Reduce) -> None:
+        if reduce not in REDUCES:
+            raise ValueError(f"reduce must be one of {', '.join(map(repr, REDUCES))}; got {reduce!r}")
+        self._model, self._group, self._reduce = model, group if group_size(group) > 1 else None, reduce
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._held: list[Tensor | None] = []
         self._wide: dict[int, Tensor] = {}
@@ -62,7 +71,7 @@ class Gradients:
     def begin_chunk(self, *, last: bool) -> None:
         """Before a chunk's backward pass: FSDP2 reduces gradients in the last one only."""
         if isinstance(self._model, FSDPModule):
-            self._model.set_requires_gradient_sync(last)
+            self._model.set_requires_gradient_sync(last and self._reduce != "none")
 
     def collect(self) -> None:
         """Take the chunk's gradients of narrow parameters away; wide ones add up where they are."""
@@ -94,26 +103,34 @@ class Gradients:
                 self._wide[i] = fresh.to(p.device)
 
     def finish(self) -> None:
-        """Sum over the ranks of the sequence, average over replicas, and add to what stood in ``.grad`` before."""
-        replicas = self._model.process_group if isinstance(self._model, DistributedDataParallel) else None
+        """Sum over the ranks of the sequence, average or sum over replicas, and add to what stood in ``.grad`` before."""
         for i, (p, held) in enumerate(zip(self._parameters, self._held)):
             fresh = self._wide.pop(i, p.grad)
-            fresh = torch.zeros_like(p) if fresh is None else fresh
-            if isinstance(fresh, DTensor):
-                fresh = self._reduced(fresh)
-            elif self._group is not None:
-                fresh = all_reduce_sum(fresh, self._group)
-            if replicas is not None:
-                fresh = all_reduce_sum(fresh, replicas) / group_size(replicas)
+            if fresh is None and self._reduce == "none" and self.sharded:
+                p.grad = held  # FSDP2 keeps what has been added up until it reduces
+                continue
+            fresh = self._reduced(torch.zeros_like(p) if fresh is None else fresh)
             p.grad = (fresh if held is None else fresh + held).to(p.dtype)
 
-    def _reduced(self, gradient: DTensor) -> DTensor:
-        """FSDP2 has averaged over the ranks of its mesh; those that share the sequence are to be summed."""
+    def _reduced(self, gradient: Tensor) -> Tensor:
+        if self._reduce == "none":
+            return gradient
+        if isinstance(gradient, DTensor):
+            return self._over_sequence(gradient)
+        gradient = gradient if self._group is None else all_reduce_sum(gradient, self._group)
+        if not isinstance(self._model, DistributedDataParallel):
+            return gradient
+        replicas = self._model.process_group  # those that share a sequence hold its sum alike
+        return all_reduce_sum(gradient, replicas) / (group_size(replicas if self._reduce == "mean" else self._group))
+
+    def _over_sequence(self, gradient: DTensor) -> DTensor:
+        """FSDP2 has averaged (or, as it was told, summed) over the ranks of its mesh; those that share the sequence are to be
+        summed."""
         if self._group is None:
             return gradient
         mesh, sharing = set(gradient.device_mesh.mesh.flatten().tolist()), set(dist.get_process_group_ranks(self._group))
         if sharing <= mesh:
-            return cast(DTensor, gradient * len(sharing))
+            return cast(DTensor, gradient * len(sharing)) if self._reduce == "mean" else gradient
         local = all_reduce_sum(gradient.to_local(), self._group)
         return DTensor.from_local(local, gradient.device_mesh, gradient.placements, shape=gradient.shape,
                                   stride=gradient.stride())

@@ -17,6 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
@@ -25,23 +26,22 @@ from race_dist.parallel.agree import agree_on_greatest
 from race_dist.parallel.comm import pack, unpack
 from race_dist.streaming.carries import KEEPS, Carries, Keep, as_leaves, subtract
 from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, digest_of_tokens, digest_of_weights
-from race_dist.streaming.gradients import Gradients, unwrapped
+from race_dist.streaming.gradients import Gradients, Reduce, unwrapped
 from race_dist.streaming.progress import Interrupts, Pace, Progress, StepInterrupted
 from race_dist.streaming.text import Chunk, Text, Tokens
 
 
 def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
                       group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
-                      keep: Keep = "device", checkpoint: StepCheckpoint | None = None,
-                      progress: Callable[[Progress], None] | None = None) -> Tensor:
+                      reduce: Reduce = "mean", keep: Keep = "device", checkpoint: StepCheckpoint | None = None,
+                      world: ProcessGroup | None = None, progress: Callable[[Progress], None] | None = None) -> Tensor:
     """The mean loss over the whole sequence; adds its exact gradients to every parameter's ``.grad``.
 
     Blocks that are compiled run one graph in both phases, so that they round alike; a last chunk shorter than the others
     compiles another one. Ctrl-C ends the step at the next chunk's edge, on all ranks.
 
     Args:
-        model: a DecoderLM of R and W layers, by itself, in DistributedDataParallel or under FSDP2 (``fully_shard``). Replicas'
-            gradients are averaged, as those wrappers do, once, after the last chunk.
+        model: a DecoderLM of R and W layers, by itself, in DistributedDataParallel or under FSDP2 (``fully_shard``).
         input_ids: ``[B, T]`` integers, the full sequence on every rank: a tensor, or a NumPy array such as a memory
             map far larger than memory.
         labels: ``[B, T]`` integers, ``labels[t]`` the target of position t; -100 is ignored.
@@ -50,10 +50,15 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
         group: the ranks that share the sequence. Gradients are summed over it, once, after the last chunk.
         cu_seqlens: ``[N + 1]`` int, packed documents (B = 1).
         num_targets: what the summed loss is divided by; None: the labels that count.
+        reduce: what becomes of the gradients once, after the last chunk. "mean": summed over ``group`` and averaged over
+            replicas, as DDP and FSDP2 do. "sum": summed over replicas too; FSDP2 is then to have been told so
+            (``set_gradient_divide_factor(1)``). "none": they stay this rank's share; under FSDP2 they wait for a later call.
         keep: where the carries at chunk starts wait: "device", "host" (pinned memory, copied beside the work), or "subtract":
             sketches are recovered by taking away what each chunk has added (no decay, no packed documents; about one more
             forward pass).
         checkpoint: store the step in its middle, and resume it from there.
+        world: ranks that make this call together over as many chunks, replicas included: they store and stop at the same
+            chunk. None: those of DDP, or else of ``group``.
         progress: called after every chunk.
 
     Returns:
@@ -65,8 +70,10 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
         StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
-    with Gradients(model, stream.group) as gradients, Interrupts(None if checkpoint is None else checkpoint.stop) as interrupts:
-        step = _Step(stream, gradients, interrupts, keep, num_targets, progress)
+    stop = None if checkpoint is None else checkpoint.stop
+    with Gradients(model, stream.group, reduce) as gradients, Interrupts(stop) as interrupts:
+        together = model.process_group if world is None and isinstance(model, DistributedDataParallel) else world
+        step = _Step(stream, gradients, interrupts, keep, num_targets, progress, together or stream.group)
         if checkpoint is not None:
             step.resume(checkpoint)
         step.forward()
@@ -167,8 +174,9 @@ class _Step:
     """
 
     def __init__(self, stream: _Stream, gradients: Gradients, interrupts: Interrupts, keep: Keep, num_targets: int | None,
-                 progress: Callable[[Progress], None] | None) -> None:
+                 progress: Callable[[Progress], None] | None, world: ProcessGroup | None) -> None:
         _check_keep(keep, stream)
+        self.world = world
         self.stream, self.gradients, self.interrupts, self.keep, self.progress = stream, gradients, interrupts, keep, progress
         self.targets, self.pace = stream.targets(num_targets), stream.pace()
         self.phase, self.done, self.carry = "forward", 0, stream.first_carry()
@@ -225,7 +233,7 @@ class _Step:
         self.phase, self.done = phase, done
         report = self.pace.chunk_done(phase, done)
         due = self.store is not None and self.store.due()
-        stop, due = (bool(v) for v in agree_on_greatest([self.interrupts.wanted(), due], self.stream.group))
+        stop, due = (bool(v) for v in agree_on_greatest([self.interrupts.wanted(), due], self.world))
         finished = phase == "backward" and done == self.stream.text.count
         if self.store is not None and (stop or due or finished):
             self._save(self.store)
@@ -250,10 +258,11 @@ class _Step:
         text = self.stream.text
         facts: Mapping[str, str] = {
             "text": digest_of_tokens(text.ids), "labels": digest_of_tokens(text.labels), "chunk size": str(text.step),
-            "number of ranks": str(group_size(self.stream.group)), "model": self.stream.model.config.model_dump_json(),
+            "number of ranks": f"{group_size(self.stream.group)} of {group_size(self.world)}",
+            "model": self.stream.model.config.model_dump_json(),
             "set of weights": digest_of_weights(self.stream.model), "number of targets": str(int(self.targets)),
             "way to keep carries": self.keep, "precision": str(self.carry.tensors()[-2].dtype)}
-        self.store = Store(checkpoint, facts, self.stream.group)
+        self.store = Store(checkpoint, facts, self.world)
         saved = self.store.load()
         if saved is not None:
             self._restore(saved)

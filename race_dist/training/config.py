@@ -100,6 +100,20 @@ class ParallelConfig(_Strict):
         return dp, sp
 
 
+class StreamConfig(_Strict):
+    """Sequences of any length in chunks, with exact gradients: only one chunk's activations exist at a time.
+
+    Attributes:
+        chunk_size: tokens of each row that a rank works on at a time; 0: sequences are not streamed.
+        keep: where the states at the chunks' starts wait: ``"device"``, ``"host"``, or ``"subtract"`` (recovered; no decay).
+        minutes: between two times of storing a step under way, if checkpoints are on; 0: never.
+    """
+
+    chunk_size: int = Field(0, ge=0)
+    keep: Literal["device", "host", "subtract"] = "device"
+    minutes: float = Field(10.0, ge=0)
+
+
 class EvalConfig(_Strict):
     """Measuring on the held-out text.
 
@@ -178,6 +192,7 @@ class TrainConfig(_Strict):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
+    stream: StreamConfig = StreamConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
@@ -213,7 +228,24 @@ class TrainConfig(_Strict):
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
                              "steps; lower it or raise steps")
+        if self.stream.chunk_size:
+            self._check_streamed()
         return self
+
+    def _check_streamed(self) -> None:
+        if self.engine != "native":
+            raise ValueError(f'stream.chunk_size needs engine = "native"; it is "{self.engine}"')
+        if "S" in self.model.layer_kinds:
+            raise ValueError(f"stream.chunk_size does not go with the full-softmax layers of model.layer_pattern = "
+                             f"{self.model.layer_pattern!r}: they carry every key and value so far; use R and W")
+        if self.parallel.layout == "zigzag":
+            raise ValueError('stream.chunk_size shares each chunk out in order: leave parallel.layout = "contiguous"')
+        if self.stream.keep == "subtract" and "R" in self.model.layer_kinds and self.model.race.decay != "none":
+            raise ValueError(f'stream.keep = "subtract" needs model.race.decay = "none", but it is '
+                             f'"{self.model.race.decay}": what has decayed cannot be brought back; use "host"')
+        if self.stream.keep == "subtract" and self.data.documents == "separate":
+            raise ValueError('stream.keep = "subtract" does not go with data.documents = "separate": nothing of the state '
+                             'before a document is left to subtract from; use "host"')
 
     @property
     def directory(self) -> Path:

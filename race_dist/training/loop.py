@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import CheckpointError, Checkpoints
 from race_dist.training.closing import finish
 from race_dist.training.metrics import Metrics, bits
@@ -103,9 +104,14 @@ class _Run:
         self.since = 0
         evaluation = Evaluation(math.nan, 0)
         saved_step = trainer.step
+        trainer.method.begin(self.directory.path / "step-in-progress" if config.checkpoint.on else None,
+                             self.hooks.stop_requested)
         while trainer.step < config.steps:
             asked = self.hooks.stop_requested()
-            result = trainer.train_step(flags=(asked, self._is_due()))
+            try:
+                result = trainer.train_step(flags=(asked, self._is_due()))
+            except StepInterrupted as interrupted:
+                return self._leave_inside_step(interrupted, evaluation)
             stop, due = result.flags
             self._tell_problems()
             last = trainer.step == config.steps
@@ -120,6 +126,7 @@ class _Run:
         if math.isnan(evaluation.loss):  # resumed after the last step
             evaluation = self._evaluate()
         self._settle()
+        trainer.method.end()
         finish(trainer, self.directory, self.metrics, evaluation)
         return Outcome(evaluation)
 
@@ -170,6 +177,16 @@ class _Run:
             self.metrics.event(self.trainer.step, "stopped", quiet=True)
             where = f"saved after step {saved_step:,}" if self.trainer.config.checkpoint.on else "nothing was saved"
             self.metrics.say([f"stopped on request, {where}; go on with --resume"])
+        return Outcome(evaluation, stopped=True)
+
+    def _leave_inside_step(self, interrupted: StepInterrupted, evaluation: Evaluation) -> Outcome:
+        """All ranks have ended a step at the same chunk; a checkpoint keeps the weights that it began with."""
+        if self.trainer.config.checkpoint.on:
+            self._save()
+        self._settle()
+        if self.metrics is not None:
+            self.metrics.event(self.trainer.step, "stopped", quiet=True)
+            self.metrics.say([f"step {self.trainer.step + 1:,} {interrupted}", "go on with --resume"])
         return Outcome(evaluation, stopped=True)
 
     def _settle(self) -> None:

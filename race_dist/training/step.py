@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from race_dist.models import DecoderLM
 from race_dist.parallel import Replica
@@ -21,6 +22,15 @@ class StepMethod(Protocol):
 
     replica: Replica
 
+    def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
+        """Before the first step: where a step under way may be stored (None: nowhere), and who may ask it to end in its
+        middle."""
+        ...
+
+    def end(self) -> None:
+        """After the last step: what is stored of steps under way is no longer needed."""
+        ...
+
     def gradients(self, batch: Batch) -> Tensor:
         """Leave in every ``.grad`` the gradient of the global batch's mean loss, summed over all ranks (of sharded
         parameters: this rank's part of it).
@@ -33,26 +43,48 @@ class StepMethod(Protocol):
         """
         ...
 
+    def loss(self, batch: Batch) -> Tensor:
+        """This rank's share of the summed loss of a batch, without gradients."""
+        ...
+
 
 def build_step(config: TrainConfig, model: DecoderLM, ranks: Ranks) -> StepMethod:
     """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
+    if config.stream.chunk_size:
+        from race_dist.training.streamed import StreamedStep
+
+        return StreamedStep(config, model, ranks)
     return WholeStep(config, model, ranks)
 
 
-class WholeStep:
+class Unstreamed:
+    """What methods have in common that run over whole sequences."""
+
+    config: TrainConfig
+    ranks: Ranks
+    replica: Replica
+
+    def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
+        """Nothing: these steps are not ended in their middle."""
+
+    def end(self) -> None:
+        """Nothing is stored."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See :class:`StepMethod`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for rows in rows_in_parts(batch.rows_of(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate):
+            part = batch.part(rows, shard_of(self.ranks))
+            total += loss_of(self.replica.model, part, 1, self.config, self.ranks).detach().double()
+        return total
+
+
+class WholeStep(Unstreamed):
     """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
 
     def __init__(self, config: TrainConfig, model: DecoderLM, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        if config.compile:
-            for block in model.blocks:
-                block.compile()
-        if config.parallel.sharding == "fsdp":
-            self.replica = Replica.sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
-            materialize(model, ranks.device)
-        else:
-            materialize(model, ranks.device)
-            self.replica = Replica.whole(model, ranks.world)
+        self.replica = place_model(config, model, ranks)
 
     def gradients(self, batch: Batch) -> Tensor:
         """See :class:`StepMethod`."""
@@ -68,13 +100,26 @@ class WholeStep:
         return total
 
 
+def place_model(config: TrainConfig, model: DecoderLM, ranks: Ranks, *, dynamic: bool | None = None) -> Replica:
+    """The model on its ranks, compiled and sharded as the configuration says, with its first weights."""
+    if config.compile:
+        for block in model.blocks:
+            block.compile(dynamic=dynamic)
+    if config.parallel.sharding == "fsdp":
+        replica = Replica.sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
+        materialize(model, ranks.device)
+        return replica
+    materialize(model, ranks.device)
+    return Replica.whole(model, ranks.world)
+
+
 def materialize(model: DecoderLM, device: torch.device) -> None:
     """Give a model on the meta device its first weights: they depend on the seed and their names alone."""
     model.to_empty(device=device)
     model.initialize()
 
 
-def loss_of(model: Replica | DecoderLM, part: Part, targets: int, config: TrainConfig, ranks: Ranks) -> Tensor:
+def loss_of(model: Replica | nn.Module, part: Part, targets: int, config: TrainConfig, ranks: Ranks) -> Tensor:
     """A part's summed loss over the global count of targets."""
     device = ranks.device
     with autocast(config, device):

@@ -21,11 +21,11 @@ from race_dist.training.corpus import Corpus, load_corpus
 from race_dist.training.data import check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors
 from race_dist.training.ranks import Ranks
-from race_dist.training.step import StepMethod, build_step, loss_of, rows_in_parts, shard_of
+from race_dist.training.step import StepMethod, build_step
 
 # what a run may be resumed with although it was begun with another value
-FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "steps", "parallel", "eval", "sample", "checkpoint",
-                  "engine", "deepspeed", "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
+FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "steps", "parallel", "stream", "eval", "sample",
+                  "checkpoint", "engine", "deepspeed", "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class Trainer:
         tokens = 0
         for batch in evaluation_batches(self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size,
                                         context=data.context):
-            for rows in rows_in_parts(batch.rows_of(ranks.dp_rank, ranks.dp), self.config.optim.accumulate):
-                total += loss_of(self.model, batch.part(rows, shard_of(ranks)), 1, self.config, ranks).double()
+            total += self.method.loss(batch).double()
             tokens += batch.targets
         self.model.train()
         return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)

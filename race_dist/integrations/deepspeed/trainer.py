@@ -21,7 +21,7 @@ from race_dist.training.config import TrainConfig
 from race_dist.training.data import Batch, training_batch
 from race_dist.training.optim import build_optimizer, learning_rate
 from race_dist.training.ranks import Ranks
-from race_dist.training.step import materialize, rows_in_parts, shard_of
+from race_dist.training.step import Unstreamed, materialize, rows_in_parts, shard_of
 from race_dist.training.trainer import StepResult, Trainer
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -42,7 +42,7 @@ class EngineReplica(Replica):
         return ((name, whole_weight(p)) for name, p in self.model.named_parameters())
 
 
-class EngineStep:
+class EngineStep(Unstreamed):
     """A global batch's gradients, left where DeepSpeed keeps them."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks, engine: Any) -> None:

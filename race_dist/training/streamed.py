@@ -1,0 +1,127 @@
+"""A step that streams its sequences: exact gradients of contexts of any length, one chunk's activations at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from race_dist.models import DecoderLM
+from race_dist.models.loss import IGNORE
+from race_dist.parallel import Replica
+from race_dist.streaming import Progress, StepCheckpoint, Tokens, streamed_backward, streamed_loss
+from race_dist.streaming.checkpoint import digest_of_weights
+from race_dist.training.config import TrainConfig
+from race_dist.training.data import Batch
+from race_dist.training.ranks import Ranks
+from race_dist.training.step import autocast, place_model, rows_in_parts
+
+TOLD_EVERY = 30.0  # seconds between two lines of a step under way
+
+
+class _Rows(NamedTuple):
+    """Whole sequences, the same on every rank that shares them: ``[B, T]`` each, and the documents in one (B = 1)."""
+
+    inputs: Tokens
+    labels: Tokens
+    cu_seqlens: Tensor | None
+
+
+class StreamedStep:
+    """Each part of this rank's rows is streamed, one after the other."""
+
+    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.replica: Replica = place_model(config, model, ranks, dynamic=False)
+        self._folder: Path | None = None
+        self._stop: Callable[[], bool] | None = None
+        self._told = 0.0
+
+    def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
+        """See :class:`race_dist.training.step.StepMethod`."""
+        # FSDP2 holds the gradients of chunks itself, out of reach
+        stored = folder is not None and self.config.stream.minutes > 0 and not self.replica.is_sharded
+        self._folder, self._stop = folder if stored else None, stop
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """See :class:`race_dist.training.step.StepMethod`.
+
+        Raises:
+            StepInterrupted: somebody asked to stop; the step is stored, if :meth:`begin` has said where.
+        """
+        config, ranks, total = self.config, self.ranks, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        parts = list(self._parts(batch))
+        weights = "" if self._folder is None else digest_of_weights(self.replica.model)
+        for rows in parts:
+            sequences, checkpoint = _read(batch, rows), None
+            if self._folder is not None:
+                key = f"weights {weights}, windows at {[batch.starts[row] for row in rows]} of {batch.starts}"
+                checkpoint = StepCheckpoint(self._folder, 60 * config.stream.minutes, key, self._stop)
+            last = rows is parts[-1]
+            with autocast(config, ranks.device):
+                total += streamed_backward(
+                    self.replica.model, sequences.inputs, sequences.labels, chunk_size=config.stream.chunk_size,
+                    group=ranks.sp_group, cu_seqlens=sequences.cu_seqlens, num_targets=batch.targets,
+                    reduce="sum" if last and self.replica.is_sharded else "none", keep=config.stream.keep,
+                    checkpoint=checkpoint, world=ranks.world, progress=self._tell if ranks.rank == 0 else None)
+        if not self.replica.is_sharded:
+            with self.replica.sums.pending(overlap=False):
+                pass
+        return self._share(total)
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """See :class:`race_dist.training.step.StepMethod`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for rows in self._parts(batch):
+            sequences = _read(batch, rows)
+            with autocast(self.config, self.ranks.device):
+                total += streamed_loss(self.replica.model, sequences.inputs, sequences.labels, num_targets=1,
+                                       chunk_size=self.config.stream.chunk_size, group=self.ranks.sp_group,
+                                       cu_seqlens=sequences.cu_seqlens)
+        return self._share(total)
+
+    def end(self) -> None:
+        """See :class:`race_dist.training.step.StepMethod`."""
+        if self._folder is not None:
+            StepCheckpoint(self._folder).clear()
+
+    def _parts(self, batch: Batch) -> Iterator[range]:
+        """Rows that are streamed together: documents that are kept apart need a sequence of their own."""
+        rows = batch.rows_of(self.ranks.dp_rank, self.ranks.dp)
+        return rows_in_parts(rows, self.config.optim.accumulate if batch.split.boundaries is None else len(rows))
+
+    def _share(self, total: Tensor) -> Tensor:
+        """Every rank of a sequence knows its whole loss: the first one brings it in."""
+        return total if self.ranks.rank % self.ranks.sp == 0 else torch.zeros_like(total)
+
+    def _tell(self, progress: Progress) -> None:
+        if progress.seconds < self._told:
+            self._told = 0.0  # a new step has begun
+        if progress.seconds - self._told >= TOLD_EVERY:
+            self._told = progress.seconds
+            print(f"  {progress}", flush=True)
+
+
+def _read(batch: Batch, rows: range) -> _Rows:
+    """Some rows, unread where they lie in a memory map in one piece and count whole."""
+    windows = [batch.row(row) for row in rows]
+    whole = windows[0][None] if len(windows) == 1 else np.stack(windows)
+    inputs, labels = whole[:, :-1], whole[:, 1:]
+    starts, context = [batch.starts[row] for row in rows], batch.context
+    begins = [batch.split.inside(start + 1, start + context + 1) - start - 1 for start in starts]
+    if any(len(b) for b in begins) or rows[-1] >= batch.count:
+        labels = labels.astype(np.int32)
+        for n, (row, begin) in enumerate(zip(rows, begins)):
+            labels[n, begin] = IGNORE
+            if row >= batch.count:
+                labels[n] = IGNORE
+    documents = None
+    if batch.split.boundaries is not None:
+        inside = batch.split.inside(starts[0] + 1, starts[0] + context) - starts[0]
+        documents = torch.from_numpy(np.concatenate([[0], inside, [context]]))
+    return _Rows(inputs, labels, documents)
