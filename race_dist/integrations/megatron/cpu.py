@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import megatron.core.fusions.fused_softmax as fused_softmax
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """What is asked for on CUDA is made on the CPU."""
+    """What is asked for on CUDA is made on the CPU. It does not reach into backward passes; what is patched below does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -44,6 +45,7 @@ def without_cuda() -> Iterator[None]:
             (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
             (torch.cuda, "synchronize", lambda *_: None),
             (megatron_random, "_lazy_call", lambda *_, **__: None),
+            (fused_softmax, "get_default_causal_mask", lambda size: torch.ones(size, size, dtype=torch.bool).triu(1)),
         ):
             stack.enter_context(patch.object(target, name, value))
         stack.enter_context(_CpuForCuda())
