@@ -221,12 +221,14 @@ def bench_streaming(
     chunk: Annotated[int, typer.Option(min=1, metavar="C", help="Tokens whose activations exist at a time.")] = 8192,
     override: Annotated[list[str] | None, typer.Option(
         "--override", "-o", metavar="KEY=VALUE", help="Change one key of the configuration. Repeatable.")] = None,
-    keep: Annotated[Literal["device", "host"], typer.Option(help="Where carries at chunk starts wait.")] = "device",
+    keep: Annotated[Literal["device", "host", "subtract"], typer.Option(help="Where carries at chunk starts wait.")] = "device",
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks first.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
     limit_seconds: Annotated[float | None, typer.Option(
         min=0, metavar="S", help="End a step after so long with what it has shown.")] = None,
+    store: Annotated[str | None, typer.Option(
+        metavar="FOLDER", help="Store a step under way there; the same command then goes on with it.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also list the kernels of a few chunks by time.")] = False,
     out: Annotated[Path | None, typer.Option(
         metavar="FILE.json", help="Write the figures there, and a picture of several lengths beside it.")] = None,
@@ -236,7 +238,7 @@ def bench_streaming(
     from race_dist.training.config import load_config
 
     with user_errors():
-        options = streaming.Options(chunk, device or _device(), keep, compiled, threads, limit_seconds, profile)
+        options = streaming.Options(chunk, device or _device(), keep, compiled, threads, limit_seconds, store, profile=profile)
         streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), options, out=out)
         if out is not None:
             print(f"written: {out}")

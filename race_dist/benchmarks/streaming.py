@@ -29,7 +29,7 @@ from race_dist.nn import RMSNorm
 from race_dist.parallel import all_reduce_max, group_rank, group_size
 from race_dist.planning.cluster import match_gpu
 from race_dist.planning.costs import streamed_flops
-from race_dist.streaming import Keep, Progress, streamed_backward
+from race_dist.streaming import Keep, Progress, StepCheckpoint, StepInterrupted, streamed_backward
 from race_dist.training.config import TrainConfig
 from race_dist.training.corpus import load_corpus
 from race_dist.training.optim import build_optimizer
@@ -48,6 +48,8 @@ class Options:
         compiled: compile with torch.compile first: the blocks and the last norm; under a group what exchanges nothing.
         threads: of PyTorch on the CPU; None leaves it alone.
         limit: seconds after which a step ends with what it has; None: it runs to its end.
+        store: a folder in which a step under way is stored, so that it can be run in pieces; None: it is not.
+        every: seconds between two times of storing.
         profile: also list the kernels of a few chunks by their time.
     """
 
@@ -57,6 +59,8 @@ class Options:
     compiled: bool = False
     threads: int | None = None
     limit: float | None = None
+    store: str | None = None
+    every: float = 300.0
     profile: bool = False
 
 
@@ -94,8 +98,9 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
     the step), ``gradient_norm``, ``warmup_seconds`` (compiling included), ``forward_seconds``, ``backward_seconds``,
     ``optimizer_seconds``, ``seconds`` (their sum), ``flops`` (8 x parameters x tokens and the attention), ``mfu`` (of the
     GPU's dense peak), ``peak_bytes`` (resident memory of the process, or allocated on the device), ``state_bytes`` of it
-    the carries at chunk starts, which grow with the sequence. A step that met its limit has ``stopped``, and
-    ``projected_seconds`` in place of ``seconds``.
+    the carries at chunk starts, which grow with the sequence. A step that met its limit has ``stopped``, how far it came
+    (``reached``) and, from the backward phase on, ``projected_seconds`` in place of ``seconds``. Of a step in several pieces
+    times are summed and peaks are the highest.
     """
     device = torch.device(options.device)
     if options.threads is not None:
@@ -114,7 +119,8 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
     def stream(count: int, watch: _Watch | None = None) -> torch.Tensor:
         with _autocast(config, device):
             return streamed_backward(model, tokens[None, :count], tokens[None, 1:count + 1], chunk_size=options.chunk_size,
-                                     keep=options.keep, group=group, progress=watch)
+                                     keep=options.keep, group=group, progress=watch,
+                                     checkpoint=None if watch is None else watch.checkpoint)
 
     warm = min(length, WARM_CHUNKS * options.chunk_size * group_size(group))
     row["warmup_seconds"] = _seconds(lambda: stream(warm), device)
@@ -122,11 +128,11 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         row["profile"] = {"tokens": warm, **profile(lambda: stream(warm), device)}
     optimizer.zero_grad()
     _reset_peak(device)
-    watch = _Watch(device, options.limit, group)
+    watch = _Watch(device, options, length, group)
     try:
         row["loss"] = float(stream(length, watch))
-    except _OutOfTime as stop:
-        row |= watch.partial(stop.progress, length)
+    except (_OutOfTime, StepInterrupted) as stop:
+        row |= {"stopped": {"why": str(stop)}} | watch.partial()
     else:
         row |= watch.phases()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -141,7 +147,7 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         row["tflops_per_second"] = row["flops"] / seconds / 1e12
         if gpu is not None:
             row["mfu"] = row["flops"] / seconds / (gpu.flops["bfloat16"] * group_size(group))
-    return row | _peak(device)
+    return row | watch.peaks("seconds" in row)
 
 
 def _compilable(model: DecoderLM, group: ProcessGroup | None) -> list[torch.nn.Module]:
@@ -179,32 +185,39 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 class _OutOfTime(Exception):
     """The step's limit has passed."""
 
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(progress)
-        self.progress = progress
-
 
 class _Watch:
-    """Times the phases, says how far the step is, and ends it at its limit."""
+    """Times the phases of a step over all its pieces, says how far it is, and ends it at its limit."""
 
-    def __init__(self, device: torch.device, limit: float | None, group: ProcessGroup | None) -> None:
-        self._device, self._limit, self._group = device, limit, group
-        self._began, self._next = time.perf_counter(), 0.0
-        self._forward: float | None = None
+    def __init__(self, device: torch.device, options: Options, length: int, group: ProcessGroup | None) -> None:
+        self._device, self._limit, self._length, self._group = device, options.limit, length, group
+        self._spent, self._peak, self._pieces, self._file = {"forward": 0.0, "backward": 0.0}, 0, 1, None
+        self.checkpoint: StepCheckpoint | None = None
+        if options.store is not None:
+            self.checkpoint = StepCheckpoint(Path(options.store), options.every, f"{length} tokens", lambda: self._over)
+            self._file = Path(options.store) / f"{length}-tokens.json"
+        if self._file is not None and self._file.exists():
+            before = json.loads(self._file.read_text(encoding="utf-8"))
+            self._spent, self._peak, self._pieces = before["spent"], before["peak_bytes"], before["pieces"] + 1
+        self._last, self._told, self._over = time.perf_counter(), 0.0, False
+        self._progress: Progress | None = None
 
     def __call__(self, progress: Progress) -> None:
-        if self._forward is None and (progress.phase == "backward" or progress.chunk == progress.chunks - 1):
-            self._forward = self._now()
-        if progress.seconds >= self._next:
-            self._next = progress.seconds + 20
+        self._progress = progress
+        if progress.phase == "forward" and progress.chunk == progress.chunks - 1 and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._add(progress.phase)
+        if progress.seconds >= self._told:
+            self._told = progress.seconds + 20
+            self._write()
             if group_rank(self._group) == 0:
-                print(f"  {progress.phase} {progress.chunk}/{progress.chunks}, {progress.seconds:.0f} s, "
-                      f"{progress.remaining:.0f} s left", flush=True)
-        if self._limit is not None and self._over(progress, self._limit):
-            raise _OutOfTime(progress)
+                print(f"  {progress}", flush=True)
+        self._over = self._limit is not None and self._passed(progress, self._limit)
+        if self._over and self.checkpoint is None:
+            raise _OutOfTime(f"after {progress}")
 
-    def _over(self, progress: Progress, limit: float) -> bool:
-        """Whether the limit has passed: on any rank of a group, which asks now and then."""
+    def _passed(self, progress: Progress, limit: float) -> bool:
+        """Whether the limit has: on any rank of a group, which asks now and then."""
         if self._group is None:
             return progress.seconds > limit
         if progress.chunk % AGREE_EVERY:
@@ -212,25 +225,44 @@ class _Watch:
         seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self._device)
         return float(all_reduce_max(seconds, self._group)) > limit
 
-    def _now(self) -> float:
+    def _add(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._spent[phase] += now - self._last
+        self._last = now
+
+    def _write(self) -> None:
+        if self._file is not None and group_rank(self._group) == 0:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            peak = max(self._peak, _peak(self._device)["peak_bytes"])
+            self._file.write_text(json.dumps({"spent": self._spent, "peak_bytes": peak, "pieces": self._pieces}))
+
+    def phases(self) -> dict[str, Any]:
+        """Seconds of each phase of a step that has ended."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter() - self._began
+        self._add("backward")
+        return {"forward_seconds": self._spent["forward"], "backward_seconds": self._spent["backward"], "pieces": self._pieces}
 
-    def phases(self) -> dict[str, float]:
-        """Seconds of each phase of a step that has ended."""
-        now, forward = self._now(), self._forward or 0.0
-        return {"forward_seconds": forward, "backward_seconds": now - forward}
-
-    def partial(self, at: Progress, length: int) -> dict[str, Any]:
+    def partial(self) -> dict[str, Any]:
         """What a step that was stopped has shown: its pace, and from it the seconds of a whole step, if it came so far."""
-        now = self._now()
-        result: dict[str, Any] = {"stopped": {"phase": at.phase, "chunk": at.chunk, "chunks": at.chunks, "tokens": at.tokens,
-                                              "seconds": now}}
-        if at.phase == "backward" and self._forward is not None:
-            result["forward_seconds"] = self._forward
-            result["projected_seconds"] = self._forward + (now - self._forward) * length / at.tokens
+        self._write()
+        at = self._progress
+        result: dict[str, Any] = {"pieces": self._pieces, **{f"{k}_seconds": v for k, v in self._spent.items() if v}}
+        if at is not None:
+            result["reached"] = {"phase": at.phase, "chunk": at.chunk, "chunks": at.chunks, "tokens": at.tokens,
+                                 "tokens_per_second": at.tokens_per_second}
+        if at is not None and at.phase == "backward" and self._spent["forward"]:
+            result["projected_seconds"] = self._spent["forward"] + self._spent["backward"] * self._length / at.tokens
         return result
+
+    def peaks(self, ended: bool) -> dict[str, int]:
+        """Of memory, over all pieces; what was stored of a step that has ended is removed."""
+        now = _peak(self._device)
+        if ended and self.checkpoint is not None:
+            self.checkpoint.clear()
+            if self._file is not None and group_rank(self._group) == 0:
+                self._file.unlink(missing_ok=True)
+        return now | {"peak_bytes": max(self._peak, now["peak_bytes"])}
 
 
 def _reset_peak(device: torch.device) -> None:
@@ -251,7 +283,7 @@ def _peak(device: torch.device) -> dict[str, int]:
 def _line(row: dict[str, Any]) -> str:
     seconds, pace = row.get("seconds"), row.get("tokens_per_second")
     text = f"{row['tokens']:>13,} tokens  "
-    text += f"stopped in the {row['stopped']['phase']} phase  " if seconds is None else f"{seconds:.1f} s  "
+    text += f"stopped {row['stopped']['why']}  " if seconds is None else f"{seconds:.1f} s  "
     text += "" if pace is None else f"{pace:,.0f} tokens/s  "
     text += f"mfu {row['mfu']:.1%}  " if "mfu" in row else ""
     text += f"peak {row['peak_bytes'] / 2**20:,.1f} MiB, carries at chunk starts {row['state_bytes'] / 2**20:,.1f} MiB"
@@ -275,8 +307,8 @@ def store(report: dict[str, Any], path: Path) -> None:
         axes.plot(tokens, [row["peak_bytes"] / 2**20 for row in rows], marker="o", label="peak")
         axes.plot(tokens, [(row["peak_bytes"] - _on_device(report, row)) / 2**20 for row in rows], marker="o",
                   label="without the carries at chunk starts")
-        axes.set(xscale="log", xlabel="tokens of one sequence", ylabel="MiB", ylim=(0, None),
-                 title=f"one exact optimizer step, {rows[0]['parameters']:,} parameters, "
+        axes.set(xscale="log", xlabel="tokens of one sequence", ylabel="MiB",
+                 ylim=(0, 1.2 * max(row["peak_bytes"] for row in rows) / 2**20), title=f"one exact optimizer step, {rows[0]['parameters']:,} parameters, "
                        f"{where.get('gpu') or where['processor']}")
         axes.grid(visible=True, alpha=0.2)
         axes.legend()

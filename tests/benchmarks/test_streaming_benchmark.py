@@ -40,10 +40,23 @@ def test_a_whole_step_has_every_figure(config: TrainConfig, tmp_path: Path) -> N
 
 def test_a_step_past_its_limit_says_how_far_it_came(config: TrainConfig) -> None:
     row = streaming.measure(config, 1024, streaming.Options(128, "cpu", limit=0.0))
-    assert row["stopped"]["phase"] == "forward"
-    assert row["stopped"]["chunk"] == 1
+    assert row["stopped"]["why"].startswith("after forward 1/8")
+    assert row["reached"]["phase"] == "forward"
+    assert row["reached"]["tokens"] == 128
     assert "seconds" not in row
     assert row["peak_bytes"] > 0
+
+
+def test_a_step_in_pieces_is_one_step(config: TrainConfig, tmp_path: Path) -> None:
+    whole = streaming.measure(config, 512, streaming.Options(128, "cpu"))
+    options = streaming.Options(128, "cpu", limit=0.0, store=str(tmp_path / "store"))
+    rows = [streaming.measure(config, 512, options) for _ in range(4)]
+    assert all("reached" in row for row in rows[:3])
+    assert [row["pieces"] for row in rows] == [1, 2, 3, 4]
+    assert rows[3]["loss"] == whole["loss"]
+    assert rows[3]["gradient_norm"] == whole["gradient_norm"]
+    assert rows[3]["forward_seconds"] >= rows[2]["forward_seconds"] > 0
+    assert not any((tmp_path / "store").iterdir())
 
 
 @pytest.mark.parametrize(("driver", "table"), [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb"),
