@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import spawn_ranks
-
-pytest.importorskip("deepspeed")
-
 from race_dist.integrations.deepspeed.parity import Case, Ratio, cases
+from tests.distributed.harness import spawn_ranks
 
 
 def measure_all(group: Any, world: int) -> dict[Case, Ratio]:

@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import spawn_ranks
-
-pytest.importorskip("deepspeed")
-
 from tests.integrations import deepspeed_ranks
 
 

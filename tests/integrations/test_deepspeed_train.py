@@ -14,8 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("deepspeed")
-
 from race_dist.training.config import TrainConfig, load_config, parse_config
 from race_dist.training.ranks import Ranks
 from tests.distributed.harness import spawn_ranks

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from race_dist.integrations.transformers import (
     RaceSelfAttention,
     cached_bytes,
@@ -263,6 +261,8 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     model, ids = make("llama", "converted"), tokens(1, 8)
     with pytest.raises(TypeError, match="decode with a DynamicCache"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=PAD)
+    with pytest.raises(ValueError, match=r"places for \d+ keys.*DynamicCache"):
+        make("llama", "implementation").generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=PAD)
     out = model(ids, use_cache=True)
     cache = out["past_key_values"] if "past_key_values" in out else out["cache"]
     with pytest.raises(ValueError, match="cannot forget the last tokens"):

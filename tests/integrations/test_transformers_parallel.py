@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("transformers")
-
 from tests.distributed.harness import RankError, run_ranks, spawn_ranks
 from tests.integrations.hf_models import build, tokens
 

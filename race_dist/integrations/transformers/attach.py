@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from race_dist.integrations.transformers.cache import RaceCacheLayer
+from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.rows import rows_of
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
@@ -36,6 +36,8 @@ class RowsHook:
         if call.get("output_attentions") or decoder.config.output_attentions:
             raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
         cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
+        if cache is not None:
+            check_cache(cache)
         keeps = self.group is None and (cache is not None or self._caches(decoder, call))
         if self.group is not None and cache is not None:
             raise ValueError("decoding over a shared sequence is not supported: give use_cache=False, or generate on one rank")

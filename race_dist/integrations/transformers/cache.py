@@ -78,9 +78,7 @@ def cache_layer(cache: Cache, index: int) -> RaceCacheLayer:
     Raises:
         TypeError: the cache is of a kind that grows no layers.
     """
-    if not isinstance(cache, DynamicCache):
-        raise TypeError(f"RACE layers decode with a DynamicCache (the default); got {type(cache).__name__}: leave "
-                        "cache_implementation out")
+    check_cache(cache)
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
@@ -89,6 +87,13 @@ def cache_layer(cache: Cache, index: int) -> RaceCacheLayer:
             raise TypeError(f"layer {index} of the cache holds keys and values: the cache was made for another model")
         layer = cache.layers[index] = RaceCacheLayer()
     return layer
+
+
+def check_cache(cache: object) -> None:
+    """Raise TypeError for a cache of a kind that grows no layers."""
+    if not isinstance(cache, DynamicCache):
+        raise TypeError(f"RACE layers decode with a DynamicCache (the default); got {type(cache).__name__}: leave "
+                        "cache_implementation out")
 
 
 def cached_bytes(cache: Cache) -> int:

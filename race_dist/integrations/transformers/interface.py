@@ -32,6 +32,13 @@ def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int |
     if kwargs.get("use_vmap"):
         raise ValueError('attn_implementation="race" sees all earlier tokens of a document; this model adds a pattern of '
                          "its own to its attention mask: take another implementation")
+    if kv_length is not None and kwargs.get("q_length") is not None:
+        last = int(kwargs.get("q_offset", 0)) + kwargs["q_length"]
+    else:
+        last = None if kwargs.get("cache_position") is None else int(kwargs["cache_position"][-1]) + 1  # transformers 4
+    if kv_length is not None and last is not None and last != kv_length + kwargs.get("kv_offset", 0):
+        raise ValueError(f"the cache has places for {kv_length} keys, of which {last} are taken: RACE Attention decodes with a "
+                         "DynamicCache (the default), so leave cache_implementation out")
     return attention_mask if attention_mask is None or kv_length is None else attention_mask[:, -kv_length:]
 
 
