@@ -23,10 +23,10 @@ def test_a_silent_layer_has_a_loss_of_one_and_a_layer_like_the_teachers_of_zero(
     batch = {"input_ids": tokens(2, 12)}
     with torch.no_grad():
         layer.o_proj.weight.zero_()
-    assert float(layer_loss(teacher, student, batch)) == pytest.approx(1, abs=1e-6)
+    assert layer_loss(teacher, student, batch).item() == pytest.approx(1, abs=1e-6)
     layer.forward = lambda x, **_: (teacher.model.layers[1].self_attn(  # type: ignore[method-assign]
         x, position_embeddings=teacher.model.rotary_emb(x, torch.arange(12)[None]), attention_mask=None)[0], None)
-    assert float(layer_loss(teacher, student, batch)) == pytest.approx(0, abs=1e-10)
+    assert layer_loss(teacher, student, batch).item() == pytest.approx(0, abs=1e-10)
 
 
 def test_padding_plays_no_part_in_the_layer_loss() -> None:
@@ -68,7 +68,7 @@ def test_the_prediction_loss_is_its_definition() -> None:
     entropy = -logits[counts].log_softmax(-1).gather(1, targets[counts][:, None]).mean()
     found = prediction_loss(logits, theirs, targets, temperature=2.0, share=0.25)
     torch.testing.assert_close(found.double(), 0.25 * divergence + 0.75 * entropy, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="share from 0 to 1; got 1.0 and 2"):
+    with pytest.raises(ValueError, match=r"share from 0 to 1; got 1\.0 and 2"):
         prediction_loss(logits, theirs, targets, share=2)
 
 
