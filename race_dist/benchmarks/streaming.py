@@ -307,9 +307,9 @@ def store(report: dict[str, Any], path: Path) -> None:
         axes.plot(tokens, [row["peak_bytes"] / 2**20 for row in rows], marker="o", label="peak")
         axes.plot(tokens, [(row["peak_bytes"] - _on_device(report, row)) / 2**20 for row in rows], marker="o",
                   label="without the carries at chunk starts")
-        axes.set(xscale="log", xlabel="tokens of one sequence", ylabel="MiB",
-                 ylim=(0, 1.2 * max(row["peak_bytes"] for row in rows) / 2**20), title=f"one exact optimizer step, {rows[0]['parameters']:,} parameters, "
-                       f"{where.get('gpu') or where['processor']}")
+        title = f"one exact optimizer step, {rows[0]['parameters']:,} parameters, {where.get('gpu') or where['processor']}"
+        axes.set(xscale="log", xlabel="tokens of one sequence", ylabel="MiB", title=title,
+                 ylim=(0, 1.2 * max(row["peak_bytes"] for row in rows) / 2**20))
         axes.grid(visible=True, alpha=0.2)
         axes.legend()
         figure.savefig(path.with_suffix(".png"), dpi=150)
