@@ -35,7 +35,7 @@ class Metrics:
 
     def __init__(self, path: Path, steps: int, console: Console | None = None, *, after: int = 0) -> None:
         self.console = console or Console(highlight=False)
-        _drop_after(path, after)
+        self._evaluated = {r["step"] for r in _drop_after(path, after) if r["kind"] == "eval"}
         self._file = path.open("a", encoding="utf-8")
         self._held_out = math.nan
         self._steps = steps
@@ -70,7 +70,8 @@ class Metrics:
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
         """Record a measurement on held-out text: ``loss`` in nats, ``bpb``, ``tokens``."""
-        self._write({"kind": "eval", "step": step, **record})
+        if step not in self._evaluated:  # a run that is resumed after its last step measures again
+            self._write({"kind": "eval", "step": step, **record})
         self._held_out = record["bpb"]
         if self.console.is_terminal:
             self._bar.update(self._task, completed=step)
@@ -92,14 +93,15 @@ class Metrics:
         self._file.flush()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the records up to a step: a run that goes on from there writes the later ones again."""
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records up to a step, and return them: a run that goes on from there writes the later ones again."""
     if not path.is_file():
-        return
+        return []
     kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     partial.replace(path)
+    return kept
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
