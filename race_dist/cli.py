@@ -40,7 +40,7 @@ def train(
         "--override", "-o", metavar="KEY=VALUE", help="Change one key, for example optim.lr=3e-4. Repeatable.")] = None,
     nproc: Annotated[int | None, typer.Option(
         min=1, metavar="N", help="Start N ranks on this machine. Leave it out under torchrun.")] = None,
-    engine: Annotated[str | None, typer.Option(metavar="NAME", help="native or deepspeed; the same as -o engine=NAME.")] = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="native, deepspeed or megatron: -o engine=NAME.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
     resume: Annotated[bool, typer.Option(
         "--resume", help="Go on from the run's newest good checkpoint; begin where there is none.")] = False,
@@ -51,14 +51,13 @@ def train(
     safetensors and a sample. One process is enough; several ranks share the sequences (parallel.sp) and the batch
     (parallel.dp), and get the same losses. Exit code 75: saved and left on request, --resume goes on.
     """
-    from race_dist.integrations.engines import make_trainer
+    from race_dist.integrations.engines import join, make_trainer
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.launch.stop import StopFlag
     from race_dist.parallel.mesh import shutdown
     from race_dist.parallel.watch import guard_stalls
     from race_dist.training import loop
     from race_dist.training.config import load_config
-    from race_dist.training.ranks import Ranks
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.telemetry import Telemetry
     from race_dist.training.trainer import open_corpus
@@ -79,7 +78,7 @@ def train(
     if nproc is not None and nproc > 1:
         raise typer.Exit(launch_ranks(_again(config, override, overwrite, resume), nproc))
     with user_errors():
-        place = Ranks.join(settings)
+        place = join(settings)
         trainer = make_trainer(settings, place)
         if place.rank == 0:
             directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)

@@ -25,7 +25,8 @@ FLOORS = {"cli": 7, "cli_launch": 7, "cli_errors": 7, "training": 6, "integratio
           "models": 5, "streaming": 5, "planning": 5, "nn": 4, "attention": 3, "parallel": 2, "ops": 1, "kernels": 0,
           "carry": 0, "sketch": 0, "hashing": 0}
 SAME_FLOOR = {("models", "streaming"), ("streaming", "models"), ("planning", "models"), ("benchmarks", "training"),
-              ("launch", "training"), ("launch", "benchmarks"), ("integrations", "training"), ("cli", "cli_errors"),
+              ("launch", "training"), ("launch", "benchmarks"), ("benchmarks", "integrations"),
+              ("integrations", "training"), ("cli", "cli_errors"),
               ("cli", "cli_launch"), ("cli_launch", "cli_errors")}
 
 

@@ -91,14 +91,18 @@ class Checkpoints:
         except ImportError:
             raise ImportError("checkpoints need torch 2.9 or newer: pip install -U torch, or set checkpoint.every = 0 and "
                               "checkpoint.minutes = 0") from None
+        partial, body = self._begin(step, facts)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        future = async_save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        self._writing = threading.Thread(target=self._finish, args=(future, partial, body), name="race-dist-checkpoint")
+        self._writing.start()
+
+    def _begin(self, step: int, facts: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Wait for the one before; the folder in which the next is written, and its manifest so far."""
         self.wait()
         self._serial += 1
         partial = self.folder / f"{_PARTIAL}{self._nonce}-{self._serial}"
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        future = async_save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        body = {"format": FORMAT, "serial": self._serial, "step": step, "facts": dict(facts)}
-        self._writing = threading.Thread(target=self._finish, args=(future, partial, body), name="race-dist-checkpoint")
-        self._writing.start()
+        return partial, {"format": FORMAT, "serial": self._serial, "step": step, "facts": dict(facts)}
 
     def wait(self) -> bool:
         """Wait until the last one is on disk. False, with a sentence in ``problems``, where it has failed."""

@@ -72,6 +72,7 @@ class ParallelConfig(_Strict):
     Attributes:
         dp: groups of ranks, each with its share of the batch.
         sp: ranks a group, each with its shard of every sequence.
+        tp: ranks that share every layer's heads (engine = "megatron" only): each place of dp x sp has that many.
         layout: order of the shards, ``"contiguous"`` or ``"zigzag"``.
         sharding: ``"none"`` (every rank holds all parameters) or ``"fsdp"`` (parameters, gradients and optimizer states are
             divided over all ranks).
@@ -80,12 +81,18 @@ class ParallelConfig(_Strict):
 
     dp: int | None = Field(None, ge=1)
     sp: int | None = Field(None, ge=1)
+    tp: int = Field(1, ge=1)
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     sharding: Literal["none", "fsdp"] = "none"
     timeout: float = Field(600.0, gt=0)
 
     def mesh(self, world_size: int) -> tuple[int, int]:
-        """``(dp, sp)`` for that many ranks. Raises ValueError where they do not multiply to it."""
+        """``(dp, sp)`` for that many ranks. Raises ValueError where they (and tp) do not multiply to it."""
+        started, tp = world_size, self.tp
+        if started % tp:
+            raise ValueError(f"parallel.tp = {tp} does not divide the {started} ranks that were started; start a multiple of "
+                             f"{tp} or change parallel.tp")
+        world_size //= tp
         if self.dp is not None and self.sp is not None:
             dp, sp = self.dp, self.sp
         elif self.dp is not None:
@@ -94,9 +101,10 @@ class ParallelConfig(_Strict):
             sp = self.sp or world_size
             dp = max(1, world_size // sp)
         if dp * sp != world_size:
-            raise ValueError(f"parallel.dp = {dp} times parallel.sp = {sp} makes {dp * sp} ranks, but {world_size} "
-                             f"{'was' if world_size == 1 else 'were'} started; start {dp * sp} "
-                             f"(race-dist train ... --nproc {dp * sp}) or change parallel.dp or parallel.sp")
+            needed = dp * sp * tp
+            raise ValueError(f"parallel.dp = {dp} times parallel.sp = {sp}{f' times parallel.tp = {tp}' if tp > 1 else ''} "
+                             f"makes {needed} ranks, but {started} {'was' if started == 1 else 'were'} started; start {needed} "
+                             f"(race-dist train ... --nproc {needed}) or change parallel.dp or parallel.sp")
         return dp, sp
 
 
@@ -173,7 +181,8 @@ class TrainConfig(_Strict):
         device: ``"auto"`` (a GPU a rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
         compile: compile the model's blocks with torch.compile.
         log_every: steps between two lines of metrics.
-        engine: who holds parameters and makes the optimizer's step: ``"native"`` or ``"deepspeed"``.
+        engine: who holds parameters and makes the optimizer's step: ``"native"``, ``"deepspeed"`` or ``"megatron"`` (whose
+            model, optimizer and checkpoints are megatron-core's: docs/megatron.md).
         deepspeed: the DeepSpeed configuration of that engine: a table of DeepSpeed's own keys, or the path of a JSON file,
             whose content is then stored with the run.
     """
@@ -186,7 +195,7 @@ class TrainConfig(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     log_every: int = Field(10, ge=1)
-    engine: Literal["native", "deepspeed"] = "native"
+    engine: Literal["native", "deepspeed", "megatron"] = "native"
     deepspeed: dict[str, Any] = {}
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -225,6 +234,9 @@ class TrainConfig(_Strict):
         if self.deepspeed and self.engine != "deepspeed":
             raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it '
                              "out")
+        if self.engine != "megatron" and self.parallel.tp > 1:
+            raise ValueError(f'parallel.tp is {self.parallel.tp}, but only engine = "megatron" divides heads over ranks; '
+                             'make it 1 or choose that engine')
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
                              "steps; lower it or raise steps")

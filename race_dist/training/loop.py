@@ -71,8 +71,7 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
         FloatingPointError: the loss or the gradient is no number.
     """
     config = trainer.config
-    store = Checkpoints(directory.checkpoints, trainer.ranks.world, keep=config.checkpoint.keep,
-                        keep_every=config.checkpoint.keep_every)
+    store = trainer.open_checkpoints(directory.checkpoints)
     saved = store.newest() if resume else None
     if saved is not None:
         trainer.restore(store, saved)

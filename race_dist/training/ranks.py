@@ -58,6 +58,11 @@ class Ranks:
         return group_size(self.sp_group)
 
     @property
+    def sp_rank(self) -> int:
+        """Which of them this is."""
+        return group_rank(self.sp_group)
+
+    @property
     def dp(self) -> int:
         """Groups of them."""
         return group_size(self.world) // self.sp

@@ -135,7 +135,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 
 def shard_of(ranks: Ranks) -> Shard:
     """This rank's shard of every sequence."""
-    return Shard(ranks.rank % ranks.sp, ranks.sp, ranks.layout)
+    return Shard(ranks.sp_rank, ranks.sp, ranks.layout)
 
 
 def rows_in_parts(rows: range, parts: int) -> Iterator[range]:

@@ -6,6 +6,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,10 +82,15 @@ class Trainer:
         """Model, optimizer and the way of a step; another engine has its own."""
         config = self.config
         dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.model = DecoderLM(config.model, dtype=dtype, device="meta")
+        self.model: Any = DecoderLM(config.model, dtype=dtype, device="meta")
         self.method: StepMethod = build_step(config, self.model, self.ranks)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer: Any = build_optimizer(self.model, config.optim)
         check_same_run(config, self.corpus, self.model, self.ranks.world)
+
+    def open_checkpoints(self, folder: Path) -> Checkpoints:
+        """Where this run's checkpoints go, and come from. Every rank calls it."""
+        config = self.config.checkpoint
+        return Checkpoints(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
 
     def train_step(self, flags: Sequence[bool] = ()) -> StepResult:
         """One optimizer step.
@@ -102,19 +108,27 @@ class Trainer:
         share = self.method.gradients(batch)
         shared = torch.stack([share.double(), *(share.new_tensor(float(f), dtype=torch.float64) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = full_tensor(torch.nn.utils.get_total_norm(grads))
+        norm = self.gradient_norm()
         if not (math.isfinite(loss) and bool(norm.isfinite())):
             raise FloatingPointError(f"step {self.step + 1}: the loss is {loss} and the gradient's norm {float(norm)}; "
                                      "try a lower optim.lr or a longer optim.warmup_steps")
-        if config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.optim.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config.steps, config.optim)
-        self.optimizer.step()
+        self.update(norm)
         self.step += 1
         self.position += 1
         return StepResult(loss, float(norm), tuple(f > 0 for f in raised))
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, once it is there."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return full_tensor(torch.nn.utils.get_total_norm(grads))
+
+    def update(self, norm: Tensor) -> None:
+        """Clip the gradient, whose norm this is, and change the weights by it."""
+        if self.config.optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip, norm)
+        self.optimizer.step()
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:

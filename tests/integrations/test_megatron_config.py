@@ -17,7 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.spec_utils import build_module, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ranks import batch, build, model_config, native, weights
@@ -89,6 +90,7 @@ def test_every_choice_of_race_config_is_a_field_with_its_default() -> None:
     ({"attention_dropout": 0.1}, r"attention_dropout is 0.1, but a RACE layer has no attention weights"),
     ({"window_size": (8, 0)}, r"window_size is \(8, 0\), but every layer is RACE"),
     ({"qk_clip": True}, r"qk_clip does not go with RACE layers: it clips logits"),
+    ({"attention_backend": AttnBackend.local}, r"leave --attention-backend out"),
     ({"linear_attention_freq": 2, "context_parallel_size": 2, "race_layout": "contiguous"}, r"take zigzag shards"),
 ])
 def test_what_cannot_be_is_refused_with_the_reason(options: dict[str, Any], message: str) -> None:
@@ -260,6 +262,19 @@ def test_specs_put_race_where_the_config_says() -> None:
     experts = config(num_moe_experts=2, moe_layer_freq=[0, 1, 0, 1], linear_attention_freq=2, add_bias_linear=False)
     kinds = [layer.submodules.mlp.module.__name__ for layer in get_race_block_spec(experts).layer_specs]
     assert kinds == ["MLP", "MoELayer", "MLP", "MoELayer"]
+
+
+def test_specs_are_called_with_a_models_config_too() -> None:
+    block = get_race_block_spec(SimpleNamespace(transformer=config(linear_attention_freq=2)))  # as newer builders do
+    kinds = [layer.submodules.self_attention.module for layer in block.layer_specs]
+    assert [kind is RaceSelfAttention for kind in kinds] == [True, False, True, False]
+
+
+def test_a_core_attention_that_was_replaced_is_noticed() -> None:
+    settings, spec = config(), get_race_layer_spec(config()).submodules.self_attention
+    spec.submodules.core_attention = DotProductAttention  # as Megatron does to any spec under --attention-backend local
+    with pytest.raises(ValueError, match=r"is DotProductAttention: something has replaced it"):
+        build_module(spec, config=settings, layer_number=1)
 
 
 def test_what_is_not_installed_is_named() -> None:

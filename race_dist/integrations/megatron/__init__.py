@@ -1,9 +1,14 @@
 """RACE Attention in Megatron-core: a config, the core_attention slot, specs, arguments, and a trainer from pip alone."""
 
-try:
-    import megatron.core  # noqa: F401
-except ImportError as error:
-    raise ImportError('race_dist.integrations.megatron needs megatron-core: pip install "race-dist[megatron]"') from error
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that Apex and Transformer Engine are not there is said by each of its modules
+    try:
+        import megatron.core.models.gpt
+        import megatron.core.optimizer  # noqa: F401
+    except ImportError as error:
+        raise ImportError('race_dist.integrations.megatron needs megatron-core: pip install "race-dist[megatron]"') from error
 
 from race_dist.integrations.megatron.arguments import add_race_args
 from race_dist.integrations.megatron.config import RaceTransformerConfig

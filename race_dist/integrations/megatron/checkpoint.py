@@ -1,31 +1,39 @@
-"""Saving and loading through megatron.core.dist_checkpointing: any layout of the ranks reads what any other has written."""
+"""Checkpoints in megatron-core's format: any layout of the ranks reads what any other has written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 from megatron.core import dist_checkpointing, parallel_state
-from torch import nn
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from race_dist.integrations.megatron.cpu import without_cuda
+from race_dist.parallel import barrier
+from race_dist.training.checkpoint import CheckpointError, Checkpoints, Saved
 
 
+@without_cuda()
 def save_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write a GPTModel (unwrapped) and its optimizer to an empty folder that is there. Every rank calls it."""
+    """Write a GPTModel (unwrapped) and its optimizer to an empty folder that is there. Every rank calls it.
+
+    megatron-core writes from child processes that it forks.
+    """
     dist_checkpointing.save(_state(model, optimizer, loading=False), str(folder))
 
 
+@without_cuda()
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Fill both from what :func:`save_state` has written. Every rank calls it.
 
     Raises:
         RuntimeError: the checkpoint's weights are of another model, or were trained with other hyperplanes.
     """
-    with _no_random_state():
-        loaded = dist_checkpointing.load(_state(model, optimizer, loading=True), str(folder))
+    loaded = dist_checkpointing.load(_state(model, optimizer, loading=True), str(folder))
     model.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
 
@@ -36,6 +44,39 @@ def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
     return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
 
 
-@contextmanager
-def _no_random_state() -> Iterator[None]:
-    yield
+class MegatronCheckpoints(Checkpoints):
+    """The checkpoints of a run (complete or not there, checked when they are read) whose insides are megatron-core's.
+
+    They are written before the training goes on: the ranks' weights and states are read while they stand still.
+
+    Args:
+        folder, group, options: as for :class:`race_dist.training.checkpoint.Checkpoints`.
+        model: the GPTModel, unwrapped.
+        optimizer: megatron-core's, over its parameters.
+    """
+
+    def __init__(self, folder: Path, group: ProcessGroup | None, model: nn.Module, optimizer: Any, **options: int) -> None:
+        super().__init__(folder, group, **options)
+        self._model, self._optimizer, self._ranks = model, optimizer, group
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write model and optimizer; ``tensors`` is not looked at."""
+        partial, body = self._begin(step, facts)
+        done: Future[None] = Future()
+        try:
+            if self.rank == 0:
+                partial.mkdir(parents=True)
+            barrier(self._ranks)
+            save_state(partial, self._model, self._optimizer)
+            done.set_result(None)
+        except OSError as error:
+            done.set_exception(error)
+        self._finish(done, partial, body)
+
+    def load(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+        """Fill model and optimizer. Raises CheckpointError where they do not fit."""
+        try:
+            load_state(saved.path, self._model, self._optimizer)
+        except (CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).strip().splitlines()
+            raise CheckpointError(f"{saved.path} does not fit this run: {reason[-1] if reason else error!r}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import ValidationError
 
@@ -107,8 +108,10 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
 def race_config(config: object, where: str) -> RaceTransformerConfig:
     """``config``, once it is clear that it has the race_* fields; TypeError naming the fix where it has not.
 
-    Megatron hands deep copies to attention where there are fewer query groups than ranks: what counts is the class.
+    Megatron hands deep copies to attention where there are fewer query groups than ranks: what counts is the class. Newer
+    builders hand a model's config to specs that they call: its ``transformer`` is meant then.
     """
+    config = getattr(config, "transformer", config)
     if isinstance(config, RaceTransformerConfig):
         return config
     raise TypeError(f"{where} needs a RaceTransformerConfig, but the model was built from a {type(config).__name__}: in "
@@ -128,6 +131,9 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
     for name, reason in reasons.items():
         if getattr(config, name, False):
             raise ValueError(f"{name} does not go with RACE layers: {reason}; turn it off")
+    if config.attention_backend == AttnBackend.local:
+        raise ValueError("attention_backend is local, with which Megatron replaces the attention of every layer by its own "
+                         "softmax: leave --attention-backend out")
     if config.attention_dropout:
         raise ValueError(f"attention_dropout is {config.attention_dropout}, but a RACE layer has no attention weights to "
                          "drop: set it to 0 (--attention-dropout 0)")

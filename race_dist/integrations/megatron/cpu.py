@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import megatron.core.fusions.fused_softmax as fused_softmax
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
+from megatron.core.fusions import fused_softmax
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 

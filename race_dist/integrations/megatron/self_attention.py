@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from race_dist.integrations.megatron.config import race_config
+from race_dist.integrations.megatron.core_attention import RaceCoreAttention
 from race_dist.integrations.megatron.heads import HeadModule
 from race_dist.nn.core import ENDLESS_MEMORY, memory_lengths
 from race_dist.nn.init import draw_normal
@@ -70,6 +71,9 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
             config = copy.copy(config)  # softmax layers of the same model have none
             config.attention_output_gate = True
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
+        if not isinstance(self.core_attention, RaceCoreAttention):
+            raise ValueError(f"core_attention of a RACE layer is {type(self.core_attention).__name__}: something has replaced "
+                             "it in the spec (--attention-backend local does)")
         self.decay = TokenDecay(config, layer_number, self.pg_collection.tp) if config.race_decay == "token" else None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, key_value_states: Tensor | None = None,

@@ -1,0 +1,239 @@
+"""``engine = "megatron"``: the trainer's runs, with megatron-core's model, data parallelism, optimizer and checkpoints.
+
+Data, first weights, losses, learning rates, reports and the files of a run are those of the trainer; what a step is
+computed with is megatron-core from pip alone, over parallel_state's tp x cp x dp, on GPUs or on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from race_dist.integrations.megatron.checkpoint import MegatronCheckpoints
+from race_dist.integrations.megatron.cpu import without_cuda
+from race_dist.integrations.megatron.model import build_gpt, transformer_config
+from race_dist.integrations.megatron.weights import from_megatron, load_weights, to_megatron, whole_weights
+from race_dist.models import DecoderLM
+from race_dist.models.loss import IGNORE
+from race_dist.parallel import Replica, group_size, init_distributed, shard_positions
+from race_dist.training.agreement import check_same_run
+from race_dist.training.config import OptimConfig, TrainConfig
+from race_dist.training.data import Batch
+from race_dist.training.ranks import Ranks
+from race_dist.training.step import Unstreamed, loss_of, rows_in_parts, shard_of
+from race_dist.training.trainer import Trainer
+
+DECAYED = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "decay.weight")
+
+
+@dataclass(frozen=True)
+class MegatronRanks(Ranks):
+    """The mesh of a run over megatron-core's parallel_state: dp groups of sp ranks, each of tp ranks.
+
+    Attributes:
+        tp_group: the ranks that share this rank's heads.
+    """
+
+    tp_group: ProcessGroup | None = None
+
+    @classmethod
+    def join(cls, config: TrainConfig) -> MegatronRanks:
+        """As :meth:`race_dist.training.ranks.Ranks.join`. Raises ValueError for what this engine does not do, before it
+        joins."""
+        _, sp = config.parallel.mesh(int(os.environ.get("WORLD_SIZE", "1")))
+        _check(config)
+        transformer_config(config.model, tp=config.parallel.tp, cp=sp)
+        device = init_distributed(device=None if config.device == "auto" else config.device,
+                                  timeout=config.parallel.timeout)
+        with without_cuda():
+            if parallel_state.model_parallel_is_initialized():  # by a run before in this process
+                parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=config.parallel.tp, context_parallel_size=sp, create_gloo_process_groups=False,
+                distributed_timeout_minutes=max(1, round(config.parallel.timeout / 60)))
+            model_parallel_cuda_manual_seed(config.seed + 1, force_reset_rng=True)
+        return cls(device, dist.group.WORLD, parallel_state.get_context_parallel_group(), config.parallel.layout,
+                   parallel_state.get_tensor_model_parallel_group())
+
+    @property
+    def tp(self) -> int:
+        """Ranks that share a layer's heads."""
+        return group_size(self.tp_group)
+
+    @property
+    def dp(self) -> int:
+        """Groups of ranks with sequences of their own."""
+        return group_size(self.world) // (self.sp * self.tp)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which group this rank is in."""
+        return int(parallel_state.get_data_parallel_rank())
+
+
+def _check(config: TrainConfig) -> None:
+    """Raise ValueError for what this engine does not do."""
+    for asked, name, reason in (
+        (config.precision == "float64", 'precision = "float64"', "megatron-core computes losses in float32"),
+        (config.compile, "compile = true", "megatron-core compiles its own parts"),
+        (config.parallel.sharding != "none", f"parallel.sharding = {config.parallel.sharding!r}",
+         "parameters are divided by parallel.tp"),
+    ):
+        if asked:
+            raise ValueError(f'engine = "megatron" does not go with {name}: {reason}')
+    for name, value in (("num_heads", config.model.num_heads), ("vocab_size", config.model.vocab_size),
+                        ("ffn_dim", config.model.ffn_width)):
+        if value % config.parallel.tp:
+            raise ValueError(f"model.{name} = {value} does not divide over parallel.tp = {config.parallel.tp}: change one")
+
+
+class MegatronLM(nn.Module):
+    """A GPTModel over parallel_state's ranks, called as DecoderLM is; its loss is this rank's share.
+
+    Attributes:
+        gpt: the GPTModel.
+        ddp: the same in megatron-core's mixed precision and data parallelism.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: MegatronRanks) -> None:
+        super().__init__()
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        settings = transformer_config(config.model, tp=ranks.tp, cp=ranks.sp, dtype=dtype, race_layout=ranks.layout,
+                                      **(recompute if config.model.activation_checkpointing else {}))
+        self.gpt: Any = build_gpt(config.model, settings, config.data.context).to(ranks.device)
+        narrow = Float16Module(settings, self.gpt) if dtype == torch.bfloat16 else self.gpt
+        self.ddp: Any = DistributedDataParallel(settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), narrow)
+        self.ranks = ranks
+
+    @without_cuda()
+    def forward(self, input_ids: Tensor, labels: Tensor, *, num_targets: int, cu_seqlens: Tensor | None = None,
+                group: ProcessGroup | None = None, layout: str = "contiguous") -> Tensor:
+        """This rank's summed loss over ``num_targets``. Over all ranks of the job the shares add up to the mean loss."""
+        positions = shard_positions(input_ids.shape[1], group, layout=layout, cu_seqlens=cu_seqlens, device=input_ids.device)
+        packed = None if cu_seqlens is None else PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=cu_seqlens.int(), cu_seqlens_kv=cu_seqlens.int())
+        losses = self.ddp(input_ids, positions.expand(*input_ids.shape), None, labels=labels.clamp(min=0),
+                          packed_seq_params=packed)
+        total: Tensor = torch.where(labels == IGNORE, 0.0, losses).sum()
+        return total / (num_targets * self.ranks.tp)  # tensor-parallel ranks compute the same loss
+
+
+class MegatronReplica(Replica):
+    """The model as the end of a run asks for it: its weights, whole and float32, under DecoderLM's names."""
+
+    def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
+        super().__init__(model, model.ranks.world, is_sharded=True)
+        self.config, self.names, self.gpt, self.tp_group = config.model, names, model.gpt, model.ranks.tp_group
+
+    @without_cuda()
+    def _whole(self) -> dict[str, Tensor]:
+        return from_megatron(whole_weights(self.gpt, self.tp_group), self.config, dict.fromkeys(self.names))
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """By name; every rank calls it."""
+        return ((name, tensor.float()) for name, tensor in self._whole().items())
+
+
+class MegatronStep(Unstreamed):
+    """One step's gradients, in the main_grad of every parameter: see :class:`race_dist.training.step.StepMethod`."""
+
+    ranks: MegatronRanks
+
+    def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
+        self.config, self.model, self.ranks = config, model, model.ranks
+        self.replica: Replica = MegatronReplica(config, model, names)
+
+    @without_cuda()
+    def gradients(self, batch: Batch) -> Tensor:
+        """See :class:`race_dist.training.step.StepMethod`."""
+        ranks, ddp = self.ranks, self.model.ddp
+        ddp.zero_grad_buffer()
+        total = torch.zeros((), device=ranks.device)
+        parts = list(rows_in_parts(batch.rows_of(ranks.dp_rank, ranks.dp), self.config.optim.accumulate))
+        for rows in parts:
+            with nullcontext() if rows is parts[-1] else ddp.no_sync():
+                loss = loss_of(self.model, batch.part(rows, shard_of(ranks)), batch.targets, self.config, ranks)
+                (loss * ranks.tp).backward()
+            total += loss.detach()
+        finalize_model_grads([ddp])
+        return total
+
+
+class MegatronTrainer(Trainer):
+    """The trainer over :class:`MegatronRanks`."""
+
+    ranks: MegatronRanks
+
+    @without_cuda()
+    def _build(self) -> None:
+        """Model and optimizer, with the weights that DecoderLM would begin with."""
+        first = DecoderLM(self.config.model)
+        state = dict(first.named_parameters())
+        self.parameters = sum(p.numel() for p in state.values())
+        self.model = MegatronLM(self.config, self.ranks)
+        load_weights(self.model.gpt, to_megatron(state, self.config.model), self.ranks.tp_group)
+        self.method = MegatronStep(self.config, self.model, list(state))
+        self.optimizer = build_optimizer(self.model.ddp, self.config.optim, narrow=self.config.precision == "bfloat16")
+        check_same_run(self.config, self.corpus, first, self.ranks.world)
+
+    def open_checkpoints(self, folder: Path) -> MegatronCheckpoints:
+        """In megatron-core's format."""
+        config = self.config.checkpoint
+        return MegatronCheckpoints(folder, self.ranks.world, self.model.gpt, self.optimizer, keep=config.keep,
+                                   keep_every=config.keep_every)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: :class:`MegatronCheckpoints` asks model and optimizer themselves."""
+        return {}
+
+    @without_cuda()
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient."""
+        self.optimizer.prepare_grads()
+        return torch.tensor(float(self.optimizer.get_grad_norm()))
+
+    @without_cuda()
+    def update(self, norm: Tensor) -> None:
+        """Clip and step: megatron-core does both."""
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
+        self.optimizer.step()
+
+    def describe(self) -> Iterator[str]:
+        """What is about to happen, in two lines."""
+        _, text = super().describe()
+        ranks, count = self.ranks, group_size(self.ranks.world)
+        yield (f"{self.config.name}: {self.parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
+               f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}")
+        yield text
+
+
+def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
+    """megatron-core's AdamW as the trainer's: the matrices of linear maps decay, the rest does not."""
+
+    def kept(_: nn.Parameter, name: str) -> bool:
+        return not name.endswith((*DECAYED, "output_layer.weight"))
+
+    options = OptimizerConfig(
+        optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2,
+        adam_eps=config.eps, clip_grad=config.clip, bf16=narrow, params_dtype=torch.bfloat16 if narrow else torch.float32)
+    overrides = {ParamKey(with_name_predicate=ParamWithNamePredicate("not a linear map", kept)): {"wd_mult": 0.0}}
+    return get_megatron_optimizer(options, [model], config_overrides=overrides, use_gloo_process_groups=False)
