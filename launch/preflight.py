@@ -110,7 +110,7 @@ def _with_nodes(failure: RankFailure) -> str:
 
 def write(report: Report, file: Path) -> None:
     """Write the report as JSON, under a header about this machine."""
-    from race_dist.benchmarks.machine import machine
+    from race_dist.machine import machine
 
     file.parent.mkdir(parents=True, exist_ok=True)
     place = torch.device("cuda" if "cuda" in report.ranks[0].facts else "cpu")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from race_dist import __version__
-from race_dist.cli_errors import failures, user_errors
+from race_dist.cli_errors import default_device, failures, user_errors
 from race_dist.cli_launch import launch, preflight
-
-if TYPE_CHECKING:
-    from race_dist.training.corpus import Corpus
+from race_dist.cli_runs import runs
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown",
@@ -44,6 +42,8 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
     resume: Annotated[bool, typer.Option(
         "--resume", help="Go on from the run's newest good checkpoint; begin where there is none.")] = False,
+    dry_run: Annotated[bool, typer.Option(
+        "--dry-run", help="Check everything, make two steps on made-up text, write nothing.")] = False,
 ) -> None:
     """Train a language model on text.
 
@@ -58,6 +58,7 @@ def train(
     from race_dist.parallel.watch import guard_stalls
     from race_dist.training import loop
     from race_dist.training.config import load_config
+    from race_dist.training.rehearsal import rehearse
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.telemetry import Telemetry
     from race_dist.training.trainer import open_corpus
@@ -76,12 +77,18 @@ def train(
         if nproc is not None and nproc > 1:
             open_corpus(settings, dp, sp)  # what is wrong with the text is said once, not by every rank
     if nproc is not None and nproc > 1:
-        raise typer.Exit(launch_ranks(_again(config, override, overwrite, resume), nproc))
+        raise typer.Exit(launch_ranks(_again(config, override, overwrite, resume, dry_run), nproc))
     with user_errors():
         place = join(settings)
         trainer = make_trainer(settings, place)
-        if place.rank == 0:
+        if place.rank == 0 and not dry_run:
             directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)
+    if dry_run:
+        with failures():
+            for line in rehearse(trainer):
+                print(line, flush=True) if place.rank == 0 else None
+            shutdown()
+        return
     guard_stalls(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
     telemetry = Telemetry(place.device, tokens=lambda: trainer.step * settings.data.batch_size * settings.data.context)
     with failures(), StopFlag() as stop:
@@ -92,88 +99,16 @@ def train(
         raise typer.Exit(loop.STOPPED)
 
 
-def _again(config: Path, override: list[str] | None, overwrite: bool, resume: bool) -> list[str]:
+def _again(config: Path, override: list[str] | None, overwrite: bool, resume: bool, dry_run: bool) -> list[str]:
     """The arguments of one rank of ``train``."""
     arguments = ["-m", "race_dist.cli", "train", str(config)]
     for change in override or ():
         arguments += ["--override", change]
-    return [*arguments, *(["--overwrite"] if overwrite else []), *(["--resume"] if resume else [])]
+    flags = {"--overwrite": overwrite, "--resume": resume, "--dry-run": dry_run}
+    return [*arguments, *(flag for flag, given in flags.items() if given)]
 
 
-@app.command()
-def generate(
-    run: Annotated[Path, typer.Argument(help="The folder of a trained run, for example runs/demo.", metavar="RUN")],
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the text goes on from.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, from a file.")] = None,
-    tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Bytes to write.")] = 400,
-    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 always takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Draw from the K likeliest bytes only.")] = None,
-    top_p: Annotated[float | None, typer.Option(
-        min=0, max=1, metavar="P", help="Draw from the likeliest bytes that together reach P.")] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
-) -> None:
-    """Write text with a trained model: the prompt, then what the model makes of it, as it comes."""
-    from race_dist.training.rundir import RunDirectory
-    from race_dist.training.sampling import stream_text
-
-    with user_errors():
-        if (prompt is None) == (prompt_file is None):
-            raise ValueError("give --prompt or --prompt-file, one of the two")
-        text = prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8")
-        assert text is not None
-        model = RunDirectory(run).load_model(_device())
-        pieces = stream_text(model, text, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        print(text, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-
-
-data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
-app.add_typer(data, name="data")
-
-
-@data.command("pack")
-def data_pack(
-    path: Annotated[str, typer.Argument(help="A text file, a folder, or python-stdlib.", metavar="PATH")],
-    out: Annotated[Path, typer.Option(help="The folder to make; data.path of a run.", metavar="FOLDER")],
-    pattern: Annotated[str, typer.Option(help='Which files of a folder, by name: "*.md".')] = "*",
-    tokenizer: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")] = None,
-    one_document: Annotated[bool, typer.Option("--one-document", help="All files are one long document.")] = False,
-    skip_undecodable: Annotated[bool, typer.Option(
-        "--skip-undecodable", help="Leave out files that are not UTF-8 instead of refusing them.")] = False,
-) -> None:
-    """Make one memory-mapped token file, with an index of documents, of any amount of text.
-
-    Text is read a piece at a time. Of files with the same content the first is kept. A run that trains on the folder
-    reads only what its batches need.
-    """
-    from rich.console import Console
-
-    from race_dist.training.packed import pack
-
-    console = Console(stderr=True)
-    with user_errors(), console.status("packing") as status:
-        corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
-                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(f"packing {file}"))
-    _describe_corpus(corpus)
-
-
-@data.command("check")
-def data_check(folder: Annotated[Path, typer.Argument(help="A packed corpus.", metavar="FOLDER")]) -> None:
-    """Read all of a packed corpus and compare it with its checksums."""
-    from race_dist.training.packed import verify_packed
-
-    with user_errors():
-        _describe_corpus(verify_packed(folder))
-
-
-def _describe_corpus(corpus: Corpus) -> None:
-    assert corpus.documents is not None
-    print(f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
-          f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents")
-
+app.add_typer(runs)
 
 bench = typer.Typer(no_args_is_help=True, help="Time this machine.")
 app.add_typer(bench, name="bench")
@@ -204,7 +139,7 @@ def bench_attention(
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
         sizes = _numbers("--lengths", lengths)
-        place = torch.device(device or _device())
+        place = torch.device(device or default_device())
         shape = attention.Shape(0, heads, head_dim, tables, planes, not non_causal, dtype)
     report = attention.run(shape, sizes, place, repeats=repeats,
                            memory_length=memory)
@@ -237,7 +172,7 @@ def bench_streaming(
     from race_dist.training.config import load_config
 
     with user_errors():
-        options = streaming.Options(chunk, device or _device(), keep, compiled, threads, limit_seconds, store, profile=profile)
+        options = streaming.Options(chunk, device or default_device(), keep, compiled, threads, limit_seconds, store, profile=profile)
         streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), options, out=out)
         if out is not None:
             print(f"written: {out}")
@@ -297,12 +232,6 @@ def plan(
 
 app.add_typer(launch, name="launch")
 app.command()(preflight)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:

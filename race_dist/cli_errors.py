@@ -1,4 +1,4 @@
-"""How the command answers: mistakes of the user's and failures of a run, each in one sentence."""
+"""What every verb shares: mistakes and failures told in one sentence."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def failures() -> Iterator[None]:
     except (RankFailure, FloatingPointError, CheckpointError) as error:
         print(f"race-dist: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
+
+
+def default_device() -> str:
+    """cuda where there is a GPU, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ tokens = 64
 [sample]
 tokens = 20
 """
-VERBS = [["train"], ["generate"], ["bench"], ["bench", "attention"]]
+VERBS = [["train"], ["generate"], ["eval"], ["export"], ["data"], ["data", "pack"], ["data", "check"],
+         ["bench"], ["bench", "attention"]]
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:
@@ -93,7 +95,7 @@ def test_train_then_generate(config: Path, tmp_path: Path) -> None:
     assert code == 0, text
     run = tmp_path / "runs" / "first"
     assert {f.name for f in run.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors", "curves.png",
-                                               "sample.txt", "checkpoints"}
+                                               "sample.txt", "checkpoints", "machine.json", "positions-32.json"}
     assert "bits per byte over 64 bytes" in text
     code, text = invoke("generate", run, "--prompt", "a line", "--tokens", "30")
     assert code == 0
@@ -122,14 +124,16 @@ def test_generate_says_what_is_wrong_with_a_run(config: Path, tmp_path: Path) ->
     assert (code, "is not the folder of a run" in text) == (2, True)
     assert invoke("train", config)[0] == 0
     code, text = invoke("generate", tmp_path / "runs" / "run")
-    assert (code, "give --prompt or --prompt-file" in text) == (2, True)
+    assert (code, "give --prompt, --prompt-file or --context" in text) == (2, True)
     weights = tmp_path / "runs" / "run" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     code, text = invoke("generate", tmp_path / "runs" / "run", "--prompt", "x")
     assert (code, "is damaged" in text) == (2, True)
     weights.unlink()
+    assert invoke("generate", tmp_path / "runs" / "run", "--prompt", "x")[0] == 0  # from the last checkpoint
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
     code, text = invoke("generate", tmp_path / "runs" / "run", "--prompt", "x")
-    assert (code, "has no model.safetensors" in text) == (2, True)
+    assert (code, "has no model.safetensors and no checkpoint" in text) == (2, True)
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from race_dist.attention import race_attention
-from race_dist.benchmarks.machine import machine, peak_resident_bytes
 from race_dist.benchmarks.peers import Peer, peers_of
 from race_dist.benchmarks.timing import Timing, time_in_turn
 from race_dist.hashing import sample_planes
+from race_dist.machine import machine, peak_resident_bytes
 
 
 @dataclass(frozen=True)

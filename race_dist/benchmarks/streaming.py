@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed import ProcessGroup
 
-from race_dist.benchmarks.machine import machine, peak_resident_bytes
 from race_dist.benchmarks.profiling import profile
+from race_dist.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.models.backbone import SwiGLU
 from race_dist.nn import RMSNorm

@@ -3,9 +3,9 @@
 from race_dist.models.backbone import Backbone, ModelCarry
 from race_dist.models.classifier import SequenceClassifier
 from race_dist.models.config import ModelConfig
-from race_dist.models.generate import generate, sample
+from race_dist.models.generate import Context, generate, read, sample
 from race_dist.models.language import DecoderLM, LanguageModel, MaskedLM
 from race_dist.models.loss import linear_cross_entropy
 
-__all__ = ["Backbone", "DecoderLM", "LanguageModel", "MaskedLM", "ModelCarry", "ModelConfig", "SequenceClassifier",
-           "generate", "linear_cross_entropy", "sample"]
+__all__ = ["Backbone", "Context", "DecoderLM", "LanguageModel", "MaskedLM", "ModelCarry", "ModelConfig", "SequenceClassifier",
+           "generate", "linear_cross_entropy", "read", "sample"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +35,39 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def generate(model: DecoderLM, prompt_ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
+@dataclass(frozen=True)
+class Context:
+    """What a model remembers of a text, whatever its length: enough to go on from it.
+
+    Attributes:
+        carry: after the last token.
+        hidden: ``[B, dim]``: the last token's hidden state, from which the next one is drawn.
+    """
+
+    carry: ModelCarry
+    hidden: Tensor
+
+
+@torch.no_grad()
+def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk: int = 8192) -> Context:
+    """Go through a text, ``chunk`` tokens at a time.
+
+    Args:
+        model: in eval or training mode, no gradients are taken.
+        ids: ``[B, T]`` int, at least one token.
+        before: what came before it; None: it is the beginning.
+        chunk: tokens of each row whose activations exist at a time.
+    """
+    # float64: a float32 mass that is fed single tokens stops growing at 2**24
+    carry = model.zero_carry(ids.shape[0], state_dtype=torch.float64) if before is None else before.carry
+    for piece in ids.split(chunk, dim=1):
+        h, after = model.hidden(piece, carry)
+        assert after is not None
+        carry = after
+    return Context(carry, h[:, -1])
+
+
+def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0,
              prefill_chunk: int = 8192) -> Iterator[Tensor]:
     """Yield ``max_new_tokens`` times the next token of each row, ``[B]`` int64.
@@ -44,7 +77,7 @@ def generate(model: DecoderLM, prompt_ids: Tensor, max_new_tokens: int, *, tempe
 
     Args:
         model: in eval or training mode, no gradients are taken.
-        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token.
+        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token, or what was read already.
         max_new_tokens: 0 or more.
         temperature: 0 takes the most likely token.
         top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.
@@ -54,9 +87,10 @@ def generate(model: DecoderLM, prompt_ids: Tensor, max_new_tokens: int, *, tempe
     Raises:
         ValueError: an argument is out of its range.
     """
-    prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
-    if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
-        raise ValueError(f"prompt_ids must be [T] or [B, T] with at least one token; got {list(prompt_ids.shape)}")
+    if isinstance(prompt_ids, Tensor):
+        prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
+        if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
+            raise ValueError(f"prompt_ids must be [T] or [B, T] with at least one token; got {list(prompt_ids.shape)}")
     checks = (("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
               ("temperature", temperature, temperature >= 0, "at least 0"),
               ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
@@ -69,17 +103,13 @@ def generate(model: DecoderLM, prompt_ids: Tensor, max_new_tokens: int, *, tempe
                   {"temperature": temperature, "top_k": top_k, "top_p": top_p})
 
 
-def _steps(model: DecoderLM, prompt_ids: Tensor, max_new_tokens: int, prefill_chunk: int, seed: int,
+def _steps(model: DecoderLM, prompt: Tensor | Context, max_new_tokens: int, prefill_chunk: int, seed: int,
            choice: dict[str, Any]) -> Iterator[Tensor]:
-    generator = torch.Generator(prompt_ids.device).manual_seed(seed)
-    with torch.no_grad():
-        carry: ModelCarry | None = model.zero_carry(prompt_ids.shape[0], state_dtype=torch.float64)
-        for piece in prompt_ids.split(prefill_chunk, dim=1):
-            h, carry = model.hidden(piece, carry)
+    context = read(model, prompt, chunk=prefill_chunk) if isinstance(prompt, Tensor) else prompt
+    generator = torch.Generator(context.hidden.device).manual_seed(seed)
     for step in range(max_new_tokens):
         with torch.no_grad():
-            token = sample(model.logits(h[:, -1]), generator=generator, **choice)
+            token = sample(model.logits(context.hidden), generator=generator, **choice)
         yield token
         if step + 1 < max_new_tokens:
-            with torch.no_grad():
-                h, carry = model.hidden(token[:, None], carry)
+            context = read(model, token[:, None], context)

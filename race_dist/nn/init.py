@@ -42,9 +42,9 @@ def _fill(parameter: Tensor, how: float | Tensor, seed: int, name: str) -> None:
     if parameter.is_meta:
         return
     if isinstance(how, Tensor):
-        _write(parameter, how.expand(parameter.shape))
+        write_part(parameter, how.expand(parameter.shape))
         return
-    _write(parameter, draw_normal(parameter.shape, how, seed, name))
+    write_part(parameter, draw_normal(parameter.shape, how, seed, name))
 
 
 def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
@@ -54,7 +54,8 @@ def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tenso
     return torch.empty(tuple(shape), dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)
 
 
-def _write(parameter: Tensor, values: Tensor) -> None:
+@torch.no_grad()
+def write_part(parameter: Tensor, values: Tensor) -> None:
     """Copy the values, or this rank's part of them where the parameter is sharded."""
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import DTensor

@@ -66,14 +66,17 @@ class Checkpoints:
         group: all ranks of the run; None for one.
         keep: how many of the newest stay.
         keep_every: of the older ones, those whose step is a multiple of it stay too; 0: none.
+        read_only: for looking into the folder of a run that may be going on: nothing in it is touched.
     """
 
-    def __init__(self, folder: Path, group: ProcessGroup | None, *, keep: int = 3, keep_every: int = 0) -> None:
+    def __init__(self, folder: Path, group: ProcessGroup | None, *, keep: int = 3, keep_every: int = 0,
+                 read_only: bool = False) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.rank, self.world = group_rank(group), group_size(group)
         self.problems: list[str] = []  # sentences about checkpoints that were damaged or failed, for the user
         self._group = side_group(group)
-        self._nonce, self._serial = gather_objects((secrets.token_hex(4), self._tidy() if self.rank == 0 else 0), group)[0]
+        serial = 0 if read_only or self.rank else self._tidy()
+        self._nonce, self._serial = gather_objects((secrets.token_hex(4), serial), group)[0]
         self._writing: threading.Thread | None = None
         self._failed: str | None = None
 
@@ -119,15 +122,18 @@ class Checkpoints:
         """Whether one is still being written by this rank."""
         return self._writing is not None and self._writing.is_alive()
 
-    def newest(self) -> Saved | None:
+    def newest(self, step: int | None = None) -> Saved | None:
         """The newest checkpoint whose files are whole, the same on every rank; None where there is none at all.
+
+        With ``step``, that of this step only.
 
         Damaged ones are passed over and told in ``problems``.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        paths = gather_objects([str(path) for path in reversed(self._complete())], self._group)[0]
+        wanted = [str(path) for path in reversed(self._complete()) if step in (None, int(_parse(path)[1]))]
+        paths = gather_objects(wanted, self._group)[0]
         for path in map(Path, paths):
             try:
                 saved, bad = self._check(path), None

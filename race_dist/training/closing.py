@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from race_dist.models import DecoderLM
+from race_dist.training.corpus import Corpus
 from race_dist.training.curves import draw_curves
 from race_dist.training.metrics import Metrics, bits, read_metrics
+from race_dist.training.positions import loss_by_position
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import stream_text
+from race_dist.training.step import autocast
+from race_dist.training.weights import save_weights
 
 if TYPE_CHECKING:
     from race_dist.training.trainer import Evaluation, Trainer
@@ -29,10 +34,15 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
     if metrics is None:
         return
     config = trainer.config
-    directory.save_weights(weights)
+    save_weights(directory.weights, weights)
     draw_curves(read_metrics(directory.metrics), directory.curves, title=f"{config.name} on {trainer.corpus.name}")
+    model: DecoderLM = trainer.model
+    if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
+        torch.cuda.empty_cache()
+        model = directory.load_model(trainer.ranks.device)
+    _write_positions(trainer, model, directory)
     if config.sample.tokens:
-        _write_sample(trainer, directory, metrics)
+        _write_sample(trainer, model, directory, metrics)
     bpb = bits(last.loss) / trainer.corpus.bytes_per_token
     unit = "bytes" if trainer.corpus.tokenizer is None else "tokens"
     metrics.say([f"held out: {bpb:.3f} bits per byte over {last.tokens:,} {unit} (uniform: 8)",
@@ -41,14 +51,26 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
                  f"go on:    {command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
 
 
-def _write_sample(trainer: Trainer, directory: RunDirectory, metrics: Metrics) -> None:
+def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory) -> None:
     config = trainer.config
-    model: DecoderLM = trainer.model
-    if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
-        torch.cuda.empty_cache()
-        model = directory.load_model(trainer.ranks.device)
+    with autocast(config, trainer.ranks.device):
+        found = loss_by_position(model, trainer.held_out, context=config.data.context, tokens=config.eval.tokens)
+    write_positions(directory, found, trainer.corpus)
+
+
+def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corpus) -> Path:
+    """Store losses by position in the run's folder, where the report finds them."""
+    file = directory.positions_of(found["context"])
+    file.write_text(json.dumps({"text": corpus.name, "bytes_per_token": corpus.bytes_per_token, **found}, indent=1) + "\n",
+                    encoding="utf-8")
+    return file
+
+
+def _write_sample(trainer: Trainer, model: DecoderLM, directory: RunDirectory, metrics: Metrics) -> None:
+    config = trainer.config
     text = config.sample.prompt + "".join(stream_text(
-        model, config.sample.prompt, tokens=config.sample.tokens, temperature=config.sample.temperature, seed=config.seed))
+        model, config.sample.prompt, codec=directory.codec(), tokens=config.sample.tokens,
+        temperature=config.sample.temperature, seed=config.seed))
     directory.sample.write_text(text, encoding="utf-8")
     metrics.say(["", "sample:", *(f"    {line}" for line in text.splitlines()), ""])
 

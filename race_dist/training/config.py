@@ -155,6 +155,27 @@ class CheckpointConfig(_Strict):
         return bool(self.every or self.minutes)
 
 
+class GuardConfig(_Strict):
+    """What is done about steps that go wrong. A loss or gradient that is no number is never stepped on.
+
+    Attributes:
+        loss_spike: a step whose loss is more than this many times the median of the last ones is skipped; 0: off.
+        norm_spike: the same for the gradient's norm, before it is clipped; 0: off.
+        norm_alarm: the same, but it is only said; 0: off.
+        window: how many steps the median is taken of.
+        skips: steps in a row that may be skipped; after that the run goes back to its last checkpoint and on with other
+            data.
+        rollbacks: how often it may, before it ends with an error.
+    """
+
+    loss_spike: float = Field(3.0, ge=0)
+    norm_spike: float = Field(0.0, ge=0)
+    norm_alarm: float = Field(10.0, ge=0)
+    window: int = Field(100, ge=10)
+    skips: int = Field(3, ge=0)
+    rollbacks: int = Field(3, ge=0)
+
+
 class SampleConfig(_Strict):
     """The text written when training ends.
 
@@ -177,10 +198,12 @@ class TrainConfig(_Strict):
         runs: the folder of all runs.
         steps: optimizer steps.
         seed: of the weights, the planes, the batches and the sample (model.seed and model.race.seed may differ).
+        init: weights to begin with: a safetensors file, or the folder of a run; None: drawn from the seed.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; weights stay float32) or ``"float64"``.
         device: ``"auto"`` (a GPU a rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
         compile: compile the model's blocks with torch.compile.
         log_every: steps between two lines of metrics.
+        tensorboard: write the metrics for TensorBoard too, to ``runs/NAME/tensorboard``.
         engine: who holds parameters and makes the optimizer's step: ``"native"``, ``"deepspeed"`` or ``"megatron"`` (whose
             model, optimizer and checkpoints are megatron-core's: docs/megatron.md).
         deepspeed: the DeepSpeed configuration of that engine: a table of DeepSpeed's own keys, or the path of a JSON file,
@@ -191,10 +214,12 @@ class TrainConfig(_Strict):
     runs: str = "runs"
     steps: int = Field(1000, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
+    init: str | None = None
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
     log_every: int = Field(10, ge=1)
+    tensorboard: bool = False
     engine: Literal["native", "deepspeed", "megatron"] = "native"
     deepspeed: dict[str, Any] = {}
     model: ModelConfig
@@ -204,6 +229,7 @@ class TrainConfig(_Strict):
     stream: StreamConfig = StreamConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="before")

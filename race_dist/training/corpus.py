@@ -152,6 +152,11 @@ class Corpus:
             out = np.arange(len(bounds) - 1) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         return self._side(bounds, ~out, separate), self._side(bounds, out, separate)
 
+    def whole(self, *, separate: bool = False) -> Split:
+        """All of it."""
+        bounds = np.array([0, len(self.tokens)], np.int64)
+        return self._side(bounds, np.array([True]), separate)
+
     def _side(self, bounds: NDArray[np.int64], chosen: NDArray[np.bool_], separate: bool) -> Split:
         """The pieces that are chosen; neighbours that are both chosen become one."""
         edge = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))

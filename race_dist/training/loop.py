@@ -7,15 +7,20 @@ whole mesh.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from race_dist.machine import machine
 from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import CheckpointError, Checkpoints
 from race_dist.training.closing import finish
+from race_dist.training.guards import Verdict
 from race_dist.training.metrics import Metrics, bits
+from race_dist.training.rates import peak_bytes, peak_flops, step_flops
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Evaluation, Trainer
 
@@ -68,7 +73,8 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
 
     Raises:
         CheckpointError: no checkpoint is whole, or the last one could not be written.
-        FloatingPointError: the loss or the gradient is no number.
+        FloatingPointError: steps in a row were bad and there is no checkpoint to go back to, or it was gone back to too
+            often.
     """
     config = trainer.config
     store = trainer.open_checkpoints(directory.checkpoints)
@@ -77,11 +83,24 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
         trainer.restore(store, saved)
     if trainer.ranks.rank != 0:
         return _Run(trainer, directory, store, None, hooks or Hooks()).go()
-    with Metrics(directory.metrics, config.steps, after=trainer.step) as metrics:
+    board = directory.tensorboard if config.tensorboard else None
+    with Metrics(directory.metrics, config.steps, after=trainer.step, board=board) as metrics:
+        _describe_run(trainer, directory)
         if resume:
             metrics.say([f"resuming {directory.path} after step {trainer.step:,}" if saved is not None else
                          f"{directory.path} has no checkpoint yet: starting from the beginning"])
         return _Run(trainer, directory, store, metrics, hooks or Hooks()).go()
+
+
+def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
+    """What the folder needs so that the run can be used and judged without its text and its machine."""
+    ranks = trainer.ranks
+    found = {**machine(ranks.device), "ranks": ranks.dp * ranks.sp, "dp": ranks.dp, "sp": ranks.sp,
+             "parameters": sum(p.numel() for p in trainer.model.parameters()), "text": trainer.corpus.name,
+             "training_tokens": len(trainer.train), "held_out_tokens": len(trainer.held_out)}
+    directory.machine.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if trainer.corpus.tokenizer is not None:
+        shutil.copyfile(trainer.corpus.tokenizer, directory.tokenizer)
 
 
 @dataclass
@@ -99,6 +118,7 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         if self.metrics is not None:
             self.metrics.say(trainer.describe())
+        self.step_flops, self.peak_flops = step_flops(trainer.config), peak_flops(trainer.config, trainer.ranks)
         self.logged = self.saved = time.perf_counter()
         self.since = 0
         evaluation = Evaluation(math.nan, 0)
@@ -113,6 +133,8 @@ class _Run:
                 return self._leave_inside_step(interrupted, evaluation)
             stop, due = result.flags
             self._tell_problems()
+            if not self._judged(result.verdict):
+                continue
             last = trainer.step == config.steps
             self._log(result.loss, result.grad_norm, last)
             if last or trainer.step % config.eval.every == 0:
@@ -128,6 +150,32 @@ class _Run:
         trainer.method.end()
         finish(trainer, self.directory, self.metrics, evaluation)
         return Outcome(evaluation)
+
+    def _judged(self, verdict: Verdict) -> bool:
+        """Say what the guard said. False where the run went back to a checkpoint."""
+        trainer, guard = self.trainer, self.trainer.guard
+        if verdict.alarm is not None:
+            self._tell("alarm", verdict.alarm)
+        if verdict.bad is None:
+            return True
+        self._tell("skipped", verdict.bad)
+        if not guard.exhausted:
+            return True
+        why = (f"step {trainer.step}: {verdict.bad}, and {guard.config.skips} steps before it were skipped; try a lower "
+               "optim.lr or a longer optim.warmup_steps")
+        if guard.rollbacks >= guard.config.rollbacks or not self.trainer.config.checkpoint.on:
+            raise FloatingPointError(why)
+        self.store.wait()
+        saved = self.store.newest()
+        if saved is None:
+            raise FloatingPointError(why)
+        trainer.roll_back(self.store, saved)
+        self._tell("rolled back", f"to the checkpoint of step {saved.step}; going on with other data")
+        return False
+
+    def _tell(self, what: str, text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.event(self.trainer.step, what, text)
 
     def _is_due(self) -> bool:
         """Whether this rank wants a checkpoint after the step that comes: rank 0's clock counts."""
@@ -154,7 +202,9 @@ class _Run:
             tokens = self.since * config.data.batch_size * config.data.context
             record = {"loss": loss, "bpb": bits(loss) / trainer.corpus.bytes_per_token, "grad_norm": norm,
                       "lr": trainer.optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / (now - self.logged),
-                      "seconds": now - self.began}
+                      "seconds": now - self.began, "peak_bytes": float(peak_bytes(trainer.ranks.device))}
+            if self.peak_flops is not None:
+                record["mfu"] = self.since * self.step_flops / (now - self.logged) / self.peak_flops
             for probe in self.hooks.probes:
                 record |= probe()
             self.metrics.train(step, record)
@@ -195,6 +245,5 @@ class _Run:
 
     def _tell_problems(self) -> None:
         problems, self.store.problems = self.store.problems, []
-        if self.metrics is not None:
-            for problem in problems:
-                self.metrics.event(self.trainer.step, "checkpoint failed", problem)
+        for problem in problems:
+            self._tell("checkpoint failed", problem)

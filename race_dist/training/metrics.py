@@ -31,9 +31,12 @@ class Metrics:
         steps: of the run.
         console: to print to.
         after: the step that the run goes on after.
+        board: a folder for TensorBoard, or None.
     """
 
-    def __init__(self, path: Path, steps: int, console: Console | None = None, *, after: int = 0) -> None:
+    def __init__(self, path: Path, steps: int, console: Console | None = None, *, after: int = 0,
+                 board: Path | None = None) -> None:
+        self._board = None if board is None else _summary_writer(board, after)
         self.console = console or Console(highlight=False)
         self._evaluated = {r["step"] for r in _drop_after(path, after) if r["kind"] == "eval"}
         self._file = path.open("a", encoding="utf-8")
@@ -52,6 +55,8 @@ class Metrics:
                  trace: TracebackType | None) -> None:
         self._bar.stop()
         self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def say(self, lines: Iterable[str]) -> None:
         """Print lines as they are."""
@@ -59,9 +64,14 @@ class Metrics:
             self.console.print(line, soft_wrap=True, markup=False)
 
     def train(self, step: int, record: dict[str, float]) -> None:
-        """Record a step: ``loss`` in nats, ``bpb``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``."""
+        """Record a step: ``loss`` in nats, ``bpb``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``; where known
+        ``mfu`` (of the devices' peak) and ``peak_bytes``; and whatever else."""
         self._write({"kind": "train", "step": step, **record})
         text = f"{record['bpb']:.3f} bits/byte, {_number(record['tokens_per_second'])} tokens/s"
+        if "mfu" in record:
+            text += f", {record['mfu']:.1%} of peak"
+        if "peak_bytes" in record and self.console.is_terminal:
+            text += f", {record['peak_bytes'] / 2**30:.1f} GiB"
         if self.console.is_terminal:
             held_out = "" if math.isnan(self._held_out) else f", held out {self._held_out:.3f}"
             self._bar.update(self._task, completed=step, description=text + held_out)
@@ -91,6 +101,23 @@ class Metrics:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._board is None:
+            return
+        kind, step = record["kind"], record["step"]
+        if kind == "event":
+            self._board.add_text(record["what"], record.get("text", ""), step)
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _summary_writer(folder: Path, after: int) -> Any:
+    """TensorBoard's writer; what it had of later steps is dropped when it is read."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("tensorboard = true needs TensorBoard: pip install 'race-dist[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=after + 1)
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:

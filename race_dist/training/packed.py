@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -97,13 +97,11 @@ class _Writer:
 
     def add(self, pieces: Iterator[bytes]) -> None:
         """One document; a content that was there before is left out."""
-        content, before, text, rest = hashlib.sha256(), self.file.tell(), 0, b""
-        for piece in pieces:
-            content.update(piece)
-            text += len(piece)
-            whole, rest = _behind_a_line(rest + piece)
-            self.file.write(self.encode(whole))
-        self.file.write(self.encode(rest))
+        content, before, text = hashlib.sha256(), self.file.tell(), 0
+        for lines in lines_of(pieces):
+            content.update(lines)
+            text += len(lines)
+            self.file.write(self.encode(lines))
         if content.digest() in self.seen:
             self.file.seek(before)
             self.file.truncate()
@@ -117,6 +115,17 @@ class _Writer:
     def bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """``[D + 1]``."""
         return np.array([0, self.starts[-1]] if self.one_document else self.starts, dtype="<i8")
+
+
+def lines_of(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """A text in pieces, cut anew behind lines (or, in very long ones, behind whole characters)."""
+    rest = b""
+    for piece in pieces:
+        whole, rest = _behind_a_line(rest + piece)
+        if whole:
+            yield whole
+    if rest:
+        yield rest
 
 
 def _behind_a_line(data: bytes) -> tuple[bytes, bytes]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
-from torch import Tensor
 
 from race_dist.models import DecoderLM
+from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.sampling import Codec, codec_for
+from race_dist.training.weights import WEIGHTS, load_weights
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,26 @@ class RunDirectory:
     @property
     def weights(self) -> Path:
         """The trained weights, as safetensors."""
-        return self.path / "model.safetensors"
+        return self.path / WEIGHTS
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, where tokens are not bytes."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def machine(self) -> Path:
+        """What it ran on, as JSON."""
+        return self.path / "machine.json"
+
+    @property
+    def positions(self) -> list[Path]:
+        """Measured losses by position in the context, as JSON: one file a context length."""
+        return sorted(self.path.glob("positions-*.json"))
+
+    def positions_of(self, context: int) -> Path:
+        """One of them."""
+        return self.path / f"positions-{context}.json"
 
     @property
     def curves(self) -> Path:
@@ -53,6 +71,11 @@ class RunDirectory:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard reads."""
+        return self.path / "tensorboard"
+
     def check_free(self, *, overwrite: bool) -> None:
         """Raise FileExistsError where a run would write over files: another run's without ``overwrite``, or ones that
         no run has made."""
@@ -68,9 +91,10 @@ class RunDirectory:
         """Make the folder and write the configuration; with ``overwrite`` the files of the run before are removed."""
         self.check_free(overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.metrics, self.weights, self.curves, self.sample):
+        for file in (self.metrics, self.weights, self.curves, self.sample, self.tokenizer, self.machine, *self.positions):
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
         self._write_config(config)
 
     def check_resumable(self) -> None:
@@ -89,12 +113,6 @@ class RunDirectory:
         partial.write_text(config.to_json(), encoding="utf-8")
         partial.replace(self.config)
 
-    def save_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights by name, whole or not at all."""
-        partial = self.weights.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
-        partial.replace(self.weights)
-
     def load_config(self) -> TrainConfig:
         """The configuration the run had. Raises FileNotFoundError or ValueError in one sentence."""
         if not self.config.is_file():
@@ -105,16 +123,34 @@ class RunDirectory:
             raise ValueError(f"{self.config} is not JSON: {error}") from None
         return parse_config(tree, source=str(self.config))
 
-    def load_model(self, device: torch.device | str = "cpu") -> DecoderLM:
-        """The trained model, in evaluation mode. Raises FileNotFoundError or ValueError in one sentence."""
+    def load_model(self, device: torch.device | str = "cpu", *, step: int | None = None) -> DecoderLM:
+        """The trained model, in evaluation mode: as the run left it, or else as its newest checkpoint has it.
+
+        Args:
+            device: to put it on.
+            step: None, or that of a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such run, or nothing of it is saved yet.
+            ValueError: what is saved is damaged, or does not fit the configuration.
+            CheckpointError: no checkpoint is whole.
+        """
         config = self.load_config()
-        if not self.weights.is_file():
-            raise FileNotFoundError(f"{self.path} has no {self.weights.name}: the run has not ended yet, or has failed")
-        model = DecoderLM(config.model, dtype=torch.float64 if config.precision == "float64" else torch.float32)
-        try:
-            load_model(model, self.weights)
-        except SafetensorError as error:
-            raise ValueError(f"{self.weights} is damaged: {error}") from None
-        except RuntimeError as error:
-            raise ValueError(f"{self.weights} does not fit {self.config.name}: {error}") from None
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        if step is None and self.weights.is_file():
+            model = DecoderLM(config.model, dtype=dtype)
+            load_weights(model, self.weights)
+            return model.to(device).eval()
+        store = Checkpoints(self.checkpoints, None, read_only=True)
+        saved = store.newest(step)
+        if saved is None:
+            what = f"no checkpoint of step {step}" if step is not None else (
+                f"no {self.weights.name} and no checkpoint: the run has not come so far yet, or has failed")
+            raise FileNotFoundError(f"{self.path} has {what}")
+        model = DecoderLM(config.model, dtype=dtype)
+        store.load(saved, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
         return model.to(device).eval()
+
+    def codec(self) -> Codec:
+        """Of the tokens that the run was trained on. Raises ImportError where they need a library that is missing."""
+        return codec_for(self.tokenizer if self.tokenizer.is_file() else None)

@@ -15,6 +15,7 @@ from race_dist.parallel import Replica
 from race_dist.training.config import TrainConfig
 from race_dist.training.data import Batch, Part, Shard
 from race_dist.training.ranks import Ranks
+from race_dist.training.weights import load_weights
 
 
 class StepMethod(Protocol):
@@ -107,16 +108,19 @@ def place_model(config: TrainConfig, model: DecoderLM, ranks: Ranks, *, dynamic:
             block.compile(dynamic=dynamic)
     if config.parallel.sharding == "fsdp":
         replica = Replica.sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
-        materialize(model, ranks.device)
+        materialize(model, ranks.device, config.init)
         return replica
-    materialize(model, ranks.device)
+    materialize(model, ranks.device, config.init)
     return Replica.whole(model, ranks.world)
 
 
-def materialize(model: DecoderLM, device: torch.device) -> None:
-    """Give a model on the meta device its first weights: they depend on the seed and their names alone."""
+def materialize(model: DecoderLM, device: torch.device, init: str | None = None) -> None:
+    """Give a model on the meta device its first weights: they depend on the seed and their names alone, or come from
+    ``init``, a safetensors file or the folder of a run."""
     model.to_empty(device=device)
     model.initialize()
+    if init is not None:
+        load_weights(model, Path(init))
 
 
 def loss_of(model: Replica | nn.Module, part: Part, targets: int, config: TrainConfig, ranks: Ranks) -> Tensor:

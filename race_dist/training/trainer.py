@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ from race_dist.training.agreement import check_same_run
 from race_dist.training.checkpoint import CheckpointError, Checkpoints, Saved
 from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.corpus import Corpus, load_corpus
-from race_dist.training.data import check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.data import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.guards import Guard, Verdict
 from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors
 from race_dist.training.ranks import Ranks
 from race_dist.training.step import StepMethod, build_step
 
 # what a run may be resumed with although it was begun with another value
-FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "steps", "parallel", "stream", "eval", "sample",
-                  "checkpoint", "engine", "deepspeed", "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
+FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "tensorboard", "steps", "parallel", "stream", "eval",
+                  "sample", "checkpoint", "guard", "engine", "deepspeed", "model.activation_checkpointing",
+                  "model.loss_chunk", "optim.accumulate")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class StepResult:
         loss: mean over the global batch, in nats, before the step.
         grad_norm: norm of its whole gradient, before clipping.
         flags: for each flag that was passed in, whether it was set on any rank.
+        verdict: what the guard thinks of it; a bad step was not taken.
     """
 
     loss: float
     grad_norm: float
     flags: tuple[bool, ...] = ()
+    verdict: Verdict = field(default_factory=Verdict)
 
 
 class Trainer:
@@ -61,6 +64,8 @@ class Trainer:
         corpus: the text; ``train`` and ``held_out`` are its two sides.
         model: this rank's replica, or its shards of it.
         optimizer: over its parameters.
+        method: how a batch becomes gradients.
+        guard: judges each step.
         step: steps done.
         position: batches drawn.
     """
@@ -75,6 +80,7 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.corpus = open_corpus(config, ranks.dp, ranks.sp)
         self.train, self.held_out = _sides(config, self.corpus)
+        self.guard = Guard(config.guard)
         self.step = self.position = 0
         self._build()
 
@@ -92,32 +98,30 @@ class Trainer:
         config = self.config.checkpoint
         return Checkpoints(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
 
-    def train_step(self, flags: Sequence[bool] = ()) -> StepResult:
-        """One optimizer step.
+    def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
+        """One optimizer step; where the guard finds it bad, the weights stay as they were.
 
         Args:
             flags: this rank's; the result says which were set on any rank.
-
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite; the weights are then left as they were.
+            batch: None: the one at this position in the data.
         """
         config, data = self.config, self.config.data
-        batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
-                               context=data.context)
+        if batch is None:
+            batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
+                                   context=data.context)
         self.optimizer.zero_grad(set_to_none=True)
         share = self.method.gradients(batch)
         shared = torch.stack([share.double(), *(share.new_tensor(float(f), dtype=torch.float64) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
         norm = self.gradient_norm()
-        if not (math.isfinite(loss) and bool(norm.isfinite())):
-            raise FloatingPointError(f"step {self.step + 1}: the loss is {loss} and the gradient's norm {float(norm)}; "
-                                     "try a lower optim.lr or a longer optim.warmup_steps")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config.steps, config.optim)
-        self.update(norm)
+        verdict = self.guard.judge(loss, float(norm))
+        if verdict.bad is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, config.steps, config.optim)
+            self.update(norm)
         self.step += 1
         self.position += 1
-        return StepResult(loss, float(norm), tuple(f > 0 for f in raised))
+        return StepResult(loss, float(norm), tuple(f > 0 for f in raised), verdict)
 
     def gradient_norm(self) -> Tensor:
         """The norm of the whole gradient, once it is there."""
@@ -152,13 +156,20 @@ class Trainer:
     def save(self, store: Checkpoints) -> None:
         """Begin a checkpoint of this moment."""
         store.save(self.step, self.tensors(), {
-            "position": self.position, "config": self.config.model_dump(mode="json"),
+            "position": self.position, "guard": self.guard.state(), "config": self.config.model_dump(mode="json"),
             "corpus": {"tokens": len(self.corpus.tokens), "digest": self.corpus.digest()},
             "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
             "versions": {"race-dist": race_dist.__version__, "torch": torch.__version__, "python": platform.python_version()}})
 
+    def roll_back(self, store: Checkpoints, saved: Saved) -> None:
+        """Go back to a checkpoint of this run, but on with the data that comes now."""
+        position, rollbacks = self.position, self.guard.rollbacks
+        self.restore(store, saved)
+        self.position, self.guard.rollbacks = position, rollbacks
+        self.guard.rolled_back()
+
     def restore(self, store: Checkpoints, saved: Saved) -> None:
-        """Go back to a checkpoint.
+        """Go on from a checkpoint.
 
         Raises:
             CheckpointError: it is of a run with another model, text or optimizer; the message names what differs.
@@ -174,6 +185,7 @@ class Trainer:
                                   "back, or begin a new run under another name")
         self._load(store, saved)
         self.step, self.position = saved.step, facts["position"]
+        self.guard = Guard.of(self.config.guard, facts["guard"])
 
     def _load(self, store: Checkpoints, saved: Saved) -> None:
         store.load(saved, self.tensors())
@@ -200,8 +212,6 @@ def open_corpus(config: TrainConfig, dp: int, sp: int = 1) -> Corpus:
     if data.batch_size // dp % parts:
         raise ValueError(f"data.batch_size = {data.batch_size} over parallel.dp = {dp} leaves {data.batch_size // dp} rows a "
                          f"rank, which do not divide into optim.accumulate = {parts} parts; change one of them")
-    from race_dist.training.data import Shard
-
     check_shards(data.context, data.batch_size // dp // parts, Shard(0, sp, config.parallel.layout),
                  separate=data.documents == "separate")
     corpus = load_corpus(data.path, data.pattern)

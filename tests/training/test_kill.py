@@ -139,7 +139,7 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_two_ranks_under_the_command_killed_twenty_times(tmp_path: Path) -> None:
     """Kills one rank, or both and the launcher, at a random moment of a run that writes a checkpoint every step."""
     (tmp_path / "text.txt").write_text("".join(f"line {n} of the text: {n * n}\n" for n in range(900)))
@@ -156,7 +156,7 @@ eval = {{ every = 7, tokens = 128 }}
 checkpoint = {{ every = 1 }}
 sample = {{ tokens = 0 }}
 ''')
-    assert command(config).wait(120) == 0
+    assert command(config).wait(400) == 0
     undisturbed = RunDirectory(tmp_path / "runs" / "undisturbed").load_config()
     choose, equal, midway = random.Random(), [], 0
     for trial in range(20):
@@ -170,10 +170,11 @@ sample = {{ tokens = 0 }}
         victims = ranks_of(process.pid) if process.poll() is None else []
         for victim in ([*victims, process.pid] if trial % 2 else victims[trial // 2 % 2:][:1]):
             os.kill(victim, signal.SIGKILL)
-        midway += process.wait(120) != 0
-        assert command(config, "--override", f"name={name}").wait(120) == 0
+        midway += process.wait(400) != 0
+        assert command(config, "--override", f"name={name}").wait(400) == 0
         resumed = RunDirectory(tmp_path / "runs" / name).load_config()
         equal.append(same(json.loads(resumed.to_json()), json.loads(undisturbed.to_json())))
+        print(f"trial {trial}: {'equal' if equal[-1] else 'NOT equal'}", flush=True)
     print(f"{sum(equal)} of {len(equal)} equal bit by bit; {midway} were killed before they had ended")
     assert all(equal)
     assert midway >= 15

@@ -88,23 +88,12 @@ def test_clipping_bounds_the_gradient_and_reports_its_norm(tmp_path: Path) -> No
     assert float(torch.nn.utils.get_total_norm(grads)) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tmp_path: Path) -> None:
-    trainer = alone(settings(tmp_path))
-    trainer.train_step()
-    with torch.no_grad():
-        trainer.model.embed.weight[0] = math.nan
-        trainer.model.norm.weight[0] = math.inf
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    with pytest.raises(FloatingPointError, match=r"step 2: the loss is .*; try a lower optim.lr"):
-        trainer.train_step()
-    for old, new in zip(before, trainer.model.parameters(), strict=True):
-        assert torch.equal(old, new) or old.isnan().any()
-
-
 def test_a_run_can_be_repeated_bit_by_bit(tmp_path: Path) -> None:
     config = settings(tmp_path)
     first, second = alone(config), alone(config)
-    assert [first.train_step() for _ in range(6)] == [second.train_step() for _ in range(6)]
+    steps = [first.train_step() for _ in range(6)]
+    assert steps == [second.train_step() for _ in range(6)]
+    assert len({step.loss for step in steps}) == 6
 
 
 def test_metrics_are_flushed_line_by_line_and_survive_a_cut(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from race_dist.training.agreement import check_same_run
 from race_dist.training.checkpoint import Checkpoints, Saved
 from race_dist.training.config import TrainConfig
 from race_dist.training.data import Batch, training_batch
+from race_dist.training.guards import Verdict
 from race_dist.training.optim import build_optimizer, learning_rate
 from race_dist.training.ranks import Ranks
 from race_dist.training.step import Unstreamed, materialize, rows_in_parts, shard_of
@@ -82,22 +83,24 @@ class DeepSpeedTrainer(Trainer):
         if config.compile:
             for block in self.model.blocks:
                 block.compile()
-        materialize(self.model, ranks.device)
+        materialize(self.model, ranks.device, config.init)
         check_same_run(config, self.corpus, self.model, ranks.world)
         optimizer: Any = build_optimizer(self.model, config.optim)
         shared = Shared(ranks.sp_group, ranks.sp, ranks.dp, ranks.dp_rank, ranks.layout)
         self.engine, self.optimizer, _, _ = initialize(model=self.model, config=settings, optimizer=optimizer, shared=shared)
         self.method = EngineStep(config, ranks, self.engine)
 
-    def train_step(self, flags: Sequence[bool] = ()) -> StepResult:
-        """One optimizer step; as in the native trainer, but a gradient that is no number is seen after it was applied.
+    def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
+        """One optimizer step; as in the native trainer, but the gradient is seen after it was applied: what the guard would
+        skip is only said.
 
         Raises:
             FloatingPointError: the loss is not finite (the weights are left as they were), or the gradient is not.
         """
         config, data = self.config, self.config.data
-        batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
-                               context=data.context)
+        if batch is None:
+            batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
+                                   context=data.context)
         share = self.method.gradients(batch)
         shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
@@ -110,7 +113,9 @@ class DeepSpeedTrainer(Trainer):
                                      "with a lower optim.lr")
         self.step += 1
         self.position += 1
-        return StepResult(loss, norm, tuple(f > 0 for f in raised))
+        verdict = self.guard.judge(loss, norm)
+        self.guard.bad_in_a_row = 0
+        return StepResult(loss, norm, tuple(f > 0 for f in raised), Verdict(alarm=verdict.bad or verdict.alarm))
 
     def _apply(self, rate: float) -> float:
         """Let DeepSpeed step; the norm of the whole gradient, before clipping."""

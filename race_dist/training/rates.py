@@ -1,0 +1,31 @@
+"""What a step costs on paper and what the devices could do: for the utilisation, and the highest use of memory."""
+
+from __future__ import annotations
+
+import torch
+
+from race_dist.machine import peak_resident_bytes
+from race_dist.parallel import group_size
+from race_dist.planning.cluster import match_gpu
+from race_dist.planning.costs import useful_flops
+from race_dist.planning.layout import Job
+from race_dist.training.config import TrainConfig
+from race_dist.training.ranks import Ranks
+
+
+def step_flops(config: TrainConfig) -> float:
+    """Operations of a step that any method needs (:func:`race_dist.planning.costs.useful_flops`)."""
+    return useful_flops(Job.checked(config.model, config.data.context, config.data.batch_size, config.precision))
+
+
+def peak_flops(config: TrainConfig, ranks: Ranks) -> float | None:
+    """Operations a second that the vendor states for all ranks' devices together; None where they are not known."""
+    if ranks.device.type != "cuda":
+        return None
+    gpu = match_gpu(torch.cuda.get_device_name(ranks.device))
+    return None if gpu is None else gpu.flops[config.precision] * group_size(ranks.world)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: allocated on a GPU, resident on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
