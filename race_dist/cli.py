@@ -172,7 +172,8 @@ def bench_streaming(
     from race_dist.training.config import load_config
 
     with user_errors():
-        options = streaming.Options(chunk, device or default_device(), keep, compiled, threads, limit_seconds, store, profile=profile)
+        options = streaming.Options(chunk, device or default_device(), keep, compiled, threads, limit_seconds, store,
+                                    profile=profile)
         streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), options, out=out)
         if out is not None:
             print(f"written: {out}")

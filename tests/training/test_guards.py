@@ -71,6 +71,9 @@ class Sabotage:
         self.trainer, self.inner, self.positions = trainer, trainer.method, positions
         self.replica, self.drawn = trainer.method.replica, list[int]()
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
     def gradients(self, batch: Any) -> Tensor:
         loss = self.inner.gradients(batch)
         self.drawn.append(self.trainer.position)
@@ -82,7 +85,7 @@ class Sabotage:
 def sabotaged(config: TrainConfig, positions: set[int]) -> tuple[Trainer, Sabotage]:
     trainer, directory = Trainer(config, Ranks(torch.device("cpu"))), RunDirectory(config.directory)
     directory.create(config, overwrite=True)
-    trainer.method = method = Sabotage(trainer, positions)
+    trainer.method = method = Sabotage(trainer, positions)  # type: ignore[assignment]
     return trainer, method
 
 
