@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from race_dist import RaceConfig
-from race_dist.machine import machine
 from race_dist.benchmarks.timing import Timing, time_in_turn
+from race_dist.machine import machine
 from race_dist.models import ModelConfig
 from race_dist.parallel import count_bytes
 

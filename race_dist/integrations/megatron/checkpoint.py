@@ -55,7 +55,7 @@ class MegatronCheckpoints(Checkpoints):
         optimizer: megatron-core's, over its parameters.
     """
 
-    def __init__(self, folder: Path, group: ProcessGroup | None, model: nn.Module, optimizer: Any, **options: int) -> None:
+    def __init__(self, folder: Path, group: ProcessGroup | None, model: nn.Module, optimizer: Any, **options: Any) -> None:
         super().__init__(folder, group, **options)
         self._model, self._optimizer, self._ranks = model, optimizer, group
 
