@@ -93,9 +93,14 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
     if group is not None and group_size(group) > 1:
         if name == "reference":
             raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
-        from race_dist.parallel.passes import group_attention
+        if torch.compiler.is_compiling() and causal and cu_seqlens is None and layout == "contiguous":
+            from race_dist.parallel.graphs import group_attention_in_graph
 
-        out, final = group_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
+            out, final = group_attention_in_graph(problem, group, name, output_final=output_final_state)
+        else:
+            from race_dist.parallel.passes import group_attention
+
+            out, final = group_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
     else:
         out, final = attend(problem, name)
     if not output_final_state or final is None:

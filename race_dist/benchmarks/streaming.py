@@ -24,8 +24,6 @@ from torch.distributed import ProcessGroup
 from race_dist.benchmarks.profiling import profile
 from race_dist.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
-from race_dist.models.backbone import SwiGLU
-from race_dist.nn import RMSNorm
 from race_dist.parallel import all_reduce_max, group_rank, group_size
 from race_dist.planning.cluster import match_gpu
 from race_dist.planning.costs import streamed_flops
@@ -45,7 +43,7 @@ class Options:
     Attributes:
         chunk_size, keep: of :func:`race_dist.streaming.streamed_backward`.
         device: "cpu" or "cuda".
-        compiled: compile with torch.compile first: the blocks and the last norm; under a group what exchanges nothing.
+        compiled: compile the blocks and the last norm with torch.compile first.
         threads: of PyTorch on the CPU; None leaves it alone.
         limit: seconds after which a step ends with what it has; None: it runs to its end.
         store: a folder in which a step under way is stored, so that it can be run in pieces; None: it is not.
@@ -108,7 +106,7 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
     tokens, unique = _text(config, length)
     model = DecoderLM(config.model, dtype=torch.float64 if config.precision == "float64" else torch.float32).to(device)
     if options.compiled:
-        for part in _compilable(model, group):
+        for part in (*model.blocks, model.norm):
             part.compile(dynamic=False)
     optimizer = build_optimizer(model, config.optim)
     carry = sum(t.numel() * t.element_size() for t in model.zero_carry(1, state_dtype=torch.float64).tensors())
@@ -148,13 +146,6 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         if gpu is not None:
             row["mfu"] = row["flops"] / seconds / (gpu.flops["bfloat16"] * group_size(group))
     return row | watch.peaks("seconds" in row)
-
-
-def _compilable(model: DecoderLM, group: ProcessGroup | None) -> list[torch.nn.Module]:
-    """Whole blocks on one rank; under a group the parts of them that exchange nothing: collectives break a graph."""
-    if group is None:
-        return [*model.blocks, model.norm]
-    return [m for m in model.modules() if isinstance(m, SwiGLU | RMSNorm)]
 
 
 def _apply(model: DecoderLM, optimizer: torch.optim.Optimizer, config: TrainConfig, norm: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from race_dist.nn.sequence import Sequence, Span
-from race_dist.parallel import group_size
+from race_dist.parallel import group_rank, group_size
 from race_dist.parallel.collectives import attach, broadcast
 from race_dist.parallel.scan import carries_in
 
@@ -177,6 +177,8 @@ def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | No
 def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry,
            sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
     """The tail that enters each span, and the one that leaves the sequence."""
+    if torch.compiler.is_compiling() and _in_graph(pieces, carry, sequence):
+        return _enter_in_graph(pieces[0], carry, sequence)
     tails = [TailCarry.of(piece, carry.width, sequence.begin(span)) for piece, span in zip(pieces, spans, strict=True)]
     if sequence.group is None:
         return [carry], carry.combine(tails[0]) if sequence.final else None
@@ -193,3 +195,28 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
         token, received = broadcast(last.tensors(), 0 if parts == 2 else group_size(sequence.group) - 1, sequence.group)
         outgoing = last.with_tensors(attach([token], received))
     return [entering[i % parts].row(i // parts, documents) for i in range(len(spans))], outgoing
+
+
+# --- inside a compiled graph ---------------------------------------------------------------------------------------------
+
+
+def _in_graph(pieces: list[tuple[Tensor, ...]], carry: TailCarry, sequence: Sequence) -> bool:
+    """Whether only the neighbour's last tokens matter: one document, contiguous shards that are long (on every rank: they are
+    of about one length)."""
+    return (sequence.group is not None and sequence.layout == "contiguous" and sequence.cu_seqlens is None
+            and pieces[0][0].shape[1] >= 4 * carry.width)
+
+
+def _enter_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
+                    sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
+    """:func:`_enter` there, by one opaque operator."""
+    from race_dist.parallel.graphs import edges_in_graph
+
+    assert sequence.group is not None
+    own = [x[:, x.shape[1] - carry.width:] for x in piece]
+    wide = lambda tensors: [t if t.is_floating_point() else t.float() for t in tensors]
+    entering, leaving = edges_in_graph(wide(own), wide(carry.tails), sequence.group)
+    narrow = lambda tensors: tuple(t if x.is_floating_point() else t > 0.5 for t, x in zip(tensors, own, strict=True))
+    full = torch.full_like(carry.count, carry.width)
+    first = TailCarry(narrow(entering), carry.count if group_rank(sequence.group) == 0 else full, carry.reset)
+    return [first], TailCarry(narrow(leaving), full, carry.reset) if sequence.final else None

@@ -56,16 +56,16 @@ def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend:
         RankFailure: another rank died or did not come.
     """
     layout = check_layout(layout)
-    offset = _agree(problem, group, layout, backend, output_final, algorithm)
+    offset = agree_on_attention(problem, group, layout, backend, output_final, algorithm)
     p = problem
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    call = _Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
+    call = Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
     out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
                                         *initial)
     return out, SketchState(*final) if final else None
 
 
-def _agree(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool,
+def agree_on_attention(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool,
            algorithm: Algorithm) -> int | Tensor:
     """Compare the ranks' calls; the number of rows on earlier ranks where documents are packed, 0 otherwise."""
     length, on_cpu = p.q.shape[1], p.q.device.type == "cpu"
@@ -108,7 +108,7 @@ def _check_lengths(lengths: list[int], layout: Layout, cu_seqlens: Tensor | None
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What a call is made of besides tensors."""
 
     group: ProcessGroup
@@ -137,54 +137,65 @@ class _GroupAttention(torch.autograd.Function):
     """(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial) -> out, and the final state where it is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        p = call.problem(tensors)
-        route, backend, halves = call.route(p), call.backend, _head_halves(p)
-        calls = [route.cut.calls(half) for half in halves]
-        out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
-        places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
-        finals, kept = [], []
-        with full_precision(p.q):
-            finishes = [route.start_forward(backend, each, _initial(half)) for half, each in zip(halves, calls)]
-            for each, place, finish in zip(calls, places, finishes):
-                entering = finish()
-                done = [backend.forward(replace(one, initial=state), o) for one, state, o in zip(each, entering, place)]
-                if call.output_final:
-                    finals.append(_StateSum(route.final([f.final for f in done]), call.group))
-                for f, state in zip(done, entering):
-                    kept += [f.den, f.states, f.final.mass, f.final.values, state.mass, state.values]
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results, kept = forward_pass(call, tensors)
         ctx.call = call
-        ctx.save_for_backward(*tensors, out, *kept)
-        states = [each.wait().tensors() for each in finals]
-        return (out, *(_join(parts, 1) for parts in zip(*states)))
+        ctx.save_for_backward(*tensors, results[0], *kept)
+        return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
         saved = ctx.saved_tensors  # read once: under activation checkpointing it cannot be read twice
         tensors, (out, *kept) = saved[:_INPUTS], saved[_INPUTS:]
-        p = call.problem(tensors)
-        route, backend, halves = call.route(p), call.backend, _head_halves(p)
-        arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
-        gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
-        places = _places(route, halves, gradients)
-        work = _backward_calls(p, route, halves, out, dout, kept)
-        with full_precision(p.q):
-            finishes = [route.start_backward(backend, each.calls, each.saved, each.douts, _arriving(arriving, half, p, i))
-                        for i, (half, each) in enumerate(zip(halves, work))]
-            grads = [[backend.backward(one, saved, d, state, need_planes=ctx.needs_input_grad[4], into=into)
-                      for one, saved, d, state, into in zip(each.calls, each.saved, each.douts, finish(), place)]
-                     for each, place, finish in zip(work, places, finishes)]
-        merged = _merge(route, gradients, grads)
-        if merged.log_decay is not None and arriving is not None:
-            dtotal = arriving.wait().log_decay
-            assert dtotal is not None
-            rows = route.rows(p.q.shape[1])
-            merged.log_decay.add_(dtotal[:, None] if rows is None else dtotal[rows])
-        initial = (None, None) if merged.initial is None else (merged.initial.mass, merged.initial.values)
-        every = (None, *merged[:6], None, None, *initial)
-        return tuple(g if need else None for g, need in zip(every, ctx.needs_input_grad))
+        every = backward_pass(ctx.call, tensors, out, kept, dout, dfinal, need_planes=ctx.needs_input_grad[4])
+        return None, *(g if need else None for g, need in zip(every, ctx.needs_input_grad[1:]))
+
+
+def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The results (out, and the final state's tensors where it is wanted), and what the backward pass wants."""
+    p = call.problem(tensors)
+    route, backend, halves = call.route(p), call.backend, head_halves(p)
+    calls = [route.cut.calls(half) for half in halves]
+    out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
+    places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
+    finals, kept = [], []
+    with full_precision(p.q):
+        finishes = [route.start_forward(backend, each, _initial(half)) for half, each in zip(halves, calls)]
+        for each, place, finish in zip(calls, places, finishes):
+            entering = finish()
+            done = [backend.forward(replace(one, initial=state), o) for one, state, o in zip(each, entering, place)]
+            if call.output_final:
+                finals.append(_StateSum(route.final([f.final for f in done]), call.group))
+            for f, state in zip(done, entering):
+                kept += [f.den, f.states, f.final.mass, f.final.values, state.mass, state.values]
+    states = [each.wait().tensors() for each in finals]
+    return (out, *(_join(parts, 1) for parts in zip(*states))), kept
+
+
+def backward_pass(call: Call, tensors: Sequence[Tensor | None], out: Tensor, kept: list[Tensor], dout: Tensor,
+                  dfinal: Sequence[Tensor], *, need_planes: bool) -> tuple[Tensor | None, ...]:
+    """A gradient of each tensor of a problem, None where there can be none."""
+    p = call.problem(tensors)
+    route, backend, halves = call.route(p), call.backend, head_halves(p)
+    arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
+    gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
+    places = _places(route, halves, gradients)
+    work = _backward_calls(p, route, halves, out, dout, kept)
+    with full_precision(p.q):
+        finishes = [route.start_backward(backend, each.calls, each.saved, each.douts, _arriving(arriving, half, p, i))
+                    for i, (half, each) in enumerate(zip(halves, work))]
+        grads = [[backend.backward(one, saved, d, state, need_planes=need_planes, into=into)
+                  for one, saved, d, state, into in zip(each.calls, each.saved, each.douts, finish(), place)]
+                 for each, place, finish in zip(work, places, finishes)]
+    merged = _merge(route, gradients, grads)
+    if merged.log_decay is not None and arriving is not None:
+        dtotal = arriving.wait().log_decay
+        assert dtotal is not None
+        rows = route.rows(p.q.shape[1])
+        merged.log_decay.add_(dtotal[:, None] if rows is None else dtotal[rows])
+    initial = (None, None) if merged.initial is None else (merged.initial.mass, merged.initial.values)
+    return *merged[:6], None, None, *initial
 
 
 _INPUTS = 10  # tensors of a problem
@@ -249,7 +260,7 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
                      None if some.log_decay is None else decays(), initial)
 
 
-def _head_halves(p: Problem) -> list[Problem]:
+def head_halves(p: Problem) -> list[Problem]:
     """The problem of each half of the key/value heads and their query heads; views."""
     heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
     bounds = [0, heads // 2, heads] if heads > 1 else [0, heads]

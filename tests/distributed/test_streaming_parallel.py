@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -157,3 +158,26 @@ def test_replicas_are_averaged_once(world: int, sp: int) -> None:
         for how, got, reduced in outcome.value:
             assert_same(got, gradients(net))
             assert reduced == (0 if how == "DDP" else 3)  # two blocks and what stands outside them, in the last chunk alone
+
+
+def compiled(group: ProcessGroup, pattern: str, race: dict[str, Any], length: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients, and how many graphs made them; blocks that leave their graph raise."""
+    torch.compiler.reset()
+    counters.clear()
+    net, (ids, labels) = model(pattern, **race), text(1, length)
+    for block in net.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    streamed_backward(net, ids, labels, chunk_size=36, group=group)
+    return gradients(net), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("world", "pattern", "race"), [
+    (2, "R", {}), (3, "R", {"decay": "none", "normalization": "global"}),
+    (2, "R", {"short_conv": 0, "normalization": "bucket"}), (2, "W", {})])
+def test_compiled_blocks_stay_one_graph_under_a_group(world: int, pattern: str, race: dict[str, Any]) -> None:
+    length = 3 * 36 * world
+    net, (ids, labels) = model(pattern, **race), text(1, length)
+    net(ids, labels).backward()
+    for got, graphs in run_ranks(world, compiled, pattern, race, length):
+        assert_same(got, gradients(net))
+        assert graphs == 1
