@@ -39,8 +39,8 @@ def test_the_applied_gradient_is_the_true_one(case: Case) -> None:
     for found in measured(case.sp * case.dp):
         ratio = found[case]
         assert ratio.spread == 0
-        if case.bfloat16:  # weights and gradients of 8 bits: a wrong factor is at least 2
-            assert ratio.ratio == pytest.approx(1, abs=0.1)
+        if case.bfloat16:  # gradients of 8 bits, rounded in another order by each arrangement
+            assert ratio.ratio == pytest.approx(1, abs=2**-6)
         else:
             assert ratio.ratio == pytest.approx(1, abs=1e-5)
             assert ratio.distance < 1e-5

@@ -130,7 +130,27 @@ def train(group: Any, folder: str, sp: int) -> dict[str, Any]:
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     return {"losses": losses, "eval": trainer.evaluate()["eval_loss"],
-            "weights": [float(p.detach().double().norm()) for p in model.parameters()]}
+            "weights": [float(p.detach().double().norm()) for p in model.parameters()],
+            "accelerate": accelerated(rows, build_mesh(1, world)["sp"].get_group())}
+
+
+def accelerated(rows: list[dict[str, torch.Tensor]], group: Any) -> list[float]:
+    """A plain accelerate loop, all ranks sharing each batch of two rows: the weights after it."""
+    from accelerate import Accelerator
+
+    from race_dist.integrations.transformers import ShardedLoader, sequence_parallel
+    from race_dist.parallel import group_size
+
+    accelerator, model = Accelerator(cpu=True), make("converted").float()
+    sequence_parallel(model, group)
+    loader = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=stack)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5), loader)
+    for batch in ShardedLoader(loader, group):
+        loss = model(**batch, use_cache=False).loss
+        accelerator.backward(loss * group_size(group))  # DDP averages over the ranks; shares add up
+        optimizer.step()
+        optimizer.zero_grad()
+    return [float(p.detach().double().norm()) for p in model.parameters()]
 
 
 def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def cases(world: int) -> Iterator[Case]:
 
 
 def measure(case: Case) -> Ratio:
-    """Train one step by SGD under DeepSpeed and compare it with the gradient of one process in float64. Every rank calls it.
+    """Train one step by SGD under DeepSpeed and compare it with the gradient of one process. Every rank calls it.
 
     Raises:
         ValueError: the wiring is refused.
@@ -82,7 +82,7 @@ def measure(case: Case) -> Ratio:
     draw = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(VOCAB, (2, case.accumulate, case.dp * ROWS, LENGTH), generator=draw)
     labels[:, -1, 3:9] = -100  # replicas differ in how many targets they have
-    truth = _truth(config, ids, labels, case.clip)
+    truth = _truth(config, ids, labels, case)
     model = DecoderLM(config).to(place)
     before = {name: p.detach().double().cpu() for name, p in model.named_parameters()}
     engine, *_ = initialize(model=model, config=_deepspeed(case), optimizer=torch.optim.SGD(model.parameters(), lr=RATE))
@@ -98,13 +98,14 @@ def measure(case: Case) -> Ratio:
     return _compare(truth, {name: (before[name] - w) / RATE for name, w in after.items()}, place)
 
 
-def _truth(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, clip: float) -> dict[str, torch.Tensor]:
-    model = DecoderLM(config, dtype=torch.float64)
+def _truth(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case) -> dict[str, torch.Tensor]:
+    """The gradient without DeepSpeed, in one process: in float64, or of the narrow weights."""
+    model = DecoderLM(config).bfloat16() if case.bfloat16 else DecoderLM(config, dtype=torch.float64)
     for x, y in zip(ids, labels, strict=True):
         (model(x, y) / len(ids)).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    return {name: g * min(1.0, clip / float(norm)) if clip else g for name, g in gradients.items()}
+    return {name: g * min(1.0, case.clip / float(norm)) if case.clip else g for name, g in gradients.items()}
 
 
 def _deepspeed(case: Case) -> dict[str, Any]:
