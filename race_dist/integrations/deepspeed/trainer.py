@@ -138,7 +138,7 @@ class DeepSpeedTrainer(Trainer):
 
     def tensors(self) -> dict[str, Tensor]:
         """Whole, on rank 0; nothing on the others: a checkpoint is written once. A collective."""
-        steps = torch.tensor(float(self.step))
+        steps = next((s["step"] for s in self._base.state.values() if "step" in s), 0.0)
         _link_states(self.engine.optimizer)
         tensors: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
@@ -146,7 +146,7 @@ class DeepSpeedTrainer(Trainer):
             found |= {f"optim.{name}.{kind}": self._whole_state(p, kind) for kind in STATES if p.requires_grad}
             if self.ranks.rank == 0:
                 tensors |= {key: value.to("cpu", copy=True) for key, value in found.items()}
-                tensors |= {f"optim.{name}.step": steps.clone()} if p.requires_grad else {}
+                tensors |= {f"optim.{name}.step": torch.tensor(float(steps))} if p.requires_grad else {}
         return tensors
 
     def _whole_state(self, p: nn.Parameter, kind: str) -> Tensor:
@@ -161,16 +161,18 @@ class DeepSpeedTrainer(Trainer):
         """Read a checkpoint, a parameter's tensors at a time, and hand them to DeepSpeed."""
         if saved.step:
             self._make_states()
+        taken = torch.zeros(())  # steps of AdamW; fewer than the run's where a guard has skipped some
         for name, p in self.model.named_parameters():
             shape = getattr(p, "ds_shape", p.shape)
             kinds = ("step", *STATES) if p.requires_grad else ()
             read = {f"model.{name}": torch.empty(shape)}
             read |= {f"optim.{name}.{kind}": torch.empty(shape if kind in STATES else ()) for kind in kinds}
             store.load(saved, read)
+            taken = read.get(f"optim.{name}.step", taken)
             self._put(p, read[f"model.{name}"], {kind: read[f"optim.{name}.{kind}"] for kind in kinds} if saved.step else {})
         if saved.step:
             for state in self._base.state.values():
-                state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(saved.step))
+                state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), float(taken))
 
     def _make_states(self) -> None:
         """AdamW makes its states in its first step; a step of rate 0 on gradients of 0 makes them and changes no weight."""
