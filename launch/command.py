@@ -68,17 +68,30 @@ def torchrun_command(job: JobConfig, words: Sequence[str], *, endpoint: str, run
         node_rank: this node's place; None lets the rendezvous choose.
         local_address: the address under which the others reach this node; None is its host name.
     """
-    command = [python(job), "-m", "torch.distributed.run", f"--nnodes={job.nodes}", f"--nproc-per-node={job.ranks_per_node}",
+    nodes = f"{job.min_nodes}:{job.nodes}" if job.min_nodes is not None else str(job.nodes)
+    command = [python(job), "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={job.ranks_per_node}",
                "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}",
                f"--max-restarts={job.restarts}", "--monitor-interval=1"]
     if node_rank is not None:
         command.append(f"--node-rank={node_rank}")
     if local_address is not None:
         command.append(f"--local-addr={local_address}")
+    first = _is_first(endpoint, node_rank, local_address)
+    if first is not None:
+        command.append(f"--rdzv-conf=is_host={str(first).lower()}")
     for option, value in (("--signals-to-handle", STOP_SIGNALS), ("--shutdown-timeout", str(job.stop_before))):
         if option in _torchrun_options():
             command.append(f"{option}={value}")
     return [*command, "-m", RANK_MODULE, *words]
+
+
+def _is_first(endpoint: str, node_rank: str | None, local_address: str | None) -> bool | None:
+    """Whether the nodes meet at this one; None where torchrun has to find out, which it does by host name only."""
+    if node_rank is not None and node_rank.isdecimal():
+        return node_rank == "0"
+    if local_address is not None and "$" not in local_address:
+        return endpoint.rpartition(":")[0] == local_address
+    return None
 
 
 def deepspeed_command(job: JobConfig, words: Sequence[str], *, hostfile: Path | None = None,

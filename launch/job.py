@@ -149,6 +149,7 @@ class JobConfig(_Strict):
     Attributes:
         name: of the job; left out, the run's.
         nodes: machines.
+        min_nodes: under torchrun, go on with as few when others are lost; None waits for all of them.
         ranks_per_node: processes a node; one a GPU.
         device: ``"cuda"`` or ``"cpu"``.
         cpus_per_rank: cores a rank; None leaves it to the launcher.
@@ -173,6 +174,7 @@ class JobConfig(_Strict):
 
     name: Word | None = None
     nodes: int = Field(1, ge=1)
+    min_nodes: int | None = Field(None, ge=1)
     ranks_per_node: int = Field(1, ge=1)
     device: Literal["cuda", "cpu"] = "cuda"
     cpus_per_rank: int | None = Field(None, ge=1)
@@ -199,6 +201,8 @@ class JobConfig(_Strict):
     def _check(self) -> JobConfig:
         if self.venv is not None and self.container is not None:
             raise ValueError("venv and container are both given; a job runs in one of them")
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes is {self.min_nodes}, more than nodes = {self.nodes}")
         if self.stop_before >= self.time:
             raise ValueError(f"stop_before is {self.stop_before} s, which leaves nothing of the time limit of {self.time} s")
         if self.mounts and self.container is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import secrets
+import time
 from typing import Any
 
 import torch
@@ -127,16 +129,46 @@ def _meet(rank: int, world: int, timeout: datetime.timedelta) -> Any:
     except RuntimeError as error:
         raise RankFailure(f"rank {rank}: no job found at MASTER_ADDR={host}, MASTER_PORT={port} within {seconds:g} s; does "
                           f"rank 0 run there, and is the port free? [{error}]", [0] if rank else []) from error
-    store = PrefixStore("race_dist/job", store)
-    keys = [f"here/{r}" for r in range(world)]
-    store.set(keys[rank], "1")
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [r for r, key in enumerate(keys) if not store.check([key])]
+    hall = PrefixStore("race_dist/job", store)
+    job, missing = _enter(hall, rank, world, timeout)
+    if missing:
         raise RankFailure(f"rank {rank}: {name_ranks(missing)} of {world} did not join the job at {host}:{port} within "
-                          f"{seconds:g} s", missing) from error
-    return store
+                          f"{seconds:g} s", missing)
+    return job
+
+
+def _enter(hall: Any, rank: int, world: int, timeout: datetime.timedelta) -> tuple[Any, list[int]]:
+    """This start's own part of the store, and the ranks that did not come to it.
+
+    A launcher that starts failed ranks again may keep its store, full of what the ranks before have left. So rank 0 makes a
+    name for this start and gives it to every rank that says hello with a word never used before.
+    """
+    deadline, word = time.monotonic() + timeout.total_seconds(), secrets.token_hex(8)
+    hall.set(f"hello/{rank}", word)
+    if rank:
+        try:
+            hall.wait([f"welcome/{word}"], timeout)
+        except RuntimeError:
+            return None, [0]
+    start = hall.get(f"welcome/{word}").decode() if rank else secrets.token_hex(8)
+    job, keys = PrefixStore(start, hall), [f"here/{r}" for r in range(world)]
+    job.set(keys[rank], "1")
+    if rank:
+        try:
+            job.wait(keys, timeout)
+        except RuntimeError:
+            return job, [r for r, key in enumerate(keys) if not job.check([key])]
+        return job, []
+    greeted: set[str] = set()
+    while not job.check(keys):
+        if time.monotonic() > deadline:
+            return job, [r for r, key in enumerate(keys) if not job.check([key])]
+        for r in range(1, world):
+            if hall.check([f"hello/{r}"]) and (other := hall.get(f"hello/{r}").decode()) not in greeted:
+                hall.set(f"welcome/{other}", start)
+                greeted.add(other)
+        time.sleep(0.01)
+    return job, []
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -127,6 +127,11 @@ class TrainingJob:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks, by rank."""
+        found = self.places()
+        return [found[r] for r in sorted(found)]
+
+    def places(self) -> dict[int, int]:
+        """Process id of each rank."""
         found = {}
         for pid, words in self.processes().items():
             if "race_dist.launch.rank" in words:
@@ -138,7 +143,7 @@ class TrainingJob:
                 rank = named.get(b"RANK", named.get(b"SLURM_PROCID"))
                 if rank is not None and not words[0].endswith("srun"):
                     found[int(rank)] = pid
-        return [found[r] for r in sorted(found)]
+        return found
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> Any:
