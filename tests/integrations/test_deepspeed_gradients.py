@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from race_dist.integrations.deepspeed.parity import Case, Ratio, cases
 from tests.distributed.harness import spawn_ranks
+from tests.integrations.once import once
 
 
 def measure_all(group: Any, world: int) -> dict[Case, Ratio]:
@@ -17,12 +18,15 @@ def measure_all(group: Any, world: int) -> dict[Case, Ratio]:
     return {case: measure(case) for case in cases(world)}
 
 
-@functools.cache
-def measured(world: int) -> list[dict[Case, Ratio]]:
-    """What each rank found."""
-    outcomes = spawn_ranks(world, measure_all, world, timeout=60.0)
-    assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
-    return [o.value for o in outcomes]
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[Case, Ratio]]]:
+    """What each rank of a world found: one launch a world."""
+    def launch(world: int) -> list[dict[Case, Ratio]]:
+        outcomes = spawn_ranks(world, measure_all, world, timeout=60.0)
+        assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
+        return [o.value for o in outcomes]
+
+    return lambda world: once(tmp_path_factory, f"deepspeed-gradients-{world}", lambda: launch(world))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -35,7 +39,7 @@ def test_the_grid_is_the_whole_one(world: int) -> None:
 
 @pytest.mark.parametrize("case", [c for world in (2, 4) for c in cases(world)], ids=lambda c: "-".join(
     f"{name}{value}" for name, value in c._asdict().items() if value != Case._field_defaults.get(name)))
-def test_the_applied_gradient_is_the_true_one(case: Case) -> None:
+def test_the_applied_gradient_is_the_true_one(measured: Callable[[int], list[dict[Case, Ratio]]], case: Case) -> None:
     for found in measured(case.sp * case.dp):
         ratio = found[case]
         assert ratio.spread == 0

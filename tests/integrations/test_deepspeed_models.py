@@ -8,14 +8,18 @@ import pytest
 
 from tests.distributed.harness import spawn_ranks
 from tests.integrations import deepspeed_ranks
+from tests.integrations.once import once
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the two ranks found, in one launch; they must have found the same."""
-    outcomes = spawn_ranks(2, deepspeed_ranks.everything, str(tmp_path_factory.mktemp("deepspeed")), timeout=60.0)
-    assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
-    return outcomes[0].value
+    def launch() -> dict[str, Any]:
+        outcomes = spawn_ranks(2, deepspeed_ranks.everything, str(tmp_path_factory.mktemp("deepspeed")), timeout=60.0)
+        assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
+        return dict(outcomes[0].value)
+
+    return dict(once(tmp_path_factory, "deepspeed-models", launch))
 
 
 def job(found: dict[str, Any], name: str) -> Any:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from race_dist.training.config import TrainConfig, load_config, parse_config
 from race_dist.training.ranks import Ranks
 from tests.distributed.harness import spawn_ranks
+from tests.integrations.once import once
 
 STEPS = 6
 
@@ -86,9 +87,12 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    outcomes = spawn_ranks(2, train_all, text, str(tmp_path_factory.mktemp("checkpoints")), timeout=60.0)
-    assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
-    return outcomes[0].value
+    def launch() -> dict[str, Any]:
+        outcomes = spawn_ranks(2, train_all, text, str(tmp_path_factory.mktemp("checkpoints")), timeout=60.0)
+        assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
+        return dict(outcomes[0].value)
+
+    return dict(once(tmp_path_factory, "deepspeed-train", launch))
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from race_dist.integrations.transformers.rows import Rows, rows_of
-from race_dist.integrations.transformers.settings import IMPLEMENTATION, Settings
+from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings
 from race_dist.nn import RaceConfig, RaceCore
 
 WITHOUT_PARAMETERS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
@@ -99,21 +99,25 @@ def _refuse(module: nn.Module, dropout: float, window: int | None, softcap: floa
         raise ValueError("output_attentions=True asks for weights, of which RACE Attention makes none: leave it out")
 
 
-def _core(module: nn.Module, query: Tensor, key: Tensor) -> RaceCore:
+def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
     """The core of a layer, made on first use; it has no parameters and adds nothing to a checkpoint."""
     core = getattr(module, "race_core", None)
-    options = Settings.of(module.config).options
-    config = _options(options).filled(dim=query.shape[1] * query.shape[3], num_heads=query.shape[1],
-                                      num_kv_heads=key.shape[1], head_dim=query.shape[3])
-    if getattr(module, "is_causal", True) is False:
-        config = RaceConfig.model_validate(config.model_dump() | {"causal": False})
-    if not isinstance(core, RaceCore) or core.config != config:
-        layer = getattr(module, "layer_idx", None)
-        core = _without_parameters(RaceCore(config, layer or 0, device=query.device))
-        module.race_core = core
+    shape = (query.shape[1], key.shape[1], query.shape[3], getattr(module, "is_causal", True) is not False)
+    made_for = (repr(getattr(module.config, ENTRY, None)), shape)
+    if not isinstance(core, RaceCore) or module.race_made_for != made_for:
+        core = module.race_core = _make_core(module, *shape, device=query.device)
+        module.race_made_for = made_for
     if core.planes.device != query.device or (query.dtype == torch.float64) != (core.planes.dtype == torch.float64):
         core.to(device=query.device, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     return core
+
+
+def _make_core(module: Any, heads: int, kv_heads: int, head_dim: int, causal: bool, *, device: torch.device) -> RaceCore:
+    config = _options(Settings.of(module.config).options).filled(
+        dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    if not causal:
+        config = RaceConfig.model_validate(config.model_dump() | {"causal": False})
+    return _without_parameters(RaceCore(config, getattr(module, "layer_idx", None) or 0, device=device))
 
 
 def _options(options: dict[str, Any]) -> RaceConfig:
