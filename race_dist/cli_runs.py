@@ -1,4 +1,4 @@
-"""The verbs of ``race-dist`` about runs and texts that are there: generate, eval, export, data."""
+"""The verbs of ``race-dist`` about runs and texts that are there: generate, eval, export, report, data."""
 
 from __future__ import annotations
 
@@ -106,6 +106,21 @@ def export(
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()},
                      {"config": model.config.model_dump_json()})
         print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@runs.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, to be drawn over each other.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to. Left out: report in the first RUN.")] = None,
+) -> None:
+    """Write a page about one run or several: curves, losses by position, what differed, machines.
+
+    report.html needs no other file; the pictures lie beside it as PNGs too.
+    """
+    from race_dist.training.report import write_report
+
+    with user_errors():
+        print(write_report(folders, out or folders[0] / "report"))
 
 
 data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")

@@ -31,7 +31,7 @@ tokens = 64
 [sample]
 tokens = 20
 """
-VERBS = [["train"], ["generate"], ["eval"], ["export"], ["data"], ["data", "pack"], ["data", "check"],
+VERBS = [["train"], ["generate"], ["eval"], ["export"], ["report"], ["data"], ["data", "pack"], ["data", "check"],
          ["bench"], ["bench", "attention"]]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from race_dist.models import DecoderLM
 from race_dist.training.corpus import Corpus
-from race_dist.training.curves import draw_curves
+from race_dist.training.curves import Curves, draw_loss, save_png
 from race_dist.training.metrics import Metrics, bits, read_metrics
 from race_dist.training.positions import loss_by_position
 from race_dist.training.rundir import RunDirectory
@@ -35,7 +35,8 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
         return
     config = trainer.config
     save_weights(directory.weights, weights)
-    draw_curves(read_metrics(directory.metrics), directory.curves, title=f"{config.name} on {trainer.corpus.name}")
+    picture = draw_loss([Curves(config.name, read_metrics(directory.metrics))], f"{config.name} on {trainer.corpus.name}")
+    save_png(picture, directory.curves)
     model: DecoderLM = trainer.model
     if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
         torch.cuda.empty_cache()

@@ -1,40 +1,148 @@
-"""The picture of a run: its loss and its learning rate over the steps."""
+"""Pictures of runs: bits per byte over the steps, by position in the context, and how the training went."""
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-from race_dist.training.metrics import UNIFORM_BITS
+from race_dist.training.metrics import UNIFORM_BITS, bits
 
-TRAIN, HELD_OUT, QUIET = "#9bb8d3", "#c8502d", "#8a8a8a"
+COLOURS = ("#2b6cb0", "#c8502d", "#2f855a", "#805ad5", "#b7791f", "#0f766e", "#b83280", "#4a5568")
+QUIET = "#8a8a8a"
+FADED = 0.35  # how strong the training curve is beside the held-out one
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Write a PNG of bits per byte over the steps, in training and held out, above the learning rate."""
-    train = [r for r in records if r["kind"] == "train"]
-    held_out = [r for r in records if r["kind"] == "eval"]
-    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one run.
+
+    Attributes:
+        name: in the legend.
+        records: of its metrics.
+        positions: its losses by position, one entry a context length.
+    """
+
+    name: str
+    records: Sequence[dict[str, Any]]
+    positions: Sequence[dict[str, Any]] = field(default_factory=tuple)
+
+    def of(self, kind: str, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one kind of record; of a step that was made twice (after a roll-back), the last."""
+        found = {r["step"]: r[key] for r in self.records if r["kind"] == kind and key in r}
+        return list(found), list(found.values())
+
+
+def draw_loss(runs: Sequence[Curves], title: str = "") -> Figure:
+    """Bits per byte over the steps: faint in training, strong held out; the learning rates below."""
+    figure = _figure(5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot([r["step"] for r in train], [r["bpb"] for r in train], color=TRAIN, label="training batch")
-    top.plot([r["step"] for r in held_out], [r["bpb"] for r in held_out], color=HELD_OUT, marker="o", markersize=4,
-             linewidth=2, label="held out")
+    for colour, run in zip(_colours(runs), runs):
+        top.plot(*run.of("train", "bpb"), color=colour, alpha=FADED, linewidth=1)
+        steps, values = run.of("eval", "bpb")
+        top.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=2, label=f"{run.name}, held out")
+        if steps:
+            top.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(0, 9),
+                         ha="right", color=colour, fontsize=10, fontweight="bold")
+        bottom.plot(*run.of("train", "lr"), color=colour)
+    top.plot([], [], color=QUIET, alpha=FADED, label="training batches")
     top.axhline(UNIFORM_BITS, color=QUIET, linewidth=0.8, linestyle=":")
     top.text(1.0, UNIFORM_BITS, "uniform ", color=QUIET, fontsize=8, ha="right", va="top",
              transform=top.get_yaxis_transform())
-    if held_out:
-        last = held_out[-1]
-        top.annotate(f"{last['bpb']:.3f}", (last["step"], last["bpb"]), textcoords="offset points", xytext=(0, 9),
-                     ha="right", color=HELD_OUT, fontsize=10, fontweight="bold")
     top.set(ylabel="bits per byte", ylim=(0, None), title=title)
     top.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.8))
-    bottom.plot([r["step"] for r in train], [r["lr"] for r in train], color=QUIET)
     bottom.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    for axes in (top, bottom):
+    return _plain(figure, top, bottom)
+
+
+def draw_positions(runs: Sequence[Curves], title: str = "") -> Figure:
+    """Bits per byte by position in the context, one line a run and context length."""
+    figure = _figure(4)
+    axes = figure.subplots()
+    for colour, run in zip(_colours(runs), runs):
+        for style, found in zip(("-", "--", ":", "-."), run.positions):
+            edges = [max(1, b["start"]) for b in found["buckets"]] + [b["stop"] for b in found["buckets"][-1:]]
+            values = [bits(b["loss"]) / found.get("bytes_per_token", 1.0) for b in found["buckets"]]
+            axes.step(edges, [*values, *values[-1:]], where="post", color=colour, linestyle=style, linewidth=2,
+                      label=f"{run.name}, windows of {found['context']:,}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.set(xlabel="position in the context", ylabel="bits per byte, held out", title=title)
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _plain(figure, axes)
+
+
+def draw_progress(runs: Sequence[Curves], title: str = "") -> Figure:
+    """Gradient norm, speed, and where they are known utilisation and memory, over the steps."""
+    wanted = [("grad_norm", "gradient norm", 1.0), ("tokens_per_second", "tokens a second", 1.0),
+              ("mfu", "of the peak, %", 100.0), ("peak_bytes", "memory, GiB", 2.0**-30)]
+    shown = [w for w in wanted if any(run.of("train", w[0])[0] for run in runs)] or wanted[:1]
+    figure = _figure(1.6 * len(shown) + 0.6)
+    rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (key, label, scale) in zip(rows, shown):
+        for colour, run in zip(_colours(runs), runs):
+            steps, values = run.of("train", key)
+            axes.plot(steps, [v * scale for v in values], color=colour, linewidth=1.2, label=run.name)
+        axes.set(ylabel=label)
+        if key == "grad_norm":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, None)
+    rows[0].set_title(title)
+    rows[-1].set(xlabel="step")
+    return _plain(figure, *rows)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=120)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element for a page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "race-dist"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg"):]
+
+
+def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Losses by position as they were stored. Raises ValueError naming a file that is none."""
+    found = []
+    for file in files:
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            assert stored["buckets"][0]["loss"] >= 0
+            assert stored["context"] >= 1
+        except (ValueError, KeyError, IndexError, TypeError, AssertionError):
+            raise ValueError(f"{file} does not hold losses by position; remove it") from None
+        found.append(stored)
+    return sorted(found, key=lambda stored: int(stored["context"]))
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(8, height), layout="constrained")
+
+
+def _colours(runs: Sequence[Curves]) -> list[str]:
+    return [COLOURS[n % len(COLOURS)] for n in range(len(runs))]
+
+
+def _plain(figure: Figure, *all_axes: Axes) -> Figure:
+    for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    figure.savefig(path)
+    return figure

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from race_dist.training.config import TrainConfig, parse_config
-from race_dist.training.curves import draw_curves
 from race_dist.training.loop import run
 from race_dist.training.metrics import Metrics, read_metrics
 from race_dist.training.ranks import Ranks
@@ -119,13 +118,6 @@ def test_metrics_show_a_bar_on_a_terminal(tmp_path: Path) -> None:
                            "seconds": 1.0})
     assert "10/10" in shown.getvalue()
     assert "1.443 bits/byte, 950 tokens/s" in shown.getvalue()
-
-
-def test_curves_are_drawn_from_any_records(tmp_path: Path) -> None:
-    train = [{"kind": "train", "step": n, "bpb": 8 / n, "lr": 1 / n} for n in range(1, 9)]
-    for records in ([], train, [*train, {"kind": "eval", "step": 8, "bpb": 1.1}]):
-        draw_curves(records, tmp_path / "curves.png", title="a run")
-        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_text_comes_in_whole_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
