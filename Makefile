@@ -23,10 +23,10 @@ help:
 demo: .venv/.installed
 	$(BIN)/race-dist train configs/demo.toml --nproc 2 --overwrite
 
-test: lint .venv/.installed-cluster
+test: lint .venv/.installed-cluster .venv/.installed-browser
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: lint .venv/.installed-cluster
+test-all: lint .venv/.installed-cluster .venv/.installed-browser
 	$(PYTEST) -m "not gpu"
 
 test-gpu: .venv/.installed-dev
@@ -52,6 +52,11 @@ bench: .venv/.installed
 # A Slurm and network tools for tests/cluster, from apt where that is possible.
 .venv/.installed-cluster: tests/cluster/install.sh | .venv/bin/python
 	@tests/cluster/install.sh
+	@touch $@
+
+# A browser, in which a test looks at the report page.
+.venv/.installed-browser: tests/training/install.sh | .venv/bin/python
+	@tests/training/install.sh
 	@touch $@
 
 .venv/bin/python:
