@@ -22,7 +22,7 @@ LENGTH = 24
 
 def everything(group: Any, folder: str) -> dict[str, Any]:
     """Each job by name; what it returned, or the text of what it raised."""
-    jobs: list[Callable[[str], Any]] = [drop_in, swap_ulysses, resume, transformers, refusals, launch_sizes]
+    jobs: list[Callable[[str], Any]] = [drop_in, swap_ulysses, resume, transformers, refusals, launch_sizes, raw]
     found: dict[str, Any] = {}
     for job in jobs:
         try:
@@ -255,6 +255,62 @@ def refusals(folder: str) -> dict[str, str]:
         except ValueError as error:
             said[name] = str(error)
     return said
+
+
+def raw(folder: str) -> dict[str, tuple[float, float]]:
+    """DeepSpeed itself, wired as people wire it: for each, how far the ranks' weights are apart after a step, and the applied
+    gradient over the true one."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    from race_dist.integrations.deepspeed.groups import SequenceGroups
+
+    class DataParallel(SequenceGroups):
+        def get_data_parallel_group(self) -> Any:
+            return alone
+
+        def get_data_parallel_world_size(self) -> int:
+            return 1
+
+        def get_data_parallel_rank(self) -> int:
+            return 0
+
+        def get_sequence_data_parallel_group(self) -> Any:
+            return alone
+
+        def get_sequence_data_parallel_world_size(self) -> int:
+            return 1
+
+        def get_sequence_data_parallel_rank(self) -> int:
+            return 0
+
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    ids, labels = tokens(2, LENGTH), tokens(2, LENGTH, seed=1)
+    true = language_model()
+    true(ids, labels).backward()
+    found = {}
+    for name, stage, mpu, more in (("mesh", 1, None, {"data_parallel_size": 1}), ("reduce-scatter", 3, SequenceGroups(world()), {}),
+                                   ("mpu", 3, DataParallel(world()), {})):
+        groups.mpu = None
+        model = language_model()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        engine, *_ = deepspeed.initialize(model=model, config=settings(stage, **more), mpu=mpu,
+                                          optimizer=torch.optim.SGD(model.parameters(), lr=2.0**10))
+        x, y = (shard_sequence(t, world(), dim=1).contiguous() for t in (ids, labels))
+        engine.backward(engine(x, y, group=world()))
+        engine.step()
+        applied = {}
+        for n, p in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+                applied[n] = (before[n] - p.detach()) / 2.0**10
+        step, goal = (torch.cat([g[n].flatten() for n in before]) for g in (applied, {
+            n: p.grad for n, p in true.named_parameters()}))
+        highest, lowest = step.clone(), step.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        found[name] = (float((highest - lowest).norm() / goal.norm()), float(step @ goal / (goal @ goal)))
+        groups.mpu = groups.mesh_device = None
+    return found
 
 
 def launch_sizes(folder: str) -> dict[str, int]:

@@ -78,6 +78,16 @@ def test_what_would_train_wrongly_is_refused(found: dict[str, Any], name: str, m
     assert message in job(found, "refusals")[name]
 
 
+def test_the_wirings_that_are_refused_or_made_up_for_are_wrong_in_the_installed_deepspeed(found: dict[str, Any]) -> None:
+    """Should this fail, DeepSpeed has changed: docs/deepspeed.md and settings.py say what it no longer does."""
+    result = job(found, "raw")
+    for diverging in ("mesh", "mpu"):
+        assert result[diverging][0] > 0.1, diverging
+    apart, ratio = result["reduce-scatter"]
+    assert apart == 0
+    assert ratio == pytest.approx(0.5, abs=1e-5)
+
+
 def test_bytes_do_not_depend_on_the_length(found: dict[str, Any]) -> None:
     sizes = job(found, "launch_sizes")
     assert sizes["1024"] == sizes["4096"] > 0
