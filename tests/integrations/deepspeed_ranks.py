@@ -289,8 +289,10 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
     true = language_model()
     true(ids, labels).backward()
     found = {}
-    for name, stage, mpu, more in (("mesh", 1, None, {"data_parallel_size": 1}), ("reduce-scatter", 3, SequenceGroups(world()), {}),
-                                   ("mpu", 3, DataParallel(world()), {})):
+    wirings: dict[str, tuple[int, Any, dict[str, Any]]] = {
+        "mesh": (1, None, {"data_parallel_size": 1}), "reduce-scatter": (3, SequenceGroups(world()), {}),
+        "mpu": (3, DataParallel(world()), {})}
+    for name, (stage, mpu, more) in wirings.items():
         groups.mpu = None
         model = language_model()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
