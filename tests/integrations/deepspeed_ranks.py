@@ -248,6 +248,12 @@ def refusals(folder: str) -> dict[str, str]:
             said[name] = "nothing"
         except (ValueError, TypeError) as error:
             said[name] = str(error)
+    late = build("llama")
+    try:
+        initialize(model=late, config=settings(1, race_attention={}), optimizer=torch.optim.SGD(late.parameters(), lr=1.0))
+        said["late"] = "nothing"
+    except ValueError as error:
+        said["late"] = str(error)
     for name, model in (("softmax", build("llama")), ("linear", nn.Linear(2, 2)), ("ulysses", UlyssesBlock(world()))):
         try:
             initialize(model=model, config=settings(1))

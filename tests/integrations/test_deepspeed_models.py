@@ -72,6 +72,7 @@ def test_transformers_models_train_as_on_one_rank(found: dict[str, Any]) -> None
     ("section", '"race_attention": num_plane'), ("layout", '"race_attention": layout'),
     ("softmax", "layers [0, 1] are softmax attention and would see their own shard only"),
     ("linear", "Linear has no attention that could share sequences"),
+    ("late", "the optimizer was made before the attention was replaced and lacks 14 new parameters"),
     ("ulysses", 'give "race_attention" in the DeepSpeed configuration to replace it'),
 ])
 def test_what_would_train_wrongly_is_refused(found: dict[str, Any], name: str, message: str) -> None:

@@ -78,6 +78,10 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
             if way == "again":
                 after = dict(other.method.replica.full_tensors())
                 found[f"ZeRO-{stage} weights"] = all(torch.equal(weights[n], after[n]) for n in weights)
+    zigzag = Ranks(torch.device("cpu"), world, world, "zigzag")
+    data = settings(text)["data"] | {"context": 48}
+    for name, engine in (("native zigzag", "native"), ("zigzag", "deepspeed")):
+        found[name] = go(trainer(zigzag, engine=engine, data=data, parallel={"layout": "zigzag"}), STEPS)
     parts = {"engine": "deepspeed", "optim": settings(text)["optim"] | {"accumulate": 2}}
     found["accumulated"] = go(trainer(replicas, **parts, deepspeed={"zero_optimization": {"stage": 2}}), STEPS)
     narrow = trainer(sequences, **parts | {"precision": "bfloat16", "deepspeed": {"zero_optimization": {"stage": 3}}})
@@ -123,6 +127,11 @@ def test_accumulated_parts_and_narrow_weights_train_alike(found: dict[str, Any])
     expected = [loss for loss, _ in found["native"][0]]
     assert [loss for loss, _ in found["accumulated"]] == pytest.approx(expected, abs=1e-5)
     assert [loss for loss, _ in found["bfloat16"]] == pytest.approx(expected, abs=0.1)
+
+
+def test_zigzag_shards_train_alike(found: dict[str, Any]) -> None:
+    expected = [loss for loss, _ in found["native zigzag"]]
+    assert [loss for loss, _ in found["zigzag"]] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:

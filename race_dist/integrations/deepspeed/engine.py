@@ -123,7 +123,9 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
         raise ValueError(f'"{SIZE}": {sp} with a PipelineModule has not been measured: train without pipeline stages')
     layout = "contiguous" if settings.race is None else settings.race.layout
     shared = shared or _share(sp, layout, timeout)
-    swap_attention(model, settings.race, shared.sp_group)
+    known = {id(p) for p in model.parameters()}
+    swap_attention(model, settings.race, shared.sp_group, shared.layout)
+    _check_trained({name: p for name, p in model.named_parameters() if id(p) not in known}, **options)
     if shared.sp_group is not None:
         mpu = SequenceGroups(shared.sp_group)
     elif isinstance(groups.mpu, SequenceGroups):
@@ -136,6 +138,23 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
             module.settle(next(module.parameters(), next(model.parameters())))
     made[0].race = shared
     return made
+
+
+def _check_trained(added: Mapping[str, nn.Parameter], *, optimizer: Any = None, model_parameters: Any = None,
+                   **others: Any) -> None:
+    """Raise ValueError where an optimizer was made before the attention was replaced, and so would not train what is new."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        listed = [p for group in optimizer.param_groups for p in group["params"]]
+    elif isinstance(model_parameters, list | tuple):
+        listed = [p for entry in model_parameters for p in (entry["params"] if isinstance(entry, Mapping) else [entry])]
+    else:
+        return  # taken from the model later
+    seen = {id(p) for p in listed}
+    missing = [name for name, p in added.items() if id(p) not in seen]
+    if missing:
+        raise ValueError(f"the optimizer was made before the attention was replaced and lacks {len(missing)} new parameters "
+                         f"({', '.join(missing[:3])}, ...): pass optimizer as a function of the parameters, as in "
+                         "optimizer=lambda parameters: torch.optim.AdamW(parameters), or convert the model first")
 
 
 def _share(sp: int, layout: str, timeout: float) -> Shared:

@@ -25,7 +25,8 @@ class _Passes:
         return args, {"group": self.group, "layout": self.layout} | kwargs
 
 
-def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGroup | None) -> None:
+def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGroup | None,
+                   layout: str = "contiguous") -> None:
     """Make every attention of ``model`` RACE Attention over the ranks of ``group``, in place.
 
     - A model of this package (DecoderLM, ...) has it already: its forward is passed the group.
@@ -36,11 +37,11 @@ def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGro
 
     Args:
         race: options; None: nothing is replaced, what is RACE already is told its group.
+        group, layout: the ranks that share sequences, and the order of their shards.
 
     Raises:
         ValueError: sequences are to be shared but nothing in the model can.
     """
-    layout = "contiguous" if race is None else race.layout
     if isinstance(model, Backbone):
         _pass_group(model, group, layout)
     elif _is_transformers(model):
@@ -92,14 +93,14 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
                                  "DeepSpeed configuration to replace it")
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
-            replaced = _sketch_attention(owner, race, group, found, name)
+            replaced = _sketch_attention(owner, race, group, layout, found, name)
             like = next(owner.parameters(), None)
             setattr(owner, leaf, replaced if like is None else replaced.to(device=like.device, dtype=like.dtype))
             found += 1
     return found
 
 
-def _sketch_attention(owner: nn.Module, race: RaceSection, group: ProcessGroup | None, index: int,
+def _sketch_attention(owner: nn.Module, race: RaceSection, group: ProcessGroup | None, layout: str, index: int,
                       name: str) -> SketchAttention:
     """For one place of a model; widths come from the section, or from the module that owns the place."""
     options = dict(race.options)
@@ -111,4 +112,4 @@ def _sketch_attention(owner: nn.Module, race: RaceSection, group: ProcessGroup |
     missing = [field for field in ("num_heads", "head_dim") if field not in options]
     if missing:
         raise ValueError(f'{name}: give {" and ".join(missing)} in "{SECTION}": {type(owner).__name__} does not say')
-    return SketchAttention(RaceConfig.model_validate(options), group, layer=index, layout=race.layout)
+    return SketchAttention(RaceConfig.model_validate(options), group, layer=index, layout=layout)
