@@ -220,7 +220,8 @@ def plan(
         settings = load_config(config, override or ())
         cluster = planning.Cluster(planning.find_gpu(gpu), gpus, per_node)
         tokens = settings.data.context if context is None else planning.parse_count(context)
-        job = planning.Job.checked(settings.model, tokens, batch or settings.data.batch_size, precision or settings.precision)
+        job = planning.Job.checked(settings.model, tokens, batch or settings.data.batch_size, precision or settings.precision,
+                                   compiled=settings.compile)
         choices = planning.Choices.checked(dp or settings.parallel.dp, sp or settings.parallel.sp, chunk_size, checkpointing,
                                            sharding, keep)
         best = planning.recommend(job, cluster, None if rates is None else planning.load_rates(rates), choices)

@@ -63,9 +63,13 @@ def precision_of(narrow: bool) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if narrow else nullcontext()
 
 
-def saved_bytes(config: ModelConfig, batch: int, length: int, narrow: bool) -> int:
+def saved_bytes(config: ModelConfig, batch: int, length: int, narrow: bool, *, compiled: bool = False) -> int:
     """Bytes of the different storages that autograd saves of a chunk, weights and buffers apart."""
     model = DecoderLM(config)
+    if compiled:  # as inductor parts a block's graph, without making its kernels
+        torch.compiler.reset()
+        for block in model.blocks:
+            block.compile(dynamic=False, backend="aot_eager_decomp_partition")
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
@@ -93,6 +97,15 @@ def test_activations_are_what_autograd_saves(shape: str, batch: int, narrow: boo
     job = Job(config, length, batch, "bfloat16" if narrow else "float32")
     predicted = activations(job, Layout(1, 1, length), CPU) + saved_weights(job)
     assert predicted == pytest.approx(saved_bytes(config, batch, length, narrow), rel=0.06)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled_activations_are_what_autograd_saves(shape: str, narrow: bool) -> None:
+    config, length = model_of(**SHAPES[shape]), 512
+    job = Job(config, length, 1, "bfloat16" if narrow else "float32", compiled=True)
+    predicted = activations(job, Layout(1, 1, length), CPU) + saved_weights(job)
+    assert predicted == pytest.approx(saved_bytes(config, 1, length, narrow, compiled=True), rel=0.1)
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])

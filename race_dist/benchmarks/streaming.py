@@ -105,7 +105,7 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         torch.set_num_threads(options.threads)
     tokens, unique = _text(config, length)
     model = DecoderLM(config.model, dtype=torch.float64 if config.precision == "float64" else torch.float32).to(device)
-    if options.compiled:
+    if options.compiled or config.compile:
         for part in (*model.blocks, model.norm):
             part.compile(dynamic=False)
     optimizer = build_optimizer(model, config.optim)

@@ -184,7 +184,9 @@ def elementwise_seconds(job: Job, layout: Layout, machine: Machine) -> float:
     m, rows, rates = job.model, layout.rows(job), machine.rates
     tile = state_tile(m, rows, cpu=machine.cluster.gpu.name == "cpu", chunk=layout.chunk(job))
     block = sum(count * saved_by_block(job, kind, rows, tile).per_token for kind, count in layers(m).items())
-    moved = block * (rates.elementwise_forward * passes(job, layout).forward + rates.elementwise_backward)
+    forward, backward = ((rates.compiled_forward, rates.compiled_backward) if job.compiled
+                         else (rates.elementwise_forward, rates.elementwise_backward))
+    moved = block * (forward * passes(job, layout).forward + backward)
     moved += saved_by_norm(job) * (rates.elementwise_forward + rates.elementwise_backward) + 6 * m.vocab_size * job.wide
     return layout.rows(job) * layout.shard(job) * moved / machine.stream
 

@@ -40,6 +40,7 @@ class Job:
         context: tokens a sequence, ``T``.
         batch: sequences a step, over all ranks.
         precision: "bfloat16" (autocast: weights, gradients and norms stay float32), "float32" or "float64".
+        compiled: whether the blocks are compiled (``compile = true`` in a training configuration).
 
     Raises:
         ValueError: a number is less than 1, or no such precision.
@@ -49,6 +50,7 @@ class Job:
     context: int
     batch: int = 1
     precision: Precision = "bfloat16"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("context", "batch"):
@@ -60,9 +62,9 @@ class Job:
             raise ValueError("the planner knows causal language models only, but model.race.causal is False: leave it out")
 
     @classmethod
-    def checked(cls, model: ModelConfig, context: int, batch: int, precision: str) -> Job:
+    def checked(cls, model: ModelConfig, context: int, batch: int, precision: str, *, compiled: bool = False) -> Job:
         """A job from words that are checked here."""
-        return cls(model, context, batch, cast(Precision, precision))
+        return cls(model, context, batch, cast(Precision, precision), compiled)
 
     @property
     def wide(self) -> int:

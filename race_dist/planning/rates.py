@@ -27,6 +27,9 @@ class Rates:
             bytes that autograd saves of it. Every saved tensor is written once and read by the next operation (2); in
             the backward pass it is read, and a gradient of its size written and read (3); PyTorch without a compiler
             moves its temporaries too: about half as much again (estimate).
+        compiled_forward, compiled_backward: the same where blocks are compiled, which save less and keep fewer temporaries:
+            counted by hand for a RACE block, 60 numbers' worth of bytes a saved 50 forward, and about twice that backward
+            (estimate).
         host_forward: seconds in which the host queues the kernels of one block's forward pass: about 120 launches of 5
             microseconds (estimate). A backward pass takes twice this. Small chunks are bound by it.
         overlap: fraction of what can run beside computation that does. Default: 0.9 (estimate).
@@ -38,6 +41,8 @@ class Rates:
     attention: dict[int, tuple[float, float]] = field(default_factory=lambda: {64: (2.1, 2.1)})
     elementwise_forward: float = 3.0
     elementwise_backward: float = 4.5
+    compiled_forward: float = 1.2
+    compiled_backward: float = 2.5
     host_forward: float = 600e-6
     overlap: float = 0.9
 
@@ -46,7 +51,7 @@ class Rates:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value <= 1):
                 raise ValueError(f"rate {name} must be above 0 and at most 1; got {value!r}")
-        for name in ("elementwise_forward", "elementwise_backward", "host_forward"):
+        for name in ("elementwise_forward", "elementwise_backward", "compiled_forward", "compiled_backward", "host_forward"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"rate {name} must be a finite number of at least 0; got {value!r}")

@@ -25,7 +25,7 @@ def to_json(plan: Plan, largest: Limits, budget: float) -> dict[str, Any]:
     job, layout, cluster = plan.job, plan.layout, plan.cluster
     return {
         "model": {"parameters": parameters(job.model), **job.model.model_dump(mode="json", exclude_defaults=True)},
-        "job": {"context": job.context, "batch": job.batch, "precision": job.precision},
+        "job": {"context": job.context, "batch": job.batch, "precision": job.precision, "compiled": job.compiled},
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.count, "gpus_per_node": cluster.per_node,
                     "memory": cluster.gpu.memory},
         "layout": {"dp": layout.dp, "sp": layout.sp, "chunk_size": layout.chunk_size, "chunks": layout.chunks(job),
@@ -143,6 +143,8 @@ def _layout_words(plan: Plan) -> str:
     parts.append("not streamed" if layout.chunk_size is None else f"chunk_size {layout.chunk(job):,}")
     parts.append("checkpointing" if layout.checkpointing else "no checkpointing")
     parts.append("fsdp" if layout.sharding == "fsdp" else "weights whole on each GPU")
+    if job.compiled:
+        parts.append("blocks compiled")
     if layout.chunk_size is not None:
         parts.append(f"chunk states on the {layout.keep}")
     return ", ".join(parts)

@@ -167,8 +167,30 @@ def saved_by_full(job: Job) -> Saved:
     return Saved(token)
 
 
+def saved_by_compiled_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
+    """One block as one graph: inputs and products of linear maps (norms, gates and activations are computed again); of a RACE
+    layer the attention's q, k, v and output, queries and keys behind their tail, and, wide, what their unit length is taken
+    of; of any other mixing layer what it saves without a compiler."""
+    m, wide, narrow = job.model, job.wide, job.narrow
+    race, (d, a, b, f) = m.race, widths(m)
+    token = d * wide + (3 * d + 3 * f) * narrow  # the block's input; both norms' output and the mixer's; SwiGLU
+    if kind != "R":
+        other = saved_by_window(job, rows) if kind == "W" else saved_by_full(job)
+        return other + Saved(token - saved_by_norm(job) - _saved_inputs(job, 3, False))
+    token += (2 * a + 2 * b) * narrow
+    token += (a + b) * narrow if race.short_conv or race.qk_norm else 0
+    token += (a + b) * wide if race.short_conv and race.qk_norm else 0
+    token += a * narrow if race.output_gate else 0
+    token += a * narrow if race.output_gate or race.normalization == "none" else 0
+    token += (2 * m.num_heads + 3 * m.kv_heads) * wide  # of head norms, unit lengths, rates and denominators
+    state = m.kv_heads * race.num_features * (m.head_width + 1) * wide
+    return Saved(token + state / tile, rows * 5 * state)
+
+
 def saved_by_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
     """One block: mixing layer and SwiGLU."""
+    if job.compiled:
+        return saved_by_compiled_block(job, kind, rows, tile)
     mixer = {"R": lambda: saved_by_race(job, rows, tile), "W": lambda: saved_by_window(job, rows),
              "S": lambda: saved_by_full(job)}[kind]()
     return mixer + Saved(saved_by_ffn(job))
