@@ -27,6 +27,7 @@ MAX_TILE = 4096
 SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV")
 STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
+PIPES = ("out", "queries", "keys")  # the kernels that have a pipeline
 PIPE_SHARED = 227 * 1024  # what the pipelines take, about: all of a multiprocessor
 PIPE_REGISTERS = 128  # of each of 16 warps' threads, before they share them out anew
 
@@ -60,6 +61,7 @@ class Spec:
     bulk: bool
     walk: bool = True
     need_planes: bool = False
+    pipe: bool = False
 
     @property
     def R(self) -> int:
@@ -79,7 +81,7 @@ class Spec:
 
     @property
     def LPB(self) -> int:
-        return padded(min(self.TB, self.L) * self.P)
+        return padded((self.L if self.pipe else min(self.TB, self.L)) * self.P)
 
     @property
     def least(self) -> int:
@@ -173,15 +175,16 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False,
     block = padded(spec.S, spec.least)
     walk = not spec.is_bucket and block <= (32 if spec.f32 and not INTERPRET else 64) and block * spec.BV <= 8192
     size = chunk or (32 if spec.f32 else 64)
-    spec = replace(spec, C=size, SB=min(block, 32 if spec.f32 and not INTERPRET else 64), walk=walk, bulk=spec.bulk and walk)
-    if walk:
-        launches = {kernel: _launch(kernel, spec, shared_limit) for kernel in KERNELS}
-        bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
-        pipe = hopper and _fits_pipe(spec) and shared_limit >= PIPE_SHARED
+    spec = replace(spec, C=size, SB=min(block, 32 if spec.f32 and not INTERPRET else 64))
+    pipe = hopper and shared_limit >= PIPE_SHARED and _fits_pipe(replace(spec, pipe=True))
+    if walk or pipe:
+        launches = {kernel: _launch(kernel, replace(spec, walk=True), shared_limit) for kernel in KERNELS}
         if pipe:
-            launches |= {kernel: Launch(replace(spec, stages=1), 4, PIPE_REGISTERS) for kernel in ("out", "queries", "keys")}
+            choice = Launch(replace(spec, stages=1, walk=True, pipe=True), 4, PIPE_REGISTERS)
+            launches |= dict.fromkeys(PIPES, choice)
+        bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
         return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipe)
-    spec = replace(spec, stages=1)
+    spec = replace(spec, stages=1, walk=False, bulk=False)
     while max(spec.C, spec.SB) > 16 and any(shared_bytes(kernel, spec) > shared_limit for kernel in KERNELS):
         # of all kernels alike: their chunk is the tile
         spec = replace(spec, C=spec.C // 2) if spec.C > 16 else replace(spec, SB=spec.SB // 2)
@@ -189,9 +192,13 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False,
 
 
 def _fits_pipe(spec: Spec) -> bool:
-    """Whether Hopper's pipelines compute it: bfloat16 rows that the copy engine moves, no gradient of the planes."""
-    return (spec.bulk and spec.C == 64 and spec.SB == 64 and spec.BD <= 128 and spec.BV <= 128
-            and not (spec.f32 or spec.half or spec.split_planes or spec.need_planes))
+    """Whether Hopper's pipelines compute it: bfloat16 rows that the copy engine moves, no gradient of the planes; of several
+    blocks of features, causal and one query head a key head."""
+    if spec.f32 or spec.half or spec.is_bucket or spec.split_planes or spec.need_planes or not spec.bulk:
+        return False
+    if spec.C != 64 or spec.SB != 64 or spec.BD > 128 or spec.BV > 128 or spec.LPB > 32:
+        return False
+    return spec.NSB == 1 or (spec.NSB <= 4 and spec.causal and spec.G == 1 and spec.LPB == 16)
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:

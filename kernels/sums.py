@@ -53,13 +53,15 @@ def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, T
 
 @triton.jit
 def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
-    """Program (tile, head): writes ``sums [tile, H, S (Dv + 1)]`` of the suffix state, and
-    the tile's total log decay. One block of features."""
-    h = (tl.program_id(0) % H).to(tl.int64)
-    tile = tl.program_id(0) // H
+    """Program (tile, head, feature block): writes its part of ``sums [tile, H, S (Dv + 1)]`` of the suffix state, and the
+    tile's total log decay."""
+    pid = tl.program_id(0)
+    s0 = (pid % c.NSB) * c.SB
+    h = ((pid // c.NSB) % H).to(tl.int64)
+    tile = pid // (c.NSB * H)
     b, _, start, end, _ = locate(tiles, tile, T, TILE, c)
-    W, W_rest = load_planes(planes, h, 0, c)
-    ones, zeros = corner_bits(0, c)
+    W, W_rest = load_planes(planes, h, s0, c)
+    ones, zeros = corner_bits(s0, c)
     sharp = tl.load(beta + h).to(tl.float32)
     C_sum = tl.zeros([c.SB, c.BV], tl.float32)
     c_sum = tl.zeros([c.SB], tl.float32)
@@ -72,7 +74,7 @@ def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, decays, t
         for g in tl.static_range(c.G):
             q_c = load_rows(q_rows[g], t, c.D, c.BD, c)
             do_c = low(load_rows(do_rows[g], t, c.Dv, c.BV, c), c)
-            w = entering(soft_hash(q_c, W, W_rest, ones, zeros, sharp, 0, c), G, c)
+            w = entering(soft_hash(q_c, W, W_rest, ones, zeros, sharp, s0, c), G, c)
             if c.is_global:
                 w *= inverse_den(load_scalars(den, b, t, h * c.G + g, n, c))[:, None]
             if c.decay:
@@ -84,6 +86,6 @@ def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, decays, t
         if c.decay:
             reach += G[2]
     index = tile.to(tl.int64) * H + h
-    store_state(sums, index, 0, C_sum, c_sum, c)
-    if c.decay:
+    store_state(sums, index, s0, C_sum, c_sum, c)
+    if c.decay and s0 == 0:
         tl.store(decays + index, reach)

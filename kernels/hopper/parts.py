@@ -57,7 +57,10 @@ PLAIN_ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 @gluon.jit
 def make_ring(depth: gl.constexpr, readers: gl.constexpr):
     """The barriers (full, empty) of a ring of ``depth`` buffers, each of which ``readers`` parts must have read. Buffers
-    are put behind them: ``make_ring(2, 1) + (rows(2, C, BD),)``."""
+    are put behind them: ``make_ring(2, 1) + (operands(2, C, BD),)``.
+
+    Make no ring that no part waits at: the compiler gives the room of its barriers to other buffers, and what was set up as
+    a barrier corrupts what is stored there (found on an H100)."""
     full = gl.allocate_shared_memory(gl.int64, [depth, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [depth, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(depth):
@@ -108,9 +111,9 @@ def set_full(ring, j):
 
 
 @gluon.jit
-def set_empty(ring, j):
+def set_empty(ring, j, really=True):
     """Give turn j's buffers back."""
-    mbarrier.arrive(ring[1].index(j % ring[1].shape[0]))
+    mbarrier.arrive(ring[1].index(j % ring[1].shape[0]), pred=really)
 
 
 @gluon.jit
@@ -174,21 +177,25 @@ def store_scalars(x, value, b, t, h, n, layout: gl.constexpr, c: gl.constexpr):
 
 @gluon.jit
 def put_planes(planes, h, c: gl.constexpr):
-    """The planes ``[LPB, BD]`` and, for each slot and feature, whether the corner has the plane's bit set or clear
-    ``[LPB, SB]``, as operands in shared memory."""
+    """The planes ``[LPB, BD]`` and, for each block of features, slot and feature, whether the corner has the plane's bit
+    set, and whether it has it clear ``[NSB, LPB, SB]``, as operands in shared memory."""
     layout: gl.constexpr = by_rows(c.BD)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, layout))
     d = gl.arange(0, c.BD, gl.SliceLayout(0, layout))
     offset = (slot // c.P)[:, None] * planes[2] + (slot % c.P)[:, None] * planes[3] + d[None, :] * planes[4]
     W = gl.load(planes[0] + h * planes[1] + offset, mask=(slot < c.L * c.P)[:, None] & (d < c.D)[None, :], other=0.0)
+    W = gl.allocate_shared_memory(gl.bfloat16, [c.LPB, c.BD], tile(c.LPB, c.BD), W.to(gl.bfloat16))
+    ones = operands(c.NSB, c.LPB, c.SB)
+    zeros = operands(c.NSB, c.LPB, c.SB)
     bits: gl.constexpr = by_rows(c.SB)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, bits))
-    s = gl.arange(0, c.SB, gl.SliceLayout(0, bits))
-    same = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & (slot < c.L * c.P)[:, None] & (s < c.S)[None, :]
-    bit = ((s % c.R)[None, :] >> (c.P - 1 - slot % c.P)[:, None]) & 1
-    W = gl.allocate_shared_memory(gl.bfloat16, [c.LPB, c.BD], tile(c.LPB, c.BD), W.to(gl.bfloat16))
-    ones = gl.allocate_shared_memory(gl.bfloat16, [c.LPB, c.SB], tile(c.LPB, c.SB), (same & (bit == 1)).to(gl.bfloat16))
-    zeros = gl.allocate_shared_memory(gl.bfloat16, [c.LPB, c.SB], tile(c.LPB, c.SB), (same & (bit == 0)).to(gl.bfloat16))
+    for n in gl.static_range(c.NSB):
+        s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bits))
+        same = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & (slot < c.L * c.P)[:, None] & (s < c.S)[None, :]
+        bit = ((s % c.R)[None, :] >> (c.P - 1 - slot % c.P)[:, None]) & 1
+        ones.index(n).store((same & (bit == 1)).to(gl.bfloat16))
+        zeros.index(n).store((same & (bit == 0)).to(gl.bfloat16))
+    fence_async_shared()
     return W, ones, zeros
 
 
@@ -200,9 +207,37 @@ def project(x, W, c: gl.constexpr):
 
 
 @gluon.jit
+def exp2(x):
+    """``2**x`` in one instruction; 0 where that is below float32's normal numbers, as a bfloat16 feature may be."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def log2(x):
+    """The binary logarithm of 1 to 2, right to 2**-22, in one instruction."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def take_signs(ring, j, planes_s, c: gl.constexpr):
+    """``u [C, LPB]`` of turn j's rows, which are given back."""
+    z = project(next_full(ring, j), planes_s[0], c)
+    u = signs(warpgroup_mma_wait(0, (z,)))
+    set_empty(ring, j)
+    return u
+
+
+@gluon.jit
+def put_operand(ring, j, x):
+    """Hand on x as turn j's operand."""
+    ring[2].index(await_empty(ring, j)).store(x.to(gl.bfloat16))
+    set_full(ring, j)
+
+
+@gluon.jit
 def signs(z):
     """``tanh(z)``."""
-    e = gl.exp2(gl.abs(z) * (-2.0 * LOG2E))
+    e = exp2(gl.abs(z) * (-2.0 * LOG2E))
     u = (1.0 - e) / (1.0 + e)
     return gl.where(z < 0, -u, u)
 
@@ -211,7 +246,7 @@ def signs(z):
 def log_sigmoids(u, beta):
     """Binary logarithms of ``sigmoid(2 beta u)`` and ``sigmoid(-2 beta u)``."""
     t = (2.0 * LOG2E) * beta * u
-    tail = gl.log2(1.0 + gl.exp2(-gl.abs(t)))
+    tail = log2(1.0 + exp2(-gl.abs(t)))
     return gl.minimum(t, 0.0) - tail, gl.minimum(-t, 0.0) - tail
 
 
@@ -230,19 +265,25 @@ def two_parts(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def soft_hash(u, beta, ones, zeros, c: gl.constexpr):
-    """``phi [C, SB]``, float32: the product over a table's planes of one sigmoid each, as a sum of logarithms."""
+def log_operands(u, beta, c: gl.constexpr):
+    """The logarithms of :func:`log_sigmoids`, each in two parts."""
     on, off = log_sigmoids(u, beta)
-    on_high, on_low = two_parts(on, left(c.SB))
-    off_high, off_low = two_parts(off, left(c.SB))
+    return two_parts(on, left(c.SB)) + two_parts(off, left(c.SB))
+
+
+@gluon.jit
+def buckets(logs, n, planes_s, c: gl.constexpr):
+    """``phi [C, SB]`` of block n, float32: the product over a table's planes of one sigmoid each, as a sum of
+    logarithms."""
+    ones, zeros = planes_s[1].index(n), planes_s[2].index(n)
     phi = gl.zeros([c.C, c.SB], gl.float32, product(c.SB))
-    phi = warpgroup_mma(on_high, ones, phi, use_acc=False, is_async=True)
-    phi = warpgroup_mma(on_low, ones, phi, is_async=True)
-    phi = warpgroup_mma(off_high, zeros, phi, is_async=True)
-    phi = warpgroup_mma(off_low, zeros, phi, is_async=True)
-    phi = gl.exp2(warpgroup_mma_wait(0, (phi,)))
-    if c.S != c.SB:
-        phi = gl.where((gl.arange(0, c.SB, gl.SliceLayout(0, product(c.SB))) < c.S)[None, :], phi, 0.0)
+    phi = warpgroup_mma(logs[0], ones, phi, use_acc=False, is_async=True)
+    phi = warpgroup_mma(logs[1], ones, phi, is_async=True)
+    phi = warpgroup_mma(logs[2], zeros, phi, is_async=True)
+    phi = warpgroup_mma(logs[3], zeros, phi, is_async=True)
+    phi = exp2(warpgroup_mma_wait(0, (phi,)))
+    if c.S % c.SB != 0:
+        phi = gl.where((n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, product(c.SB))) < c.S)[None, :], phi, 0.0)
     return phi
 
 
@@ -257,16 +298,38 @@ def load_keep(key_mask, b, t, n, c: gl.constexpr):
 
 
 @gluon.jit
-def hash_gradient(y, u, beta, ones, zeros, c: gl.constexpr):
-    """From ``y = phi * dphi [C, SB]``: ``dz [C, LPB]`` of the projections, and each row's part of dbeta."""
-    y = one_part(y, left(c.LPB))
-    nothing = gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB))
-    on = warpgroup_mma(y, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    off = warpgroup_mma(y, zeros.permute((1, 0)), nothing, use_acc=False, is_async=True)
+def no_corners(c: gl.constexpr):
+    """The sums of :func:`add_corners` over nothing."""
+    return gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB)), gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB))
+
+
+@gluon.jit
+def add_corners(sums, y, n, planes_s, c: gl.constexpr):
+    """Add ``y [C, SB]`` of block n to its sums over the corners that have a plane's bit set, and clear, ``[C, LPB]`` each.
+
+    What every plane shares of y cancels between the two: one block takes it out before it rounds, several keep two parts.
+    """
+    on, off = sums
+    ones, zeros = planes_s[1].index(n).permute((1, 0)), planes_s[2].index(n).permute((1, 0))
+    if c.NSB == 1:
+        y = one_part(y, left(c.LPB))
+        on = warpgroup_mma(y, ones, on, is_async=True)
+        off = warpgroup_mma(y, zeros, off, is_async=True)
+    else:
+        y, rest = two_parts(y, left(c.LPB))
+        on = warpgroup_mma(y, ones, on, is_async=True)
+        on = warpgroup_mma(rest, ones, on, is_async=True)
+        off = warpgroup_mma(y, zeros, off, is_async=True)
+        off = warpgroup_mma(rest, zeros, off, is_async=True)
+    on, off = warpgroup_mma_wait(0, (on, off))
+    return on, off
+
+
+@gluon.jit
+def hash_gradient(sums, u, beta):
+    """From the sums of ``y = phi * dphi``: ``dz [C, LPB]`` of the projections, and each row's part of dbeta."""
     log_on, log_off = log_sigmoids(u, beta)
-    on = warpgroup_mma_wait(1, (on,))
-    off = warpgroup_mma_wait(0, (off,))
-    dt = on * gl.exp2(log_off) - off * gl.exp2(log_on)
+    dt = sums[0] * exp2(log_off) - sums[1] * exp2(log_on)
     return 2.0 * beta * dt * (1.0 - u * u), gl.sum(2.0 * u * dt, 1)
 
 
@@ -282,18 +345,50 @@ def unproject(dz, W, c: gl.constexpr):
 
 
 @gluon.jit
-def load_state(states, index, c: gl.constexpr):
-    """``M [SB, BV]``, and the mass in column 0 of ``[SB, 16]``, of state number ``index`` (64-bit)."""
+def load_state(states, index, n, c: gl.constexpr):
+    """``M [SB, BV]``, and the mass in column 0 of ``[SB, 16]``, of block n of state number ``index`` (64-bit)."""
     values = states + index * (c.S * (c.Dv + 1))
-    s = gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
     column = gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
     inside = (s < c.S)[:, None] & (column < c.Dv)[None, :]
     M = gl.load(values + s[:, None] * c.Dv + column[None, :], mask=inside, other=0.0)
-    s = gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
     column = gl.arange(0, 16, gl.SliceLayout(0, product(16)))
     inside = (s < c.S)[:, None] & (column == 0)[None, :]
     m = gl.load(values + c.S * c.Dv + s[:, None] + column[None, :], mask=inside, other=0.0)
     return M, m
+
+
+@gluon.jit
+def open_room(rooms, index, c: gl.constexpr):
+    """A program's room for :func:`put_block`; None where its state fits in registers."""
+    if c.NSB > 1:
+        return rooms + index * (c.NSB * c.SB * (c.BV + 16))
+    else:
+        return rooms
+
+
+@gluon.jit
+def take_block(room, n, c: gl.constexpr):
+    """Block n of a running state that is too large for registers: ``M [SB, BV]`` and the mass ``[SB, 16]``, from the
+    program's room in memory (in L2, in practice). Each thread reads what it wrote."""
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
+    column = gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
+    M = gl.load(room + s[:, None] * c.BV + column[None, :])
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
+    column = gl.arange(0, 16, gl.SliceLayout(0, product(16)))
+    return M, gl.load(room + c.NSB * c.SB * c.BV + s[:, None] * 16 + column[None, :])
+
+
+@gluon.jit
+def put_block(room, n, M, m, c: gl.constexpr):
+    """The inverse of :func:`take_block`."""
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
+    column = gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
+    gl.store(room + s[:, None] * c.BV + column[None, :], M)
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
+    column = gl.arange(0, 16, gl.SliceLayout(0, product(16)))
+    gl.store(room + c.NSB * c.SB * c.BV + s[:, None] * 16 + column[None, :], m)
 
 
 @gluon.jit
@@ -348,28 +443,27 @@ def put_pair(buffer, x, c: gl.constexpr):
 @gluon.jit
 def crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, c: gl.constexpr):
     """What the log decays share at a tile's end: <state after the tile, its gradient>."""
-    layout: gl.constexpr = by_rows(c.BV)
-    s = gl.arange(0, c.SB, gl.SliceLayout(1, layout))
-    column = gl.arange(0, c.BV, gl.SliceLayout(0, layout))
-    inside = (s < c.S)[:, None] & (column < c.Dv)[None, :]
-    place = s[:, None] * c.Dv + column[None, :]
-    suffix = suffixes + index * (c.S * (c.Dv + 1))
     total = 0.0
-    if last:
-        sketch = row * H + h
-        M = gl.load(final_values + sketch * (c.S * c.Dv) + place, mask=inside, other=0.0).to(gl.float32)
-        m = gl.load(final_mass + sketch * c.S + s, mask=s < c.S, other=0.0).to(gl.float32)
-        total = _inner(M, m, suffix, s, place, inside, c)
-    else:
-        after = states + ((number + 1).to(gl.int64) * H + h) * (c.S * (c.Dv + 1))
-        M = gl.load(after + place, mask=inside, other=0.0)
-        m = gl.load(after + c.S * c.Dv + s, mask=s < c.S, other=0.0)
-        total = _inner(M, m, suffix, s, place, inside, c)
+    for n in gl.static_range(c.NSB):
+        if last:
+            sketch = row * H + h
+            total += _inner(final_values + sketch * (c.S * c.Dv), final_mass + sketch * c.S, suffixes, index, n, c)
+        else:
+            after = states + ((number + 1).to(gl.int64) * H + h) * (c.S * (c.Dv + 1))
+            total += _inner(after, after + c.S * c.Dv, suffixes, index, n, c)
     return total
 
 
 @gluon.jit
-def _inner(M, m, suffix, s, place, inside, c: gl.constexpr):
+def _inner(values, mass, suffixes, index, n, c: gl.constexpr):
+    layout: gl.constexpr = by_rows(c.BV)
+    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, layout))
+    column = gl.arange(0, c.BV, gl.SliceLayout(0, layout))
+    inside = (s < c.S)[:, None] & (column < c.Dv)[None, :]
+    place = s[:, None] * c.Dv + column[None, :]
+    suffix = suffixes + index * (c.S * (c.Dv + 1))
+    M = gl.load(values + place, mask=inside, other=0.0).to(gl.float32)
+    m = gl.load(mass + s, mask=s < c.S, other=0.0).to(gl.float32)
     Cs = gl.load(suffix + place, mask=inside, other=0.0)
     cs = gl.load(suffix + c.S * c.Dv + s, mask=s < c.S, other=0.0)
     return gl.sum(gl.sum(M * Cs, 1), 0) + gl.sum(m * cs, 0)
@@ -377,9 +471,10 @@ def _inner(M, m, suffix, s, place, inside, c: gl.constexpr):
 
 # --- decay -------------------------------------------------------------------------------------------------------------------
 #
-# The features part works out a chunk's weights once and hands them on beside phi(k), as float32 vectors in shared memory:
-# (G high, G low, leave, through, sight, enter), G the running sum of the chunk's log decays in binary units.
+# The features part works out a chunk's weights once and hands them on as float32 vectors in shared memory: (G high, G low,
+# leave, through, sight, enter), G the running sum of the chunk's log decays in binary units. Without decay: no ring.
 
+LEAVE, SIGHT, ENTER = gl.constexpr(4), gl.constexpr(6), gl.constexpr(7)  # their places in the ring
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
@@ -395,31 +490,48 @@ def reverse_sums(x):
 
 
 @gluon.jit
-def make_weights(depth: gl.constexpr, c: gl.constexpr):
-    """Room for the weights of ``depth`` chunks; none without decay."""
-    room: gl.constexpr = depth if c.decay else 1
-    size: gl.constexpr = c.C if c.decay else 16
+def make_weights(c: gl.constexpr):
+    """The ring of the weights, two readers; nothing without decay."""
     weights = ()
-    for _ in gl.static_range(6):
-        weights = weights + (vectors(room, size),)
+    if c.decay:
+        weights = make_ring(2, 2)
+        for _ in gl.static_range(6):
+            weights = weights + (vectors(2, c.C),)
     return weights
 
 
 @gluon.jit
-def put_weights(weights, at, log_decay, b, t, h, n, reach, c: gl.constexpr):
-    """Write a chunk's weights; ``reach``: the log decay from the tile's first token to the chunk, to which the chunk's
+def await_weights(weights, i, c: gl.constexpr):
+    """Wait for chunk i's weights; their place."""
+    if c.decay:
+        return await_full(weights, i)
+    else:
+        return 0
+
+
+@gluon.jit
+def free_weights(weights, i, c: gl.constexpr, really=True):
+    """Give chunk i's weights back."""
+    if c.decay:
+        set_empty(weights, i, really)
+
+
+@gluon.jit
+def put_weights(weights, i, log_decay, b, t, h, n, reach, c: gl.constexpr):
+    """Hand on chunk i's weights; ``reach``: the log decay from the tile's first token to the chunk, to which the chunk's
     is added, and returned."""
     rate = gl.maximum(load_scalars(log_decay, b, t, h, n, LINE, c).to(gl.float32), LEAST_LOG_DECAY).to(gl.float64) * LOG2E
     G = gl.associative_scan(rate, 0, _add)
     total = gl.sum(rate, 0)
     high = G.to(gl.float32)
-    leave = gl.exp2((total - G).to(gl.float32))
-    weights[0].index(at).store(high)
-    weights[1].index(at).store((G - high.to(gl.float64)).to(gl.float32))
-    weights[2].index(at).store(leave)
-    weights[3].index(at).store(gl.exp2((total + (G - G)).to(gl.float32)))
-    weights[4].index(at).store(gl.exp2((reach + G).to(gl.float32)))
-    weights[5].index(at).store(gl.exp2(high))
+    at = await_empty(weights, i)
+    weights[2].index(at).store(high)
+    weights[3].index(at).store((G - high.to(gl.float64)).to(gl.float32))
+    weights[4].index(at).store(gl.exp2((total - G).to(gl.float32)))
+    weights[5].index(at).store(gl.exp2((total + (G - G)).to(gl.float32)))
+    weights[6].index(at).store(gl.exp2((reach + G).to(gl.float32)))
+    weights[7].index(at).store(gl.exp2(high))
+    set_full(weights, i)
     return reach + total
 
 
@@ -427,7 +539,25 @@ def put_weights(weights, at, log_decay, b, t, h, n, reach, c: gl.constexpr):
 def enter_rows(x, weights, at, layout: gl.constexpr, c: gl.constexpr):
     """Rows of x, weighted as a state from before the chunk is seen by each token."""
     if c.decay:
-        return x * weights[5].index(at).load(gl.SliceLayout(1, layout))[:, None]
+        return x * weights[7].index(at).load(gl.SliceLayout(1, layout))[:, None]
+    else:
+        return x
+
+
+@gluon.jit
+def enter_vector(x, weights, at, layout: gl.constexpr, c: gl.constexpr):
+    """:func:`enter_rows` of one number a token."""
+    if c.decay:
+        return x * weights[7].index(at).load(layout)
+    else:
+        return x
+
+
+@gluon.jit
+def enter_sight(x, weights, at, layout: gl.constexpr, c: gl.constexpr):
+    """One number a token, weighted as the tile's first token sees it."""
+    if c.decay:
+        return x * weights[6].index(at).load(layout)
     else:
         return x
 
@@ -436,7 +566,7 @@ def enter_rows(x, weights, at, layout: gl.constexpr, c: gl.constexpr):
 def leave_rows(x, weights, at, layout: gl.constexpr, c: gl.constexpr):
     """Rows of x, weighted as each token is seen after the chunk."""
     if c.decay:
-        return x * weights[2].index(at).load(gl.SliceLayout(1, layout))[:, None]
+        return x * weights[4].index(at).load(gl.SliceLayout(1, layout))[:, None]
     else:
         return x
 
@@ -445,17 +575,18 @@ def leave_rows(x, weights, at, layout: gl.constexpr, c: gl.constexpr):
 def pass_through(M, m, weights, at, c: gl.constexpr):
     """A state from before the chunk, as it is seen after it."""
     if c.decay:
-        M *= weights[3].index(at).load(gl.SliceLayout(1, product(c.BV)))[:, None]
-        m *= weights[3].index(at).load(gl.SliceLayout(1, product(16)))[:, None]
+        M *= weights[5].index(at).load(gl.SliceLayout(1, product(c.BV)))[:, None]
+        m *= weights[5].index(at).load(gl.SliceLayout(1, product(16)))[:, None]
     return M, m
 
 
 @gluon.jit
-def transposed(F, vector, columns: gl.constexpr, c: gl.constexpr):
-    """``F^T [SB, C]`` as a left operand: F in shared memory; under decay in registers, token i weighted by vector[i]."""
+def transposed(F, weights, kind: gl.constexpr, at, c: gl.constexpr):
+    """``F^T [SB, C]`` as a left operand: F in shared memory; under decay in registers, each token with its weight."""
+    columns: gl.constexpr = c.BV
     if c.decay:
         x = F.permute((1, 0)).load(product(c.C)).to(gl.float32)
-        x = x * vector.load(gl.SliceLayout(0, product(c.C)))[None, :]
+        x = x * weights[kind].index(at).load(gl.SliceLayout(0, product(c.C)))[None, :]
         return one_part(x, left(columns))
     else:
         return F.permute((1, 0))
@@ -484,6 +615,6 @@ def seen_by(x, weights, at, c: gl.constexpr):
 @gluon.jit
 def _between(weights, at, rows: gl.constexpr, columns: gl.constexpr, sign: gl.constexpr):
     """``exp(sign (G_row - G_column))``, at most 1, from both parts: exact beside a hard reset."""
-    high = weights[0].index(at).load(rows)[:, None] - weights[0].index(at).load(columns)[None, :]
-    low = weights[1].index(at).load(rows)[:, None] - weights[1].index(at).load(columns)[None, :]
+    high = weights[2].index(at).load(rows)[:, None] - weights[2].index(at).load(columns)[None, :]
+    low = weights[3].index(at).load(rows)[:, None] - weights[3].index(at).load(columns)[None, :]
     return gl.exp2(gl.minimum(sign * (high + low), 0.0))

@@ -17,18 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from race_dist.kernels.common import inverse_den, locate
 from race_dist.kernels.hopper.parts import (
-    await_empty, await_full, enter_rows, fetch, hash_gradient, left, load_keep, load_scalars, load_state, make_ring,
-    make_weights, next_full, numbers, one_part, open_heads, open_rows, operands, pass_through, product, project, put_mass,
-    put_ones, put_pair, put_parts, put_planes, put_weights, seen, send, set_empty, set_full, signs, soft_hash, store_mass,
-    store_scalars, store_values, tile, transposed, two_parts, unproject, vectors,
+    LEAVE, SIGHT, add_corners, await_empty, await_full, await_weights, buckets, enter_rows, enter_sight, fetch,
+    free_weights, hash_gradient, left, load_keep, load_scalars, load_state, log_operands, make_ring, make_weights,
+    next_full, no_corners, numbers, one_part, open_heads, open_room, open_rows, operands, pass_through, product, put_block,
+    put_mass, put_ones, put_operand, put_pair, put_parts, put_planes, put_weights, seen, send, set_empty, set_full,
+    store_mass, store_scalars, store_values, take_block, take_signs, tile, transposed, two_parts, unproject, vectors,
 )
 
 
 @gluon.jit
 def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states, sums, decays, dbeta,
-                 tiles, T, TILE, H, c: gl.constexpr):
+                 rooms, tiles, T, TILE, H, c: gl.constexpr):
     """Program (tile, head): writes dq, ``h [B, T, Hq]`` ("global"), the queries' part of dG ``[B, T, H]`` (decay, "none"),
-    its part of ``sums [tile, H, S (Dv + 1)]`` of the suffix state, and the tile's log decay ``decays [tile, H]``."""
+    and, of one block of features, its part of ``sums [tile, H, S (Dv + 1)]`` of the suffix state and the tile's log decay
+    ``decays [tile, H]``; of more, ``tile_query_sums`` makes those."""
     h = (gl.program_id(0) % H).to(gl.int64)
     number = gl.program_id(0) // H
     b, row, start, end, _ = locate(tiles, number, T, TILE, c)
@@ -39,17 +41,24 @@ def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
     dq_rows = open_heads(dq, b, h, end, c.D, c.BD, c)
     deep: gl.constexpr = 2 if c.LPB == 16 else 1  # more planes take the room
-    k_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
-    v_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
+    readers: gl.constexpr = 2 if c.NSB == 1 else 1
     q_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
-    do_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
-    keys = make_ring(2, 2) + (operands(2, c.C, c.SB), make_weights(2, c))  # phi(k)
-    queries = make_ring(deep, 2) + (operands(deep, c.C, c.SB), numbers(deep, c.C, c.LPB))  # w, tanh(planes q)
+    do_s = make_ring(2, readers) + (operands(2, c.C, c.BV),)
+    queries = make_ring(2, readers) + (operands(2, c.C, c.SB),)  # w
+    k_s, v_s, keys = q_s, do_s, queries  # unused, where not causal
+    if c.causal:
+        k_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
+        v_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
+        keys = make_ring(2, 2) + (operands(2, c.C, c.SB),)  # phi(k)
+    tanhs = make_ring(deep, 1) + (numbers(deep, c.C, c.LPB),)  # of the projected queries
     state = make_ring(1, 1) + (operands(1, c.SB, c.BV), operands(1, c.SB, c.BV), vectors(1, c.SB))  # M in two parts, m
+    weights = make_weights(c)
     gl.warp_specialize([
-        (_rows, (dq_rows, v_s, do_s, keys, queries, state, place, planes_s, beta, h_out, row_out, sums, dbeta, c)),
-        (_features, (k_s, q_s, keys, queries, place, planes_s, beta, den, log_decay, key_mask, decays, c)),
-        (_state, (v_s, do_s, keys, queries, state, place, put_ones(c), states, index if c.causal else row * H + h, sums, c)),
+        (_rows, (dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, beta, h_out, row_out, sums, dbeta,
+                 c)),
+        (_features, (k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays, c)),
+        (_state, (v_s, do_s, keys, queries, state, weights, place, put_ones(c), states, index if c.causal else row * H + h,
+                  sums, open_room(rooms, index, c), c)),
         (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
     ], [4, 4, 1], [120, 192, 24])
 
@@ -68,81 +77,86 @@ def _loader(k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c: gl.c
 
 
 @gluon.jit
-def _features(k_s, q_s, keys, queries, place, planes_s, beta, den, log_decay, key_mask, decays, c: gl.constexpr):
+def _features(k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays,
+              c: gl.constexpr):
     b, h, start, end, chunks, index = place
-    W, ones, zeros = planes_s
     sharp = gl.load(beta + h).to(gl.float32)
     reach = (start * 0).to(gl.float64)
-    of_tokens: gl.constexpr = gl.SliceLayout(1, product(c.SB))
     for i in range(chunks):
         t = start + i * c.C
         if c.causal:
-            z = project(next_full(k_s, i), W, c)
             keep = load_keep(key_mask, b, t, end - t, c)
-            u = signs(warpgroup_mma_wait(0, (z,)))
-            set_empty(k_s, i)
-            phi = gl.where(keep[:, None], soft_hash(u, sharp, ones, zeros, c), 0.0)
-            at = await_empty(keys, i)
-            keys[2].index(at).store(phi.to(gl.bfloat16))
+            k_logs = log_operands(take_signs(k_s, i, planes_s, c), sharp, c)
             if c.decay:
-                reach = put_weights(keys[3], at, log_decay, b, t, h, end - t, reach, c)
-            set_full(keys, i)
+                reach = put_weights(weights, i, log_decay, b, t, h, end - t, reach, c)
+            if c.NSB == 1:
+                put_operand(keys, i, gl.where(keep[:, None], buckets(k_logs, 0, planes_s, c), 0.0))
         for g in gl.static_range(c.G):
             j = i * c.G + g
-            z = project(next_full(q_s, j), W, c)
             if c.is_global:
-                r = inverse_den(load_scalars(den, b, t, h * c.G + g, end - t, of_tokens, c))
-            u = signs(warpgroup_mma_wait(0, (z,)))
-            set_empty(q_s, j)
-            w = soft_hash(u, sharp, ones, zeros, c)
-            if c.is_global:
-                w *= r[:, None]
-            at = await_empty(queries, j)
-            queries[2].index(at).store(w.to(gl.bfloat16))
-            queries[3].index(at).store(u)
-            set_full(queries, j)
-    if c.decay:
+                r = inverse_den(load_scalars(den, b, t, h * c.G + g, end - t, gl.SliceLayout(1, product(c.SB)), c))
+            u = take_signs(q_s, j, planes_s, c)
+            tanhs[2].index(await_empty(tanhs, j)).store(u)
+            set_full(tanhs, j)
+            q_logs = log_operands(u, sharp, c)
+            for n in range(c.NSB):
+                if c.causal and c.NSB > 1:
+                    put_operand(keys, i * c.NSB + n, gl.where(keep[:, None], buckets(k_logs, n, planes_s, c), 0.0))
+                w = buckets(q_logs, n, planes_s, c)
+                if c.is_global:
+                    w *= r[:, None]
+                put_operand(queries, j * c.NSB + n, w)
+    if c.decay and c.NSB == 1:
         gl.store(decays + index, reach)
 
 
 @gluon.jit
-def _state(v_s, do_s, keys, queries, state, place, ones, states, number, sums, c: gl.constexpr):
+def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number, sums, room, c: gl.constexpr):
     chunks, index = place[4], place[5]
-    M, m = load_state(states, number, c)
-    C_sum = gl.zeros([c.SB, c.BV], gl.float32, product(c.BV))
+    M, m = load_state(states, number, 0, c)
+    if c.NSB > 1:
+        for n in range(c.NSB):
+            put_block(room, n, *load_state(states, number, n, c), c)
     if not c.causal:
         _publish(M, m, 0, state, c)
-    for i in range(chunks):
-        at = 0
+    C_sum = gl.zeros([c.SB, c.BV], gl.float32, product(c.BV))
+    for turn in range(chunks * c.NSB):
+        i, n = turn // c.NSB, turn % c.NSB
+        at = await_weights(weights, i, c)
         if c.causal:
-            _publish(M, m, i, state, c)
-            at = await_full(keys, i)
-            Fk = transposed(keys[2].index(at), keys[3][2].index(at), c.BV, c)
-            M, m = pass_through(M, m, keys[3], at, c)
+            if c.NSB > 1:
+                M_next, m_next = take_block(room, (n + 1) % c.NSB, c)  # on its way while this one is worked on
+            _publish(M, m, turn, state, c)
+            Fk = transposed(next_full(keys, turn), weights, LEAVE, at, c)
+            M, m = pass_through(M, m, weights, at, c)
             M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
             if c.is_global:
                 m = warpgroup_mma_wait(0, (warpgroup_mma(Fk, ones.permute((1, 0)), m, is_async=True),))
             M = warpgroup_mma_wait(0, (M,))
-            set_empty(v_s, i)
-        for g in gl.static_range(c.G):
-            j = i * c.G + g
-            w = transposed(queries[2].index(await_full(queries, j)), keys[3][4].index(at), c.BV, c)
-            C_sum = warpgroup_mma(w, next_full(do_s, j), C_sum, is_async=True)
-            C_sum = warpgroup_mma_wait(0, (C_sum,))
-            set_empty(queries, j)
-            set_empty(do_s, j)
-        if c.causal:
-            set_empty(keys, i)
-    store_values(sums, index, C_sum, c)
+            set_empty(keys, turn)
+            set_empty(v_s, i, n == c.NSB - 1)
+            if c.NSB > 1:
+                put_block(room, n, M, m, c)
+                M, m = M_next, m_next
+        if c.NSB == 1:
+            for g in gl.static_range(c.G):
+                j = i * c.G + g
+                w = transposed(next_full(queries, j), weights, SIGHT, at, c)
+                C_sum = warpgroup_mma_wait(0, (warpgroup_mma(w, next_full(do_s, j), C_sum, is_async=True),))
+                set_empty(queries, j)
+                set_empty(do_s, j)
+        free_weights(weights, i, c, n == c.NSB - 1)
+    if c.NSB == 1:
+        store_values(sums, index, C_sum, c)
 
 
 @gluon.jit
-def _publish(M, m, i, state, c: gl.constexpr):
-    await_empty(state, i)
+def _publish(M, m, turn, state, c: gl.constexpr):
+    await_empty(state, turn)
     put_parts(state[2].index(0), state[3].index(0), M)
     if c.is_global:
         put_mass(state[4].index(0), m, c)
-    set_full(state, i)
+    set_full(state, turn)
 
 
 @gluon.jit
@@ -152,22 +166,45 @@ def _all_seen(weights, at, c: gl.constexpr):
 
 
 @gluon.jit
-def _rows(dq_rows, v_s, do_s, keys, queries, state, place, planes_s, beta, h_out, row_out, sums, dbeta, c: gl.constexpr):
+def _products(do, A, A_rest, turn, j, keys, queries, state, weights, at, last, c: gl.constexpr):
+    """``w``, ``e`` and the masses that the queries see, ``[C, SB]`` each, of one block; the masses for "global"."""
+    features: gl.constexpr = product(c.SB)
+    await_full(state, turn if c.causal else 0)
+    e = gl.zeros([c.C, c.SB], gl.float32, features)
+    e = warpgroup_mma(do, state[2].index(0).permute((1, 0)), e, use_acc=False, is_async=True)
+    e = warpgroup_mma(do, state[3].index(0).permute((1, 0)), e, is_async=True)
+    m = gl.zeros([c.C, c.SB], gl.float32, features)
+    if c.is_global:
+        m = enter_rows(m + state[4].index(0).load(gl.SliceLayout(0, features))[None, :], weights, at, features, c)
+    e = enter_rows(warpgroup_mma_wait(0, (e,)), weights, at, features, c)
+    if c.causal:
+        if last:
+            set_empty(state, turn)
+        Fk = next_full(keys, turn)
+        e = warpgroup_mma(A, Fk, e, is_async=True)
+        e = warpgroup_mma(A_rest, Fk, e, is_async=True)
+        if c.is_global:
+            m = warpgroup_mma(_all_seen(weights, at, c), Fk, m, is_async=True)
+        e, m = warpgroup_mma_wait(0, (e, m))
+        if last:
+            set_empty(keys, turn)
+    w = next_full(queries, j).load(features).to(gl.float32)
+    return w, e, m
+
+
+@gluon.jit
+def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, beta, h_out, row_out, sums, dbeta,
+          c: gl.constexpr):
     b, h, start, end, chunks, index = place
-    W, ones, zeros = planes_s
     sharp = gl.load(beta + h).to(gl.float32)
     staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
     pair = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C))
-    features: gl.constexpr = product(c.SB)
-    of_tokens: gl.constexpr = gl.SliceLayout(1, features)
-    none = gl.zeros([c.C, c.SB], gl.float32, features)
+    of_tokens: gl.constexpr = gl.SliceLayout(1, product(c.SB))
     db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
     c_sum = gl.zeros([c.SB, 16], gl.float32, product(16))
     for i in range(chunks):
         t = start + i * c.C
-        await_full(state, i if c.causal else 0)
-        at = await_full(keys, i) if c.causal else 0
-        Fk = keys[2].index(at)
+        at = await_weights(weights, i, c)
         row = gl.zeros([c.C], gl.float32, of_tokens)
         for g in gl.static_range(c.G):
             j = i * c.G + g
@@ -175,51 +212,62 @@ def _rows(dq_rows, v_s, do_s, keys, queries, state, place, planes_s, beta, h_out
             A = gl.zeros([c.C, c.C], gl.float32, product(c.C))
             if c.causal:
                 A = warpgroup_mma(do, next_full(v_s, i).permute((1, 0)), A, use_acc=False, is_async=True)
-            e = warpgroup_mma(do, state[2].index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-            e = warpgroup_mma(do, state[3].index(0).permute((1, 0)), e, is_async=True)
-            if c.causal:
-                A, A_rest = two_parts(seen(warpgroup_mma_wait(2, (A,)), keys[3], at, c), left(c.SB))
-            e = enter_rows(warpgroup_mma_wait(0, (e,)), keys[3], at, features, c)
-            set_empty(do_s, j)
-            if c.causal:
-                e = warpgroup_mma(A, Fk, e, is_async=True)
-                e = warpgroup_mma(A_rest, Fk, e, is_async=True)
-            if c.is_global:
-                m = none + state[4].index(0).load(gl.SliceLayout(0, features))[None, :]
-                m = enter_rows(m, keys[3], at, features, c)
-                if c.causal:
-                    m = warpgroup_mma_wait(0, (warpgroup_mma(_all_seen(keys[3], at, c), Fk, m, is_async=True),))
-            e = warpgroup_mma_wait(0, (e,))
-            if c.causal and g == c.G - 1:
-                set_empty(state, i)
-                set_empty(v_s, i)
-            turn = await_full(queries, j)
-            w = queries[2].index(turn).load(features).to(gl.float32)
-            u = queries[3].index(turn).load(product(c.LPB))
-            y = w * e
-            if c.is_global:
-                total = gl.sum(w * m, 1)
-                h_c = -gl.sum(y, 1) / gl.where(total == 0.0, 1.0, total)
-                store_scalars(h_out, h_c, b, t, h * c.G + g, end - t, of_tokens, c)
-                y += w * (h_c[:, None] * m)
-                if c.decay:
-                    h_c *= keys[3][4].index(at).load(of_tokens)
-                put_pair(pair, h_c, c)
-                fence_async_shared()
-                c_sum = warpgroup_mma(queries[2].index(turn).permute((1, 0)), pair.permute((1, 0)), c_sum, is_async=True)
-                c_sum = warpgroup_mma_wait(0, (c_sum,))
-            else:
+                A = warpgroup_mma_wait(0, (A,))
+                if g == c.G - 1:
+                    set_empty(v_s, i)
+                A = seen(A, weights, at, c)
+            A, A_rest = two_parts(A, left(c.SB))
+            if c.NSB == 1:
+                w, e, m = _products(do, A, A_rest, i, j, keys, queries, state, weights, at, g == c.G - 1, c)
+                set_empty(do_s, j)
+                y = w * e
                 total = gl.sum(y, 1)
-                y -= w * (total / c.L)[:, None]
-                row += total
-            set_empty(queries, j)
-            dz, part = hash_gradient(y, u, sharp, ones, zeros, c)
+                if c.is_global:
+                    mass = gl.sum(w * m, 1)
+                    h_c = -total / gl.where(mass == 0.0, 1.0, mass)
+                    store_scalars(h_out, h_c, b, t, h * c.G + g, end - t, of_tokens, c)
+                    y += w * (h_c[:, None] * m)
+                    put_pair(pair, enter_sight(h_c, weights, at, of_tokens, c), c)
+                    fence_async_shared()
+                    Fq = queries[2].index(j % 2).permute((1, 0))
+                    c_sum = warpgroup_mma(Fq, pair.permute((1, 0)), c_sum, is_async=True)
+                    c_sum = warpgroup_mma_wait(0, (c_sum,))
+                else:
+                    y -= w * (total / c.L)[:, None]
+                    row += total
+                set_empty(queries, j)
+                corners = add_corners(no_corners(c), y, 0, planes_s, c)
+            else:
+                corners = no_corners(c)
+                of_mass = no_corners(c)
+                total = gl.zeros([c.C], gl.float32, of_tokens)
+                mass = gl.zeros([c.C], gl.float32, of_tokens)
+                for n in range(c.NSB):
+                    turn = i * c.NSB + n
+                    w, e, m = _products(do, A, A_rest, turn, turn, keys, queries, state, weights, at, True, c)
+                    set_empty(queries, turn)
+                    total += gl.sum(w * e, 1)
+                    corners = add_corners(corners, w * e, n, planes_s, c)
+                    if c.is_global:
+                        mass += gl.sum(w * m, 1)
+                        of_mass = add_corners(of_mass, w * m, n, planes_s, c)
+                set_empty(do_s, j)
+                if c.is_global:
+                    h_c = -total / gl.where(mass == 0.0, 1.0, mass)
+                    store_scalars(h_out, h_c, b, t, h * c.G + g, end - t, of_tokens, c)
+                    h_c = gl.convert_layout(h_c, gl.SliceLayout(1, product(c.LPB)))[:, None]
+                    corners = corners[0] + h_c * of_mass[0], corners[1] + h_c * of_mass[1]
+                else:
+                    row += total
+            u = next_full(tanhs, j).load(product(c.LPB))
+            set_empty(tanhs, j)
+            dz, part = hash_gradient(corners, u, sharp)
             db += part
-            send(dq_rows[g], t, staging, unproject(dz, W, c))
-        if c.causal:
-            set_empty(keys, i)
+            send(dq_rows[g], t, staging, unproject(dz, planes_s[0], c))
+        free_weights(weights, i, c)
         if c.decay and not c.is_global:
             store_scalars(row_out, row, b, t, h, end - t, of_tokens, c)
     tma.store_wait(0)  # before the sum takes the room of what is being sent
     gl.store(dbeta + index, gl.sum(db, 0))
-    store_mass(sums, index, c_sum, c)
+    if c.NSB == 1:
+        store_mass(sums, index, c_sum, c)

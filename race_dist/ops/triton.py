@@ -27,6 +27,7 @@ SCAN_WIDTH = 256
 DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
 MAX_FEATURES = 1024
+PIPE_BLOCK = 64  # features up to which a plan's tile does not depend on how rows can be moved
 WALKS = {"out": walk.walk_out, "queries": walk_backward.walk_queries, "keys": walk_backward.walk_keys}
 SNAPSHOTS = {"out": snapshot.snapshot_out, "queries": snapshot.snapshot_queries, "keys": snapshot.snapshot_keys}
 
@@ -42,7 +43,9 @@ def forward(p: Problem, out: Tensor | None = None) -> Forward:
     states, final = call.prefix_states()
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
     call.launch("out", call.kernel("out"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash,
-                *call.extras, states)
+                *call.extras, states, *call.room())
+    if states.shape != states_shape(p):  # these rows cannot take the plan that was announced: backward makes its own
+        states = states.new_empty(states_shape(p))
     return Forward(out, den, states, final)
 
 
@@ -57,14 +60,13 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     if into is None:
         into = Into(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v)))
     call = _Call(p, need_planes, (dout, into.q, into.k, into.v))
-    if _is_decoding(p):
-        saved = saved._replace(states=call.prefix_states()[0])
+    saved = call.with_states(saved)
     h, row, suffixes = call.query_pass(saved, dout, into.q)
     suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
     dlog_decay = None if p.log_decay is None else torch.empty(p.log_decay.shape, dtype=torch.float32, device=p.q.device)
     call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
                 _scalars(h), _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
-                saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.planes_part(1))
+                saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1))
     dbeta = call.dbeta.sum((0, 1), dtype=torch.float64).to(p.beta.dtype)
     if dlog_decay is not None and p.log_decay is not None:
         dlog_decay = dlog_decay.to(p.log_decay.dtype)
@@ -75,9 +77,7 @@ def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
     """The gradient of the initial state when that of the final state is 0."""
     dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)  # made on the way, and dropped
     call = _Call(p, moved=(dout, dq))
-    if _is_decoding(p):
-        saved = saved._replace(states=call.prefix_states()[0])
-    *_, suffixes = call.query_pass(saved, dout, dq)
+    *_, suffixes = call.query_pass(call.with_states(saved), dout, dq)
     _, dinitial = call.suffix_states(suffixes, None, True)
     assert dinitial is not None
     return replace(dinitial, log_decay=total_log_decay(p))
@@ -90,8 +90,7 @@ def states_shape(p: Problem) -> tuple[int, ...]:
         return 0, p.k.shape[2], size
     if not p.causal:
         return p.num_states, p.k.shape[2], size
-    plan = _plan(p, False)
-    return _num_tiles(p, plan), p.k.shape[2], size
+    return _num_tiles(p, _plan(p, False, bulk=True)), p.k.shape[2], size
 
 
 def unsupported(p: Problem) -> str | None:
@@ -137,8 +136,11 @@ def _bulk(*tensors: Tensor) -> bool:
     """Whether the copy engine of Hopper and later can move these rows: 16-byte strides, unit stride inside a row."""
     if not tensors[0].is_cuda or _capability(tensors[0].device) < 9:
         return False
-    return all(x.stride(3) == 1 and x.shape[1] < 2**31 and x.data_ptr() % 16 == 0 and x.shape[3] * x.element_size() % 16 == 0
-               and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:3]) for x in tensors)
+    for x in tensors:  # host time of every call
+        size, (b, t, h, d) = x.element_size(), x.stride()
+        if d != 1 or min(b, t, h) <= 0 or ((b | t | h | x.shape[3]) * size | x.data_ptr()) % 16 or x.shape[1] >= 2**31:
+            return False
+    return True
 
 
 @lru_cache
@@ -236,9 +238,27 @@ class _Call:
             return _pipes()[name]
         return (WALKS if self.plan.walk else SNAPSHOTS)[name]
 
-    def planes_part(self, half: int) -> tuple[Tensor | None, ...]:
-        """The last argument of a backward kernel that can make the gradient of the planes."""
-        return () if self.plan.pipe else (self.dplanes[half],)
+    def room(self) -> tuple[Tensor, ...]:
+        """What only the pipelines take: memory for running states of more than one block of features."""
+        if not self.plan.pipe:
+            return ()
+        spec = self.plan["out"].spec
+        size = spec.NSB * spec.SB * (spec.BV + 16) if spec.NSB > 1 else 0
+        return (self.p.q.new_empty(self.num_tiles * self.heads, size, dtype=torch.float32),)
+
+    def last_part(self, half: int) -> tuple[Tensor | None, ...]:
+        """The last argument of a backward kernel: the gradient of the planes, or a pipeline's room."""
+        return self.room() if self.plan.pipe else (self.dplanes[half],)
+
+    def with_states(self, saved: Forward) -> Forward:
+        """With the states before this call's tiles, made anew where the forward pass had other tiles (or none)."""
+        p = self.p
+        if _is_decoding(p):
+            return saved._replace(states=self.prefix_states()[0])
+        if not p.causal or p.features <= PIPE_BLOCK:  # one tile for every family
+            return saved
+        made, announced = (_plan(p, False, bulk).tile for bulk in (_bulk(p.q, p.k, p.v, saved.out), True))
+        return saved if self.plan.tile == made == announced else saved._replace(states=self.prefix_states()[0])
 
     def launch(self, name: str, kernel: object, *args: object, programs: int = 1) -> None:
         """Run a kernel with one program (or ``programs``) for each tile and key/value head."""
@@ -260,7 +280,7 @@ class _Call:
         into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
         grid = (batch * self.heads * -(-value_dim // DECODE_WIDTH),)
         decode.decode[grid](_rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *self.hash, *self.extras, *into,
-                            final.values, final.mass, self.heads, self.plan["out"].constants, WIDTH=DECODE_WIDTH, num_warps=4)
+                            final.values, final.mass, self.heads, self.plan["sums"].constants, WIDTH=DECODE_WIDTH, num_warps=4)
         states = p.q.new_empty(states_shape(p), dtype=torch.float32)
         return Forward(out, den, states, replace(final, log_decay=total_log_decay(p)))
 
@@ -284,14 +304,13 @@ class _Call:
         row = p.q.new_empty(*p.q.shape[:2], self.heads, dtype=torch.float32) if needs_row else None
         parts = self._new_states(self.num_tiles)
         rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq), _scalars(h), _scalars(row))
-        if self.plan.pipe or not self.plan.walk:
-            self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, parts, self.decays,
-                        self.dbeta[0], *self.planes_part(0))
-            return h, row, parts
-        self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, self.dbeta[0],
-                    self.dplanes[0])
-        self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h), *self.hash,
-                    self.extras[0], parts, self.decays)
+        fused = (parts, self.decays) if self.plan.pipe or not self.plan.walk else ()
+        self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, *fused, self.dbeta[0],
+                    *self.last_part(0))
+        blocks = self.plan["query_sums"].spec.NSB
+        if self.plan.walk and (blocks > 1 or not self.plan.pipe):
+            self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h),
+                        *self.hash, self.extras[0], parts, self.decays, programs=blocks)
         return h, row, parts
 
     def suffix_states(self, parts: Tensor, dfinal: SketchState | None, wanted: bool) -> tuple[Tensor, SketchState | None]:

@@ -23,6 +23,11 @@ PROBLEMS: dict[str, dict[str, object]] = {
     "states": {"length": 3001, "states": True}, "grouped": {"length": 3001, "repeats": 3, "heads": 2},
     "masked": {"length": 1500, "masked": True, "dim": 64}, "narrow values": {"length": 1500, "value_dim": 72, "dim": 96},
     "many tables": {"length": 1500, "tables": 32, "planes": 1, "decay": "token"}, "one table": {"tables": 1, "planes": 6},
+    "many features": {"length": 3001, "tables": 1, "planes": 8, "states": True},
+    "many features, decay": {"length": 3001, "tables": 2, "planes": 7, "decay": "token", "normalization": "none",
+                             "states": True},
+    "many features, documents": {"documents": [0, 64, 128, 1500, 3000], "length": 3000, "tables": 3, "planes": 5,
+                                 "masked": True, "decay": "token"},
     "two rows": {"batch": 2, "length": 1500, "tables": 2, "planes": 2},
     "decay": {"length": 3000, "decay": "token", "normalization": "none", "states": True},
     "decay and a denominator": {"length": 3000, "decay": "token", "states": True},
@@ -87,7 +92,7 @@ def test_pipelines_agree_with_float64(name: str) -> None:
     assert max(found.values()) <= 1e-2, found
 
 
-@pytest.mark.parametrize("name", ["ragged", "hard resets", "documents"])
+@pytest.mark.parametrize("name", ["ragged", "hard resets", "documents", "many features"])
 def test_pipelines_repeat_bitwise(name: str) -> None:
     p, dout, dfinal = drawn(**PROBLEMS[name])  # type: ignore[arg-type]
     runs = [both(p, dout, dfinal) for _ in range(20)]

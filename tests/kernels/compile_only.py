@@ -43,7 +43,7 @@ class NoCard:
 CALLS: dict[str, dict[str, object]] = {
     "plain": {}, "decay": {"decay": True, "normalization": "none"},
     "not causal": {"causal": False}, "packed, grouped": {"documents": 3, "queries": 8},
-    "many tables": {"tables": 32, "planes": 1, "decay": True},
+    "many features": {"tables": 1, "planes": 8}, "many tables": {"tables": 32, "planes": 1, "decay": True},
 }
 
 
