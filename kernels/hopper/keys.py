@@ -1,4 +1,4 @@
-"""The backward pass over the keys (``walk_backward.walk_keys``) as a pipeline of warp groups; see ``parts.py``.
+"""The backward pass over the keys (``walk_backward.walk_keys``) as a pipeline of warp groups; see the package.
 
 Chunks in reverse, with the state behind each:
 
@@ -12,12 +12,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import inverse_den, locate
-from race_dist.kernels.hopper.parts import (
-    ENTER, LINE, add_corners, await_empty, await_full, await_weights, buckets, by_rows, crossing, fetch, free_weights,
-    hash_gradient, leave_rows, left, load_keep, load_scalars, load_state, log_operands, make_ring, make_weights, next_full,
-    no_corners, numbers, one_part, open_heads, open_room, open_rows, operands, pass_through, product, put_block, put_mass,
-    put_operand, put_pair, put_parts, put_planes, put_weights, reverse_sums, seen_by, send, set_empty, set_full,
-    store_scalars, take_block, take_signs, tile, transposed, unproject, vectors,
+from race_dist.kernels.hopper.features import (
+    add_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes, take_signs,
+    unproject,
+)
+from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
+from race_dist.kernels.hopper.rings import (
+    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands, send,
+    set_empty, set_full, store_scalars, vectors,
+)
+from race_dist.kernels.hopper.states import (
+    crossing, load_state, open_room, put_block, put_mass, put_pair, put_parts, take_block,
+)
+from race_dist.kernels.hopper.weights import (
+    ENTER, LINE, await_weights, free_weights, leave_rows, make_weights, pass_through, put_weights, reverse_sums, seen_by,
+    transposed,
 )
 
 

@@ -1,4 +1,4 @@
-"""The forward read-out (``walk.walk_out``) as a pipeline of warp groups; see ``parts.py``."""
+"""The forward read-out (``walk.walk_out``) as a pipeline of warp groups; see the package."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import inverse_den, locate
-from race_dist.kernels.hopper.parts import (
-    LEAVE, await_empty, await_full, await_weights, buckets, enter_rows, enter_vector, fetch, free_weights, left, load_keep,
-    load_state, log_operands, make_ring, make_weights, next_full, open_heads, open_room, open_rows, operands, pass_through,
-    product, put_block, put_mass, put_ones, put_operand, put_planes, put_weights, seen, send, set_empty, set_full,
-    store_scalars, take_block, take_signs, tile, transposed, vectors,
+from race_dist.kernels.hopper.features import buckets, load_keep, log_operands, put_operand, put_planes, take_signs
+from race_dist.kernels.hopper.layouts import left, product, tile
+from race_dist.kernels.hopper.rings import (
+    await_empty, await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, set_full,
+    store_scalars, vectors,
+)
+from race_dist.kernels.hopper.states import load_state, open_room, put_block, put_mass, put_ones, take_block
+from race_dist.kernels.hopper.weights import (
+    LEAVE, await_weights, enter_rows, enter_vector, free_weights, make_weights, pass_through, put_weights, seen, transposed,
 )
 
 

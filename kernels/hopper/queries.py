@@ -1,4 +1,4 @@
-"""The backward pass over the queries (``walk_backward.walk_queries``) as a pipeline of warp groups; see ``parts.py``.
+"""The backward pass over the queries (``walk_backward.walk_queries``) as a pipeline of warp groups; see the package.
 
 With w = phi(q) / den ("global") or phi(q), rounded once, and the state before each chunk:
 
@@ -16,12 +16,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import inverse_den, locate
-from race_dist.kernels.hopper.parts import (
-    LEAVE, SIGHT, add_corners, await_empty, await_full, await_weights, buckets, enter_rows, enter_sight, fetch,
-    free_weights, hash_gradient, left, load_keep, load_scalars, load_state, log_operands, make_ring, make_weights,
-    next_full, no_corners, numbers, one_part, open_heads, open_room, open_rows, operands, pass_through, product, put_block,
-    put_mass, put_ones, put_operand, put_pair, put_parts, put_planes, put_weights, seen, send, set_empty, set_full,
-    store_mass, store_scalars, store_values, take_block, take_signs, tile, transposed, two_parts, unproject, vectors,
+from race_dist.kernels.hopper.features import (
+    add_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes, take_signs,
+    two_parts, unproject,
+)
+from race_dist.kernels.hopper.layouts import left, product, tile
+from race_dist.kernels.hopper.rings import (
+    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands, send,
+    set_empty, set_full, store_scalars, vectors,
+)
+from race_dist.kernels.hopper.states import (
+    load_state, open_room, put_block, put_mass, put_ones, put_pair, put_parts, store_mass, store_values, take_block,
+)
+from race_dist.kernels.hopper.weights import (
+    LEAVE, SIGHT, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
+    transposed,
 )
 
 

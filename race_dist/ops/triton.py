@@ -155,8 +155,9 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 @lru_cache
 def _has_pipes(device: torch.device) -> bool:
-    """Whether the device runs Hopper's matrix instructions."""
-    return device.type == "cuda" and _capability(device) == 9
+    """Whether the device runs Hopper's matrix instructions, and Triton has the Gluon that the pipelines are written in."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return device.type == "cuda" and _capability(device) == 9 and version >= (3, 6)
 
 
 @lru_cache
