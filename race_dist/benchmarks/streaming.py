@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch.distributed import ProcessGroup
 
 from race_dist.benchmarks.profiling import profile
+from race_dist.benchmarks.rates import measured_rates
 from race_dist.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_max, group_rank, group_size
-from race_dist.planning.cluster import match_gpu
+from race_dist.planning import GPUS, Cluster, Job, Layout, make_plan
+from race_dist.planning.cluster import GPU, match_gpu
 from race_dist.planning.costs import streamed_flops
 from race_dist.streaming import Keep, Progress, StepCheckpoint, StepInterrupted, streamed_backward
 from race_dist.training.config import TrainConfig
@@ -98,7 +100,8 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
     GPU's dense peak), ``peak_bytes`` (resident memory of the process, or allocated on the device), ``state_bytes`` of it
     the carries at chunk starts, which grow with the sequence. A step that met its limit has ``stopped``, how far it came
     (``reached``) and, from the backward phase on, ``projected_seconds`` in place of ``seconds``. Of a step in several pieces
-    times are summed and peaks are the highest.
+    times are summed and peaks are the highest. ``planned`` is the planner's prediction; ``rates``, of a profiled run, are what
+    ``race-dist plan --rates`` takes (copy them to a file of their own).
     """
     device = torch.device(options.device)
     if options.threads is not None:
@@ -124,6 +127,7 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
     row["warmup_seconds"] = _seconds(lambda: stream(warm), device)
     if options.profile:
         row["profile"] = {"tokens": warm, **profile(lambda: stream(warm), device)}
+        row |= _rates(config, options, warm, row["profile"]["kernels"])
     optimizer.zero_grad()
     _reset_peak(device)
     watch = _Watch(device, options, length, group)
@@ -137,15 +141,41 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         row["gradient_norm"] = float(norm)
         row["optimizer_seconds"] = _seconds(lambda: _apply(model, optimizer, config, norm), device)
         row["seconds"] = row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"]
+    row |= _planned(config, length, options, group)
     seconds = row.get("seconds", row.get("projected_seconds"))
     row["flops"] = streamed_flops(config.model, length)
-    gpu = match_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    gpu = _gpu(options) if device.type == "cuda" else None
     if seconds is not None:
         row["tokens_per_second"] = length / seconds
         row["tflops_per_second"] = row["flops"] / seconds / 1e12
         if gpu is not None:
             row["mfu"] = row["flops"] / seconds / (gpu.flops["bfloat16"] * group_size(group))
     return row | watch.peaks("seconds" in row)
+
+
+def _planned(config: TrainConfig, length: int, options: Options, group: ProcessGroup | None) -> dict[str, Any]:
+    """What the planner says of the same step: ``planned`` seconds by part and bytes at the highest moment."""
+    gpu, ranks = _gpu(options), group_size(group)
+    if options.keep == "subtract" or gpu is None:
+        return {}
+    job = Job(config.model, length, 1, config.precision, options.compiled or config.compile)
+    plan = make_plan(job, Layout(1, ranks, options.chunk_size, keep=options.keep), Cluster(gpu, ranks, ranks))
+    return {"planned": {"seconds": plan.step, **plan.seconds, "peak_bytes": plan.memory.peak}}
+
+
+def _rates(config: TrainConfig, options: Options, tokens: int, kernels: list[dict[str, Any]]) -> dict[str, Any]:
+    """``rates`` for ``race-dist plan --rates``, where the planner knows the GPU."""
+    gpu = _gpu(options)
+    if gpu is None or options.device == "cpu":
+        return {}
+    job = Job(config.model, tokens, 1, config.precision, options.compiled or config.compile)
+    source = f"a profile of {tokens:,} tokens in chunks of {options.chunk_size:,} on {gpu.name}"
+    return {"rates": asdict(measured_rates(job, options.chunk_size, gpu, kernels, source=source))}
+
+
+def _gpu(options: Options) -> GPU | None:
+    device = torch.device(options.device)
+    return match_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else GPUS["cpu"]
 
 
 def _apply(model: DecoderLM, optimizer: torch.optim.Optimizer, config: TrainConfig, norm: torch.Tensor) -> None:

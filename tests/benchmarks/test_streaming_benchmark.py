@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from race_dist.benchmarks import streaming
+from race_dist.benchmarks.rates import measured_rates
+from race_dist.models import ModelConfig
+from race_dist.planning import Cluster, Job, Layout, Rates, make_plan
 from race_dist.planning.cluster import find_gpu, match_gpu
 from race_dist.planning.costs import streamed_flops
 from race_dist.planning.tally import parameters
@@ -70,3 +73,22 @@ def test_a_drivers_name_finds_its_peak(driver: str, table: str) -> None:
 
 def test_an_unknown_name_finds_none() -> None:
     assert match_gpu("Intel Arc") is None
+
+
+def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
+    """Kernel times made by the planner at known rates give those rates back, and with them the step's time."""
+    model = ModelConfig(vocab_size=256, dim=1024, num_layers=4, num_heads=8)
+    job, gpu, chunk = Job(model, 3 * 65536, 1, compiled=True), find_gpu("h100"), 65536
+    true = Rates(matmul=0.57, attention={64: (1.4, 1.4)}, compiled_forward=1.2 * 1.3, compiled_backward=2.5 * 1.3,
+                 host_forward=0.0)
+    plan = make_plan(job, Layout(1, 1, chunk), Cluster(gpu, 1), true)
+    kernels = [{"name": "nvjet_tst_256x128_64x4_2x1", "ms": 1e3 * plan.seconds["matrix products"]},
+               {"name": "walk_queries", "ms": 5e2 * plan.seconds["attention"]},
+               {"name": "scan_tiles", "ms": 5e2 * plan.seconds["attention"]},
+               {"name": "triton_per_fused_add_mul_0", "ms": 1e3 * plan.seconds["element-wise"]},
+               {"name": "Memcpy HtoD (Pinned -> Device)", "ms": 50.0}]
+    rates = measured_rates(job, chunk, gpu, kernels, source="made up")
+    assert rates.matmul == pytest.approx(true.matmul, rel=0.02)
+    assert rates.attention[64] == pytest.approx(true.attention[64], rel=0.01)
+    again = make_plan(job, Layout(1, 1, chunk), Cluster(gpu, 1), rates)
+    assert again.step == pytest.approx(plan.step, rel=0.02)
