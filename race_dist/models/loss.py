@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
+HAS_LIGER = find_spec("liger_kernel") is not None
+_LARGE_VOCABULARY = 8192  # below it a few plain kernels do as well
 _ELEMENTS = {"cpu": 2**21}  # logits that exist at a time; elsewhere 2**26
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
+def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None,
+                         fused: bool | None = None) -> Tensor:
     """The sum of ``-log softmax(h @ weight.T)[label]`` over rows whose label is not -100.
 
     The gradients are computed with the values, so that the logits of ``chunk`` rows exist once and never again.
@@ -21,14 +25,21 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: in
         weight: ``[V, D]``.
         labels: ``[N]`` int64, from 0 to V - 1, or -100.
         chunk: rows of logits at a time; None: by the size of the vocabulary.
+        fused: whether liger-kernel's Triton kernel makes a chunk's loss and gradient, in one pass over its logits; it chooses
+            the rows at a time. None: on CUDA, for vocabularies of at least 8192, where it is installed.
 
     Returns:
         The sum, float32 (float64 for float64 hidden states); 0 where no label counts.
+
+    Raises:
+        ImportError: ``fused`` without liger-kernel.
     """
     device = h.device.type
     narrow = torch.is_autocast_enabled(device) and h.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if narrow else torch.promote_types(h.dtype, weight.dtype)
-    chunk = chunk or max(16, _ELEMENTS.get(device, 2**26) // weight.shape[0])
+    if fused is None:
+        fused = HAS_LIGER and chunk is None and h.is_cuda and dtype != torch.float64 and weight.shape[0] >= _LARGE_VOCABULARY
+    chunk = 0 if fused else chunk or max(16, _ELEMENTS.get(device, 2**26) // weight.shape[0])
     grad = torch.is_grad_enabled()
     return _linear_cross_entropy(h, weight, labels, dtype, chunk, grad and h.requires_grad, grad and weight.requires_grad)[0]
 
@@ -36,7 +47,9 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: in
 @torch.library.custom_op("race_dist::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool,
                           need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum and its gradients; matrix products in ``dtype``, logits and sums in at least float32."""
+    """The sum and its gradients; matrix products in ``dtype``, logits and sums in at least float32. ``chunk`` 0: fused."""
+    if not chunk:
+        return _by_liger(h, weight, labels, dtype, need_h, need_weight)
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=torch.float64, device=h.device)
     dh = torch.empty_like(h) if need_h else h.new_empty(0)
@@ -59,6 +72,21 @@ def _linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, dtype: torc
         if need_weight:
             dweight += dlogits.mT @ rows
     return total.to(wide), dh, dweight.to(weight.dtype)
+
+
+def _by_liger(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, need_h: bool,
+              need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; the weight's gradient is added up in float32."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+    except ImportError as error:
+        raise ImportError(f'the fused loss needs liger-kernel ({error}): pip install "race-dist[liger]"') from error
+    with torch.autocast(h.device.type, dtype, enabled=dtype != h.dtype):
+        total, *_, dh, dweight, _ = fused_linear_cross_entropy_forward(
+            h, weight, labels, ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32,
+            compute_gradients=need_h or need_weight, weight_requires_grad=need_weight)
+    return (total.float(), dh if need_h else h.new_empty(0),
+            dweight.to(weight.dtype) if need_weight else weight.new_empty(0))
 
 
 @_linear_cross_entropy.register_fake

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from race_dist.models import linear_cross_entropy
+from race_dist.models.loss import HAS_LIGER
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100])
@@ -58,3 +63,41 @@ def test_the_operator_is_well_formed() -> None:
     arguments = (h, weight, torch.randint(0, 7, (5,)), torch.float32, 2, True, True)
     torch.library.opcheck(torch.ops.race_dist.linear_cross_entropy.default, arguments,
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+FUSED = """
+import torch
+from race_dist.models.loss import IGNORE, linear_cross_entropy
+g = torch.Generator().manual_seed(0)
+for narrow, limit in ((False, 1e-5), (True, 2e-2)):
+    for need_h, need_weight in ((True, True), (True, False), (False, True), (False, False)):
+        h, weight = torch.randn(70, 24, generator=g), torch.randn(50, 24, generator=g) / 5
+        labels = torch.randint(0, 50, (70,), generator=g)
+        labels[::6] = IGNORE
+        results = []
+        for fused in (False, True):
+            leaves = [h.clone().requires_grad_(need_h), weight.clone().requires_grad_(need_weight)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                loss = linear_cross_entropy(*leaves, labels, fused=fused)
+            if need_h or need_weight:
+                (3 * loss).backward()
+            results.append([loss.detach(), *(x.grad for x in leaves if x.grad is not None)])
+            assert len(results[-1]) == 1 + need_h + need_weight
+        for wanted, got in zip(*results, strict=True):
+            assert got.dtype == wanted.dtype == torch.float32
+            assert float((got - wanted).norm() / wanted.norm()) <= limit, (narrow, need_h, need_weight)
+print("alike")
+"""
+
+
+@pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel is not installed")
+def test_the_fused_kernel_gives_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", FUSED], capture_output=True, text=True, check=False, timeout=250,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.stdout == "alike\n", done.stderr
+
+
+def test_the_fused_kernel_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r'pip install "race-dist\[liger\]"'):
+        linear_cross_entropy(torch.randn(4, 8), torch.randn(6, 8), torch.zeros(4, dtype=torch.int64), fused=True)
