@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -118,6 +119,13 @@ class Packed:
                                **padding, **own)
 
 
+def own_zigzag(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's part of ``[rows, length, ...]``, by Megatron's own loader (newer ones have one argument more)."""
+    more = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
+    part: Tensor = get_batch_on_this_cp_rank({"x": x}, cp_group=group, **more)["x"]
+    return part
+
+
 @dataclass(frozen=True)
 class Place:
     """Which rows and which shard of them this rank has."""
@@ -140,7 +148,7 @@ class Place:
         if order == "contiguous":
             own = x[self.rows].reshape(1, -1) if flat else x[self.rows]
             return shard_sequence(own, self.group, dim=1).contiguous()
-        part: Tensor = get_batch_on_this_cp_rank({"x": x[self.rows]}, self.group)["x"]
+        part = own_zigzag(x[self.rows], self.group)
         return part.reshape(1, -1) if flat else part
 
 

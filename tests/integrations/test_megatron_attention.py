@@ -16,8 +16,7 @@ from harness import spawn_ranks
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.utils import get_batch_on_this_cp_rank
-from megatron_ranks import layout
+from megatron_ranks import layout, own_zigzag
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -41,7 +40,7 @@ def attention(tp: int, sp: bool, cp: int, **options: Any) -> nn.Module:
 
 def own_part(x: Tensor, sp: bool, packed: bool) -> Tensor:
     """This rank's rows of ``[s, b, h]``: zigzag by context, one document after the other, then by sequence parallelism."""
-    part: Tensor = get_batch_on_this_cp_rank({"x": x.transpose(0, 1)}, parallel_state.get_context_parallel_group())["x"]
+    part = own_zigzag(x.transpose(0, 1), parallel_state.get_context_parallel_group())
     part = part.reshape(1, -1, WIDTH) if packed else part
     part = part.transpose(0, 1)
     if sp:

@@ -44,6 +44,7 @@ def without_cuda() -> Iterator[None]:
             (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
             (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
             (torch.cuda, "synchronize", lambda *_: None),
+            (torch.cuda, "current_stream", lambda *_: None),
             (megatron_random, "_lazy_call", lambda *_, **__: None),
             (fused_softmax, "get_default_causal_mask", lambda size: torch.ones(size, size, dtype=torch.bool).triu(1)),
         ):
