@@ -15,7 +15,7 @@ import torch
 
 from race_dist import __version__
 
-_LIBRARIES = ("torch", "triton", "numpy", "fla-core", "flash-attn-3")
+_LIBRARIES = ("torch", "triton", "numpy", "fla-core", "flash-attn-3", "megatron-core")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

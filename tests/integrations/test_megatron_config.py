@@ -203,6 +203,19 @@ def test_a_checkpoint_of_other_planes_is_refused() -> None:
         core(race_seed=6).load_state_dict(state)
 
 
+def test_no_value_is_read_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph needs: meta tensors have no values, and reading one is an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know the device
+    layer = core().to("meta")
+    bounds = torch.empty(4, dtype=torch.int32, device="meta")
+    documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_q_padded=bounds)
+    for lead, params in (((12, 2), None), ((12,), documents)):
+        q, k, v = (torch.empty(*lead, heads, 8, device="meta", requires_grad=True) for heads in (4, 2, 2))
+        decay = torch.empty(12, 1 if params else 2, 2, device="meta", requires_grad=True)
+        layer(q, k, v, None, attention_bias=decay, packed_seq_params=params).sum().backward()
+        assert all(t.grad is not None for t in (q, k, v, decay, *layer.parameters()))
+
+
 # --- packed documents ---------------------------------------------------------------------------------------------------
 
 
