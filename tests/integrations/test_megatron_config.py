@@ -300,7 +300,7 @@ def test_a_core_attention_that_was_replaced_is_noticed() -> None:
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(ImportError, match="Transformer Engine"):
         get_race_layer_spec(config(), use_transformer_engine=True)
-    with pytest.raises(ImportError, match="use get_race_block_spec|Transformer Engine spec was asked for"):
+    with pytest.raises(ImportError, match=r"use get_race_block_spec|Transformer Engine spec was asked for"):
         get_race_hybrid_stack_spec()
 
 
