@@ -214,6 +214,35 @@ def test_the_implementation_is_the_attention_of_its_definition() -> None:
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
 
 
+def test_a_bidirectional_layer_sees_both_ways_but_for_padding() -> None:
+    from race_dist import race_attention
+    from race_dist.integrations.transformers import race_attention_forward
+    from race_dist.nn.norm import rms
+
+    module = build("llama", implementation="race", dtype=torch.float64).model.layers[0].self_attn
+    module.is_causal = False
+    q, k, v = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 6:] = False
+    out, _ = race_attention_forward(module, q, k, v, mask)
+    unit = lambda x: rms(x.transpose(1, 2), 1e-6) * 8**-0.5
+    expected = race_attention(unit(q), unit(k), v.transpose(1, 2), module.race_core.planes, 2.0, causal=False, key_mask=mask,
+                              backend="reference")
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ({"softcap": 30.0}, "caps its logits"), ({"s_aux": torch.zeros(4)}, "has attention sinks"),
+    ({"dropout": 0.1}, "drops attention weights"), ({"sliding_window": 4}, "sliding window of 4 tokens and 9 keys")])
+def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, Any], message: str) -> None:
+    from race_dist.integrations.transformers import race_attention_forward
+
+    module = build("llama", implementation="race").model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=message):
+        race_attention_forward(module, q, k, v, None, **asked)
+
+
 @pytest.mark.parametrize(("changes", "call", "message"), [
     ({"attention_dropout": 0.1}, {}, "attention_dropout = 0"),
     ({}, {"attention_mask": torch.ones(1, 1, 10, 10)}, r"4-dimensional.*keep such layers softmax"),
