@@ -148,6 +148,37 @@ def bench_attention(
             print(f"written: {out} and {attention.store(report, out)}")
 
 
+@bench.command("decode")
+def bench_decode(
+    heads: Annotated[int, typer.Option(min=1, metavar="H")] = 64,
+    head_dim: Annotated[int, typer.Option(min=1, max=256, metavar="D")] = 128,
+    tables: Annotated[int, typer.Option(min=1, metavar="L", help="Hash tables.")] = 4,
+    planes: Annotated[int, typer.Option(min=1, max=10, metavar="P", help="Hyperplanes a table.")] = 4,
+    contexts: Annotated[str, typer.Option(metavar="T,T,...", help="Tokens read before.")] = "1000,1000000,1000000000",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the figures there.")] = None,
+) -> None:
+    """Time one token through one attention layer, after contexts of any length."""
+    import json
+
+    import torch
+
+    from race_dist.benchmarks.decode import time_decode
+    from race_dist.machine import machine
+
+    with user_errors():
+        sizes = tuple(_numbers("--contexts", contexts))
+        place = torch.device(device or default_device())
+    report = {"machine": machine(place), **time_decode(place, heads=heads, head_dim=head_dim, tables=tables, planes=planes,
+                                                       contexts=sizes)}
+    for context, row in report["microseconds"].items():
+        print(f"after {context:,} tokens: {row['p50']:.1f} us a step (p10 {row['p10']:.1f}, p90 {row['p90']:.1f})")
+    if out is not None:
+        with user_errors():
+            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {out}")
+
+
 @bench.command("streaming")
 def bench_streaming(
     config: Annotated[Path, typer.Argument(help="The model and its text: a training TOML.", metavar="CONFIG")],

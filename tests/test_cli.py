@@ -32,7 +32,7 @@ tokens = 64
 tokens = 20
 """
 VERBS = [["train"], ["generate"], ["eval"], ["export"], ["report"], ["data"], ["data", "pack"], ["data", "check"],
-         ["bench"], ["bench", "attention"]]
+         ["bench"], ["bench", "attention"], ["bench", "decode"]]
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,40 @@ def peers_of(shape: Shape, device: torch.device) -> list[Peer]:
     if device.type != "cuda":
         return [Peer("sdpa", _sdpa(shape)), Peer("elu linear attention", _elu_linear(shape))]
     return [Peer("sdpa cudnn", _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
-            Peer("sdpa flash", _sdpa(shape, SDPBackend.FLASH_ATTENTION))]
+            Peer("sdpa flash", _sdpa(shape, SDPBackend.FLASH_ATTENTION)), _flash_attention_3(shape),
+            Peer("race, eager PyTorch", _chunked_race(shape, device)), _linear_attention(shape, device)]
+
+
+def _flash_attention_3(shape: Shape) -> Peer:
+    """FlashAttention-3, where its package is installed."""
+    name = "flash attention 3"
+    if find_spec("flash_attn_interface") is None:
+        return Peer(name, None, "flash_attn_interface is not installed")
+    from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=shape.causal)
+        return out[0] if isinstance(out, tuple) else out
+    return Peer(name, call)
+
+
+def _chunked_race(shape: Shape, device: torch.device) -> Call:
+    """The same attention in chunks of plain PyTorch: what its kernels buy."""
+    from race_dist.attention import race_attention
+    from race_dist.hashing import sample_planes
+
+    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=torch.bfloat16)
+    return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal, backend="chunked")
+
+
+def _linear_attention(shape: Shape, device: torch.device) -> Peer:
+    """:func:`linear_attention_peer`, where fla is installed."""
+    name = "compiled features + fla"
+    if not shape.causal:
+        return Peer(name, None, "is causal only")
+    if find_spec("fla") is None:
+        return Peer(name, None, "fla-core is not installed")
+    return Peer(name, linear_attention_peer(shape, device))
 
 
 def _sdpa(shape: Shape, backend: SDPBackend | None = None) -> Call:

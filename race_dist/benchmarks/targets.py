@@ -96,7 +96,8 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
-    peers = {peer.name: peer.call for peer in peers_of(shape, device) if peer.call is not None}
+    peers = {peer.name: peer.call for peer in peers_of(shape, device)
+             if peer.call is not None and peer.name.startswith(("sdpa", "flash"))}
     return measure(shape, {"race": attention_call(shape, device), **peers}, device, repeats=10 if shape.length < 2**17 else 2)
 
 

@@ -38,6 +38,7 @@ PROBLEMS: dict[str, dict[str, object]] = {
     "not causal": {"length": 3001, "causal": False, "masked": True}, "not causal, grouped": {
         "length": 1000, "causal": False, "repeats": 2, "documents": [0, 300, 1000]},
     "a mean of 3": {"length": 50_000, "mean": 3.0, "heads": 2},
+    "a million tokens, a mean of 1": {"length": 2**20, "mean": 1.0, "heads": 1},
     "a mean of 3, decay": {"length": 50_000, "mean": 3.0, "decay": "token", "normalization": "none", "heads": 2},
 }
 
