@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,19 @@ def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
     assert rates.attention[64] == pytest.approx(true.attention[64], rel=0.01)
     again = make_plan(job, Layout(1, 1, chunk), Cluster(gpu, 1), rates)
     assert again.step == pytest.approx(plan.step, rel=0.02)
+
+
+def test_a_million_tokens_take_the_memory_of_a_hundred_thousand(tmp_path: Path) -> None:
+    """One exact optimizer step of a whole model; resident memory within 3%, carries at chunk starts apart."""
+    tiny, out = tmp_path / "tiny.toml", tmp_path / "figures.json"
+    tiny.write_text("[model]\ndim = 32\nnum_layers = 1\nnum_heads = 1\nffn_dim = 64\ntie_embeddings = true\n"
+                    "[model.race]\nnum_tables = 1\nnum_planes = 2\n")
+    command = [sys.executable, "-m", "race_dist.cli", "bench", "streaming", str(tiny), "--lengths", "131072,1048576",
+               "--chunk", "16384", "--threads", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=290,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads(out.read_text())["rows"]
+    assert long["tokens"] == 2**20
+    assert long["state_bytes"] == 8 * short["state_bytes"]
+    assert long["peak_bytes"] - long["state_bytes"] <= 1.03 * short["peak_bytes"]

@@ -88,3 +88,39 @@ def test_scans_over_nccl() -> None:
         assert results == [(float(rank), 1.0 - rank)] * 2
         assert whole == [0.0, 0.0, 1.0]
         assert grad == 2.0
+
+
+def streamed(group):
+    """A streamed step, eager and compiled whole, against one device: relative errors, and the graphs that were made."""
+    from torch._dynamo.utils import counters
+
+    from race_dist import RaceConfig
+    from race_dist.models import DecoderLM, ModelConfig
+    from race_dist.streaming import streamed_backward
+
+    config = ModelConfig(vocab_size=256, dim=256, num_layers=2, num_heads=2, layer_pattern="R", race=RaceConfig())
+    ids, labels = torch.randint(0, 256, (2, 1, 16384), generator=torch.Generator().manual_seed(0))
+
+    def gradient(shared: bool, compiled: bool, narrow: bool = True) -> torch.Tensor:
+        net = DecoderLM(config).cuda()
+        if compiled:
+            for block in net.blocks:
+                block.compile(dynamic=False, fullgraph=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            streamed_backward(net, ids, labels, chunk_size=2048 if shared else 4096, group=group if shared else None)
+        return torch.cat([p.grad.flatten() for p in net.parameters()]).double()
+
+    error = lambda a, b: float((a - b).norm() / b.norm())
+    one = gradient(False, False)
+    noise = error(one, gradient(False, False, narrow=False))
+    counters.clear()
+    errors = error(gradient(True, False), one), error(gradient(True, True), one)
+    return errors, noise, counters["stats"]["unique_graphs"]
+
+
+def test_a_streamed_step_over_nccl() -> None:
+    for outcome in spawn_ranks(2, streamed, timeout=240.0, cuda=True):
+        assert outcome.error is None, outcome.error
+        errors, noise, graphs = outcome.value
+        assert max(errors) <= 2 * noise
+        assert graphs == 1
