@@ -23,10 +23,14 @@ def inspect(device: torch.device) -> list[Finding]:
         gpu = Nvml(device_uuid(device))
     except (ImportError, OSError) as error:
         return [Finding("gpu", "unknown", torch.cuda.get_device_name(device), str(error))]
-    found = [Finding("gpu", "ok", {"name": torch.cuda.get_device_name(device), "uuid": device_uuid(device)})]
-    for questions in (_memory, _errors, _links, _fabric, _clocks, _power, _pcie, _others):
-        found += questions(gpu)
-    return found
+    name = Finding("gpu", "ok", {"name": torch.cuda.get_device_name(device), "uuid": device_uuid(device)})
+    return [name, *examine(gpu)]
+
+
+def examine(gpu: Nvml) -> list[Finding]:
+    """What the driver says about a GPU."""
+    return [finding for questions in (_memory, _errors, _links, _fabric, _clocks, _power, _pcie, _others)
+            for finding in questions(gpu)]
 
 
 def _one(name: str, value: object, bad: bool, detail: str, verdict: Verdict = "fail") -> Finding:

@@ -98,7 +98,7 @@ def test_a_time_limit_saves_requeues_and_goes_on(slurm: Slurm, calm: TrainingJob
     slurm.wait(job_id, "CANCELLED")
 
 
-@pytest.mark.parametrize("way", ["--plain", "submitit"])
+@pytest.mark.parametrize("way", ["--plain", pytest.param("submitit", marks=pytest.mark.slow)])
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Path, way: str) -> None:
     job = TrainingJob(tmp_path, "run", steps=20000)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []))
@@ -114,6 +114,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Pa
     assert "nothing to cancel" in race_dist(slurm, job, "launch", "cancel", job_id, "--runs", str(job.runs))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_started_again_in_place(slurm: Slurm, calm: TrainingJob, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, "--plain")
@@ -133,6 +134,7 @@ def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: P
     assert "there is no file or folder" in output(slurm, job, job_id)
 
 
+@pytest.mark.slow
 def test_an_array_is_one_run_for_each_value(slurm: Slurm, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=6)
     printed = race_dist(slurm, job, "launch", "slurm", str(job.config), "--array", "seed=3,4",
