@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -97,7 +98,8 @@ def _is_first(endpoint: str, node_rank: str | None, local_address: str | None) -
 def deepspeed_command(job: JobConfig, words: Sequence[str], *, hostfile: Path | None = None,
                       master_address: str | None = None) -> list[str]:
     """DeepSpeed's launcher. It passes ``--local_rank`` to each rank, which :mod:`race_dist.launch.rank` takes."""
-    command = [python(job), "-m", "deepspeed.launcher.runner", f"--num_gpus={job.ranks_per_node}"]
+    port = 20000 + zlib.crc32(" ".join(words).encode()) % 8192  # its default is one port for all jobs of a machine
+    command = [python(job), "-m", "deepspeed.launcher.runner", f"--num_gpus={job.ranks_per_node}", f"--master_port={port}"]
     if hostfile is not None:
         command += [f"--hostfile={hostfile}", f"--num_nodes={job.nodes}"]
     if master_address is not None:

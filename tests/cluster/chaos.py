@@ -24,7 +24,7 @@ from typing import Any
 from training_job import RACE_DIST, TrainingJob, wait_for
 
 RANKS = 2
-TIMEOUT = 6.0  # seconds a collective waits
+TIMEOUT = 10.0  # seconds a collective waits
 DISK = 24  # MiB of the checkpoints' own small disk
 
 
@@ -214,7 +214,8 @@ def another_configuration(chaos: Chaos) -> bool:
     for rank in range(RANKS):
         variables = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
                      "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen([*RACE_DIST, "train", str(chaos.job.config), "--resume", "-o", f"optim.lr={1 + rank}e-2"],
+        ranks.append(subprocess.Popen([*RACE_DIST, "train", str(chaos.job.config), "--resume", "-o", f"optim.lr={1 + rank}e-2",
+                                       "-o", "parallel.timeout=60"],
                                       env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     for rank in ranks:
         printed = rank.communicate(timeout=90)[0].decode()
