@@ -25,7 +25,7 @@ FLOORS = {"cli": 7, "cli_launch": 7, "cli_runs": 7, "cli_errors": 7, "training":
           "benchmarks": 6, "models": 5, "streaming": 5, "planning": 5, "nn": 4, "attention": 3, "parallel": 2, "ops": 1,
           "kernels": 0, "carry": 0, "sketch": 0, "hashing": 0, "machine": 0}
 SAME_FLOOR = {("models", "streaming"), ("streaming", "models"), ("planning", "models"), ("benchmarks", "training"),
-              ("launch", "training"), ("launch", "benchmarks"), ("benchmarks", "integrations"),
+              ("launch", "training"), ("benchmarks", "integrations"),
               ("integrations", "training"), ("cli", "cli_errors"), ("cli", "cli_launch"), ("cli_launch", "cli_errors"),
               ("cli", "cli_runs"), ("cli_runs", "cli_errors")}
 
