@@ -34,7 +34,8 @@ def run_folder(folder: Path, name: str, **changes: Any) -> Path:
     records: list[dict[str, Any]] = [
         {"kind": "train", "step": n, "loss": 5 / n**0.3, "bpb": 7 * worse / n**0.3, "lr": 1e-3 / n, "grad_norm": worse + n % 7,
          "tokens_per_second": 1e4 / worse, "seconds": n / 3, "peak_bytes": 2.0**29} for n in range(1, 41)]
-    records += [{"kind": "eval", "step": n, "loss": 5 / n**0.3, "bpb": 7.2 * worse / n**0.3, "tokens": 100} for n in (10, 20, 30, 40)]
+    records += [{"kind": "eval", "step": n, "loss": 5 / n**0.3, "bpb": 7.2 * worse / n**0.3, "tokens": 100}
+                for n in (10, 20, 30, 40)]
     records.append({"kind": "event", "step": 12, "what": "skipped", "text": "the loss is <nan> & more"})
     directory.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
     directory.machine.write_text(json.dumps({"processor": "a <fast> one", "dp": 2, "sp": 1, "parameters": 12345}))
