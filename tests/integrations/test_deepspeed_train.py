@@ -143,6 +143,7 @@ def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
             ({"optimizer": {"type": "AdamW"}}, {}, "deepspeed.optimizer is not read"),
             ({"race_attention": {"layout": "zigzag"}}, {}, "layout = 'zigzag' but parallel.layout = 'contiguous'"),
             ({}, {"precision": "float64"}, 'precision = "float64" is not known to DeepSpeed'),
+            ({"zero_optimization": {"stage": 3}}, {"compile": True}, "traces blocks whose weights ZeRO-3 has taken apart"),
             ({}, {"parallel": {"sharding": "fsdp"}}, "set deepspeed.zero_optimization.stage")):
         config = parse_config(settings(text, engine="deepspeed", deepspeed=deepspeed, **changes))
         with pytest.raises(ValueError, match=message):
