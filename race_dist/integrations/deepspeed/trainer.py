@@ -249,8 +249,8 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
                          "deepspeed.zero_optimization.stage")
     tree = dict(config.deepspeed)
     if config.compile and (tree.get("zero_optimization") or {}).get("stage") == 3:
-        raise ValueError("compile = true traces blocks whose weights ZeRO-3 has taken apart, which fails: set compile = false, or "
-                         "deepspeed.zero_optimization.stage to at most 2")
+        raise ValueError("compile = true traces blocks whose weights ZeRO-3 has taken apart, which fails: set compile = false, "
+                         "or deepspeed.zero_optimization.stage to at most 2")
     for key, instead in (("optimizer", "optim"), ("scheduler", "optim.lr, optim.warmup_steps and optim.final_lr")):
         if tree.get(key, "auto") != "auto":
             raise ValueError(f'deepspeed.{key} is not read by race-dist train: set {instead} of the run')
