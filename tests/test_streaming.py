@@ -175,9 +175,9 @@ def test_sketches_recovered_by_subtraction(pattern: str, normalization: str) -> 
 
 
 def test_subtraction_costs_no_digits_in_float32() -> None:
-    """The sketches are float64 sums of what float32 chunks add: 128 of them taken away again leave the early ones whole."""
+    """The sketches are float64 sums of what float32 chunks add: 64 of them taken away again leave the early ones whole."""
     net = model(decay="none").float()
-    ids, labels = text(1, 2048)
+    ids, labels = text(1, 1024)
     streamed_backward(net, ids, labels, chunk_size=16)
     wanted = gradients(net)
     net.zero_grad()

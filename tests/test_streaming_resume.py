@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from race_dist.models import DecoderLM
-from race_dist.streaming import Progress, StepCheckpoint, StepInterrupted, streamed_backward
+from race_dist.parallel.comm import packed_size
+from race_dist.streaming import Progress, StepCheckpoint, StepInterrupted, carries, streamed_backward
 from tests.test_streaming import assert_same, gradients, model, text
 
 LENGTH, CHUNK = 43, 10  # five chunks: 4 forward, 5 backward
@@ -174,3 +175,16 @@ def test_ctrl_c_without_a_checkpoint_says_that_nothing_is_kept() -> None:
         step(net, progress=press)
     assert all(p.grad is None for p in net.parameters())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_carries_in_several_slabs(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences allocate their carries piece by piece; stored every chunk, in both phases."""
+    net, again = model(), model()
+    step(net)
+    size = packed_size(net.zero_carry(1, state_dtype=torch.float64).tensors())
+    monkeypatch.setattr(carries, "SLAB", rows * size)
+    with pytest.raises(StepInterrupted):
+        step(model(), checkpoint=StepCheckpoint(tmp_path, every=0, stop=after(6)))
+    step(again, checkpoint=StepCheckpoint(tmp_path, every=0))
+    assert_same(gradients(again), gradients(net), 0.0)

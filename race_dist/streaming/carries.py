@@ -67,12 +67,14 @@ class Carries:
         return self._like.with_tensors(tuple(next(tensors) if kept else torch.zeros_like(t) for t, kept in every))
 
     def rows(self, first: int) -> Tensor | None:
-        """``[count - first, bytes]``: those from ``first`` on, to be stored; None where there are none."""
+        """``[count - first, bytes]`` on the CPU: those from ``first`` on, to be stored; None where there are none."""
         if first >= self._count:
             return None
         if self._stream is not None:
             self._stream.synchronize()
-        return torch.stack([self._slot(i) for i in range(first, self._count)])
+        begins = range(0, self._count, self._rows)  # of the slabs
+        parts = [slab[max(0, first - begin):self._count - begin] for slab, begin in zip(self._slabs, begins, strict=True)]
+        return torch.cat([part.cpu() for part in parts if len(part)])
 
     def restore(self, rows: Tensor) -> None:
         """Put back what :meth:`rows` gave.

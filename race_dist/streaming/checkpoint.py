@@ -140,7 +140,7 @@ class Store:
         before = self._about(self._generation)
         files, rows = list(before.get("carries", ())), new_rows(self._rows)
         if rows is not None and len(rows):
-            _write(self.folder / f"carries-{self._rows}.safetensors", {"rows": rows.cpu()})
+            _write(self.folder / f"carries-{self._rows}.safetensors", {"rows": rows})
             files.append(self._rows)
             self._rows += len(rows)
         _write(self.folder / f"{generation}.safetensors", {name: t.detach().cpu().contiguous() for name, t in tensors.items()})

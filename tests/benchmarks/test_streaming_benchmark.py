@@ -100,8 +100,8 @@ def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
 def test_a_million_tokens_take_the_memory_of_a_hundred_thousand(tmp_path: Path) -> None:
     """One exact optimizer step of a whole model; resident memory within 3%, carries at chunk starts apart."""
     tiny, out = tmp_path / "tiny.toml", tmp_path / "figures.json"
-    tiny.write_text("[model]\ndim = 32\nnum_layers = 1\nnum_heads = 1\nffn_dim = 64\ntie_embeddings = true\n"
-                    "[model.race]\nnum_tables = 1\nnum_planes = 2\n")
+    tiny.write_text("[model]\ndim = 16\nnum_layers = 1\nnum_heads = 1\nffn_dim = 32\ntie_embeddings = true\n"
+                    '[model.race]\nnum_tables = 1\nnum_planes = 2\noutput_gate = false\ndecay = "multiscale"\n')
     command = [sys.executable, "-m", "race_dist.cli", "bench", "streaming", str(tiny), "--lengths", "131072,1048576",
                "--chunk", "16384", "--threads", "1", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=290,
