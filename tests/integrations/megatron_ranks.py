@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -171,3 +172,26 @@ def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = N
     grads = whole_weights(model.module, parallel_state.get_tensor_model_parallel_group(), lambda p: p.main_grad)
     grads = from_megatron(grads, config, dict.fromkeys(weights(config)))
     return Outcome(float(all_reduce_sum(loss, group)), {name: g.numpy() for name, g in grads.items()})
+
+
+def losses_of_training(config: ModelConfig, steps: int, *, use_distributed_optimizer: bool) -> list[float]:
+    """Mean losses of some optimizer steps on the same batch."""
+    model = build(config)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(
+        use_distributed_optimizer=use_distributed_optimizer), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(
+        optimizer="adam", lr=1e-2, use_distributed_optimizer=use_distributed_optimizer), [ddp], use_gloo_process_groups=False)
+    place, (tokens, labels) = Place.of(), batch()
+    count = int((labels != -100).sum())
+    ids, labels = (place.part(x, "zigzag", False) for x in (tokens, labels))
+    means = []
+    for _ in range(steps):
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = ddp(ids, torch.zeros_like(ids), None, labels=labels.clamp(min=0))
+        loss = (losses * (labels != -100)).sum() / count
+        loss.backward()
+        finalize_model_grads([ddp])
+        optimizer.step()
+        means.append(float(all_reduce_sum(loss, parallel_state.get_data_parallel_group(with_context_parallel=True))))
+    return means

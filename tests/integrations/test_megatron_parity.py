@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import spawn_ranks
-from megatron_ranks import LENGTH, ROWS, Outcome, Packed, layout, model_config, native, run
+from megatron_ranks import LENGTH, ROWS, Outcome, Packed, layout, losses_of_training, model_config, native, run
 from torch.distributed import ProcessGroup
 
 TOLERANCE = 1e-6
@@ -55,6 +55,20 @@ def run_cases(world: int, cases: list[Case]) -> list[list[Outcome]]:
 def test_one_rank_and_two() -> None:
     run_cases(1, [Case(1, 1), Case(1, 1, {"_layer_pattern": "RS", "_rope_base": None})])
     run_cases(2, [Case(1, 1), Case(1, 2), Case(2, 1)])
+
+
+def trained(_: ProcessGroup) -> list[list[float]]:
+    """Losses of four steps of megatron-core's optimizer, with its states on every rank and divided over the ranks."""
+    with layout(1, 1):
+        return [losses_of_training(model_config(), 4, use_distributed_optimizer=divided) for divided in (False, True)]
+
+
+def test_the_distributed_optimizer_steps_alike() -> None:
+    for rank in spawn_ranks(2, trained, timeout=120):
+        assert rank.error is None, rank.error
+        whole, divided = rank.value
+        assert whole[-1] < whole[0] - 1
+        assert divided == pytest.approx(whole, abs=TOLERANCE)
 
 
 def test_four_ranks() -> None:

@@ -105,6 +105,18 @@ def test_a_run_is_the_trainers_and_resumes_under_another_layout(folder: Path) ->
     assert result.output.startswith("12")
 
 
+def test_bfloat16_learns_as_the_trainer_does(folder: Path) -> None:
+    """Its weights are bfloat16 beside float32 ones in the optimizer, the trainer's are float32 under autocast."""
+    for name in ("native", "megatron"):
+        arguments = ["-o", f"name={name}-bfloat16", "-o", f"engine={name}", "-o", "precision=bfloat16", "-o", "optim.lr=2e-3"]
+        result = CliRunner().invoke(app, ["train", str(folder / "tiny.toml"), *arguments, "-o", "checkpoint.every=0"])
+        assert result.exit_code == 0, result.output
+    expected, got = (records(folder, f"{name}-bfloat16") for name in ("native", "megatron"))
+    assert expected["train", 6]["loss"] < expected["train", 1]["loss"] - 0.5
+    for key, line in expected.items():
+        assert got[key]["loss"] == pytest.approx(line["loss"], rel=0.02), key  # bfloat16 has three digits
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ("precision=float64", "does not go with precision"),
     ("parallel.sharding=fsdp", "parameters are divided by parallel.tp"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist.integrations.megatron.cpu import without_cuda
-from race_dist.parallel import barrier
+from race_dist.parallel import gather_objects
 from race_dist.training.checkpoint import CheckpointError, Checkpoints, Saved
 
 
@@ -63,13 +63,19 @@ class MegatronCheckpoints(Checkpoints):
         """Write model and optimizer; ``tensors`` is not looked at."""
         partial, body = self._begin(step, facts)
         done: Future[None] = Future()
-        try:
-            if self.rank == 0:
+        problem = None
+        if self.rank == 0:
+            try:
                 partial.mkdir(parents=True)
-            barrier(self._ranks)
+            except OSError as error:
+                problem = str(error)
+        problem = gather_objects(problem, self._ranks)[0]  # all write, or none
+        try:
+            if problem is not None:
+                raise OSError(problem)
             save_state(partial, self._model, self._optimizer)
             done.set_result(None)
-        except OSError as error:
+        except (OSError, RuntimeError, CheckpointingException) as error:
             done.set_exception(error)
         self._finish(done, partial, body)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import megatron.core.tensor_parallel.random as megatron_random
 import torch
@@ -38,16 +37,21 @@ def without_cuda() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with ExitStack() as stack:
-        for target, name, value in (
-            (torch.cuda, "current_device", lambda: torch.device("cpu")),
-            (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
-            (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
-            (torch.cuda, "synchronize", lambda *_: None),
-            (torch.cuda, "current_stream", lambda *_: None),
-            (megatron_random, "_lazy_call", lambda *_, **__: None),
-            (fused_softmax, "get_default_causal_mask", lambda size: torch.ones(size, size, dtype=torch.bool).triu(1)),
-        ):
-            stack.enter_context(patch.object(target, name, value))
-        stack.enter_context(_CpuForCuda())
-        yield
+    standing_in: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "current_stream", lambda *_: None),
+        (megatron_random, "_lazy_call", lambda *_, **__: None),
+        (fused_softmax, "get_default_causal_mask", lambda size: torch.ones(size, size, dtype=torch.bool).triu(1)),
+    ]
+    before = [(target, name, getattr(target, name)) for target, name, _ in standing_in]
+    try:
+        for target, name, value in standing_in:
+            setattr(target, name, value)
+        with _CpuForCuda():
+            yield
+    finally:
+        for target, name, value in before:
+            setattr(target, name, value)

@@ -25,12 +25,11 @@ class HeadShare:
     neighbouring ranks, which then hold the same keys and values and different queries.
 
     Attributes:
-        heads, kv_heads: on this rank.
+        kv_heads: on this rank.
         first_kv_head: global index of the first of them.
         replicated: whether a key/value head serves several ranks.
     """
 
-    heads: int
     kv_heads: int
     first_kv_head: int
     replicated: bool
@@ -39,10 +38,8 @@ class HeadShare:
     def of(cls, config: RaceTransformerConfig, group: ProcessGroup | None) -> HeadShare:
         """Of this rank of the tensor-parallel group."""
         rank, size = group_rank(group), group_size(group)
-        heads, groups = int(config.num_attention_heads), config.race_query_groups
-        if groups < size:
-            return cls(heads // size, 1, rank * groups // size, replicated=True)
-        return cls(heads // size, groups // size, rank * groups // size, replicated=False)
+        groups = config.race_query_groups
+        return cls(max(1, groups // size), rank * groups // size, replicated=groups < size)
 
 
 class HeadModule(MegatronModule):  # type: ignore[misc]

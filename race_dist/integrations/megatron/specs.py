@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from race_dist.integrations.megatron.config import RaceTransformerConfig, race_config
 from race_dist.integrations.megatron.core_attention import RaceCoreAttention
 from race_dist.integrations.megatron.self_attention import RaceSelfAttention
+from race_dist.parallel import group_rank
 
 try:
     import transformer_engine  # noqa: F401
@@ -127,7 +128,9 @@ class RaceTransformerLayer(TransformerLayer):  # type: ignore[misc]
                  **kwargs: Any) -> None:
         config = race_config(config, "RaceTransformerLayer")
         race, softmax = submodules
-        offset = get_transformer_layer_offset(config, vp_stage=vp_stage) if kwargs.get("add_layer_offset", True) else 0
+        stage = getattr(kwargs.get("pg_collection"), "pp", None)
+        pp_rank = None if stage is None else group_rank(stage)
+        offset = get_transformer_layer_offset(config, vp_stage, pp_rank) if kwargs.get("add_layer_offset", True) else 0
         chosen = race if config.race_pattern()[layer_number - 1 + offset] else softmax
         super().__init__(config, chosen, layer_number, *args, vp_stage=vp_stage, **kwargs)
 
