@@ -83,6 +83,8 @@ def wrong(group: Any, what: str) -> None:
         sequence_parallel(build("llama"), group)
     model = build("llama", implementation="race", num_hidden_layers=1 + (what == "models" and dist.get_rank(group)))
     sequence_parallel(model, group)
+    if what == "switched":
+        model.set_attn_implementation("sdpa")
     whole = batch("packed" if what == "positions" else "plain")
     if what == "rows":
         shard_batch(whole | {"position_ids": torch.cat([torch.arange(8), torch.arange(16)])[None]}, group)
@@ -101,7 +103,8 @@ def wrong(group: Any, what: str) -> None:
 @pytest.mark.parametrize(("what", "message"), [
     ("softmax", r"layers \[0, 1\] are softmax attention"), ("models", "the ranks do not agree on the model"),
     ("labels", "labels of a shard need shift_labels"), ("rows", "need a batch of one row; got 2"),
-    ("positions", "position_ids start anew inside a shard"), ("cache", "decoding over a shared sequence"),
+    ("positions", "position_ids start anew inside a shard"), ("switched", "has become 'sdpa' since sequences are shared"),
+    ("cache", "decoding over a shared sequence"),
 ])
 def test_what_cannot_be_shared_is_refused(what: str, message: str) -> None:
     with pytest.raises(RankError, match=message):

@@ -25,6 +25,7 @@ class RowsHook:
     def __init__(self, decoder: nn.Module) -> None:
         self.group: ProcessGroup | None = None
         self.layout = "contiguous"
+        self.implementation = ""  # when the group was set: another one may see its own shard only
         self._signature = inspect.signature(type(decoder).forward)
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -35,6 +36,9 @@ class RowsHook:
             return args, kwargs
         if call.get("output_attentions") or decoder.config.output_attentions:
             raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
+        if self.group is not None and decoder.config._attn_implementation != self.implementation:
+            raise ValueError(f"the attention implementation has become {decoder.config._attn_implementation!r} since sequences "
+                             "are shared: call sequence_parallel again")
         cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
         if cache is not None:
             check_cache(cache)
@@ -116,6 +120,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
                          f'use attn_implementation="{IMPLEMENTATION}"')
     hook = attach(model)
     hook.group, hook.layout = group, check_layout(layout)
+    hook.implementation = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     if group is not None:
         check_ranks_agree({"the model's configuration": _facts(model), "the layout": layout}, group,
                           what="the model that shares sequences")
