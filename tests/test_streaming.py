@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -231,6 +232,27 @@ def test_compiled_blocks_run_one_graph_in_both_phases() -> None:
     assert counters["stats"]["unique_graphs"] == 1  # for all blocks, chunks and phases
     assert abs(float(loss - eager)) <= 1e-6
     assert_same(gradients(net), wanted, 1e-4)
+
+
+def test_a_chunks_graph_is_gone_before_the_next_begins() -> None:
+    """Compiled blocks record a graph in the forward phase too; two chunks' activations must never stand at once."""
+    net, (ids, labels), alive = model(), text(1, 64), []
+    for block in net.blocks:
+        block.compile(dynamic=False, backend="aot_eager")
+    hidden = net.hidden
+
+    def watched(*args: Any, **options: Any) -> Any:
+        assert all(reference() is None for reference in alive)
+        h, carry = hidden(*args, **options)
+        node = next(t.grad_fn for t in carry.tensors() if t.grad_fn is not None)
+        hook = lambda *_: None
+        node.register_hook(hook)  # lives as long as the graph does
+        alive[:] = [weakref.ref(hook)]
+        return h, carry
+
+    net.hidden = watched  # type: ignore[method-assign]
+    streamed_backward(net, ids, labels, chunk_size=16)
+    assert alive
 
 
 def test_full_softmax_is_refused_with_the_reason() -> None:

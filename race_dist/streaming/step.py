@@ -191,12 +191,16 @@ class _Step:
         if self.phase != "forward":
             return
         for chunk, ids, _ in self.stream.text.read(range(self.done, self.stream.text.count - 1)):
-            with torch.set_grad_enabled(self.stream.compiled):  # a compiled graph rounds as it does in the backward phase
-                _, carry = self.stream.hidden(ids, as_leaves(self.carry)[0], chunk)
-            self.carry = carry.with_tensors(tuple(t.detach() for t in carry.tensors()))
+            self.carry = self._forward_chunk(chunk, ids)
             self.carries.push(self.carry)
             self._chunk_done("forward", chunk.index + 1)
         self.phase, self.done = "backward", 0
+
+    def _forward_chunk(self, chunk: Chunk, ids: Tensor) -> ModelCarry:
+        """The carry behind a chunk; its graph, if there is one, ends here."""
+        with torch.set_grad_enabled(self.stream.compiled):  # a compiled graph rounds as it does in the backward phase
+            _, after = self.stream.hidden(ids, as_leaves(self.carry)[0], chunk)
+        return after.with_tensors(tuple(t.detach() for t in after.tensors()))
 
     def backward(self) -> None:
         """Add up the gradients, from the last chunk to the first."""
