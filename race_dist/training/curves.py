@@ -48,8 +48,9 @@ def draw_loss(runs: Sequence[Curves], title: str = "") -> Figure:
     for colour, run in zip(_colours(runs), runs):
         top.plot(*run.of("train", "bpb"), color=colour, alpha=FADED, linewidth=1)
         steps, values = run.of("eval", "bpb")
-        top.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=2, label=f"{run.name}, held out")
-        if steps:
+        several = f": {values[-1]:.3f}" if steps and len(runs) > 1 else ""
+        top.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=2, label=f"{run.name}, held out{several}")
+        if steps and len(runs) == 1:
             top.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(0, 9),
                          ha="right", color=colour, fontsize=10, fontweight="bold")
         bottom.plot(*run.of("train", "lr"), color=colour)

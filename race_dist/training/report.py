@@ -35,7 +35,8 @@ p.note, figcaption { color: #5a6472; } figure { margin: 0; } svg { width: 100%; 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-td { overflow-wrap: anywhere; } td.n { text-align: right; white-space: nowrap; }
+td { overflow-wrap: anywhere; } td:first-child { white-space: nowrap; } td.n { text-align: right; white-space: nowrap; }
+table.numbers th:not(:first-child) { text-align: right; }
 tr.differs td { background: #fff7e6; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 pre { background: #f7fafc; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
@@ -137,7 +138,7 @@ def _summary(runs: Sequence[_Run]) -> str:
                  f"{data.batch_size:,} x {data.context:,}", _number(run.last("train", "tokens_per_second"), ",.0f"),
                  _number(mfu, ".1%"), "?" if memory is None else f"{memory / 2**30:.2f} GiB", _number(seconds, ",.0f", " s"))
         rows.append(f"<tr><td>{dot}{escape(run.name)}</td>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) + "</tr>")
-    return _table(head, rows)
+    return _table(head, rows).replace("<table>", "<table class=numbers>")
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
