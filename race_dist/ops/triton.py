@@ -110,10 +110,11 @@ def unsupported(p: Problem) -> str | None:
 
 
 def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
-    """The call's plan, made once for each kind of call: host time decides short sequences."""
-    _, tables, number, dim = p.planes.shape
-    batch, length, heads = p.k.shape[:3]
-    return _make_plan((dim, p.v.shape[3], tables, number, p.q.shape[2] // heads), p.causal, p.normalization,
+    """The call's plan, made once for each kind of call: host time decides short sequences. A compiler that traces with
+    symbolic sizes specializes here: states are as many as the plan's tiles."""
+    _, tables, number, dim = map(int, p.planes.shape)
+    batch, length, heads = map(int, p.k.shape[:3])
+    return _make_plan((dim, int(p.v.shape[3]), tables, number, int(p.q.shape[2]) // heads), p.causal, p.normalization,
                       (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None), p.q.dtype,
                       p.planes.dtype != p.q.dtype, bulk, need_planes, work_bucket(batch * heads * length),
                       _shared_limit(p.q.device), _has_pipes(p.q.device))

@@ -90,6 +90,7 @@ def test_pipelines_agree_with_float64(name: str) -> None:
                 found[f"dinitial.{part}"] = relative_error(getattr(gradients.initial, part),
                                                            getattr(right_gradients.initial, part))
     assert max(found["out"], found["final"]) <= 4e-3, found
+    assert found.pop("dbeta") <= 5e-2, found  # a sum over all tokens that nearly cancels
     assert max(found.values()) <= 1e-2, found
 
 

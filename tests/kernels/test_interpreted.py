@@ -106,3 +106,12 @@ def test_what_it_cannot_do_it_says() -> None:
     case = draw(3, SMALL, dtype=torch.float64)
     with pytest.raises(ValueError, match=r'bfloat16, float16 and float32; got torch.float64; use backend="chunked"'):
         backend.forward(case.problem)
+
+
+def test_the_custom_op_is_registered_right_for_it() -> None:
+    """With symbolic sizes too: the states' shape comes from a plan."""
+    p = draw(4, replace(SMALL, length=40), dtype=torch.float32).problem
+    initial = (None, None) if p.initial is None else p.initial.tensors()
+    arguments = (p.q.requires_grad_(), p.k.requires_grad_(), p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
+                 *initial, p.causal, p.normalization, "triton")
+    torch.library.opcheck(torch.ops.race_dist.attention.default, arguments)
