@@ -120,6 +120,27 @@ def main() -> None:
             report["measures"][name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(name, _summary(report["measures"][name]), flush=True)
+    draw(report, options.out.with_suffix(".png"))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """A picture of forward + backward times by length, RACE beside softmax, from the measures at BASE's sizes."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, measure in report["measures"].items():
+        if name == "P=4 L=4" or name.startswith("softmax"):
+            for candidate, row in measure.get("rows", {}).items():
+                lines.setdefault(candidate, []).append((measure["length"], row["forward_backward_ms"]["p50"]))
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for candidate, points in lines.items():
+        axes.loglog(*zip(*sorted(points)), marker="o", label=candidate)
+    axes.set(xlabel="tokens", ylabel="forward + backward, ms (median)",
+             title=f"{report['machine'].get('gpu', '')}, bfloat16, H = {BASE.heads}, D = {BASE.head_dim}, L = 4, P = 4, causal")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
 
 
 def _summary(result: dict[str, Any]) -> str:
