@@ -11,6 +11,7 @@ from race_dist.planning.cluster import GPU
 from race_dist.planning.costs import Machine, attention_seconds, elementwise_seconds, passes, product_seconds
 
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")  # cuBLAS's names on several generations
+LEAST = 1e-3  # of a rate: a profile without such kernels is not the end of a benchmark
 ATTENTION = ("tile_sums", "tile_query_sums", "scan_tiles", "walk_", "snapshot_", "pipe_")  # race_dist.kernels
 
 
@@ -50,8 +51,8 @@ def measured_rates(job: Job, chunk_size: int, gpu: GPU, kernels: Sequence[Mappin
     ideal = Machine(job, Cluster(gpu, 1), Rates(matmul=1.0, bandwidth=defaults.bandwidth, attention={features: (1.0, 1.0)}))
     forward, backward = attention_seconds(job, layout, ideal)
     attention = job.context * job.batch * (forward * passes(job, layout).forward + backward)
-    slower = max(spent["attention"], 1e-9) / attention
-    matmul = _product_rate(job, layout, gpu, spent["products"])
+    slower = max(LEAST, spent["attention"] / attention)
+    matmul = max(LEAST, _product_rate(job, layout, gpu, spent["products"]))
     rest = spent["element-wise"] / elementwise_seconds(job, layout, ideal)
     names = ("compiled_forward", "compiled_backward") if job.compiled else ("elementwise_forward", "elementwise_backward")
     scaled = {name: round(getattr(defaults, name) * rest, 3) for name in names}

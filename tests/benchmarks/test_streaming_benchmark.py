@@ -111,3 +111,10 @@ def test_a_million_tokens_take_the_memory_of_a_hundred_thousand(tmp_path: Path) 
     assert long["tokens"] == 2**20
     assert long["state_bytes"] == 8 * short["state_bytes"]
     assert long["peak_bytes"] - long["state_bytes"] <= 1.03 * short["peak_bytes"]
+
+
+def test_a_profile_without_known_kernels_still_gives_rates() -> None:
+    job = Job(ModelConfig(vocab_size=256, dim=128, num_layers=1, num_heads=1), 4096, 1)
+    rates = measured_rates(job, 1024, find_gpu("h100"), [{"name": "something_else", "ms": 1.0}], source="made up")
+    assert rates.attention[64][0] > 0
+    assert 0 < rates.matmul <= 1
