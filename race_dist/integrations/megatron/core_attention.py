@@ -96,8 +96,11 @@ class RaceCoreAttention(HeadModule):
         for name, value in self._constants(torch.empty(0, **where)).items():
             self.register_buffer(name, value, persistent=False)
         if not self.race.train_planes:
-            origin = [self.race.seed, self.layer, self.race.num_tables, self.race.num_planes, int(self.race.share_planes)]
-            self.register_buffer("planes_of", torch.tensor(origin, dtype=torch.int64, device=where["device"]))
+            self.register_buffer("planes_of", torch.tensor(self._origin(), dtype=torch.int64, device=where["device"]))
+
+    def _origin(self) -> list[int]:
+        """What the hyperplanes are drawn from."""
+        return [self.race.seed, self.layer, self.race.num_tables, self.race.num_planes, int(self.race.share_planes)]
 
     def _constants(self, like: Tensor) -> dict[str, Tensor]:
         race, share = self.race, self.share
@@ -126,11 +129,11 @@ class RaceCoreAttention(HeadModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        loaded, own = state_dict.get(prefix + "planes_of"), self._buffers.get("planes_of")
-        if loaded is not None and own is not None and loaded.tolist() != own.tolist():
+        loaded, own = state_dict.get(prefix + "planes_of"), self._origin()  # dist_checkpointing has written the buffer already
+        if loaded is not None and "planes_of" in self._buffers and loaded.tolist() != own:
             names = ("race_seed", "layer", "race_num_tables", "race_num_planes", "race_share_planes")
             differ = [f"{name} {there} there and {here} here"
-                      for name, there, here in zip(names, loaded.tolist(), own.tolist(), strict=True) if there != here]
+                      for name, there, here in zip(names, loaded.tolist(), own, strict=True) if there != here]
             error_msgs.append(f"{prefix.removesuffix('.')}: the checkpoint's weights were trained with other hyperplanes: "
                               + ", ".join(differ))
             return
