@@ -118,6 +118,7 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         if self.metrics is not None:
             self.metrics.say(trainer.describe())
+        self._tell_problems()
         self.step_flops, self.peak_flops = step_flops(trainer.config), peak_flops(trainer.config, trainer.ranks)
         self.logged = self.saved = time.perf_counter()
         self.since = 0
@@ -246,4 +247,4 @@ class _Run:
     def _tell_problems(self) -> None:
         problems, self.store.problems = self.store.problems, []
         for problem in problems:
-            self._tell("checkpoint failed", problem)
+            self._tell("checkpoint trouble", problem)

@@ -196,6 +196,20 @@ def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     assert curve(config) == before
 
 
+def test_a_damaged_checkpoint_is_told_when_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    go(config, stop_after=7)
+    undisturbed = curve(config)
+    path = RunDirectory(config.directory)
+    (newest,) = path.checkpoints.glob("*-step-00000007")
+    cut(next(newest.glob("*.safetensors")))
+    go(config, resume=True, stop_after=7)
+    assert curve(config) == undisturbed
+    events = [r for r in read_metrics(path.metrics) if r["kind"] == "event" and r["what"] == "checkpoint trouble"]
+    assert [r["step"] for r in events] == [5]
+    assert "is damaged" in events[0]["text"]
+
+
 def test_a_run_resumes_only_what_it_was(tmp_path: Path) -> None:
     config = settings(tmp_path)
     go(config, stop_after=3)

@@ -87,6 +87,14 @@ def test_clipping_bounds_the_gradient_and_reports_its_norm(tmp_path: Path) -> No
     assert float(torch.nn.utils.get_total_norm(grads)) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_have_the_same_losses(tmp_path: Path) -> None:
+    plain, compiled = alone(settings(tmp_path)), alone(settings(tmp_path, compile=True))
+    for _ in range(4):
+        assert compiled.train_step().loss == pytest.approx(plain.train_step().loss, abs=1e-5)
+    assert compiled.evaluate().loss == pytest.approx(plain.evaluate().loss, abs=1e-5)
+
+
 def test_a_run_can_be_repeated_bit_by_bit(tmp_path: Path) -> None:
     config = settings(tmp_path)
     first, second = alone(config), alone(config)
