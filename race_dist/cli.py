@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from race_dist import __version__
 from race_dist.cli_errors import default_device, failures, user_errors
 from race_dist.cli_launch import launch, preflight
 from race_dist.cli_runs import runs
+
+if TYPE_CHECKING:
+    from race_dist.training.trainer import Trainer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode="markdown",
@@ -58,7 +61,6 @@ def train(
     from race_dist.parallel.watch import guard_stalls
     from race_dist.training import loop
     from race_dist.training.config import load_config
-    from race_dist.training.rehearsal import rehearse
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.telemetry import Telemetry
     from race_dist.training.trainer import open_corpus
@@ -84,10 +86,7 @@ def train(
         if place.rank == 0 and not dry_run:
             directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)
     if dry_run:
-        with failures():
-            for line in rehearse(trainer):
-                print(line, flush=True) if place.rank == 0 else None
-            shutdown()
+        _rehearse(trainer)
         return
     guard_stalls(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
     telemetry = Telemetry(place.device, tokens=lambda: trainer.step * settings.data.batch_size * settings.data.context)
@@ -97,6 +96,17 @@ def train(
         shutdown()
     if outcome.stopped:
         raise typer.Exit(loop.STOPPED)
+
+
+def _rehearse(trainer: Trainer) -> None:
+    from race_dist.parallel.mesh import shutdown
+    from race_dist.training.rehearsal import rehearse
+
+    with failures():
+        for line in rehearse(trainer):
+            if trainer.ranks.rank == 0:
+                print(line, flush=True)
+        shutdown()
 
 
 def _again(config: Path, override: list[str] | None, overwrite: bool, resume: bool, dry_run: bool) -> list[str]:

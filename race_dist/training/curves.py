@@ -37,7 +37,7 @@ class Curves:
 
     def of(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one kind of record; of a step that was made twice (after a roll-back), the last."""
-        found = {r["step"]: r[key] for r in self.records if r["kind"] == kind and key in r}
+        found = {r["step"]: r[key] for r in self.records if r["kind"] == kind and r.get(key) is not None}
         return list(found), list(found.values())
 
 

@@ -118,6 +118,7 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         if self.metrics is not None:
             self.metrics.say(trainer.describe())
+            self.began -= self.metrics.seconds_before
         self._tell_problems()
         self.step_flops, self.peak_flops = step_flops(trainer.config), peak_flops(trainer.config, trainer.ranks)
         self.logged = self.saved = time.perf_counter()

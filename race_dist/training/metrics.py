@@ -24,7 +24,10 @@ class Metrics:
     """Writes each record as one line of JSON and shows it: a bar on a terminal, plain lines elsewhere.
 
     Only one rank should make one. A record has ``step`` and ``kind`` ("train", "eval" or "event"); the file is flushed after
-    every record, so that a run that dies leaves what it knew.
+    every record, so that a run that dies leaves what it knew. What is no number is null there.
+
+    Attributes:
+        seconds_before: that the run had taken before it was resumed.
 
     Args:
         path: of the file; what another process wrote there about later steps than ``after`` is dropped.
@@ -38,7 +41,9 @@ class Metrics:
                  board: Path | None = None) -> None:
         self._board = None if board is None else _summary_writer(board, after)
         self.console = console or Console(highlight=False)
-        self._evaluated = {r["step"] for r in _drop_after(path, after) if r["kind"] == "eval"}
+        kept = _drop_after(path, after)
+        self._evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
+        self.seconds_before = max((r["seconds"] or 0.0 for r in kept if "seconds" in r), default=0.0)
         self._file = path.open("a", encoding="utf-8")
         self._held_out = math.nan
         self._steps = steps
@@ -99,6 +104,7 @@ class Metrics:
         self.console.print(f"step {step:{width}d}/{self._steps}  {text}", soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON has no NaN
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board is None:

@@ -108,6 +108,9 @@ def test_a_bad_step_is_skipped_and_said(tmp_path: Path, capsys: pytest.CaptureFi
     run(trainer, RunDirectory(config.directory))
     assert events(config) == [(6, "skipped")]
     assert "step 6: skipped: the loss is " in capsys.readouterr().out
+    lines = RunDirectory(config.directory).metrics.read_text()
+    assert '"grad_norm": null' in lines
+    assert "NaN" not in lines
     assert trainer.step == trainer.position == 16
 
 
