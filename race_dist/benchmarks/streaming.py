@@ -123,7 +123,8 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
                                      keep=options.keep, group=group, progress=watch,
                                      checkpoint=None if watch is None else watch.checkpoint)
 
-    warm = min(length, WARM_CHUNKS * options.chunk_size * group_size(group))
+    step = options.chunk_size * group_size(group)
+    warm = min(length, WARM_CHUNKS * step + length % step)  # a ragged last chunk has a graph of its own
     row["warmup_seconds"] = _seconds(lambda: stream(warm), device)
     if options.profile:
         row["profile"] = {"tokens": warm, **profile(lambda: stream(warm), device)}

@@ -29,5 +29,5 @@ def attention_milliseconds(job: Job, shape: Shape, count: int) -> float:
 
 def step_seconds(job: Job, config: TrainConfig, tokens: int, chunk_size: int, count: int) -> float:
     """One streamed step of ``count`` ranks."""
-    planned = Planned(config.model, tokens, 1, config.precision)
+    planned = Planned(config.model, tokens, 1, config.precision, config.compile)
     return make_plan(planned, Layout(1, count, chunk_size), job.cluster(count)).step

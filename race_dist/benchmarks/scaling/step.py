@@ -18,7 +18,7 @@ RESERVED = 30.0  # seconds kept for what comes after
 def streamed_step(job: Job, config: TrainConfig, tokens: int, chunk_size: int, *, compiled: bool) -> dict[str, Any]:
     """The whole text over all ranks; before it the first rank alone, over a part of it."""
     options = Options(chunk_size, str(job.device), compiled=compiled)
-    part = min(tokens, ALONE * chunk_size)
+    part = max(1, min(tokens // chunk_size, ALONE)) * chunk_size
     job.say(f"streaming {part:,} tokens on one rank")
     alone = measure(config, part, options) if job.rank == 0 else {}
     job.report["streamed_step_alone"] = alone
@@ -29,8 +29,8 @@ def streamed_step(job: Job, config: TrainConfig, tokens: int, chunk_size: int, *
     job.say(f"streaming {whole:,} tokens on {job.size} ranks")
     limited = replace(options, limit=max(1.0, job.left() - RESERVED))
     shared = measure(config, whole, limited, group=job.group(job.size))
-    result: dict[str, Any] = {"alone": alone, "shared": shared, "peak_bytes": job.every(shared["peak_bytes"]),
-              "predicted_seconds": step_seconds(job, config, whole, chunk_size, job.size)}
+    result: dict[str, Any] = {"alone": alone, "shared": shared, "peak_bytes": job.every(shared["peak_bytes"])}
+    result["predicted_seconds"] = step_seconds(job, config, whole, chunk_size, job.size)
     if job.rank == 0 and "tokens_per_second" in alone and "tokens_per_second" in shared:
         result["speedup"] = shared["tokens_per_second"] / alone["tokens_per_second"]
         result["efficiency"] = result["speedup"] / job.size
