@@ -78,7 +78,7 @@ class Trainer:
                 divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
         """
         self.config, self.ranks = config, ranks
-        self.corpus = open_corpus(config, ranks.dp, ranks.sp)
+        self.corpus = open_corpus(config, ranks.dp, ranks.sp, check=ranks.rank == 0)
         self.train, self.held_out = _sides(config, self.corpus)
         self.guard = Guard(config.guard)
         self.step = self.position = 0
@@ -202,9 +202,9 @@ class Trainer:
                f"held out; {config.data.batch_size} x {config.data.context} {unit} a step")
 
 
-def open_corpus(config: TrainConfig, dp: int, sp: int = 1) -> Corpus:
+def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True) -> Corpus:
     """The text of a run, once it is clear that ``dp`` groups of ``sp`` ranks can train on it; ValueError where they
-    cannot."""
+    cannot. One rank's ``check`` that a text file is UTF-8 is enough: ranks compare samples of the text later."""
     data, parts = config.data, config.optim.accumulate
     if data.batch_size % dp:
         raise ValueError(f"data.batch_size is {data.batch_size}, which does not divide over parallel.dp = {dp} "
@@ -214,7 +214,7 @@ def open_corpus(config: TrainConfig, dp: int, sp: int = 1) -> Corpus:
                          f"rank, which do not divide into optim.accumulate = {parts} parts; change one of them")
     check_shards(data.context, data.batch_size // dp // parts, Shard(0, sp, config.parallel.layout),
                  separate=data.documents == "separate")
-    corpus = load_corpus(data.path, data.pattern)
+    corpus = load_corpus(data.path, data.pattern, check=check)
     if corpus.vocab_size > config.model.vocab_size:
         raise ValueError(f"model.vocab_size is {config.model.vocab_size}, but the tokens of {corpus.name} need "
                          f"{corpus.vocab_size}: make it {corpus.vocab_size} or more")
