@@ -44,7 +44,7 @@ def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -
                     str(runs / name))
     folder = job_folder(runs, name)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{job_id.replace('/', '.')}.json"
+    file = folder / f"job-{job_id.replace('/', '.')}.json"
     file.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -67,7 +67,7 @@ def recall(runs: Path, which: str | None = None) -> list[Record]:
 
 
 def _read(runs: Path) -> Iterator[Record]:
-    for file in sorted((runs / FOLDER).glob("*/*.json")):
+    for file in sorted((runs / FOLDER).glob("*/job-*.json")):
         try:
             tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             yield Record(**tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -20,7 +21,7 @@ from race_dist.launch.job import JobConfig
 from race_dist.launch.place import rank_variables
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 from race_dist.launch.records import Record, job_folder, remember
-from race_dist.launch.sbatch import directives, render
+from race_dist.launch.sbatch import directives, preflight_words, render
 
 _ENDED = "ENDED"
 
@@ -68,42 +69,71 @@ class RankTask:
     submitit would answer the signal itself, on rank 0 alone and inside the handler, where no collective save is possible.
     So the ranks get it, save together and exit; rank 0's task then asks for the requeue. After a failure the first task
     that sees it does. SIGTERM comes from Slurm, which ends the job and knows itself whether to requeue it.
+
+    Args:
+        commands: run one after the other, each as one rank: preflight where it is wanted, then training.
+        environment: further variables.
+        folder: to run in.
+        records: the job's own folder, where failures are counted.
+        checkpoints: the run's.
+        restarts: failures in a row without a new checkpoint after which it gives up.
+        requeues: how often the job goes back to the queue, in all.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: str, *, restarts: int,
-                 requeues: int) -> None:
-        self.command, self.environment, self.folder = list(command), dict(environment), folder
-        self.restarts, self.requeues = restarts, requeues
+    def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: str, *, records: str,
+                 checkpoints: str, restarts: int, requeues: int) -> None:
+        self.commands, self.environment, self.folder = [list(c) for c in commands], dict(environment), folder
+        self.records, self.checkpoints, self.restarts, self.requeues = records, checkpoints, restarts, requeues
+        self.asked: list[int] = []
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """Run the rank; returns its exit code where the job is over, raises where it failed."""
-        asked: list[int] = []
-        process: list[subprocess.Popen[bytes]] = []
-
-        def pass_on(number: int, _: object) -> None:
-            asked.append(number)
-            if process:
-                process[0].send_signal(number)
-
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, pass_on)
+            signal.signal(number, self._pass_on)
         environment = {**os.environ, **self.environment, "RACE_DIST_CHILD": "1"}
         environment |= rank_variables(environment)
-        process.append(subprocess.Popen(self.command, env=environment, cwd=self.folder))
-        code = process[0].wait()
-        rank = environment.get("RANK", "0")
-        if signal.SIGTERM not in asked:
+        code, rank = 0, environment.get("RANK", "0")
+        for command in self.commands:
+            self.process = subprocess.Popen(command, env=environment, cwd=self.folder)
+            code = self.process.wait()
+            if code:
+                break
+        training = command is self.commands[-1]  # a preflight that refuses the nodes is no failure to repeat on them
+        if training and signal.SIGTERM not in self.asked:
             if code == EXIT_STOPPED:
-                self._requeue(self.requeues, ask=rank == "0")
-            elif code not in (0, USER_ERROR):
-                self._requeue(self.restarts, ask=True)
+                self._requeue(ask=rank == "0")
+            elif code not in (0, USER_ERROR) and self._worth_another():
+                self._requeue(ask=True)
         if code not in (0, EXIT_STOPPED):
             raise RuntimeError(f"rank {rank} ended with code {code}")
         return code
 
-    def _requeue(self, limit: int, *, ask: bool) -> None:
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= limit:
-            print(f"back in the queue {limit} times already; giving up", file=sys.stderr)
+    def _pass_on(self, number: int, _: object) -> None:
+        self.asked.append(number)
+        if self.process is not None:
+            self.process.send_signal(number)
+
+    def _worth_another(self) -> bool:
+        """Count a failure, once for all tasks; False where they repeat without a new checkpoint."""
+        start = f"{_own_id()}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        tally = Path(self.records) / "failures.jsonl"
+        newest = max((p.name for p in Path(self.checkpoints).glob("*-step-*")), default="")
+        with tally.open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            failures = [json.loads(line) for line in file]
+            if not any(f["start"] == start for f in failures):
+                failures.append({"start": start, "newest": newest})
+                file.write(json.dumps(failures[-1]) + "\n")
+        repeated = sum(1 for f in failures if f["newest"] == newest)
+        if repeated > self.restarts:
+            print(f"{repeated} failures without a new checkpoint; giving up", file=sys.stderr)
+        return repeated <= self.restarts
+
+    def _requeue(self, *, ask: bool) -> None:
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.requeues:
+            print(f"back in the queue {self.requeues} times already; giving up", file=sys.stderr)
             return
         if ask:
             with contextlib.suppress(OSError):  # another task was faster
@@ -130,8 +160,7 @@ def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
                                       python=_submitit_python(job))
     executor.update_parameters(**submitit_parameters(job, first.name, logs))
     environment = job.environment()
-    tasks = [RankTask(in_container(job, rank_command(job, run.arguments(job)), environment, Path.cwd()), environment,
-                      str(Path.cwd()), restarts=job.restarts, requeues=job.requeues) for run in runs]
+    tasks = [_task(job, run, environment) for run in runs]
     if len(tasks) == 1:
         jobs = [executor.submit(tasks[0])]
     else:
@@ -139,6 +168,15 @@ def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
             jobs = [executor.submit(task) for task in tasks]
     return [remember(run.folder, job_id=j.job_id, name=run.name, scheduler="slurm",
                      logs=f"{logs}/{j.job_id}/{j.job_id}_*_log.*") for run, j in zip(runs, jobs, strict=True)]
+
+
+def _task(job: JobConfig, run: Run, environment: Mapping[str, str]) -> RankTask:
+    words = [*([preflight_words(run, job)] if job.preflight else []), run.arguments(job)]
+    commands = [in_container(job, rank_command(job, w), environment, Path.cwd()) for w in words]
+    records = job_folder(run.folder, run.name)
+    records.mkdir(parents=True, exist_ok=True)
+    return RankTask(commands, environment, str(Path.cwd()), records=str(records), restarts=job.restarts, requeues=job.requeues,
+                    checkpoints=str(run.folder / run.name / "checkpoints"))
 
 
 def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def launch_templates() -> None:
 
 
 @launch.command("status")
-def launch_status(which: Annotated[str | None, typer.Argument(metavar="[NAME|ID]")] = None,
+def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")] = None,
                   runs: Runs = Path("runs")) -> None:
     """Say how submitted jobs stand."""
     from race_dist.launch import start
@@ -138,7 +138,7 @@ def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs
 
 
 def preflight(
-    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="[CONFIG]")] = None,
+    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="CONFIG")] = None,
     override: Override = None,
     nproc: Annotated[int | None, typer.Option(
         min=1, metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.")] = None,

@@ -32,7 +32,9 @@ tokens = 64
 tokens = 20
 """
 VERBS = [["train"], ["generate"], ["eval"], ["export"], ["report"], ["data"], ["data", "pack"], ["data", "check"],
-         ["bench"], ["bench", "attention"], ["bench", "decode"]]
+         ["bench"], ["bench", "attention"], ["bench", "decode"],
+         ["preflight"], ["launch"], *(["launch", verb] for verb in (
+             "local", "torchrun", "deepspeed", "slurm", "kubernetes", "templates", "status", "logs", "cancel"))]
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:

@@ -115,15 +115,23 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_is_started_again_in_place(slurm: Slurm, calm: TrainingJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["--plain", "submitit"])
+def test_a_rank_that_dies_is_started_again(slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str) -> None:
+    """In place by the plain file, by way of the queue under submitit; preflight has looked at the machine before."""
     job = TrainingJob(tmp_path, "run", steps=STEPS)
-    job_id = submit(slurm, job, "--plain")
+    job_id = submit(slurm, job, *([way] if way == "--plain" else []), changes=("preflight=true",))
     wait_for(lambda: job.saved() and len(job.ranks()) == 2, "a checkpoint")
     os.kill(job.ranks()[0], 9)
     slurm.wait(job_id, "COMPLETED", timeout=180)
     same(job, calm)
-    assert slurm.job(job_id)["Restarts"] == "0"
-    assert "starting them again in place (1 of 3)" in output(slurm, job, job_id)
+    printed = output(slurm, job, job_id)
+    assert "fit: 2 ranks on" in printed
+    if way == "--plain":
+        assert slurm.job(job_id)["Restarts"] == "0"
+        assert "starting them again in place (1 of 3)" in printed
+    else:
+        assert slurm.job(job_id)["Restarts"] == "1"
+    assert (job.runs / ".jobs" / "run" / "preflight.json").is_file()
 
 
 def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
