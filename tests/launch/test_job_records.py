@@ -18,7 +18,7 @@ def test_jobs_are_found_by_name_id_and_array(tmp_path: Path) -> None:
     assert [r.id for r in recall(tmp_path)] == ["7", "9_0", "9_1"]
     assert [r.id for r in recall(tmp_path, "9")] == ["9_0", "9_1"]
     assert [r.name for r in recall(tmp_path, "b-1")] == ["b-1"]
-    with pytest.raises(ValueError, match="no job 'c' was submitted.*known are a, b-0, b-1"):
+    with pytest.raises(ValueError, match=r"no job 'c' was submitted.*known are a, b-0, b-1"):
         recall(tmp_path, "c")
     (job_folder(tmp_path, "a") / "job-8.json").write_text("[")
     with pytest.raises(ValueError, match=r"job-8\.json is not the record of a job"):
