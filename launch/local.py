@@ -20,6 +20,7 @@ INTERRUPTED = 130
 _POLL = 0.05  # seconds
 _GRACE = 10.0  # seconds in which the ranks beside one that failed may end by themselves, saying what they saw
 _STOP_GRACE = 600.0  # seconds in which ranks that were told to stop may save
+_LEAVE_GRACE = 30.0  # seconds in which the others leave after the first that has saved and left
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -66,9 +67,10 @@ def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str])
 
 
 def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A child that the kernel ends with this process. (preexec_fn is safe here: launchers have no threads.)"""
+    """A child that the kernel ends with this process, in a process group of its own: an interrupt from the keyboard reaches
+    it by way of this process only, and so once. (preexec_fn is safe here: launchers start no threads.)"""
     parent = os.getpid()
-    return subprocess.Popen(command, env={**os.environ, **environment},
+    return subprocess.Popen(command, env={**os.environ, **environment}, process_group=0,
                             preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509
 
 
@@ -85,7 +87,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
         if first is None:
             first = _first_failure(ranks)
             if first is not None:
-                deadline = time.monotonic() + (_STOP_GRACE if ranks[first].returncode == EXIT_STOPPED else _GRACE)
+                deadline = time.monotonic() + (_LEAVE_GRACE if ranks[first].returncode == EXIT_STOPPED else _GRACE)
         if time.monotonic() > deadline:
             break
         time.sleep(_POLL)
@@ -126,7 +128,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: Mapping[str, str],
-              progress: Callable[[], object]) -> int:
+              progress: Callable[[], object], python: str = sys.executable) -> int:
     """Keep a run going on this machine: start its launcher, and start it again when it or a rank of it fails.
 
     Args:
@@ -135,13 +137,14 @@ def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: M
         restarts: failures in a row without progress after which it gives up.
         environment: further variables for the ranks.
         progress: what changes when the run gets further, for example the name of its newest checkpoint.
+        python: the interpreter of the ranks.
 
     Returns:
         0 when the run has ended well; 75 when it saved and stopped because this process was told to; 2 at once for a
         mistake of the user's, which starting again would not mend; else the last exit code.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher dies become children of this process
-    command = [sys.executable, "-m", "race_dist.launch.local", str(nproc), *words]
+    command = [python, "-m", "race_dist.launch.local", str(nproc), *words]
     failures, seen = 0, progress()
     first = seen
     with _signals() as heard:

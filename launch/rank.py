@@ -10,7 +10,6 @@ import faulthandler
 import os
 import re
 import runpy
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,9 +20,10 @@ EXIT_STOPPED = 75  # the run has saved and stopped because it was told to, and w
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``race-dist`` as one rank; exits with its code."""
     parent = os.getppid()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # until a run listens there is nothing to save
-        signal.signal(number, lambda *_: os._exit(EXIT_STOPPED))
     from race_dist.launch.place import bind_to_gpu, die_with_parent, rank_variables, use_local_caches
+    from race_dist.launch.stop import stop_early
+
+    stop_early(EXIT_STOPPED)
 
     local_rank, words = take_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -18,6 +18,8 @@ _BODY = """\
 # was one. A run that was told to stop (SIGUSR1, SIGUSR2 or SIGTERM to the ranks) has saved and exits with {stopped}: the
 # job goes back to the queue. SIGTERM to this script comes from Slurm, which ends the job and knows whether to requeue it.
 ended=0
+export RACE_DIST_STOP_FILE={stop_file}-$SLURM_JOB_ID
+rm -f "$RACE_DIST_STOP_FILE"
 trap 'ended=1' TERM
 
 run_ranks() {{
@@ -30,6 +32,17 @@ run_ranks() {{
         kill -0 "$pid" 2>/dev/null || break  # a signal ends wait before srun has ended
     done
     return "$code"
+}}
+
+requeue() {{
+    if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
+        echo "back in the queue {requeues} times already; giving up with code $1" >&2
+        exit "$1"
+    fi
+    rm -f "$RACE_DIST_STOP_FILE"
+    echo "code $1: back to the queue" >&2
+    scontrol requeue "$SLURM_JOB_ID" || exit "$1"
+    sleep 60  # Slurm ends this script
 }}
 
 newest() {{
@@ -45,6 +58,8 @@ while true; do
     if [ "$code" -eq 0 ] || [ "$code" -eq {user_error} ] || [ "$ended" -eq 1 ]; then
         exit "$code"
     fi
+    # Slurm ends the ranks beside the first that leaves, so one that was told to stop may end with another code
+    [ -e "$RACE_DIST_STOP_FILE" ] && code={stopped}
     if [ "$code" -eq {stopped} ] || [ "$failures" -ge {restarts} ]; then
         break
     fi
@@ -58,13 +73,7 @@ if [ "$code" -ne {stopped} ] && [ "$(newest)" = "$first" ]; then
     echo "no new checkpoint since the job began; giving up with code $code" >&2
     exit "$code"
 fi
-if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
-    echo "back in the queue {requeues} times already; giving up with code $code" >&2
-    exit "$code"
-fi
-echo "code $code: back to the queue" >&2
-scontrol requeue "$SLURM_JOB_ID" || exit "$code"
-sleep 60  # Slurm ends this script
+requeue "$code"
 """
 
 
@@ -105,11 +114,13 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
     check = in_container(job, rank_command(job, preflight_words(run, job)), environment, folder)
     lines = [f"#SBATCH {_directive(d)}" for d in directives(job, run.name, logs)]
     body = _BODY.format(
+        stop_file=shlex.quote(str(job_folder(run.folder, run.name) / "stop")),
         checkpoints=shlex.quote(str(run.folder / run.name / "checkpoints")),
         restarts=job.restarts, requeues=job.requeues, stopped=EXIT_STOPPED, user_error=USER_ERROR,
         environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         srun="".join(f" \\\n        {shlex.quote(o)}" for o in [*srun_container(job, folder), *job.slurm.srun]),
-        preflight=_PREFLIGHT.format(command=_shell(check)) if job.preflight else "", command=_shell(command))
+        preflight=_PREFLIGHT.format(command=_shell(check), stopped=EXIT_STOPPED) if job.preflight else "",
+        command=_shell(command))
     head = f"#!/bin/bash\n# {run.name}: {job.ranks} ranks on {job.nodes} nodes, written by race-dist launch slurm\n"
     return head + "\n".join(lines) + "\n\nset -uo pipefail\n\n" + body
 
@@ -125,6 +136,7 @@ def preflight_words(run: Run, job: JobConfig) -> list[str]:
 
 _PREFLIGHT = """
 if ! run_ranks {command}; then
+    [ -e "$RACE_DIST_STOP_FILE" ] && requeue {stopped}
     echo "preflight refused these nodes; the job is not started on them" >&2
     exit 1
 fi

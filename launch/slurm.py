@@ -101,7 +101,7 @@ class RankTask:
                 break
         training = command is self.commands[-1]  # a preflight that refuses the nodes is no failure to repeat on them
         if training and signal.SIGTERM not in self.asked:
-            if code == EXIT_STOPPED:
+            if code == EXIT_STOPPED or (code and self.asked):
                 self._requeue(ask=rank == "0")
             elif code not in (0, USER_ERROR) and self._worth_another():
                 self._requeue(ask=True)

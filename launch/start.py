@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from race_dist.launch import kubernetes, slurm
-from race_dist.launch.command import Run, deepspeed_command, in_container, show, torchrun_command
+from race_dist.launch.command import Run, deepspeed_command, in_container, python, show, torchrun_command
 from race_dist.launch.job import JobConfig, load_job
 from race_dist.launch.local import supervise
 from race_dist.launch.records import Record, recall
@@ -64,11 +64,9 @@ def local(job: JobConfig, run: Run, *, dry_run: bool) -> int:
         inside = ["race-dist", *words, "--nproc", str(job.ranks_per_node)]
         return _do(in_container(job, inside, environment, Path.cwd()), environment, dry_run)
     if dry_run:
-        from race_dist.launch.command import python
-
         return _do([python(job), "-m", "race_dist.launch.local", str(job.ranks_per_node), *words], environment, dry_run)
     folder = run.folder / run.name / "checkpoints"
-    return supervise(words, job.ranks_per_node, restarts=job.restarts, environment=environment,
+    return supervise(words, job.ranks_per_node, restarts=job.restarts, environment=environment, python=python(job),
                      progress=lambda: sorted(p.name for p in folder.glob("*-step-*")))
 
 

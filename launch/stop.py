@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,6 +10,38 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+def stop_early(code: int) -> None:
+    """Until a run listens to signals itself, end this process when one asks it to stop: there is nothing to save yet.
+
+    A thread hears them, as the main one may wait in a call that lets no handler run. SIGUSR1 and SIGUSR2 come from a scheduler
+    and end the process with ``code``; early or late, the file that RACE_DIST_STOP_FILE names is made, so that the script above
+    knows that ranks were told to stop, however each has ended. SIGTERM also comes from launchers, beside a rank that failed.
+    """
+    inlet, outlet = os.pipe()
+    os.set_blocking(outlet, False)
+    for number in SIGNALS[:-1]:
+        signal.signal(number, _early)
+    signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
+
+    def hear() -> None:
+        while True:
+            number = os.read(inlet, 1)[0]
+            if number not in SIGNALS[:-1]:
+                continue
+            told = number != signal.SIGTERM
+            if told and (mark := os.environ.get("RACE_DIST_STOP_FILE")):
+                with contextlib.suppress(OSError):
+                    os.close(os.open(mark, os.O_CREAT | os.O_WRONLY))
+            if signal.getsignal(number) is _early:
+                os._exit(code if told else 128 + number)
+
+    threading.Thread(target=hear, name="race-dist-stop", daemon=True).start()
+
+
+def _early(number: int, frame: FrameType | None) -> None:
+    """Nothing: the thread has heard it."""
 
 
 class StopFlag:

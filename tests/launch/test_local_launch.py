@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import signal
@@ -97,6 +98,22 @@ def test_signals_reach_the_ranks_and_their_code_comes_back(tmp_path: Path, numbe
     process.send_signal(number)
     assert process.wait(20) == 75
     assert alive(tmp_path) == []
+
+
+def test_one_interrupt_from_the_keyboard_reaches_the_ranks_once(tmp_path: Path) -> None:
+    """It goes to the whole foreground process group; the ranks are in groups of their own and hear it from the launcher."""
+    hear = "def hear(*_):\n    with open(sys.argv[0] + '.' + os.environ['RANK'], 'a') as file:\n        file.write('i')"
+    process = launcher(tmp_path, f"{hear}\nsignal.signal(signal.SIGINT, hear)")
+    for rank in range(2):
+        assert os.getpgid(int((tmp_path / f"{rank}.pid").read_text())) != os.getpgid(process.pid)
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 10
+    while not all((tmp_path / f"rank.py.{r}").exists() for r in range(2)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert [(tmp_path / f"rank.py.{r}").read_text() for r in range(2)] == ["i", "i"]
+    process.kill()
+    process.wait(10)
 
 
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
