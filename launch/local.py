@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from race_dist.launch.place import die_with_parent
@@ -144,6 +144,7 @@ def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: M
         mistake of the user's, which starting again would not mend; else the last exit code.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher dies become children of this process
+    before = frozenset(_children())
     command = [python, "-m", "race_dist.launch.local", str(nproc), *words]
     failures, seen = 0, progress()
     first = seen
@@ -151,7 +152,7 @@ def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: M
         while True:
             launcher = _spawn(command, environment)
             code = _attend(launcher, heard)
-            _end_orphans()
+            _end_orphans(before)
             now = progress()
             mistaken = code == USER_ERROR and now == first  # later it is the machine's: a disk that is full or gone
             if code == 0 or mistaken:
@@ -177,19 +178,15 @@ def _attend(launcher: subprocess.Popen[bytes], heard: list[int]) -> int:
     return launcher.returncode
 
 
-def _end_orphans() -> None:
-    """Wait for processes that a launcher left behind; the kernel has told them to end."""
+def _end_orphans(before: frozenset[int]) -> None:
+    """Wait for processes that a launcher left behind; the kernel has told them to end. Children of ``before`` are not ours."""
     deadline = time.monotonic() + _GRACE
-    while True:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            if time.monotonic() > deadline:
-                for child in _children():
+    while orphans := [child for child in _children() if child not in before]:
+        for child in orphans:
+            with suppress(ChildProcessError, ProcessLookupError):
+                if os.waitpid(child, os.WNOHANG)[0] == 0 and time.monotonic() > deadline:
                     os.kill(child, signal.SIGKILL)
-            time.sleep(_POLL)
+        time.sleep(_POLL)
 
 
 def _children() -> list[int]:

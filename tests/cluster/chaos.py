@@ -157,10 +157,14 @@ def terminate_run(chaos: Chaos) -> bool:
 def full_disk(chaos: Chaos) -> bool:
     """No room for the next checkpoint: the run goes on, says so, and saves again once there is room."""
     filler = chaos.job.checkpoints / "filler"
-    with contextlib.suppress(OSError), filler.open("wb") as out:
-        while True:
-            out.write(b"x" * 2**14)
-    wait_for(lambda: re.search(r"checkpoint.*(space|failed)", chaos.text(), re.IGNORECASE), "the full disk is noticed")
+
+    def noticed() -> Any:
+        with contextlib.suppress(OSError), filler.open("ab") as out:  # again: checkpoints that are pruned make room
+            while True:
+                out.write(b"x" * 2**14)
+        return re.search(r"checkpoint.*(space|failed)", chaos.text(), re.IGNORECASE)
+
+    wait_for(noticed, "the full disk is noticed")
     before = chaos.job.saved()
     filler.unlink()
     wait_for(lambda: chaos.job.saved()[-1:] > before[-1:], "a checkpoint after the disk has room")

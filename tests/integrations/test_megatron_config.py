@@ -52,6 +52,7 @@ def config(**options: Any) -> RaceTransformerConfig:
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.destroy_model_parallel()  # what a run before in this process left
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     yield
     parallel_state.destroy_model_parallel()
