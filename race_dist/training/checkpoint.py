@@ -280,7 +280,12 @@ def _sync_folder(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost sentence of an error that torch has wrapped."""
+    """The innermost sentence of an error that torch has wrapped, of the first rank that met one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(sorted(error.failures.items())))
+        return f"rank {rank}: {_reason(inner)}"
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     lines = str(error).strip().splitlines()
