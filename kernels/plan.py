@@ -198,7 +198,8 @@ def _fits_pipe(spec: Spec) -> bool:
         return False
     if spec.C != 64 or spec.SB != 64 or spec.BD > 128 or spec.BV > 128 or spec.LPB > 32:
         return False
-    return spec.NSB == 1 or (spec.NSB <= 4 and spec.causal and spec.G == 1 and spec.LPB == 16)
+    most = 3 if spec.decay and spec.is_global else 4  # blocks of which everything fits in PIPE_SHARED
+    return spec.NSB == 1 or (most >= spec.NSB and spec.causal and spec.G == 1 and spec.LPB == 16)
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:

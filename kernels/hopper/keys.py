@@ -21,9 +21,7 @@ from race_dist.kernels.hopper.rings import (
     await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands, send,
     set_empty, set_full, store_scalars, vectors,
 )
-from race_dist.kernels.hopper.states import (
-    crossing, load_state, open_room, put_block, put_mass, put_pair, put_parts, take_block,
-)
+from race_dist.kernels.hopper.states import crossing, load_state, open_room, publish, put_block, put_pair, take_block
 from race_dist.kernels.hopper.weights import (
     ENTER, LINE, await_weights, free_weights, leave_rows, make_weights, pass_through, put_weights, reverse_sums, seen_by,
     transposed,
@@ -127,13 +125,13 @@ def _state(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes,
             Cs, cs = load_state(suffixes, index, n, c)
             put_block(room, n, Cs, cs, c)
     if not c.causal:
-        _publish(Cs, cs, 0, state, c)
+        publish(Cs, cs, 0, state, c)
     for i in range(chunks):
         at = await_weights(weights, i, c)
         dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
         if c.NSB == 1:
             if c.causal:
-                _publish(Cs, cs, i, state, c)
+                publish(Cs, cs, i, state, c)
             Fk = next_full(keys, i)
             dv = warpgroup_mma_wait(0, (warpgroup_mma(Fk, state[2].index(0), dv, use_acc=False, is_async=True),))
             dv = leave_rows(dv, weights, at, product(c.BV), c)
@@ -160,7 +158,7 @@ def _state(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes,
             for n in range(c.NSB):
                 turn = i * c.NSB + n
                 Cs, cs = take_block(room, n, c)
-                _publish(Cs, cs, turn, state, c)
+                publish(Cs, cs, turn, state, c)
                 Fk = next_full(keys, turn)
                 w = next_full(queries, turn)
                 dv = warpgroup_mma(Fk, state[2].index(0), dv, is_async=True)
@@ -180,15 +178,6 @@ def _state(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes,
         free_weights(weights, i, c)
         send(dv_rows, start + (chunks - 1 - i) * c.C, staging, dv)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _publish(Cs, cs, turn, state, c: gl.constexpr):
-    await_empty(state, turn)
-    put_parts(state[2].index(0), state[3].index(0), Cs)
-    if c.is_global:
-        put_mass(state[4].index(0), cs, c)
-    set_full(state, turn)
 
 
 @gluon.jit

@@ -5,8 +5,7 @@ With w = phi(q) / den ("global") or phi(q), rounded once, and the state before e
     e_i = M(i) do_i      h_i = -<w_i, e_i> / <w_i, m(i)>  ("global")      w dphi(q)_i = w_i (e_i + h_i m(i))
 
 h is made of the very numbers that it is taken from, and e keeps two parts of every product, so what values have in common
-cancels. The tile's sums of the
-suffix state, ``C = sum w_i do_i^T`` and ``c = sum w_i h_i``, come out of the same pass.
+cancels. The tile's sums of the suffix state, ``C = sum w_i do_i^T`` and ``c = sum w_i h_i``, come out of the same pass.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from race_dist.kernels.hopper.rings import (
     set_empty, set_full, store_scalars, vectors,
 )
 from race_dist.kernels.hopper.states import (
-    load_state, open_room, put_block, put_mass, put_ones, put_pair, put_parts, store_mass, store_values, take_block,
+    load_state, open_room, publish, put_block, put_ones, put_pair, store_mass, store_values, take_block,
 )
 from race_dist.kernels.hopper.weights import (
     LEAVE, SIGHT, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
@@ -127,7 +126,7 @@ def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number
         for n in range(c.NSB):
             put_block(room, n, *load_state(states, number, n, c), c)
     if not c.causal:
-        _publish(M, m, 0, state, c)
+        publish(M, m, 0, state, c)
     C_sum = gl.zeros([c.SB, c.BV], gl.float32, product(c.BV))
     for turn in range(chunks * c.NSB):
         i, n = turn // c.NSB, turn % c.NSB
@@ -135,7 +134,7 @@ def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number
         if c.causal:
             if c.NSB > 1:
                 M_next, m_next = take_block(room, (n + 1) % c.NSB, c)  # on its way while this one is worked on
-            _publish(M, m, turn, state, c)
+            publish(M, m, turn, state, c)
             Fk = transposed(next_full(keys, turn), weights, LEAVE, at, c)
             M, m = pass_through(M, m, weights, at, c)
             M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
@@ -157,15 +156,6 @@ def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number
         free_weights(weights, i, c, n == c.NSB - 1)
     if c.NSB == 1:
         store_values(sums, index, C_sum, c)
-
-
-@gluon.jit
-def _publish(M, m, turn, state, c: gl.constexpr):
-    await_empty(state, turn)
-    put_parts(state[2].index(0), state[3].index(0), M)
-    if c.is_global:
-        put_mass(state[4].index(0), m, c)
-    set_full(state, turn)
 
 
 @gluon.jit

@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from race_dist.kernels.hopper.layouts import by_rows, product, tile
+from race_dist.kernels.hopper.rings import await_empty, set_full
 
 
 @gluon.jit
@@ -102,6 +103,16 @@ def put_pair(buffer, x, c: gl.constexpr):
     high = x.to(gl.bfloat16).to(gl.float32)
     number = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
     buffer.store(gl.where(number == 0, high[None, :], gl.where(number == 1, (x - high)[None, :], 0.0)).to(gl.bfloat16))
+
+
+@gluon.jit
+def publish(M, m, turn, state, c: gl.constexpr):
+    """Hand on a running state before it is changed, as turn ``turn`` of a ring of one: M in two parts, and m."""
+    await_empty(state, turn)
+    put_parts(state[2].index(0), state[3].index(0), M)
+    if c.is_global:
+        put_mass(state[4].index(0), m, c)
+    set_full(state, turn)
 
 
 @gluon.jit

@@ -41,9 +41,10 @@ class NoCard:
 
 
 CALLS: dict[str, dict[str, object]] = {
-    "plain": {}, "decay": {"decay": True, "normalization": "none"},
-    "not causal": {"causal": False}, "packed, grouped": {"documents": 3, "queries": 8},
-    "many features": {"tables": 1, "planes": 8}, "many tables": {"tables": 32, "planes": 1, "decay": True},
+    "plain": {}, "decay": {"decay": True, "normalization": "none"}, "not causal": {"causal": False},
+    "packed, grouped": {"documents": 3, "queries": 8}, "many tables": {"tables": 32, "planes": 1, "decay": True},
+    "many features": {"tables": 1, "planes": 8}, "many features, decay": {"tables": 1, "planes": 7, "decay": True},
+    "most features, decay": {"tables": 1, "planes": 8, "decay": True, "normalization": "none"},
 }
 
 

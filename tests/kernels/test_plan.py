@@ -44,3 +44,15 @@ def test_families() -> None:
     assert not make_plan(replace(BASE, is_bucket=True, is_global=False), 2**23, shared_limit=HOPPER).walk
     assert not make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER).walk
     assert make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER)["out"].spec.NSB == 4
+
+
+@pytest.mark.parametrize(("change", "pipe"), [
+    ({}, True), ({"causal": False}, True), ({"G": 8}, True), ({"Dv": 256}, False), ({"bulk": False}, False),
+    ({"need_planes": True}, False), ({"f32": True}, False), ({"half": True}, False),
+    ({"L": 1, "P": 8}, True), ({"L": 1, "P": 8, "G": 2}, False), ({"L": 1, "P": 8, "causal": False}, False),
+    ({"L": 1, "P": 8, "decay": True}, False), ({"L": 1, "P": 8, "decay": True, "is_global": False}, True),
+    ({"L": 1, "P": 7, "decay": True}, True), ({"L": 3, "P": 6, "decay": True}, False)])
+def test_pipelines_are_chosen_where_they_fit(change: dict[str, int | bool], pipe: bool) -> None:
+    spec = replace(BASE, bulk=True)
+    assert make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER, hopper=True).pipe == pipe
+    assert not make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER).pipe
