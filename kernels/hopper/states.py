@@ -26,34 +26,34 @@ def load_state(states, index, n, c: gl.constexpr):
 
 @gluon.jit
 def open_room(rooms, index, c: gl.constexpr):
-    """A program's room for :func:`put_block`; None where its state fits in registers."""
+    """A program's room for :func:`put_block`; nothing (0) where its state fits in registers."""
     if c.NSB > 1:
         return rooms + index * (c.NSB * c.SB * (c.BV + 16))
     else:
-        return rooms
+        return 0
+
+
+@gluon.jit
+def _in_room(columns: gl.constexpr, n, c: gl.constexpr):
+    """Where the elements of block n ``[SB, columns]`` lie in a room: 8 x 8 elements, which a warp holds two at a time, are
+    adjacent. Row by row, each of a warp's accesses would touch eight lines."""
+    s = gl.arange(0, c.SB, gl.SliceLayout(1, product(columns)))[:, None]
+    column = gl.arange(0, columns, gl.SliceLayout(0, product(columns)))[None, :]
+    return n * c.SB * columns + (s // 8) * (8 * columns) + (s % 8) * 8 + (column // 8) * 64 + column % 8
 
 
 @gluon.jit
 def take_block(room, n, c: gl.constexpr):
     """Block n of a running state that is too large for registers: ``M [SB, BV]`` and the mass ``[SB, 16]``, from the
     program's room in memory (in L2, in practice). Each thread reads what it wrote."""
-    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
-    column = gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
-    M = gl.load(room + s[:, None] * c.BV + column[None, :])
-    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
-    column = gl.arange(0, 16, gl.SliceLayout(0, product(16)))
-    return M, gl.load(room + c.NSB * c.SB * c.BV + s[:, None] * 16 + column[None, :])
+    return gl.load(room + _in_room(c.BV, n, c)), gl.load(room + c.NSB * c.SB * c.BV + _in_room(16, n, c))
 
 
 @gluon.jit
 def put_block(room, n, M, m, c: gl.constexpr):
     """The inverse of :func:`take_block`."""
-    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
-    column = gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
-    gl.store(room + s[:, None] * c.BV + column[None, :], M)
-    s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
-    column = gl.arange(0, 16, gl.SliceLayout(0, product(16)))
-    gl.store(room + c.NSB * c.SB * c.BV + s[:, None] * 16 + column[None, :], m)
+    gl.store(room + _in_room(c.BV, n, c), M)
+    gl.store(room + c.NSB * c.SB * c.BV + _in_room(16, n, c), m)
 
 
 @gluon.jit

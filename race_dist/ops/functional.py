@@ -7,12 +7,14 @@ checkpointing, and carries its own autograd formula.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from race_dist.ops import reference
 from race_dist.ops.problem import Forward, Gradients, Into, Normalization, Problem, total_log_decay
@@ -81,9 +83,16 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
         with full_precision(p.q):
             return reference.attention(p)
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    out, _, _, mass, values = _attention(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
-                                         p.causal, p.normalization, backend)
+    op = _attention if _is_traced(p) else _Direct.apply
+    out, _, _, mass, values = op(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
+                                 p.causal, p.normalization, backend)
     return out, SketchState(mass, values, total_log_decay(p))
+
+
+def _is_traced(p: Problem) -> bool:
+    """Whether something watches for ops: a compiler, a tracer, a policy of what to recompute, a tensor of another class."""
+    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+            or any(type(x) not in (Tensor, torch.nn.Parameter) for x in (p.q, p.k, p.v, p.planes, p.beta)))
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
@@ -95,18 +104,21 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_
 
 def full_precision(q: Tensor) -> AbstractContextManager[None]:
     """A backend's own products keep their dtype: autocast stays outside."""
-    return torch.autocast(q.device.type, enabled=False)
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-@torch.library.custom_op("race_dist::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
-               key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
-               initial_values: Tensor | None, causal: bool, normalization: str,
-               backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
+             key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
+             initial_values: Tensor | None, causal: bool, normalization: str,
+             backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
     with full_precision(q):
         result = get_backend(backend).forward(p)
     return result.out, result.den, result.states, result.final.mass, result.final.values
+
+
+_attention = torch.library.custom_op("race_dist::attention", mutates_args=())(_forward)
 
 
 @_attention.register_fake
@@ -121,28 +133,30 @@ def _(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, init
             q.new_empty(rows, heads, features, value_dim, dtype=p.state_dtype))
 
 
-@torch.library.custom_op("race_dist::attention_backward", mutates_args=())
-def _attention_backward(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
-                        key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
-                        initial_values: Tensor | None, out: Tensor, den: Tensor, states: Tensor, final_mass: Tensor,
-                        final_values: Tensor, dout: Tensor, dmass: Tensor | None, dvalues: Tensor | None, causal: bool,
-                        normalization: str, backend: str, need_planes: bool) -> list[Tensor]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
+               key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
+               initial_values: Tensor | None, out: Tensor, den: Tensor, states: Tensor, final_mass: Tensor,
+               final_values: Tensor, dout: Tensor, dmass: Tensor | None, dvalues: Tensor | None, causal: bool,
+               normalization: str, backend: str, need_planes: bool) -> list[Tensor]:
+    """Of every input that there is, in their order; of the planes if asked for."""
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
     dfinal = None if dmass is None or dvalues is None else SketchState(dmass, dvalues)
     saved = Forward(out, den, states, SketchState(final_mass, final_values))
     with full_precision(q):
         grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes)
     dinitial = (None, None) if grads.initial is None else (grads.initial.mass, grads.initial.values)
-    nothing = q.new_empty(0)
-    return [nothing.clone() if g is None else g
-            for g in (grads.q, grads.k, grads.v, grads.planes, grads.beta, grads.log_decay, *dinitial)]
+    every = (grads.q, grads.k, grads.v, grads.planes, grads.beta, grads.log_decay, *dinitial)
+    return [g for g in every if g is not None]
+
+
+_attention_backward = torch.library.custom_op("race_dist::attention_backward", mutates_args=())(_gradients)
 
 
 @_attention_backward.register_fake
 def _(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, out, den, states,  # type: ignore[no-untyped-def]
       final_mass, final_values, dout, dmass, dvalues, causal, normalization, backend, need_planes):
     like = (q, k, v, planes if need_planes else None, beta, log_decay, initial_mass, initial_values)
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in like]
+    return [x.new_empty(x.shape) for x in like if x is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -151,20 +165,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*inputs[:10], *output)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None,
-              dvalues: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None, dvalues: Tensor | None,
+              gradients: Callable[..., list[Tensor]] = _attention_backward) -> tuple[Tensor | None, ...]:
     *inputs, out, den, states, mass, values = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
     if dmass is not None or dvalues is not None:
         dmass = torch.zeros_like(mass) if dmass is None else dmass
         dvalues = torch.zeros_like(values) if dvalues is None else dvalues
-    grads = _attention_backward(*inputs, out, den, states, mass, values, dout, dmass, dvalues, *ctx.options,
-                                ctx.needs_input_grad[3])
-    dq, dk, dv, dplanes, dbeta, dlog_decay, dinitial_mass, dinitial_values = grads
-    every = (dq, dk, dv, dplanes, dbeta, dlog_decay, None, None, dinitial_mass, dinitial_values)
-    asked = (g if need else None for g, need in zip(every, ctx.needs_input_grad))
-    return (*asked, None, None, None)
+    need_planes = ctx.needs_input_grad[3]
+    found = iter(gradients(*inputs, out, den, states, mass, values, dout, dmass, dvalues, *ctx.options, need_planes))
+    there = (True, True, True, need_planes, True, inputs[5] is not None, False, False, *(x is not None for x in inputs[8:]))
+    every = [next(found) if is_there else None for is_there in there]
+    return (*(g if need else None for g, need in zip(every, ctx.needs_input_grad)), None, None, None)
 
 
 cast(Callable[..., None], _attention.register_autograd)(_backward, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The same op, not through the dispatcher, which short sequences would wait for: half of the host's time."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:3])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None,  # type: ignore[override]
+                 dvalues: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dout, dden, dstates, dmass, dvalues, _gradients)

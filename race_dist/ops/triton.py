@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import triton
@@ -67,7 +67,7 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
                 _scalars(h), _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
                 saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1))
-    dbeta = call.dbeta.sum((0, 1), dtype=torch.float64).to(p.beta.dtype)
+    dbeta = call.dbeta.sum((0, 1))
     if dlog_decay is not None and p.log_decay is not None:
         dlog_decay = dlog_decay.to(p.log_decay.dtype)
     return Gradients(into.q, into.k, into.v, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
@@ -149,9 +149,19 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
+_scratches: dict[tuple[int, int | None], Tensor] = {}
+
+
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory for the copy engine's descriptors."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    """Device memory for the copy engine's descriptors, which a kernel makes as it begins: one a stream, whose kernels run one
+    after another. A graph that is captured gets its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.int8, device="cuda")
+    key = torch.cuda.current_device(), stream
+    scratch = _scratches.get(key)
+    if scratch is None or scratch.numel() < size:
+        scratch = _scratches[key] = torch.empty(size, dtype=torch.int8, device="cuda")
+    return scratch
 
 
 @lru_cache
@@ -227,12 +237,16 @@ class _Call:
         mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
         self.extras = (_scalars(p.log_decay), None if mask is None else (mask, *mask.stride()))
         self.decays = p.q.new_empty(self.num_tiles, self.heads, dtype=torch.float64) if p.log_decay is not None else None
-        self.dbeta = p.q.new_empty(2, self.num_tiles, self.heads, dtype=torch.float32)
         self.dplanes: list[Tensor | None] = [None, None]
         if need_planes:
             spec = self.plan["keys"].spec
             shape = (self.num_tiles, self.heads, spec.NSB, spec.LPB, spec.BD)
             self.dplanes = [p.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+
+    @cached_property
+    def dbeta(self) -> Tensor:
+        """Each program's part of the gradient of beta, of the pass over the queries and over the keys."""
+        return self.p.q.new_empty(2, self.num_tiles, self.heads, dtype=torch.float32)
 
     def kernel(self, name: str) -> object:
         """The family's kernel of that name."""
@@ -240,13 +254,14 @@ class _Call:
             return _pipes()[name]
         return (WALKS if self.plan.walk else SNAPSHOTS)[name]
 
-    def room(self) -> tuple[Tensor, ...]:
+    def room(self) -> tuple[Tensor | None, ...]:
         """What only the pipelines take: memory for running states of more than one block of features."""
         if not self.plan.pipe:
             return ()
         spec = self.plan["out"].spec
-        size = spec.NSB * spec.SB * (spec.BV + 16) if spec.NSB > 1 else 0
-        return (self.p.q.new_empty(self.num_tiles * self.heads, size, dtype=torch.float32),)
+        if spec.NSB == 1:
+            return (None,)
+        return (self.p.q.new_empty(self.num_tiles * self.heads, spec.NSB * spec.SB * (spec.BV + 16), dtype=torch.float32),)
 
     def last_part(self, half: int) -> tuple[Tensor | None, ...]:
         """The last argument of a backward kernel: the gradient of the planes, or a pipeline's room."""
