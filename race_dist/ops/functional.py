@@ -195,6 +195,6 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None,  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None,
                  dvalues: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, dout, dden, dstates, dmass, dvalues, _gradients)
