@@ -11,12 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def scan_tiles(sums, decays, initial_values, initial_mass, final_values, final_mass, totals, row_tiles, per_row, H,
-               c: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr):
+               c: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+               WRITE: tl.constexpr):
     """Program (row, head, block of WIDTH elements) of ``sums [tile, H, E]``, E = S (Dv + 1): values, then mass.
 
     ``state <- exp(decay of tile) * state + sum of tile``, from the initial sketch to the final one (INITIAL, FINAL: if
     given and asked for). Causal: the states before each tile (behind it, when REVERSE) overwrite the sums; otherwise
-    the total of each row goes to ``totals [row, H, E]``.
+    the total of each row goes to ``totals [row, H, E]``. Without WRITE there is only the final sketch.
     """
     pid = tl.program_id(0).to(tl.int64)
     E: tl.constexpr = c.S * (c.Dv + 1)
@@ -46,7 +47,7 @@ def scan_tiles(sums, decays, initial_values, initial_mass, final_values, final_m
         for i in tl.static_range(8):
             tile = stop - 1 - step - i if REVERSE else first + step + i
             there = step + i < stop - first
-            if c.causal:
+            if c.causal and WRITE:
                 tl.store(sums + (tile * H + h) * E + e, state.to(tl.float32), mask=(e < E) & there)
             if c.decay:
                 state *= tl.exp2(tl.load(decays + tile * H + h, mask=there, other=0.0).to(tl.float32)).to(tl.float64)
@@ -54,5 +55,5 @@ def scan_tiles(sums, decays, initial_values, initial_mass, final_values, final_m
     if FINAL:
         tl.store(final_values + of_values, state.to(final_values.dtype.element_ty), mask=in_values)
         tl.store(final_mass + of_mass, state.to(final_mass.dtype.element_ty), mask=in_mass)
-    if not c.causal:
+    if not c.causal and WRITE:
         tl.store(totals + (row * H + h) * E + e, state.to(tl.float32), mask=e < E)

@@ -17,14 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from race_dist.hashing import corner_products, corner_signs, project
-from race_dist.ops.problem import BUCKET_EPS, Forward, Gradients, Into, Problem, den_floor, token_documents, total_log_decay
+from race_dist.ops.problem import (
+    BUCKET_EPS,
+    Begun,
+    Forward,
+    Gradients,
+    Into,
+    Problem,
+    den_floor,
+    token_documents,
+    total_log_decay,
+)
 from race_dist.ops.tiling import Links, Tile, Tiling, links
 from race_dist.sketch import SketchState
 
 
-def forward(p: Problem, out: Tensor | None = None) -> Forward:
+def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
     """Output (written to ``out`` where given), denominators, the state before each tile (causal) or the total (not
-    causal), and the final state."""
+    causal), and the final state. Nothing of what was ``begun`` is kept here."""
     if out is None:
         out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else 0, dtype=p.compute_dtype)
@@ -40,13 +50,13 @@ def forward(p: Problem, out: Tensor | None = None) -> Forward:
     return Forward(out, den, states, _sketch(p, final))
 
 
-def summary(p: Problem) -> SketchState:
+def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
     """The final state alone."""
-    return _sketch(p, _walk(p, Tiling(p))[1])
+    return Begun(_sketch(p, _walk(p, Tiling(p))[1]), None)
 
 
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-             into: Into | None = None) -> Gradients:
+             into: Into | None = None, begun: Begun | None = None) -> Gradients:
     """Gradients of every input (those of q, k, v written ``into`` tensors where given), from those of the output and of
     the final state."""
     arriving = _augmented(p, dfinal)  # [rows, H, S, E] float64
@@ -81,8 +91,12 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     return totals.gradients(dinitial, last)
 
 
-def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
-    """The gradient of the initial state when that of the final state is 0."""
+def begin_backward(p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool, into: Into | None = None) -> Begun:
+    """The gradient of the initial state when that of the final state is 0, alone."""
+    return Begun(_suffix(p, saved, dout), None)
+
+
+def _suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
     running = torch.zeros(p.num_states, p.k.shape[2], p.features, p.v.shape[3] + 1, dtype=torch.float64, device=p.q.device)
     if not p.causal:
         for tile in Tiling(p):

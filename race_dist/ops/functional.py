@@ -17,21 +17,22 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from race_dist.ops import reference
-from race_dist.ops.problem import Forward, Gradients, Into, Normalization, Problem, total_log_decay
+from race_dist.ops.problem import Begun, Forward, Gradients, Into, Normalization, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 
 class Backend(Protocol):
     """What a backend module offers; docs/architecture.md says what each function means."""
 
-    def forward(self, p: Problem, out: Tensor | None = None) -> Forward: ...
+    def forward(self, p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward: ...
 
-    def backward(self, p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *,
-                 need_planes: bool, into: Into | None = None) -> Gradients: ...
+    def backward(self, p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
+                 into: Into | None = None, begun: Begun | None = None) -> Gradients: ...
 
-    def summary(self, p: Problem) -> SketchState: ...
+    def begin_forward(self, p: Problem, out: Tensor | None = None) -> Begun: ...
 
-    def suffix(self, p: Problem, saved: Forward, dout: Tensor) -> SketchState: ...
+    def begin_backward(self, p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool,
+                       into: Into | None = None) -> Begun: ...
 
     def states_shape(self, p: Problem) -> tuple[int, ...]:
         """Shape of ``Forward.states`` (in the compute dtype), from shapes alone."""

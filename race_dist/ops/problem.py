@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,14 @@ class Forward(NamedTuple):
     den: Tensor
     states: Tensor
     final: SketchState
+
+
+class Begun(NamedTuple):
+    """The part of a pass that needs nothing from other ranks: the state that goes on to them (forwards the final state,
+    backwards the gradient of the initial state), and what the backend has by then and goes on from."""
+
+    state: SketchState
+    rest: Any
 
 
 class Into(NamedTuple):

@@ -11,6 +11,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -20,9 +21,10 @@ from race_dist.kernels import decode, scan, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, packed_tiles
-from race_dist.ops.problem import Forward, Gradients, Into, Problem, total_log_decay
+from race_dist.ops.problem import Begun, Forward, Gradients, Into, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
+SketchT = TypeVar("SketchT", SketchState, SketchState | None)
 SCAN_WIDTH = 256
 DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
@@ -32,15 +34,16 @@ WALKS = {"out": walk.walk_out, "queries": walk_backward.walk_queries, "keys": wa
 SNAPSHOTS = {"out": snapshot.snapshot_out, "queries": snapshot.snapshot_queries, "keys": snapshot.snapshot_keys}
 
 
-def forward(p: Problem, out: Tensor | None = None) -> Forward:
+def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
     """Output (into ``out`` if given), denominators, the states before each tile (causal) or the totals (not causal), and
-    the final state."""
+    the final state. What was ``begun`` differs in the initial state alone."""
     if out is None:
         out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
-    call = _Call(p, moved=(out,))
+    call, parts = (_Call(p, moved=(out,)), None) if begun is None else begun.rest
+    call.p = p
     if _is_decoding(p):
         return call.decode(out)
-    states, final = call.prefix_states()
+    states, final = call.prefix_states(parts)
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
     call.launch("out", call.kernel("out"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash,
                 *call.extras, states, *call.room())
@@ -49,20 +52,18 @@ def forward(p: Problem, out: Tensor | None = None) -> Forward:
     return Forward(out, den, states, final)
 
 
-def summary(p: Problem) -> SketchState:
-    """The final state alone."""
-    return _Call(p).prefix_states()[1]
+def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
+    """The final state, and the tiles' sums."""
+    call = _Call(p, moved=() if out is None else (out,))
+    parts = call.key_sums()
+    return Begun(call.total(parts, p.initial, reverse=False), (call, parts))
 
 
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-             into: Into | None = None) -> Gradients:
+             into: Into | None = None, begun: Begun | None = None) -> Gradients:
     """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
-    if into is None:
-        into = Into(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v)))
-    call = _Call(p, need_planes, (dout, into.q, into.k, into.v))
-    saved = call.with_states(saved)
-    h, row, suffixes = call.query_pass(saved, dout, into.q)
-    suffixes, dinitial = call.suffix_states(suffixes, dfinal, p.initial is not None)
+    call, saved, into, h, row, parts = _query_side(p, saved, dout, need_planes, into) if begun is None else begun.rest
+    suffixes, dinitial = call.scan(parts, dfinal, p.initial is not None, reverse=True)
     dlog_decay = None if p.log_decay is None else torch.empty(p.log_decay.shape, dtype=torch.float32, device=p.q.device)
     call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
                 _scalars(h), _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
@@ -73,14 +74,29 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     return Gradients(into.q, into.k, into.v, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
 
 
-def suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
-    """The gradient of the initial state when that of the final state is 0."""
-    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)  # made on the way, and dropped
-    call = _Call(p, moved=(dout, dq))
-    *_, suffixes = call.query_pass(call.with_states(saved), dout, dq)
-    _, dinitial = call.suffix_states(suffixes, None, True)
-    assert dinitial is not None
-    return replace(dinitial, log_decay=total_log_decay(p))
+def begin_backward(p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool, into: Into | None = None) -> Begun:
+    """The gradient of the initial state when that of the final state is 0, and all that the queries give."""
+    rest = _query_side(p, saved, dout, need_planes, into)
+    return Begun(rest.call.total(rest.parts, None, reverse=True), rest)
+
+
+class _QuerySide(NamedTuple):
+    """The first half of a backward pass; ``parts``: the tiles' sums of the suffix state."""
+
+    call: _Call
+    saved: Forward
+    into: Into
+    h: Tensor | None
+    row: Tensor | None
+    parts: Tensor
+
+
+def _query_side(p: Problem, saved: Forward, dout: Tensor, need_planes: bool, into: Into | None) -> _QuerySide:
+    if into is None:
+        into = Into(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v)))
+    call = _Call(p, need_planes, (dout, *into))
+    saved = call.with_states(saved)
+    return _QuerySide(call, saved, into, *call.query_pass(saved, dout, into.q))
 
 
 def states_shape(p: Problem) -> tuple[int, ...]:
@@ -301,15 +317,23 @@ class _Call:
         states = p.q.new_empty(states_shape(p), dtype=torch.float32)
         return Forward(out, den, states, replace(final, log_decay=total_log_decay(p)))
 
-    def prefix_states(self) -> tuple[Tensor, SketchState]:
-        """The states before each tile (not causal: the totals) and the final state."""
-        p = self.p
-        parts = self._new_states(self.num_tiles)
+    def key_sums(self) -> Tensor:
+        """What each tile's keys and values add to the state."""
+        p, parts = self.p, self._new_states(self.num_tiles)
         self.launch("sums", sums.tile_sums, _rows(p.k), _rows(p.v), *self.hash, *self.extras, parts, self.decays,
                     programs=self.plan["sums"].spec.NSB)
-        states, final = self.scan(parts, p.initial, True, reverse=False)
+        return parts
+
+    def prefix_states(self, parts: Tensor | None = None) -> tuple[Tensor, SketchState]:
+        """The states before each tile (not causal: the totals) and the final state."""
+        states, final = self.scan(self.key_sums() if parts is None else parts, self.p.initial, True, reverse=False)
         assert final is not None
-        return states, replace(final, log_decay=total_log_decay(p))
+        return states, replace(final, log_decay=total_log_decay(self.p))
+
+    def total(self, parts: Tensor, entering: SketchState | None, *, reverse: bool) -> SketchState:
+        """The state that leaves the last tile; ``parts`` stay as they are."""
+        leaving = self._scan(parts, entering, self._new_sketch(), None, reverse=reverse, write=False)
+        return replace(leaving, log_decay=total_log_decay(self.p))
 
     def query_pass(self, saved: Forward, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Writes dq; h, the queries' part of dG, and the tiles' sums of the suffix state."""
@@ -330,26 +354,27 @@ class _Call:
                         *self.hash, self.extras[0], parts, self.decays, programs=blocks)
         return h, row, parts
 
-    def suffix_states(self, parts: Tensor, dfinal: SketchState | None, wanted: bool) -> tuple[Tensor, SketchState | None]:
-        """The suffix states behind each tile (not causal: the totals), and the gradient of the initial state."""
-        return self.scan(parts, dfinal, wanted, reverse=True)
-
     def scan(self, parts: Tensor, entering: SketchState | None, wanted: bool, *, reverse: bool
              ) -> tuple[Tensor, SketchState | None]:
-        """Scan tile sums from the state ``entering``; the state that leaves if ``wanted``."""
-        p, constants = self.p, self.plan["sums"].constants
+        """Scan tile sums, in place, from the state ``entering``: the states before each tile (``reverse``: behind it; not
+        causal: the totals), and the state that leaves if ``wanted``."""
+        totals = None if self.p.causal else self._new_states(self.p.num_states)
         leaving = self._new_sketch() if wanted else None
-        totals = None if p.causal else self._new_states(p.num_states)
+        self._scan(parts, entering, leaving, totals, reverse=reverse, write=True)
+        return (parts if totals is None else totals), leaving
+
+    def _scan(self, parts: Tensor, entering: SketchState | None, leaving: SketchT, totals: Tensor | None, *,
+              reverse: bool, write: bool) -> SketchT:
+        p = self.p
         into = (None, None) if entering is None else (entering.values.contiguous(), entering.mass.contiguous())
         outof = (None, None) if leaving is None else (leaving.values, leaving.mass)
         per_row = 0 if p.cu_seqlens is not None else self.num_tiles // max(1, p.num_states)
-        blocks = -(-parts.shape[-1] // SCAN_WIDTH)
-        grid = (p.num_states * self.heads * blocks,)
+        grid = (p.num_states * self.heads * -(-parts.shape[-1] // SCAN_WIDTH),)
         if grid[0]:
             scan.scan_tiles[grid](parts, self.decays, *into, *outof, totals, self.tiles.row_tiles, per_row, self.heads,
-                                  constants, WIDTH=SCAN_WIDTH, REVERSE=reverse, INITIAL=entering is not None, FINAL=wanted,
-                                  num_warps=2)
-        return (parts if totals is None else totals), leaving
+                                  self.plan["sums"].constants, WIDTH=SCAN_WIDTH, REVERSE=reverse,
+                                  INITIAL=entering is not None, FINAL=leaving is not None, WRITE=write, num_warps=2)
+        return leaving
 
     def planes_gradient(self) -> Tensor:
         """Sum of the programs' parts ``[tile, H, block, slot, D]`` as ``[Hkv, L, P, D]``."""

@@ -38,7 +38,7 @@ def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *
         _compare({k: str(v) for k, v in facts.items()}, group, _device_of(group), what, length=0)
 
 
-_agreed: set[tuple[str, bytes]] = set()  # (group, call) that a CUDA group has compared already
+_agreed: set[tuple[str, ...]] = set()  # (group, call, facts) that a CUDA group has compared already
 
 
 def agree_on_call(op: str, facts: Mapping[str, object], group: ProcessGroup, device: torch.device, *,
@@ -62,13 +62,12 @@ def agree_on_call(op: str, facts: Mapping[str, object], group: ProcessGroup, dev
     Raises:
         ValueError: the ranks' calls differ; the message names the ranks and what differs.
     """
-    text = {"call": op, **{k: str(v) for k, v in facts.items()}}
-    what = f"{op} over the ranks {dist.get_process_group_ranks(group)}"
-    if device.type == "cpu":
-        return _compare(text, group, device, what, length)
-    key = (group.group_name, _digest(text))
-    if key not in _agreed:
-        _compare(text, group, device, what, length)
+    key = (group.group_name, op, *map(str, facts.values()))
+    if device.type == "cpu" or key not in _agreed:
+        text = {"call": op, **{k: str(v) for k, v in facts.items()}}
+        lengths = _compare(text, group, device, f"{op} over the ranks {dist.get_process_group_ranks(group)}", length)
+        if device.type == "cpu":
+            return lengths
         _agreed.add(key)
     if not need_lengths:
         return None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.ops.functional import Backend
-from race_dist.ops.problem import Forward, Problem, token_documents
+from race_dist.ops.problem import Problem, token_documents
 from race_dist.parallel.comm import group_rank
 from race_dist.parallel.cut import Cut
-from race_dist.parallel.routes import Arriving, Finish, plain, suffixes
+from race_dist.parallel.routes import Arriving, Finish, States, plain
 from race_dist.parallel.scan import Algorithm, ScanHandle, start_scan
 from race_dist.sketch import SketchState
 
@@ -43,22 +41,23 @@ class Documents:
         index = torch.arange(filled.numel(), device=cu.device)
         self.from_left = (index == self.first) & (start < offset) & (length > 0)  # [N]: the one that began earlier
         self.to_right = (index == self.last) & (end > stop) & (length > 0)  # [N]: the one that goes on later
-        row = torch.arange(length, device=cu.device) + offset
-        self.in_first, self.in_last = row < end[self.first], row >= start[self.last]  # [T]
 
-    def start_forward(self, backend: Backend, calls: Sequence[Problem], initial: SketchState) -> Finish:
-        (call,) = calls
-        right = self._scan(self._at_end(backend, call, initial))
+    def known(self, initial: SketchState) -> States:
+        return [initial.zero()]
+
+    def start_forward(self, finals: States, initial: SketchState) -> Finish:
+        (own,) = finals
+        # the state after the shard's last row, as far as this rank knows it
+        entered = _where(self.any_begins, initial[self.last])
+        right = self._scan(_with_reset(entered.combine(own[self.last]), self.any_begins))
         left = None
         if not self.causal:
-            own = self._of_rows(backend, call, self.in_first, initial)
-            left = self._scan(_with_reset(own, self.any_ends), reverse=True)
+            left = self._scan(_with_reset(own[self.first], self.any_ends), reverse=True)
         outside = _where(self.begins, initial)
         return lambda: [self._entering(outside, right, left)]
 
-    def start_backward(self, backend: Backend, calls: Sequence[Problem], saved: Sequence[Forward],
-                       douts: Sequence[Tensor], dfinal: Arriving) -> Finish:
-        (own,) = suffixes(backend, calls, saved, douts)
+    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
+        (own,) = suffixes
         state = dfinal()
         first = _where(self.any_ends, state[self.first]).combine(own[self.first])
         left = self._scan(_with_reset(first, self.any_ends), reverse=True)
@@ -81,19 +80,6 @@ class Documents:
 
     def _scan(self, carry: SketchState, *, reverse: bool = False) -> ScanHandle[SketchState]:
         return start_scan([carry], self.group, reverse=reverse, algorithm=self.algorithm)
-
-    def _of_rows(self, backend: Backend, call: Problem, keep: Tensor, like: SketchState) -> SketchState:
-        """The sketch ``[1, ...]`` of some rows, all of one document."""
-        mask = keep[None] if call.key_mask is None else keep & call.key_mask
-        return backend.summary(replace(call, cu_seqlens=None, key_mask=mask, initial=like[:1].zero()))
-
-    def _at_end(self, backend: Backend, call: Problem, initial: SketchState) -> SketchState:
-        """The state after the shard's last row, as far as this rank knows it."""
-        own = self._of_rows(backend, call, self.in_last, initial)
-        if call.log_decay is not None:
-            decay = torch.where(self.in_last[:, None], call.log_decay, 0.0).to(own.mass.dtype).sum(1)
-            own = SketchState(own.mass, own.values, decay)  # the shard's total, unless a document begins in it
-        return _with_reset(_where(self.any_begins, initial[self.last]).combine(own), self.any_begins)
 
     def _entering(self, outside: SketchState, right: ScanHandle[SketchState] | None,
                   left: ScanHandle[SketchState] | None) -> SketchState:

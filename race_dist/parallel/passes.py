@@ -161,10 +161,16 @@ def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Te
     places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
     finals, kept = [], []
     with full_precision(p.q):
-        finishes = [route.start_forward(backend, each, _initial(half)) for half, each in zip(halves, calls)]
-        for each, place, finish in zip(calls, places, finishes):
+        begun, finishes = [], []
+        for half, each, place in zip(halves, calls, places):
+            initial = _initial(half)
+            begun.append([backend.begin_forward(replace(one, initial=state), o)
+                          for one, state, o in zip(each, route.known(initial), place)])
+            finishes.append(route.start_forward([b.state for b in begun[-1]], initial))
+        for each, place, begins, finish in zip(calls, places, begun, finishes):
             entering = finish()
-            done = [backend.forward(replace(one, initial=state), o) for one, state, o in zip(each, entering, place)]
+            done = [backend.forward(replace(one, initial=state), o, b)
+                    for one, state, o, b in zip(each, entering, place, begins)]
             if call.output_final:
                 finals.append(_StateSum(route.final([f.final for f in done]), call.group))
             for f, state in zip(done, entering):
@@ -183,11 +189,14 @@ def backward_pass(call: Call, tensors: Sequence[Tensor | None], out: Tensor, kep
     places = _places(route, halves, gradients)
     work = _backward_calls(p, route, halves, out, dout, kept)
     with full_precision(p.q):
-        finishes = [route.start_backward(backend, each.calls, each.saved, each.douts, _arriving(arriving, half, p, i))
-                    for i, (half, each) in enumerate(zip(halves, work))]
-        grads = [[backend.backward(one, saved, d, state, need_planes=need_planes, into=into)
-                  for one, saved, d, state, into in zip(each.calls, each.saved, each.douts, finish(), place)]
-                 for each, place, finish in zip(work, places, finishes)]
+        begun, finishes = [], []
+        for i, (half, each, place) in enumerate(zip(halves, work, places)):
+            begun.append([backend.begin_backward(one, saved, d, need_planes=need_planes, into=into)
+                          for one, saved, d, into in zip(each.calls, each.saved, each.douts, place)])
+            finishes.append(route.start_backward([b.state for b in begun[-1]], _arriving(arriving, half, p, i)))
+        grads = [[backend.backward(one, saved, d, state, need_planes=need_planes, into=into, begun=b)
+                  for one, saved, d, state, into, b in zip(each.calls, each.saved, each.douts, finish(), place, begins)]
+                 for each, place, begins, finish in zip(work, places, begun, finishes)]
     merged = _merge(route, gradients, grads)
     if merged.log_decay is not None and arriving is not None:
         dtotal = arriving.wait().log_decay

@@ -11,15 +11,13 @@ are of the whole sequence, the same on every rank; what a route gives back are t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.ops.functional import Backend
-from race_dist.ops.problem import Forward, Problem, token_documents
+from race_dist.ops.problem import Problem, token_documents
 from race_dist.parallel.comm import group_rank, group_size, start_all_reduce
 from race_dist.parallel.cut import Cut
 from race_dist.parallel.layout import Layout, local_segments
@@ -36,13 +34,17 @@ class Route(Protocol):
 
     cut: Cut
 
-    def start_forward(self, backend: Backend, calls: Sequence[Problem], initial: SketchState) -> Finish:
-        """Exchange summaries; finishing gives each call's initial state."""
+    def known(self, initial: SketchState) -> States:
+        """What enters each call, as far as this rank knows it before the exchange."""
         ...
 
-    def start_backward(self, backend: Backend, calls: Sequence[Problem], saved: Sequence[Forward],
-                       douts: Sequence[Tensor], dfinal: Arriving) -> Finish:
-        """Exchange suffixes; finishing gives the gradient of each call's final state."""
+    def start_forward(self, finals: States, initial: SketchState) -> Finish:
+        """Exchange what leaves each call when what is :meth:`known` enters it; finishing gives each call's initial state."""
+        ...
+
+    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
+        """Exchange the gradients of the calls' initial states when those of their final states are 0; finishing gives the
+        gradient of each call's final state."""
         ...
 
     def final(self, finals: Sequence[SketchState]) -> SketchState:
@@ -56,14 +58,6 @@ class Route(Protocol):
     def rows(self, length: int) -> Tensor | None:
         """``[T]`` document of each of the rank's rows; None where nothing is packed."""
         ...
-
-
-def summaries(backend: Backend, calls: Sequence[Problem], initials: Sequence[SketchState]) -> States:
-    return [backend.summary(replace(call, initial=initial)) for call, initial in zip(calls, initials, strict=True)]
-
-
-def suffixes(backend: Backend, calls: Sequence[Problem], saved: Sequence[Forward], douts: Sequence[Tensor]) -> States:
-    return [backend.suffix(*each) for each in zip(calls, saved, douts, strict=True)]
 
 
 def plain(state: SketchState) -> SketchState:
@@ -95,16 +89,16 @@ class Prefix:
         """What the scan brought, but for the piece that the state from outside enters."""
         return self.cut.states([state if i == piece else plain(c) for i, c in enumerate(carries)])
 
-    def start_forward(self, backend: Backend, calls: Sequence[Problem], initial: SketchState) -> Finish:
-        own = self.cut.pieces(summaries(backend, calls, self.cut.states(self._only(self.first, initial))))
-        scan = start_scan(own, self.group, self.layout, algorithm=self.algorithm)
+    def known(self, initial: SketchState) -> States:
+        return self.cut.states(self._only(self.first, initial))
+
+    def start_forward(self, finals: States, initial: SketchState) -> Finish:
+        scan = start_scan(self.cut.pieces(finals), self.group, self.layout, algorithm=self.algorithm)
         return lambda: self._entering(scan.wait(), self.first, initial)
 
-    def start_backward(self, backend: Backend, calls: Sequence[Problem], saved: Sequence[Forward],
-                       douts: Sequence[Tensor], dfinal: Arriving) -> Finish:
-        own = self.cut.pieces(suffixes(backend, calls, saved, douts))
+    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
         state = dfinal()
-        own = [state.combine(u) if i == self.last else u for i, u in enumerate(own)]
+        own = [state.combine(u) if i == self.last else u for i, u in enumerate(self.cut.pieces(suffixes))]
         scan = start_scan(own, self.group, self.layout, reverse=True, algorithm=self.algorithm)
         return lambda: self._entering(scan.wait(), self.last, state)
 
@@ -142,12 +136,14 @@ class Total:
 
         return finish
 
-    def start_forward(self, backend: Backend, calls: Sequence[Problem], initial: SketchState) -> Finish:
-        return self._start(summaries(backend, calls, [initial.zero()])[0], initial)
+    def known(self, initial: SketchState) -> States:
+        return [initial.zero()]
 
-    def start_backward(self, backend: Backend, calls: Sequence[Problem], saved: Sequence[Forward],
-                       douts: Sequence[Tensor], dfinal: Arriving) -> Finish:
-        return self._start(suffixes(backend, calls, saved, douts)[0], dfinal())
+    def start_forward(self, finals: States, initial: SketchState) -> Finish:
+        return self._start(finals[0], initial)
+
+    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
+        return self._start(suffixes[0], dfinal())
 
     def _on_first_rank(self, states: Sequence[SketchState]) -> SketchState:
         return states[0] if group_rank(self.group) == 0 else states[0].zero()

@@ -9,6 +9,7 @@ a rank hears from the rank ``2**i`` places before it all that this one knows. Bo
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache
 from typing import Generic, Literal, Protocol, cast
 
 import torch
@@ -123,13 +124,19 @@ def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
     return carry.with_tensors(differentiable_sum_of_others(tensors, group))
 
 
+@lru_cache
+def _exchange_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that exchanges run on, one after another, as a group's collectives do."""
+    return torch.cuda.Stream(device)
+
+
 class ScanHandle(Generic[CarryT]):
     """A scan under way (:func:`start_scan`); :meth:`wait` gives what enters each piece."""
 
     def __init__(self, scan: Generator[None, None, list[CarryT]], tensors: Sequence[Tensor]) -> None:
         device = tensors[0].device
         self._scan = scan
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _exchange_stream(device) if device.type == "cuda" else None
         self._result: list[CarryT] | None = None
         if self._stream is None:
             next(scan)  # the first exchange is launched and runs beside what the caller does next

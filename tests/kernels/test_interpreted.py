@@ -73,17 +73,23 @@ def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> No
 
 
 def test_a_chain_of_pieces_is_the_whole() -> None:
-    """summary is final without the read-out; suffix is the initial state's gradient."""
+    """What is begun: the final state without the read-out; the initial state's gradient."""
     case = next(c for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
                 if c.problem.causal and c.problem.initial is not None and c.problem.q.shape[1] > 20)
     p = case.problem
     forward = backend.forward(p)
-    final = backend.summary(p)
+    final = backend.begin_forward(p).state
     torch.testing.assert_close(final.values, forward.final.values)
     zero = case.dfinal.zero()
     gradients = backend.backward(p, forward, case.dout, zero, need_planes=False)
     assert gradients.initial is not None
-    torch.testing.assert_close(backend.suffix(p, forward, case.dout).values, gradients.initial.values)
+    begun = backend.begin_backward(p, forward, case.dout, need_planes=False)
+    torch.testing.assert_close(begun.state.values, gradients.initial.values)
+    whole = backend.backward(p, forward, case.dout, zero, need_planes=False, begun=begun)
+    assert all(torch.equal(a, b) for a, b in zip(whole[:3], gradients[:3]))
+    again = backend.forward(p, begun=backend.begin_forward(p))
+    assert torch.equal(again.out, forward.out)
+    assert torch.equal(again.states, forward.states)
 
 
 def test_the_public_call_reaches_it() -> None:

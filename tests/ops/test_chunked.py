@@ -53,15 +53,15 @@ def test_bfloat16_rounds_only_its_inputs_and_outputs(seed: int) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("documents", [0, 5])
 def test_the_pieces_of_a_chain_are_the_whole(normalization: str, causal: bool, documents: int) -> None:
-    """summary is final without the read-out, and suffix is the initial state's gradient: what ranks exchange."""
+    """What is begun: the final state without the read-out, and the initial state's gradient: what ranks exchange."""
     case = next(c for c in map(draw, range(1000))
                 if c.problem.causal == causal and c.problem.normalization == normalization and c.problem.initial is not None
                 and c.problem.q.shape[1] > 128 and (c.problem.cu_seqlens is None) == (documents == 0))
     p = case.problem
     forward = chunked.forward(p)
-    assert relative_error(chunked.summary(p).values, forward.final.values) <= 1e-14
+    assert relative_error(chunked.begin_forward(p).state.values, forward.final.values) <= 1e-14
     gradients = chunked.backward(p, forward, case.dout, None, need_planes=False)
-    suffix = chunked.suffix(p, forward, case.dout)
+    suffix = chunked.begin_backward(p, forward, case.dout, need_planes=False).state
     assert gradients.initial is not None
     assert gradients.planes is None
     assert relative_error(suffix.values, gradients.initial.values) <= 1e-12
