@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_DTYPES = (torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class SketchState:
@@ -37,19 +39,18 @@ class SketchState:
     def __post_init__(self) -> None:
         if torch.compiler.is_compiling() or not isinstance(self.mass, Tensor):
             return  # pytree and compiler placeholders pass through here
-        for name in ("mass", "values"):
-            tensor = getattr(self, name)
-            if tensor.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"SketchState.{name} is {tensor.dtype}; sketches are float32 or float64: "
+        dtype, shape, of_values = self.mass.dtype, self.mass.shape, self.values.shape  # host time of every exchange
+        for name, found in (("mass", dtype), ("values", self.values.dtype)):
+            if found not in _DTYPES:
+                raise TypeError(f"SketchState.{name} is {found}; sketches are float32 or float64: "
                                 f"convert with .to(torch.float32)")
-        if self.mass.dtype != self.values.dtype:
-            raise TypeError(f"SketchState.mass is {self.mass.dtype} but values is {self.values.dtype}; "
-                            "convert one of them")
-        if self.mass.dim() != 3 or self.values.dim() != 4 or self.values.shape[:3] != self.mass.shape:
+        if dtype != self.values.dtype:
+            raise TypeError(f"SketchState.mass is {dtype} but values is {self.values.dtype}; convert one of them")
+        if len(shape) != 3 or len(of_values) != 4 or of_values[:3] != shape:
             raise ValueError(f"SketchState needs mass [B, Hkv, S] and values [B, Hkv, S, Dv]; "
-                             f"got {list(self.mass.shape)} and {list(self.values.shape)}")
-        if self.log_decay is not None and self.log_decay.shape != self.mass.shape[:2]:
-            raise ValueError(f"SketchState.log_decay is [B, Hkv] = {list(self.mass.shape[:2])} here; "
+                             f"got {list(shape)} and {list(of_values)}")
+        if self.log_decay is not None and self.log_decay.shape != shape[:2]:
+            raise ValueError(f"SketchState.log_decay is [B, Hkv] = {list(shape[:2])} here; "
                              f"got {list(self.log_decay.shape)}")
 
     @classmethod

@@ -80,7 +80,7 @@ def _(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normaliz
     results = [q.new_empty(*q.shape[:3], width)]
     if output_final:
         results += state(heads) + ([] if log_decay is None else [q.new_empty(rows, heads, dtype=p.state_dtype)])
-    for half in head_halves(p):
+    for half in head_halves(p, _group(group)):
         den = half.q.shape[:3] if normalization == "global" else (0,)
         results += [q.new_empty(den, dtype=p.compute_dtype),
                     q.new_empty(get_backend(backend).states_shape(half), dtype=p.compute_dtype),

@@ -2,8 +2,10 @@
 
 Heads go in two halves, so that the exchange of one half runs while the other half computes:
 
-    start(half 0)  start(half 1)  local call of half 0  local call of half 1
+    begin(half 0)  begin(half 1)  finish(half 0)  finish(half 1)
                    [exchange of half 0]  [exchange of half 1]
+
+Not among the GPUs of a node, where an exchange takes less time than the host does to launch everything twice.
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ class _GroupAttention(torch.autograd.Function):
 def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """The results (out, and the final state's tensors where it is wanted), and what the backward pass wants."""
     p = call.problem(tensors)
-    route, backend, halves = call.route(p), call.backend, head_halves(p)
+    route, backend, halves = call.route(p), call.backend, head_halves(p, call.group)
     calls = [route.cut.calls(half) for half in halves]
     out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
@@ -183,7 +185,7 @@ def backward_pass(call: Call, tensors: Sequence[Tensor | None], out: Tensor, kep
                   dfinal: Sequence[Tensor], *, need_planes: bool) -> tuple[Tensor | None, ...]:
     """A gradient of each tensor of a problem, None where there can be none."""
     p = call.problem(tensors)
-    route, backend, halves = call.route(p), call.backend, head_halves(p)
+    route, backend, halves = call.route(p), call.backend, head_halves(p, call.group)
     arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
     gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
     places = _places(route, halves, gradients)
@@ -269,10 +271,14 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
                      None if some.log_decay is None else decays(), initial)
 
 
-def head_halves(p: Problem) -> list[Problem]:
-    """The problem of each half of the key/value heads and their query heads; views."""
+NODE = 8  # GPUs
+
+
+def head_halves(p: Problem, group: ProcessGroup) -> list[Problem]:
+    """The problem of each half of the key/value heads and their query heads, views; or the whole problem alone."""
     heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
-    bounds = [0, heads // 2, heads] if heads > 1 else [0, heads]
+    whole = heads == 1 or (p.q.is_cuda and group_size(group) <= NODE)
+    bounds = [0, heads] if whole else [0, heads // 2, heads]
     return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
 
 

@@ -32,6 +32,7 @@ from race_dist.parallel.comm import (
 )
 from race_dist.parallel.eager import eager
 from race_dist.parallel.layout import Layout, check_layout
+from race_dist.sketch import SketchState
 
 Algorithm = Literal["auto", "all_gather", "recursive_doubling"]
 ALGORITHMS: tuple[Algorithm, ...] = ("auto", "all_gather", "recursive_doubling")
@@ -308,7 +309,7 @@ def _finish(scan: Steps[CarryT]) -> list[CarryT]:
 def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout, Algorithm]:
     layout = check_layout(layout)
     for piece in pieces:
-        if not isinstance(piece, Carry):
+        if not isinstance(piece, (SketchState, Carry)):
             raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
                             f"got {type(piece).__name__}")
     if algorithm not in ALGORITHMS:

@@ -15,11 +15,10 @@ from race_dist.hashing import sample_planes
 from race_dist.ops.functional import get_backend, unsupported
 from race_dist.ops.problem import Problem
 from race_dist.parallel import routes
-from race_dist.parallel.passes import group_attention
+from race_dist.parallel.passes import NODE, group_attention
 from race_dist.parallel.scan import Algorithm, start_scan
 from race_dist.sketch import SketchState
 
-SCANS = 4  # of an attention call with its gradients: two halves of the heads, forward and backward
 REPEATS = 20
 
 
@@ -64,16 +63,17 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
     whole = job.milliseconds(call, count)
     with mock.patch.object(routes, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
         local = job.milliseconds(call, count)
-    scan = _half_scan(job, count, algorithm)
-    added, alone = max(0.0, whole - local), SCANS * scan
+    scans = 2 if job.device.type == "cuda" and count <= NODE else 4  # forward and backward, in halves or not
+    scan = _scan_of(job, count, algorithm, job.sizes.base.heads * 2 // scans)
+    added, alone = max(0.0, whole - local), scans * scan
     return {"both_ms": whole, "without_exchange_ms": local, "exchange_share": added / whole,
             "scans_alone_ms": alone, "hidden": 1 - min(1.0, added / alone) if alone else None}
 
 
-def _half_scan(job: Job, count: int, algorithm: Algorithm) -> float:
-    """Milliseconds of the scan of half the timed attention's heads."""
+def _scan_of(job: Job, count: int, algorithm: Algorithm, heads: int) -> float:
+    """Milliseconds of the scan of so many of the timed attention's heads."""
     base = job.sizes.base
-    state = SketchState.empty(1, base.heads // 2, base.tables * 2**base.planes, base.head_dim, device=job.device)
+    state = SketchState.empty(1, heads, base.tables * 2**base.planes, base.head_dim, device=job.device)
     return job.milliseconds(lambda: start_scan([state], job.group(count), algorithm=algorithm).wait(), count, repeats=REPEATS)
 
 
