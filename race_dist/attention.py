@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from race_dist.hashing import check_hash
 from race_dist.ops.functional import attend, get_backend, unsupported
@@ -216,13 +218,27 @@ def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor)
             raise TypeError(f"beta must be a number or a tensor; got {type(beta).__name__}")
         if not 0 < beta < float("inf"):
             raise ValueError(f"beta must be positive and finite; got {beta}")
-        return torch.full((heads,), float(beta), dtype=dtype, device=q.device)
+        return _constant(float(beta), heads, dtype, q.device)
     if not beta.is_floating_point() or tuple(beta.shape) not in ((), (1,), (heads,)):
         raise ValueError(f"beta must be a scalar or [Hkv] = [{heads}] in floating point; got {beta.dtype} {list(beta.shape)}")
     _same_device("beta", beta, q)
     if _readable(beta) and not bool(((beta > 0) & beta.isfinite()).all()):
         raise ValueError(f"beta must be positive and finite; got {beta.tolist()}")
     return beta.to(dtype).expand(heads).contiguous()
+
+
+def _constant(value: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[count]``, kept from call to call: short sequences wait for the host. Not where the memory would be a graph's own,
+    or the tensor a tracer's."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or device.type == "meta" or (
+            device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return torch.full((count,), value, dtype=dtype, device=device)
+    return _kept_constant(value, count, dtype, device, torch.is_inference_mode_enabled())
+
+
+@lru_cache(maxsize=64)
+def _kept_constant(value: float, count: int, dtype: torch.dtype, device: torch.device, inference: bool) -> Tensor:
+    return torch.full((count,), value, dtype=dtype, device=device)
 
 
 def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor) -> Tensor | None:

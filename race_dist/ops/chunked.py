@@ -56,11 +56,11 @@ def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
 
 
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-             into: Into | None = None, begun: Begun | None = None) -> Gradients:
+             need_beta: bool = True, into: Into | None = None, begun: Begun | None = None) -> Gradients:
     """Gradients of every input (those of q, k, v written ``into`` tensors where given), from those of the output and of
     the final state."""
     arriving = _augmented(p, dfinal)  # [rows, H, S, E] float64
-    totals = _Totals(p, need_planes, into or Into(*(torch.empty_like(x) for x in (p.q, p.k, p.v))))
+    totals = _Totals(p, need_planes, need_beta, into or Into(*(torch.empty_like(x) for x in (p.q, p.k, p.v))))
     if not p.causal:
         for tile in Tiling(p):
             work = _load(p, tile)
@@ -447,10 +447,10 @@ def _from_suffix(work: _Work, suffix: Tensor) -> tuple[Tensor, Tensor]:
 class _Totals:
     """The gradients of a backward pass as they come together, tile by tile."""
 
-    def __init__(self, p: Problem, need_planes: bool, into: Into) -> None:
+    def __init__(self, p: Problem, need_planes: bool, need_beta: bool, into: Into) -> None:
         self.p = p
         self.q, self.k, self.v = into
-        self.beta = torch.zeros(p.beta.shape, dtype=torch.float64, device=p.q.device)
+        self.beta = torch.zeros(p.beta.shape, dtype=torch.float64, device=p.q.device) if need_beta else None
         self.planes = torch.zeros(p.planes.shape, dtype=torch.float64, device=p.q.device) if need_planes else None
         # of G_i
         self.decay = None if p.log_decay is None else p.q.new_zeros(p.log_decay.shape, dtype=torch.float64)
@@ -478,7 +478,8 @@ class _Totals:
         phi = rows.phi.flatten(2, 3).unflatten(-1, (tables, -1))
         dlogit = weighted - phi * weighted.sum(-1, keepdim=True)
         du = dlogit @ self.signs  # [B, H, N, L, P], before beta
-        self.beta += (rows.u * du).sum((0, 2, 3, 4), dtype=torch.float64)
+        if self.beta is not None:
+            self.beta += (rows.u * du).sum((0, 2, 3, 4), dtype=torch.float64)
         du *= p.beta.to(dtype)[:, None, None, None] * (1 - rows.u * rows.u)
         du = du.flatten(3)  # [B, H, N, L P]
         if self.planes is not None:
@@ -493,7 +494,7 @@ class _Totals:
             log_decay = _decay_gradient(p, self.decay, last).to(p.log_decay.dtype)
         initial = None if p.initial is None else _sketch(p, dinitial)
         return Gradients(self.q, self.k, self.v, None if self.planes is None else self.planes.to(p.planes.dtype),
-                         self.beta.to(p.beta.dtype), log_decay, initial)
+                         None if self.beta is None else self.beta.to(p.beta.dtype), log_decay, initial)
 
 
 def _decay_gradient(p: Problem, decay: Tensor, last: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Backend(Protocol):
     def forward(self, p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward: ...
 
     def backward(self, p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-                 into: Into | None = None, begun: Begun | None = None) -> Gradients: ...
+                 need_beta: bool = True, into: Into | None = None, begun: Begun | None = None) -> Gradients: ...
 
     def begin_forward(self, p: Problem, out: Tensor | None = None) -> Begun: ...
 
@@ -138,13 +138,13 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, lo
                key_mask: Tensor | None, cu_seqlens: Tensor | None, initial_mass: Tensor | None,
                initial_values: Tensor | None, out: Tensor, den: Tensor, states: Tensor, final_mass: Tensor,
                final_values: Tensor, dout: Tensor, dmass: Tensor | None, dvalues: Tensor | None, causal: bool,
-               normalization: str, backend: str, need_planes: bool) -> list[Tensor]:
-    """Of every input that there is, in their order; of the planes if asked for."""
+               normalization: str, backend: str, need_planes: bool, need_beta: bool) -> list[Tensor]:
+    """Of every input that there is, in their order; of the planes and beta if asked for."""
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
     dfinal = None if dmass is None or dvalues is None else SketchState(dmass, dvalues)
     saved = Forward(out, den, states, SketchState(final_mass, final_values))
     with full_precision(q):
-        grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes)
+        grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes, need_beta=need_beta)
     dinitial = (None, None) if grads.initial is None else (grads.initial.mass, grads.initial.values)
     every = (grads.q, grads.k, grads.v, grads.planes, grads.beta, grads.log_decay, *dinitial)
     return [g for g in every if g is not None]
@@ -155,8 +155,8 @@ _attention_backward = torch.library.custom_op("race_dist::attention_backward", m
 
 @_attention_backward.register_fake
 def _(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, out, den, states,  # type: ignore[no-untyped-def]
-      final_mass, final_values, dout, dmass, dvalues, causal, normalization, backend, need_planes):
-    like = (q, k, v, planes if need_planes else None, beta, log_decay, initial_mass, initial_values)
+      final_mass, final_values, dout, dmass, dvalues, causal, normalization, backend, need_planes, need_beta):
+    like = (q, k, v, planes if need_planes else None, beta if need_beta else None, log_decay, initial_mass, initial_values)
     return [x.new_empty(x.shape) for x in like if x is not None]
 
 
@@ -174,9 +174,9 @@ def _backward(ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: T
     if dmass is not None or dvalues is not None:
         dmass = torch.zeros_like(mass) if dmass is None else dmass
         dvalues = torch.zeros_like(values) if dvalues is None else dvalues
-    need_planes = ctx.needs_input_grad[3]
-    found = iter(gradients(*inputs, out, den, states, mass, values, dout, dmass, dvalues, *ctx.options, need_planes))
-    there = (True, True, True, need_planes, True, inputs[5] is not None, False, False, *(x is not None for x in inputs[8:]))
+    needs = ctx.needs_input_grad[3:5]  # planes, beta
+    found = iter(gradients(*inputs, out, den, states, mass, values, dout, dmass, dvalues, *ctx.options, *needs))
+    there = (True, True, True, *needs, inputs[5] is not None, False, False, *(x is not None for x in inputs[8:]))
     every = [next(found) if is_there else None for is_there in there]
     return (*(g if need else None for g, need in zip(every, ctx.needs_input_grad)), None, None, None)
 

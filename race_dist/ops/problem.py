@@ -107,7 +107,7 @@ class Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     planes: Tensor | None
-    beta: Tensor
+    beta: Tensor | None
     log_decay: Tensor | None
     initial: SketchState | None
 

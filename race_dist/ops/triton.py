@@ -60,7 +60,7 @@ def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
 
 
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-             into: Into | None = None, begun: Begun | None = None) -> Gradients:
+             need_beta: bool = True, into: Into | None = None, begun: Begun | None = None) -> Gradients:
     """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
     call, saved, into, h, row, parts = _query_side(p, saved, dout, need_planes, into) if begun is None else begun.rest
     suffixes, dinitial = call.scan(parts, dfinal, p.initial is not None, reverse=True)
@@ -68,7 +68,7 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
                 _scalars(h), _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
                 saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1))
-    dbeta = call.dbeta.sum((0, 1))
+    dbeta = call.dbeta.sum((0, 1)) if need_beta else None
     if dlog_decay is not None and p.log_decay is not None:
         dlog_decay = dlog_decay.to(p.log_decay.dtype)
     return Gradients(into.q, into.k, into.v, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
