@@ -13,7 +13,7 @@ ROWS = 60
 
 
 def profile(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """The call's kernels (operators on the CPU) by their time in all.
+    """The call's kernels by their time in all; on the CPU operators, "outer/inner" where one of this package's ran them.
 
     Returns:
         ``wall_ms``, ``busy_ms`` (kernels alone) and ``kernels``: name, calls and ms, the slowest first.
@@ -26,10 +26,25 @@ def profile(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize(device)
         wall = time.perf_counter() - start
-    kernels: list[dict[str, Any]] = []
-    for event in profiler.key_averages():
-        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if spent and not (cuda and "CUDA" not in str(event.device_type)):
-            kernels.append({"name": event.key[:120], "calls": event.count, "ms": spent / 1e3})
+    kernels = _device_kernels(profiler) if cuda else _operators(profiler)
     kernels.sort(key=lambda k: -k["ms"])
     return {"wall_ms": 1e3 * wall, "busy_ms": sum(k["ms"] for k in kernels), "kernels": kernels[:ROWS]}
+
+
+def _device_kernels(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
+    return [{"name": event.key[:120], "calls": event.count, "ms": event.self_device_time_total / 1e3}
+            for event in profiler.key_averages() if event.self_device_time_total and "CUDA" in str(event.device_type)]
+
+
+def _operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
+    """Time in an operator itself, apart from those that it calls."""
+    rows: dict[str, dict[str, Any]] = {}
+    for event in profiler.events() or ():
+        outer, name = event.cpu_parent, event.name[:120]
+        while outer is not None and not outer.name.startswith("race_dist::"):
+            outer = outer.cpu_parent
+        name = name if outer is None else f"{outer.name}/{name}"
+        row = rows.setdefault(name, {"name": name, "calls": 0, "ms": 0.0})
+        row["calls"] += 1
+        row["ms"] += event.self_cpu_time_total / 1e3
+    return list(rows.values())

@@ -10,9 +10,10 @@ from race_dist.planning import Cluster, Job, Layout, Rates
 from race_dist.planning.cluster import GPU
 from race_dist.planning.costs import Machine, attention_seconds, elementwise_seconds, passes, product_seconds
 
-PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk")  # cuBLAS's names on several generations
+PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm")  # cuBLAS's names; PyTorch's on a CPU
 LEAST = 1e-3  # of a rate: a profile without such kernels is not the end of a benchmark
-ATTENTION = ("tile_sums", "tile_query_sums", "scan_tiles", "walk_", "snapshot_", "pipe_")  # race_dist.kernels
+ATTENTION = ("tile_sums", "tile_query_sums", "scan_tiles", "walk_", "snapshot_", "pipe_",
+             "race_dist::attention")  # race_dist.kernels; the operator, on a CPU
 
 
 def kind_of(kernel: str) -> str:
@@ -42,7 +43,7 @@ def measured_rates(job: Job, chunk_size: int, gpu: GPU, kernels: Sequence[Mappin
     Args:
         job: the profiled step: its context, precision, and whether blocks were compiled.
         chunk_size: of its chunks.
-        gpu: as the planner knows it.
+        gpu: as the planner knows it; "cpu" too.
         kernels: with their times over the whole step.
         source: in words.
     """

@@ -155,19 +155,20 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
 
 
 def _planned(config: TrainConfig, length: int, options: Options, group: ProcessGroup | None) -> dict[str, Any]:
-    """What the planner says of the same step: ``planned`` seconds by part and bytes at the highest moment."""
+    """What the planner says of the same step: ``planned`` seconds by part and bytes at the highest moment of a
+    first step, which is what is measured."""
     gpu, ranks = _gpu(options), group_size(group)
     if options.keep == "subtract" or gpu is None:
         return {}
     job = Job(config.model, length, 1, config.precision, options.compiled or config.compile)
     plan = make_plan(job, Layout(1, ranks, options.chunk_size, keep=options.keep), Cluster(gpu, ranks, ranks))
-    return {"planned": {"seconds": plan.step, **plan.seconds, "peak_bytes": plan.memory.peak}}
+    return {"planned": {"seconds": plan.step, **plan.seconds, "peak_bytes": plan.memory.first_peak}}
 
 
 def _rates(config: TrainConfig, options: Options, tokens: int, kernels: list[dict[str, Any]]) -> dict[str, Any]:
     """``rates`` for ``race-dist plan --rates``, where the planner knows the GPU."""
     gpu = _gpu(options)
-    if gpu is None or options.device == "cpu":
+    if gpu is None:
         return {}
     job = Job(config.model, tokens, 1, config.precision, options.compiled or config.compile)
     source = f"a profile of {tokens:,} tokens in chunks of {options.chunk_size:,} on {gpu.name}"

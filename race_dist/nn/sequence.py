@@ -194,7 +194,8 @@ class Sequence:
         if self.cu_seqlens is not None:
             end = self.cu_seqlens[-1] - self.cu_seqlens[-2]
         else:
-            end = torch.tensor(self.length, dtype=torch.int64, device=self.positions.device)
+            # filled there: a copy from the host would wait for all that the device has queued
+            end = torch.full((), self.length, dtype=torch.int64, device=self.positions.device)
             end = all_reduce_sum(end, self.group)
         return end if position is None or self.num_documents > 1 else position + end
 

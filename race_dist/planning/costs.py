@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from race_dist.models import ModelConfig
 from race_dist.planning.cluster import Cluster, Link
+from race_dist.planning.fused import fused_by_block, fused_by_ends
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.memory import chunk_start_states, gathers_all, scan_bytes
 from race_dist.planning.rates import Rates
@@ -179,16 +180,27 @@ def attention_seconds(job: Job, layout: Layout, machine: Machine) -> tuple[float
 
 
 def elementwise_seconds(job: Job, layout: Layout, machine: Machine) -> float:
-    """Norms, positions, gates, casts and the logits, by the bytes that autograd saves of them (see ``Rates``). A logit is
-    written, read for its sum, read and written for its gradient, and read twice by products: 6 wide numbers."""
-    m, rows, rates = job.model, layout.rows(job), machine.rates
-    tile = state_tile(m, rows, cpu=machine.cluster.gpu.name == "cpu", chunk=layout.chunk(job))
-    block = sum(count * saved_by_block(job, kind, rows, tile).per_token for kind, count in layers(m).items())
-    forward, backward = ((rates.compiled_forward, rates.compiled_backward) if job.compiled
-                         else (rates.elementwise_forward, rates.elementwise_backward))
-    moved = block * (forward * passes(job, layout).forward + backward)
-    moved += saved_by_norm(job) * (rates.elementwise_forward + rates.elementwise_backward) + 6 * m.vocab_size * job.wide
+    """Norms, positions, gates, casts and the logits: of compiled blocks by the bytes that their kernels move, otherwise by
+    the bytes that autograd saves of them (see ``Rates``). A logit is written, read for its sum, read and written for its
+    gradient, and read twice by products: 6 wide numbers."""
+    forward, backward = _fused_bytes(job, machine.rates) if job.compiled else _plain_bytes(job, layout, machine)
+    moved = forward * passes(job, layout).forward + backward + 6 * job.model.vocab_size * job.wide
     return layout.rows(job) * layout.shard(job) * moved / machine.stream
+
+
+def _fused_bytes(job: Job, rates: Rates) -> tuple[float, float]:
+    """A token's, of all blocks and both ends, compiled: forward and backward."""
+    parts = [fused_by_ends(job), *(fused_by_block(job, kind) for kind in job.model.layer_kinds)]
+    return rates.compiled_forward * sum(p[0] for p in parts), rates.compiled_backward * sum(p[1] for p in parts)
+
+
+def _plain_bytes(job: Job, layout: Layout, machine: Machine) -> tuple[float, float]:
+    """The same without a compiler; the ends once."""
+    rows, rates = layout.rows(job), machine.rates
+    tile = state_tile(job.model, rows, cpu=machine.cluster.gpu.name == "cpu", chunk=layout.chunk(job))
+    block = sum(count * saved_by_block(job, kind, rows, tile).per_token for kind, count in layers(job.model).items())
+    ends = saved_by_norm(job) * (rates.elementwise_forward + rates.elementwise_backward)
+    return block * rates.elementwise_forward, block * rates.elementwise_backward + ends
 
 
 def optimizer_seconds(job: Job, layout: Layout, machine: Machine) -> float:

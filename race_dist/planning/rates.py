@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+MEASURED_ATTENTION = {8: (1.03, 1.32), 64: (1.18, 1.29), 256: (0.54, 1.66)}  # see Rates.attention
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -20,29 +22,29 @@ class Rates:
         bandwidth: fraction of the rated memory bandwidth that element-wise kernels reach. Default: 0.87, a device copy
             on an H100 (2.92 of 3.35 TB/s, measured).
         attention: times the roofline of :func:`race_dist.planning.costs.attention_cost` that the attention takes
-            (forward, backward), by the number of features S; the nearest S counts. Default at S = 64: three untuned Triton
-            kernels took 9.2 ms for 2**20 tokens and 8 heads of 128 on an H100, where the bytes alone take 4.4 ms at
-            the bandwidth above (measured); the backward pass is taken to be as far from its own (estimate).
+            (forward, backward), by the number of features S; the nearest S counts. Defaults: 2**20 tokens and 8 heads of 128
+            on an H100 (measured, docs/benchmarks/attention-h100.json): 4.6 and 9.8 ms at S = 8, 5.3 and 9.6 ms at 64 (decay
+            per token), 15.1 and 51.5 ms at 256, where fewer states are written forward than the roofline counts.
         elementwise_forward, elementwise_backward: bytes that element-wise kernels move in a pass, as a multiple of the
             bytes that autograd saves of it. Every saved tensor is written once and read by the next operation (2); in
             the backward pass it is read, and a gradient of its size written and read (3); PyTorch without a compiler
             moves its temporaries too: about half as much again (estimate).
-        compiled_forward, compiled_backward: the same where blocks are compiled, which save less and keep fewer temporaries:
-            counted by hand for a RACE block, 60 numbers' worth of bytes a saved 50 forward, and about twice that backward
-            (estimate).
+        compiled_forward, compiled_backward: where blocks are compiled, the bytes that their kernels move as a multiple of
+            what :mod:`race_dist.planning.fused` counts. Default: 1; the count gave 136 ms where a profile on an H100 had
+            143 ms (measured, docs/benchmarks/streaming-h100-2m.json).
         host_forward: seconds in which the host queues the kernels of one block's forward pass: about 120 launches of 5
             microseconds (estimate). A backward pass takes twice this. Small chunks are bound by it.
         overlap: fraction of what can run beside computation that does. Default: 0.9 (estimate).
     """
 
-    source: str = "estimates and single-kernel measurements on one H100"
+    source: str = "measurements on one H100, and estimates"
     matmul: float = 0.65
     bandwidth: float = 0.87
-    attention: dict[int, tuple[float, float]] = field(default_factory=lambda: {64: (2.1, 2.1)})
+    attention: dict[int, tuple[float, float]] = field(default_factory=lambda: dict(MEASURED_ATTENTION))
     elementwise_forward: float = 3.0
     elementwise_backward: float = 4.5
-    compiled_forward: float = 1.2
-    compiled_backward: float = 2.5
+    compiled_forward: float = 1.0
+    compiled_backward: float = 1.0
     host_forward: float = 600e-6
     overlap: float = 0.9
 

@@ -1,0 +1,69 @@
+"""The planner against the measured runs in docs/benchmarks: time within 20%, memory within 10%, predicted anew by this code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from race_dist.benchmarks.rates import measured_rates
+from race_dist.models import ModelConfig
+from race_dist.planning import GPUS, Cluster, Job, Layout, Plan, Rates, find_gpu, make_plan
+
+FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+def load(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((FOLDER / f"streaming-{name}.json").read_text(encoding="utf-8"))
+    return report
+
+
+def job_of(report: dict[str, Any], tokens: int) -> Job:
+    return Job(ModelConfig(**report["model"]), tokens, 1, report["precision"], report["compiled"])
+
+
+def plan_of(report: dict[str, Any], row: dict[str, Any], rates: Rates | None = None) -> Plan:
+    gpu = find_gpu("h100") if report["device"] == "cuda" else GPUS["cpu"]
+    layout = Layout(1, 1, report["chunk_size"], keep=report["keep"])
+    return make_plan(job_of(report, row["tokens"]), layout, Cluster(gpu, 1), rates)
+
+
+def profiled_rates(name: str) -> Rates:
+    report = load(name)
+    profile = report["rows"][0]["profile"]
+    gpu = find_gpu("h100") if report["device"] == "cuda" else GPUS["cpu"]
+    return measured_rates(job_of(report, profile["tokens"]), report["chunk_size"], gpu, profile["kernels"], source=name)
+
+
+@pytest.mark.parametrize("name", ["h100-75m", "h100-1b"])
+def test_the_time_of_long_steps_on_an_h100(name: str) -> None:
+    report = load(name)
+    row = report["rows"][0]
+    assert plan_of(report, row).step == pytest.approx(row["seconds"], rel=0.2)
+
+
+def test_the_time_of_a_long_step_on_a_cpu() -> None:
+    """With the rates of a profile of three chunks on that machine: the table's CPU is nobody's."""
+    report = load("cpu-75m")
+    row = report["rows"][0]
+    assert plan_of(report, row, profiled_rates("cpu-profile")).step == pytest.approx(row["seconds"], rel=0.2)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("h100-75m", 1), ("h100-1b", 1), ("h100-memory", 4), ("cpu-75m", 1)])
+def test_the_memory_of_measured_steps(name: str, rows: int) -> None:
+    report = load(name)
+    assert len(report["rows"]) == rows
+    for row in report["rows"]:
+        assert plan_of(report, row).memory.first_peak == pytest.approx(row["peak_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["h100-memory", "memory-cpu"])
+def test_measured_memory_does_not_grow_with_the_sequence(name: str) -> None:
+    bare = [row["peak_bytes"] - row["state_bytes"] for row in load(name)["rows"]]
+    assert max(bare) <= 1.03 * min(bare)
+
+
+def test_element_wise_bytes_are_those_of_a_profile() -> None:
+    assert profiled_rates("h100-2m").compiled_forward == pytest.approx(1, abs=0.1)
