@@ -55,7 +55,10 @@ def rotation(positions: Tensor, head_dim: int, base: float,
         raise TypeError(f"positions are {positions.dtype}; they must be torch.int64: smaller integers wrap too early")
     if head_dim % 2:
         raise ValueError(f"rotary positions need an even head_dim; got {head_dim}")
-    units = torch.tensor(turns_per_token(head_dim, base), dtype=torch.int64, device=positions.device)
+    units = torch.tensor(turns_per_token(head_dim, base), dtype=torch.int64)
+    if positions.is_cuda and not torch.compiler.is_compiling():
+        units = units.pin_memory()  # a copy from other memory would wait for all that the device has queued
+    units = units.to(positions.device, non_blocking=True)
     angle = (positions[..., None] * units).double() * (2 * math.pi * 2.0**-64)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -74,3 +74,17 @@ def test_compiled_blocks_are_one_graph_and_within_the_noise() -> None:
         block.compile(dynamic=False, fullgraph=True)
     assert error(gradient(net, chunk_size=CHUNK), whole) <= 2 * noise
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("pattern", ["R", "RW"])
+def test_a_chunk_does_not_wait_for_the_device(pattern: str) -> None:
+    """The host queues one chunk while the one before it runs: nothing in a forward pass brings it to a halt."""
+    config = ModelConfig(vocab_size=256, dim=256, num_layers=2, num_heads=2, layer_pattern=pattern, window=64)
+    net, ids = DecoderLM(config).cuda(), torch.zeros(1, CHUNK, dtype=torch.int64, device="cuda")
+    with torch.no_grad():
+        carry = net.hidden(ids, net.zero_carry(1, state_dtype=torch.float64))[1]  # kernels are compiled and tuned
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            net.hidden(ids, carry)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
