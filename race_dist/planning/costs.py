@@ -13,7 +13,7 @@ from race_dist.models import ModelConfig
 from race_dist.planning.cluster import Cluster, Link
 from race_dist.planning.fused import fused_by_block, fused_by_ends
 from race_dist.planning.layout import Job, Layout
-from race_dist.planning.memory import chunk_start_states, gathers_all, scan_bytes
+from race_dist.planning.memory import chunk_start_states, gathers_all, scan_bytes, scan_parts
 from race_dist.planning.rates import Rates
 from race_dist.planning.tally import (
     Map,
@@ -264,11 +264,12 @@ def _sequence_exchange(job: Job, layout: Layout, machine: Machine, sent: dict[st
     """Carries between the ranks of a sequence, every layer, every chunk.
 
     RACE layers exchange their heads in two halves, so that one half's exchange runs beside the other half's sums and
-    read-out. When streamed, the state after the chunk (backward: its gradient) is summed over the ranks too, and tails are
-    scanned and broadcast; nothing hides their start-up.
+    read-out, or (:func:`scan_parts`) all at once, beside nothing. When streamed, the state after the chunk (backward: its
+    gradient) is summed over the ranks too, and tails are scanned and broadcast; nothing hides their start-up.
     """
     m, ranks, link = job.model, layout.sp, machine.cluster.link(layout.sp)
-    streamed, again, half = layout.chunk_size is not None, passes(job, layout), scan_bytes(job, layout) / 2
+    parts = scan_parts(layout, machine.cluster)
+    streamed, again, part = layout.chunk_size is not None, passes(job, layout), scan_bytes(job, layout) / parts
     own = [seconds * layout.rows(job) * layout.chunk(job) / m.num_layers for seconds in attention_seconds(job, layout, machine)]
     exposed = 0.0
     for kind, count in layers(m).items():
@@ -281,14 +282,14 @@ def _sequence_exchange(job: Job, layout: Layout, machine: Machine, sent: dict[st
             exposed += calls * (scan_seconds(ranks, tail, link) + broadcast)
         if kind != "R":
             continue
-        sent["sketches (scan)"] += calls * 2 * scan_sent(ranks, half)
-        one = scan_seconds(ranks, half, link)
+        sent["sketches (scan)"] += calls * parts * scan_sent(ranks, part)
+        one = scan_seconds(ranks, part, link)
         for times, local in ((again.forward, own[0]), (again.backward, own[1])):
-            hidden = machine.rates.overlap * local / 2  # of each half, beside the other's work
-            exposed += chunks * times * (max(0.0, one - hidden / 2) + max(0.0, one - hidden))
+            hidden = machine.rates.overlap * local / 2 if parts == 2 else 0.0  # of each half, beside the other's work
+            exposed += chunks * times * (max(0.0, one - hidden / 2) + (max(0.0, one - hidden) if parts == 2 else 0.0))
         if streamed:
-            sent["final states"] += calls * 2 * 2 * half * (ranks - 1) / ranks
-            exposed += calls * all_reduce_seconds(ranks, half, link)
+            sent["final states"] += calls * parts * 2 * part * (ranks - 1) / ranks
+            exposed += calls * all_reduce_seconds(ranks, part, link)
     return exposed
 
 

@@ -95,7 +95,7 @@ def memory(job: Job, layout: Layout, cluster: Cluster) -> Memory:
         "chunk-start states": _states_in_use(job, layout) if on_host else starts,
         "loss": loss,
         "gradients in flight": backward,
-        "exchange": _exchange(job, layout),
+        "exchange": _exchange(job, layout, cluster),
         "tokens": 16 * rows * chunk,  # tokens and labels, int64
         "optimizer buffers": -(-weights // share),  # roots of the second moments; or, before, the gradients' exchange
     }
@@ -183,13 +183,19 @@ def scan_bytes(job: Job, layout: Layout) -> int:
     return layout.rows(job) * sketch_numbers(job.model) * size
 
 
-def _exchange(job: Job, layout: Layout) -> int:
+def scan_parts(layout: Layout, cluster: Cluster) -> int:
+    """Exchanges a RACE layer makes of its heads: two halves, or all at once among a node's GPUs; the rule of
+    ``race_dist.parallel.passes``."""
+    return 1 if cluster.gpu.name != "cpu" and layout.sp <= 8 else 2
+
+
+def _exchange(job: Job, layout: Layout, cluster: Cluster) -> int:
     """Buffers of one layer's exchange: what is sent and what arrives, from every rank of a few and from one of many."""
     if layout.sp == 1:
         return 0
     sketch = scan_bytes(job, layout) if "R" in job.model.layer_kinds else 0
     tail = layout.rows(job) * max(tail_bytes(job, kind) for kind in layers(job.model))
-    copies = layout.sp + 1 if gathers_all(layout.sp, sketch // 2) else 4  # heads go in two halves
+    copies = layout.sp + 1 if gathers_all(layout.sp, sketch // scan_parts(layout, cluster)) else 4
     return copies * sketch + (layout.sp + 1) * tail
 
 
