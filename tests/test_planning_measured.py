@@ -51,7 +51,8 @@ def test_the_time_of_a_long_step_on_a_cpu() -> None:
     assert plan_of(report, row, profiled_rates("cpu-profile")).step == pytest.approx(row["seconds"], rel=0.2)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("h100-75m", 1), ("h100-1b", 1), ("h100-memory", 4), ("cpu-75m", 1), ("memory-cpu", 4)])
+@pytest.mark.parametrize(("name", "rows"), [
+    ("h100-75m", 1), ("h100-1b", 1), ("h100-memory", 4), ("cpu-75m", 1), ("memory-cpu", 4)])
 def test_the_memory_of_measured_steps(name: str, rows: int) -> None:
     report = load(name)
     assert len(report["rows"]) == rows
