@@ -182,21 +182,30 @@ class Watch:
             if self.verdict is None and not self.store_lost:
                 time.sleep(self.beat)
         if self.verdict is None and not self.store_lost:
-            try:
-                self._judge(group, op)
-            except RuntimeError:
-                self.store_lost = True
+            # in a thread: a store whose host stands still answers nothing, and its client waits for ever
+            judge = threading.Thread(target=self._judge, args=(group, op), name="race-dist-judge", daemon=True)
+            judge.start()
+            judge.join(4 * _LOST_BEATS * self.beat + _LAST_WORDS)
+            self.store_lost |= judge.is_alive()
         if self.verdict is not None:
             text, ranks = self.verdict
             return RankFailure(f"{head}: {text} [{_first_line(error)}]", ranks)
         if self.store_lost:
-            return RankFailure(f"{head}, and the store through which ranks find each other is gone too: its host (rank "
-                               f"0, or the launcher's agent) died or has already ended [{_first_line(error)}]",
-                               [0] if self.rank else [])
+            of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            host = "the launcher's agent" if of_launcher else "rank 0"
+            return RankFailure(f"{head}: {host} died, has already ended or stands still, and with it the store through which "
+                               f"ranks find each other [{_first_line(error)}]",
+                               [0] if self.rank and not of_launcher else [])
         return RankFailure(f"{head}, although every rank of its group lives and has come to it [{_first_line(error)}]")
 
     def _judge(self, group: ProcessGroup, op: str) -> None:
         """Find out who is missing and publish it, unless another rank has done so first."""
+        try:
+            self._look_for_missing(group, op)
+        except RuntimeError:
+            self.store_lost = True
+
+    def _look_for_missing(self, group: ProcessGroup, op: str) -> None:
         others = [r for r in dist.get_process_group_ranks(group) if r != self.rank]
         before = self._beats(others)
         time.sleep(_LOST_BEATS * self.beat)

@@ -198,8 +198,8 @@ def hung_rank(chaos: Chaos) -> bool:
     ranks = chaos.ranks()
     victim = chaos.random.randrange(RANKS)
     os.kill(ranks[victim], signal.SIGSTOP)
-    wait_for(lambda: re.search(rf"rank {victim} (died|did not come)|rank {victim}\) died", chaos.text()),
-             f"rank {victim} is named\n{chaos.text()[-2000:]}", 30 + TIMEOUT)
+    wait_for(lambda: re.search(rf"rank {victim} (died|did not come)", chaos.text()), f"rank {victim} is named",
+             30 + TIMEOUT)
     return True
 
 
