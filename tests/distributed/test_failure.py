@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def steps(group, victim: int, how: str, timeout: float):
                     os._exit(3)
                 if how == "raise":
                     raise KeyError("a bug of this rank alone")
+                if how == "stop":  # stands still, store and all, until long after the others have given up
+                    subprocess.Popen(["sh", "-c", f"sleep {timeout + 30}; kill -CONT {os.getpid()}"])
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    return None
                 time.sleep(timeout + 6)  # "sleep": lives, but does not come
             exclusive_scan(carry, group)
     except RankFailure as failure:
@@ -36,13 +41,14 @@ def steps(group, victim: int, how: str, timeout: float):
     return None
 
 
-@pytest.mark.parametrize(("victim", "how"), [(1, "kill"), (2, "exit"), (0, "kill"), (1, "sleep")])
+@pytest.mark.parametrize(("victim", "how"), [(1, "kill"), (2, "exit"), (0, "kill"), (1, "sleep"),
+                                             pytest.param(0, "stop", marks=pytest.mark.slow)])
 def test_survivors_name_the_rank(victim: int, how: str) -> None:
     timeout = 5.0
     outcomes = spawn_ranks(3, steps, victim, how, timeout, timeout=timeout)
     for rank, outcome in enumerate(outcomes):
         if rank == victim:
-            if how != "sleep":
+            if how not in ("sleep", "stop"):
                 assert "ended with exit code" in outcome.error
             continue
         assert outcome.error is None, outcome.error
@@ -50,7 +56,7 @@ def test_survivors_name_the_rank(victim: int, how: str) -> None:
         assert ranks == (victim,), message
         assert f"rank {victim}" in message
         assert message.startswith(f"rank {rank}: ")
-        assert seconds < timeout + 7.0, message
+        assert seconds < timeout + (30.0 if how == "stop" else 7.0), message
 
 
 def silent(group, victim: int, folder: str):
