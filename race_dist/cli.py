@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from race_dist import __version__
-from race_dist.cli_errors import default_device, failures, user_errors
+from race_dist.cli_errors import default_device, end_failed_rank, failures, user_errors
 from race_dist.cli_launch import launch, preflight
 from race_dist.cli_runs import runs
 
@@ -279,7 +279,11 @@ app.command()(preflight)
 
 def main() -> None:
     """The console script."""
-    app(prog_name="race-dist")
+    try:
+        app(prog_name="race-dist")
+    except SystemExit as end:
+        end_failed_rank(end.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -36,6 +36,18 @@ def failures() -> Iterator[None]:
         raise typer.Exit(FAILED) from None
 
 
+def end_failed_rank(code: object) -> None:
+    """End this process at once if it is one of several ranks that failed: they leave at different times, and gloo's threads
+    would abort about one in three as the interpreter ends, which hides the exit code."""
+    distributed = sys.modules.get("torch.distributed")
+    if code not in (FAILED, USER_ERROR) or distributed is None or not distributed.is_initialized():
+        return
+    if distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(str(code)))
+
+
 def default_device() -> str:
     """cuda where there is a GPU, else cpu."""
     import torch
