@@ -180,6 +180,8 @@ class Checkpoints:
             error = next((e for _, e in parts if e is not None), None)
             if error is None and self.rank == 0:
                 error = self._publish(partial, body, {k: v for part, _ in parts for k, v in part.items()})
+            if error is not None and self.rank == 0:  # no rank writes any more, and a full disk needs the room
+                shutil.rmtree(partial, ignore_errors=True)
             error = gather_objects(error, self._group)[0]
         except RuntimeError as caught:  # a rank is gone: the main thread will meet it too
             error = _reason(caught)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,19 @@ def test_a_write_that_fails_is_told_and_harms_nothing(tmp_path: Path) -> None:
     store.save(30, tensors(30), {"position": 30, "third": 1 / 3})
     assert store.wait()
     assert loaded(folder)[0] == 30
+
+
+def test_a_write_cut_short_leaves_no_half_of_it(tmp_path: Path) -> None:
+    """What stayed would keep the room that a full disk lacks."""
+    store, limits = saved(tmp_path, [10]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes a file may have
+    try:
+        store.save(20, tensors(20), {})
+        assert not store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in store.problems[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"000001-step-00000010"}
 
 
 def test_other_tensors_are_refused(tmp_path: Path) -> None:
