@@ -60,6 +60,15 @@ def test_the_memory_of_measured_steps(name: str, rows: int) -> None:
         assert plan_of(report, row).memory.first_peak == pytest.approx(row["peak_bytes"], rel=0.1)
 
 
+def test_a_long_step_on_two_gpus() -> None:
+    report = json.loads((FOLDER / "scaling-h100-x2.json").read_text(encoding="utf-8"))
+    row, model = report["streamed_step"]["shared"], load("h100-75m")["model"]
+    job = Job(ModelConfig(**model), row["tokens"], 1, "bfloat16", compiled=True)
+    plan = make_plan(job, Layout(1, 2, row["chunk_size"]), Cluster(find_gpu("h100"), 2))
+    assert plan.step == pytest.approx(row["seconds"], rel=0.2)
+    assert plan.memory.first_peak == pytest.approx(row["peak_bytes"], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["h100-memory", "memory-cpu"])
 def test_measured_memory_does_not_grow_with_the_sequence(name: str) -> None:
     bare = [row["peak_bytes"] - row["state_bytes"] for row in load(name)["rows"]]

@@ -4,7 +4,6 @@ A chunk's tokens meet each other in a ``[C, C]`` product and everything before t
 shape ``[T, S]`` or ``[T, T]`` ever exists; features are recomputed wherever they are needed. States are kept in
 augmented form, ``[S, E]`` with ``E = Dv + 1``: the sketch's values, and its mass as one more column, read and written by
 the value rows ``[v | 1]``. The state that runs along the tiles is float64: its sums lose no digits at any length.
-
 Shapes inside: B batch, H key/value heads, n chunks, C tokens a chunk, Q = Hq / Hkv * C query rows a chunk.
 """
 
@@ -33,8 +32,7 @@ from race_dist.sketch import SketchState
 
 
 def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
-    """Output (written to ``out`` where given), denominators, the state before each tile (causal) or the total (not
-    causal), and the final state. Nothing of what was ``begun`` is kept here."""
+    """Output (in ``out`` if given), denominators, the states before each tile (causal) or the totals, the final state."""
     if out is None:
         out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else 0, dtype=p.compute_dtype)
@@ -57,8 +55,7 @@ def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
 
 def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
              need_beta: bool = True, into: Into | None = None, begun: Begun | None = None) -> Gradients:
-    """Gradients of every input (those of q, k, v written ``into`` tensors where given), from those of the output and of
-    the final state."""
+    """Gradients of every input (those of q, k, v ``into`` tensors if given), from those of the output and final state."""
     arriving = _augmented(p, dfinal)  # [rows, H, S, E] float64
     totals = _Totals(p, need_planes, need_beta, into or Into(*(torch.empty_like(x) for x in (p.q, p.k, p.v))))
     if not p.causal:
@@ -93,24 +90,20 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
 
 def begin_backward(p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool, into: Into | None = None) -> Begun:
     """The gradient of the initial state when that of the final state is 0, alone."""
-    return Begun(_suffix(p, saved, dout), None)
-
-
-def _suffix(p: Problem, saved: Forward, dout: Tensor) -> SketchState:
     running = torch.zeros(p.num_states, p.k.shape[2], p.features, p.v.shape[3] + 1, dtype=torch.float64, device=p.q.device)
     if not p.causal:
         for tile in Tiling(p):
-            work = _load(p, tile)
-            _add_to_rows(running, _query_gradient(p, work, _of_chunks(saved.states, tile), saved, dout).dstate, tile)
-        return _sketch(p, running)
+            rows = _query_gradient(p, _load(p, tile), _of_chunks(saved.states, tile), saved, dout)
+            _add_to_rows(running, rows.dstate, tile)
+        return Begun(_sketch(p, running), None)
     dinitial = torch.zeros_like(running) if p.cu_seqlens is not None else None
     running, nothing = running[:1] if dinitial is not None else running, torch.zeros_like(running)
     for tile in reversed(Tiling(p)):
         work = _load(p, tile)
         state = _states(p, work, saved.states[tile.index])
-        rows = _query_gradient(p, work, state.before, saved, dout)
-        running, _ = _pull(p, work, state, rows.dstate, running, nothing, dinitial)
-    return _sketch(p, running if dinitial is None else dinitial)
+        dstate = _query_gradient(p, work, state.before, saved, dout).dstate
+        running, _ = _pull(p, work, state, dstate, running, nothing, dinitial)
+    return Begun(_sketch(p, running if dinitial is None else dinitial), None)
 
 
 def states_shape(p: Problem) -> tuple[int, ...]:
