@@ -91,8 +91,9 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
 
 
 def _is_traced(p: Problem) -> bool:
-    """Whether something watches for ops: a compiler, a tracer, a policy of what to recompute, a tensor of another class."""
-    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    """Whether something watches for ops: a compiler, a tracer, a policy of what to recompute, a tensor of another class or
+    without elements."""
+    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or p.q.is_meta
             or any(type(x) not in (Tensor, torch.nn.Parameter) for x in (p.q, p.k, p.v, p.planes, p.beta)))
 
 
