@@ -9,10 +9,9 @@ from typing import Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from race_dist.hashing import check_hash
-from race_dist.ops.functional import attend, get_backend, unsupported
+from race_dist.ops.functional import attend, get_backend, is_traced, unsupported
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
 from race_dist.parallel.comm import group_rank, group_size
 from race_dist.parallel.layout import Layout, check_layout
@@ -218,7 +217,7 @@ def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor)
             raise TypeError(f"beta must be a number or a tensor; got {type(beta).__name__}")
         if not 0 < beta < float("inf"):
             raise ValueError(f"beta must be positive and finite; got {beta}")
-        return _constant(float(beta), heads, dtype, q.device)
+        return _constant(float(beta), heads, dtype, q)
     if not beta.is_floating_point() or tuple(beta.shape) not in ((), (1,), (heads,)):
         raise ValueError(f"beta must be a scalar or [Hkv] = [{heads}] in floating point; got {beta.dtype} {list(beta.shape)}")
     _same_device("beta", beta, q)
@@ -227,13 +226,12 @@ def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor)
     return beta.to(dtype).expand(heads).contiguous()
 
 
-def _constant(value: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[count]``, kept from call to call: short sequences wait for the host. Not where the memory would be a graph's own,
-    or the tensor a tracer's."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or device.type == "meta" or (
-            device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return torch.full((count,), value, dtype=dtype, device=device)
-    return _kept_constant(value, count, dtype, device, torch.is_inference_mode_enabled())
+def _constant(value: float, count: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``[count]`` on ``like``'s device, kept from call to call: short sequences wait for the host. Not where the memory
+    would be a graph's own, or the tensor a tracer's."""
+    if is_traced(like) or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.full((count,), value, dtype=dtype, device=like.device)
+    return _kept_constant(value, count, dtype, like.device, torch.is_inference_mode_enabled())
 
 
 @lru_cache(maxsize=64)

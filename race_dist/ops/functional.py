@@ -84,17 +84,18 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
         with full_precision(p.q):
             return reference.attention(p)
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    op = _attention if _is_traced(p) else _Direct.apply
+    given = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, *initial)
+    op = _attention if is_traced(*(x for x in given if x is not None)) else _Direct.apply
     out, _, _, mass, values = op(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
                                  p.causal, p.normalization, backend)
     return out, SketchState(mass, values, total_log_decay(p))
 
 
-def _is_traced(p: Problem) -> bool:
+def is_traced(*tensors: Tensor) -> bool:
     """Whether something watches for ops: a compiler, a tracer, a policy of what to recompute, a tensor of another class or
     without elements."""
-    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or p.q.is_meta
-            or any(type(x) not in (Tensor, torch.nn.Parameter) for x in (p.q, p.k, p.v, p.planes, p.beta)))
+    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+            or any(x.is_meta or type(x) not in (Tensor, torch.nn.Parameter) for x in tensors))
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,

@@ -274,11 +274,15 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
 NODE = 8  # GPUs
 
 
+def in_halves(on_gpu: bool, ranks: int) -> bool:
+    """Whether a layer's heads go in two halves over so many ranks, or all at once."""
+    return not on_gpu or ranks > NODE
+
+
 def head_halves(p: Problem, group: ProcessGroup) -> list[Problem]:
     """The problem of each half of the key/value heads and their query heads, views; or the whole problem alone."""
     heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
-    whole = heads == 1 or (p.q.is_cuda and group_size(group) <= NODE)
-    bounds = [0, heads] if whole else [0, heads // 2, heads]
+    bounds = [0, heads // 2, heads] if heads > 1 and in_halves(p.q.is_cuda, group_size(group)) else [0, heads]
     return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
 
 

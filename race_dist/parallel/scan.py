@@ -32,7 +32,6 @@ from race_dist.parallel.comm import (
 )
 from race_dist.parallel.eager import eager
 from race_dist.parallel.layout import Layout, check_layout
-from race_dist.sketch import SketchState
 
 Algorithm = Literal["auto", "all_gather", "recursive_doubling"]
 ALGORITHMS: tuple[Algorithm, ...] = ("auto", "all_gather", "recursive_doubling")
@@ -306,10 +305,16 @@ def _finish(scan: Steps[CarryT]) -> list[CarryT]:
             return cast(list[CarryT], end.value)
 
 
+@lru_cache
+def _is_carry(kind: type) -> bool:
+    """Whether it has a carry's methods; looked up once a class."""
+    return issubclass(kind, Carry)
+
+
 def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout, Algorithm]:
     layout = check_layout(layout)
     for piece in pieces:
-        if not isinstance(piece, (SketchState, Carry)):
+        if not _is_carry(type(piece)):
             raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
                             f"got {type(piece).__name__}")
     if algorithm not in ALGORITHMS:

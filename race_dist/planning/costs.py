@@ -285,8 +285,9 @@ def _sequence_exchange(job: Job, layout: Layout, machine: Machine, sent: dict[st
         sent["sketches (scan)"] += calls * parts * scan_sent(ranks, part)
         one = scan_seconds(ranks, part, link)
         for times, local in ((again.forward, own[0]), (again.backward, own[1])):
-            hidden = machine.rates.overlap * local / 2 if parts == 2 else 0.0  # of each half, beside the other's work
-            exposed += chunks * times * (max(0.0, one - hidden / 2) + (max(0.0, one - hidden) if parts == 2 else 0.0))
+            hidden = machine.rates.overlap * local / 2  # of each half, beside the other's work
+            shown = one if parts == 1 else max(0.0, one - hidden / 2) + max(0.0, one - hidden)
+            exposed += chunks * times * shown
         if streamed:
             sent["final states"] += calls * parts * 2 * part * (ranks - 1) / ranks
             exposed += calls * all_reduce_seconds(ranks, part, link)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from race_dist.parallel.passes import in_halves
 from race_dist.planning.cluster import Cluster
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.tally import (
@@ -184,9 +185,8 @@ def scan_bytes(job: Job, layout: Layout) -> int:
 
 
 def scan_parts(layout: Layout, cluster: Cluster) -> int:
-    """Exchanges a RACE layer makes of its heads: two halves, or all at once among a node's GPUs; the rule of
-    ``race_dist.parallel.passes``."""
-    return 1 if cluster.gpu.name != "cpu" and layout.sp <= 8 else 2
+    """Exchanges a RACE layer makes of its heads: two halves, or all at once."""
+    return 2 if in_halves(cluster.gpu.name != "cpu", layout.sp) else 1
 
 
 def _exchange(job: Job, layout: Layout, cluster: Cluster) -> int:

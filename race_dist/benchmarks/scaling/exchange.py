@@ -15,7 +15,7 @@ from race_dist.hashing import sample_planes
 from race_dist.ops.functional import get_backend, unsupported
 from race_dist.ops.problem import Problem
 from race_dist.parallel import routes
-from race_dist.parallel.passes import NODE, group_attention
+from race_dist.parallel.passes import group_attention, in_halves
 from race_dist.parallel.scan import Algorithm, start_scan
 from race_dist.sketch import SketchState
 
@@ -63,7 +63,7 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
     whole = job.milliseconds(call, count)
     with mock.patch.object(routes, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
         local = job.milliseconds(call, count)
-    scans = 2 if job.device.type == "cuda" and count <= NODE else 4  # forward and backward, in halves or not
+    scans = 4 if in_halves(job.device.type == "cuda", count) else 2  # forward and backward
     scan = _scan_of(job, count, algorithm, job.sizes.base.heads * 2 // scans)
     added, alone = max(0.0, whole - local), scans * scan
     return {"both_ms": whole, "without_exchange_ms": local, "exchange_share": added / whole,
