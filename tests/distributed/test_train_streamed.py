@@ -89,6 +89,7 @@ def stopped_run(world: ProcessGroup, tree: dict[str, Any], moment: int) -> list[
             directory.reopen(config) if resume else directory.create(config, overwrite=False)
         outcome = loop.run(trainer, directory, resume=resume, hooks=loop.Hooks(stop))
         weights = [float(p.detach().norm()) for p in trainer.model.parameters()]
+        dist.barrier(world)  # each rank stores, and removes, its own
         results.append((outcome.stopped, trainer.step, outcome.evaluation.loss, weights,
                         [p.name for p in (config.directory / "step-in-progress").glob("rank-*")]))
     return results
