@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from race_dist.kernels.hopper.layouts import by_rows, product, tile
 from race_dist.kernels.hopper.rings import await_empty, set_full
@@ -78,7 +79,9 @@ def put_ones(c: gl.constexpr):
     layout: gl.constexpr = by_rows(c.C)
     first = gl.arange(0, 16, gl.SliceLayout(1, layout)) == 0
     value = gl.zeros([16, c.C], gl.float32, layout) + gl.where(first, 1.0, 0.0)[:, None]
-    return gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C), value.to(gl.bfloat16))
+    ones = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C), value.to(gl.bfloat16))
+    fence_async_shared()
+    return ones
 
 
 @gluon.jit
