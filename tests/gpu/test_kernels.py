@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from race_dist.hashing import sample_planes
 from race_dist.ops import chunked
 from race_dist.ops.problem import Forward, Gradients, Problem
 from race_dist.sketch import SketchState
+from tests.kernels.problems import both, double, problem
 from tests.ops.cases import Case, Limits, draw, errors, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -30,17 +30,6 @@ def on(x: object, device: str) -> object:
 
 def cuda(p: Problem) -> Problem:
     return Problem(**{f.name: on(getattr(p, f.name), "cuda") for f in fields(Problem)})  # type: ignore[arg-type]
-
-
-def double(p: Problem) -> Problem:
-    def cast(x: object) -> object:
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-    return Problem(**{f.name: cast(getattr(p, f.name)) for f in fields(Problem)})  # type: ignore[arg-type]
-
-
-def both(p: Problem, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool = False) -> tuple[Forward, Gradients]:
-    saved = triton_backend.forward(p)
-    return saved, triton_backend.backward(p, saved, dout, dfinal, need_planes=need_planes)
 
 
 def run(case: Case) -> tuple[Forward, Gradients]:
@@ -68,17 +57,6 @@ def test_bfloat16_is_right_to_its_rounding(seed: int) -> None:
 def test_float16_is_right_to_its_rounding(seed: int) -> None:
     case = draw(seed, LIMITS, dtype=torch.float16)
     assert errors(case, *run(case))["out"] <= 4e-3
-
-
-def problem(*, length: int = 4096, heads: int = 4, repeats: int = 1, dim: int = 128, tables: int = 4, planes: int = 4,
-            mean: float = 0.0, decay: bool = False, dtype: torch.dtype = torch.bfloat16, beta: float = 2.0,
-            causal: bool = True, normalization: str = "global") -> Problem:
-    g = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, length, n, dim, device="cuda", generator=g) for n in (heads * repeats, heads, heads))
-    log_decay = -0.02 * torch.rand(1, length, heads, device="cuda", generator=g) if decay else None
-    hyperplanes = sample_planes(tables, planes, dim, num_heads=heads, seed=0, device="cuda", dtype=torch.bfloat16)
-    return Problem(q.to(dtype), k.to(dtype), (v + mean).to(dtype), hyperplanes, torch.full((heads,), beta, device="cuda"),
-                   log_decay, None, None, None, causal, normalization)  # type: ignore[arg-type]
 
 
 SHAPES: dict[str, dict[str, object]] = {

@@ -1,0 +1,109 @@
+"""Hopper's pipelines without a card: their numbers and their hand-offs, emulated."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton 3.4 and later")
+if torch.cuda.is_available():
+    pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
+
+from race_dist.kernels.plan import PIPES, Plan, Spec, make_plan
+from race_dist.ops import triton as backend
+from tests.kernels.emulated import Deadlock, Hazard, emulated
+from tests.kernels.flaws import FLAWS, hand_on
+from tests.kernels.problems import both, check_pipelines, drawn
+
+TILE = 128  # two chunks
+MOST = 1.5e-2  # of gradients, as of the random problems on a card: few tokens, beside large states
+
+
+def planned(spec: Spec, work: int, **options: object) -> Plan:
+    """A card's plan with short tiles; what is not a pipeline runs in Triton's interpreter, which has no copy engine."""
+    plan = make_plan(spec, work, tile=TILE, **options)  # type: ignore[arg-type]
+    return replace(plan, launches={name: launch if name in PIPES else replace(launch, spec=replace(launch.spec, bulk=False))
+                                   for name, launch in plan.launches.items()})
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend believes that it is on a Hopper card."""
+    pipes = {name: emulated(kernel) for name, kernel in backend._pipes().items()}
+    for name, value in {"make_plan": planned, "_has_pipes": lambda device: True, "_bulk": lambda *tensors: True,
+                        "_pipes": lambda: pipes}.items():
+        monkeypatch.setattr(backend, name, value)
+    monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
+    backend._make_plan.cache_clear()
+
+
+PROBLEMS: dict[str, dict[str, object]] = {
+    "one token": {"length": 1, "batch": 2}, "one chunk": {"length": 64}, "ragged": {"length": 301, "states": True},
+    "grouped": {"length": 161, "repeats": 3}, "masked": {"length": 150, "masked": True, "dim": 64},
+    "narrow values": {"length": 150, "value_dim": 72, "dim": 96},
+    "many tables": {"length": 150, "tables": 32, "planes": 1, "decay": "token"},
+    "many features": {"length": 150, "tables": 1, "planes": 8, "states": True},
+    "many features, decay": {"length": 150, "tables": 2, "planes": 7, "decay": "token", "normalization": "none",
+                             "states": True},
+    "many features, documents": {"documents": [0, 64, 128, 150, 150, 210], "length": 210, "tables": 3, "planes": 5,
+                                 "masked": True, "decay": "token"},
+    "decay and a denominator": {"length": 300, "decay": "token", "states": True},
+    "hard resets": {"length": 300, "decay": "hard", "normalization": "none", "repeats": 2},
+    "documents": {"length": 300, "documents": [0, 70, 70, 150, 151, 300], "states": True},
+    "not causal": {"length": 201, "causal": False, "masked": True},
+    "not causal, grouped": {"length": 200, "causal": False, "repeats": 2, "documents": [0, 130, 200]},
+    "a mean of 3": {"length": 1000, "mean": 3.0},
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_pipelines_agree_with_float64(name: str) -> None:
+    check_pipelines(*drawn(device="cpu", **{"heads": 1, **PROBLEMS[name]}), MOST)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("seed", range(12))
+def test_random_problems_agree_with_float64(seed: int) -> None:
+    g = random.Random(seed)
+    length, packed = g.randint(65, 260), g.random() < 0.4
+    tables, planes = g.choice([(4, 4), (2, 5), (1, 6), (3, 3), (5, 2), (16, 1), (1, 7), (5, 3)])
+    many = tables * 2**planes > 64
+    causal = many or g.random() < 0.8
+    check_pipelines(*drawn(
+        device="cpu", length=length, heads=g.randint(1, 2), batch=1 if packed else g.randint(1, 2),
+        repeats=1 if many else g.randint(1, 3), dim=8 * g.randint(2, 16), value_dim=8 * g.randint(2, 16), tables=tables,
+        planes=planes, causal=causal, normalization=g.choice(["global", "none"]), masked=g.random() < 0.3,
+        decay=g.choice(["", "", "token", "hard"]) if causal else "", states=g.random() < 0.5, mean=g.choice([0.0, 1.0]),
+        documents=[0, *sorted(g.randint(0, length) for _ in range(3)), length] if packed else None), MOST)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_whose_turn_it_is_changes_nothing() -> None:
+    p, dout, dfinal = drawn(device="cpu", length=200, heads=1, states=True, decay="token")
+    runs = []
+    for seed in range(3):
+        for pipe in backend._pipes().values():
+            pipe.seed = 1000 * seed  # type: ignore[attr-defined]
+        runs.append(both(p, dout, dfinal))
+    for forward, gradients in runs[1:]:
+        assert torch.equal(forward.out, runs[0][0].out)
+        assert all(torch.equal(a, b) for a, b in zip(gradients[:3], runs[0][1][:3]))
+
+
+@pytest.mark.parametrize("flaw", ["", *FLAWS])
+def test_flaws_are_found(flaw: str) -> None:
+    """The emulation itself: a pipeline that is right, and each way of getting it wrong, in words that name it."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 64, 64).bfloat16(), torch.zeros(6, 64, 64, dtype=torch.bfloat16)
+    launch = emulated(hand_on)[(1,)]
+    if not flaw:
+        launch(x, y, 6, flaw)
+        right = (x.float() @ x.float()).bfloat16()
+        torch.testing.assert_close(y, right)
+        return
+    with pytest.raises((Hazard, Deadlock, IndexError), match=FLAWS[flaw]):
+        launch(x, y, 6, flaw)
