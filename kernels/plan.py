@@ -24,7 +24,7 @@ from race_dist.kernels.interpreter import INTERPRET
 
 PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
 MAX_TILE = 4096
-SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV")
+SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV", "NVB")
 STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
 PIPES = ("out", "queries", "keys")  # the kernels that have a pipeline
@@ -95,8 +95,14 @@ class Spec:
 
     @property
     def BV(self) -> int:
-        return padded(self.Dv, self.least)
+        """Value columns of a program. In a pipeline of several blocks of features 64: then the running state of all of them
+        stays in registers."""
+        return 64 if self.pipe and self.NSB > 1 else padded(self.Dv, self.least)
 
+    @property
+    def NVB(self) -> int:
+        """Blocks of value columns, a program each: the attention is linear in them, so their gradients of q and k add."""
+        return -(-self.Dv // self.BV)
 
 
 class Constants:
@@ -196,7 +202,7 @@ def _fits_pipe(spec: Spec) -> bool:
     blocks of features, causal and one query head a key head."""
     if spec.f32 or spec.half or spec.is_bucket or spec.split_planes or spec.need_planes or not spec.bulk:
         return False
-    if spec.C != 64 or spec.SB != 64 or spec.BD > 128 or spec.BV > 128 or spec.LPB > 32:
+    if spec.C != 64 or spec.SB != 64 or max(spec.D, spec.Dv) > 128 or spec.LPB > 32:
         return False
     most = 3 if spec.decay and spec.is_global else 4  # blocks of which everything fits in PIPE_SHARED
     return spec.NSB == 1 or (most >= spec.NSB and spec.causal and spec.G == 1 and spec.LPB == 16)

@@ -18,72 +18,82 @@ from race_dist.kernels.hopper.features import (
 )
 from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands, send,
-    set_empty, set_full, store_scalars, vectors,
+    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands,
+    send, set_empty, set_full, store_scalars, store_share, vectors,
 )
-from race_dist.kernels.hopper.states import crossing, load_state, open_room, publish, put_block, put_pair, take_block
+from race_dist.kernels.hopper.states import crossing, load_blocks, load_state, publish, put_pair
 from race_dist.kernels.hopper.weights import (
-    ENTER, LINE, await_weights, free_weights, leave_rows, make_weights, pass_through, put_weights, reverse_sums, seen_by,
-    transposed,
+    ENTER, LINE, await_weights, free_weights, leave_rows, make_weights, pass_block, pass_through, put_weights, reverse_sums,
+    seen_by, transposed,
 )
 
 
 @gluon.jit
 def pipe_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta, log_decay, key_mask, states,
-              final_values, final_mass, suffixes, dbeta, rooms, tiles, T, TILE, H, c: gl.constexpr):
-    """Program (tile, head): writes dk, dv and dlog_decay ``[B, T, H]``."""
-    h = (gl.program_id(0) % H).to(gl.int64)
-    number = gl.program_id(0) // H
+              final_values, final_mass, suffixes, dbeta, tiles, T, TILE, H, c: gl.constexpr):
+    """Program (tile, head, block of value columns): writes dk, dv and dlog_decay ``[B, T, H]``; of several blocks of features,
+    shares of dk and dlog_decay, whose heads are ``NVB`` times as many, block by block, as those of h and row_in."""
+    part = gl.program_id(0) % c.NVB
+    h = (gl.program_id(0) // c.NVB % H).to(gl.int64)
+    number = gl.program_id(0) // (c.NVB * H)
     b, row, start, end, last = locate(tiles, number, T, TILE, c)
     index = number.to(gl.int64) * H + h
-    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32))
+    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32), part, H)
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
-    dk_rows, dv_rows = open_rows(dk, b, h, end, c.D, c.BD, c), open_rows(dv, b, h, end, c.Dv, c.BV, c)
+    if c.NSB == 1:
+        dk_rows = open_rows(dk, b, h, end, c.D, c.BD, c)
+    else:
+        dk_rows = dk
+    dv_rows = open_rows(dv, b, h, end, c.Dv, c.BV, c)
     deep: gl.constexpr = 2 if c.LPB == 16 else 1  # more planes take the room
     k_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
     v_s = make_ring(2, 1) + (operands(2, c.C, c.BV),)
-    keys = make_ring(deep, 2) + (operands(deep, c.C, c.SB),)  # phi(k)
+    turns: gl.constexpr = deep if c.NSB == 1 else 4
+    keys = make_ring(turns, 2) + (operands(turns, c.C, c.SB),)  # phi(k)
     tanhs = make_ring(deep, 1) + (numbers(deep, c.C, c.LPB),)  # of the projected keys
     q_s, do_s, queries, pairs = k_s, v_s, keys, keys  # unused, where not causal
     if c.causal:
         q_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
         do_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
-        queries = make_ring(2, 2) + (operands(2, c.C, c.SB),)  # w
+        w_turns: gl.constexpr = 2 if c.NSB == 1 else 4
+        queries = make_ring(w_turns, 2) + (operands(w_turns, c.C, c.SB),)  # w
         if c.is_global:
             pairs = make_ring(2, 1) + (operands(2, 16, c.C),)  # h
-    state = make_ring(1, 2) + (operands(1, c.SB, c.BV), operands(1, c.SB, c.BV), vectors(1, c.SB))  # C in two parts, c
+    ahead: gl.constexpr = 1 if c.NSB == 1 else 2  # published states: C in two parts, c
+    state = make_ring(ahead, 2) + (operands(ahead, c.SB, c.BV), operands(ahead, c.SB, c.BV), vectors(ahead, c.SB))
     weights = make_weights(c)
     flow = 0.0
     if c.decay:
-        flow = crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, c)
+        flow = crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, part, c)
+    # of threads of the hash and of the state
+    registers: gl.constexpr = (128, 192) if c.NSB == 1 else (112, 240)
     gl.warp_specialize([
         (_rows, (dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay,
-                 flow, dbeta + index, c)),
+                 flow, dbeta + index * c.NVB + part, c)),
         (_features, (k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask, c)),
-        (_state, (dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index if c.causal else row * H + h,
-                  open_room(rooms, index, c), c)),
+        (_state, (dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index if c.causal else row * H + h, c)),
         (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
-    ], [4, 4, 1], [128, 192, 24])
+    ], [4, 4, 1], [registers[0], registers[1], 24])
 
 
 @gluon.jit
 def _loader(k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c: gl.constexpr):
-    _, _, start, _, chunks = place
+    _, _, start, _, chunks, part, _ = place
     for i in range(chunks):
         t = start + (chunks - 1 - i) * c.C
         fetch(k_rows, t, k_s, i, c.BD, c)
-        fetch(v_rows, t, v_s, i, c.BV, c)
+        fetch(v_rows, t, v_s, i, c.BV, c, part * c.BV)
         for g in gl.static_range(c.G if c.causal else 0):
             fetch(q_rows[g], t, q_s, i * c.G + g, c.BD, c)
-            fetch(do_rows[g], t, do_s, i * c.G + g, c.BV, c)
+            fetch(do_rows[g], t, do_s, i * c.G + g, c.BV, c, part * c.BV)
 
 
 @gluon.jit
 def _features(k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask,
               c: gl.constexpr):
-    b, h, start, end, chunks = place
+    b, h, start, end, chunks, part, H = place
     sharp = gl.load(beta + h).to(gl.float32)
     for i in range(chunks):
         t = start + (chunks - 1 - i) * c.C
@@ -102,6 +112,10 @@ def _features(k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, b
                 hq = h * c.G + g
                 r = inverse_den(load_scalars(den, b, t, hq, end - t, gl.SliceLayout(1, product(c.SB)), c))
                 h_c = load_scalars(h_in, b, t, hq, end - t, gl.SliceLayout(0, by_rows(c.C)), c)
+                for other in gl.static_range(1, c.NVB):
+                    h_c += load_scalars(h_in, b, t, other * H + h, end - t, gl.SliceLayout(0, by_rows(c.C)), c)
+                if c.NVB > 1:
+                    h_c = gl.where(part == 0, h_c, 0.0)  # the first block of columns has the mass
                 put_pair(pairs[2].index(await_empty(pairs, j)), h_c, c)
                 set_full(pairs, j)
             q_logs = log_operands(take_signs(q_s, j, planes_s, c), sharp, c)
@@ -115,69 +129,111 @@ def _features(k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, b
 
 
 @gluon.jit
-def _state(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, room, c: gl.constexpr):
+def _state(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, c: gl.constexpr):
     """The suffix state, and dv, which takes it whole."""
-    _, _, start, _, chunks = place
     staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BV], tile(c.C, c.BV))
+    if c.NSB == 1:
+        _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c)
+    else:
+        _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c: gl.constexpr):
+    _, _, start, _, chunks, _, _ = place
     Cs, cs = load_state(suffixes, index, 0, c)
-    if c.NSB > 1:
-        for n in range(c.NSB):
-            Cs, cs = load_state(suffixes, index, n, c)
-            put_block(room, n, Cs, cs, c)
     if not c.causal:
         publish(Cs, cs, 0, state, c)
     for i in range(chunks):
         at = await_weights(weights, i, c)
+        if c.causal:
+            publish(Cs, cs, i, state, c)
+        Fk = next_full(keys, i)
         dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
-        if c.NSB == 1:
-            if c.causal:
-                publish(Cs, cs, i, state, c)
-            Fk = next_full(keys, i)
-            dv = warpgroup_mma_wait(0, (warpgroup_mma(Fk, state[2].index(0), dv, use_acc=False, is_async=True),))
-            dv = leave_rows(dv, weights, at, product(c.BV), c)
-            if c.causal:
-                set_empty(state, i)
-            Cs, cs = pass_through(Cs, cs, weights, at, c)
-            for g in gl.static_range(c.G if c.causal else 0):
-                j = i * c.G + g
-                P = gl.zeros([c.C, c.C], gl.float32, product(c.C))
-                w = next_full(queries, j)
-                P = warpgroup_mma_wait(0, (warpgroup_mma(Fk, w.permute((1, 0)), P, use_acc=False, is_async=True),))
-                P = one_part(seen_by(P, weights, at, c), left(c.BV))
-                do = next_full(do_s, j)
-                dv = warpgroup_mma(P, do, dv, is_async=True)
-                Cs, cs = _add_queries(Cs, cs, w, do, pairs, j, weights, at, c)
-                dv = warpgroup_mma_wait(0, (dv,))
-                set_empty(queries, j)
-                set_empty(do_s, j)
-                free_pair(pairs, j, c)
-            set_empty(keys, i)
-        else:
+        dv = warpgroup_mma_wait(0, (warpgroup_mma(Fk, state[2].index(0), dv, use_acc=False, is_async=True),))
+        dv = leave_rows(dv, weights, at, product(c.BV), c)
+        if c.causal:
+            set_empty(state, i)
+        Cs, cs = pass_through(Cs, cs, weights, at, c)
+        for g in gl.static_range(c.G if c.causal else 0):
+            j = i * c.G + g
+            w = next_full(queries, j)
             P = gl.zeros([c.C, c.C], gl.float32, product(c.C))
-            do = next_full(do_s, i)
-            for n in range(c.NSB):
-                turn = i * c.NSB + n
-                Cs, cs = take_block(room, n, c)
-                publish(Cs, cs, turn, state, c)
-                Fk = next_full(keys, turn)
-                w = next_full(queries, turn)
-                dv = warpgroup_mma(Fk, state[2].index(0), dv, is_async=True)
-                P = warpgroup_mma(Fk, w.permute((1, 0)), P, is_async=True)
-                Cs, cs = pass_through(Cs, cs, weights, at, c)
-                Cs, cs = _add_queries(Cs, cs, w, do, pairs, i, weights, at, c)
-                dv, P = warpgroup_mma_wait(0, (dv, P))
-                put_block(room, n, Cs, cs, c)
-                set_empty(state, turn)
-                set_empty(keys, turn)
-                set_empty(queries, turn)
-            free_pair(pairs, i, c)
-            dv = leave_rows(dv, weights, at, product(c.BV), c)
+            P = warpgroup_mma_wait(0, (warpgroup_mma(Fk, w.permute((1, 0)), P, use_acc=False, is_async=True),))
             P = one_part(seen_by(P, weights, at, c), left(c.BV))
-            dv = warpgroup_mma_wait(0, (warpgroup_mma(P, do, dv, is_async=True),))
-            set_empty(do_s, i)
+            do = next_full(do_s, j)
+            dv = warpgroup_mma(P, do, dv, is_async=True)
+            Cs, cs = _add_queries(Cs, cs, w, do, pairs, j, weights, at, c)
+            dv = warpgroup_mma_wait(0, (dv,))
+            set_empty(queries, j)
+            set_empty(do_s, j)
+            free_pair(pairs, j, c)
+        set_empty(keys, i)
         free_weights(weights, i, c)
         send(dv_rows, start + (chunks - 1 - i) * c.C, staging, dv)
-    tma.store_wait(0)
+
+
+@gluon.jit
+def _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c: gl.constexpr):
+    """Of several blocks of features, all in registers."""
+    _, _, start, _, chunks, part, _ = place
+    Cs, cs = load_blocks(suffixes, index, part * c.BV, c)
+    if c.NVB > 1:
+        cs = _where_first(cs, part, c)
+    for i in range(chunks):
+        at = await_weights(weights, i, c)
+        do = next_full(do_s, i)
+        dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
+        P = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+        Cs_after, cs_after = (), ()
+        for n in gl.static_range(c.NSB):
+            turn = i * c.NSB + n
+            C_n, c_n = Cs[n], cs[n]
+            behind = publish(C_n, c_n, turn, state, c)
+            Fk = next_full(keys, turn)
+            w = next_full(queries, turn)
+            dv = warpgroup_mma(Fk, state[2].index(behind), dv, is_async=True)
+            P = warpgroup_mma(Fk, w.permute((1, 0)), P, is_async=True)
+            C_n, c_n = pass_block(C_n, c_n, weights, at, c)
+            C_n, c_n = _add_to_block(C_n, c_n, w, do, pairs, i, weights, at, c)
+            dv, P = warpgroup_mma_wait(0, (dv, P))
+            set_empty(state, turn)
+            set_empty(keys, turn)
+            set_empty(queries, turn)
+            Cs_after, cs_after = Cs_after + (C_n,), cs_after + (c_n,)
+        Cs, cs = Cs_after, cs_after
+        free_pair(pairs, i, c)
+        dv = leave_rows(dv, weights, at, product(c.BV), c)
+        P = one_part(seen_by(P, weights, at, c), left(c.BV))
+        dv = warpgroup_mma_wait(0, (warpgroup_mma(P, do, dv, is_async=True),))
+        set_empty(do_s, i)
+        free_weights(weights, i, c)
+        send(dv_rows, start + (chunks - 1 - i) * c.C, staging, dv, part * c.BV)
+
+
+@gluon.jit
+def _where_first(ms, part, c: gl.constexpr):
+    """The masses in the first block of columns, 0 in others."""
+    first = ()
+    for n in gl.static_range(c.NSB):
+        first = first + (gl.where(part == 0, ms[n], 0.0),)
+    return first
+
+
+@gluon.jit
+def _add_to_block(C_n, c_n, w, do, pairs, j, weights, at, c: gl.constexpr):
+    """:func:`_add_queries` of one of several blocks."""
+    w = transposed(w, weights, ENTER, at, c)
+    C_n = warpgroup_mma(w, do, C_n, is_async=True)
+    if c.is_global:
+        mass = warpgroup_mma(w, next_full(pairs, j).permute((1, 0)), gl.zeros([c.SB, 16], gl.float32, product(16)),
+                             use_acc=False, is_async=True)
+        C_n, mass = warpgroup_mma_wait(0, (C_n, mass))
+        c_n += gl.sum(mass, 1)
+    else:
+        C_n = warpgroup_mma_wait(0, (C_n,))
+    return C_n, c_n
 
 
 @gluon.jit
@@ -215,13 +271,13 @@ def _seen_gradient(v_c, do, h_in, b, t, hq, n, weights, at, c: gl.constexpr):
 def _behind(v_c, turn, state, weights, at, c: gl.constexpr):
     """``dphi [C, SB]`` from the state behind the chunk, one block."""
     features: gl.constexpr = product(c.SB)
-    await_full(state, turn)
+    behind = await_full(state, turn)
     dphi = gl.zeros([c.C, c.SB], gl.float32, features)
-    dphi = warpgroup_mma(v_c, state[2].index(0).permute((1, 0)), dphi, use_acc=False, is_async=True)
-    dphi = warpgroup_mma(v_c, state[3].index(0).permute((1, 0)), dphi, is_async=True)
+    dphi = warpgroup_mma(v_c, state[2].index(behind).permute((1, 0)), dphi, use_acc=False, is_async=True)
+    dphi = warpgroup_mma(v_c, state[3].index(behind).permute((1, 0)), dphi, is_async=True)
     dphi = warpgroup_mma_wait(0, (dphi,))
     if c.is_global:
-        dphi += state[4].index(0).load(gl.SliceLayout(0, features))[None, :]
+        dphi += state[4].index(behind).load(gl.SliceLayout(0, features))[None, :]
     if c.causal:
         set_empty(state, turn)
     return leave_rows(dphi, weights, at, features, c)
@@ -230,9 +286,10 @@ def _behind(v_c, turn, state, weights, at, c: gl.constexpr):
 @gluon.jit
 def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay, flow,
           dbeta, c: gl.constexpr):
-    b, h, start, end, chunks = place
+    b, h, start, end, chunks, part, H = place
     sharp = gl.load(beta + h).to(gl.float32)
-    staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
+    if c.NSB == 1:
+        staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
     features: gl.constexpr = product(c.SB)
     db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
     for i in range(chunks):
@@ -255,7 +312,7 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
             y -= phi * (total / c.L)[:, None]
             corners = add_corners(no_corners(c), y, 0, planes_s, c)
         else:
-            A = _seen_gradient(v_c, next_full(do_s, i), h_in, b, t, h, end - t, weights, at, c)
+            A = _seen_gradient(v_c, next_full(do_s, i), h_in, b, t, part * H + h, end - t, weights, at, c)
             set_empty(do_s, i)
             total = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, features))
             corners = no_corners(c)
@@ -273,13 +330,17 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
         if c.decay:
             dG = -gl.convert_layout(total, LINE)
             if not c.is_global:
-                dG += load_scalars(row_in, b, t, h, end - t, LINE, c)
-            store_scalars(dlog_decay, reverse_sums(dG) + flow, b, t, h, end - t, LINE, c)
+                dG += load_scalars(row_in, b, t, part * H + h, end - t, LINE, c)
+            store_scalars(dlog_decay, reverse_sums(dG) + flow, b, t, part * H + h, end - t, LINE, c)
             flow += gl.sum(dG, 0)
         u = next_full(tanhs, i).load(product(c.LPB))
         set_empty(tanhs, i)
-        dz, part = hash_gradient(corners, u, sharp)
-        db += part
-        send(dk_rows, t, staging, unproject(dz, planes_s[0], c))
-    tma.store_wait(0)  # before the sum takes the room of what is being sent
+        dz, db_c = hash_gradient(corners, u, sharp)
+        db += db_c
+        if c.NSB == 1:
+            send(dk_rows, t, staging, unproject(dz, planes_s[0], c))
+        else:
+            store_share(dk_rows, dz, b, t, part * H + h, end - t, c)
+    if c.NSB == 1:
+        tma.store_wait(0)  # before the sum takes the room of what is being sent
     gl.store(dbeta, gl.sum(db, 0))

@@ -13,57 +13,60 @@ from race_dist.kernels.hopper.rings import (
     await_empty, await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, set_full,
     store_scalars, vectors,
 )
-from race_dist.kernels.hopper.states import load_state, open_room, put_block, put_mass, put_ones, take_block
+from race_dist.kernels.hopper.states import load_blocks, load_state, put_mass, put_ones
 from race_dist.kernels.hopper.weights import (
-    LEAVE, await_weights, enter_rows, enter_vector, free_weights, make_weights, pass_through, put_weights, seen, transposed,
+    LEAVE, add_keys, await_weights, enter_rows, enter_vector, free_weights, make_weights, pass_through, put_weights, seen,
+    transposed,
 )
 
 
 @gluon.jit
-def pipe_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, rooms, tiles, T, TILE, H, c: gl.constexpr):
-    """Program (tile, head): writes ``out [B, T, Hq, Dv]`` and, for "global", ``den [B, T, Hq]``. ``rooms``: a program's
-    room in memory for its running state, where that is more than one block of features."""
-    h = (gl.program_id(0) % H).to(gl.int64)
-    number = gl.program_id(0) // H
+def pipe_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: gl.constexpr):
+    """Program (tile, head, block of value columns): writes ``out [B, T, Hq, Dv]`` and, for "global", ``den [B, T, Hq]``."""
+    part = gl.program_id(0) % c.NVB
+    h = (gl.program_id(0) // c.NVB % H).to(gl.int64)
+    number = gl.program_id(0) // (c.NVB * H)
     b, row, start, end, _ = locate(tiles, number, T, TILE, c)
-    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32))
+    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32), part)
     index = (number if c.causal else row).to(gl.int64) * H + h
-    room = open_room(rooms, number.to(gl.int64) * H + h, c)
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, out_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(out, b, h, end, c.Dv, c.BV, c)
     q_s = make_ring(2, 1) + (operands(2, c.C, c.BD),)
-    queries = make_ring(2, 1) + (operands(2, c.C, c.SB),)  # phi(q)
+    turns: gl.constexpr = 2 if c.NSB == 1 else 4
+    queries = make_ring(turns, 1) + (operands(turns, c.C, c.SB),)  # phi(q)
     k_s, v_s, keys = q_s, q_s, queries  # unused, where not causal
     if c.causal:
         k_s = make_ring(2, 1) + (operands(2, c.C, c.BD),)
         v_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
-        keys = make_ring(2, 2) + (operands(2, c.C, c.SB),)  # phi(k)
+        keys = make_ring(turns, 2) + (operands(turns, c.C, c.SB),)  # phi(k)
     state = make_ring(2, 1) + (operands(2, c.SB, c.BV), vectors(2, c.SB))  # M, m
     weights = make_weights(c)
+    # of threads of the hash and of the state
+    registers: gl.constexpr = (128, 176) if c.NSB == 1 else (96, 208)
     gl.warp_specialize([
         (_rows, (out_rows, v_s, keys, queries, state, weights, place, den, c)),
         (_features, (k_s, q_s, keys, queries, weights, place, planes_s, beta, log_decay, key_mask, c)),
-        (_state, (v_s, keys, state, weights, place, put_ones(c), states, index, room, c)),
+        (_state, (v_s, keys, state, weights, place, put_ones(c), states, index, c)),
         (_loader, (k_rows, v_rows, q_rows, k_s, v_s, q_s, place, c)),
-    ], [4, 4, 1], [128, 176, 24])
+    ], [4, 4, 1], [registers[0], registers[1], 24])
 
 
 @gluon.jit
 def _loader(k_rows, v_rows, q_rows, k_s, v_s, q_s, place, c: gl.constexpr):
-    _, _, start, _, chunks = place
+    _, _, start, _, chunks, part = place
     for i in range(chunks):
         t = start + i * c.C
         if c.causal:
             fetch(k_rows, t, k_s, i, c.BD, c)
-            fetch(v_rows, t, v_s, i, c.BV, c)
+            fetch(v_rows, t, v_s, i, c.BV, c, part * c.BV)
         for g in gl.static_range(c.G):
             fetch(q_rows[g], t, q_s, i * c.G + g, c.BD, c)
 
 
 @gluon.jit
 def _features(k_s, q_s, keys, queries, weights, place, planes_s, beta, log_decay, key_mask, c: gl.constexpr):
-    b, h, start, end, chunks = place
+    b, h, start, end, chunks, _ = place
     sharp = gl.load(beta + h).to(gl.float32)
     for i in range(chunks):
         t = start + i * c.C
@@ -83,33 +86,50 @@ def _features(k_s, q_s, keys, queries, weights, place, planes_s, beta, log_decay
 
 
 @gluon.jit
-def _state(v_s, keys, state, weights, place, ones, states, index, room, c: gl.constexpr):
-    chunks = place[4]
+def _state(v_s, keys, state, weights, place, ones, states, index, c: gl.constexpr):
+    if c.NSB == 1:
+        _one_block(v_s, keys, state, weights, place, ones, states, index, c)
+    else:
+        _blocks(v_s, keys, state, weights, place, ones, states, index, c)
+
+
+@gluon.jit
+def _one_block(v_s, keys, state, weights, place, ones, states, index, c: gl.constexpr):
     M, m = load_state(states, index, 0, c)
-    if c.NSB > 1:
-        for n in range(c.NSB):
-            put_block(room, n, *load_state(states, index, n, c), c)
     if not c.causal:
         _publish(M, m, 0, state, c)
-    for turn in range(chunks * c.NSB if c.causal else 0):
-        i, n = turn // c.NSB, turn % c.NSB
+    for i in range(place[4] if c.causal else 0):
         at = await_weights(weights, i, c)
-        if c.NSB > 1:
-            M_next, m_next = take_block(room, (n + 1) % c.NSB, c)  # on its way while this one is worked on
-        _publish(M, m, turn, state, c)
-        Fk = transposed(next_full(keys, turn), weights, LEAVE, at, c)
+        _publish(M, m, i, state, c)
+        Fk = transposed(next_full(keys, i), weights, LEAVE, at, c)
         M, m = pass_through(M, m, weights, at, c)
         M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
         if c.is_global:
             m = warpgroup_mma(Fk, ones.permute((1, 0)), m, is_async=True)
             m = warpgroup_mma_wait(0, (m,))
         M = warpgroup_mma_wait(0, (M,))
-        set_empty(keys, turn)
-        set_empty(v_s, i, n == c.NSB - 1)
-        free_weights(weights, i, c, n == c.NSB - 1)
-        if c.NSB > 1:
-            put_block(room, n, M, m, c)
-            M, m = M_next, m_next
+        set_empty(keys, i)
+        set_empty(v_s, i)
+        free_weights(weights, i, c)
+
+
+@gluon.jit
+def _blocks(v_s, keys, state, weights, place, ones, states, index, c: gl.constexpr):
+    """Of several blocks of features, all in registers."""
+    Ms, ms = load_blocks(states, index, place[5] * c.BV, c)
+    for i in range(place[4]):
+        at = await_weights(weights, i, c)
+        v_c = next_full(v_s, i)
+        Ms_after, ms_after = (), ()
+        for n in gl.static_range(c.NSB):
+            M, m = Ms[n], ms[n]
+            _publish(M, m, i * c.NSB + n, state, c)
+            M, m = add_keys(M, m, next_full(keys, i * c.NSB + n), v_c, ones, weights, at, c)
+            set_empty(keys, i * c.NSB + n)
+            Ms_after, ms_after = Ms_after + (M,), ms_after + (m,)
+        Ms, ms = Ms_after, ms_after
+        set_empty(v_s, i)
+        free_weights(weights, i, c)
 
 
 @gluon.jit
@@ -123,7 +143,7 @@ def _publish(M, m, turn, state, c: gl.constexpr):
 
 @gluon.jit
 def _rows(out_rows, v_s, keys, queries, state, weights, place, den, c: gl.constexpr):
-    b, h, start, end, chunks = place
+    b, h, start, end, chunks, part = place
     staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BV], tile(c.C, c.BV))
     of_tokens: gl.constexpr = gl.SliceLayout(1, product(c.BV))
     for i in range(chunks):
@@ -155,12 +175,12 @@ def _rows(out_rows, v_s, keys, queries, state, weights, place, den, c: gl.conste
             if c.is_global:
                 total = enter_vector(total, weights, at, gl.SliceLayout(1, product(c.SB)), c)
                 total = gl.convert_layout(total + gl.sum(A.to(gl.float32), 1), of_tokens)
-                store_scalars(den, total, b, t, h * c.G + g, end - t, of_tokens, c)
+                store_scalars(den, total, b, t, h * c.G + g, gl.where(part == 0, end - t, 0), of_tokens, c)
             num = warpgroup_mma_wait(0, (num,))
             if c.causal and g == c.G - 1:
                 set_empty(v_s, i)
                 free_weights(weights, i, c)
             if c.is_global:
                 num *= inverse_den(total)[:, None]
-            send(out_rows[g], t, staging, num)
+            send(out_rows[g], t, staging, num, part * c.BV)
     tma.store_wait(0)

@@ -21,54 +21,64 @@ from race_dist.kernels.hopper.features import (
 )
 from race_dist.kernels.hopper.layouts import left, product, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands, send,
-    set_empty, set_full, store_scalars, vectors,
+    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows,
+    operands, send, set_empty, set_full, store_scalars, store_share, vectors,
 )
 from race_dist.kernels.hopper.states import (
-    load_state, open_room, publish, put_block, put_ones, put_pair, store_mass, store_values, take_block,
+    load_blocks, load_state, publish, put_ones, put_pair, store_mass, store_values,
 )
 from race_dist.kernels.hopper.weights import (
-    LEAVE, SIGHT, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
+    LEAVE, SIGHT, add_keys, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
     transposed,
 )
 
 
 @gluon.jit
 def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states, sums, decays, dbeta,
-                 rooms, tiles, T, TILE, H, c: gl.constexpr):
-    """Program (tile, head): writes dq, ``h [B, T, Hq]`` ("global"), the queries' part of dG ``[B, T, H]`` (decay, "none"),
-    and, of one block of features, its part of ``sums [tile, H, S (Dv + 1)]`` of the suffix state and the tile's log decay
-    ``decays [tile, H]``; of more, ``tile_query_sums`` makes those."""
-    h = (gl.program_id(0) % H).to(gl.int64)
-    number = gl.program_id(0) // H
+                 tiles, T, TILE, H, c: gl.constexpr):
+    """Program (tile, head, block of value columns): writes dq, ``h [B, T, Hq]`` ("global"), the queries' part of dG
+    ``[B, T, H]`` (decay, "none"), and, of one block of features, its part of
+    ``sums [tile, H, S (Dv + 1)]`` of the suffix state and the tile's log decay
+    ``decays [tile, H]``; of more, ``tile_query_sums`` makes those, dq, h and the part of dG are shares that add, and heads of
+    h and of it are ``NVB`` times as many, block by block."""
+    part = gl.program_id(0) % c.NVB
+    h = (gl.program_id(0) // c.NVB % H).to(gl.int64)
+    number = gl.program_id(0) // (c.NVB * H)
     b, row, start, end, _ = locate(tiles, number, T, TILE, c)
     index = number.to(gl.int64) * H + h
-    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32), index)
+    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32), index, part)
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
-    dq_rows = open_heads(dq, b, h, end, c.D, c.BD, c)
+    if c.NSB == 1:
+        dq_rows = open_heads(dq, b, h, end, c.D, c.BD, c)
+    else:
+        dq_rows = dq
     deep: gl.constexpr = 2 if c.LPB == 16 else 1  # more planes take the room
     readers: gl.constexpr = 2 if c.NSB == 1 else 1
+    ahead: gl.constexpr = 1 if c.NSB == 1 else 2  # published states: M in two parts, m
     q_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
     do_s = make_ring(2, readers) + (operands(2, c.C, c.BV),)
-    queries = make_ring(2, readers) + (operands(2, c.C, c.SB),)  # w
+    turns: gl.constexpr = 2 if c.NSB == 1 else 4
+    queries = make_ring(turns, readers) + (operands(turns, c.C, c.SB),)  # w
     k_s, v_s, keys = q_s, do_s, queries  # unused, where not causal
     if c.causal:
         k_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
         v_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
-        keys = make_ring(2, 2) + (operands(2, c.C, c.SB),)  # phi(k)
+        keys = make_ring(turns, 2) + (operands(turns, c.C, c.SB),)  # phi(k)
     tanhs = make_ring(deep, 1) + (numbers(deep, c.C, c.LPB),)  # of the projected queries
-    state = make_ring(1, 1) + (operands(1, c.SB, c.BV), operands(1, c.SB, c.BV), vectors(1, c.SB))  # M in two parts, m
+    state = make_ring(ahead, 1) + (operands(ahead, c.SB, c.BV), operands(ahead, c.SB, c.BV), vectors(ahead, c.SB))
     weights = make_weights(c)
+    # of threads of the hash and of the state
+    registers: gl.constexpr = (120, 192) if c.NSB == 1 else (104, 208)
     gl.warp_specialize([
         (_rows, (dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, beta, h_out, row_out, sums, dbeta,
-                 c)),
+                 H, c)),
         (_features, (k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays, c)),
         (_state, (v_s, do_s, keys, queries, state, weights, place, put_ones(c), states, index if c.causal else row * H + h,
-                  sums, open_room(rooms, index, c), c)),
+                  sums, c)),
         (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
-    ], [4, 4, 1], [120, 192, 24])
+    ], [4, 4, 1], [registers[0], registers[1], 24])
 
 
 @gluon.jit
@@ -78,16 +88,16 @@ def _loader(k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c: gl.c
         t = start + i * c.C
         if c.causal:
             fetch(k_rows, t, k_s, i, c.BD, c)
-            fetch(v_rows, t, v_s, i, c.BV, c)
+            fetch(v_rows, t, v_s, i, c.BV, c, place[6] * c.BV)
         for g in gl.static_range(c.G):
             fetch(q_rows[g], t, q_s, i * c.G + g, c.BD, c)
-            fetch(do_rows[g], t, do_s, i * c.G + g, c.BV, c)
+            fetch(do_rows[g], t, do_s, i * c.G + g, c.BV, c, place[6] * c.BV)
 
 
 @gluon.jit
 def _features(k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays,
               c: gl.constexpr):
-    b, h, start, end, chunks, index = place
+    b, h, start, end, chunks, index, _ = place
     sharp = gl.load(beta + h).to(gl.float32)
     reach = (start * 0).to(gl.float64)
     for i in range(chunks):
@@ -119,43 +129,59 @@ def _features(k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, de
 
 
 @gluon.jit
-def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number, sums, room, c: gl.constexpr):
+def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number, sums, c: gl.constexpr):
+    if c.NSB == 1:
+        _one_block(v_s, do_s, keys, queries, state, weights, place, ones, states, number, sums, c)
+    else:
+        _blocks(v_s, keys, state, weights, place, ones, states, number, c)
+
+
+@gluon.jit
+def _one_block(v_s, do_s, keys, queries, state, weights, place, ones, states, number, sums, c: gl.constexpr):
     chunks, index = place[4], place[5]
     M, m = load_state(states, number, 0, c)
-    if c.NSB > 1:
-        for n in range(c.NSB):
-            put_block(room, n, *load_state(states, number, n, c), c)
     if not c.causal:
         publish(M, m, 0, state, c)
     C_sum = gl.zeros([c.SB, c.BV], gl.float32, product(c.BV))
-    for turn in range(chunks * c.NSB):
-        i, n = turn // c.NSB, turn % c.NSB
+    for i in range(chunks):
         at = await_weights(weights, i, c)
         if c.causal:
-            if c.NSB > 1:
-                M_next, m_next = take_block(room, (n + 1) % c.NSB, c)  # on its way while this one is worked on
-            publish(M, m, turn, state, c)
-            Fk = transposed(next_full(keys, turn), weights, LEAVE, at, c)
+            publish(M, m, i, state, c)
+            Fk = transposed(next_full(keys, i), weights, LEAVE, at, c)
             M, m = pass_through(M, m, weights, at, c)
             M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
             if c.is_global:
                 m = warpgroup_mma_wait(0, (warpgroup_mma(Fk, ones.permute((1, 0)), m, is_async=True),))
             M = warpgroup_mma_wait(0, (M,))
-            set_empty(keys, turn)
-            set_empty(v_s, i, n == c.NSB - 1)
-            if c.NSB > 1:
-                put_block(room, n, M, m, c)
-                M, m = M_next, m_next
-        if c.NSB == 1:
-            for g in gl.static_range(c.G):
-                j = i * c.G + g
-                w = transposed(next_full(queries, j), weights, SIGHT, at, c)
-                C_sum = warpgroup_mma_wait(0, (warpgroup_mma(w, next_full(do_s, j), C_sum, is_async=True),))
-                set_empty(queries, j)
-                set_empty(do_s, j)
-        free_weights(weights, i, c, n == c.NSB - 1)
-    if c.NSB == 1:
-        store_values(sums, index, C_sum, c)
+            set_empty(keys, i)
+            set_empty(v_s, i)
+        for g in gl.static_range(c.G):
+            j = i * c.G + g
+            w = transposed(next_full(queries, j), weights, SIGHT, at, c)
+            C_sum = warpgroup_mma_wait(0, (warpgroup_mma(w, next_full(do_s, j), C_sum, is_async=True),))
+            set_empty(queries, j)
+            set_empty(do_s, j)
+        free_weights(weights, i, c)
+    store_values(sums, index, C_sum, c)
+
+
+@gluon.jit
+def _blocks(v_s, keys, state, weights, place, ones, states, number, c: gl.constexpr):
+    """Of several blocks of features, all in registers."""
+    Ms, ms = load_blocks(states, number, place[6] * c.BV, c)
+    for i in range(place[4]):
+        at = await_weights(weights, i, c)
+        v_c = next_full(v_s, i)
+        Ms_after, ms_after = (), ()
+        for n in gl.static_range(c.NSB):
+            M, m = Ms[n], ms[n]
+            publish(M, m, i * c.NSB + n, state, c)
+            M, m = add_keys(M, m, next_full(keys, i * c.NSB + n), v_c, ones, weights, at, c)
+            set_empty(keys, i * c.NSB + n)
+            Ms_after, ms_after = Ms_after + (M,), ms_after + (m,)
+        Ms, ms = Ms_after, ms_after
+        set_empty(v_s, i)
+        free_weights(weights, i, c)
 
 
 @gluon.jit
@@ -168,13 +194,13 @@ def _all_seen(weights, at, c: gl.constexpr):
 def _products(do, A, A_rest, turn, j, keys, queries, state, weights, at, last, c: gl.constexpr):
     """``w``, ``e`` and the masses that the queries see, ``[C, SB]`` each, of one block; the masses for "global"."""
     features: gl.constexpr = product(c.SB)
-    await_full(state, turn if c.causal else 0)
+    before = await_full(state, turn if c.causal else 0)
     e = gl.zeros([c.C, c.SB], gl.float32, features)
-    e = warpgroup_mma(do, state[2].index(0).permute((1, 0)), e, use_acc=False, is_async=True)
-    e = warpgroup_mma(do, state[3].index(0).permute((1, 0)), e, is_async=True)
+    e = warpgroup_mma(do, state[2].index(before).permute((1, 0)), e, use_acc=False, is_async=True)
+    e = warpgroup_mma(do, state[3].index(before).permute((1, 0)), e, is_async=True)
     m = gl.zeros([c.C, c.SB], gl.float32, features)
     if c.is_global:
-        m = enter_rows(m + state[4].index(0).load(gl.SliceLayout(0, features))[None, :], weights, at, features, c)
+        m = enter_rows(m + state[4].index(before).load(gl.SliceLayout(0, features))[None, :], weights, at, features, c)
     e = enter_rows(warpgroup_mma_wait(0, (e,)), weights, at, features, c)
     if c.causal:
         if last:
@@ -193,11 +219,12 @@ def _products(do, A, A_rest, turn, j, keys, queries, state, weights, at, last, c
 
 @gluon.jit
 def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, beta, h_out, row_out, sums, dbeta,
-          c: gl.constexpr):
-    b, h, start, end, chunks, index = place
+          H, c: gl.constexpr):
+    b, h, start, end, chunks, index, part = place
     sharp = gl.load(beta + h).to(gl.float32)
-    staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
-    pair = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C))
+    if c.NSB == 1:
+        staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
+        pair = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C))
     of_tokens: gl.constexpr = gl.SliceLayout(1, product(c.SB))
     db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
     c_sum = gl.zeros([c.SB, 16], gl.float32, product(16))
@@ -253,20 +280,24 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
                 set_empty(do_s, j)
                 if c.is_global:
                     h_c = -total / gl.where(mass == 0.0, 1.0, mass)
-                    store_scalars(h_out, h_c, b, t, h * c.G + g, end - t, of_tokens, c)
+                    store_scalars(h_out, h_c, b, t, part * H + h, end - t, of_tokens, c)
                     h_c = gl.convert_layout(h_c, gl.SliceLayout(1, product(c.LPB)))[:, None]
                     corners = corners[0] + h_c * of_mass[0], corners[1] + h_c * of_mass[1]
                 else:
                     row += total
             u = next_full(tanhs, j).load(product(c.LPB))
             set_empty(tanhs, j)
-            dz, part = hash_gradient(corners, u, sharp)
-            db += part
-            send(dq_rows[g], t, staging, unproject(dz, planes_s[0], c))
+            dz, db_c = hash_gradient(corners, u, sharp)
+            db += db_c
+            if c.NSB == 1:
+                send(dq_rows[g], t, staging, unproject(dz, planes_s[0], c))
+            else:
+                store_share(dq_rows, dz, b, t, part * H + h, end - t, c)
         free_weights(weights, i, c)
         if c.decay and not c.is_global:
-            store_scalars(row_out, row, b, t, h, end - t, of_tokens, c)
-    tma.store_wait(0)  # before the sum takes the room of what is being sent
-    gl.store(dbeta + index, gl.sum(db, 0))
+            store_scalars(row_out, row, b, t, part * H + h, end - t, of_tokens, c)
+    if c.NSB == 1:
+        tma.store_wait(0)  # before the sum takes the room of what is being sent
+    gl.store(dbeta + index * c.NVB + part, gl.sum(db, 0))
     if c.NSB == 1:
         store_mass(sums, index, c_sum, c)

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from race_dist.kernels.hopper.layouts import PLAIN, PLAIN_ROWS, tile
+from race_dist.kernels.hopper.layouts import PLAIN, PLAIN_ROWS, product, tile
 
 
 @gluon.jit
@@ -94,20 +94,20 @@ def open_heads(x, b, h, end, X: gl.constexpr, BX: gl.constexpr, c: gl.constexpr)
 
 
 @gluon.jit
-def fetch(rows, t, ring, j, BX: gl.constexpr, c: gl.constexpr):
-    """Ask the copy engine for tokens t on, into turn j's buffer."""
+def fetch(rows, t, ring, j, BX: gl.constexpr, c: gl.constexpr, column=0):
+    """Ask the copy engine for tokens t on, from a column on, into turn j's buffer."""
     at = await_empty(ring, j)
     mbarrier.expect(ring[0].index(at), c.C * BX * 2)
-    tma.async_copy_global_to_shared(rows, [t.to(gl.int32), 0], ring[0].index(at), ring[2].index(at))
+    tma.async_copy_global_to_shared(rows, [t.to(gl.int32), column], ring[0].index(at), ring[2].index(at))
 
 
 @gluon.jit
-def send(rows, t, buffer, value):
-    """Store ``value [C, BX]`` as tokens t on, through a buffer that is free again when the next value is sent."""
+def send(rows, t, buffer, value, column=0):
+    """Store ``value [C, BX]`` as tokens t on, from a column on, through a buffer that is free again when the next is sent."""
     tma.store_wait(0)
     buffer.store(value.to(gl.bfloat16))
     fence_async_shared()
-    tma.async_copy_shared_to_global(rows, [t.to(gl.int32), 0], buffer)
+    tma.async_copy_shared_to_global(rows, [t.to(gl.int32), column], buffer)
 
 
 @gluon.jit
@@ -115,6 +115,16 @@ def load_scalars(x, b, t, h, n, layout: gl.constexpr, c: gl.constexpr):
     """One number a token, ``[C]``, of ``x [B, T, H]`` given as (pointer, three strides); 0 past n."""
     rows = gl.arange(0, c.C, layout)
     return gl.load(x[0] + b * x[1] + t * x[2] + h * x[3] + rows.to(gl.int64) * x[2], mask=rows < n, other=0.0)
+
+
+@gluon.jit
+def store_share(x, dz, b, t, h, n, c: gl.constexpr):
+    """A program's share of the gradient of the projections of tokens t on, ``[C, LPB]``, to
+    ``x [B, T, NVB H, LPB]``."""
+    rows = gl.arange(0, c.C, gl.SliceLayout(1, product(c.LPB)))
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
+    offset = rows[:, None].to(gl.int64) * x[2] + slot[None, :]
+    gl.store(x[0] + b * x[1] + t * x[2] + h * x[3] + offset, dz, mask=(rows < n)[:, None])
 
 
 @gluon.jit

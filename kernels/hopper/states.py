@@ -11,11 +11,12 @@ from race_dist.kernels.hopper.rings import await_empty, set_full
 
 
 @gluon.jit
-def load_state(states, index, n, c: gl.constexpr):
-    """``M [SB, BV]``, and the mass in column 0 of ``[SB, 16]``, of block n of state number ``index`` (64-bit)."""
+def load_state(states, index, n, c: gl.constexpr, first=0):
+    """``M [SB, BV]``, columns from ``first`` on, and the mass in column 0 of ``[SB, 16]``, of block n of state number
+    ``index`` (64-bit)."""
     values = states + index * (c.S * (c.Dv + 1))
     s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(c.BV)))
-    column = gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
+    column = first + gl.arange(0, c.BV, gl.SliceLayout(0, product(c.BV)))
     inside = (s < c.S)[:, None] & (column < c.Dv)[None, :]
     M = gl.load(values + s[:, None] * c.Dv + column[None, :], mask=inside, other=0.0)
     s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, product(16)))
@@ -26,35 +27,13 @@ def load_state(states, index, n, c: gl.constexpr):
 
 
 @gluon.jit
-def open_room(rooms, index, c: gl.constexpr):
-    """A program's room for :func:`put_block`; nothing (0) where its state fits in registers."""
-    if c.NSB > 1:
-        return rooms + index * (c.NSB * c.SB * (c.BV + 16))
-    else:
-        return 0
-
-
-@gluon.jit
-def _in_room(columns: gl.constexpr, n, c: gl.constexpr):
-    """Where the elements of block n ``[SB, columns]`` lie in a room: 8 x 8 elements, which a warp holds two at a time, are
-    adjacent. Row by row, each of a warp's accesses would touch eight lines."""
-    s = gl.arange(0, c.SB, gl.SliceLayout(1, product(columns)))[:, None]
-    column = gl.arange(0, columns, gl.SliceLayout(0, product(columns)))[None, :]
-    return n * c.SB * columns + (s // 8) * (8 * columns) + (s % 8) * 8 + (column // 8) * 64 + column % 8
-
-
-@gluon.jit
-def take_block(room, n, c: gl.constexpr):
-    """Block n of a running state that is too large for registers: ``M [SB, BV]`` and the mass ``[SB, 16]``, from the
-    program's room in memory (in L2, in practice). Each thread reads what it wrote."""
-    return gl.load(room + _in_room(c.BV, n, c)), gl.load(room + c.NSB * c.SB * c.BV + _in_room(16, n, c))
-
-
-@gluon.jit
-def put_block(room, n, M, m, c: gl.constexpr):
-    """The inverse of :func:`take_block`."""
-    gl.store(room + _in_room(c.BV, n, c), M)
-    gl.store(room + c.NSB * c.SB * c.BV + _in_room(16, n, c), m)
+def load_blocks(states, index, first, c: gl.constexpr):
+    """Every block of state number ``index``: its values from column ``first`` on, ``[SB, BV]``, and its mass ``[SB]``."""
+    Ms, ms = (), ()
+    for n in gl.static_range(c.NSB):
+        M, m = load_state(states, index, n, c, first)
+        Ms, ms = Ms + (M,), ms + (gl.sum(m, 1),)
+    return Ms, ms
 
 
 @gluon.jit
@@ -87,7 +66,10 @@ def put_ones(c: gl.constexpr):
 @gluon.jit
 def put_mass(buffer, m, c: gl.constexpr):
     """The mass as ``[SB]`` in shared memory."""
-    buffer.store(gl.sum(m, 1))
+    if c.NSB == 1:
+        buffer.store(gl.sum(m, 1))
+    else:
+        buffer.store(m)
 
 
 @gluon.jit
@@ -110,38 +92,40 @@ def put_pair(buffer, x, c: gl.constexpr):
 
 @gluon.jit
 def publish(M, m, turn, state, c: gl.constexpr):
-    """Hand on a running state before it is changed, as turn ``turn`` of a ring of one: M in two parts, and m."""
-    await_empty(state, turn)
-    put_parts(state[2].index(0), state[3].index(0), M)
+    """Hand on a running state before it is changed, as turn ``turn`` of a ring: M in two parts, and m. Its place."""
+    at = await_empty(state, turn)
+    put_parts(state[2].index(at), state[3].index(at), M)
     if c.is_global:
-        put_mass(state[4].index(0), m, c)
+        put_mass(state[4].index(at), m, c)
     set_full(state, turn)
+    return at
 
 
 @gluon.jit
-def crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, c: gl.constexpr):
-    """What the log decays share at a tile's end: <state after the tile, its gradient>."""
+def crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, part, c: gl.constexpr):
+    """What the log decays share at a tile's end: <state after the tile, its gradient>, over block ``part`` of the value
+    columns, the first of which has the mass."""
     total = 0.0
     for n in gl.static_range(c.NSB):
         if last:
             sketch = row * H + h
-            total += _inner(final_values + sketch * (c.S * c.Dv), final_mass + sketch * c.S, suffixes, index, n, c)
+            total += _inner(final_values + sketch * (c.S * c.Dv), final_mass + sketch * c.S, suffixes, index, n, part, c)
         else:
             after = states + ((number + 1).to(gl.int64) * H + h) * (c.S * (c.Dv + 1))
-            total += _inner(after, after + c.S * c.Dv, suffixes, index, n, c)
+            total += _inner(after, after + c.S * c.Dv, suffixes, index, n, part, c)
     return total
 
 
 @gluon.jit
-def _inner(values, mass, suffixes, index, n, c: gl.constexpr):
+def _inner(values, mass, suffixes, index, n, part, c: gl.constexpr):
     layout: gl.constexpr = by_rows(c.BV)
     s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(1, layout))
-    column = gl.arange(0, c.BV, gl.SliceLayout(0, layout))
+    column = part * c.BV + gl.arange(0, c.BV, gl.SliceLayout(0, layout))
     inside = (s < c.S)[:, None] & (column < c.Dv)[None, :]
     place = s[:, None] * c.Dv + column[None, :]
     suffix = suffixes + index * (c.S * (c.Dv + 1))
     M = gl.load(values + place, mask=inside, other=0.0).to(gl.float32)
-    m = gl.load(mass + s, mask=s < c.S, other=0.0).to(gl.float32)
+    m = gl.load(mass + s, mask=(s < c.S) & (part == 0), other=0.0).to(gl.float32)
     Cs = gl.load(suffix + place, mask=inside, other=0.0)
     cs = gl.load(suffix + c.S * c.Dv + s, mask=s < c.S, other=0.0)
     return gl.sum(gl.sum(M * Cs, 1), 0) + gl.sum(m * cs, 0)

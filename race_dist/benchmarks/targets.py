@@ -86,12 +86,12 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
         "decode, 64 heads": lambda: time_decode(device),
         "4 heads, T = 2**22": lambda: measure(four, mine(four), device, repeats=3),
         "longest, 4 heads": lambda: measure(longest, mine(longest), device, repeats=1),
-        "P=8 L=1": lambda: measure(wide, mine(wide), device, repeats=3),
     }
     for length in (4096, 8192, 16384, 131072):
         result[f"softmax, T = {length}"] = partial(_beside_softmax, replace(BASE, length=length), device)
     result["linear attention, T = 2**20"] = lambda: measure(
         BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3)
+    result["P=8 L=1"] = lambda: measure(wide, mine(wide), device, repeats=3)
     return result
 
 

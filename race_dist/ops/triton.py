@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from race_dist.kernels import decode, scan, snapshot, sums, walk, walk_backward
+from race_dist.kernels import decode, scan, shares, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, packed_tiles
@@ -46,7 +46,7 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
     states, final = call.prefix_states(parts)
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
     call.launch("out", call.kernel("out"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash,
-                *call.extras, states, *call.room())
+                *call.extras, states, programs=call.plan["out"].spec.NVB)
     if states.shape != states_shape(p):  # these rows cannot take the plan that was announced: backward makes its own
         states = states.new_empty(states_shape(p))
     return Forward(out, den, states, final)
@@ -64,11 +64,17 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
     """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
     call, saved, into, h, row, parts = _query_side(p, saved, dout, need_planes, into) if begun is None else begun.rest
     suffixes, dinitial = call.scan(parts, dfinal, p.initial is not None, reverse=True)
-    dlog_decay = None if p.log_decay is None else torch.empty(p.log_decay.shape, dtype=torch.float32, device=p.q.device)
+    blocks = call.plan["keys"].spec.NVB
+    dlog_decay = None if p.log_decay is None else torch.empty(*p.k.shape[:2], blocks * call.heads, dtype=torch.float32,
+                                                              device=p.q.device)
+    target = call.gradient_target(into.k)
     call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
-                _scalars(h), _scalars(row), _rows(into.k), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
-                saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1))
-    dbeta = call.dbeta.sum((0, 1)) if need_beta else None
+                _scalars(h), _scalars(row), _rows(target), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
+                saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1),
+                programs=blocks)
+    call.finish_gradient(target, into.k)
+    dlog_decay = call.summed(dlog_decay)
+    dbeta = call.dbeta.sum((0, 1, 3)) if need_beta else None
     if dlog_decay is not None and p.log_decay is not None:
         dlog_decay = dlog_decay.to(p.log_decay.dtype)
     return Gradients(into.q, into.k, into.v, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
@@ -262,7 +268,7 @@ class _Call:
     @cached_property
     def dbeta(self) -> Tensor:
         """Each program's part of the gradient of beta, of the pass over the queries and over the keys."""
-        return self.p.q.new_empty(2, self.num_tiles, self.heads, dtype=torch.float32)
+        return self.p.q.new_empty(2, self.num_tiles, self.heads, self.plan["keys"].spec.NVB, dtype=torch.float32)
 
     def kernel(self, name: str) -> object:
         """The family's kernel of that name."""
@@ -270,18 +276,27 @@ class _Call:
             return _pipes()[name]
         return (WALKS if self.plan.walk else SNAPSHOTS)[name]
 
-    def room(self) -> tuple[Tensor | None, ...]:
-        """What only the pipelines take: memory for running states of more than one block of features."""
-        if not self.plan.pipe:
-            return ()
-        spec = self.plan["out"].spec
-        if spec.NSB == 1:
-            return (None,)
-        return (self.p.q.new_empty(self.num_tiles * self.heads, spec.NSB * spec.SB * (spec.BV + 16), dtype=torch.float32),)
+    def gradient_target(self, dx: Tensor) -> Tensor:
+        """Where a backward kernel writes the gradient dx of its rows: there; where pipelines walk several blocks of features,
+        their shares in the gradient of the projections, which :meth:`finish_gradient` makes dx of."""
+        spec = self.plan["keys"].spec
+        if not spec.pipe or spec.NSB == 1:
+            return dx
+        return dx.new_empty(*dx.shape[:2], spec.NVB * self.heads, spec.LPB, dtype=torch.float32)
+
+    def finish_gradient(self, target: Tensor, dx: Tensor) -> None:
+        """Write dx, where it is not written yet."""
+        if target is not dx:
+            self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), self.hash[0])
+
+    def summed(self, x: Tensor | None) -> Tensor | None:
+        """One number a token and head, of the shares ``[B, T, NVB H]`` of blocks of value columns."""
+        blocks = self.plan["keys"].spec.NVB
+        return x if x is None or blocks == 1 else x.unflatten(2, (blocks, -1)).sum(2)
 
     def last_part(self, half: int) -> tuple[Tensor | None, ...]:
-        """The last argument of a backward kernel: the gradient of the planes, or a pipeline's room."""
-        return self.room() if self.plan.pipe else (self.dplanes[half],)
+        """The last argument of a backward kernel, unless it is a pipeline: the gradient of the planes."""
+        return () if self.plan.pipe else (self.dplanes[half],)
 
     def with_states(self, saved: Forward) -> Forward:
         """With the states before this call's tiles, made anew where the forward pass had other tiles (or none)."""
@@ -337,21 +352,23 @@ class _Call:
 
     def query_pass(self, saved: Forward, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Writes dq; h, the queries' part of dG, and the tiles' sums of the suffix state."""
-        p = self.p
+        p, blocks = self.p, self.plan["queries"].spec.NVB
         h = None
         if p.normalization == "global":  # tokens adjacent: the pass over the keys reads h along a row of pairs
-            h = p.q.new_empty(p.q.shape[0], p.q.shape[2], p.q.shape[1], dtype=torch.float32).transpose(1, 2)
+            h = p.q.new_empty(p.q.shape[0], p.q.shape[2] * blocks, p.q.shape[1], dtype=torch.float32).transpose(1, 2)
         needs_row = p.log_decay is not None and p.normalization != "global"
-        row = p.q.new_empty(*p.q.shape[:2], self.heads, dtype=torch.float32) if needs_row else None
+        row = p.q.new_empty(*p.q.shape[:2], self.heads * blocks, dtype=torch.float32) if needs_row else None
         parts = self._new_states(self.num_tiles)
-        rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(dq), _scalars(h), _scalars(row))
+        target = self.gradient_target(dq)
+        rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(target), _scalars(h), _scalars(row))
         fused = (parts, self.decays) if self.plan.pipe or not self.plan.walk else ()
         self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, *fused, self.dbeta[0],
-                    *self.last_part(0))
+                    *self.last_part(0), programs=blocks)
+        self.finish_gradient(target, dq)
         blocks = self.plan["query_sums"].spec.NSB
         if self.plan.walk and (blocks > 1 or not self.plan.pipe):
-            self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den), _scalars(h),
-                        *self.hash, self.extras[0], parts, self.decays, programs=blocks)
+            self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den),
+                        _scalars(self.summed(h)), *self.hash, self.extras[0], parts, self.decays, programs=blocks)
         return h, row, parts
 
     def scan(self, parts: Tensor, entering: SketchState | None, wanted: bool, *, reverse: bool

@@ -21,6 +21,9 @@ PROBLEMS: dict[str, dict[str, object]] = {
                              "states": True},
     "many features, documents": {"documents": [0, 64, 128, 1500, 3000], "length": 3000, "tables": 3, "planes": 5,
                                  "masked": True, "decay": "token"},
+    "many features, one column block": {"length": 1500, "tables": 1, "planes": 8, "value_dim": 64},
+    "many features, narrow values": {"length": 1500, "tables": 3, "planes": 5, "value_dim": 72, "states": True},
+    "many features, two rows": {"batch": 2, "length": 1500, "tables": 1, "planes": 7, "mean": 1.0, "decay": "token"},
     "two rows": {"batch": 2, "length": 1500, "tables": 2, "planes": 2},
     "decay": {"length": 3000, "decay": "token", "normalization": "none", "states": True},
     "decay and a denominator": {"length": 3000, "decay": "token", "states": True},
@@ -41,7 +44,7 @@ def test_pipelines_agree_with_float64(name: str) -> None:
     check_pipelines(*drawn(**PROBLEMS[name]))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["ragged", "hard resets", "documents", "many features"])
+@pytest.mark.parametrize("name", ["ragged", "hard resets", "documents", "many features", "many features, decay"])
 def test_pipelines_repeat_bitwise(name: str) -> None:
     p, dout, dfinal = drawn(**PROBLEMS[name])  # type: ignore[arg-type]
     runs = [both(p, dout, dfinal) for _ in range(20)]

@@ -45,17 +45,19 @@ CALLS: dict[str, dict[str, object]] = {
     "packed, grouped": {"documents": 3, "queries": 8}, "many tables": {"tables": 32, "planes": 1, "decay": True},
     "many features": {"tables": 1, "planes": 8}, "many features, decay": {"tables": 1, "planes": 7, "decay": True},
     "most features, decay": {"tables": 1, "planes": 8, "decay": True, "normalization": "none"},
+    "many features, narrow": {"tables": 3, "planes": 5, "value_dim": 64},
 }
 
 
 def problem(*, decay: bool = False, normalization: str = "global", causal: bool = True, documents: int = 0, queries: int = 4,
-            dim: int = 128, tables: int = 4, planes: int = 4) -> Problem:
+            dim: int = 128, tables: int = 4, planes: int = 4, value_dim: int = 128) -> Problem:
     """A call's tensors, without their elements."""
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
     cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
-    return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, dim), make(4, tables, planes, dim),
-                   make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None, causal, normalization)  # type: ignore[arg-type]
+    return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, value_dim),
+                   make(4, tables, planes, dim), make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None,
+                   causal, normalization)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -50,6 +50,8 @@ PROBLEMS: dict[str, dict[str, object]] = {
                              "states": True},
     "many features, documents": {"documents": [0, 64, 128, 150, 150, 210], "length": 210, "tables": 3, "planes": 5,
                                  "masked": True, "decay": "token"},
+    "many features, one column block": {"length": 150, "tables": 1, "planes": 8, "value_dim": 64},
+    "many features, narrow values": {"length": 150, "tables": 3, "planes": 5, "value_dim": 72, "states": True},
     "decay and a denominator": {"length": 300, "decay": "token", "states": True},
     "hard resets": {"length": 300, "decay": "hard", "normalization": "none", "repeats": 2},
     "documents": {"length": 300, "documents": [0, 70, 70, 150, 151, 300], "states": True},
