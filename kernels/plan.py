@@ -176,7 +176,8 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False,
         work: ``B * Hkv * T``, about.
         shared_limit: bytes of shared memory a program may use.
         hopper: whether the device runs Hopper's matrix instructions.
-        chunk, tile: force these (tests).
+        chunk: force this (tests).
+        tile: tokens that share a state, where the family's chunk does not decide it.
     """
     block = padded(spec.S, spec.least)
     walk = not spec.is_bucket and block <= (32 if spec.f32 and not INTERPRET else 64) and block * spec.BV <= 8192

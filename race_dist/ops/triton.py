@@ -20,7 +20,7 @@ from torch import Tensor
 from race_dist.kernels import decode, scan, shares, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
-from race_dist.kernels.tiles import Tiles, packed_tiles
+from race_dist.kernels.tiles import Tiles, fitted_tile, packed_tiles
 from race_dist.ops.problem import Begun, Forward, Gradients, Into, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
@@ -29,7 +29,7 @@ SCAN_WIDTH = 256
 DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
 MAX_FEATURES = 1024
-PIPE_BLOCK = 64  # features up to which a plan's tile does not depend on how rows can be moved
+PIPE_BLOCK = 64  # features up to which a plan's tile does not depend on how rows can be moved; value columns beyond
 WALKS = {"out": walk.walk_out, "queries": walk_backward.walk_queries, "keys": walk_backward.walk_keys}
 SNAPSHOTS = {"out": snapshot.snapshot_out, "queries": snapshot.snapshot_queries, "keys": snapshot.snapshot_keys}
 
@@ -136,23 +136,28 @@ def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
     symbolic sizes specializes here: states are as many as the plan's tiles."""
     _, tables, number, dim = map(int, p.planes.shape)
     batch, length, heads = map(int, p.k.shape[:3])
-    return _make_plan((dim, int(p.v.shape[3]), tables, number, int(p.q.shape[2]) // heads), p.causal, p.normalization,
+    value_dim, device, tile = int(p.v.shape[3]), p.q.device, None
+    if p.q.dtype == torch.bfloat16 and _has_pipes(device):  # also where other kernels run: one's states are another's
+        blocks = 1 if tables * 2**number <= PIPE_BLOCK else -(-value_dim // PIPE_BLOCK)
+        tile = fitted_tile(length, batch * heads * blocks, _processors(device))
+    return _make_plan((dim, value_dim, tables, number, int(p.q.shape[2]) // heads), p.causal, p.normalization,
                       (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None), p.q.dtype,
                       p.planes.dtype != p.q.dtype, bulk, need_planes, work_bucket(batch * heads * length),
-                      _shared_limit(p.q.device), _has_pipes(p.q.device))
+                      _shared_limit(device), tile)
 
 
 @lru_cache(maxsize=256)
 def _make_plan(sizes: tuple[int, int, int, int, int], causal: bool, normalization: str, extras: tuple[bool, bool, bool],
                dtype: torch.dtype, split_planes: bool, bulk: bool, need_planes: bool, work: int, shared_limit: int,
-               hopper: bool) -> Plan:
+               tile: int | None) -> Plan:
+    """``tile``: on a card that has the pipelines, tokens a tile."""
     dim, value_dim, tables, number, group = sizes
     decay, masked, packed = extras
     spec = Spec(D=dim, Dv=value_dim, L=tables, P=number, G=group, C=0, SB=0, stages=0, causal=causal,
                 is_global=normalization == "global", is_bucket=normalization == "bucket", decay=decay, masked=masked,
                 packed=packed, f32=dtype == torch.float32, half=dtype == torch.float16, split_planes=split_planes, bulk=bulk,
                 need_planes=need_planes)
-    return make_plan(spec, work, shared_limit=shared_limit, hopper=hopper)
+    return make_plan(spec, work, shared_limit=shared_limit, hopper=tile is not None, tile=tile)
 
 
 def _bulk(*tensors: Tensor) -> bool:
@@ -191,6 +196,11 @@ def _has_pipes(device: torch.device) -> bool:
     """Whether the device runs Hopper's matrix instructions, and Triton has the Gluon that the pipelines are written in."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return device.type == "cuda" and _capability(device) == 9 and version >= (3, 6)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @lru_cache

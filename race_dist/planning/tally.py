@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from race_dist.kernels.tiles import fitted_tile
 from race_dist.models import ModelConfig
 from race_dist.planning.layout import Job
 
 WALK_FEATURES = 64  # the Triton kernels keep all features of a head in registers up to this many
-WALK_TILE = 4096  # and then save one state every so many tokens
+PROCESSORS = 132  # that their tiles then fit
 SNAPSHOT_TILE = 64  # above it (and for "bucket") one state a matrix-product chunk
 LOSS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # logits that exist at a time unless loss_chunk says otherwise
 
@@ -218,8 +219,8 @@ def state_tile(m: ModelConfig, rows: int, *, cpu: bool, chunk: int) -> int:
     """Tokens that share one saved state inside a layer.
 
     The PyTorch pass works on tiles of 8 to 64 chunks of 64 tokens (128 from 128 features on), such that about 2**14 query
-    rows are worked on at a time. The Triton kernels save a state every ``WALK_TILE`` tokens, fewer where that would leave
-    the GPU idle, and every ``SNAPSHOT_TILE`` where the features of a head do not fit one block.
+    rows are worked on at a time. The Triton kernels save a state a tile, whose length fits the GPU's multiprocessors, and every
+    ``SNAPSHOT_TILE`` tokens where the features of a head do not fit one block.
     """
     if cpu:
         size = 64 if m.race.num_features <= 128 else 128
@@ -227,8 +228,7 @@ def state_tile(m: ModelConfig, rows: int, *, cpu: bool, chunk: int) -> int:
     elif m.race.num_features > WALK_FEATURES or m.race.normalization == "bucket":
         tokens = SNAPSHOT_TILE
     else:
-        work = rows * m.kv_heads * chunk // 512
-        tokens = min(max(1 << max(0, work.bit_length() - 1), SNAPSHOT_TILE), WALK_TILE)
+        tokens = fitted_tile(chunk, rows * m.kv_heads, PROCESSORS)
     return max(1, min(tokens, chunk))
 
 

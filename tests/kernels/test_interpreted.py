@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -25,7 +24,8 @@ SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, docume
 @pytest.fixture(autouse=True)
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 and tiles of 32 tokens, so that a few dozen tokens cross both."""
-    monkeypatch.setattr(backend, "make_plan", partial(make_plan, chunk=16, tile=32))
+    monkeypatch.setattr(backend, "make_plan", lambda spec, work, **limits: make_plan(
+        spec, work, **limits | {"chunk": 16, "tile": 32}))
     backend._make_plan.cache_clear()
 
 

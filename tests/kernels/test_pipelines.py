@@ -18,23 +18,22 @@ from tests.kernels.emulated import Deadlock, Hazard, emulated
 from tests.kernels.flaws import FLAWS, hand_on
 from tests.kernels.problems import both, check_pipelines, drawn
 
-TILE = 128  # two chunks
 MOST = 1.5e-2  # of gradients, as of the random problems on a card: few tokens, beside large states
 
 
 def planned(spec: Spec, work: int, **options: object) -> Plan:
-    """A card's plan with short tiles; what is not a pipeline runs in Triton's interpreter, which has no copy engine."""
-    plan = make_plan(spec, work, tile=TILE, **options)  # type: ignore[arg-type]
+    """A card's plan; what is not a pipeline runs in Triton's interpreter, which has no copy engine."""
+    plan = make_plan(spec, work, **options)  # type: ignore[arg-type]
     return replace(plan, launches={name: launch if name in PIPES else replace(launch, spec=replace(launch.spec, bulk=False))
                                    for name, launch in plan.launches.items()})
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend believes that it is on a Hopper card."""
+    """The backend believes that it is on a Hopper card, of two multiprocessors: then tiles are a few chunks long."""
     pipes = {name: emulated(kernel) for name, kernel in backend._pipes().items()}
     for name, value in {"make_plan": planned, "_has_pipes": lambda device: True, "_bulk": lambda *tensors: True,
-                        "_pipes": lambda: pipes}.items():
+                        "_processors": lambda device: 2, "_pipes": lambda: pipes}.items():
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
     backend._make_plan.cache_clear()

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from race_dist.kernels import plan as plan_module
 from race_dist.kernels.plan import KERNELS, Spec, make_plan, shared_bytes, work_bucket
+from race_dist.kernels.tiles import LONGEST, fitted_tile
 
 HOPPER, AMPERE, ADA = 232_448, 166_912, 101_376
 BASE = Spec(D=128, Dv=128, L=4, P=4, G=1, C=0, SB=0, stages=0, causal=True, is_global=True, is_bucket=False, decay=False,
@@ -56,3 +57,21 @@ def test_pipelines_are_chosen_where_they_fit(change: dict[str, int | bool], pipe
     spec = replace(BASE, bulk=True)
     assert make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER, hopper=True).pipe == pipe
     assert not make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER).pipe
+
+
+@pytest.mark.parametrize("length", [1, 64, 1000, 2**13, 100_000, 2**20, 2**20 + 1, 75_000_000, 2**30])
+@pytest.mark.parametrize("rows", [1, 4, 8, 64])
+def test_tiles_fit_the_multiprocessors(length: int, rows: int) -> None:
+    """Hardly more than every multiprocessor's share, counted in chunks; of long sequences within 5% of it."""
+    tile = fitted_tile(length, rows, 132)
+    assert 64 <= tile <= LONGEST
+    assert tile % 64 == 0
+    waves = -(-rows * -(-length // tile) // 132)
+    share = rows * length / 64 / 132
+    assert waves * (tile // 64) <= max(1.05 * share, share + 4 * waves)
+
+
+def test_tiles_of_the_usual_lengths() -> None:
+    assert fitted_tile(2**20, 8, 132) == 8000  # 8 waves of 132
+    assert fitted_tile(2**13, 8, 132) == 512  # one of 128
+    assert fitted_tile(2**13, 8, 132) == make_plan(BASE, 8 * 2**13, shared_limit=HOPPER, hopper=True, tile=512).tile
