@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import LOG2E
-from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
+from race_dist.kernels.hopper.layouts import by_rows, left, product, rounded, tile
 from race_dist.kernels.hopper.rings import await_empty, next_full, operands, set_empty, set_full
 
 
@@ -95,9 +95,8 @@ def one_part(x, layout: gl.constexpr):
 @gluon.jit
 def two_parts(x, layout: gl.constexpr):
     """x as the sum of two bfloat16 operands."""
-    high = x.to(gl.bfloat16)
-    low = (x - high.to(gl.float32)).to(gl.bfloat16)
-    return gl.convert_layout(high, layout), gl.convert_layout(low, layout)
+    high = rounded(x)
+    return one_part(high, layout), one_part(x - high, layout)
 
 
 @gluon.jit
@@ -140,8 +139,9 @@ def no_corners(c: gl.constexpr):
 
 
 @gluon.jit
-def add_corners(sums, y, n, planes_s, c: gl.constexpr):
-    """Add ``y [C, SB]`` of block n to its sums over the corners that have a plane's bit set, and clear, ``[C, LPB]`` each.
+def begin_corners(sums, y, n, planes_s, c: gl.constexpr):
+    """Begin to add ``y [C, SB]`` of block n to its sums over the corners that have a plane's bit set, and clear, ``[C, LPB]``
+    each.
 
     What every plane shares of y cancels between the two: one block takes it out before it rounds, several keep two parts.
     """
@@ -157,6 +157,13 @@ def add_corners(sums, y, n, planes_s, c: gl.constexpr):
         on = warpgroup_mma(rest, ones, on, is_async=True)
         off = warpgroup_mma(y, zeros, off, is_async=True)
         off = warpgroup_mma(rest, zeros, off, is_async=True)
+    return on, off
+
+
+@gluon.jit
+def add_corners(sums, y, n, planes_s, c: gl.constexpr):
+    """:func:`begin_corners`, to its end."""
+    on, off = begin_corners(sums, y, n, planes_s, c)
     on, off = warpgroup_mma_wait(0, (on, off))
     return on, off
 

@@ -68,7 +68,7 @@ def pipe_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
     if c.decay:
         flow = crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, part, c)
     # of threads of the hash and of the state
-    registers: gl.constexpr = (128, 192) if c.NSB == 1 else (112, 240)
+    registers: gl.constexpr = (104, 208) if c.NSB == 1 else (112, 240)
     gl.warp_specialize([
         (_rows, (dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay,
                  flow, dbeta + index * c.NVB + part, c)),
@@ -163,9 +163,14 @@ def _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffi
             P = warpgroup_mma_wait(0, (warpgroup_mma(Fk, w.permute((1, 0)), P, use_acc=False, is_async=True),))
             P = one_part(seen_by(P, weights, at, c), left(c.BV))
             do = next_full(do_s, j)
+            w = transposed(w, weights, ENTER, at, c)
+            if c.is_global:
+                pair = next_full(pairs, j).permute((1, 0))
             dv = warpgroup_mma(P, do, dv, is_async=True)
-            Cs, cs = _add_queries(Cs, cs, w, do, pairs, j, weights, at, c)
-            dv = warpgroup_mma_wait(0, (dv,))
+            Cs = warpgroup_mma(w, do, Cs, is_async=True)
+            if c.is_global:
+                cs = warpgroup_mma(w, pair, cs, is_async=True)
+            dv, Cs, cs = warpgroup_mma_wait(0, (dv, Cs, cs))
             set_empty(queries, j)
             set_empty(do_s, j)
             free_pair(pairs, j, c)
@@ -186,6 +191,8 @@ def _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes
         do = next_full(do_s, i)
         dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
         P = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+        if c.is_global:
+            pair = next_full(pairs, i).permute((1, 0))
         Cs_after, cs_after = (), ()
         for n in gl.static_range(c.NSB):
             turn = i * c.NSB + n
@@ -196,8 +203,15 @@ def _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes
             dv = warpgroup_mma(Fk, state[2].index(behind), dv, is_async=True)
             P = warpgroup_mma(Fk, w.permute((1, 0)), P, is_async=True)
             C_n, c_n = pass_block(C_n, c_n, weights, at, c)
-            C_n, c_n = _add_to_block(C_n, c_n, w, do, pairs, i, weights, at, c)
-            dv, P = warpgroup_mma_wait(0, (dv, P))
+            w = transposed(w, weights, ENTER, at, c)
+            C_n = warpgroup_mma(w, do, C_n, is_async=True)
+            if c.is_global:
+                mass = gl.zeros([c.SB, 16], gl.float32, product(16))
+                mass = warpgroup_mma(w, pair, mass, use_acc=False, is_async=True)
+                dv, P, C_n, mass = warpgroup_mma_wait(0, (dv, P, C_n, mass))
+                c_n += gl.sum(mass, 1)
+            else:
+                dv, P, C_n = warpgroup_mma_wait(0, (dv, P, C_n))
             set_empty(state, turn)
             set_empty(keys, turn)
             set_empty(queries, turn)
@@ -222,32 +236,6 @@ def _where_first(ms, part, c: gl.constexpr):
 
 
 @gluon.jit
-def _add_to_block(C_n, c_n, w, do, pairs, j, weights, at, c: gl.constexpr):
-    """:func:`_add_queries` of one of several blocks."""
-    w = transposed(w, weights, ENTER, at, c)
-    C_n = warpgroup_mma(w, do, C_n, is_async=True)
-    if c.is_global:
-        mass = warpgroup_mma(w, next_full(pairs, j).permute((1, 0)), gl.zeros([c.SB, 16], gl.float32, product(16)),
-                             use_acc=False, is_async=True)
-        C_n, mass = warpgroup_mma_wait(0, (C_n, mass))
-        c_n += gl.sum(mass, 1)
-    else:
-        C_n = warpgroup_mma_wait(0, (C_n,))
-    return C_n, c_n
-
-
-@gluon.jit
-def _add_queries(Cs, cs, w, do, pairs, j, weights, at, c: gl.constexpr):
-    """The state with a chunk's queries in it."""
-    w = transposed(w, weights, ENTER, at, c)
-    Cs = warpgroup_mma(w, do, Cs, is_async=True)
-    if c.is_global:
-        cs = warpgroup_mma(w, next_full(pairs, j).permute((1, 0)), cs, is_async=True)
-    Cs, cs = warpgroup_mma_wait(0, (Cs, cs))
-    return Cs, cs
-
-
-@gluon.jit
 def free_pair(pairs, j, c: gl.constexpr):
     """Give turn j's h back."""
     if c.is_global:
@@ -255,32 +243,73 @@ def free_pair(pairs, j, c: gl.constexpr):
 
 
 @gluon.jit
-def _seen_gradient(v_c, do, h_in, b, t, hq, n, weights, at, c: gl.constexpr):
-    """``<do_i, v_j> + h_i`` where i sees j, ``[j, i]``, as a left operand."""
+def _begin_seen(v_c, do, c: gl.constexpr):
+    """Begin ``<do_i, v_j>``, ``[j, i]``."""
     A = gl.zeros([c.C, c.C], gl.float32, product(c.C))
-    A = warpgroup_mma(v_c, do.permute((1, 0)), A, use_acc=False, is_async=True)
-    if c.is_global:
-        h_c = load_scalars(h_in, b, t, hq, n, gl.SliceLayout(0, product(c.C)), c)
-    A = warpgroup_mma_wait(0, (A,))
+    return warpgroup_mma(v_c, do.permute((1, 0)), A, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _seen_gradient(A, h_c, weights, at, c: gl.constexpr):
+    """``<do_i, v_j> + h_i`` where i sees j, ``[j, i]``, as a left operand."""
     if c.is_global:
         A += h_c[None, :]
     return one_part(seen_by(A, weights, at, c), left(c.SB))
 
 
 @gluon.jit
-def _behind(v_c, turn, state, weights, at, c: gl.constexpr):
-    """``dphi [C, SB]`` from the state behind the chunk, one block."""
-    features: gl.constexpr = product(c.SB)
-    behind = await_full(state, turn)
-    dphi = gl.zeros([c.C, c.SB], gl.float32, features)
-    dphi = warpgroup_mma(v_c, state[2].index(behind).permute((1, 0)), dphi, use_acc=False, is_async=True)
-    dphi = warpgroup_mma(v_c, state[3].index(behind).permute((1, 0)), dphi, is_async=True)
-    dphi = warpgroup_mma_wait(0, (dphi,))
+def _load_h(h_in, b, t, hq, n, c: gl.constexpr):
+    """h of a chunk's queries; nothing (0) but for "global"."""
     if c.is_global:
-        dphi += state[4].index(behind).load(gl.SliceLayout(0, features))[None, :]
+        return load_scalars(h_in, b, t, hq, n, gl.SliceLayout(0, product(c.C)), c)
+    else:
+        return 0
+
+
+@gluon.jit
+def _begin_behind(v_c, behind, state, c: gl.constexpr):
+    """Begin ``dphi [C, SB]`` from the state behind the chunk, one block, of its place ``behind``."""
+    dphi = gl.zeros([c.C, c.SB], gl.float32, product(c.SB))
+    if c.is_global:
+        dphi += state[4].index(behind).load(gl.SliceLayout(0, product(c.SB)))[None, :]
+    dphi = warpgroup_mma(v_c, state[2].index(behind).permute((1, 0)), dphi, is_async=True)
+    return warpgroup_mma(v_c, state[3].index(behind).permute((1, 0)), dphi, is_async=True)
+
+
+@gluon.jit
+def _dphi(v_c, v_s, do_s, queries, state, h_in, place, t, i, weights, at, c: gl.constexpr):
+    """``dphi [C, SB]`` of chunk i, of one block of features. No wait at a ring while products run: the compiler would then run
+    them one by one."""
+    b, h, _, end, _, _, _ = place
+    behind = await_full(state, i if c.causal else 0)
     if c.causal:
-        set_empty(state, turn)
-    return leave_rows(dphi, weights, at, features, c)
+        h_c = _load_h(h_in, b, t, h * c.G, end - t, c)
+        do, w = next_full(do_s, i * c.G), next_full(queries, i * c.G)
+        A = _begin_seen(v_c, do, c)
+        dphi = _begin_behind(v_c, behind, state, c)
+        if c.decay:
+            A, dphi = warpgroup_mma_wait(0, (A, dphi))
+            dphi = leave_rows(dphi, weights, at, product(c.SB), c)
+        else:
+            A = warpgroup_mma_wait(2, (A,))
+        dphi = warpgroup_mma(_seen_gradient(A, h_c, weights, at, c), w, dphi, is_async=True)
+        dphi = warpgroup_mma_wait(0, (dphi,))
+        set_empty(state, i)
+        set_empty(do_s, i * c.G)
+        set_empty(queries, i * c.G)
+    else:
+        dphi = warpgroup_mma_wait(0, (_begin_behind(v_c, behind, state, c),))
+    for g in gl.static_range(1, c.G if c.causal else 1):
+        j = i * c.G + g
+        h_c = _load_h(h_in, b, t, h * c.G + g, end - t, c)
+        do, w = next_full(do_s, j), next_full(queries, j)
+        A = warpgroup_mma_wait(0, (_begin_seen(v_c, do, c),))
+        dphi = warpgroup_mma(_seen_gradient(A, h_c, weights, at, c), w, dphi, is_async=True)
+        dphi = warpgroup_mma_wait(0, (dphi,))
+        set_empty(do_s, j)
+        set_empty(queries, j)
+    set_empty(v_s, i)
+    return dphi
 
 
 @gluon.jit
@@ -297,14 +326,7 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
         at = await_weights(weights, i, c)
         v_c = next_full(v_s, i)
         if c.NSB == 1:
-            dphi = _behind(v_c, i if c.causal else 0, state, weights, at, c)
-            for g in gl.static_range(c.G if c.causal else 0):
-                j = i * c.G + g
-                A = _seen_gradient(v_c, next_full(do_s, j), h_in, b, t, h * c.G + g, end - t, weights, at, c)
-                set_empty(do_s, j)
-                dphi = warpgroup_mma_wait(0, (warpgroup_mma(A, next_full(queries, j), dphi, is_async=True),))
-                set_empty(queries, j)
-            set_empty(v_s, i)
+            dphi = _dphi(v_c, v_s, do_s, queries, state, h_in, place, t, i, weights, at, c)
             phi = next_full(keys, i).load(features).to(gl.float32)
             set_empty(keys, i)
             y = phi * dphi
@@ -312,14 +334,21 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
             y -= phi * (total / c.L)[:, None]
             corners = add_corners(no_corners(c), y, 0, planes_s, c)
         else:
-            A = _seen_gradient(v_c, next_full(do_s, i), h_in, b, t, part * H + h, end - t, weights, at, c)
+            h_c = _load_h(h_in, b, t, part * H + h, end - t, c)
+            A = warpgroup_mma_wait(0, (_begin_seen(v_c, next_full(do_s, i), c),))
+            A = _seen_gradient(A, h_c, weights, at, c)
             set_empty(do_s, i)
             total = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, features))
             corners = no_corners(c)
             for n in range(c.NSB):
                 turn = i * c.NSB + n
-                dphi = _behind(v_c, turn, state, weights, at, c)
-                dphi = warpgroup_mma_wait(0, (warpgroup_mma(A, next_full(queries, turn), dphi, is_async=True),))
+                behind = await_full(state, turn)
+                w = next_full(queries, turn)
+                dphi = _begin_behind(v_c, behind, state, c)
+                if c.decay:
+                    dphi = leave_rows(warpgroup_mma_wait(0, (dphi,)), weights, at, features, c)
+                dphi = warpgroup_mma_wait(0, (warpgroup_mma(A, w, dphi, is_async=True),))
+                set_empty(state, turn)
                 set_empty(queries, turn)
                 y = next_full(keys, turn).load(features).to(gl.float32) * dphi
                 set_empty(keys, turn)

@@ -7,8 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import inverse_den, locate
-from race_dist.kernels.hopper.features import buckets, load_keep, log_operands, put_operand, put_planes, take_signs
-from race_dist.kernels.hopper.layouts import left, product, tile
+from race_dist.kernels.hopper.features import buckets, load_keep, log_operands, one_part, put_operand, put_planes, take_signs
+from race_dist.kernels.hopper.layouts import left, product, rounded, tile
 from race_dist.kernels.hopper.rings import (
     await_empty, await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, set_full,
     store_scalars, vectors,
@@ -169,12 +169,12 @@ def _rows(out_rows, v_s, keys, queries, state, weights, place, den, c: gl.conste
                     set_empty(state, i * c.NSB + n)
                     set_empty(keys, i * c.NSB + n)
             if c.causal:
-                A = seen(A, weights, at, c).to(gl.bfloat16)
+                A = rounded(seen(A, weights, at, c))
                 num = enter_rows(num, weights, at, product(c.BV), c)
-                num = warpgroup_mma(gl.convert_layout(A, left(c.BV)), next_full(v_s, i), num, is_async=True)
+                num = warpgroup_mma(one_part(A, left(c.BV)), next_full(v_s, i), num, is_async=True)
             if c.is_global:
                 total = enter_vector(total, weights, at, gl.SliceLayout(1, product(c.SB)), c)
-                total = gl.convert_layout(total + gl.sum(A.to(gl.float32), 1), of_tokens)
+                total = gl.convert_layout(total + gl.sum(A, 1), of_tokens)
                 store_scalars(den, total, b, t, h * c.G + g, gl.where(part == 0, end - t, 0), of_tokens, c)
             num = warpgroup_mma_wait(0, (num,))
             if c.causal and g == c.G - 1:

@@ -16,16 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from race_dist.kernels.common import inverse_den, locate
 from race_dist.kernels.hopper.features import (
-    add_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes, take_signs,
-    two_parts, unproject,
+    add_corners, begin_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes,
+    take_signs, two_parts, unproject,
 )
-from race_dist.kernels.hopper.layouts import left, product, tile
+from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
 from race_dist.kernels.hopper.rings import (
     await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows,
     operands, send, set_empty, set_full, store_scalars, store_share, vectors,
 )
 from race_dist.kernels.hopper.states import (
-    load_blocks, load_state, publish, put_ones, put_pair, store_mass, store_values,
+    load_blocks, load_state, publish, put_parts, put_ones, put_pair, store_mass, store_values,
 )
 from race_dist.kernels.hopper.weights import (
     LEAVE, SIGHT, add_keys, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
@@ -70,10 +70,10 @@ def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     state = make_ring(ahead, 1) + (operands(ahead, c.SB, c.BV), operands(ahead, c.SB, c.BV), vectors(ahead, c.SB))
     weights = make_weights(c)
     # of threads of the hash and of the state
-    registers: gl.constexpr = (120, 192) if c.NSB == 1 else (104, 208)
+    registers: gl.constexpr = (96, 192) if c.NSB == 1 else (104, 208)
     gl.warp_specialize([
-        (_rows, (dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, beta, h_out, row_out, sums, dbeta,
-                 H, c)),
+        (_rows, (dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, _put_seen(c), beta, h_out, row_out,
+                 sums, dbeta, H, c)),
         (_features, (k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays, c)),
         (_state, (v_s, do_s, keys, queries, state, weights, place, put_ones(c), states, index if c.causal else row * H + h,
                   sums, c)),
@@ -151,8 +151,8 @@ def _one_block(v_s, do_s, keys, queries, state, weights, place, ones, states, nu
             M, m = pass_through(M, m, weights, at, c)
             M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
             if c.is_global:
-                m = warpgroup_mma_wait(0, (warpgroup_mma(Fk, ones.permute((1, 0)), m, is_async=True),))
-            M = warpgroup_mma_wait(0, (M,))
+                m = warpgroup_mma(Fk, ones.permute((1, 0)), m, is_async=True)
+            M, m = warpgroup_mma_wait(0, (M, m))
             set_empty(keys, i)
             set_empty(v_s, i)
         for g in gl.static_range(c.G):
@@ -185,46 +185,112 @@ def _blocks(v_s, keys, state, weights, place, ones, states, number, c: gl.conste
 
 
 @gluon.jit
-def _all_seen(weights, at, c: gl.constexpr):
-    """How much of each key a query sees, as a left operand."""
-    return one_part(seen(gl.full([c.C, c.C], 1.0, gl.float32, product(c.C)), weights, at, c), left(c.SB))
+def _put_seen(c: gl.constexpr):
+    """How much of each key a query sees, as a left operand in shared memory; under decay it is another in each chunk."""
+    if c.is_global and c.causal and not c.decay:
+        layout: gl.constexpr = by_rows(c.C)
+        i, j = gl.arange(0, c.C, gl.SliceLayout(1, layout)), gl.arange(0, c.C, gl.SliceLayout(0, layout))
+        value = gl.where(i[:, None] >= j[None, :], 1.0, 0.0)
+        every = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.C], tile(c.C, c.C), value.to(gl.bfloat16))
+        fence_async_shared()
+        return every
+    else:
+        return 0
 
 
 @gluon.jit
-def _products(do, A, A_rest, turn, j, keys, queries, state, weights, at, last, c: gl.constexpr):
-    """``w``, ``e`` and the masses that the queries see, ``[C, SB]`` each, of one block; the masses for "global"."""
-    features: gl.constexpr = product(c.SB)
-    before = await_full(state, turn if c.causal else 0)
-    e = gl.zeros([c.C, c.SB], gl.float32, features)
+def _all_seen(every, weights, at, c: gl.constexpr):
+    """How much of each key a query sees, as a left operand."""
+    if c.decay:
+        return one_part(seen(gl.full([c.C, c.C], 1.0, gl.float32, product(c.C)), weights, at, c), left(c.SB))
+    else:
+        return every
+
+
+@gluon.jit
+def _begin_before(do, before, state, c: gl.constexpr):
+    """Begin ``e [C, SB]`` from the state before the chunk, one block, of its place ``before``."""
+    e = gl.zeros([c.C, c.SB], gl.float32, product(c.SB))
     e = warpgroup_mma(do, state[2].index(before).permute((1, 0)), e, use_acc=False, is_async=True)
-    e = warpgroup_mma(do, state[3].index(before).permute((1, 0)), e, is_async=True)
-    m = gl.zeros([c.C, c.SB], gl.float32, features)
+    return warpgroup_mma(do, state[3].index(before).permute((1, 0)), e, is_async=True)
+
+
+@gluon.jit
+def _begin_masses(Fk, before, state, every, weights, at, c: gl.constexpr):
+    """Begin the masses ``[C, SB]`` that the queries see; zeros but for "global"."""
+    m = gl.zeros([c.C, c.SB], gl.float32, product(c.SB))
     if c.is_global:
-        m = enter_rows(m + state[4].index(before).load(gl.SliceLayout(0, features))[None, :], weights, at, features, c)
-    e = enter_rows(warpgroup_mma_wait(0, (e,)), weights, at, features, c)
-    if c.causal:
-        if last:
-            set_empty(state, turn)
-        Fk = next_full(keys, turn)
-        e = warpgroup_mma(A, Fk, e, is_async=True)
-        e = warpgroup_mma(A_rest, Fk, e, is_async=True)
-        if c.is_global:
-            m = warpgroup_mma(_all_seen(weights, at, c), Fk, m, is_async=True)
-        e, m = warpgroup_mma_wait(0, (e, m))
-        if last:
-            set_empty(keys, turn)
-    w = next_full(queries, j).load(features).to(gl.float32)
+        m += state[4].index(before).load(gl.SliceLayout(0, product(c.SB)))[None, :]
+        m = enter_rows(m, weights, at, product(c.SB), c)
+        if c.causal:
+            m = warpgroup_mma(_all_seen(every, weights, at, c), Fk, m, is_async=True)
+    return m
+
+
+@gluon.jit
+def _block(do, A_parts, turn, keys, queries, state, every, weights, at, c: gl.constexpr):
+    """``w``, ``e`` and the masses that the queries see, ``[C, SB]`` each, of one of several blocks."""
+    before = await_full(state, turn)
+    Fk, Fq = next_full(keys, turn), next_full(queries, turn)
+    e = _begin_before(do, before, state, c)
+    if c.decay:
+        e = enter_rows(warpgroup_mma_wait(0, (e,)), weights, at, product(c.SB), c)
+    e = warpgroup_mma(A_parts.index(0), Fk, e, is_async=True)
+    e = warpgroup_mma(A_parts.index(1), Fk, e, is_async=True)
+    m = _begin_masses(Fk, before, state, every, weights, at, c)
+    e, m = warpgroup_mma_wait(0, (e, m))
+    set_empty(state, turn)
+    set_empty(keys, turn)
+    w = Fq.load(product(c.SB)).to(gl.float32)
+    set_empty(queries, turn)
     return w, e, m
 
 
 @gluon.jit
-def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, beta, h_out, row_out, sums, dbeta,
+def _one_of_group(v_s, do_s, keys, queries, state, every, i, g, weights, at, c: gl.constexpr):
+    """The same of the one block of query head g of a group; queries are not given back. No wait at a ring while products run:
+    the compiler would then run them one by one."""
+    j = i * c.G + g
+    last: gl.constexpr = g == c.G - 1
+    before = await_full(state, i if c.causal else 0)
+    do, Fq = next_full(do_s, j), next_full(queries, j)
+    if c.causal:
+        v_c, Fk = next_full(v_s, i), next_full(keys, i)
+        A = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+        A = warpgroup_mma(do, v_c.permute((1, 0)), A, use_acc=False, is_async=True)
+        e = _begin_before(do, before, state, c)
+        if c.decay:
+            A, e = warpgroup_mma_wait(0, (A, e))
+            e = enter_rows(e, weights, at, product(c.SB), c)
+        else:
+            A = warpgroup_mma_wait(2, (A,))
+        A, A_rest = two_parts(seen(A, weights, at, c), left(c.SB))
+        e = warpgroup_mma(A, Fk, e, is_async=True)
+        e = warpgroup_mma(A_rest, Fk, e, is_async=True)
+    else:
+        Fk = Fq
+        e = _begin_before(do, before, state, c)
+    m = _begin_masses(Fk, before, state, every, weights, at, c)
+    e, m = warpgroup_mma_wait(0, (e, m))
+    w = Fq.load(product(c.SB)).to(gl.float32)
+    set_empty(do_s, j)
+    if c.causal and last:
+        set_empty(v_s, i)
+        set_empty(state, i)
+        set_empty(keys, i)
+    return w, e, m
+
+
+@gluon.jit
+def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, every, beta, h_out, row_out, sums, dbeta,
           H, c: gl.constexpr):
     b, h, start, end, chunks, index, part = place
     sharp = gl.load(beta + h).to(gl.float32)
     if c.NSB == 1:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
         pair = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C))
+    else:
+        A_parts = operands(2, c.C, c.C)
     of_tokens: gl.constexpr = gl.SliceLayout(1, product(c.SB))
     db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
     c_sum = gl.zeros([c.SB, 16], gl.float32, product(16))
@@ -234,18 +300,8 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
         row = gl.zeros([c.C], gl.float32, of_tokens)
         for g in gl.static_range(c.G):
             j = i * c.G + g
-            do = next_full(do_s, j)
-            A = gl.zeros([c.C, c.C], gl.float32, product(c.C))
-            if c.causal:
-                A = warpgroup_mma(do, next_full(v_s, i).permute((1, 0)), A, use_acc=False, is_async=True)
-                A = warpgroup_mma_wait(0, (A,))
-                if g == c.G - 1:
-                    set_empty(v_s, i)
-                A = seen(A, weights, at, c)
-            A, A_rest = two_parts(A, left(c.SB))
             if c.NSB == 1:
-                w, e, m = _products(do, A, A_rest, i, j, keys, queries, state, weights, at, g == c.G - 1, c)
-                set_empty(do_s, j)
+                w, e, m = _one_of_group(v_s, do_s, keys, queries, state, every, i, g, weights, at, c)
                 y = w * e
                 total = gl.sum(y, 1)
                 if c.is_global:
@@ -257,27 +313,34 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
                     fence_async_shared()
                     Fq = queries[2].index(j % 2).permute((1, 0))
                     c_sum = warpgroup_mma(Fq, pair.permute((1, 0)), c_sum, is_async=True)
-                    c_sum = warpgroup_mma_wait(0, (c_sum,))
                 else:
                     y -= w * (total / c.L)[:, None]
                     row += total
+                on, off = begin_corners(no_corners(c), y, 0, planes_s, c)
+                c_sum, on, off = warpgroup_mma_wait(0, (c_sum, on, off))
+                corners = on, off
                 set_empty(queries, j)
-                corners = add_corners(no_corners(c), y, 0, planes_s, c)
             else:
+                do, v_c = next_full(do_s, i), next_full(v_s, i)
+                A = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+                A = warpgroup_mma(do, v_c.permute((1, 0)), A, use_acc=False, is_async=True)
+                A = warpgroup_mma_wait(0, (A,))
+                set_empty(v_s, i)
+                put_parts(A_parts.index(0), A_parts.index(1), seen(A, weights, at, c))  # in registers it would spill
+                fence_async_shared()
                 corners = no_corners(c)
                 of_mass = no_corners(c)
                 total = gl.zeros([c.C], gl.float32, of_tokens)
                 mass = gl.zeros([c.C], gl.float32, of_tokens)
                 for n in range(c.NSB):
                     turn = i * c.NSB + n
-                    w, e, m = _products(do, A, A_rest, turn, turn, keys, queries, state, weights, at, True, c)
-                    set_empty(queries, turn)
+                    w, e, m = _block(do, A_parts, turn, keys, queries, state, every, weights, at, c)
                     total += gl.sum(w * e, 1)
                     corners = add_corners(corners, w * e, n, planes_s, c)
                     if c.is_global:
                         mass += gl.sum(w * m, 1)
                         of_mass = add_corners(of_mass, w * m, n, planes_s, c)
-                set_empty(do_s, j)
+                set_empty(do_s, i)
                 if c.is_global:
                     h_c = -total / gl.where(mass == 0.0, 1.0, mass)
                     store_scalars(h_out, h_c, b, t, part * H + h, end - t, of_tokens, c)

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from race_dist.kernels.hopper.layouts import by_rows, product, tile
+from race_dist.kernels.hopper.layouts import by_rows, product, rounded, tile
 from race_dist.kernels.hopper.rings import await_empty, set_full
 
 
@@ -75,9 +75,9 @@ def put_mass(buffer, m, c: gl.constexpr):
 @gluon.jit
 def put_parts(high, low, M):
     """M as two bfloat16 operands in shared memory."""
-    upper = M.to(gl.bfloat16)
-    high.store(upper)
-    low.store((M - upper.to(gl.float32)).to(gl.bfloat16))
+    upper = rounded(M)
+    high.store(upper.to(gl.bfloat16))
+    low.store((M - upper).to(gl.bfloat16))
 
 
 @gluon.jit
@@ -85,7 +85,7 @@ def put_pair(buffer, x, c: gl.constexpr):
     """``x [C]`` in two bfloat16 parts, as the first rows of a right operand ``[16, C]`` (given transposed)."""
     layout: gl.constexpr = by_rows(c.C)
     x = gl.convert_layout(x, gl.SliceLayout(0, layout))
-    high = x.to(gl.bfloat16).to(gl.float32)
+    high = rounded(x)
     number = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
     buffer.store(gl.where(number == 0, high[None, :], gl.where(number == 1, (x - high)[None, :], 0.0)).to(gl.bfloat16))
 

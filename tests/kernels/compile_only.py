@@ -8,10 +8,16 @@ With calls named (see CALLS): the pipelines that Hopper runs for them.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -60,6 +66,18 @@ def problem(*, decay: bool = False, normalization: str = "global", causal: bool 
                    causal, normalization)  # type: ignore[arg-type]
 
 
+def assembled(ptx: str) -> dict[str, int | str]:
+    """What ptxas says of a pipeline: bytes that its threads spill, and why it runs matrix products one by one, if it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        (source := Path(folder) / "kernel.ptx").write_text(ptx, encoding="utf-8")
+        run = subprocess.run([knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"],
+                             capture_output=True, text=True, check=True)
+    spills = re.search(r"(\d+) bytes spill stores", run.stderr)
+    why = re.search(r"serialized due to (.*) in (the )?function", run.stderr)
+    assert spills is not None, run.stderr
+    return {"spills": int(spills[1]), "serialized": why[1] if why else ""}
+
+
 def main() -> None:
     capability, limit, *names = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     driver.set_active(NoCard(capability))
@@ -68,15 +86,15 @@ def main() -> None:
     backend._has_pipes = lambda device: capability == 90 and bool(names)
     backend.triton.set_allocator(lambda *request: None)
     backend._shared_limit = lambda device: limit
-    shared: dict[str, int] = {}
+    made: dict[str, CompiledKernel] = {}
 
     def getitem(self: JITFunction, grid: object) -> object:
         def run(*args: object, **options: object) -> None:
-            shared[self.__name__] = self.warmup(*args, grid=grid, **options).metadata.shared
+            made[self.__name__] = self.warmup(*args, grid=grid, **options)
         return run
 
     JITFunction.__getitem__ = getitem
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int | str]] = {}
     for call in names or ["plain"]:
         p = problem(**CALLS[call])  # type: ignore[arg-type]
         saved = backend.forward(p)
@@ -86,7 +104,8 @@ def main() -> None:
             kernel = PIPES.get(name, "") if plan.pipe else WALKS[name]
             if kernel:
                 bound = limit if plan.pipe and name in PIPES else shared_bytes(name, plan[name].spec)
-                found[f"{call}: {kernel}"] = {"shared": shared[kernel], "bound": bound}
+                found[f"{call}: {kernel}"] = {"shared": made[kernel].metadata.shared, "bound": bound,
+                                              **(assembled(made[kernel].asm["ptx"]) if kernel.startswith("pipe") else {})}
     print(json.dumps(found))
 
 

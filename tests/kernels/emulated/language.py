@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.kernels.emulated.machine import Barrier, Machine, Shared, current, line_of_kernel
+from tests.kernels.emulated.machine import Barrier, Clock, Machine, Shared, current, line_of_kernel
 from tests.kernels.emulated.values import Hazard, Pointer, Value, combined, constant, torch_dtype
 
 
@@ -228,13 +228,20 @@ def warpgroup_mma(a: Shared | Value, b: Shared, acc: Value, use_acc: bool = True
     assert (rows, inner % 16, columns % 8) == (64, 0, 0), f"no product of {left.shape} and {right.shape} on a warp group"
     found = left.float() @ right.float()
     assert acc.shape == found.shape, (acc.shape, found.shape)
-    return Value(found + acc.x if use_acc else found, pending=is_async)
+    part.issued.append(agent.clock[agent.name])
+    found = found + acc.x if use_acc else found
+    return Value(found, pending=len(part.issued)) if is_async else warpgroup_mma_wait(0, (Value(found),))
 
 
 def warpgroup_mma_wait(outstanding: int, products: tuple[Value, ...]) -> Any:
-    assert outstanding == 0
+    """Until all products of the part but the last ``outstanding`` are done."""
     part = current().part
-    part.agent.learn(part.products.clock)
+    done = len(part.issued) - int(outstanding)
+    if done > 0:
+        part.agent.learn(Clock({part.products.name: part.issued[done - 1]}))
+    for x in products:
+        if x.pending > done:
+            raise Hazard(f"a product is waited for with {outstanding} outstanding, and is one of these")
     waited = tuple(Value(x.x) for x in products)
     return waited[0] if len(waited) == 1 else waited
 

@@ -49,6 +49,7 @@ class Part:
         self.name = name
         self.agent, self.products, self.sends = (Agent(name + what, known) for what in ("", "'s products", "'s sends"))
         self.fetched = self.sent = 0  # copies in; when the last copy out was asked for
+        self.issued: list[int] = []  # when each matrix product was asked for
         self.unfenced: list[Buffer] = []
         self.waits_for: Callable[[], bool] | None = None
         self.why = ""
@@ -177,6 +178,9 @@ class Barrier:
         """Until the phase of this parity has ended: the one before, if the parity is not the present one's."""
         self.waits += 1
         machine = current()
+        part = machine.part
+        if part.issued and part.issued[-1] > part.agent.clock.get(part.products.name, 0):
+            raise Hazard(f"{part.name} waits at {self.name} with products in flight: the compiler then runs them one by one")
         machine.wait(lambda: self.phase & 1 != parity, f"{self.name} in phase {self.phase}")
         machine.part.agent.learn(self.passed)
 

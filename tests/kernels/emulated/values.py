@@ -29,9 +29,9 @@ def constant(x: Any) -> Any:
 
 
 class Value:
-    """A block or a scalar in registers. ``pending``: a product that has not been waited for."""
+    """A block or a scalar in registers. ``pending``: which of its part's products it is, if that has not been waited for."""
 
-    def __init__(self, x: Tensor, pending: bool = False) -> None:
+    def __init__(self, x: Tensor, pending: int = 0) -> None:
         self.x, self.pending = x, pending
 
     def read(self) -> Tensor:
@@ -48,8 +48,8 @@ class Value:
     def dtype(self) -> torch.dtype:
         return self.x.dtype
 
-    def to(self, dtype: Any) -> Value:
-        return Value(self.read().to(torch_dtype(dtype)))
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        return Value(self.read().view(torch_dtype(dtype)) if bitcast else self.read().to(torch_dtype(dtype)))
 
     def permute(self, order: tuple[int, ...]) -> Value:
         return Value(self.read().permute(order))
