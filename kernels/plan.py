@@ -63,23 +63,23 @@ class Spec:
     need_planes: bool = False
     pipe: bool = False
 
-    @property
+    @cached_property
     def R(self) -> int:
         return 2**self.P
 
-    @property
+    @cached_property
     def S(self) -> int:
         return self.L * self.R
 
-    @property
+    @cached_property
     def NSB(self) -> int:
         return -(-self.S // self.SB)
 
-    @property
+    @cached_property
     def TB(self) -> int:
         return max(1, self.SB // self.R)
 
-    @property
+    @cached_property
     def LPB(self) -> int:
         return padded((self.L if self.pipe else min(self.TB, self.L)) * self.P)
 
@@ -89,17 +89,17 @@ class Spec:
         outside of shared memory under Triton 3.6 (seen with compute-sanitizer), and gain nothing."""
         return 16 if INTERPRET else 32 if self.f32 else 64
 
-    @property
+    @cached_property
     def BD(self) -> int:
         return padded(self.D, self.least)
 
-    @property
+    @cached_property
     def BV(self) -> int:
         """Value columns of a program. In a pipeline of several blocks of features 64: then the running state of all of them
         stays in registers."""
         return 64 if self.pipe and self.NSB > 1 else padded(self.Dv, self.least)
 
-    @property
+    @cached_property
     def NVB(self) -> int:
         """Blocks of value columns, a program each: the attention is linear in them, so their gradients of q and k add."""
         return -(-self.Dv // self.BV)
