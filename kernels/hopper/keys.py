@@ -144,11 +144,11 @@ def _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffi
     _, _, start, _, chunks, _, _ = place
     Cs, cs = load_state(suffixes, index, 0, c)
     if not c.causal:
-        publish(Cs, cs, 0, state, c)
+        publish(Cs, cs, 0, state, 2, c)
     for i in range(chunks):
         at = await_weights(weights, i, c)
         if c.causal:
-            publish(Cs, cs, i, state, c)
+            publish(Cs, cs, i, state, 2, c)
         Fk = next_full(keys, i)
         dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
         dv = warpgroup_mma_wait(0, (warpgroup_mma(Fk, state[2].index(0), dv, use_acc=False, is_async=True),))
@@ -197,7 +197,7 @@ def _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes
         for n in gl.static_range(c.NSB):
             turn = i * c.NSB + n
             C_n, c_n = Cs[n], cs[n]
-            behind = publish(C_n, c_n, turn, state, c)
+            behind = publish(C_n, c_n, turn, state, 2, c)
             Fk = next_full(keys, turn)
             w = next_full(queries, turn)
             dv = warpgroup_mma(Fk, state[2].index(behind), dv, is_async=True)

@@ -7,15 +7,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import inverse_den, locate
+from race_dist.kernels.hopper.blocks import walk_blocks
 from race_dist.kernels.hopper.features import buckets, load_keep, log_operands, one_part, put_operand, put_planes, take_signs
 from race_dist.kernels.hopper.layouts import left, product, rounded, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, set_full,
-    store_scalars, vectors,
+    await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, store_scalars, vectors,
 )
-from race_dist.kernels.hopper.states import load_blocks, load_state, put_mass, put_ones
+from race_dist.kernels.hopper.states import load_state, publish, put_ones
 from race_dist.kernels.hopper.weights import (
-    LEAVE, add_keys, await_weights, enter_rows, enter_vector, free_weights, make_weights, pass_through, put_weights, seen,
+    LEAVE, await_weights, enter_rows, enter_vector, free_weights, make_weights, pass_through, put_weights, seen,
     transposed,
 )
 
@@ -90,55 +90,26 @@ def _state(v_s, keys, state, weights, place, ones, states, index, c: gl.constexp
     if c.NSB == 1:
         _one_block(v_s, keys, state, weights, place, ones, states, index, c)
     else:
-        _blocks(v_s, keys, state, weights, place, ones, states, index, c)
+        walk_blocks(v_s, keys, state, weights, place[4], ones, states, index, place[5] * c.BV, 1, c)
 
 
 @gluon.jit
 def _one_block(v_s, keys, state, weights, place, ones, states, index, c: gl.constexpr):
     M, m = load_state(states, index, 0, c)
     if not c.causal:
-        _publish(M, m, 0, state, c)
+        publish(M, m, 0, state, 1, c)
     for i in range(place[4] if c.causal else 0):
         at = await_weights(weights, i, c)
-        _publish(M, m, i, state, c)
+        publish(M, m, i, state, 1, c)
         Fk = transposed(next_full(keys, i), weights, LEAVE, at, c)
         M, m = pass_through(M, m, weights, at, c)
         M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
         if c.is_global:
             m = warpgroup_mma(Fk, ones.permute((1, 0)), m, is_async=True)
-            m = warpgroup_mma_wait(0, (m,))
-        M = warpgroup_mma_wait(0, (M,))
+        M, m = warpgroup_mma_wait(0, (M, m))
         set_empty(keys, i)
         set_empty(v_s, i)
         free_weights(weights, i, c)
-
-
-@gluon.jit
-def _blocks(v_s, keys, state, weights, place, ones, states, index, c: gl.constexpr):
-    """Of several blocks of features, all in registers."""
-    Ms, ms = load_blocks(states, index, place[5] * c.BV, c)
-    for i in range(place[4]):
-        at = await_weights(weights, i, c)
-        v_c = next_full(v_s, i)
-        Ms_after, ms_after = (), ()
-        for n in gl.static_range(c.NSB):
-            M, m = Ms[n], ms[n]
-            _publish(M, m, i * c.NSB + n, state, c)
-            M, m = add_keys(M, m, next_full(keys, i * c.NSB + n), v_c, ones, weights, at, c)
-            set_empty(keys, i * c.NSB + n)
-            Ms_after, ms_after = Ms_after + (M,), ms_after + (m,)
-        Ms, ms = Ms_after, ms_after
-        set_empty(v_s, i)
-        free_weights(weights, i, c)
-
-
-@gluon.jit
-def _publish(M, m, turn, state, c: gl.constexpr):
-    at = await_empty(state, turn)
-    state[2].index(at).store(M.to(gl.bfloat16))
-    if c.is_global:
-        put_mass(state[3].index(at), m, c)
-    set_full(state, turn)
 
 
 @gluon.jit

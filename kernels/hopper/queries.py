@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import inverse_den, locate
+from race_dist.kernels.hopper.blocks import walk_blocks
 from race_dist.kernels.hopper.features import (
     add_corners, begin_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes,
     take_signs, two_parts, unproject,
@@ -25,10 +26,10 @@ from race_dist.kernels.hopper.rings import (
     operands, send, set_empty, set_full, store_scalars, store_share, vectors,
 )
 from race_dist.kernels.hopper.states import (
-    load_blocks, load_state, publish, put_parts, put_ones, put_pair, store_mass, store_values,
+    load_state, publish, put_parts, put_ones, put_pair, store_mass, store_values,
 )
 from race_dist.kernels.hopper.weights import (
-    LEAVE, SIGHT, add_keys, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
+    LEAVE, SIGHT, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
     transposed,
 )
 
@@ -133,7 +134,7 @@ def _state(v_s, do_s, keys, queries, state, weights, place, ones, states, number
     if c.NSB == 1:
         _one_block(v_s, do_s, keys, queries, state, weights, place, ones, states, number, sums, c)
     else:
-        _blocks(v_s, keys, state, weights, place, ones, states, number, c)
+        walk_blocks(v_s, keys, state, weights, place[4], ones, states, number, place[6] * c.BV, 2, c)
 
 
 @gluon.jit
@@ -141,12 +142,12 @@ def _one_block(v_s, do_s, keys, queries, state, weights, place, ones, states, nu
     chunks, index = place[4], place[5]
     M, m = load_state(states, number, 0, c)
     if not c.causal:
-        publish(M, m, 0, state, c)
+        publish(M, m, 0, state, 2, c)
     C_sum = gl.zeros([c.SB, c.BV], gl.float32, product(c.BV))
     for i in range(chunks):
         at = await_weights(weights, i, c)
         if c.causal:
-            publish(M, m, i, state, c)
+            publish(M, m, i, state, 2, c)
             Fk = transposed(next_full(keys, i), weights, LEAVE, at, c)
             M, m = pass_through(M, m, weights, at, c)
             M = warpgroup_mma(Fk, next_full(v_s, i), M, is_async=True)
@@ -163,25 +164,6 @@ def _one_block(v_s, do_s, keys, queries, state, weights, place, ones, states, nu
             set_empty(do_s, j)
         free_weights(weights, i, c)
     store_values(sums, index, C_sum, c)
-
-
-@gluon.jit
-def _blocks(v_s, keys, state, weights, place, ones, states, number, c: gl.constexpr):
-    """Of several blocks of features, all in registers."""
-    Ms, ms = load_blocks(states, number, place[6] * c.BV, c)
-    for i in range(place[4]):
-        at = await_weights(weights, i, c)
-        v_c = next_full(v_s, i)
-        Ms_after, ms_after = (), ()
-        for n in gl.static_range(c.NSB):
-            M, m = Ms[n], ms[n]
-            publish(M, m, i * c.NSB + n, state, c)
-            M, m = add_keys(M, m, next_full(keys, i * c.NSB + n), v_c, ones, weights, at, c)
-            set_empty(keys, i * c.NSB + n)
-            Ms_after, ms_after = Ms_after + (M,), ms_after + (m,)
-        Ms, ms = Ms_after, ms_after
-        set_empty(v_s, i)
-        free_weights(weights, i, c)
 
 
 @gluon.jit

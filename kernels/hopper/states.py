@@ -91,12 +91,15 @@ def put_pair(buffer, x, c: gl.constexpr):
 
 
 @gluon.jit
-def publish(M, m, turn, state, c: gl.constexpr):
-    """Hand on a running state before it is changed, as turn ``turn`` of a ring: M in two parts, and m. Its place."""
+def publish(M, m, turn, state, parts: gl.constexpr, c: gl.constexpr):
+    """Hand on a running state before it is changed, as turn ``turn`` of a ring: M in one or two parts, and m. Its place."""
     at = await_empty(state, turn)
-    put_parts(state[2].index(at), state[3].index(at), M)
+    if parts == 2:
+        put_parts(state[2].index(at), state[3].index(at), M)
+    else:
+        state[2].index(at).store(M.to(gl.bfloat16))
     if c.is_global:
-        put_mass(state[4].index(at), m, c)
+        put_mass(state[2 + parts].index(at), m, c)
     set_full(state, turn)
     return at
 

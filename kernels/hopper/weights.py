@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import LEAST_LOG_DECAY, LOG2E
 from race_dist.kernels.hopper.features import one_part
@@ -140,22 +139,6 @@ def transposed(F, weights, kind: gl.constexpr, at, c: gl.constexpr):
         return one_part(x, left(columns))
     else:
         return F.permute((1, 0))
-
-
-@gluon.jit
-def add_keys(M, m, Fk, v_c, ones, weights, at, c: gl.constexpr):
-    """One of several blocks, with a chunk's keys in it."""
-    Fk = transposed(Fk, weights, LEAVE, at, c)
-    M, m = pass_block(M, m, weights, at, c)
-    M = warpgroup_mma(Fk, v_c, M, is_async=True)
-    if c.is_global:
-        mass = warpgroup_mma(Fk, ones.permute((1, 0)), gl.zeros([c.SB, 16], gl.float32, product(16)), use_acc=False,
-                             is_async=True)
-        M, mass = warpgroup_mma_wait(0, (M, mass))
-        m += gl.sum(mass, 1)
-    else:
-        M = warpgroup_mma_wait(0, (M,))
-    return M, m
 
 
 @gluon.jit
