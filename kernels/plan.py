@@ -1,6 +1,6 @@
 """Which tiles, chunks, warps and pipeline stages a call gets: decided on the host from shapes and flags alone.
 
-A sequence is cut in state *tiles* (one stored state each) and a tile in matmul *chunks*. Two families of kernels:
+A sequence is cut in state *tiles* (one stored state each) and a tile in matmul *chunks*. Three families of kernels:
 
 - *walk*: all features fit in one block; a program walks its tile with the running state in registers.
 - *pipe*: the same walk on Hopper as a pipeline of warp groups, for bfloat16 (``kernels/hopper``).

@@ -78,8 +78,8 @@ class Part:
 class Buffer:
     """One buffer of shared memory and who touched it last."""
 
-    def __init__(self, x: Tensor, name: str) -> None:
-        self.x, self.name = x, name
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.written: tuple[str, int] | None = None
         self.reads: dict[str, int] = {}
         self.unfenced_by: Part | None = None
@@ -119,7 +119,7 @@ class Shared:
     def buffer(self) -> Buffer:
         assert not self._parts, f"{self.name} is used whole and in parts"
         if self._buffer is None:
-            self._buffer = Buffer(self.x, self.name)
+            self._buffer = Buffer(self.name)
         return self._buffer
 
     def index(self, n: Any) -> Shared:
