@@ -96,9 +96,32 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Of one call at a time, whose host begins when the device is idle; and of the same calls captured in CUDA graphs, where
+    the device's time is left."""
     peers = {peer.name: peer.call for peer in peers_of(shape, device)
              if peer.call is not None and peer.name.startswith(("sdpa", "flash"))}
-    return measure(shape, {"race": attention_call(shape, device), **peers}, device, repeats=10 if shape.length < 2**17 else 2)
+    calls, repeats = {"race": attention_call(shape, device), **peers}, 10 if shape.length < 2**17 else 2
+    result = measure(shape, calls, device, repeats=repeats)
+    graphs = {name: _captured(call, shape, device) for name, call in calls.items()}
+    for name, timing in time_in_turn({n: graph.replay for n, graph in graphs.items()}, device, repeats=repeats).items():
+        result["rows"][name]["graph_forward_backward_ms"] = timing.json()
+    return result
+
+
+def _captured(call: Call, shape: Shape, device: torch.device) -> torch.cuda.CUDAGraph:
+    """Forward + backward of a call as a CUDA graph."""
+    q, k, v = inputs(shape, device)
+    gradient = torch.randn_like(q)
+    step = lambda: torch.autograd.grad(call(q, k, v), (q, k, v), gradient)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # compiles, and leaves autograd's own set-up behind
+        step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def main() -> None:

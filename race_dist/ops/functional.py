@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -46,6 +47,7 @@ class Backend(Protocol):
 BACKENDS = {"chunked": "race_dist.ops.chunked", "triton": "race_dist.ops.triton"}
 
 
+@cache
 def get_backend(name: str) -> Backend:
     """The module of a backend by name.
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from race_dist.kernels import decode, scan, shares, snapshot, sums, walk, walk_backward
 from race_dist.kernels.interpreter import INTERPRET
@@ -25,6 +26,7 @@ from race_dist.ops.problem import Begun, Forward, Gradients, Into, Problem, tota
 from race_dist.sketch import SketchState
 
 SketchT = TypeVar("SketchT", SketchState, SketchState | None)
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SCAN_WIDTH = 256
 DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
@@ -47,8 +49,8 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
     call.launch("out", call.kernel("out"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash,
                 *call.extras, states, programs=call.plan["out"].spec.NVB)
-    if states.shape != states_shape(p):  # these rows cannot take the plan that was announced: backward makes its own
-        states = states.new_empty(states_shape(p))
+    if states.shape != call.kind.announced:  # these rows cannot take the plan that was announced: backward makes its own
+        states = states.new_empty(call.kind.announced)
     return Forward(out, den, states, final)
 
 
@@ -72,7 +74,7 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
                 _scalars(h), _scalars(row), _rows(target), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
                 saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1),
                 programs=blocks)
-    call.finish_gradient(target, into.k)
+    call.finish_gradient(target, into.k, "k")
     dlog_decay = call.summed(dlog_decay)
     dbeta = call.dbeta.sum((0, 1, 3)) if need_beta else None
     if dlog_decay is not None and p.log_decay is not None:
@@ -100,7 +102,7 @@ class _QuerySide(NamedTuple):
 def _query_side(p: Problem, saved: Forward, dout: Tensor, need_planes: bool, into: Into | None) -> _QuerySide:
     if into is None:
         into = Into(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v)))
-    call = _Call(p, need_planes, (dout, *into))
+    call = _Call(p, need_planes, (dout, *into), (saved.den, saved.states, saved.final.values, saved.final.mass))
     saved = call.with_states(saved)
     return _QuerySide(call, saved, into, *call.query_pass(saved, dout, into.q))
 
@@ -194,8 +196,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 @lru_cache
 def _has_pipes(device: torch.device) -> bool:
     """Whether the device runs Hopper's matrix instructions, and Triton has the Gluon that the pipelines are written in."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return device.type == "cuda" and _capability(device) == 9 and version >= (3, 6)
+    return device.type == "cuda" and _capability(device) == 9 and VERSION >= (3, 6)
 
 
 @lru_cache
@@ -249,21 +250,69 @@ class _Plain:
 _PLAIN, _USUAL = _Plain(), nullcontext()
 
 
-class _Call:
-    """One call: its plan, its tiles and the arguments that every kernel takes."""
+class _Kind:
+    """What calls have in common whose tensors lie alike, worked out once: host time decides short sequences. ``compiled``: the
+    kernels that such a call runs. Nothing that Triton compiles a kernel for (types, strides, what 16 divides) differs between
+    them, so that it need not look at each argument again, which takes half of a launch."""
 
-    def __init__(self, p: Problem, need_planes: bool = False, moved: tuple[Tensor, ...] = ()) -> None:
-        """``moved``: tensors that the kernels read or write by rows, besides q, k and v."""
+    def __init__(self, p: Problem, need_planes: bool, moved: tuple[Tensor, ...]) -> None:
         reason = unsupported(p)
         if reason is not None:
             raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
-        self.p = p
-        bulk = _bulk(p.q, p.k, p.v, *moved)
-        if bulk:
-            triton.set_allocator(_scratch)
-        self.plan = _plan(p, need_planes, bulk)
-        self.heads = p.k.shape[2]
+        self.bulk = _bulk(p.q, p.k, p.v, *moved)
+        self.plan = _plan(p, need_planes, self.bulk)
         self.num_tiles = _num_tiles(p, self.plan)
+        self.announced = states_shape(p)
+        self.compiled: dict[tuple[object, ...], CompiledKernel] = {}
+
+    def run(self, label: tuple[object, ...], kernel: object, programs: int, *args: object, plain: bool = False,
+            **options: int) -> None:
+        """Run ``kernel``; calls of one kind that say the same ``label`` give it arguments that lie alike."""
+        compiled = self.compiled.get(label)
+        if compiled is not None:
+            compiled[programs, 1, 1](*args)
+            return
+        with _PLAIN if plain else _USUAL:
+            made = kernel[(programs,)](*args, **options)  # type: ignore[index]
+        if RUNS_COMPILED and isinstance(made, CompiledKernel):
+            self.compiled[label] = made
+
+
+RUNS_COMPILED = VERSION >= (3, 6)  # that a compiled kernel takes every argument, as the kernel does
+MOST_KINDS = 512
+_kinds: dict[tuple[object, ...], _Kind] = {}
+
+
+def forget_plans() -> None:
+    """Decide anew how each call runs (tests force other plans)."""
+    _make_plan.cache_clear()
+    _kinds.clear()
+
+
+def _kind(p: Problem, need_planes: bool, moved: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> _Kind:
+    given = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *moved, *read)
+    key = (p.q.device, p.causal, p.normalization, need_planes, len(moved), p.state_dtype,
+           *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in given])
+    kind = _kinds.get(key)
+    if kind is None:
+        if len(_kinds) == MOST_KINDS:
+            _kinds.clear()
+        kind = _kinds[key] = _Kind(p, need_planes, moved)
+    return kind
+
+
+class _Call:
+    """One call: its plan, its tiles and the arguments that every kernel takes."""
+
+    def __init__(self, p: Problem, need_planes: bool = False, moved: tuple[Tensor, ...] = (),
+                 read: tuple[Tensor, ...] = ()) -> None:
+        """``moved``: tensors that the kernels read or write by rows, besides q, k and v; ``read``: others that were saved."""
+        self.p = p
+        self.kind = _kind(p, need_planes, moved, read)
+        if self.kind.bulk:
+            triton.set_allocator(_scratch)
+        self.plan, self.num_tiles = self.kind.plan, self.kind.num_tiles
+        self.heads = p.k.shape[2]
         self.tiles = Tiles(None, None) if p.cu_seqlens is None else packed_tiles(p.cu_seqlens, self.plan.tile, self.num_tiles)
         self.hash = ((p.planes, *p.planes.stride()), p.beta)
         mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
@@ -294,10 +343,10 @@ class _Call:
             return dx
         return dx.new_empty(*dx.shape[:2], spec.NVB * self.heads, spec.LPB, dtype=torch.float32)
 
-    def finish_gradient(self, target: Tensor, dx: Tensor) -> None:
+    def finish_gradient(self, target: Tensor, dx: Tensor, of: str) -> None:
         """Write dx, where it is not written yet."""
         if target is not dx:
-            self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), self.hash[0])
+            self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), self.hash[0], of=of)
 
     def summed(self, x: Tensor | None) -> Tensor | None:
         """One number a token and head, of the shares ``[B, T, NVB H]`` of blocks of value columns."""
@@ -318,16 +367,16 @@ class _Call:
         made, announced = (_plan(p, False, bulk).tile for bulk in (_bulk(p.q, p.k, p.v, saved.out), True))
         return saved if self.plan.tile == made == announced else saved._replace(states=self.prefix_states()[0])
 
-    def launch(self, name: str, kernel: object, *args: object, programs: int = 1) -> None:
-        """Run a kernel with one program (or ``programs``) for each tile and key/value head."""
+    def launch(self, name: str, kernel: object, *args: object, programs: int = 1, of: str = "") -> None:
+        """Run a kernel with one program (or ``programs``) for each tile and key/value head. ``of``: what for, where a call does
+        so more than once."""
         choice = self.plan[name]
-        grid = (self.num_tiles * self.heads * programs,)
-        if not grid[0]:
+        count = self.num_tiles * self.heads * programs
+        if not count:
             return
-        with _PLAIN if not (choice.spec.f32 or choice.maxnreg) else _USUAL:
-            kernel[grid](*args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,  # type: ignore[index]
-                         choice.constants, num_warps=choice.num_warps, num_stages=choice.spec.stages,
-                         **choice.options)
+        self.kind.run((name, of), kernel, count, *args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,
+                      choice.constants, plain=not (choice.spec.f32 or choice.maxnreg), num_warps=choice.num_warps,
+                      num_stages=choice.spec.stages, **choice.options)
 
     def decode(self, out: Tensor) -> Forward:
         """The forward pass of one token a row."""
@@ -336,11 +385,11 @@ class _Call:
         den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
         final = self._new_sketch()
         into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
-        grid = (batch * self.heads * -(-value_dim // DECODE_WIDTH),)
-        decode.decode[grid](_rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *self.hash, *self.extras, *into,
-                            final.values, final.mass, self.heads, self.plan["sums"].constants, WIDTH=DECODE_WIDTH, num_warps=4)
+        self.kind.run(("decode", *map(_placed, into)), decode.decode, batch * self.heads * -(-value_dim // DECODE_WIDTH),
+                      _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *self.hash, *self.extras, *into,
+                      final.values, final.mass, self.heads, self.plan["sums"].constants, DECODE_WIDTH, num_warps=4)
         states = p.q.new_empty(states_shape(p), dtype=torch.float32)
-        return Forward(out, den, states, replace(final, log_decay=total_log_decay(p)))
+        return Forward(out, den, states, _with_decay(final, p))
 
     def key_sums(self) -> Tensor:
         """What each tile's keys and values add to the state."""
@@ -353,12 +402,12 @@ class _Call:
         """The states before each tile (not causal: the totals) and the final state."""
         states, final = self.scan(self.key_sums() if parts is None else parts, self.p.initial, True, reverse=False)
         assert final is not None
-        return states, replace(final, log_decay=total_log_decay(self.p))
+        return states, _with_decay(final, self.p)
 
     def total(self, parts: Tensor, entering: SketchState | None, *, reverse: bool) -> SketchState:
         """The state that leaves the last tile; ``parts`` stay as they are."""
         leaving = self._scan(parts, entering, self._new_sketch(), None, reverse=reverse, write=False)
-        return replace(leaving, log_decay=total_log_decay(self.p))
+        return _with_decay(leaving, self.p)
 
     def query_pass(self, saved: Forward, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Writes dq; h, the queries' part of dG, and the tiles' sums of the suffix state."""
@@ -374,7 +423,7 @@ class _Call:
         fused = (parts, self.decays) if self.plan.pipe or not self.plan.walk else ()
         self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, *fused, self.dbeta[0],
                     *self.last_part(0), programs=blocks)
-        self.finish_gradient(target, dq)
+        self.finish_gradient(target, dq, "q")
         blocks = self.plan["query_sums"].spec.NSB
         if self.plan.walk and (blocks > 1 or not self.plan.pipe):
             self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den),
@@ -393,14 +442,17 @@ class _Call:
     def _scan(self, parts: Tensor, entering: SketchState | None, leaving: SketchT, totals: Tensor | None, *,
               reverse: bool, write: bool) -> SketchT:
         p = self.p
-        into = (None, None) if entering is None else (entering.values.contiguous(), entering.mass.contiguous())
+        into: tuple[Tensor | None, ...] = (None, None)
+        if entering is not None:
+            into = entering.values.contiguous(), entering.mass.contiguous()
         outof = (None, None) if leaving is None else (leaving.values, leaving.mass)
         per_row = 0 if p.cu_seqlens is not None else self.num_tiles // max(1, p.num_states)
-        grid = (p.num_states * self.heads * -(-parts.shape[-1] // SCAN_WIDTH),)
-        if grid[0]:
-            scan.scan_tiles[grid](parts, self.decays, *into, *outof, totals, self.tiles.row_tiles, per_row, self.heads,
-                                  self.plan["sums"].constants, WIDTH=SCAN_WIDTH, REVERSE=reverse,
-                                  INITIAL=entering is not None, FINAL=leaving is not None, WRITE=write, num_warps=2)
+        programs = p.num_states * self.heads * -(-parts.shape[-1] // SCAN_WIDTH)
+        if programs:
+            flags: tuple[bool, ...] = (reverse, entering is not None, leaving is not None, write)
+            self.kind.run(("scan", *flags, *map(_placed, into)), scan.scan_tiles, programs, parts, self.decays, *into,
+                          *outof, totals, self.tiles.row_tiles, per_row, self.heads, self.plan["sums"].constants, SCAN_WIDTH,
+                          *flags, num_warps=2)
         return leaving
 
     def planes_gradient(self) -> Tensor:
@@ -421,6 +473,16 @@ class _Call:
 
     def _new_states(self, count: int) -> Tensor:
         return self.p.q.new_empty(count, self.heads, self.p.features * (self.p.v.shape[3] + 1), dtype=torch.float32)
+
+
+def _with_decay(state: SketchState, p: Problem) -> SketchState:
+    """A row's state with the sum of the row's log decays."""
+    return state if p.log_decay is None else replace(state, log_decay=total_log_decay(p))
+
+
+def _placed(x: Tensor | None) -> int | None:
+    """Where a tensor begins, as far as a compiled kernel depends on it, and whether there is one."""
+    return None if x is None else x.data_ptr() & 15
 
 
 def _rows(x: Tensor) -> tuple[Tensor | int, ...]:

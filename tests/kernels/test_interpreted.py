@@ -26,7 +26,7 @@ def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 and tiles of 32 tokens, so that a few dozen tokens cross both."""
     monkeypatch.setattr(backend, "make_plan", lambda spec, work, **limits: make_plan(
         spec, work, **limits | {"chunk": 16, "tile": 32}))
-    backend._make_plan.cache_clear()
+    backend.forget_plans()
 
 
 def run(case: Case) -> dict[str, float]:

@@ -36,7 +36,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
                         "_processors": lambda device: 2, "_pipes": lambda: pipes}.items():
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
-    backend._make_plan.cache_clear()
+    backend.forget_plans()
 
 
 PROBLEMS: dict[str, dict[str, object]] = {
