@@ -24,7 +24,7 @@ from race_dist.kernels.interpreter import INTERPRET
 
 PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
 MAX_TILE = 4096
-SIZES = ("R", "S", "NSB", "TB", "LPB", "BD", "BV", "NVB")
+SIZES = ("R", "S", "NSB", "TB", "HEAD", "BLOCKS", "LPB", "BD", "BV", "NVB")
 STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
 PIPES = ("out", "queries", "keys")  # the kernels that have a pipeline
@@ -78,6 +78,17 @@ class Spec:
     @cached_property
     def TB(self) -> int:
         return max(1, self.SB // self.R)
+
+    @cached_property
+    def HEAD(self) -> int:
+        """A table's first planes, which tell its blocks apart where it has several: a feature is a factor of its block, the
+        product over the HEAD first planes, times one that all blocks of the table share."""
+        return max(0, self.P + 1 - self.SB.bit_length())
+
+    @cached_property
+    def BLOCKS(self) -> int:
+        """Blocks of a table, where it has several; else 1."""
+        return 2**self.HEAD
 
     @cached_property
     def LPB(self) -> int:

@@ -6,28 +6,31 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from race_dist.kernels.common import LOG2E
-from race_dist.kernels.hopper.layouts import by_rows, left, product, rounded, tile
-from race_dist.kernels.hopper.rings import await_empty, next_full, operands, set_empty, set_full
+from race_dist.kernels.common import LOG2E, inverse_den
+from race_dist.kernels.hopper.layouts import by_rows, cut, left, product, tile
+from race_dist.kernels.hopper.rings import await_empty, load_scalars, next_full, operands, set_empty, set_full
 
 
 @gluon.jit
 def put_planes(planes, h, c: gl.constexpr):
-    """The planes ``[LPB, BD]`` and, for each block of features, slot and feature, whether the corner has the plane's bit
-    set, and whether it has it clear ``[NSB, LPB, SB]``, as operands in shared memory."""
+    """The planes ``[LPB, BD]`` and, for each block of features (of a table of several: for all of them, without its first
+    planes), slot and feature, whether the corner has the plane's bit set, and whether it has it clear, ``[.., LPB, SB]``, as
+    operands in shared memory."""
     layout: gl.constexpr = by_rows(c.BD)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, layout))
     d = gl.arange(0, c.BD, gl.SliceLayout(0, layout))
     offset = (slot // c.P)[:, None] * planes[2] + (slot % c.P)[:, None] * planes[3] + d[None, :] * planes[4]
     W = gl.load(planes[0] + h * planes[1] + offset, mask=(slot < c.L * c.P)[:, None] & (d < c.D)[None, :], other=0.0)
     W = gl.allocate_shared_memory(gl.bfloat16, [c.LPB, c.BD], tile(c.LPB, c.BD), W.to(gl.bfloat16))
-    ones = operands(c.NSB, c.LPB, c.SB)
-    zeros = operands(c.NSB, c.LPB, c.SB)
+    different: gl.constexpr = c.NSB // c.BLOCKS
+    ones = operands(different, c.LPB, c.SB)
+    zeros = operands(different, c.LPB, c.SB)
     bits: gl.constexpr = by_rows(c.SB)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, bits))
-    for n in gl.static_range(c.NSB):
-        s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bits))
-        same = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & (slot < c.L * c.P)[:, None] & (s < c.S)[None, :]
+    inside = (slot < c.L * c.P) & (slot % c.P >= c.HEAD)
+    for n in gl.static_range(different):
+        s = n * c.BLOCKS * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bits))
+        same = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & inside[:, None] & (s < c.S)[None, :]
         bit = ((s % c.R)[None, :] >> (c.P - 1 - slot % c.P)[:, None]) & 1
         ones.index(n).store((same & (bit == 1)).to(gl.bfloat16))
         zeros.index(n).store((same & (bit == 0)).to(gl.bfloat16))
@@ -95,7 +98,7 @@ def one_part(x, layout: gl.constexpr):
 @gluon.jit
 def two_parts(x, layout: gl.constexpr):
     """x as the sum of two bfloat16 operands."""
-    high = rounded(x)
+    high = cut(x)
     return one_part(high, layout), one_part(x - high, layout)
 
 
@@ -123,13 +126,53 @@ def buckets(logs, n, planes_s, c: gl.constexpr):
 
 
 @gluon.jit
+def heads(u, beta, table, c: gl.constexpr):
+    """The factor ``[C]`` of each block of a table that has several, from ``u [C, LPB]``."""
+    on, off = log_sigmoids(u, beta)
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
+    plane = slot - table * c.P
+    inside = (plane >= 0) & (plane < c.HEAD)
+    factors = ()
+    for n in gl.static_range(c.BLOCKS):
+        log = gl.where(((n >> gl.where(inside, c.HEAD - 1 - plane, 0)) & 1 == 1)[None, :], on, off)
+        log = gl.sum(gl.where(inside[None, :], log, 0.0), 1)
+        factors = factors + (gl.convert_layout(exp2(log), gl.SliceLayout(1, product(c.SB))),)
+    return factors
+
+
+@gluon.jit
+def put_features(ring, j, u, scale, beta, planes_s, c: gl.constexpr):
+    """Hand on ``phi``, row i times ``scale[i]``, of the rows of turn j that project to ``u``: an operand for each block. What
+    the blocks of a table share is worked out once."""
+    logs = log_operands(u, beta, c)
+    for table in range(c.NSB // c.BLOCKS):
+        phi = buckets(logs, table, planes_s, c)
+        if c.BLOCKS == 1:
+            put_operand(ring, j * c.NSB + table, phi * scale[:, None])
+        else:
+            factors = heads(u, beta, table, c)
+            for n in gl.static_range(c.BLOCKS):
+                put_operand(ring, j * c.NSB + table * c.BLOCKS + n, phi * (factors[n] * scale)[:, None])
+
+
+@gluon.jit
 def load_keep(key_mask, b, t, n, c: gl.constexpr):
-    """Which of a chunk's keys count, ``[C]``."""
+    """1 for a chunk's keys that count, 0 for others, ``[C]``."""
     rows = gl.arange(0, c.C, gl.SliceLayout(1, product(c.SB)))
     keep = rows < n
     if c.masked:
         keep = keep & (gl.load(key_mask[0] + b * key_mask[1] + (t + rows) * key_mask[2], mask=keep, other=0) != 0)
-    return keep
+    return gl.where(keep, 1.0, 0.0)
+
+
+@gluon.jit
+def load_inverse_den(den, b, t, h, n, c: gl.constexpr):
+    """One over a chunk's denominators, ``[C]``; ones but for "global"."""
+    rows: gl.constexpr = gl.SliceLayout(1, product(c.SB))
+    if c.is_global:
+        return inverse_den(load_scalars(den, b, t, h, n, rows, c))
+    else:
+        return gl.full([c.C], 1.0, gl.float32, rows)
 
 
 @gluon.jit
@@ -165,6 +208,42 @@ def add_corners(sums, y, n, planes_s, c: gl.constexpr):
     """:func:`begin_corners`, to its end."""
     on, off = begin_corners(sums, y, n, planes_s, c)
     on, off = warpgroup_mma_wait(0, (on, off))
+    return on, off
+
+
+@gluon.jit
+def no_table(c: gl.constexpr):
+    """The sums of :func:`add_block` over nothing."""
+    none = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.SB)))
+    of_heads = ()
+    for _ in gl.static_range(c.HEAD):
+        of_heads = of_heads + (none,)
+    return gl.zeros([c.C, c.SB], gl.float32, product(c.SB)), none, of_heads
+
+
+@gluon.jit
+def add_block(sums, y, n, c: gl.constexpr):
+    """Add ``y [C, SB]`` of a table's block n to the sums over its blocks: y itself, all that the planes need which the blocks
+    share; the row sums of y; and, for each first plane, those of the blocks that have its bit set."""
+    over, total, of_heads = sums
+    row = gl.sum(y, 1)
+    after = ()
+    for plane in gl.static_range(c.HEAD):
+        after = after + (of_heads[plane] + row * ((n >> (c.HEAD - 1 - plane)) & 1),)
+    return over + y, total + row, after
+
+
+@gluon.jit
+def add_table(corners, sums, table, planes_s, c: gl.constexpr):
+    """:func:`add_corners` of all blocks of a table."""
+    over, total, of_heads = sums
+    on, off = add_corners(corners, over, table, planes_s, c)
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
+    rows: gl.constexpr = gl.SliceLayout(1, product(c.LPB))
+    for plane in gl.static_range(c.HEAD):
+        here = (slot == table * c.P + plane)[None, :]
+        on = gl.where(here, gl.convert_layout(of_heads[plane], rows)[:, None], on)
+        off = gl.where(here, gl.convert_layout(total - of_heads[plane], rows)[:, None], off)
     return on, off
 
 

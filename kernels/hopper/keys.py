@@ -11,15 +11,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
-from race_dist.kernels.common import inverse_den, locate
+from race_dist.kernels.common import locate
 from race_dist.kernels.hopper.features import (
-    add_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes, take_signs,
-    unproject,
+    add_block, add_corners, add_table, hash_gradient, load_inverse_den, load_keep, no_corners, no_table, one_part, put_features,
+    put_planes, take_signs, unproject,
 )
 from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows, operands,
-    send, set_empty, set_full, store_scalars, store_share, vectors,
+    await_empty, await_full, each_time, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows,
+    operands, send, set_empty, set_full, store_scalars, store_share, vectors,
 )
 from race_dist.kernels.hopper.states import crossing, load_blocks, load_state, publish, put_pair
 from race_dist.kernels.hopper.weights import (
@@ -68,7 +68,7 @@ def pipe_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
     if c.decay:
         flow = crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, part, c)
     # of threads of the hash and of the state
-    registers: gl.constexpr = (104, 208) if c.NSB == 1 else (112, 240)
+    registers: gl.constexpr = (104, 208) if c.NSB == 1 else (104, 248)
     gl.warp_specialize([
         (_rows, (dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay,
                  flow, dbeta + index * c.NVB + part, c)),
@@ -101,16 +101,13 @@ def _features(k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, b
         u = take_signs(k_s, i, planes_s, c)
         tanhs[2].index(await_empty(tanhs, i)).store(u)
         set_full(tanhs, i)
-        k_logs = log_operands(u, sharp, c)
         if c.decay:
             put_weights(weights, i, log_decay, b, t, h, end - t, 0.0, c)
-        if c.NSB == 1:
-            put_operand(keys, i, gl.where(keep[:, None], buckets(k_logs, 0, planes_s, c), 0.0))
+        put_features(keys, i, u, keep, sharp, planes_s, c)
         for g in gl.static_range(c.G if c.causal else 0):
             j = i * c.G + g
             if c.is_global:
                 hq = h * c.G + g
-                r = inverse_den(load_scalars(den, b, t, hq, end - t, gl.SliceLayout(1, product(c.SB)), c))
                 h_c = load_scalars(h_in, b, t, hq, end - t, gl.SliceLayout(0, by_rows(c.C)), c)
                 for other in gl.static_range(1, c.NVB):
                     h_c += load_scalars(h_in, b, t, other * H + h, end - t, gl.SliceLayout(0, by_rows(c.C)), c)
@@ -118,14 +115,8 @@ def _features(k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, b
                     h_c = gl.where(part == 0, h_c, 0.0)  # the first block of columns has the mass
                 put_pair(pairs[2].index(await_empty(pairs, j)), h_c, c)
                 set_full(pairs, j)
-            q_logs = log_operands(take_signs(q_s, j, planes_s, c), sharp, c)
-            for n in range(c.NSB):
-                if c.NSB > 1:
-                    put_operand(keys, i * c.NSB + n, gl.where(keep[:, None], buckets(k_logs, n, planes_s, c), 0.0))
-                w = buckets(q_logs, n, planes_s, c)
-                if c.is_global:
-                    w *= r[:, None]
-                put_operand(queries, j * c.NSB + n, w)
+            scale = load_inverse_den(den, b, t, h * c.G + g, end - t, c)
+            put_features(queries, j, take_signs(q_s, j, planes_s, c), scale, sharp, planes_s, c)
 
 
 @gluon.jit
@@ -144,11 +135,11 @@ def _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffi
     _, _, start, _, chunks, _, _ = place
     Cs, cs = load_state(suffixes, index, 0, c)
     if not c.causal:
-        publish(Cs, cs, 0, state, 2, c)
+        publish(Cs, cs, 0, state, 2, c, True)
     for i in range(chunks):
         at = await_weights(weights, i, c)
         if c.causal:
-            publish(Cs, cs, i, state, 2, c)
+            publish(Cs, cs, i, state, 2, c, True)
         Fk = next_full(keys, i)
         dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
         dv = warpgroup_mma_wait(0, (warpgroup_mma(Fk, state[2].index(0), dv, use_acc=False, is_async=True),))
@@ -195,9 +186,9 @@ def _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes
             pair = next_full(pairs, i).permute((1, 0))
         Cs_after, cs_after = (), ()
         for n in gl.static_range(c.NSB):
-            turn = i * c.NSB + n
+            turn = each_time(i * c.NSB + n)
             C_n, c_n = Cs[n], cs[n]
-            behind = publish(C_n, c_n, turn, state, 2, c)
+            behind = publish(C_n, c_n, turn, state, 2, c, True)
             Fk = next_full(keys, turn)
             w = next_full(queries, turn)
             dv = warpgroup_mma(Fk, state[2].index(behind), dv, is_async=True)
@@ -313,6 +304,22 @@ def _dphi(v_c, v_s, do_s, queries, state, h_in, place, t, i, weights, at, c: gl.
 
 
 @gluon.jit
+def _block(A, v_c, turn, keys, queries, state, weights, at, c: gl.constexpr):
+    """``phi * dphi [C, SB]`` of one of several blocks."""
+    behind = await_full(state, turn)
+    w = next_full(queries, turn)
+    dphi = _begin_behind(v_c, behind, state, c)
+    if c.decay:
+        dphi = leave_rows(warpgroup_mma_wait(0, (dphi,)), weights, at, product(c.SB), c)
+    dphi = warpgroup_mma_wait(0, (warpgroup_mma(A, w, dphi, is_async=True),))
+    set_empty(state, turn)
+    set_empty(queries, turn)
+    y = next_full(keys, turn).load(product(c.SB)).to(gl.float32) * dphi
+    set_empty(keys, turn)
+    return y
+
+
+@gluon.jit
 def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay, flow,
           dbeta, c: gl.constexpr):
     b, h, start, end, chunks, part, H = place
@@ -340,20 +347,13 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
             set_empty(do_s, i)
             total = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, features))
             corners = no_corners(c)
-            for n in range(c.NSB):
-                turn = i * c.NSB + n
-                behind = await_full(state, turn)
-                w = next_full(queries, turn)
-                dphi = _begin_behind(v_c, behind, state, c)
-                if c.decay:
-                    dphi = leave_rows(warpgroup_mma_wait(0, (dphi,)), weights, at, features, c)
-                dphi = warpgroup_mma_wait(0, (warpgroup_mma(A, w, dphi, is_async=True),))
-                set_empty(state, turn)
-                set_empty(queries, turn)
-                y = next_full(keys, turn).load(features).to(gl.float32) * dphi
-                set_empty(keys, turn)
-                total += gl.sum(y, 1)
-                corners = add_corners(corners, y, n, planes_s, c)
+            for table in range(c.NSB // c.BLOCKS):
+                sums = no_table(c)
+                for n in range(c.BLOCKS):
+                    y = _block(A, v_c, i * c.NSB + table * c.BLOCKS + n, keys, queries, state, weights, at, c)
+                    sums = add_block(sums, y, n, c)
+                corners = add_table(corners, sums, table, planes_s, c)
+                total += sums[1]
             set_empty(v_s, i)
         free_weights(weights, i, c)
         if c.decay:

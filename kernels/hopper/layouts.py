@@ -40,3 +40,10 @@ def rounded(x):
     """x rounded to a bfloat16 number (ties away from 0), still float32. To bfloat16 and back would go through the unit of
     exponentials, at an eighth of the rate."""
     return ((x.to(gl.int32, bitcast=True) + 0x8000) & -0x10000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def cut(x):
+    """x without the digits that a bfloat16 number has no room for, still float32: the first of two parts, whose second makes up
+    for what is missing."""
+    return (x.to(gl.int32, bitcast=True) & -0x10000).to(gl.float32, bitcast=True)

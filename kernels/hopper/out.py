@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma,
 
 from race_dist.kernels.common import inverse_den, locate
 from race_dist.kernels.hopper.blocks import walk_blocks
-from race_dist.kernels.hopper.features import buckets, load_keep, log_operands, one_part, put_operand, put_planes, take_signs
+from race_dist.kernels.hopper.features import load_keep, one_part, put_features, put_planes, take_signs
 from race_dist.kernels.hopper.layouts import left, product, rounded, tile
 from race_dist.kernels.hopper.rings import (
     await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, store_scalars, vectors,
@@ -68,21 +68,18 @@ def _loader(k_rows, v_rows, q_rows, k_s, v_s, q_s, place, c: gl.constexpr):
 def _features(k_s, q_s, keys, queries, weights, place, planes_s, beta, log_decay, key_mask, c: gl.constexpr):
     b, h, start, end, chunks, _ = place
     sharp = gl.load(beta + h).to(gl.float32)
+    ones = gl.full([c.C], 1.0, gl.float32, gl.SliceLayout(1, product(c.SB)))
     for i in range(chunks):
         t = start + i * c.C
         if c.causal:
             keep = load_keep(key_mask, b, t, end - t, c)
-            k_logs = log_operands(take_signs(k_s, i, planes_s, c), sharp, c)
+            u = take_signs(k_s, i, planes_s, c)
             if c.decay:
                 put_weights(weights, i, log_decay, b, t, h, end - t, 0.0, c)
-            if c.NSB == 1:
-                put_operand(keys, i, gl.where(keep[:, None], buckets(k_logs, 0, planes_s, c), 0.0))
+            put_features(keys, i, u, keep, sharp, planes_s, c)
         for g in gl.static_range(c.G):
-            q_logs = log_operands(take_signs(q_s, i * c.G + g, planes_s, c), sharp, c)
-            for n in range(c.NSB):
-                if c.causal and c.NSB > 1:
-                    put_operand(keys, i * c.NSB + n, gl.where(keep[:, None], buckets(k_logs, n, planes_s, c), 0.0))
-                put_operand(queries, (i * c.G + g) * c.NSB + n, buckets(q_logs, n, planes_s, c))
+            j = i * c.G + g
+            put_features(queries, j, take_signs(q_s, j, planes_s, c), ones, sharp, planes_s, c)
 
 
 @gluon.jit

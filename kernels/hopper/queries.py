@@ -14,15 +14,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma, warpgroup_mma_wait
 
-from race_dist.kernels.common import inverse_den, locate
+from race_dist.kernels.common import locate
 from race_dist.kernels.hopper.blocks import walk_blocks
 from race_dist.kernels.hopper.features import (
-    add_corners, begin_corners, buckets, hash_gradient, load_keep, log_operands, no_corners, one_part, put_operand, put_planes,
-    take_signs, two_parts, unproject,
+    add_block, add_table, begin_corners, hash_gradient, load_inverse_den, load_keep, no_corners, no_table, one_part,
+    put_features, put_planes, take_signs, two_parts, unproject,
 )
 from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows,
+    await_empty, await_full, fetch, make_ring, next_full, numbers, open_heads, open_rows,
     operands, send, set_empty, set_full, store_scalars, store_share, vectors,
 )
 from race_dist.kernels.hopper.states import (
@@ -105,26 +105,17 @@ def _features(k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, de
         t = start + i * c.C
         if c.causal:
             keep = load_keep(key_mask, b, t, end - t, c)
-            k_logs = log_operands(take_signs(k_s, i, planes_s, c), sharp, c)
+            u = take_signs(k_s, i, planes_s, c)
             if c.decay:
                 reach = put_weights(weights, i, log_decay, b, t, h, end - t, reach, c)
-            if c.NSB == 1:
-                put_operand(keys, i, gl.where(keep[:, None], buckets(k_logs, 0, planes_s, c), 0.0))
+            put_features(keys, i, u, keep, sharp, planes_s, c)
         for g in gl.static_range(c.G):
             j = i * c.G + g
-            if c.is_global:
-                r = inverse_den(load_scalars(den, b, t, h * c.G + g, end - t, gl.SliceLayout(1, product(c.SB)), c))
+            scale = load_inverse_den(den, b, t, h * c.G + g, end - t, c)
             u = take_signs(q_s, j, planes_s, c)
             tanhs[2].index(await_empty(tanhs, j)).store(u)
             set_full(tanhs, j)
-            q_logs = log_operands(u, sharp, c)
-            for n in range(c.NSB):
-                if c.causal and c.NSB > 1:
-                    put_operand(keys, i * c.NSB + n, gl.where(keep[:, None], buckets(k_logs, n, planes_s, c), 0.0))
-                w = buckets(q_logs, n, planes_s, c)
-                if c.is_global:
-                    w *= r[:, None]
-                put_operand(queries, j * c.NSB + n, w)
+            put_features(queries, j, u, scale, sharp, planes_s, c)
     if c.decay and c.NSB == 1:
         gl.store(decays + index, reach)
 
@@ -310,18 +301,22 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
                 set_empty(v_s, i)
                 put_parts(A_parts.index(0), A_parts.index(1), seen(A, weights, at, c))  # in registers it would spill
                 fence_async_shared()
-                corners = no_corners(c)
-                of_mass = no_corners(c)
+                corners, of_mass = no_corners(c), no_corners(c)
                 total = gl.zeros([c.C], gl.float32, of_tokens)
                 mass = gl.zeros([c.C], gl.float32, of_tokens)
-                for n in range(c.NSB):
-                    turn = i * c.NSB + n
-                    w, e, m = _block(do, A_parts, turn, keys, queries, state, every, weights, at, c)
-                    total += gl.sum(w * e, 1)
-                    corners = add_corners(corners, w * e, n, planes_s, c)
+                for table in range(c.NSB // c.BLOCKS):
+                    of_values, of_masses = no_table(c), no_table(c)
+                    for n in range(c.BLOCKS):
+                        w, e, m = _block(do, A_parts, i * c.NSB + table * c.BLOCKS + n, keys, queries, state, every, weights,
+                                         at, c)
+                        of_values = add_block(of_values, w * e, n, c)
+                        if c.is_global:
+                            of_masses = add_block(of_masses, w * m, n, c)
+                    corners = add_table(corners, of_values, table, planes_s, c)
+                    total += of_values[1]
                     if c.is_global:
-                        mass += gl.sum(w * m, 1)
-                        of_mass = add_corners(of_mass, w * m, n, planes_s, c)
+                        of_mass = add_table(of_mass, of_masses, table, planes_s, c)
+                        mass += of_masses[1]
                 set_empty(do_s, i)
                 if c.is_global:
                     h_c = -total / gl.where(mass == 0.0, 1.0, mass)

@@ -11,8 +11,8 @@ from race_dist.kernels.hopper.layouts import PLAIN, PLAIN_ROWS, product, tile
 
 @gluon.jit
 def make_ring(depth: gl.constexpr, readers: gl.constexpr):
-    """The barriers (full, empty) of a ring of ``depth`` buffers, each of which ``readers`` parts must have read. Buffers
-    are put behind them: ``make_ring(2, 1) + (operands(2, C, BD),)``.
+    """The barriers (full, empty) of a ring of ``depth`` buffers, a power of two, each of which ``readers`` parts must have
+    read. Buffers are put behind them: ``make_ring(2, 1) + (operands(2, C, BD),)``.
 
     Make no ring that no part waits at: the compiler gives the room of its barriers to other buffers, and what was set up as
     a barrier corrupts what is stored there (found on an H100)."""
@@ -43,32 +43,39 @@ def vectors(depth: gl.constexpr, size: gl.constexpr):
 
 
 @gluon.jit
+def each_time(j):
+    """j, of which the compiler does not see that it is a loop's: it would work out the addresses of every turn's operands
+    before the loop, more than there are registers, and read them back from memory each time."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [j], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def await_full(ring, j):
     """Wait until turn j's buffers are full; their place in the ring."""
     depth: gl.constexpr = ring[0].shape[0]
-    mbarrier.wait(ring[0].index(j % depth), (j // depth) & 1)
-    return j % depth
+    mbarrier.wait(ring[0].index(j & (depth - 1)), (j & depth) // depth)
+    return j & (depth - 1)
 
 
 @gluon.jit
 def await_empty(ring, j):
     """Wait until turn j's buffers may be written; their place in the ring."""
     depth: gl.constexpr = ring[0].shape[0]
-    mbarrier.wait(ring[1].index(j % depth), ((j // depth) & 1) ^ 1)
-    return j % depth
+    mbarrier.wait(ring[1].index(j & (depth - 1)), (j & depth) // depth ^ 1)
+    return j & (depth - 1)
 
 
 @gluon.jit
 def set_full(ring, j):
     """Hand on turn j's buffers: what ordinary stores wrote is seen by the matrix units too."""
     fence_async_shared()
-    mbarrier.arrive(ring[0].index(j % ring[0].shape[0]))
+    mbarrier.arrive(ring[0].index(j & (ring[0].shape[0] - 1)))
 
 
 @gluon.jit
 def set_empty(ring, j, really=True):
     """Give turn j's buffers back."""
-    mbarrier.arrive(ring[1].index(j % ring[1].shape[0]), pred=really)
+    mbarrier.arrive(ring[1].index(j & (ring[1].shape[0] - 1)), pred=really)
 
 
 @gluon.jit

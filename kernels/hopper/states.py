@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from race_dist.kernels.hopper.layouts import by_rows, product, rounded, tile
+from race_dist.kernels.hopper.layouts import by_rows, cut, product, rounded, tile
 from race_dist.kernels.hopper.rings import await_empty, set_full
 
 
@@ -73,9 +73,9 @@ def put_mass(buffer, m, c: gl.constexpr):
 
 
 @gluon.jit
-def put_parts(high, low, M):
-    """M as two bfloat16 operands in shared memory."""
-    upper = rounded(M)
+def put_parts(high, low, M, apart: gl.constexpr = False):
+    """M as two bfloat16 operands in shared memory. ``apart``: the first is also read without the second."""
+    upper = rounded(M) if apart else cut(M)
     high.store(upper.to(gl.bfloat16))
     low.store((M - upper).to(gl.bfloat16))
 
@@ -85,17 +85,18 @@ def put_pair(buffer, x, c: gl.constexpr):
     """``x [C]`` in two bfloat16 parts, as the first rows of a right operand ``[16, C]`` (given transposed)."""
     layout: gl.constexpr = by_rows(c.C)
     x = gl.convert_layout(x, gl.SliceLayout(0, layout))
-    high = rounded(x)
+    high = cut(x)
     number = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
     buffer.store(gl.where(number == 0, high[None, :], gl.where(number == 1, (x - high)[None, :], 0.0)).to(gl.bfloat16))
 
 
 @gluon.jit
-def publish(M, m, turn, state, parts: gl.constexpr, c: gl.constexpr):
-    """Hand on a running state before it is changed, as turn ``turn`` of a ring: M in one or two parts, and m. Its place."""
+def publish(M, m, turn, state, parts: gl.constexpr, c: gl.constexpr, apart: gl.constexpr = False):
+    """Hand on a running state before it is changed, as turn ``turn`` of a ring: M in one or two parts (:func:`put_parts`), and
+    m. Its place."""
     at = await_empty(state, turn)
     if parts == 2:
-        put_parts(state[2].index(at), state[3].index(at), M)
+        put_parts(state[2].index(at), state[3].index(at), M, apart)
     else:
         state[2].index(at).store(M.to(gl.bfloat16))
     if c.is_global:
