@@ -480,9 +480,9 @@ def _with_decay(state: SketchState, p: Problem) -> SketchState:
     return state if p.log_decay is None else replace(state, log_decay=total_log_decay(p))
 
 
-def _placed(x: Tensor | None) -> int | None:
-    """Where a tensor begins, as far as a compiled kernel depends on it, and whether there is one."""
-    return None if x is None else x.data_ptr() & 15
+def _placed(x: Tensor | None) -> tuple[torch.dtype, int] | None:
+    """What a compiled kernel depends on of a contiguous tensor, and whether there is one."""
+    return None if x is None else (x.dtype, x.data_ptr() & 15)
 
 
 def _rows(x: Tensor) -> tuple[Tensor | int, ...]:
