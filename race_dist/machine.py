@@ -24,7 +24,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gib": _memory_gib(),
         "system": platform.platform(), "python": platform.python_version(), "race_dist": __version__,
-        "torch_threads": torch.get_num_threads(), "command": " ".join(["race-dist", *sys.argv[1:]])}
+        "torch_threads": torch.get_num_threads(), "command": " ".join([_program(), *sys.argv[1:]])}
     for name in _LIBRARIES:
         try:
             header[name] = version(name)
@@ -35,6 +35,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         header |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
                    "gpu_multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
     return header
+
+
+def _program() -> str:
+    """What stands before a command's arguments: the console command, or a module of this package that runs by itself."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec is not None and spec.name.startswith("race_dist.") else "race-dist"
 
 
 def peak_resident_bytes() -> int:

@@ -16,6 +16,7 @@ if torch.cuda.is_available():
 from race_dist.attention import race_attention
 from race_dist.kernels.plan import make_plan
 from race_dist.ops import triton as backend
+from race_dist.ops.problem import Problem
 from race_dist.sketch import SketchState
 
 SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, documents=5)
@@ -121,3 +122,15 @@ def test_the_custom_op_is_registered_right_for_it() -> None:
     arguments = (p.q.requires_grad_(), p.k.requires_grad_(), p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
                  *initial, p.causal, p.normalization, "triton")
     torch.library.opcheck(torch.ops.race_dist.attention.default, arguments)
+
+
+def test_calls_are_of_one_kind_where_their_tensors_lie_alike() -> None:
+    """A kind's compiled kernels run without another look at their arguments: whatever Triton compiles for tells kinds apart."""
+    q, k, v = (torch.randn(2, 40, 3, 16) for _ in range(3))
+    p = Problem(q, k, v, torch.randn(3, 2, 3, 16), torch.ones(3), None, None, None, None, True, "global")
+    kind = lambda p: backend._Call(p).kind
+    assert kind(p) is kind(replace(p, q=q.clone()))
+    elsewhere = torch.empty(q.numel() + 1)[1:].view(q.shape)  # 4 bytes further on
+    across = q.transpose(1, 2).contiguous().transpose(1, 2)
+    for other in ({"q": elsewhere}, {"q": across}, {"beta": torch.ones(6)[::2]}, {"normalization": "none"}, {"causal": False}):
+        assert kind(p) is not kind(replace(p, **other)), other
