@@ -24,7 +24,7 @@ from race_dist.kernels.interpreter import INTERPRET
 
 PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
 MAX_TILE = 4096
-SIZES = ("R", "S", "NSB", "TB", "HEAD", "BLOCKS", "LPB", "BD", "BV", "NVB")
+SIZES = ("R", "S", "NSB", "TB", "HEAD", "BLOCKS", "LPB", "BD", "BV", "NVB", "SHARES")
 STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
 PIPES = ("out", "queries", "keys")  # the kernels that have a pipeline
@@ -93,6 +93,12 @@ class Spec:
     @cached_property
     def LPB(self) -> int:
         return padded((self.L if self.pipe else min(self.TB, self.L)) * self.P)
+
+    @cached_property
+    def SHARES(self) -> bool:
+        """Whether a pipeline writes the gradient of the projections, of which ``unproject_shares`` makes that of the rows:
+        several programs add to it (blocks of value columns), or the planes' gradient is made of it too."""
+        return self.pipe and (self.NSB > 1 or self.need_planes)
 
     @property
     def least(self) -> int:
@@ -210,9 +216,9 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False,
 
 
 def _fits_pipe(spec: Spec) -> bool:
-    """Whether Hopper's pipelines compute it: bfloat16 rows that the copy engine moves, no gradient of the planes; of several
-    blocks of features, causal and one query head a key head."""
-    if spec.f32 or spec.half or spec.is_bucket or spec.split_planes or spec.need_planes or not spec.bulk:
+    """Whether Hopper's pipelines compute it: bfloat16 rows that TMA moves; of several blocks of features, causal and one query
+    head per key head."""
+    if spec.f32 or spec.half or spec.is_bucket or not spec.bulk:
         return False
     if spec.C != 64 or spec.SB != 64 or max(spec.D, spec.Dv) > 128 or spec.LPB > 32:
         return False

@@ -7,21 +7,28 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.common import LOG2E, inverse_den
-from race_dist.kernels.hopper.layouts import by_rows, cut, left, product, tile
+from race_dist.kernels.hopper.layouts import by_rows, cut, left, product, rounded
 from race_dist.kernels.hopper.rings import await_empty, load_scalars, next_full, operands, set_empty, set_full
 
 
 @gluon.jit
 def put_planes(planes, h, c: gl.constexpr):
-    """The planes ``[LPB, BD]`` and, for each block of features (of a table of several: for all of them, without its first
+    """The planes ``[1 or 2, LPB, BD]``, in two parts where they are wider than bfloat16, and, for each block of features (of a table of several: for all of them, without its first
     planes), slot and feature, whether the corner has the plane's bit set, and whether it has it clear, ``[.., LPB, SB]``, as
     operands in shared memory."""
     layout: gl.constexpr = by_rows(c.BD)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, layout))
     d = gl.arange(0, c.BD, gl.SliceLayout(0, layout))
     offset = (slot // c.P)[:, None] * planes[2] + (slot % c.P)[:, None] * planes[3] + d[None, :] * planes[4]
-    W = gl.load(planes[0] + h * planes[1] + offset, mask=(slot < c.L * c.P)[:, None] & (d < c.D)[None, :], other=0.0)
-    W = gl.allocate_shared_memory(gl.bfloat16, [c.LPB, c.BD], tile(c.LPB, c.BD), W.to(gl.bfloat16))
+    x = gl.load(planes[0] + h * planes[1] + offset, mask=(slot < c.L * c.P)[:, None] & (d < c.D)[None, :], other=0.0)
+    if c.split_planes:
+        W = operands(2, c.LPB, c.BD)
+        high = rounded(x.to(gl.float32))
+        W.index(0).store(high.to(gl.bfloat16))
+        W.index(1).store((x.to(gl.float32) - high).to(gl.bfloat16))
+    else:
+        W = operands(1, c.LPB, c.BD)
+        W.index(0).store(x.to(gl.bfloat16))
     different: gl.constexpr = c.NSB // c.BLOCKS
     ones = operands(different, c.LPB, c.SB)
     zeros = operands(different, c.LPB, c.SB)
@@ -41,8 +48,11 @@ def put_planes(planes, h, c: gl.constexpr):
 @gluon.jit
 def project(x, W, c: gl.constexpr):
     """Begin ``x @ planes^T``, ``[C, LPB]``."""
-    nothing = gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB))
-    return warpgroup_mma(x, W.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    z = gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB))
+    z = warpgroup_mma(x, W.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
+    if c.split_planes:
+        z = warpgroup_mma(x, W.index(1).permute((1, 0)), z, is_async=True)
+    return z
 
 
 @gluon.jit
@@ -258,6 +268,9 @@ def hash_gradient(sums, u, beta):
 @gluon.jit
 def unproject(dz, W, c: gl.constexpr):
     """``dz @ planes``, ``[C, BD]``."""
-    nothing = gl.zeros([c.C, c.BD], gl.float32, product(c.BD))
+    dx = gl.zeros([c.C, c.BD], gl.float32, product(c.BD))
     dz = one_part(dz, left(c.BD))
-    return warpgroup_mma_wait(0, (warpgroup_mma(dz, W, nothing, use_acc=False, is_async=True),))
+    dx = warpgroup_mma(dz, W.index(0), dx, use_acc=False, is_async=True)
+    if c.split_planes:
+        dx = warpgroup_mma(dz, W.index(1), dx, is_async=True)
+    return warpgroup_mma_wait(0, (dx,))

@@ -42,7 +42,7 @@ def pipe_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
-    if c.NSB == 1:
+    if not c.SHARES:
         dk_rows = open_rows(dk, b, h, end, c.D, c.BD, c)
     else:
         dk_rows = dk
@@ -324,7 +324,7 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
           dbeta, c: gl.constexpr):
     b, h, start, end, chunks, part, H = place
     sharp = gl.load(beta + h).to(gl.float32)
-    if c.NSB == 1:
+    if not c.SHARES:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
     features: gl.constexpr = product(c.SB)
     db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
@@ -366,10 +366,10 @@ def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, plane
         set_empty(tanhs, i)
         dz, db_c = hash_gradient(corners, u, sharp)
         db += db_c
-        if c.NSB == 1:
-            send(dk_rows, t, staging, unproject(dz, planes_s[0], c))
-        else:
+        if c.SHARES:
             store_share(dk_rows, dz, b, t, part * H + h, end - t, c)
-    if c.NSB == 1:
+        else:
+            send(dk_rows, t, staging, unproject(dz, planes_s[0], c))
+    if not c.SHARES:
         tma.store_wait(0)  # before the sum takes the room of what is being sent
     gl.store(dbeta, gl.sum(db, 0))

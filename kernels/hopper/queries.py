@@ -51,7 +51,7 @@ def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
-    if c.NSB == 1:
+    if not c.SHARES:
         dq_rows = open_heads(dq, b, h, end, c.D, c.BD, c)
     else:
         dq_rows = dq
@@ -259,8 +259,9 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
           H, c: gl.constexpr):
     b, h, start, end, chunks, index, part = place
     sharp = gl.load(beta + h).to(gl.float32)
-    if c.NSB == 1:
+    if not c.SHARES:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
+    if c.NSB == 1:
         pair = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C))
     else:
         A_parts = operands(2, c.C, c.C)
@@ -329,14 +330,14 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
             set_empty(tanhs, j)
             dz, db_c = hash_gradient(corners, u, sharp)
             db += db_c
-            if c.NSB == 1:
-                send(dq_rows[g], t, staging, unproject(dz, planes_s[0], c))
+            if c.SHARES:
+                store_share(dq_rows, dz, b, t, (part * H + h) * c.G + g, end - t, c)
             else:
-                store_share(dq_rows, dz, b, t, part * H + h, end - t, c)
+                send(dq_rows[g], t, staging, unproject(dz, planes_s[0], c))
         free_weights(weights, i, c)
         if c.decay and not c.is_global:
             store_scalars(row_out, row, b, t, part * H + h, end - t, of_tokens, c)
-    if c.NSB == 1:
+    if not c.SHARES:
         tma.store_wait(0)  # before the sum takes the room of what is being sent
     gl.store(dbeta + index * c.NVB + part, gl.sum(db, 0))
     if c.NSB == 1:

@@ -74,7 +74,7 @@ def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | Non
                 _scalars(h), _scalars(row), _rows(target), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
                 saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1),
                 programs=blocks)
-    call.finish_gradient(target, into.k, "k")
+    call.finish_gradient(target, into.k, p.k, 1)
     dlog_decay = call.summed(dlog_decay)
     dbeta = call.dbeta.sum((0, 1, 3)) if need_beta else None
     if dlog_decay is not None and p.log_decay is not None:
@@ -321,8 +321,9 @@ class _Call:
         self.dplanes: list[Tensor | None] = [None, None]
         if need_planes:
             spec = self.plan["keys"].spec
-            shape = (self.num_tiles, self.heads, spec.NSB, spec.LPB, spec.BD)
-            self.dplanes = [p.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+            blocks = (spec.G, 1) if spec.pipe else (spec.NSB, spec.NSB)  # of the pass over the queries, and over the keys
+            self.dplanes = [p.q.new_empty(self.num_tiles, self.heads, n, spec.LPB, spec.BD, dtype=torch.float32)
+                            for n in blocks]
 
     @cached_property
     def dbeta(self) -> Tensor:
@@ -336,17 +337,21 @@ class _Call:
         return (WALKS if self.plan.walk else SNAPSHOTS)[name]
 
     def gradient_target(self, dx: Tensor) -> Tensor:
-        """Where a backward kernel writes the gradient dx of its rows: there; where pipelines walk several blocks of features,
-        their shares in the gradient of the projections, which :meth:`finish_gradient` makes dx of."""
+        """Where a backward kernel writes the gradient dx of its rows: there; or the gradient of the projections
+        ``[B, T, NVB * heads, LPB]``, of which :meth:`finish_gradient` makes dx."""
         spec = self.plan["keys"].spec
-        if not spec.pipe or spec.NSB == 1:
+        if not spec.SHARES:
             return dx
-        return dx.new_empty(*dx.shape[:2], spec.NVB * self.heads, spec.LPB, dtype=torch.float32)
+        return dx.new_empty(*dx.shape[:2], spec.NVB * dx.shape[2], spec.LPB, dtype=torch.float32)
 
-    def finish_gradient(self, target: Tensor, dx: Tensor, of: str) -> None:
-        """Write dx, where it is not written yet."""
-        if target is not dx:
-            self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), self.hash[0], of=of)
+    def finish_gradient(self, target: Tensor, dx: Tensor, x: Tensor, half: int) -> None:
+        """Write the gradient dx of the rows x, where it is not written yet, and with it the planes' (``half``: 0 of queries, 1
+        of keys)."""
+        if target is dx:
+            return
+        group = x.shape[2] // self.heads
+        self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), _rows(x), self.hash[0], self.dplanes[half], group,
+                    programs=group, of="qk"[half])
 
     def summed(self, x: Tensor | None) -> Tensor | None:
         """One number a token and head, of the shares ``[B, T, NVB H]`` of blocks of value columns."""
@@ -423,7 +428,7 @@ class _Call:
         fused = (parts, self.decays) if self.plan.pipe or not self.plan.walk else ()
         self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, *fused, self.dbeta[0],
                     *self.last_part(0), programs=blocks)
-        self.finish_gradient(target, dq, "q")
+        self.finish_gradient(target, dq, p.q, 0)
         blocks = self.plan["query_sums"].spec.NSB
         if self.plan.walk and (blocks > 1 or not self.plan.pipe):
             self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den),
@@ -459,7 +464,10 @@ class _Call:
         """Sum of the programs' parts ``[tile, H, block, slot, D]`` as ``[Hkv, L, P, D]``."""
         p, spec = self.p, self.plan["keys"].spec
         _, tables, number, dim = p.planes.shape
-        parts = torch.stack([part.sum(0, dtype=torch.float64) for part in self.dplanes if part is not None]).sum(0)
+        halves = [part.sum(0, dtype=torch.float64) for part in self.dplanes if part is not None]
+        if spec.pipe:  # all planes in one block; a block for each query head of the group
+            return sum(part.sum(1) for part in halves)[:, :tables * number, :dim].unflatten(1, (tables, number)).to(p.planes.dtype)
+        parts = torch.stack(halves).sum(0)
         # [H, block, LPB, BD] -> [H, block, tables of a block, P, D]
         parts = parts[:, :, :min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))
         if spec.R > spec.SB:  # several blocks share a table

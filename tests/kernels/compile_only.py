@@ -52,17 +52,23 @@ CALLS: dict[str, dict[str, object]] = {
     "many features": {"tables": 1, "planes": 8}, "many features, decay": {"tables": 1, "planes": 7, "decay": True},
     "most features, decay": {"tables": 1, "planes": 8, "decay": True, "normalization": "none"},
     "many features, narrow": {"tables": 3, "planes": 5, "value_dim": 64},
+    "float32 planes": {"wide": True}, "trained planes, grouped": {"wide": True, "trained": True, "queries": 8},
+    "float32 planes, many tables": {"wide": True, "tables": 32, "planes": 1, "decay": True},
+    "trained planes, most features": {"wide": True, "trained": True, "tables": 1, "planes": 8, "decay": True,
+                                      "normalization": "none"},
+    "trained planes, many features": {"wide": True, "trained": True, "tables": 1, "planes": 7, "decay": True},
+    "trained planes, not causal": {"wide": True, "trained": True, "causal": False},
 }
 
 
 def problem(*, decay: bool = False, normalization: str = "global", causal: bool = True, documents: int = 0, queries: int = 4,
-            dim: int = 128, tables: int = 4, planes: int = 4, value_dim: int = 128) -> Problem:
-    """A call's tensors, without their elements."""
+            dim: int = 128, tables: int = 4, planes: int = 4, value_dim: int = 128, wide: bool = False) -> Problem:
+    """A call's tensors, without their elements. ``wide``: float32 planes."""
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
     cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
     return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, value_dim),
-                   make(4, tables, planes, dim), make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None,
+                   make(4, tables, planes, dim, dtype=torch.float32 if wide else torch.bfloat16), make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None,
                    causal, normalization)  # type: ignore[arg-type]
 
 
@@ -96,10 +102,12 @@ def main() -> None:
     JITFunction.__getitem__ = getitem
     found: dict[str, dict[str, int | str]] = {}
     for call in names or ["plain"]:
-        p = problem(**CALLS[call])  # type: ignore[arg-type]
+        options = dict(CALLS[call])
+        trained = bool(options.pop("trained", False))
+        p = problem(**options)  # type: ignore[arg-type]
         saved = backend.forward(p)
-        backend.backward(p, saved, torch.empty_like(saved.out), None, need_planes=False)
-        plan = backend._plan(p, False, capability >= 90)
+        backend.backward(p, saved, torch.empty_like(saved.out), None, need_planes=trained)
+        plan = backend._plan(p, trained, capability >= 90)
         for name in KERNELS:
             kernel = PIPES.get(name, "") if plan.pipe else WALKS[name]
             if kernel:

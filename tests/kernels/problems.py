@@ -30,12 +30,15 @@ def both(p: Problem, dout: Tensor, dfinal: SketchState | None, *, need_planes: b
 
 def problem(*, length: int = 4096, heads: int = 4, repeats: int = 1, dim: int = 128, tables: int = 4, planes: int = 4,
             mean: float = 0.0, decay: bool = False, dtype: torch.dtype = torch.bfloat16, beta: float = 2.0,
-            causal: bool = True, normalization: str = "global", device: str = "cuda") -> Problem:
-    """Normal rows, values with a mean."""
+            causal: bool = True, normalization: str = "global", device: str = "cuda",
+            plane_dtype: torch.dtype = torch.bfloat16, trained: bool = False) -> Problem:
+    """Normal rows, values with a mean. ``trained``: planes that are no bfloat16 numbers."""
     g = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, length, n, dim, device=device, generator=g) for n in (heads * repeats, heads, heads))
     log_decay = -0.02 * torch.rand(1, length, heads, device=device, generator=g) if decay else None
-    hyperplanes = sample_planes(tables, planes, dim, num_heads=heads, seed=0, device=device, dtype=torch.bfloat16)
+    hyperplanes = sample_planes(tables, planes, dim, num_heads=heads, seed=0, device=device, dtype=plane_dtype)
+    if trained:
+        hyperplanes = hyperplanes * (1 + 0.01 * torch.randn(hyperplanes.shape, device=device, generator=g).to(plane_dtype))
     return Problem(q.to(dtype), k.to(dtype), (v + mean).to(dtype), hyperplanes, torch.full((heads,), beta, device=device),
                    log_decay, None, None, None, causal, normalization)  # type: ignore[arg-type]
 
@@ -68,18 +71,19 @@ def drawn(*, length: int = 1000, dim: int = 128, value_dim: int | None = None, b
     return replace(p, initial=initial), dout, SketchState(0.1 * normal(*shape), 0.1 * normal(*shape, p.v.shape[3]))
 
 
-def check_pipelines(p: Problem, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2) -> None:
+def check_pipelines(p: Problem, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2, *,
+                    need_planes: bool = False) -> None:
     """The pipelines serve ``p``, and agree with the chunked pass in float64 to the rounding of their operands: gradients to
     ``most`` of their norms, which count as no smaller than 1e-5 of the output gradient's (where one token is alone, that of
     its query is 0)."""
-    assert triton_backend._Call(p, False, (dout,)).plan.pipe
-    forward, gradients = both(p, dout, dfinal)
+    assert triton_backend._Call(p, need_planes, (dout,)).plan.pipe
+    forward, gradients = both(p, dout, dfinal, need_planes=need_planes)
     right = chunked.forward(double(p))
     right_gradients = chunked.backward(double(p), right, dout.double(), None if dfinal is None else dfinal.to(torch.float64),
-                                       need_planes=False)
+                                       need_planes=need_planes)
     floor = 1e-5 * float(dout.double().norm())
     found = {"out": relative_error(forward.out, right.out), "final": relative_error(forward.final.values, right.final.values)}
-    for part in ("q", "k", "v", "beta", "log_decay"):
+    for part in ("q", "k", "v", "beta", "log_decay", "planes"):
         mine, theirs = getattr(gradients, part), getattr(right_gradients, part)
         assert (mine is None) == (theirs is None)
         if mine is not None:

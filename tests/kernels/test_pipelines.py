@@ -66,6 +66,24 @@ def test_pipelines_agree_with_float64(name: str) -> None:
     check_pipelines(*drawn(device="cpu", **{"heads": 1, **PROBLEMS[name]}), MOST)  # type: ignore[arg-type]
 
 
+PLANES: dict[str, dict[str, object]] = {
+    "one block": {"length": 150, "states": True}, "grouped, masked": {"length": 161, "repeats": 3, "masked": True},
+    "not causal": {"length": 150, "causal": False, "repeats": 2, "value_dim": 72},
+    "many features": {"length": 150, "tables": 1, "planes": 8, "decay": "token", "normalization": "none"},
+    "many tables, documents": {"documents": [0, 64, 128, 150, 150, 210], "length": 210, "tables": 3, "planes": 5},
+}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("trained", [False, True], ids=["sampled", "trained"])
+@pytest.mark.parametrize("name", PLANES)
+def test_float32_planes_are_not_rounded(name: str, trained: bool) -> None:
+    """Planes as ``sample_planes`` returns them by default, and trained ones, which get a gradient."""
+    p, dout, dfinal = drawn(device="cpu", **{"heads": 1, "plane_dtype": torch.float32, "trained": trained,  # type: ignore[arg-type]
+                                             **PLANES[name]})
+    check_pipelines(p, dout, dfinal, MOST, need_planes=trained)
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("seed", range(12))
 def test_random_problems_agree_with_float64(seed: int) -> None:

@@ -49,7 +49,7 @@ def test_families() -> None:
 
 @pytest.mark.parametrize(("change", "pipe"), [
     ({}, True), ({"causal": False}, True), ({"G": 8}, True), ({"Dv": 256}, False), ({"bulk": False}, False),
-    ({"need_planes": True}, False), ({"f32": True}, False), ({"half": True}, False),
+    ({"need_planes": True}, True), ({"split_planes": True}, True), ({"f32": True}, False), ({"half": True}, False),
     ({"L": 1, "P": 8}, True), ({"L": 1, "P": 8, "G": 2}, False), ({"L": 1, "P": 8, "causal": False}, False),
     ({"L": 1, "P": 8, "decay": True}, False), ({"L": 1, "P": 8, "decay": True, "is_global": False}, True),
     ({"L": 1, "P": 7, "decay": True}, True), ({"L": 3, "P": 6, "decay": True}, False)])
