@@ -163,15 +163,30 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A call's choices. ``tile`` tokens share a stored state; ``walk`` and ``pipe`` tell the family."""
+    """A call's choices. ``tile`` tokens share a stored state; ``walk`` and ``pipe`` tell the family; ``obstacle``: on a GPU
+    that has the pipelines, why this call does not run in them."""
 
     tile: int
     walk: bool
     launches: dict[str, Launch]
     pipe: bool = False
+    obstacle: str | None = None
 
     def __getitem__(self, kernel: str) -> Launch:
         return self.launches[kernel]
+
+    @property
+    def family(self) -> str:
+        """In words."""
+        return "pipeline" if self.pipe else "chunk recurrence" if self.walk else "materialized states"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the GPU kernels, forward then backward, in their order."""
+        spec, name = self["keys"].spec, "pipe" if self.pipe else "walk" if self.walk else "snapshot"
+        sums = ("tile_query_sums",) if self.walk and (spec.NSB > 1 or not self.pipe) else ()
+        shares = ("unproject_shares",) if spec.SHARES else ()
+        return ("tile_sums", "scan_tiles", f"{name}_out", f"{name}_queries", *sums, "scan_tiles", f"{name}_keys", *shares)
 
 
 def padded(n: int, least: int = 16) -> int:
@@ -200,30 +215,48 @@ def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False,
     walk = not spec.is_bucket and block <= (32 if spec.f32 and not INTERPRET else 64) and block * spec.BV <= 8192
     size = chunk or (32 if spec.f32 else 64)
     spec = replace(spec, C=size, SB=min(block, 32 if spec.f32 and not INTERPRET else 64))
-    pipe = hopper and shared_limit >= PIPE_SHARED and _fits_pipe(replace(spec, pipe=True))
+    obstacle = pipeline_obstacle(replace(spec, pipe=True), shared_limit) if hopper else None
+    pipe = hopper and obstacle is None
     if walk or pipe:
         launches = {kernel: _launch(kernel, replace(spec, walk=True), shared_limit) for kernel in KERNELS}
         if pipe:
             choice = Launch(replace(spec, stages=1, walk=True, pipe=True), 4, PIPE_REGISTERS)
             launches |= dict.fromkeys(PIPES, choice)
         bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
-        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipe)
+        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipe, obstacle)
     spec = replace(spec, stages=1, walk=False, bulk=False)
     while max(spec.C, spec.SB) > 16 and any(shared_bytes(kernel, spec) > shared_limit for kernel in KERNELS):
         # of all kernels alike: their chunk is the tile
         spec = replace(spec, C=spec.C // 2) if spec.C > 16 else replace(spec, SB=spec.SB // 2)
-    return Plan(spec.C, False, dict.fromkeys(KERNELS, Launch(spec, 4)))
+    return Plan(spec.C, False, dict.fromkeys(KERNELS, Launch(spec, 4)), obstacle=obstacle)
 
 
-def _fits_pipe(spec: Spec) -> bool:
-    """Whether Hopper's pipelines compute it: bfloat16 rows that TMA moves; of several blocks of features, causal and one query
-    head per key head."""
-    if spec.f32 or spec.half or spec.is_bucket or not spec.bulk:
-        return False
-    if spec.C != 64 or spec.SB != 64 or max(spec.D, spec.Dv) > 128 or spec.LPB > 32:
-        return False
-    most = 3 if spec.decay and spec.is_global else 4  # blocks of which everything fits in PIPE_SHARED
-    return spec.NSB == 1 or (most >= spec.NSB and spec.causal and spec.G == 1 and spec.LPB == 16)
+def pipeline_obstacle(spec: Spec, shared_limit: int) -> str | None:
+    """Why Hopper's pipelines do not compute a call, and what to change; None where they do.
+
+    They take bfloat16 rows that TMA moves, D and Dv up to 128; beyond 64 features (several blocks of them) causal calls with
+    one query head per key/value head.
+    """
+    most = 64 * (3 if spec.decay and spec.is_global else 4)  # features of which everything fits in PIPE_SHARED
+    many = f"S = L * 2**P = {spec.S} features (beyond 64)"
+    obstacles = {
+        f"q, k and v are {'float32' if spec.f32 else 'float16'}: give bfloat16, or call under torch.autocast":
+            spec.f32 or spec.half,
+        'normalization is "bucket": "global" and "none" have pipelines': spec.is_bucket,
+        f"heads are wider than 128 (D = {spec.D}, Dv = {spec.Dv}): use more heads of at most 128": max(spec.D, spec.Dv) > 128,
+        "TMA cannot move these rows: make D and Dv multiples of 8 and give tensors whose last dimension is contiguous and "
+        "whose strides are multiples of 8 elements": not spec.bulk,
+        f"L * P = {spec.L * spec.P} planes: give at most 32": spec.LPB > 32,
+        f"{many} have a pipeline for causal calls only: give at most 64": spec.NSB > 1 and not spec.causal,
+        f"{many} have no pipeline for grouped queries: give at most 64, or as many key/value heads as query heads":
+            spec.NSB > 1 and spec.G > 1,
+        f"{many} with L * P = {spec.L * spec.P} planes: give at most 16 planes": spec.NSB > 1 and spec.LPB > 16,
+        f"S = L * 2**P = {spec.S} features: give at most {most}": most < spec.S,
+        f"a program may use {shared_limit} bytes of shared memory here, and a pipeline takes {PIPE_SHARED}":
+            shared_limit < PIPE_SHARED,
+        f"chunks are of {spec.C} tokens and {spec.SB} features, not of 64": spec.C != 64 or spec.SB != 64,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:

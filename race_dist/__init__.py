@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from race_dist.attention import race_attention as race_attention
+    from race_dist.explain import explain_plan as explain_plan
     from race_dist.hashing import sample_planes as sample_planes
     from race_dist.nn import RaceAttention as RaceAttention
     from race_dist.nn import RaceConfig as RaceConfig
@@ -21,11 +22,12 @@ _HOMES = {
     "RaceAttention": "race_dist.nn",
     "RaceConfig": "race_dist.nn",
     "SketchState": "race_dist.sketch",
+    "explain_plan": "race_dist.explain",
     "race_attention": "race_dist.attention",
     "sample_planes": "race_dist.hashing",
 }
 
-__all__ = ["RaceAttention", "RaceConfig", "SketchState", "__version__", "race_attention", "sample_planes"]
+__all__ = ["RaceAttention", "RaceConfig", "SketchState", "__version__", "explain_plan", "race_attention", "sample_planes"]
 
 
 def __getattr__(name: str) -> object:

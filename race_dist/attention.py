@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from race_dist.hashing import check_hash
+from race_dist.ops.explain import warn_slow
 from race_dist.ops.functional import attend, get_backend, is_traced, unsupported
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
 from race_dist.parallel.comm import group_rank, group_size
@@ -125,8 +126,10 @@ def _pick_backend(p: Problem, backend: str) -> str:
     if backend not in ("auto", "reference", "chunked", "triton"):
         raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {backend!r}')
     if backend == "auto":
-        usable = p.q.is_cuda and HAS_TRITON and unsupported(p, "triton") is None
-        return "triton" if usable else "chunked"
+        reason = unsupported(p, "triton") if p.q.is_cuda and HAS_TRITON else "needs triton and a CUDA device"
+        if reason is not None and p.q.is_cuda and p.q.dtype != torch.float64 and not torch.compiler.is_compiling():
+            warn_slow(f'race_attention runs in PyTorch, without GPU kernels: backend="triton" {reason}')
+        return "triton" if reason is None else "chunked"
     if backend == "triton" and (reason := unsupported(p, "triton")) is not None:
         raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
     return backend

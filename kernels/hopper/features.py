@@ -13,9 +13,9 @@ from race_dist.kernels.hopper.rings import await_empty, load_scalars, next_full,
 
 @gluon.jit
 def put_planes(planes, h, c: gl.constexpr):
-    """The planes ``[1 or 2, LPB, BD]``, in two parts where they are wider than bfloat16, and, for each block of features (of a table of several: for all of them, without its first
-    planes), slot and feature, whether the corner has the plane's bit set, and whether it has it clear, ``[.., LPB, SB]``, as
-    operands in shared memory."""
+    """The planes ``[1 or 2, LPB, BD]``, in two parts where they are wider than bfloat16, and, for each block of features
+    (of a table of several: for all of them, without its first planes), slot and feature, whether
+    the corner has the plane's bit set, and whether it has it clear, ``[.., LPB, SB]``, as operands in shared memory."""
     layout: gl.constexpr = by_rows(c.BD)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, layout))
     d = gl.arange(0, c.BD, gl.SliceLayout(0, layout))

@@ -22,7 +22,7 @@ from race_dist.machine import machine, peak_resident_bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention problem: B = 1, as many key/value heads as query heads."""
+    """One attention problem: B = 1; ``kv_heads``: None is as many key/value heads as query heads."""
 
     length: int
     heads: int = 2
@@ -31,11 +31,13 @@ class Shape:
     planes: int = 4
     causal: bool = True
     dtype: str = "float32"
+    kv_heads: int | None = None
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of q, k, v, out and their gradients."""
-        return 8 * self.length * self.heads * self.head_dim * getattr(torch, self.dtype).itemsize
+        heads = 4 * (self.heads + (self.kv_heads or self.heads))
+        return heads * self.length * self.head_dim * getattr(torch, self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
     """Random q, k, v ``[1, T, H, D]`` that want gradients."""
     dtype = getattr(torch, shape.dtype)
     generator = torch.Generator(device).manual_seed(0)
-    size = (1, shape.length, shape.heads, shape.head_dim)
-    return [torch.randn(size, device=device, dtype=dtype, generator=generator).requires_grad_() for _ in range(3)]
+    kv_heads = shape.kv_heads or shape.heads
+    sizes = [(1, shape.length, heads, shape.head_dim) for heads in (shape.heads, kv_heads, kv_heads)]
+    return [torch.randn(size, device=device, dtype=dtype, generator=generator).requires_grad_() for size in sizes]
 
 
 def race(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

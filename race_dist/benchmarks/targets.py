@@ -32,10 +32,11 @@ BASE = Shape(length=2**20, heads=8, head_dim=128, tables=4, planes=4, dtype="bfl
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention_call(shape: Shape, device: torch.device, *, normalization: Normalization = "global",
-                   decay: bool = False) -> Call:
-    """The attention, planes in the inputs' dtype (they are bfloat16 numbers)."""
-    planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=torch.bfloat16)
+def attention_call(shape: Shape, device: torch.device, *, normalization: Normalization = "global", decay: bool = False,
+                   planes: Tensor | None = None) -> Call:
+    """The attention as README calls it: planes as ``sample_planes`` returns them, unless given."""
+    if planes is None:
+        planes = sampled(shape, device)
     log_decay = None
     if decay:
         generator = torch.Generator(device).manual_seed(1)
@@ -44,8 +45,15 @@ def attention_call(shape: Shape, device: torch.device, *, normalization: Normali
                                           normalization=normalization)
 
 
-def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5) -> dict[str, Any]:
-    """Forward, and forward + backward, of each call in turn; peak memory of the first over q, k, v, o and gradients."""
+def sampled(shape: Shape, device: torch.device, **options: Any) -> Tensor:
+    """The planes of a shape."""
+    return sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, **options)
+
+
+def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5,
+            also: tuple[Tensor, ...] = ()) -> dict[str, Any]:
+    """Forward, and forward + backward, of each call in turn; peak memory of the first over q, k, v, o and gradients.
+    ``also``: what else gets a gradient."""
     q, k, v = inputs(shape, device)
     gradient = torch.randn_like(q)
 
@@ -56,7 +64,7 @@ def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repea
         return run
 
     def both(call: Call) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(call(q, k, v), (q, k, v), gradient)
+        return lambda: torch.autograd.grad(call(q, k, v), (q, k, v, *also), gradient)
 
     forwards = time_in_turn({n: forward(c) for n, c in calls.items()}, device, repeats=repeats)
     whole = time_in_turn({n: both(c) for n, c in calls.items()}, device, repeats=repeats)
@@ -75,10 +83,13 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every measure by name."""
     mine = lambda shape: {"race": attention_call(shape, device)}
     small, wide = replace(BASE, tables=2, planes=2), replace(BASE, tables=1, planes=8)
+    tables = {f"P=4 L={n}": replace(BASE, tables=n) for n in (8, 16)}
     everywhere, four = replace(BASE, causal=False), replace(BASE, length=2**22, heads=4)
     longest = replace(BASE, length=8_912_896, heads=4)
     result: dict[str, Callable[[], dict[str, Any]]] = {
-        "P=4 L=4": lambda: measure(BASE, mine(BASE), device),
+        "P=4 L=4": lambda: measure(BASE, {**mine(BASE), "race, bfloat16 planes": attention_call(
+            BASE, device, planes=sampled(BASE, device, dtype=torch.bfloat16))}, device),
+        "trained planes": partial(_trained, device),
         "P=2 L=2": lambda: measure(small, mine(small), device),
         "decay per token, none": lambda: measure(BASE, {
             "race none decay": attention_call(BASE, device, normalization="none", decay=True), **mine(BASE)}, device),
@@ -92,7 +103,25 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     result["linear attention, T = 2**20"] = lambda: measure(
         BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3)
     result["P=8 L=1"] = lambda: measure(wide, mine(wide), device, repeats=3)
+    grouped = replace(BASE, kv_heads=2)
+    result["grouped 4:1"] = lambda: measure(grouped, mine(grouped), device)
+    # Families without a pipeline: what they cost today.
+    for name, shape in {**tables, "P=8 L=1, not causal": replace(wide, causal=False), "P=8 L=1, grouped 4:1":
+                        replace(wide, kv_heads=2), "float16": replace(BASE, dtype="float16"),
+                        "D = 256": replace(BASE, heads=4, head_dim=256)}.items():
+        result[name] = partial(_plain, shape, device)
+    result["bucket"] = lambda: measure(BASE, {"race, bucket": attention_call(BASE, device, normalization="bucket")}, device,
+                                       repeats=1)
     return result
+
+
+def _trained(device: torch.device) -> dict[str, Any]:
+    planes = sampled(BASE, device).requires_grad_()
+    return measure(BASE, {"race, trained planes": attention_call(BASE, device, planes=planes)}, device, also=(planes,))
+
+
+def _plain(shape: Shape, device: torch.device) -> dict[str, Any]:
+    return measure(shape, {"race": attention_call(shape, device)}, device, repeats=1)
 
 
 def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:

@@ -22,11 +22,16 @@ from race_dist.kernels import decode, scan, shares, snapshot, sums, walk, walk_b
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, fitted_tile, packed_tiles
+from race_dist.ops.device import VERSION
+from race_dist.ops.device import has_pipelines as _has_pipes
+from race_dist.ops.device import processors as _processors
+from race_dist.ops.device import shared_limit as _shared_limit
+from race_dist.ops.device import tma_rows as _bulk
+from race_dist.ops.explain import KernelPlan, warn_slow
 from race_dist.ops.problem import Begun, Forward, Gradients, Into, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 SketchT = TypeVar("SketchT", SketchState, SketchState | None)
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SCAN_WIDTH = 256
 DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
@@ -133,49 +138,45 @@ def unsupported(p: Problem) -> str | None:
     return None
 
 
+def explain(p: Problem) -> KernelPlan:
+    """Which kernels run for ``p`` and its gradients, and why no faster ones."""
+    plan = _plan(p, p.planes.requires_grad, _bulk(p.q, p.k, p.v))
+    if _is_decoding(p):
+        return KernelPlan("triton", "decode", ("decode",), None)
+    if plan.pipe:
+        return KernelPlan("triton", plan.family, plan.kernels, None)
+    return KernelPlan("triton", plan.family, plan.kernels, plan.obstacle or
+                      f"the pipelines need compute capability 9.0 and Triton 3.6; this is {p.q.device}")
+
+
 def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
     """The call's plan, made once for each kind of call: host time decides short sequences. A compiler that traces with
     symbolic sizes specializes here: states are as many as the plan's tiles."""
     _, tables, number, dim = map(int, p.planes.shape)
     batch, length, heads = map(int, p.k.shape[:3])
     value_dim, device, tile = int(p.v.shape[3]), p.q.device, None
-    if p.q.dtype == torch.bfloat16 and _has_pipes(device):  # also where other kernels run: one's states are another's
+    hopper = _has_pipes(device)
+    if p.q.dtype == torch.bfloat16 and hopper:  # also where other kernels run: one's states are another's
         blocks = 1 if tables * 2**number <= PIPE_BLOCK else -(-value_dim // PIPE_BLOCK)
         tile = fitted_tile(length, batch * heads * blocks, _processors(device))
     return _make_plan((dim, value_dim, tables, number, int(p.q.shape[2]) // heads), p.causal, p.normalization,
                       (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None), p.q.dtype,
                       p.planes.dtype != p.q.dtype, bulk, need_planes, work_bucket(batch * heads * length),
-                      _shared_limit(device), tile)
+                      _shared_limit(device), hopper, tile)
 
 
 @lru_cache(maxsize=256)
 def _make_plan(sizes: tuple[int, int, int, int, int], causal: bool, normalization: str, extras: tuple[bool, bool, bool],
                dtype: torch.dtype, split_planes: bool, bulk: bool, need_planes: bool, work: int, shared_limit: int,
-               tile: int | None) -> Plan:
-    """``tile``: on a card that has the pipelines, tokens a tile."""
+               hopper: bool, tile: int | None) -> Plan:
+    """``tile``: on a GPU that has the pipelines, and for a dtype that they take, tokens per tile."""
     dim, value_dim, tables, number, group = sizes
     decay, masked, packed = extras
     spec = Spec(D=dim, Dv=value_dim, L=tables, P=number, G=group, C=0, SB=0, stages=0, causal=causal,
                 is_global=normalization == "global", is_bucket=normalization == "bucket", decay=decay, masked=masked,
                 packed=packed, f32=dtype == torch.float32, half=dtype == torch.float16, split_planes=split_planes, bulk=bulk,
                 need_planes=need_planes)
-    return make_plan(spec, work, shared_limit=shared_limit, hopper=tile is not None, tile=tile)
-
-
-def _bulk(*tensors: Tensor) -> bool:
-    """Whether the copy engine of Hopper and later can move these rows: 16-byte strides, unit stride inside a row."""
-    if not tensors[0].is_cuda or _capability(tensors[0].device) < 9:
-        return False
-    for x in tensors:  # host time of every call
-        size, (b, t, h, d) = x.element_size(), x.stride()
-        if d != 1 or min(b, t, h) <= 0 or ((b | t | h | x.shape[3]) * size | x.data_ptr()) % 16 or x.shape[1] >= 2**31:
-            return False
-    return True
-
-
-@lru_cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+    return make_plan(spec, work, shared_limit=shared_limit, hopper=hopper, tile=tile)
 
 
 _scratches: dict[tuple[int, int | None], Tensor] = {}
@@ -194,29 +195,11 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 @lru_cache
-def _has_pipes(device: torch.device) -> bool:
-    """Whether the device runs Hopper's matrix instructions, and Triton has the Gluon that the pipelines are written in."""
-    return device.type == "cuda" and _capability(device) == 9 and VERSION >= (3, 6)
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@lru_cache
 def _pipes() -> dict[str, object]:
     """Hopper's pipelines; Gluon is imported where they run."""
     from race_dist.kernels.hopper import keys, out, queries
 
     return {"out": out.pipe_out, "queries": queries.pipe_queries, "keys": keys.pipe_keys}
-
-
-@lru_cache
-def _shared_limit(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 232_448
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _is_decoding(p: Problem) -> bool:
@@ -261,6 +244,8 @@ class _Kind:
             raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
         self.bulk = _bulk(p.q, p.k, p.v, *moved)
         self.plan = _plan(p, need_planes, self.bulk)
+        if self.plan.obstacle is not None and not _is_decoding(p):
+            warn_slow(f"race_attention does not run in its fastest kernels: {self.plan.obstacle}")
         self.num_tiles = _num_tiles(p, self.plan)
         self.announced = states_shape(p)
         self.compiled: dict[tuple[object, ...], CompiledKernel] = {}
@@ -350,8 +335,8 @@ class _Call:
         if target is dx:
             return
         group = x.shape[2] // self.heads
-        self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), _rows(x), self.hash[0], self.dplanes[half], group,
-                    programs=group, of="qk"[half])
+        self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), _rows(x), self.hash[0], self.dplanes[half],
+                    group, programs=group, of="qk"[half])
 
     def summed(self, x: Tensor | None) -> Tensor | None:
         """One number a token and head, of the shares ``[B, T, NVB H]`` of blocks of value columns."""
@@ -466,7 +451,8 @@ class _Call:
         _, tables, number, dim = p.planes.shape
         halves = [part.sum(0, dtype=torch.float64) for part in self.dplanes if part is not None]
         if spec.pipe:  # all planes in one block; a block for each query head of the group
-            return sum(part.sum(1) for part in halves)[:, :tables * number, :dim].unflatten(1, (tables, number)).to(p.planes.dtype)
+            both = halves[0].sum(1) + halves[1].sum(1)
+            return both[:, :tables * number, :dim].unflatten(1, (tables, number)).to(p.planes.dtype)
         parts = torch.stack(halves).sum(0)
         # [H, block, LPB, BD] -> [H, block, tables of a block, P, D]
         parts = parts[:, :, :min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))

@@ -44,6 +44,21 @@ def test_pipelines_agree_with_float64(name: str) -> None:
     check_pipelines(*drawn(**PROBLEMS[name]))  # type: ignore[arg-type]
 
 
+PLANES: dict[str, dict[str, object]] = {
+    "one block": {"length": 3001, "states": True}, "grouped, masked": {"length": 3001, "repeats": 4, "masked": True},
+    "not causal": {"length": 1500, "causal": False, "repeats": 2, "value_dim": 72},
+    "many features": {"length": 3001, "tables": 1, "planes": 8, "decay": "token", "normalization": "none"},
+    "many tables, documents": {"documents": [0, 64, 128, 1500, 3000], "length": 3000, "tables": 3, "planes": 5},
+}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["sampled", "trained"])
+@pytest.mark.parametrize("name", PLANES)
+def test_float32_planes_are_not_rounded(name: str, trained: bool) -> None:
+    problem = {"plane_dtype": torch.float32, "trained": trained, **PLANES[name]}
+    check_pipelines(*drawn(**problem), need_planes=trained)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["ragged", "hard resets", "documents", "many features", "many features, decay"])
 def test_pipelines_repeat_bitwise(name: str) -> None:
     p, dout, dfinal = drawn(**PROBLEMS[name])  # type: ignore[arg-type]

@@ -67,9 +67,9 @@ def problem(*, decay: bool = False, normalization: str = "global", causal: bool 
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
     cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
-    return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, value_dim),
-                   make(4, tables, planes, dim, dtype=torch.float32 if wide else torch.bfloat16), make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None,
-                   causal, normalization)  # type: ignore[arg-type]
+    hyperplanes = make(4, tables, planes, dim, dtype=torch.float32 if wide else torch.bfloat16)
+    return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, value_dim), hyperplanes,
+                   make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None, causal, normalization)  # type: ignore[arg-type]
 
 
 def assembled(ptx: str) -> dict[str, int | str]:

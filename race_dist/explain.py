@@ -1,0 +1,48 @@
+"""Which kernels a call of the attention runs, without running them."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from race_dist.attention import HAS_TRITON, BackendName, _autocast, _pick_backend, _problem
+from race_dist.ops.explain import KernelPlan
+from race_dist.ops.functional import unsupported
+from race_dist.ops.problem import Normalization
+from race_dist.sketch import SketchState
+
+
+def explain_plan(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float = 1.0, *, causal: bool = True,
+                 normalization: Normalization = "global", cu_seqlens: Tensor | None = None, key_mask: Tensor | None = None,
+                 log_decay: Tensor | None = None, initial_state: SketchState | None = None,
+                 group: dist.ProcessGroup | None = None, backend: BackendName = "auto") -> KernelPlan:
+    """Which kernels ``race_attention`` runs for these tensors on this rank, and why no faster ones. Nothing is computed.
+
+    The arguments are those of the same call to :func:`race_dist.race_attention`; shapes, strides, dtypes, devices and whether
+    the planes require a gradient decide.
+
+    Returns:
+        A :class:`~race_dist.ops.explain.KernelPlan`; ``print`` it.
+
+    Raises:
+        TypeError, ValueError: as the call itself would.
+    """
+    q, k, v = _autocast(q, k, v)
+    problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
+                       sharded=group is not None)
+    chosen = _pick_backend(problem, backend)
+    if chosen == "reference":
+        return KernelPlan("reference", "all pairs", (), "it computes all pairs of tokens, for checking")
+    if chosen == "triton":
+        from race_dist.ops.triton import explain
+
+        return explain(problem)
+    if backend == "chunked":
+        reason = 'backend="chunked" was asked for; "auto" takes GPU kernels where it can'
+    elif not q.is_cuda:
+        reason = f"q is on {q.device}: GPU kernels need a CUDA device"
+    elif not HAS_TRITON:
+        reason = 'triton is not installed: pip install "race-dist[triton]"'
+    else:
+        reason = f"the GPU kernels do not fit: backend=\"triton\" {unsupported(problem, 'triton')}"
+    return KernelPlan("chunked", "PyTorch chunks", (), reason)

@@ -1,0 +1,83 @@
+"""What ``explain_plan`` says, and that a slow kind of call is named once."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from race_dist import explain_plan, race_attention, sample_planes
+from race_dist.ops import explain
+
+
+def tensors(heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(1, 40, n, dim, dtype=dtype) for n in (heads, 2, 2))
+
+
+def test_on_a_cpu_it_is_pytorch() -> None:
+    plan = explain_plan(*tensors(), sample_planes(2, 3, 16, seed=0))
+    assert (plan.backend, plan.family, plan.kernels) == ("chunked", "PyTorch chunks", ())
+    assert "q is on cpu" in str(plan)
+
+
+def test_bad_arguments_are_those_of_the_call() -> None:
+    q, k, v = tensors()
+    for call in (explain_plan, race_attention):
+        with pytest.raises(ValueError, match="planes must be"):
+            call(q, k, v, sample_planes(2, 3, 8, seed=0), 1.0)
+
+
+PIPELINE = ("tile_sums", "scan_tiles", "pipe_out", "pipe_queries", "scan_tiles", "pipe_keys")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend believes that it is on a Hopper GPU; nothing is run."""
+    pytest.importorskip("triton")
+    from race_dist.kernels.plan import Spec
+    from race_dist.ops import triton as backend
+
+    for name, value in {"_has_pipes": lambda device: True, "_bulk": lambda *tensors: tensors[0].shape[3] % 8 == 0,
+                        "_processors": lambda device: 132, "unsupported": lambda p: None}.items():
+        monkeypatch.setattr(backend, name, value)
+    monkeypatch.setattr(Spec, "least", 64)
+    monkeypatch.setattr(explain, "_said", set())
+    backend.forget_plans()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("change", "family", "words"), [
+    ({}, "pipeline", "fastest"), ({"trained": True}, "pipeline", "unproject_shares"),
+    ({"dtype": torch.float32}, "chunk recurrence", "q, k and v are float32: give bfloat16"),
+    ({"dtype": torch.float16}, "chunk recurrence", "q, k and v are float16: give bfloat16"),
+    ({"normalization": "bucket"}, "materialized states", '"global" and "none" have pipelines'),
+    ({"dim": 12}, "chunk recurrence", "make D and Dv multiples of 8"), ({"dim": 160}, "materialized states", "at most 128"),
+    ({"hash": (1, 8)}, "pipeline", "tile_query_sums"), ({"hash": (1, 8), "heads": 4}, "materialized states", "grouped queries"),
+    ({"hash": (1, 8), "causal": False}, "materialized states", "causal calls only"),
+    ({"hash": (16, 4)}, "materialized states", "L * P = 64 planes: give at most 32"),
+    ({"hash": (1, 9)}, "materialized states", "S = L * 2**P = 512 features: give at most 256"),
+])
+def test_each_family_says_why(change: dict[str, object], family: str, words: str) -> None:
+    options = dict(change)
+    dim = int(options.pop("dim", 64))  # type: ignore[call-overload]
+    planes = sample_planes(*options.pop("hash", (4, 4)), dim, seed=0)  # type: ignore[misc]
+    planes.requires_grad_(bool(options.pop("trained", False)))
+    given = tensors(int(options.pop("heads", 2)), dim, options.pop("dtype", torch.bfloat16))  # type: ignore[call-overload, arg-type]
+    plan = explain_plan(*given, planes, backend="triton", **options)  # type: ignore[arg-type]
+    assert plan.family == family
+    assert words in str(plan)
+    if not change:
+        assert plan.kernels == PIPELINE
+        assert plan.reason is None
+
+
+def test_a_slow_kind_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "_said", set())
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        explain.warn_slow("it is slow: give bfloat16")
+        explain.warn_slow("it is slow: give bfloat16")
+        explain.warn_slow("it is slow: give at most 64")
+    assert [str(w.message).split(". ")[0] for w in heard] == ["it is slow: give bfloat16", "it is slow: give at most 64"]
+    assert all(w.category is explain.SlowKernelWarning for w in heard)
