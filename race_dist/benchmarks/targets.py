@@ -158,11 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="measures whose name holds this")
+    parser.add_argument("--skip", default="", help="not those whose name holds one of these, separated by commas")
     options = parser.parse_args()
     device = torch.device("cuda")
     report: dict[str, Any] = {"machine": machine(device), "measures": {}}
     for name, run in measures(device).items():
-        if options.only not in name:
+        if options.only not in name or any(word in name for word in options.skip.split(",") if word):
             continue
         gc.collect()
         torch.cuda.empty_cache()
