@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from race_dist.hashing import check_hash
+from race_dist.hashing import as_bfloat16, check_hash
 from race_dist.ops.explain import warn_slow
 from race_dist.ops.functional import attend, get_backend, is_traced, unsupported
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
@@ -210,6 +210,8 @@ def _check_planes(planes: Tensor, heads: int, dim: int, q: Tensor) -> Tensor:
         raise TypeError(f"planes must be floating point; got {planes.dtype}")
     check_hash(int(planes.shape[-3]), int(planes.shape[-2]))
     _same_device("planes", planes, q)
+    if q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        planes = as_bfloat16(planes)
     return planes if planes.dim() == 4 else planes.expand(heads, -1, -1, -1)
 
 

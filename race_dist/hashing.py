@@ -54,9 +54,25 @@ def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads:
             raise ValueError(f"{name} must be an integer, {low} <= {name} < {high}; got {value!r}")
     count = num_tables * num_planes * head_dim
     heads = [_standard_normal(count, seed, layer, head_offset + h) for h in range(num_heads or 1)]
-    planes = torch.from_numpy(np.stack(heads)).to(torch.bfloat16).to(device=device, dtype=dtype)
-    planes = planes.view(-1, num_tables, num_planes, head_dim)
-    return planes if num_heads is not None else planes[0]
+    narrow = torch.from_numpy(np.stack(heads)).to(torch.bfloat16).to(device=device)
+    narrow = narrow.view(-1, num_tables, num_planes, head_dim)
+    narrow = narrow if num_heads is not None else narrow[0]
+    planes = narrow.to(dtype)
+    if planes is not narrow:
+        setattr(planes, _NARROW, (narrow, planes._version))
+    return planes
+
+
+_NARROW = "_race_dist_bfloat16"
+
+
+def as_bfloat16(planes: Tensor) -> Tensor:
+    """The same planes in bfloat16, where :func:`sample_planes` made this very tensor, nobody has written to it since and it
+    wants no gradient: then nothing is rounded, and kernels project once instead of twice. Else ``planes``."""
+    narrow, version = getattr(planes, _NARROW, (None, 0))
+    if narrow is None or version != planes._version or planes.requires_grad or narrow.shape != planes.shape:
+        return planes
+    return narrow
 
 
 def _standard_normal(count: int, seed: int, layer: int, head: int) -> np.ndarray:

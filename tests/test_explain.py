@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from race_dist import explain_plan, race_attention, sample_planes
+from race_dist.hashing import as_bfloat16
 from race_dist.ops import explain
 
 
@@ -81,3 +82,28 @@ def test_a_slow_kind_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
         explain.warn_slow("it is slow: give at most 64")
     assert [str(w.message).split(". ")[0] for w in heard] == ["it is slow: give bfloat16", "it is slow: give at most 64"]
     assert all(w.category is explain.SlowKernelWarning for w in heard)
+
+
+def test_sampled_planes_are_read_as_bfloat16() -> None:
+    """Decided where the planes are made, not from their values; what is not surely equal keeps its dtype."""
+    planes = sample_planes(2, 3, 16, seed=0)
+    narrow = as_bfloat16(planes)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow.float(), planes)
+    assert as_bfloat16(narrow) is narrow
+    trained = sample_planes(2, 3, 16, seed=0).requires_grad_()
+    assert as_bfloat16(trained) is trained
+    changed = sample_planes(2, 3, 16, num_heads=2, seed=0)
+    changed[0] *= 1.001
+    assert as_bfloat16(changed) is changed
+    for other in (planes.clone(), planes[:1], torch.randn(2, 3, 16)):
+        assert as_bfloat16(other) is other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_sampled_planes_changes_nothing(dtype: torch.dtype) -> None:
+    q, k, v = tensors(dtype=dtype)
+    planes = sample_planes(2, 3, 16, num_heads=2, seed=0)
+    outs = [race_attention(q, k, v, p, 2.0) for p in (planes, planes.clone(), planes.bfloat16())]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
