@@ -55,7 +55,8 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
         "bucket"   o_i = sum_s phi_s(q_i) * values_s(i) / (mass_s(i) + 1e-6)
         "none"     o_i = sum_j k_ij v_j
 
-    over j <= i when causal, over all j otherwise.
+    over j <= i when causal, over all j otherwise. Where the denominator of "global" is below 2**-96 (float32 states) or
+    2**-960 (float64), as after a decay of hundreds in the exponent, the output row and all its gradients are 0.
 
     Args:
         q: ``[B, T, Hq, D]``, float64, float32, bfloat16 or float16, any strides.
@@ -67,13 +68,15 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
         normalization: "global" (the paper), "bucket" (its released code) or "none" (follow it by a norm).
         cu_seqlens: ``[N + 1]`` int, packed documents (B = 1): document n is tokens ``cu_seqlens[n]`` to
             ``cu_seqlens[n + 1]``; the state starts anew at each. Empty documents are legal.
-        key_mask: ``[B, T]`` bool; a False key adds nothing.
+        key_mask: ``[B, T]`` bool; a False token is absent: the others, the states and all gradients are what they would be
+            without it. Its own output is 0, without a gradient.
         log_decay: at most 0, causal only: ``[Hkv]`` (no gradient) or ``[B, T, Hkv]`` (differentiable). Token i sees token
             j with weight ``exp(sum of log_decay over j < t <= i)``.
         initial_state: what came before, one row a batch row or document; differentiable.
         output_final_state: also return the state after the last token of each row or document (initial state included).
-        group: ranks that each hold a shard of the sequence; ``cu_seqlens`` and ``initial_state`` are then those of the
-            whole sequence, the same on every rank, and so is the final state. The loss is the sum of the ranks' losses.
+        group: ranks that each hold a shard of the sequence; ``cu_seqlens`` (masked tokens included) and ``initial_state`` are
+            then those of the whole sequence, the same on every rank, and so is the final state. The loss is the sum of the
+            ranks' losses.
         layout: order of the shards, "contiguous" or "zigzag" (see :func:`race_dist.parallel.shard_sequence`).
         backend: "chunked" (PyTorch, any device), "triton" (GPU), "reference" (all pairs, small T), or "auto".
 
@@ -105,6 +108,8 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
             out, final = group_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
     else:
         out, final = attend(problem, name)
+    if key_mask is not None:
+        out = torch.where(key_mask[..., None, None], out, 0)
     if not output_final_state or final is None:
         return out
     if initial_state is not None and initial_state.log_decay is not None:
@@ -159,7 +164,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | flo
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     features = planes.shape[1] * 2 ** planes.shape[2]
     _check_initial(initial, (rows, heads, features, v.shape[3]), q)
-    return Problem(q, k, v, planes, _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k), key_mask,
+    return Problem(q, k, v, planes, _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask), key_mask,
                    cu_seqlens, initial, causal, normalization)
 
 
@@ -244,8 +249,8 @@ def _kept_constant(value: float, count: int, dtype: torch.dtype, device: torch.d
     return torch.full((count,), value, dtype=dtype, device=device)
 
 
-def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor) -> Tensor | None:
-    """``[B, T, Hkv]``; a constant a head has stride 0 over batch and tokens."""
+def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor, key_mask: Tensor | None) -> Tensor | None:
+    """``[B, T, Hkv]``, 0 at masked tokens; without a mask a constant a head has stride 0 over batch and tokens."""
     if log_decay is None:
         return None
     _require_tensors(log_decay=log_decay)
@@ -256,9 +261,14 @@ def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor) -> Tensor | 
         raise ValueError(f"log_decay must be [Hkv] = [{heads}] or [B, T, Hkv] = {[batch, length, heads]} in floating point; "
                          f"got {log_decay.dtype} {list(log_decay.shape)}")
     _same_device("log_decay", log_decay, k)
+    if key_mask is not None and log_decay.dim() == 3:
+        log_decay = torch.where(key_mask[..., None], log_decay, 0)
     if _readable(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be 0 or less (a weight of at most 1); its largest value is {log_decay.max().item()}")
-    return log_decay.detach().expand(batch, length, -1) if log_decay.dim() == 1 else log_decay
+    if log_decay.dim() == 3:
+        return log_decay
+    log_decay = log_decay.detach().expand(batch, length, -1)
+    return log_decay if key_mask is None else torch.where(key_mask[..., None], log_decay, 0)
 
 
 def _check_documents(cu_seqlens: Tensor | None, batch: int, length: int | None, q: Tensor) -> Tensor | None:

@@ -78,7 +78,8 @@ class ModelCarry:
 
     Attributes:
         layers: one carry a block.
-        position: int64, 0-dimensional: tokens of the open document that have been seen.
+        position: int64, 0-dimensional: tokens of the open document that have been seen; ``[B]``, real tokens of each row's,
+            behind a piece with a key_mask.
     """
 
     layers: tuple[Carry, ...]
@@ -162,7 +163,9 @@ class Backbone(nn.Module):
             carry: what came before the sequence (under a group: the same on every rank), or None.
             cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1). The first continues the carry:
                 it is empty where that document had ended.
-            key_mask: ``[B, T]`` bool, False for padding.
+            key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent. Real tokens and the
+                carry get what they would get without it; its own hidden state is 0, without a gradient. Under a group every
+                rank gives one or none does.
             group: ranks that each hold a shard of the sequence.
             layout: order of the shards, "contiguous" or "zigzag".
             final: whether the outgoing carry is wanted; without it None is returned in its place.
@@ -181,6 +184,8 @@ class Backbone(nn.Module):
                 x, after = block(x, before, sequence)
             layers.append(after)
         h = self.norm(x)
+        if key_mask is not None:
+            h = torch.where(key_mask[..., None], h, 0)
         if not final:
             return h, None
         return h, ModelCarry(tuple(layers), sequence.end_position(None if carry is None else carry.position))
@@ -190,7 +195,10 @@ class Backbone(nn.Module):
               final: bool = True) -> tuple[Tensor, Sequence]:
         """What :meth:`hidden` gives its first block: embedded tokens ``[B, T, dim]``, and where they stand. ``position``: of
         the first token; the rest as there."""
-        self._check(input_ids, key_mask, cu_seqlens)
+        self._check_shapes(input_ids, key_mask, cu_seqlens)
+        if key_mask is not None:
+            input_ids = torch.where(key_mask, input_ids, 0)  # whatever stands there
+        check_ids("input_ids", input_ids, self.config.vocab_size)
         sequence = Sequence.of(input_ids.shape[1], cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout,
                                position=position, final=final, device=input_ids.device)
         x = self.embed(input_ids)
@@ -207,10 +215,9 @@ class Backbone(nn.Module):
                 kinds.add((block.mixer.head_dim, block.mixer.rope_base))
         return kinds
 
-    def _check(self, input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    def _check_shapes(self, input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
-        check_ids("input_ids", input_ids, self.config.vocab_size)
         if cu_seqlens is not None and input_ids.shape[0] != 1:
             raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {input_ids.shape[0]}: "
                              "pack them into one row")

@@ -42,7 +42,7 @@ class SequenceClassifier(Backbone):
         Args:
             input_ids: ``[B, T]`` int: this rank's tokens.
             labels: ``[B]`` int64, the same on every rank.
-            key_mask: ``[B, T]`` bool, False for padding.
+            key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent.
             group, layout: as for a language model.
         """
         h, _ = self.hidden(input_ids, key_mask=key_mask, group=group, layout=layout, final=False)

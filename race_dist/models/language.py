@@ -63,7 +63,8 @@ class LanguageModel(Backbone):
             input_ids: ``[B, T]`` int: this rank's tokens.
             labels: ``[B, T]`` int64: ``labels[t]`` is the target of position t (nothing is shifted); -100 is ignored.
             cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1).
-            key_mask: ``[B, T]`` bool, False for padding.
+            key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent, and its label does not
+                count. Its own logits are 0. Under a group every rank gives one or none does.
             group: ranks that each hold a shard of the sequence; each rank's loss is its share, the shares add up.
             layout: order of the shards, "contiguous" or "zigzag".
             num_targets: what the summed loss is divided by; None: the count of labels, over the group.
@@ -74,6 +75,8 @@ class LanguageModel(Backbone):
         h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, final=False)
         if labels is None:
             return self.logits(h)
+        if key_mask is not None and labels.shape == key_mask.shape:
+            labels = torch.where(key_mask, labels, IGNORE)
         return self.loss(h, labels, num_targets=num_targets, group=group)
 
 

@@ -150,16 +150,15 @@ class RaceAttention(RaceCore):
 
     def _convolve(self, q: Tensor, k: Tensor, tail: TailCarry | None,
                   sequence: Sequence) -> tuple[Tensor, Tensor, TailCarry | None]:
-        """Queries and keys, each plus its short convolution over tokens that are not padding."""
-        q_conv, k_conv, mask = self.q_conv, self.k_conv, sequence.key_mask
+        """Queries and keys, each plus its short convolution."""
+        q_conv, k_conv = self.q_conv, self.k_conv
         if q_conv is None or k_conv is None:
             return q, k, None
-        real = (q, k) if mask is None else (torch.where(mask[..., None], q, 0), torch.where(mask[..., None], k, 0))
 
         def taps(piece: Extended) -> tuple[Tensor, Tensor]:
             return q_conv(piece.tensors[0], piece.documents), k_conv(piece.tensors[1], piece.documents)
 
-        (more_q, more_k), tail = through_tails(real, self.config.short_conv - 1, tail, sequence, taps)
+        (more_q, more_k), tail = through_tails((q, k), self.config.short_conv - 1, tail, sequence, taps)
         return q + more_q, k + more_k, tail
 
     def _decay(self, x: Tensor) -> Tensor | None:

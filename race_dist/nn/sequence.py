@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist.nn.pieces import Compaction, TokenCount, across_ranks, real_positions
 from race_dist.nn.rope import rotation
 from race_dist.parallel import (
     Layout,
@@ -50,15 +51,21 @@ class Sequence:
     carry (it is empty if another document begins next). Under a group each rank holds a shard, and carries are those of
     the whole sequence, the same on every rank.
 
+    With ``key_mask`` a False row is absent: every other row gets what it would get in the sequence without it. Positions count
+    real rows only; what a False row gets is finite and has no gradient.
+
     Attributes:
         positions: ``[T]`` or ``[B, T]`` int64: position of each local row in its document.
-        cu_seqlens: ``[N + 1]`` int64 document boundaries in the whole sequence, or None.
-        key_mask: ``[B, T]`` bool of the local rows, False where a row is padding, or None.
+        cu_seqlens: ``[N + 1]`` int64 document boundaries in the whole sequence (masked rows included), or None.
+        key_mask: ``[B, T]`` bool of the local rows, False where a row is padding, or None. It is given to :meth:`of`, never
+            replaced: other fields follow from it.
         group: the ranks that share the sequence; None is one rank.
         layout: which rows of it this rank holds, "contiguous" or "zigzag".
         offset: rows on earlier ranks (contiguous).
         final: whether the outgoing carry is wanted; without it layers return None in its place and save the work.
         rotations: cosines and sines by (head_dim, base, dtype), where they are known already.
+        compactions: with a key_mask, where each span's real rows go; None without.
+        end: with a key_mask and ``final``, ``[B]`` int64: the position after the whole sequence.
     """
 
     positions: Tensor
@@ -69,6 +76,8 @@ class Sequence:
     offset: int | Tensor = 0
     final: bool = True
     rotations: Mapping[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    compactions: tuple[Compaction, ...] | None = None
+    end: Tensor | None = None
 
     @classmethod
     def of(cls, length: int, *, cu_seqlens: Tensor | None = None, key_mask: Tensor | None = None,
@@ -79,10 +88,10 @@ class Sequence:
         Args:
             length: rows on this rank.
             cu_seqlens: ``[N + 1]`` int, boundaries of packed documents in the whole sequence.
-            key_mask: ``[B, length]`` bool.
+            key_mask: ``[B, length]`` bool, False where a row is padding; under a group every rank gives one or none does.
             group, layout: as above; every rank of the group calls this.
-            position: of the first row (of the whole sequence) in its document: what the carry has seen of it. An int, a
-                0-dimensional tensor, or ``[B]``.
+            position: of the first row (of the whole sequence) in its document: what the carry has seen of it (of real
+                tokens). An int, a 0-dimensional tensor, or ``[B]``.
             final: whether carries are wanted.
             device: of the rows.
 
@@ -100,6 +109,10 @@ class Sequence:
             check_zigzag(length * world, world, cu_seqlens)
         offset = shard_offset(length, group, device) if layout == "contiguous" else 0
         position = torch.as_tensor(position, dtype=torch.int64, device=device)[..., None]  # [1] or [B, 1]
+        if key_mask is not None:
+            _check_mask(key_mask, length)
+            unmasked = cls(torch.arange(length, device=device), cu_seqlens, None, group, layout, offset, final)
+            return unmasked._masked(key_mask, position[..., 0])
         positions = torch.arange(length, device=device)
         if cu_seqlens is None and layout == "contiguous":
             positions = positions + offset
@@ -108,7 +121,28 @@ class Sequence:
             run = torch.searchsorted(runs.cu_seqlens[1:].clone(), positions, right=True)
             positions = positions - runs.cu_seqlens[run] + runs.starts[run]
             position = torch.where(runs.documents[run] == 0, position, 0)
-        return cls(positions + position, cu_seqlens, key_mask, group, layout, offset, final)
+        return cls(positions + position, cu_seqlens, None, group, layout, offset, final)
+
+    def _masked(self, key_mask: Tensor, position: Tensor) -> Sequence:
+        """This sequence with a mask ``[B, T]``. ``position``: of its first real token, ``[]`` or ``[B]``."""
+        spans = self.spans()
+        begins, documents = [self.begin(span) for span in spans], [self.documents(span, 0) for span in spans]
+        real = [span.of(key_mask) for span in spans]
+        own = [TokenCount.of(*piece) for piece in zip(real, begins, strict=True)]
+        before = TokenCount(position.expand(key_mask.shape[0]), torch.zeros_like(own[0].reset))
+        entering, after = across_ranks(own, before, self.group, self.layout, final=self.final)
+        positions = [real_positions(mask, count.count, self._starts(span, document))
+                     for mask, count, span, document in zip(real, entering, spans, documents, strict=True)]
+        compactions = tuple(Compaction.of(*piece) for piece in zip(real, begins, documents, strict=True))
+        return replace(self, positions=torch.cat(positions, 1), key_mask=key_mask, compactions=compactions,
+                       end=None if after is None else after.count)
+
+    def _starts(self, span: Span, documents: Tensor | None) -> Tensor | None:
+        """``[length]``: row of the span at which each row's document begins; negative where it goes on from before the span,
+        as the sequence's first does from the carry. None: all do."""
+        if documents is None or self.cu_seqlens is None:
+            return None
+        return torch.where(documents == 0, -1, self.cu_seqlens[documents] - span.start)
 
     @classmethod
     def alone(cls, x: Tensor, carry: object, rope_base: float | None) -> Sequence:
@@ -187,10 +221,15 @@ class Sequence:
         return torch.where(seen, boundaries - span.start, -1).amax(dim=0)
 
     def end_position(self, position: Tensor | None = None) -> Tensor:
-        """Position of the token after the whole sequence, in the document that is open then; 0-dimensional int64.
+        """Position of the token after the whole sequence, in the document that is open then: int64, 0-dimensional, or ``[B]``
+        where there is a key_mask or ``position`` is.
 
-        ``position``: that of the first token. Under a contiguous group without documents, every rank calls this.
+        ``position``: that of the first token, as given to :meth:`of`. Under a contiguous group without documents, every rank
+        calls this.
         """
+        if self.key_mask is not None:
+            assert self.end is not None, "the sequence was made with final=False"
+            return self.end
         if self.cu_seqlens is not None:
             end = self.cu_seqlens[-1] - self.cu_seqlens[-2]
         else:
@@ -208,6 +247,12 @@ class Sequence:
         """Cosines and sines of the rows' rotary angles, ``[T, D/2]`` or ``[B, T, D/2]`` each."""
         known = self.rotations.get((head_dim, base, dtype))
         return rotation(self.positions, head_dim, base, dtype) if known is None else known
+
+
+def _check_mask(key_mask: Tensor, length: int) -> None:
+    """Raise ValueError unless it is bool ``[B, length]``."""
+    if key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[1] != length:
+        raise ValueError(f"key_mask must be bool [B, {length}]; got {key_mask.dtype} {list(key_mask.shape)}")
 
 
 def _check_documents(cu_seqlens: Tensor, total: int | None) -> None:

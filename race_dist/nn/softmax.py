@@ -134,7 +134,10 @@ class FullAttention(SoftmaxAttention):
         out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=None if plain else self._mask(sequence, carry, whole),
             is_causal=plain and self.causal, enable_gqa=self.num_heads != self.num_kv_heads)
-        y = self.o_proj(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2)
+        if sequence.key_mask is not None:
+            out = torch.where(sequence.key_mask[..., None, None], out, 0)  # padding gets nothing and has no gradient
+        y = self.o_proj(out.flatten(2))
         return y, self._outgoing(sequence, carry, whole) if sequence.final else None
 
     def _mask(self, sequence: Sequence, carry: HistoryCarry, whole: HistoryCarry) -> Tensor:

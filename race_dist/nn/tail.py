@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from race_dist.nn.pieces import Compaction, across_ranks
 from race_dist.nn.sequence import Sequence, Span
-from race_dist.parallel import group_rank, group_size
-from race_dist.parallel.collectives import attach, broadcast
-from race_dist.parallel.scan import carries_in
+from race_dist.parallel import group_rank
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class TailCarry:
                    torch.zeros(batch, dtype=torch.bool, device=device))
 
     @classmethod
-    def of(cls, tensors: tuple[Tensor, ...], width: int, begin: Tensor | None = None) -> TailCarry:
+    def of(cls, tensors: tuple[Tensor, ...], width: int, begin: Tensor | None = None,
+           stop: Tensor | None = None) -> TailCarry:
         """The tail of a piece.
 
         Args:
@@ -48,28 +48,25 @@ class TailCarry:
             width: ``n``.
             begin: scalar int64: where in the piece its last document begins (T if it begins right after the piece),
                 negative if none begins in it; None says the same as negative.
+            stop: ``[B]`` int64: where the last document ends in each row, with padding after it; None: at the piece's end.
         """
         batch, length = tensors[0].shape[:2]
         device = tensors[0].device
-        tails = tuple(_pad_front(x[:, max(0, length - width):], width) for x in tensors)
-        count = torch.full((batch,), min(length, width), dtype=torch.int64, device=device)
+        if stop is None or not length:
+            tails = tuple(_pad_front(x[:, max(0, length - width):], width) for x in tensors)
+            count = torch.full((batch,), min(length, width), dtype=torch.int64, device=device)
+        else:
+            source = (stop[:, None] + torch.arange(-width, 0, device=device)).clamp(min=0)
+            tails = tuple(x.take_along_dim(_like(source, x), 1) for x in tensors)
+            count = stop.clamp(max=width)
         reset = torch.zeros(batch, dtype=torch.bool, device=device)
         if begin is not None:
-            count = torch.minimum(count, length - begin.clamp(min=0))
+            count = torch.minimum(count, (length if stop is None else stop) - begin.clamp(min=0))
             reset = (begin >= 0).expand(batch)
+        if begin is not None or stop is not None:
             held = torch.arange(width, device=device) >= width - count[:, None]
             tails = tuple(_keep(held, x) for x in tails)
         return cls(tails, count, reset)
-
-    @classmethod
-    def stack(cls, rows: list[TailCarry]) -> TailCarry:
-        """Several tails as the rows of one."""
-        columns = zip(*(row.tensors() for row in rows), strict=True)
-        return rows[0] if len(rows) == 1 else rows[0].with_tensors(tuple(torch.cat(parts) for parts in columns))
-
-    def row(self, index: int, rows: int) -> Self:
-        """The inverse of :meth:`stack`: one of ``rows`` tails."""
-        return self.with_tensors(tuple(t.chunk(rows)[index] for t in self.tensors()))
 
     @property
     def width(self) -> int:
@@ -136,25 +133,36 @@ class Extended(NamedTuple):
     """A span of tokens with the tail that enters it in front.
 
     ``tensors``: each ``[B, n + length, ...]``; ``held [B, n + length]`` bool: False for slots of the tail that hold
-    nothing; ``documents [n + length]``: document of each, or None where all are of one; ``span``: its rows.
+    nothing; ``documents [n + length]``: document of each, or None where all are of one; ``span``: its rows;
+    ``compaction``: where there is a key_mask, what has put the real tokens of each document before its padding.
     """
 
     tensors: tuple[Tensor, ...]
     held: Tensor
     documents: Tensor | None
     span: Span
+    compaction: Compaction | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The span's tokens of this rank's ``x [B, T, ...]``, in the order of ``tensors``."""
+        rows = self.span.of(x)
+        return rows if self.compaction is None else self.compaction.gather(rows)
 
 
 def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | None, sequence: Sequence,
                   mix: Callable[[Extended], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], TailCarry | None]:
     """Run a layer that looks back ``width`` tokens over this rank's rows, wherever the tokens before them are.
 
+    It looks back at real tokens: where the sequence has a key_mask, ``mix`` gets the span's real tokens first and padding
+    after them, tails hold real tokens only, and outputs of padding are 0, without a gradient.
+
     Args:
         tensors: what the layer looks back at, each ``[B, T, ...]``.
         width: how far, ``n``.
         carry: the tail before the call's sequence, or None.
         sequence: where the rows stand.
-        mix: from a span with the tail before it to its outputs, each ``[B, length, ...]``.
+        mix: from a span with the tail before it to its outputs, each ``[B, length, ...]``; no output may depend on a later
+            token. What else it reads of the rows it takes through :meth:`Extended.of`.
 
     Returns:
         The outputs ``[B, T, ...]`` and the tail after the call's sequence (None unless ``sequence.final``).
@@ -163,14 +171,18 @@ def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | No
     if carry is None:
         carry = empty
     carry = carry.with_tensors(tuple(t.to(like.dtype) for t, like in zip(carry.tensors(), empty.tensors(), strict=True)))
-    spans = sequence.spans()
+    spans, compactions = sequence.spans(), sequence.compactions
     pieces = [tuple(span.of(x) for x in tensors) for span in spans]
+    if compactions is not None:
+        pieces = [tuple(map(compact.gather, piece)) for compact, piece in zip(compactions, pieces, strict=True)]
     entering, outgoing = _enter(pieces, spans, carry, sequence)
     outputs = []
-    for piece, span, tail in zip(pieces, spans, entering, strict=True):
+    for i, (piece, span, tail) in enumerate(zip(pieces, spans, entering, strict=True)):
         extended = tuple(torch.cat([before, x], 1) for before, x in zip(tail.tails, piece, strict=True))
         held = F.pad(tail.held, (0, span.length), value=True)
-        outputs.append(mix(Extended(extended, held, sequence.documents(span, width), span)))
+        compact = None if compactions is None else compactions[i]
+        mixed = mix(Extended(extended, held, sequence.documents(span, width), span, compact))
+        outputs.append(mixed if compact is None else tuple(map(compact.scatter, mixed)))
     return tuple(torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)), outgoing
 
 
@@ -179,22 +191,13 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
     """The tail that enters each span, and the one that leaves the sequence."""
     if torch.compiler.is_compiling() and _in_graph(pieces, carry, sequence):
         return _enter_in_graph(pieces[0], carry, sequence)
-    tails = [TailCarry.of(piece, carry.width, sequence.begin(span)) for piece, span in zip(pieces, spans, strict=True)]
-    if sequence.group is None:
-        return [carry], carry.combine(tails[0]) if sequence.final else None
-    parts = 2 if sequence.layout == "zigzag" else 1
-    documents = len(spans) // parts  # that were cut one by one: rows of one carry
-    before = TailCarry.stack([carry, *[carry.zero()] * (documents - 1)])
-    own = [TailCarry.stack(tails[part::parts]) for part in range(parts)]
-    entering = [before.combine(scanned) for scanned in carries_in(own, sequence.group, sequence.layout)]
-    outgoing = None
-    if sequence.final:
-        last = entering[-1].combine(own[-1]).row(documents - 1, documents)
-        if documents > 1:
-            last = replace(last, reset=torch.ones_like(last.reset))
-        token, received = broadcast(last.tensors(), 0 if parts == 2 else group_size(sequence.group) - 1, sequence.group)
-        outgoing = last.with_tensors(attach([token], received))
-    return [entering[i % parts].row(i // parts, documents) for i in range(len(spans))], outgoing
+    stops = [None] * len(spans) if sequence.compactions is None else [compact.stop for compact in sequence.compactions]
+    tails = [TailCarry.of(piece, carry.width, sequence.begin(span), stop)
+             for piece, span, stop in zip(pieces, spans, stops, strict=True)]
+    entering, outgoing = across_ranks(tails, carry, sequence.group, sequence.layout, final=sequence.final)
+    if outgoing is not None and len(spans) > 2:  # documents that were cut one by one: the last began inside the sequence
+        outgoing = replace(outgoing, reset=torch.ones_like(outgoing.reset))
+    return entering, outgoing
 
 
 # --- inside a compiled graph ---------------------------------------------------------------------------------------------
@@ -202,9 +205,9 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
 
 def _in_graph(pieces: list[tuple[Tensor, ...]], carry: TailCarry, sequence: Sequence) -> bool:
     """Whether only the neighbour's last tokens matter: one document, contiguous shards that are long (on every rank: they are
-    of about one length)."""
+    of about one length) and of real tokens."""
     return (sequence.group is not None and sequence.layout == "contiguous" and sequence.cu_seqlens is None
-            and pieces[0][0].shape[1] >= 4 * carry.width)
+            and sequence.key_mask is None and pieces[0][0].shape[1] >= 4 * carry.width)
 
 
 def _enter_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,

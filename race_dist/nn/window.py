@@ -45,7 +45,7 @@ class WindowAttention(SoftmaxAttention):
         def attend(piece: Extended) -> tuple[Tensor]:
             keys, values, kept = piece.tensors
             plain = piece.documents is None and masked is None
-            return window_attention(piece.span.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),
+            return window_attention(piece.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),
 
         (out,), carry = through_tails((k, v, real), self.window - 1, carry, sequence, attend)
         return self.o_proj(out.flatten(2)), carry

@@ -26,7 +26,7 @@ class Problem:
         planes: ``[Hkv, L, P, D]`` (stride 0 over heads that share them).
         beta: ``[Hkv]``, on the device, state dtype.
         log_decay: ``[B, T, Hkv]`` or None, 0 or less (stride 0 over batch and tokens when constant).
-        key_mask: ``[B, T]`` bool or None; False keys add nothing (their decay still counts).
+        key_mask: ``[B, T]`` bool or None; False keys add nothing (race_attention has set their decay to 0).
         cu_seqlens: ``[N + 1]`` int64 on the device or None; with it B = 1.
         initial: state before the first token, one row a batch row or document, or None.
         causal: whether token i reads tokens j <= i only.

@@ -146,9 +146,9 @@ def broadcast(tensors: Sequence[Tensor], source: int, group: ProcessGroup) -> tu
 
 def attach(tokens: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensors:
     """The tensors, made to depend on the tokens."""
-    if not tokens:
-        return tuple(tensors)
     floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+    if not (tokens and floating):
+        return tuple(tensors)
     tied = dict(zip(floating, _Attach.apply(len(tokens), *tokens, *(tensors[i] for i in floating)), strict=True))
     return tuple(tied.get(i, t) for i, t in enumerate(tensors))
 

@@ -57,8 +57,9 @@ def layer_seen(layer: WindowAttention | FullAttention, total: int, cu: list[int]
     i, j = torch.arange(total)[:, None], torch.arange(total)
     document = torch.bucketize(j, torch.tensor(cu[1:-1], dtype=torch.int64), right=True)
     seen = (j <= i) & (document[:, None] == document)
+    rank = j[None] if mask is None else mask.cumsum(1)  # a window counts real tokens
     if isinstance(layer, WindowAttention):
-        seen &= j > i - layer.window
+        seen = seen & (rank[:, None] > rank[:, :, None] - layer.window)
     return (seen if mask is None else seen & mask[:, None]) | (i == j)
 
 
@@ -76,15 +77,16 @@ def test_layers_against_a_mask_and_cut_anywhere(kind: str, packed: bool, masked:
     y, _ = layer(x, None, whole)
     q, k, v = layer.heads(x, whole)
     seen = layer_seen(layer, total, cu, mask)
-    torch.testing.assert_close(y, layer.o_proj(softmax_over(q, k, v, seen.expand(batch, -1, -1)).flatten(2)))
+    expected = layer.o_proj(softmax_over(q, k, v, seen.expand(batch, -1, -1)).flatten(2))
+    torch.testing.assert_close(y, expected if mask is None else torch.where(mask[..., None], expected, 0))
 
     gradient = torch.randn_like(y)
     expected = torch.autograd.grad(y, x, gradient)[0]
     carry, parts = None, []
     for start, stop in itertools.pairwise([0, 1, 4, 4, 12, 15, 23]):
-        position, inside = start, None
+        begin, inside = max(c for c in cu if c <= start), None
+        position = torch.tensor(start - begin) if mask is None else mask[:, begin:start].sum(1)
         if packed:
-            position = start - max(c for c in cu if c <= start)
             inside = torch.tensor([0, *(c - start for c in cu[1:-1] if start <= c < stop), stop - start])
         sequence = Sequence.of(stop - start, cu_seqlens=inside, position=position,
                                key_mask=None if mask is None else mask[:, start:stop])
