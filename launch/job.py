@@ -5,18 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig, read_toml, set_key
 
 TEMPLATES = Path(__file__).with_name("templates")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def parse_time(value: object) -> int:
@@ -73,7 +71,7 @@ Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:@/=,-]*$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
-class ContainerConfig(_Strict):
+class ContainerConfig(StrictConfig):
     """An image to run in, and by what.
 
     Attributes:
@@ -88,7 +86,7 @@ class ContainerConfig(_Strict):
     workdir: Line | None = None
 
 
-class SlurmConfig(_Strict):
+class SlurmConfig(StrictConfig):
     """What only Slurm is told.
 
     Attributes:
@@ -112,7 +110,7 @@ class SlurmConfig(_Strict):
     srun: tuple[Line, ...] = ()
 
 
-class KubernetesConfig(_Strict):
+class KubernetesConfig(StrictConfig):
     """What only Kubernetes is told.
 
     Attributes:
@@ -143,7 +141,7 @@ class KubernetesConfig(_Strict):
     grace: Seconds = 300
 
 
-class JobConfig(_Strict):
+class JobConfig(StrictConfig):
     """One job: how many machines for how long, in which software, over which fabric.
 
     Attributes:
@@ -173,17 +171,17 @@ class JobConfig(_Strict):
     """
 
     name: Word | None = None
-    nodes: int = Field(1, ge=1)
-    min_nodes: int | None = Field(None, ge=1)
-    ranks_per_node: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, le=SIZE_LIMIT)
+    min_nodes: int | None = Field(None, ge=1, le=SIZE_LIMIT)
+    ranks_per_node: int = Field(1, ge=1, le=2**16)
     device: Literal["cuda", "cpu"] = "cuda"
-    cpus_per_rank: int | None = Field(None, ge=1)
+    cpus_per_rank: int | None = Field(None, ge=1, le=2**16)
     memory: Word | None = None
     time: Seconds = 24 * _HOUR
     stop_before: Seconds = 180
-    restarts: int = Field(3, ge=0)
-    requeues: int = Field(100, ge=0)
-    timeout: float | None = Field(None, gt=0)
+    restarts: int = Field(3, ge=0, le=SIZE_LIMIT)
+    requeues: int = Field(100, ge=0, le=SIZE_LIMIT)
+    timeout: float | None = Field(None, gt=0, le=TIMEOUT_LIMIT)
     numa: bool = True
     venv: Line | None = None
     container: ContainerConfig | None = None
@@ -262,43 +260,7 @@ def load_job(source: str | Path | None, changes: Iterable[str] = ()) -> JobConfi
             near = difflib.get_close_matches(str(source), template_names(), n=1)
             raise FileNotFoundError(f"there is no job description {source}: give a TOML file or one of the templates "
                                     f"{', '.join(template_names())}" + (f" (did you mean {near[0]}?)" if near else ""))
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        tree = read_toml(path)
     for change in changes:
-        _apply(tree, change)
-    try:
-        return JobConfig.model_validate(tree)
-    except ValidationError as error:
-        where = "the job's description" if source is None else str(source)
-        raise ValueError(f"{where}: " + "; ".join(_sentence(e) for e in error.errors())) from None
-
-
-def _apply(tree: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise ValueError(f"--set {change!r} is not of the form key=value, for example nodes=4 or slurm.account=abc")
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"--set {change!r}: {part} is a value, not a table")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        parsed = {"value": text.strip()}
-    tree[path[-1]] = parsed["value"] if len(parsed) == 1 else text
-
-
-def _sentence(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in words."""
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        owner = JobConfig
-        for part in error["loc"][:-1]:
-            owner = {"slurm": SlurmConfig, "kubernetes": KubernetesConfig, "container": ContainerConfig}.get(str(part), owner)
-        near = difflib.get_close_matches(str(error["loc"][-1]), owner.model_fields, n=1, cutoff=0.5)
-        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
-    message = error["msg"].removeprefix("Value error, ")
-    return message if error["type"] == "value_error" and not where else f"{where}: {message}; got {error['input']!r}"
+        set_key(tree, change, option="--set", example="key=value, for example nodes=4 or slurm.account=abc")
+    return JobConfig.check(tree, source="the job's description" if source is None else str(source))

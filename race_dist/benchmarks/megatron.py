@@ -38,7 +38,7 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 ATTENTIONS = ("race", "softmax (fused)", "softmax (megatron-core)")
 
 
-def model_config(base: dict[str, int]) -> ModelConfig:
+def model_config(base: dict[str, Any]) -> ModelConfig:
     """The model, with the default RACE layers."""
     return ModelConfig(**base, race=RaceConfig(num_tables=4, num_planes=4), rope_base=None)
 

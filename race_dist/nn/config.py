@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from race_dist.hashing import MAX_PLANES
+from race_dist.strict_config import SEED_LIMIT, StrictConfig
 
+WIDTH_LIMIT = 2**20  # of widths and heads of one layer: beyond it no layer fits a machine
 Decay = Literal["none", "multiscale", "token"]
 
 
-class RaceConfig(BaseModel):
+class RaceConfig(StrictConfig):
     """Choices of a RACE layer. The defaults are what text asks for, not the bare layer of the paper.
 
     Three choices carry most of the quality of a language model: unit-normalised queries and keys (raw ones saturate the
@@ -26,16 +27,17 @@ class RaceConfig(BaseModel):
         ValueError: a field is out of its range or contradicts another one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dim: int | None = Field(default=None, description="Width of the layer's input and output. A model fills it in.")
-    num_heads: int | None = Field(default=None, description="Query heads. A model fills it in.")
+    dim: int | None = Field(
+        default=None, ge=1, le=WIDTH_LIMIT, description="Width of the layer's input and output. A model fills it in.")
+    num_heads: int | None = Field(default=None, ge=1, le=WIDTH_LIMIT, description="Query heads. A model fills it in.")
     num_kv_heads: int | None = Field(
-        default=None, description="Key and value heads, a divisor of num_heads; None: as many. A model fills it in.")
-    head_dim: int | None = Field(default=None, description="Width of one head; None: dim // num_heads.")
+        default=None, ge=1, le=WIDTH_LIMIT,
+        description="Key and value heads, a divisor of num_heads; None: as many. A model fills it in.")
+    head_dim: int | None = Field(default=None, ge=1, le=WIDTH_LIMIT, description="Width of one head; None: dim // num_heads.")
     causal: bool = Field(default=True, description="Whether a token reads only itself and what came before it.")
 
-    num_tables: int = Field(default=4, description="Hash tables L: independent sets of buckets whose similarities add.")
+    num_tables: int = Field(
+        default=4, ge=1, le=2**16, description="Hash tables L: independent sets of buckets whose similarities add.")
     num_planes: int = Field(default=4, description="Hyperplanes P of a table, 1 to 10: a table has 2**P buckets. More planes "
                                            "are sharper than more tables, and cost 2**P.")
     beta_init: float | tuple[float, ...] = Field(
@@ -45,24 +47,26 @@ class RaceConfig(BaseModel):
     train_planes: bool = Field(default=False, description="Whether the hyperplanes are trained; they then belong to the "
                                                   "checkpoint, otherwise seed and layer say what they are.")
     share_planes: bool = Field(default=False, description="Whether the heads of a layer share one set of hyperplanes.")
-    seed: int = Field(default=0, description="Of the hyperplanes, and of the initial weights of a layer that stands alone.")
+    seed: int = Field(default=0, ge=0, le=SEED_LIMIT,
+                      description="Of the hyperplanes, and of the initial weights of a layer that stands alone.")
     normalization: Literal["global", "bucket", "none"] = Field(
         default="none", description="global: divide by the summed similarity, as the paper does. bucket: divide in each "
                             "bucket, as its released code does. none: divide by nothing and normalise each head's "
                             "output (RMS), best where decay is per token. Default: none if causal, else global.")
     qk_norm: bool = Field(default=True, description="Scale each query and key to a learned length per head before hashing.")
-    short_conv: int = Field(default=4, description="Width of a causal depthwise convolution added to queries and keys; "
-                                           "0: none.")
+    short_conv: int = Field(default=4, le=2**16, description="Width of a causal depthwise convolution added to queries and "
+                                                     "keys; 0: none.")
     decay: Decay = Field(
         default="token", description="How a layer forgets. none: never. multiscale: at a fixed rate per head, from fast to "
                              "never. token: at a rate per head and token that is computed from the input. Default: "
                              "token if causal, else none.")
     output_gate: bool = Field(default=True, description="Multiply the output by a gate computed from the input.")
-    rope_base: float | Literal["auto"] | None = Field(
+    rope_base: Annotated[float, Field(gt=1, le=1e30)] | Literal["auto"] | None = Field(
         default="auto", description="Base of the rotary positions; None: no positions. auto: the model's base (10000 in "
                                     "a layer that stands alone) without decay, none with it: decay and convolution say "
                                     "where a token stands, and turned queries and keys hash worse.")
-    norm_eps: float = Field(default=1e-6, description="Added to the mean square in the RMS norm of the output.")
+    norm_eps: float = Field(
+        default=1e-6, ge=1e-30, le=1, description="Added to the mean square in the RMS norm of the output.")
     backend: Literal["auto", "reference", "chunked", "triton"] = Field(
         default="auto", description="What computes the attention. auto: the fastest one that runs here.")
 
@@ -73,49 +77,26 @@ class RaceConfig(BaseModel):
             return {"decay": "none", "normalization": "global"} | values
         return values
 
-    @field_validator("dim", "num_heads", "num_kv_heads", "head_dim", "num_tables")
-    @classmethod
-    def _positive(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"{info.field_name} must be at least 1; got {value}")
-        return value
-
     @field_validator("num_planes")
     @classmethod
     def _planes(cls, value: int) -> int:
         if not 1 <= value <= MAX_PLANES:
-            raise ValueError(f"num_planes must be from 1 to {MAX_PLANES} (a table has 2**num_planes buckets); "
-                             f"got {value}")
+            raise ValueError(f"must be from 1 to {MAX_PLANES} (a table has 2**num_planes buckets)")
         return value
 
     @field_validator("beta_init")
     @classmethod
     def _beta(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
         for beta in value if isinstance(value, tuple) else (value,):
-            if not (beta > 0 and math.isfinite(beta)):
-                raise ValueError(f"beta_init must be positive and finite; got {value}")
+            if not 1e-30 <= beta <= 1e30:
+                raise ValueError("must be positive and finite, from 1e-30 to 1e30")
         return value
 
     @field_validator("short_conv")
     @classmethod
     def _conv(cls, value: int) -> int:
         if value < 0 or value == 1:
-            raise ValueError(f"short_conv is 0 (no convolution) or a width of at least 2; got {value}")
-        return value
-
-    @field_validator("seed")
-    @classmethod
-    def _seed(cls, value: int) -> int:
-        if not 0 <= value < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1; got {value}")
-        return value
-
-    @field_validator("rope_base", "norm_eps")
-    @classmethod
-    def _real(cls, value: float | str | None, info: Any) -> float | str | None:
-        low = 1.0 if info.field_name == "rope_base" else 0.0
-        if isinstance(value, float) and not (value > low and math.isfinite(value)):
-            raise ValueError(f"{info.field_name} must be finite and above {low:g}; got {value}")
+            raise ValueError("must be 0 (no convolution) or a width of at least 2")
         return value
 
     @model_validator(mode="after")

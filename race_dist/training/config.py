@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from race_dist.models import ModelConfig
+from race_dist.strict_config import (
+    COUNT_LIMIT,
+    SEED_LIMIT,
+    SIZE_LIMIT,
+    TIMEOUT_LIMIT,
+    NonEmpty,
+    StrictConfig,
+    read_toml,
+    set_key,
+)
 from race_dist.training.corpus import BYTE_VOCAB, HeldOut
 
+FLOAT32_LIMIT = 3.4e38  # of numbers that a step multiplies float32 tensors by
+MINUTES_LIMIT = 10**7  # 19 years: more than any run
+TEMPERATURES = (1e-4, 1e4)  # between which sampling divides logits without overflow; 0 takes the likeliest
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-
-class DataConfig(_Strict):
+class DataConfig(StrictConfig):
     """Which text is read and how it is cut.
 
     Attributes:
@@ -34,15 +42,15 @@ class DataConfig(_Strict):
         batch_size: sequences a step, over all ranks together.
     """
 
-    path: str = "python-stdlib"
-    pattern: str = "*"
+    path: NonEmpty = "python-stdlib"
+    pattern: NonEmpty = "*"
     documents: Literal["joined", "separate"] = "joined"
     held_out: HeldOut = "blocks"
-    context: int = Field(1024, ge=1)
-    batch_size: int = Field(8, ge=1)
+    context: int = Field(1024, ge=1, le=COUNT_LIMIT)
+    batch_size: int = Field(8, ge=1, le=SIZE_LIMIT)
 
 
-class OptimConfig(_Strict):
+class OptimConfig(StrictConfig):
     """AdamW and its learning rate: a linear warm-up to ``lr``, then a cosine down to ``lr * final_lr``.
 
     Attributes:
@@ -55,18 +63,18 @@ class OptimConfig(_Strict):
         accumulate: parts in which a rank works through its rows of a batch, one after the other; the gradients add up.
     """
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, ge=1e-38, le=FLOAT32_LIMIT)
     final_lr: float = Field(0.1, ge=0, le=1)
-    warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(0.1, ge=0)
+    warmup_steps: int = Field(100, ge=0, le=COUNT_LIMIT)
+    weight_decay: float = Field(0.1, ge=0, le=1000)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    clip: float = Field(1.0, ge=0)
-    accumulate: int = Field(1, ge=1)
+    eps: float = Field(1e-8, ge=1e-38, le=1)
+    clip: float = Field(1.0, ge=0, le=FLOAT32_LIMIT)
+    accumulate: int = Field(1, ge=1, le=SIZE_LIMIT)
 
 
-class ParallelConfig(_Strict):
+class ParallelConfig(StrictConfig):
     """How the ranks share the work. One of the two left out takes what the other leaves; both left out: all to ``sp``.
 
     Attributes:
@@ -79,12 +87,12 @@ class ParallelConfig(_Strict):
         timeout: seconds after which a collective that a rank has not come to fails, naming that rank.
     """
 
-    dp: int | None = Field(None, ge=1)
-    sp: int | None = Field(None, ge=1)
-    tp: int = Field(1, ge=1)
+    dp: int | None = Field(None, ge=1, le=SIZE_LIMIT)
+    sp: int | None = Field(None, ge=1, le=SIZE_LIMIT)
+    tp: int = Field(1, ge=1, le=SIZE_LIMIT)
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     sharding: Literal["none", "fsdp"] = "none"
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0, le=TIMEOUT_LIMIT)
 
     def mesh(self, world_size: int) -> tuple[int, int]:
         """``(dp, sp)`` for that many ranks. Raises ValueError where they (and tp) do not multiply to it."""
@@ -108,7 +116,7 @@ class ParallelConfig(_Strict):
         return dp, sp
 
 
-class StreamConfig(_Strict):
+class StreamConfig(StrictConfig):
     """Sequences of any length in chunks, with exact gradients: only one chunk's activations exist at a time.
 
     Attributes:
@@ -117,12 +125,12 @@ class StreamConfig(_Strict):
         minutes: between two times of storing a step under way, if checkpoints are on; 0: never.
     """
 
-    chunk_size: int = Field(0, ge=0)
+    chunk_size: int = Field(0, ge=0, le=COUNT_LIMIT)
     keep: Literal["device", "host", "subtract"] = "device"
-    minutes: float = Field(10.0, ge=0)
+    minutes: float = Field(10.0, ge=0, le=MINUTES_LIMIT)
 
 
-class EvalConfig(_Strict):
+class EvalConfig(StrictConfig):
     """Measuring on the held-out text.
 
     Attributes:
@@ -130,11 +138,11 @@ class EvalConfig(_Strict):
         tokens: how much of the held-out text is read each time, at most.
     """
 
-    every: int = Field(100, ge=1)
-    tokens: int = Field(2**17, ge=1)
+    every: int = Field(100, ge=1, le=COUNT_LIMIT)
+    tokens: int = Field(2**17, ge=1, le=COUNT_LIMIT)
 
 
-class CheckpointConfig(_Strict):
+class CheckpointConfig(StrictConfig):
     """What is saved, so that a run goes on where it was stopped or has crashed.
 
     Attributes:
@@ -144,10 +152,10 @@ class CheckpointConfig(_Strict):
         keep_every: older ones whose step is a multiple of it stay too; 0: none.
     """
 
-    every: int = Field(0, ge=0)
-    minutes: float = Field(10.0, ge=0)
-    keep: int = Field(3, ge=1)
-    keep_every: int = Field(0, ge=0)
+    every: int = Field(0, ge=0, le=COUNT_LIMIT)
+    minutes: float = Field(10.0, ge=0, le=MINUTES_LIMIT)
+    keep: int = Field(3, ge=1, le=COUNT_LIMIT)
+    keep_every: int = Field(0, ge=0, le=COUNT_LIMIT)
 
     @property
     def on(self) -> bool:
@@ -155,7 +163,7 @@ class CheckpointConfig(_Strict):
         return bool(self.every or self.minutes)
 
 
-class GuardConfig(_Strict):
+class GuardConfig(StrictConfig):
     """What is done about steps that go wrong. A loss or gradient that is no number is never stepped on.
 
     Attributes:
@@ -168,15 +176,15 @@ class GuardConfig(_Strict):
         rollbacks: how often it may, before it ends with an error.
     """
 
-    loss_spike: float = Field(3.0, ge=0)
-    norm_spike: float = Field(0.0, ge=0)
-    norm_alarm: float = Field(10.0, ge=0)
-    window: int = Field(100, ge=10)
-    skips: int = Field(3, ge=0)
-    rollbacks: int = Field(3, ge=0)
+    loss_spike: float = Field(3.0, ge=0, le=FLOAT32_LIMIT)
+    norm_spike: float = Field(0.0, ge=0, le=FLOAT32_LIMIT)
+    norm_alarm: float = Field(10.0, ge=0, le=FLOAT32_LIMIT)
+    window: int = Field(100, ge=10, le=10**6)
+    skips: int = Field(3, ge=0, le=COUNT_LIMIT)
+    rollbacks: int = Field(3, ge=0, le=COUNT_LIMIT)
 
 
-class SampleConfig(_Strict):
+class SampleConfig(StrictConfig):
     """The text written when training ends.
 
     Attributes:
@@ -185,12 +193,19 @@ class SampleConfig(_Strict):
         temperature: 0 always takes the likeliest byte.
     """
 
-    prompt: str = Field("def ", min_length=1)
-    tokens: int = Field(400, ge=0)
-    temperature: float = Field(0.8, ge=0)
+    prompt: NonEmpty = "def "
+    tokens: int = Field(400, ge=0, le=COUNT_LIMIT)
+    temperature: float = Field(0.8, ge=0, le=TEMPERATURES[1])
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature(cls, value: float) -> float:
+        if 0 < value < TEMPERATURES[0]:
+            raise ValueError(f"must be 0 or at least {TEMPERATURES[0]:g}")
+        return value
 
 
-class TrainConfig(_Strict):
+class TrainConfig(StrictConfig):
     """One training run.
 
     Attributes:
@@ -211,17 +226,17 @@ class TrainConfig(_Strict):
     """
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: str = "runs"
-    steps: int = Field(1000, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    init: str | None = None
+    runs: NonEmpty = "runs"
+    steps: int = Field(1000, ge=1, le=COUNT_LIMIT)
+    seed: int = Field(0, ge=0, le=SEED_LIMIT)
+    init: NonEmpty | None = None
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, le=COUNT_LIMIT)
     tensorboard: bool = False
     engine: Literal["native", "deepspeed", "megatron"] = "native"
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     model: ModelConfig
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -239,7 +254,8 @@ class TrainConfig(_Strict):
         model = values.get("model") if isinstance(values, Mapping) else None
         if not isinstance(model, Mapping):
             return values
-        seed = {"seed": values["seed"]} if isinstance(values.get("seed"), int) and values["seed"] >= 0 else {}
+        given = values.get("seed")
+        seed = {"seed": given} if type(given) is int and 0 <= given <= SEED_LIMIT else {}  # a wrong one is told once
         filled = {"vocab_size": BYTE_VOCAB, **seed, **model}
         if isinstance(filled.get("race", {}), Mapping):
             filled["race"] = {**seed, **filled.get("race", {})}
@@ -257,6 +273,8 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if "R" in self.model.layer_kinds and not self.model.race.causal:
+            raise ValueError("model.race.causal must be true: a language model reads only what came before; got false")
         if self.deepspeed and self.engine != "deepspeed":
             raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it '
                              "out")
@@ -306,64 +324,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    tree = read_toml(path)
     for override in overrides:
-        _apply(tree, override)
+        set_key(tree, override, option="--override", example="a.b=value, for example optim.lr=3e-4")
     return parse_config(tree, source=str(path))
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> TrainConfig:
     """Check a configuration already read. Raises ValueError as :func:`load_config` does."""
-    _check_keys(tree, TrainConfig, source)
-    try:
-        return TrainConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors())) from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one ``a.b=value`` in the tree."""
-    key, equals, text = override.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    if not equals or not all(path):
-        raise ValueError(f"--override {override!r} is not of the form a.b=value, for example optim.lr=3e-4")
-    for depth, part in enumerate(path[:-1], 1):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"--override {override!r}: {'.'.join(path[:depth])} is a value, not a table")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        parsed = {"value": text.strip()}
-    tree[path[-1]] = parsed["value"] if len(parsed) == 1 else text
-
-
-def _check_keys(tree: Mapping[str, Any], model: type[BaseModel], source: str, prefix: str = "") -> None:
-    """Refuse keys that ``model`` does not have, naming the nearest that it has."""
-    for key, value in tree.items():
-        if key not in model.model_fields:
-            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(model.model_fields))}"
-            raise ValueError(f"{source}: unknown key {prefix}{key}; {hint}")
-        inner = model.model_fields[key].annotation
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            _check_keys(value, inner, source, f"{prefix}{key}.")
-
-
-def _sentence(error: Any) -> str:
-    """One of pydantic's errors in words."""
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"{where} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not where or where in message:
-        return message
-    message = message.removeprefix("Input ").removeprefix("String ")
-    value = error["input"]
-    return f"{where} {message}" + ("" if isinstance(value, Mapping | BaseModel) else f"; got {value!r}")
+    return TrainConfig.check(tree, source=source)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -84,7 +84,7 @@ def test_every_choice_of_race_config_is_a_field_with_its_default() -> None:
     ({"race_num_planes": 11}, r"race_num_planes must be from 1 to 10"),
     ({"race_beta_init": -1.0}, r"race_beta_init must be positive"),
     ({"race_beta_init": (1.0, 2.0, 3.0)}, r"race_beta_init has 3 numbers for 2 key/value heads"),
-    ({"race_decay": "fast"}, r"race_decay: Input should be 'none', 'multiscale' or 'token'; got 'fast'"),
+    ({"race_decay": "fast"}, r"race_decay must be 'none', 'multiscale' or 'token'; got 'fast'"),
     ({"race_layout": "diagonal"}, r"layout must be one of"),
     ({"race_rope": "sometimes"}, r"race_rope must be"),
     ({"linear_attention_freq": [1, 0]}, r"linear_attention_freq is None, N .* or a list of 4"),

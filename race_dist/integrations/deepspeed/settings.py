@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from race_dist.nn import RaceConfig
+from race_dist.strict_config import StrictConfig, shown
 
 SIZE, SECTION = "sequence_parallel_size", "race_attention"
 AUTO = "auto"  # "what the caller makes of it", as in transformers' DeepSpeed configurations
 ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
 
 
-class RaceSection(BaseModel):
+class RaceSection(StrictConfig):
     """The section ``"race_attention"`` of a DeepSpeed configuration. Every other key in it is a field of
     :class:`race_dist.RaceConfig`: ``"num_planes": 6``.
 
@@ -27,7 +28,7 @@ class RaceSection(BaseModel):
         inherit_rope: whether converted layers keep the model's rotary positions.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     layers: tuple[int, ...] | None = None
@@ -43,15 +44,9 @@ class RaceSection(BaseModel):
         """Check a section. Raises ValueError in one sentence."""
         if not isinstance(section, Mapping):
             raise ValueError(f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
-                             f"got {section!r}")
-        try:
-            made = cls.model_validate(dict(section))
-            RaceConfig.model_validate(made.options)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise ValueError(f'"{SECTION}"{": " + where if where else ""}: {problem["msg"].removeprefix("Value error, ")}; got '
-                             f"{problem['input']!r}") from None
+                             f"got {shown(section)}")
+        made = cls.check(dict(section), source=f'"{SECTION}"')
+        RaceConfig.check(made.options, source=f'"{SECTION}"')
         return made
 
 

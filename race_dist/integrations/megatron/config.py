@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
-from pydantic import ValidationError
 
 from race_dist.nn import RaceConfig
 from race_dist.parallel import Layout
@@ -79,8 +79,8 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
         try:
             return RaceConfig(dim=self.hidden_size, num_heads=self.num_attention_heads, num_kv_heads=self.race_query_groups,
                               head_dim=self.kv_channels, causal=causal, rope_base=None, **chosen)
-        except ValidationError as error:
-            raise ValueError("; ".join(_sentence(each) for each in error.errors())) from None
+        except ValueError as error:
+            raise ValueError(_with_prefix(str(error))) from None
 
     @property
     def layout(self) -> Layout:
@@ -148,13 +148,10 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
                          'parallelism: use "zigzag" or make every layer RACE')
 
 
-def _sentence(error: Any) -> str:
-    """One of pydantic's errors, its fields named with their prefix."""
-    text = error["msg"].removeprefix("Value error, ")
-    for name in sorted(RACE_FIELDS, key=len, reverse=True):
-        text = text.replace(f"{name}=", f"{PREFIX}{name}=").replace(f"{name} ", f"{PREFIX}{name} ")
-    where = ".".join(str(part) for part in error["loc"])
-    return text if not where or where in text else f"{PREFIX}{where}: {text}; got {error['input']!r}"
+def _with_prefix(sentence: str) -> str:
+    """What RaceConfig says about a field, the field named with its prefix."""
+    names = "|".join(sorted(RACE_FIELDS, key=len, reverse=True))
+    return re.sub(rf"(?<![\w.])({names})(?=[ =])", rf"{PREFIX}\1", sentence)
 
 
 assert {PREFIX + name for name in RACE_FIELDS} <= {f.name for f in fields(RaceTransformerConfig)}

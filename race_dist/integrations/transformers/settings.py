@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+
+from race_dist.strict_config import StrictConfig, shown
 
 IMPLEMENTATION = "race"
 ENTRY = "race_attention"
 
 
-class Settings(BaseModel):
+class Settings(StrictConfig):
     """``config.race_attention``.
 
     Attributes:
@@ -19,8 +21,6 @@ class Settings(BaseModel):
         options: fields of :class:`race_dist.RaceConfig`.
         inherit_rope: whether converted layers turn queries and keys by the model's own rotary positions.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: tuple[int, ...] = ()
     options: dict[str, Any] = Field(default_factory=dict)
@@ -37,13 +37,9 @@ class Settings(BaseModel):
         if entry is None:
             return cls()
         if not isinstance(entry, Mapping):
-            raise ValueError(f"config.{ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {entry!r}")
-        try:
-            return cls.model_validate(dict(entry))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(f"config.{ENTRY}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; it has the keys "
-                             f"{', '.join(cls.model_fields)}") from None
+            raise ValueError(f"config.{ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; "
+                             f"got {shown(entry)}")
+        return cls.check(dict(entry), source=f"config.{ENTRY}")
 
     def store(self, config: Any) -> None:
         """Write them into a transformers configuration, which saves them with the model."""
