@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from harness import RankError, run_ranks
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from race_dist.models import DecoderLM, MaskedLM, ModelConfig, SequenceClassifier
 from race_dist.nn import RaceConfig
@@ -170,3 +171,35 @@ def test_a_mask_on_one_rank_alone_is_an_error() -> None:
     with pytest.raises(RankError, match="the ranks do not agree on") as caught:
         run_ranks(2, one_mask_case)
     assert "key_mask" in str(caught.value)
+
+
+def compiled_case(group: dist.ProcessGroup, pattern: str) -> tuple[list[Tensor], int]:
+    """Padded pieces through blocks that may not leave their graph: gradients, and how many graphs made them."""
+    torch.compiler.reset()
+    counters.clear()
+    ids, mask, weight = compiled_inputs()
+    model = DecoderLM(config(pattern), dtype=torch.float64)
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    shard = lambda x: shard_sequence(x, group, dim=1)
+    carry, total = model.zero_carry(3), torch.zeros((), dtype=torch.float64)
+    for piece, real, w in zip(ids.split(18, 1), mask.split(18, 1), weight.split(18, 1), strict=True):
+        h, carry = model.hidden(shard(piece), carry, key_mask=shard(real), group=group)
+        total = total + (h * shard(w)).sum()
+    return summed(group, [total, *gradients(model, total)]), counters["stats"]["unique_graphs"]
+
+
+def compiled_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.randn(3, TOTAL, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return tokens(3)[0], padding(3), weight
+
+
+@pytest.mark.parametrize("pattern", ["R", "W"])
+def test_compiled_blocks_stay_one_graph(pattern: str) -> None:
+    ids, mask, weight = compiled_inputs()
+    model = DecoderLM(config(pattern), dtype=torch.float64)
+    expected = sum((model.hidden(ids[b:b + 1, real])[0] * weight[b:b + 1, real]).sum() for b, real in enumerate(mask))
+    right = [expected.detach(), *gradients(model, expected)]
+    for found, graphs in run_ranks(3, compiled_case, pattern):
+        close(found, right)
+        assert graphs == 2  # the first piece's carry wants no gradient

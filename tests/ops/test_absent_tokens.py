@@ -51,8 +51,8 @@ def run(x: Inputs, tokens: dict[str, Tensor], rows: slice, **options: Any) -> di
     leaves = {name: t.clone().requires_grad_() for name, t in (tokens | x.shared).items() if name != "weight"}
     initial = None
     if x.state is not None:
-        leaves["mass"], leaves["values"] = x.state.mass[rows].clone().requires_grad_(), x.state.values[rows].clone().requires_grad_()
-        initial = SketchState(leaves["mass"], leaves["values"])
+        initial = SketchState(*(t[rows].clone().requires_grad_() for t in x.state.tensors()))
+        leaves |= {"mass": initial.mass, "values": initial.values}
     given = {name: leaves[name] for name in ("log_decay",) if name in leaves}
     out, final = race_attention(*(leaves[n] for n in ("q", "k", "v", "planes", "beta")), initial_state=initial,
                                 output_final_state=True, **given, **x.options, **options)
@@ -71,7 +71,8 @@ def check(x: Inputs, mask: Tensor, tolerance: float, **options: Any) -> None:
     for b, real in enumerate(mask):
         row = {name: t[b:b + 1, real] for name, t in x.tokens.items()}
         packed = "cu_seqlens" in options
-        cu = {"cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), real.cumsum(0)])[options["cu_seqlens"]]} if packed else {}
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), real.cumsum(0)])
+        cu = {"cu_seqlens": before[options["cu_seqlens"]]} if packed else {}
         states = slice(None) if packed else slice(b, b + 1)
         alone = run(x, row, states, backend="reference", **cu)
         for name, expected in alone.items():
