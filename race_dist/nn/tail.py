@@ -190,7 +190,8 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
            sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
     """The tail that enters each span, and the one that leaves the sequence."""
     if torch.compiler.is_compiling() and _in_graph(pieces, carry, sequence):
-        return _enter_in_graph(pieces[0], carry, sequence)
+        enter = _enter_in_graph if sequence.compactions is None else _enter_masked_in_graph
+        return enter(pieces[0], carry, sequence)
     stops = [None] * len(spans) if sequence.compactions is None else [compact.stop for compact in sequence.compactions]
     tails = [TailCarry.of(piece, carry.width, sequence.begin(span), stop)
              for piece, span, stop in zip(pieces, spans, stops, strict=True)]
@@ -204,10 +205,10 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
 
 
 def _in_graph(pieces: list[tuple[Tensor, ...]], carry: TailCarry, sequence: Sequence) -> bool:
-    """Whether only the neighbour's last tokens matter: one document, contiguous shards that are long (on every rank: they are
-    of about one length) and of real tokens."""
+    """Whether there is a way that keeps the graph whole: one document, contiguous shards, which without padding are so long (on
+    every rank: they are of about one length) that only the neighbour's last tokens matter."""
     return (sequence.group is not None and sequence.layout == "contiguous" and sequence.cu_seqlens is None
-            and sequence.key_mask is None and pieces[0][0].shape[1] >= 4 * carry.width)
+            and (sequence.key_mask is not None or pieces[0][0].shape[1] >= 4 * carry.width))
 
 
 def _enter_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
@@ -223,3 +224,30 @@ def _enter_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
     full = torch.full_like(carry.count, carry.width)
     first = TailCarry(narrow(entering), carry.count if group_rank(sequence.group) == 0 else full, carry.reset)
     return [first], TailCarry(narrow(leaving), full, carry.reset) if sequence.final else None
+
+
+def _enter_masked_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
+                           sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
+    """:func:`_enter` there, where padding leaves a shard fewer tokens than a tail holds, or none: every rank's tail comes to
+    every rank. Tails of slot numbers say which of all slots each slot holds."""
+    from race_dist.parallel.graphs import gather_in_graph
+
+    assert sequence.group is not None
+    assert sequence.compactions is not None
+    own = TailCarry.of(piece, carry.width, stop=sequence.compactions[0].stop)
+    *gathered, counts = gather_in_graph([*own.tails, own.count], sequence.group)
+    every = [torch.cat([before, t.transpose(0, 1).flatten(1, 2)], 1) for before, t in zip(carry.tails, gathered, strict=True)]
+    none = torch.zeros_like(own.reset)
+    numbers = torch.arange(carry.width, device=own.count.device).expand(own.count.shape[0], -1)
+    entering = after = TailCarry((numbers,), carry.count, none)
+    for rank, count in enumerate(counts.unbind(0)):
+        if rank == group_rank(sequence.group):
+            entering = after
+        after = after.combine(TailCarry((numbers + (rank + 1) * carry.width,), count, none))
+
+    def tail(slots: TailCarry) -> TailCarry:
+        (number,) = slots.tails
+        tails = tuple(_keep(slots.held, t.take_along_dim(_like(number, t), 1)) for t in every)
+        return TailCarry(tails, slots.count, carry.reset)
+
+    return [tail(entering)], tail(after) if sequence.final else None

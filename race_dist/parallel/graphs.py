@@ -19,7 +19,7 @@ from race_dist.ops.functional import get_backend
 from race_dist.ops.problem import Normalization, Problem
 from race_dist.parallel.agree import agree_on_call
 from race_dist.parallel.collectives import tree_sum
-from race_dist.parallel.comm import group_rank, group_size, pack, start_all_gather, unpack
+from race_dist.parallel.comm import group_rank, group_size, pack, start_all_gather, start_all_to_all, unpack
 from race_dist.parallel.passes import Call, agree_on_attention, backward_pass, forward_pass, head_halves
 from race_dist.sketch import SketchState
 
@@ -187,3 +187,52 @@ def _edges_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 cast(Callable[..., None], _edges.register_autograd)(_edges_gradients, setup_context=_save_edges)
+
+
+# --- every rank's tensors -------------------------------------------------------------------------------------------------
+
+
+def gather_in_graph(own: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """``[W, ...]`` each: every rank's tensors, of the same shapes and dtypes; differentiable where they are floating."""
+    return _gather(list(own), group.group_name)
+
+
+@torch.library.custom_op("race_dist::gather", mutates_args=())
+def _gather(own: list[Tensor], group: str) -> list[Tensor]:
+    ranks = _group(group)
+    facts = {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}
+    agree_on_call("gather", facts, ranks, own[0].device)
+    return [t.clone() for t in unpack(start_all_gather(pack(own), ranks).wait(), own)]
+
+
+@_gather.register_fake
+def _(own, group):  # type: ignore[no-untyped-def]
+    return [t.new_empty(group_size(_group(group)), *t.shape) for t in own]
+
+
+@torch.library.custom_op("race_dist::gather_backward", mutates_args=())
+def _gather_backward(gradients: list[Tensor], group: str) -> list[Tensor]:
+    """Of each rank's tensors, summed over the ranks that read them."""
+    ranks = _group(group)
+    packed = pack(gradients, rows=group_size(ranks))
+    return [tree_sum(g).clone() for g in unpack(start_all_to_all(packed, ranks).wait(), [g[0] for g in gradients])]
+
+
+@_gather_backward.register_fake
+def _(gradients, group):  # type: ignore[no-untyped-def]
+    return [g.new_empty(g.shape[1:]) for g in gradients]
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.group = inputs[1]
+    ctx.save_for_backward(*output)
+
+
+def _gather_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    whole = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors)
+             if t.is_floating_point()]
+    found = iter(_gather_backward(whole, ctx.group))
+    return [next(found) if t.is_floating_point() else None for t in ctx.saved_tensors], None
+
+
+cast(Callable[..., None], _gather.register_autograd)(_gather_gradients, setup_context=_save_gather)

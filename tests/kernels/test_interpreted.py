@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ops.cases import Case, Limits, draw, errors
+from tests.ops.test_absent_tokens import CU, check, inputs, padding
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -134,3 +135,18 @@ def test_calls_are_of_one_kind_where_their_tensors_lie_alike() -> None:
     across = q.transpose(1, 2).contiguous().transpose(1, 2)
     for other in ({"q": elsewhere}, {"q": across}, {"beta": torch.ones(6)[::2]}, {"normalization": "none"}, {"causal": False}):
         assert kind(p) is not kind(replace(p, **other)), other
+
+
+@pytest.mark.parametrize(("decay", "normalization"), [("head", "global"), ("token", "bucket")])
+def test_masked_tokens_are_absent(decay: str, normalization: str) -> None:
+    check(inputs(decay, normalization, length=20, dtype=torch.float32), padding(length=20), 2e-4, backend="triton")
+
+
+def test_a_masked_token_is_decoded_past() -> None:
+    check(inputs("token", "global", length=1, dtype=torch.float32), torch.tensor([[True], [False], [False]]), 1e-5,
+          backend="triton")
+
+
+def test_masked_tokens_in_packed_documents() -> None:
+    x = inputs("head", "global", batch=1, rows=len(CU) - 1, dtype=torch.float32)
+    check(x, padding()[1:2], 2e-4, backend="triton", cu_seqlens=torch.tensor(CU))

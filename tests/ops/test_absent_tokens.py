@@ -1,0 +1,158 @@
+"""A masked token is absent from the attention: outputs, states and gradients are those of the rows without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from race_dist import SketchState, race_attention, sample_planes
+
+B, T, HQ, HKV, D, DV, TABLES, PLANES = 3, 37, 4, 2, 5, 3, 2, 2
+S = TABLES * 2**PLANES
+CU = [0, 6, 6, 14, 29, 37]
+
+
+@dataclass
+class Inputs:
+    """Of one call. Tokens ``[B, T, ...]``: q, k, v, weight of the output and, where the decay is per token, that."""
+
+    tokens: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    state: SketchState | None
+    weights: list[Tensor]
+    options: dict[str, Any]
+
+
+def inputs(decay: str, normalization: str, *, causal: bool = True, batch: int = B, rows: int | None = None, state: bool = True,
+           dtype: torch.dtype = torch.float64, length: int = T) -> Inputs:
+    g = torch.Generator().manual_seed(3)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    rows = rows or batch
+    tokens = {"q": normal(batch, length, HQ, D), "k": normal(batch, length, HKV, D), "v": normal(batch, length, HKV, DV) + 1,
+              "weight": normal(batch, length, HQ, DV)}
+    shared = {"planes": sample_planes(TABLES, PLANES, D, num_heads=HKV, seed=0, dtype=dtype),
+              "beta": torch.tensor([1.0, 2.0], dtype=dtype)}
+    if decay == "token":
+        tokens["log_decay"] = -normal(batch, length, HKV).abs()
+    options: dict[str, Any] = {"causal": causal, "normalization": normalization}
+    if decay == "head":
+        options["log_decay"] = torch.tensor([-0.3, -1.5], dtype=dtype)
+    entering = SketchState(normal(rows, HKV, S).abs(), normal(rows, HKV, S, DV)) if state else None
+    weights = [normal(rows, HKV, S), normal(rows, HKV, S, DV), normal(rows, HKV)]
+    return Inputs(tokens, shared, entering, weights, options)
+
+
+def run(x: Inputs, tokens: dict[str, Tensor], rows: slice, **options: Any) -> dict[str, Tensor]:
+    """Outputs, states and gradients by name, of some batch rows (their states are ``rows``)."""
+    leaves = {name: t.clone().requires_grad_() for name, t in (tokens | x.shared).items() if name != "weight"}
+    initial = None
+    if x.state is not None:
+        initial = SketchState(*(t[rows].clone().requires_grad_() for t in x.state.tensors()))
+        leaves |= {"mass": initial.mass, "values": initial.values}
+    given = {name: leaves[name] for name in ("log_decay",) if name in leaves}
+    out, final = race_attention(*(leaves[n] for n in ("q", "k", "v", "planes", "beta")), initial_state=initial,
+                                output_final_state=True, **given, **x.options, **options)
+    loss = (out * tokens["weight"]).sum()
+    for t, weight in zip(final.tensors(), x.weights, strict=False):
+        loss = loss + (t * weight[rows]).sum()
+    loss.backward()
+    found = {"out": out.detach()} | {f"final {i}": t.detach() for i, t in enumerate(final.tensors())}
+    return found | {f"d{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+
+def check(x: Inputs, mask: Tensor, tolerance: float, **options: Any) -> None:
+    """The masked call against one call by definition for each row without its padding."""
+    masked = run(x, x.tokens, slice(None), key_mask=mask, **options)
+    shared: dict[str, Tensor] = {}
+    for b, real in enumerate(mask):
+        row = {name: t[b:b + 1, real] for name, t in x.tokens.items()}
+        packed = "cu_seqlens" in options
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), real.cumsum(0)])
+        cu = {"cu_seqlens": before[options["cu_seqlens"]]} if packed else {}
+        states = slice(None) if packed else slice(b, b + 1)
+        alone = run(x, row, states, backend="reference", **cu)
+        for name, expected in alone.items():
+            if name in ("dplanes", "dbeta"):
+                shared[name] = shared.get(name, 0) + expected
+            elif expected.dim() > 1 and expected.shape[1] == row["q"].shape[1] and name[1:] in (*x.tokens, "ut"):
+                close(masked[name][b:b + 1, real], expected, tolerance, name)
+                assert not masked[name][b, ~real].any(), name
+            else:
+                close(masked[name][states], expected, tolerance, name)
+    for name, expected in shared.items():
+        close(masked[name], expected, tolerance, name)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+def padding(batch: int = B, length: int = T) -> Tensor:
+    """The first row is padded left, the second inside and right, the third is padding alone."""
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)) > 0.4
+    mask[0] = torch.arange(length) >= length // 3
+    mask[1:2, 3 * length // 4:] = False
+    mask[2:] = False
+    return mask
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("normalization", ["global", "bucket", "none"])
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_rows_without_their_padding(decay: str, normalization: str, backend: str) -> None:
+    check(inputs(decay, normalization), padding(), 1e-9, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("decay", ["head", "token"])
+def test_packed_documents(decay: str, backend: str) -> None:
+    mask = padding()[1:2]
+    check(inputs(decay, "global", batch=1, rows=len(CU) - 1), mask, 1e-9, backend=backend, cu_seqlens=torch.tensor(CU))
+
+
+@pytest.mark.parametrize("normalization", ["global", "bucket"])
+def test_both_directions(normalization: str) -> None:
+    check(inputs("none", normalization, causal=False), padding(), 1e-9, backend="chunked")
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+def test_one_token(decay: str) -> None:
+    """Decoding a step that some rows lack: their state stays as it is."""
+    check(inputs(decay, "global", length=1), torch.tensor([[True], [False], [False]]), 1e-9, backend="chunked")
+
+
+def test_whatever_stands_there() -> None:
+    """Other keys, queries and values there change nothing, nor do decays that no real token could have."""
+    x, mask = inputs("token", "none"), padding()
+    expected = run(x, x.tokens, slice(None), key_mask=mask, backend="chunked")
+    other = {name: torch.where(mask[..., None] if name == "log_decay" else mask[..., None, None], t, 7.0)
+             for name, t in x.tokens.items()}
+    for name, t in run(x, other, slice(None), key_mask=mask, backend="chunked").items():
+        assert torch.equal(t, expected[name]), name
+
+
+def test_the_backends_say_the_same_below_the_least_denominator() -> None:
+    """A decay of -80 a token: later rows see a denominator under 2**-96, and are 0, with gradients 0."""
+    planes, zeros = sample_planes(2, 3, 8, seed=0), torch.zeros(1, 4, 1, 8)
+    mask = torch.tensor([[True, False, True, True]])
+    for backend in ("reference", "chunked"):
+        v = torch.ones(1, 4, 1, 1, requires_grad=True)
+        near = race_attention(zeros, zeros, v, planes, 2.0, key_mask=mask, log_decay=torch.tensor([-80.0]), backend=backend)
+        assert near.flatten().tolist() == pytest.approx([1, 0, 1, 1])
+        only_first = race_attention(zeros, zeros, v, planes, 2.0, log_decay=torch.tensor([-80.0]), backend=backend,
+                                    initial_state=SketchState(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16, 1)))
+        assert only_first.flatten().tolist() == pytest.approx([1, 1, 1, 1])
+        state = race_attention(zeros[:, :1], zeros[:, :1], v[:, :1], planes, 2.0, output_final_state=True, backend=backend)[1]
+        # no key of its own: a state that has decayed by exp(-80) is all that the row sees
+        hashed = torch.full_like(zeros[:, :1], 1e4)
+        far = race_attention(hashed, -hashed, 0 * v[:, :1], planes, 40.0, log_decay=torch.tensor([-80.0]),
+                             initial_state=state, backend=backend)
+        assert far.item() == 0
+        (dv,) = torch.autograd.grad(far.sum(), v)
+        assert not dv.any()
+    assert race_attention.__doc__ is not None
+    assert "2**-96" in race_attention.__doc__
