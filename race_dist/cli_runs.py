@@ -104,7 +104,7 @@ def export(
     with user_errors(), failures():
         model = RunDirectory(run).load_model(step=step)
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()},
-                     {"config": model.config.model_dump_json()})
+                     RunDirectory(run).load_config().model)
         print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

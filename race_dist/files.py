@@ -72,8 +72,8 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def write_record(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write an object as JSON with a checksum of itself, for :func:`read_record`."""
-    write_json(path, {**tree, DIGEST: tree_digest(tree)})
+    """Write an object as JSON with a checksum of itself, for :func:`read_record`. No line end follows: all of it counts."""
+    write_text(path, json.dumps({**tree, DIGEST: tree_digest(tree)}, indent=1))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -174,9 +174,14 @@ def read_record(path: Path, kinds: Kinds | None = None, *, required: bool = True
         DamagedFileError: as :func:`read_object`, or the record was changed after it was written.
     """
     tree = read_object(path)
+    check_record(path, tree, required=required)
+    return _checked_kinds(path, tree, kinds or {})
+
+
+def check_record(path: Path, tree: dict[str, Any], *, required: bool = True) -> None:
+    """Take the checksum out of a record that was read from ``path``. Raises DamagedFileError where it is not the record's."""
     if (required or DIGEST in tree) and tree.pop(DIGEST, None) != tree_digest(tree):
         raise DamagedFileError(f"{path} was changed: it does not have the checksum it was written with")
-    return _checked_kinds(path, tree, kinds or {})
 
 
 def is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:
