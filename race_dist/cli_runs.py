@@ -144,13 +144,14 @@ def data_pack(
     reads only what its batches need.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
     with user_errors(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
-                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(f"packing {file}"))
+                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))
     _describe_corpus(corpus)
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 Kinds = Mapping[str, type | tuple[type, ...]]
 
 DIGEST = "digest"  # the key of a record's own checksum
-_CHECKSUMS = "checksums"  # the key of the tensors' checksums in a safetensors header
+_HEADER = "race_dist"  # the one key of a safetensors header: several would be written in any order
 _WORDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "true or false",
           type(None): "null"}
 
@@ -81,11 +80,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sums: dict[str, Any] = {"tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())}}
-    sums[DIGEST] = tree_digest({**sums, "metadata": dict(metadata or {})})
+    header: dict[str, Any] = {"metadata": dict(metadata or {}),
+                              "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())}}
+    header[DIGEST] = tree_digest(header)
     with replacing(path) as partial:
         try:
-            save_file(whole, partial, {**(metadata or {}), _CHECKSUMS: json.dumps(sums)})
+            save_file(whole, partial, {_HEADER: json.dumps(header)})
         except SafetensorError as error:
             raise OSError(str(error)) from None
 
@@ -134,16 +134,6 @@ def read_text(path: Path) -> str:
         raise DamagedFileError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DamagedFileError: it is not TOML.
-    """
-    return _parsed(path, "TOML", tomllib.loads)
-
-
 def read_object(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
     """A JSON file that holds an object.
 
@@ -155,9 +145,12 @@ def read_object(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         DamagedFileError: it is not JSON, no object, or a key is missing or has a value of another kind.
     """
-    tree = _parsed(path, "JSON", json.loads)
+    try:
+        tree = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, DamagedFileError) else DamagedFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise DamagedFileError(f"{path} holds {_WORDS.get(type(tree), 'something else')}, not a JSON object")
+        raise DamagedFileError(f"{path} must hold a JSON object; got {'null' if tree is None else type(tree).__name__}")
     return _checked_kinds(path, tree, kinds or {})
 
 
@@ -202,10 +195,11 @@ class CheckedTensors:
 
     def __init__(self, path: Path, stored: Any) -> None:
         self.path, self._stored = path, stored
-        metadata = dict(stored.metadata() or {})
-        text = metadata.pop(_CHECKSUMS, None)
-        self.metadata: dict[str, str] = metadata
-        self._sums = None if text is None else self._read_sums(text)
+        self.metadata: dict[str, str] = dict(stored.metadata() or {})
+        self._sums: dict[str, str] | None = None
+        text = self.metadata.pop(_HEADER, None)
+        if text is not None:
+            self._read_header(text)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored.keys())
@@ -220,17 +214,15 @@ class CheckedTensors:
             raise DamagedFileError(f"{self.path} is damaged: {name} does not have the checksum it was written with")
         return tensor
 
-    def _read_sums(self, text: str) -> dict[str, str]:
+    def _read_header(self, text: str) -> None:
         try:
-            sums = json.loads(text)
-            whole = sums.pop(DIGEST) == tree_digest({**sums, "metadata": self.metadata})
-            found: dict[str, str] = sums["tensors"]
-            whole = whole and found.keys() == set(self._stored.keys())
+            header = json.loads(text)
+            whole = header.pop(DIGEST) == tree_digest(header) and header["tensors"].keys() == set(self._stored.keys())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             whole = False
         if not whole:
-            raise DamagedFileError(f"{self.path} is damaged: its header was changed after it was written")
-        return found
+            raise DamagedFileError(f"{self.path} is damaged: its header, or the set of its tensors, is not what was written")
+        self.metadata, self._sums = {**self.metadata, **header["metadata"]}, header["tensors"]
 
 
 @contextmanager
@@ -254,14 +246,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata. Raises as :func:`opened_tensors`."""
     with opened_tensors(path) as stored:
         return {name: stored[name] for name in stored}, stored.metadata
-
-
-def _parsed(path: Path, form: str, parse: Callable[[str], Any]) -> Any:
-    text = read_text(path)
-    try:
-        return parse(text)
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is not valid {form}: {error}") from None
 
 
 def _checked_kinds(path: Path, tree: dict[str, Any], kinds: Kinds) -> dict[str, Any]:

@@ -124,17 +124,18 @@ class Checkpoints:
         """Whether one is still being written by this rank."""
         return self._writing is not None and self._writing.is_alive()
 
-    def newest(self, step: int | None = None) -> Saved | None:
+    def newest(self, step: int | None = None, *, before: int | None = None) -> Saved | None:
         """The newest checkpoint whose files are whole, the same on every rank; None where there is none at all.
 
-        With ``step``, that of this step only.
+        With ``step``, that of this step only; with ``before``, one of a lower serial number.
 
         Damaged ones are passed over and told in ``problems``.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        wanted = [str(path) for path in reversed(self._complete()) if step in (None, int(_parse(path)[1]))]
+        wanted = [str(path) for path in reversed(self._complete()) if step in (None, int(_parse(path)[1]))
+                  and (before is None or int(_parse(path)[0]) < before)]
         paths = gather_objects(wanted, self._group)[0]
         for path in map(Path, paths):
             try:
