@@ -145,10 +145,11 @@ def read_object(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         DamagedFileError: it is not JSON, no object, or a key is missing or has a value of another kind.
     """
+    text = read_text(path)
     try:
-        tree = json.loads(read_text(path))
+        tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, DamagedFileError) else DamagedFileError(f"{path} is not valid JSON: {error}") from None
+        raise DamagedFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise DamagedFileError(f"{path} must hold a JSON object; got {'null' if tree is None else type(tree).__name__}")
     return _checked_kinds(path, tree, kinds or {})
