@@ -104,7 +104,7 @@ def export(
     with user_errors(), failures():
         model = RunDirectory(run).load_model(step=step)
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()},
-                     {"config": model.config.model_dump_json()})
+                     RunDirectory(run).load_config().model)
         print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -144,13 +144,14 @@ def data_pack(
     reads only what its batches need.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
     with user_errors(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
-                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(f"packing {file}"))
+                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))
     _describe_corpus(corpus)
 
 

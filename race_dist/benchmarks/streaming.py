@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from race_dist.benchmarks.profiling import profile
 from race_dist.benchmarks.rates import measured_rates
+from race_dist.files import read_object, write_json
 from race_dist.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_max, group_rank, group_size
@@ -220,7 +221,7 @@ class _Watch:
             self.checkpoint = StepCheckpoint(Path(options.store), options.every, f"{length} tokens", lambda: self._over)
             self._file = Path(options.store) / f"{length}-tokens.json"
         if self._file is not None and self._file.exists():
-            before = json.loads(self._file.read_text(encoding="utf-8"))
+            before = read_object(self._file, {"spent": dict, "peak_bytes": int, "pieces": int})
             self._spent, self._peak, self._pieces = before["spent"], before["peak_bytes"], before["pieces"] + 1
         self._last, self._told, self._over = time.perf_counter(), 0.0, False
         self._progress: Progress | None = None
@@ -257,7 +258,7 @@ class _Watch:
         if self._file is not None and group_rank(self._group) == 0:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             peak = max(self._peak, _peak(self._device)["peak_bytes"])
-            self._file.write_text(json.dumps({"spent": self._spent, "peak_bytes": peak, "pieces": self._pieces}))
+            write_json(self._file, {"spent": self._spent, "peak_bytes": peak, "pieces": self._pieces})
 
     def phases(self) -> dict[str, Any]:
         """Seconds of each phase of a step that has ended."""

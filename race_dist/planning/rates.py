@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from race_dist.files import read_object
 
 MEASURED_ATTENTION = {8: (1.03, 1.32), 64: (1.18, 1.29), 256: (0.54, 1.66)}  # see Rates.attention
 
@@ -78,11 +79,8 @@ def load_rates(path: str | Path) -> Rates:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no rates file {path}")
-    try:
-        tree: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    tree = tree.get("rates", tree) if isinstance(tree, dict) else tree
+    tree: Any = read_object(path)
+    tree = tree.get("rates", tree)
     known = [f.name for f in fields(Rates)]
     if not isinstance(tree, dict) or not set(tree) <= set(known):
         extra = sorted(set(tree) - set(known)) if isinstance(tree, dict) else type(tree).__name__

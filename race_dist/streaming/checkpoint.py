@@ -3,16 +3,20 @@
 Each rank writes its own files into a folder that all ranks see (or each its own): the carries, as they come; and, as one
 *generation*, everything else. A generation counts once every rank has written it, and the one before stays until then, so
 that a step can be killed at any moment.
+
+    carries-FIRST.safetensors   rows of the stack of carries, from row FIRST on
+    N.safetensors               the tensors of generation N
+    N.json                      its manifest, written last: of which step it is, how far it is, and a checksum of every file
+    step.json                   which step this is, in words, and which generations there are
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +24,37 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from race_dist.parallel import barrier
-from race_dist.parallel.agree import agree_on_least
+from race_dist.files import (
+    DamagedFileError,
+    check_file,
+    file_digest,
+    read_record,
+    replacing,
+    tree_digest,
+    write_record,
+)
+from race_dist.output import tell
+from race_dist.parallel.agree import agree_on_greatest, agree_on_least
 from race_dist.streaming.text import Tokens
 
 KEPT = 2  # generations
 PIECES, PIECE = 64, 4096  # of a text, read for its digest
+PHASES = ("forward", "backward")
+_KINDS = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list, "files": dict}
+_NOTHING, _ANOTHER_STEP = -1, -2
+
+
+class DamagedStepError(ValueError):
+    """What is stored of a step is damaged, and nothing whole is left to go on from. The message names the file."""
+
+
+class OtherStepError(ValueError):
+    """What is stored under a step's key is of other weights, another text or other chunks."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +64,9 @@ class StepCheckpoint:
         streamed_backward(..., checkpoint=StepCheckpoint("runs/long/step", every=600))
 
     The same call resumes the step where it was stored; the weights, the text and the chunks must then be the same. What is
-    stored stays until :meth:`clear`, also when the step has ended: clear it once the optimizer's step is safe.
+    stored is checked when it is read: where the newest is damaged, the step goes on from the one before. What cannot be
+    stored (a full disk) is said, and the step goes on. What is stored stays until :meth:`clear`, also when the step has
+    ended: clear it once the optimizer's step is safe.
 
     Attributes:
         folder: for its files, made where it is not there. Ranks may share it.
@@ -74,6 +101,19 @@ class Saved:
     carries: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Generation:
+    """One generation as its manifest describes it."""
+
+    number: int
+    about: dict[str, Any]
+
+    @property
+    def position(self) -> int:
+        """How far the step is: ranks go on together from the same one."""
+        return int(self.about["done"]) + 2**40 * PHASES.index(self.about["phase"])
+
+
 @dataclass
 class Store:
     """One rank's side of a step's checkpoints.
@@ -82,13 +122,14 @@ class Store:
         checkpoint: what the user asked for.
         facts: names and values that must be the same for what is stored to be of this step.
         group: the ranks that store it together.
+        problem: why the last :meth:`save` has failed, as a sentence; None: it has not.
     """
 
     checkpoint: StepCheckpoint
     facts: Mapping[str, str]
     group: ProcessGroup | None
-    _generation: int = 0
-    _rows: int = 0
+    problem: str | None = None
+    _kept: list[_Generation] = field(default_factory=list)
     _last: float = field(default_factory=time.monotonic)
 
     @property
@@ -96,101 +137,187 @@ class Store:
         """This rank's."""
         return _place(self.checkpoint.folder)
 
+    @property
+    def stored(self) -> bool:
+        """Whether there is anything to go on from."""
+        return bool(self._kept)
+
     def due(self) -> bool:
         """Whether it is time to store again."""
         return time.monotonic() - self._last >= self.checkpoint.every
 
+    # --- reading -------------------------------------------------------------------------------------------------------
+
     def load(self) -> Saved | None:
-        """What is stored of this step by all ranks; None where there is nothing, or another step's.
+        """The newest of what all ranks have stored of this step and is whole; None where there is nothing, or another step's.
+
+        A damaged file is named in a printed line.
 
         Raises:
-            ValueError: something is stored under this step's key, but of other weights, another text or other chunks.
+            DamagedStepError: there is something of this step, and none of it is whole.
+            OtherStepError: something is stored under this step's key, but of other weights, another text or other chunks.
         """
-        record = self._record()
-        differ: list[str] = []
-        if record is not None and record["key"] == self.checkpoint.key:
-            differ = [name for name, value in self.facts.items() if record["facts"].get(name) != value]
-        elif record is not None:
-            record = None
-        newest = agree_on_least(-2 if differ else -1 if record is None else max(record["generations"]), self.group)
-        if newest == -2:
-            others = f"another {' and another '.join(differ)}" if differ else "something else, as another rank has found"
-            raise ValueError(f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
-                             "folder to begin the step anew")
-        if newest == -1 or record is None or newest not in record["generations"]:
+        own, others, trouble = self._found()
+        found = {g.position: g for g in own}
+        chosen: _Generation | None = None
+        while chosen is None:
+            newest = agree_on_least(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
+            if newest < 0:
+                break
+            wrong = self._wrong(found[newest]) if newest in found else f"{self.folder} lacks what other ranks have stored last"
+            if wrong is not None:
+                trouble.append(wrong)
+            if agree_on_least(int(wrong is None), self.group):
+                chosen = found[newest]
+            found = {position: g for position, g in found.items() if position < newest}
+        if newest == _ANOTHER_STEP:
+            others = others or "something else, as another rank has found"
+            raise OtherStepError(f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
+                                 "folder to begin the step anew")
+        if chosen is None and agree_on_greatest([len(trouble)], self.group)[0]:
+            damage = trouble[0] if trouble else "another rank has found a damaged file"
+            raise DamagedStepError(f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to "
+                                   "begin the step anew")
+        if chosen is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        self._generation = newest
-        about = json.loads((self.folder / f"{newest}.json").read_text(encoding="utf-8"))
-        self._rows = about["rows"]
-        parts = [load_file(self.folder / f"carries-{first}.safetensors")["rows"] for first in about["carries"]]
-        carries = torch.cat(parts)[:self._rows] if parts else None
-        return Saved(about["phase"], about["done"], load_file(self.folder / f"{newest}.safetensors"), carries)
+        if trouble:
+            tell(f"{'; '.join(trouble)}: the step goes on from what was stored after {chosen.about['done']} chunks of the "
+                 f"{chosen.about['phase']} phase")
+        self._kept = [chosen]
+        return self._read(chosen)
+
+    def _found(self) -> tuple[list[_Generation], str | None, list[str]]:
+        """This rank's generations of this step (their files not checked yet); what else is stored under its key, in words;
+        and what is damaged."""
+        own, trouble, others, over = [], [], None, False
+        words, listed = self._words(trouble)
+        for number in self._numbers("json") | listed:
+            try:
+                about = read_record(self.folder / f"{number}.json", _KINDS)
+                if about["generation"] != number:
+                    raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {about['generation']}")
+            except (OSError, DamagedFileError) as error:
+                trouble.append(f"{self.folder / f'{number}.json'} is missing" if isinstance(error, FileNotFoundError) else
+                               str(error))
+                continue
+            if about["key"] != self.checkpoint.key or about["phase"] not in PHASES:
+                over = True
+            elif about["step"] != tree_digest(self.facts):
+                differ = [name for name, value in self.facts.items() if words.get(name, value) != value]
+                others = f"another {' and another '.join(differ)}" if differ else "something else"
+            else:
+                own.append(_Generation(number, about))
+        return own, others, [] if over and not own else trouble  # a step that is over may be damaged as it likes
+
+    def _words(self, trouble: list[str]) -> tuple[dict[str, Any], set[int]]:
+        """What ``step.json`` says: the stored step's facts and generations."""
+        try:
+            record = read_record(self.folder / "step.json", {"key": str, "facts": dict, "generations": list})
+        except FileNotFoundError:
+            return {}, set()
+        except (OSError, DamagedFileError) as error:
+            trouble.append(str(error))
+            return {}, set()
+        mine = record["key"] == self.checkpoint.key  # else it is what is left of a step that is over
+        return (record["facts"], {int(n) for n in record["generations"]}) if mine else ({}, set())
+
+    def _numbers(self, suffix: str) -> set[int]:
+        """Of the generations that have such a file."""
+        return {int(file.stem) for file in self.folder.glob(f"*.{suffix}") if file.stem.isdecimal()}
+
+    def _wrong(self, generation: _Generation) -> str | None:
+        """What is damaged of a generation, as a sentence."""
+        try:
+            for name, wanted in generation.about["files"].items():
+                check_file(self.folder / name, wanted)
+        except (OSError, DamagedFileError) as error:
+            return str(error)
+        return None
+
+    def _read(self, generation: _Generation) -> Saved:
+        about = generation.about
+        parts = [load_file(self.folder / name)["rows"] for name in about["carries"]]
+        carries = torch.cat(parts)[:about["rows"]] if parts else None
+        return Saved(about["phase"], about["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
+
+    # --- writing -------------------------------------------------------------------------------------------------------
 
     def save(self, phase: str, done: int, tensors: Mapping[str, Tensor], new_rows: Callable[[int], Tensor | None]) -> None:
         """Store a generation; every rank of the group calls it at the same chunk.
+
+        Where a rank cannot write, that is told, ``problem`` says why, and what was stored before stays.
 
         Args:
             phase, done: chunks done.
             tensors: on any device.
             new_rows: from the first of the carries that is not stored yet, all that are there; None where there are none.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        generation = self._generation + 1
-        before = self._about(self._generation)
-        files, rows = list(before.get("carries", ())), new_rows(self._rows)
-        if rows is not None and len(rows):
-            _write(self.folder / f"carries-{self._rows}.safetensors", {"rows": rows})
-            files.append(self._rows)
-            self._rows += len(rows)
-        _write(self.folder / f"{generation}.safetensors", {name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        about = {"phase": phase, "done": done, "rows": self._rows, "carries": files}
-        _replace(self.folder / f"{generation}.json", json.dumps(about).encode())
-        kept = [g for g in range(generation - KEPT + 1, generation + 1) if (self.folder / f"{g}.json").exists()]
-        record = {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": kept}
-        _replace(self.folder / "step.json", json.dumps(record, indent=1).encode())
-        barrier(self.group)
-        for old in self.folder.glob("*.safetensors"):
-            number = old.name.removesuffix(".safetensors")
-            if number.isdecimal() and int(number) not in kept:
-                old.unlink()
-                old.with_suffix(".json").unlink(missing_ok=True)
-        self._generation, self._last = generation, time.monotonic()
-
-    def _record(self) -> dict[str, Any] | None:
+        before = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
+        rows, told = new_rows(before["rows"]), self.problem
+        generation: _Generation | None = None
+        self._last = time.monotonic()
         try:
-            return dict(json.loads((self.folder / "step.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ValueError(f"{self.folder / 'step.json'} is no step's record: {error}; remove the folder") from None
+            generation = self._write(phase, done, tensors, rows, before)
+            self.problem = None
+        except OSError as error:
+            self.problem = str(error)
+        if not agree_on_least(int(generation is not None), self.group):  # it counts for all ranks, or for none
+            self.problem = self.problem or "another rank could not store its part of the step"
+            if told is None:
+                tell(f"{self.problem}: the step goes on and is stored again later")
+        else:
+            assert generation is not None
+            self._kept = [*self._kept, generation][-KEPT:]
+            self._write_words()
+        self._remove_others()
 
-    def _about(self, generation: int) -> dict[str, Any]:
-        file = self.folder / f"{generation}.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    def _write(self, phase: str, done: int, tensors: Mapping[str, Tensor], rows: Tensor | None,
+               before: Mapping[str, Any]) -> _Generation:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = max(self._numbers("json") | self._numbers("safetensors"), default=0) + 1
+        carries, count = list(before["carries"]), before["rows"]
+        files = {name: before["files"][name] for name in carries}
+        if rows is not None and len(rows):
+            carries.append(f"carries-{count}.safetensors")
+            files[carries[-1]] = self._write_tensors(carries[-1], {"rows": rows})
+            count += len(rows)
+        name = f"{number}.safetensors"
+        files[name] = self._write_tensors(name, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        about = {"generation": number, "key": self.checkpoint.key, "step": tree_digest(self.facts), "phase": phase,
+                 "done": done, "rows": count, "carries": carries, "files": files}
+        write_record(self.folder / f"{number}.json", about)
+        return _Generation(number, about)
+
+    def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Write a file; its size and checksum."""
+        with replacing(self.folder / name) as partial:
+            try:
+                save_file(tensors, partial)
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
+            return file_digest(partial)
+
+    def _write_words(self) -> None:
+        """``step.json``. Nothing depends on it: where it cannot be written, there is none."""
+        file, generations = self.folder / "step.json", [g.number for g in self._kept]
+        try:
+            write_record(file, {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": generations})
+        except OSError:
+            with suppress(OSError):
+                file.unlink()
+
+    def _remove_others(self) -> None:
+        """Remove what no generation that is kept needs, manifests first."""
+        needed = {"step.json"} | {f"{g.number}.json" for g in self._kept} | {n for g in self._kept for n in g.about["files"]}
+        with suppress(OSError):
+            files = [file for file in self.folder.iterdir() if file.name not in needed]
+            for file in sorted(files, key=lambda file: file.suffix != ".json"):
+                file.unlink()
 
 
 def _place(folder: str | Path) -> Path:
     return Path(folder) / f"rank-{dist.get_rank() if dist.is_initialized() else 0}"
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that is whole or not there."""
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    _settle(partial, path)
-
-
-def _replace(path: Path, text: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(text)
-    _settle(partial, path)
-
-
-def _settle(partial: Path, path: Path) -> None:
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def digest_of_tokens(tokens: Tokens) -> str:
@@ -207,9 +334,10 @@ def digest_of_tokens(tokens: Tokens) -> str:
 
 @torch.no_grad()
 def digest_of_weights(model: nn.Module) -> str:
-    """Of every parameter's name, shape, sum and sum of squares."""
+    """Of every parameter's name, shape, sum, sum of squares, and a sum with weights that differ by place."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
-        wide = p.detach().double()
-        digest.update(f"{name} {tuple(p.shape)} {float(wide.sum())!r} {float(wide.square().sum())!r}".encode())
+        wide = p.detach().double().flatten()
+        sums = torch.stack([wide.sum(), wide.square().sum(), wide.dot(torch.linspace(1, 2, len(wide)).to(wide))]).tolist()
+        digest.update(f"{name} {tuple(p.shape)} {sums!r}".encode())
     return digest.hexdigest()

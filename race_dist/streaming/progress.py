@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from race_dist.output import tell
+
 HOST_AHEAD = 2  # chunks whose kernels may wait on a device before the host waits for them
 
 
@@ -131,4 +133,4 @@ class Interrupts:
         if self._heard:
             signal.default_int_handler(number, frame)
         self._heard = True
-        print("\ninterrupted: ending at the chunk's edge (press Ctrl-C again to end at once)", flush=True)
+        tell("\ninterrupted: ending at the chunk's edge (press Ctrl-C again to end at once)")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from race_dist.files import tree_digest
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 from race_dist.parallel import all_reduce_sum, group_size
@@ -66,7 +67,7 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
 
     Raises:
         ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, or what
-            the checkpoint's folder holds is not of this step.
+            the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError, which names the file).
         StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
@@ -139,6 +140,7 @@ class _Stream:
         self.text = Text(input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size,
                          device=self.device)
         self.packed = cu_seqlens is not None
+        self.documents = "one" if cu_seqlens is None else tree_digest({"cu_seqlens": cu_seqlens.tolist()})
         self.compiled = any(m._compiled_call_impl is not None for m in inner.modules())
 
     def pace(self) -> Pace:
@@ -250,6 +252,9 @@ class _Step:
         where = f"interrupted after {report.chunk} of {report.chunks} chunks of the {report.phase} phase"
         if self.store is None:
             raise StepInterrupted(f"{where}; nothing of this step is kept (checkpoint= would)")
+        if self.store.problem is not None:
+            rest = f"; the same call goes on from what was stored before in {self.store.folder}" if self.store.stored else ""
+            raise StepInterrupted(f"{where}, which could not be stored ({self.store.problem}){rest}")
         raise StepInterrupted(f"{where}; stored in {self.store.folder}: the same call goes on from there")
 
     # --- storing -------------------------------------------------------------------------------------------------------
@@ -265,6 +270,7 @@ class _Step:
             "number of ranks": f"{group_size(self.stream.group)} of {group_size(self.world)}",
             "model": self.stream.model.config.model_dump_json(),
             "set of weights": digest_of_weights(self.stream.model), "number of targets": str(int(self.targets)),
+            "set of documents": self.stream.documents,
             "way to keep carries": self.keep, "precision": str(self.carry.tensors()[-2].dtype)}
         self.store = Store(checkpoint, facts, self.world)
         saved = self.store.load()
@@ -286,8 +292,9 @@ class _Step:
         self.gradients.restore(tensors)
         self.carries = Carries(self.keep, self.carry, self.stream.text.count)
         left = saved.done + 1 if saved.phase == "forward" else self.stream.text.count - saved.done
-        assert saved.carries is not None
-        self.carries.restore(saved.carries[:left])
+        if left:  # nothing is left of a step that has ended
+            assert saved.carries is not None
+            self.carries.restore(saved.carries[:left])
 
 
 def _check_keep(keep: str, stream: _Stream) -> None:

@@ -8,15 +8,13 @@ at any moment leaves the ones before it. Any number of ranks reads what any othe
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist.files import check_file, file_digest, read_record, write_record
 from race_dist.parallel import gather_objects, group_rank, group_size, side_group
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 FORMAT = 1
+_KINDS = {"format": int, "serial": int, "step": int, "facts": dict, "files": dict}
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"(\d{6,})-step-(\d{8,})")
 # one rank is no mistake; said once here, since the warning comes from a thread
@@ -46,12 +46,14 @@ class Saved:
         serial: how many the run had written, this one included.
         step: optimizer steps done.
         facts: what else :meth:`Checkpoints.save` was given.
+        files: the names of its files; others in the folder are none of its own.
     """
 
     path: Path
     serial: int
     step: int
     facts: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
 
 class CheckpointError(OSError):
@@ -122,17 +124,18 @@ class Checkpoints:
         """Whether one is still being written by this rank."""
         return self._writing is not None and self._writing.is_alive()
 
-    def newest(self, step: int | None = None) -> Saved | None:
+    def newest(self, step: int | None = None, *, before: int | None = None) -> Saved | None:
         """The newest checkpoint whose files are whole, the same on every rank; None where there is none at all.
 
-        With ``step``, that of this step only.
+        With ``step``, that of this step only; with ``before``, one of a lower serial number.
 
         Damaged ones are passed over and told in ``problems``.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        wanted = [str(path) for path in reversed(self._complete()) if step in (None, int(_parse(path)[1]))]
+        wanted = [str(path) for path in reversed(self._complete()) if step in (None, int(_parse(path)[1]))
+                  and (before is None or int(_parse(path)[0]) < before)]
         paths = gather_objects(wanted, self._group)[0]
         for path in map(Path, paths):
             try:
@@ -157,9 +160,10 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
+        reader = HuggingFaceStorageReader(str(saved.path))
+        reader.fs = _OnlyFiles(reader.fs, saved.files)
         try:
-            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(saved.path)), process_group=self._group,
-                 no_dist=self._group is None)
+            load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             reason = str(error).strip().splitlines()
             raise CheckpointError(f"{saved.path} does not fit this run: {reason[-1] if reason else error!r}") from error
@@ -172,7 +176,7 @@ class Checkpoints:
         error: str | None = None
         try:
             future.result()
-            files = {name: _describe(partial / name) for name in self._mine(partial)}
+            files = {name: file_digest(partial / name) for name in self._mine(partial)}
         except BaseException as caught:  # also what torch wraps a failed write in
             error = _reason(caught)
         try:
@@ -191,11 +195,7 @@ class Checkpoints:
     def _publish(self, partial: Path, body: dict[str, Any], files: dict[str, Any]) -> str | None:
         try:
             body = {**body, "files": dict(sorted(files.items()))}
-            body["digest"] = _digest_of(body)
-            with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump(body, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
+            write_record(partial / MANIFEST, body)
             _sync_folder(partial)
             partial.rename(self.folder / f"{body['serial']:06d}-step-{body['step']:08d}")
             _sync_folder(self.folder)
@@ -213,11 +213,16 @@ class Checkpoints:
     # --- reading ---------------------------------------------------------------------------------------------------------
 
     def _tidy(self) -> int:
-        """Remove what a crash has left half done; returns the highest serial number in use."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.iterdir():
-            if path.name.startswith((_PARTIAL, _DOOMED)):
-                shutil.rmtree(path, ignore_errors=True)
+        """Remove what a crash has left half done; returns the highest serial number in use. A folder that cannot be made or
+        read is told, as each checkpoint that cannot be written will be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                if path.name.startswith((_PARTIAL, _DOOMED)):
+                    shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            self.problems.append(f"the folder of checkpoints {self.folder} cannot be used: {error}")
+            return 0
         return max((int(_parse(path)[0]) for path in self._complete()), default=0)
 
     def _complete(self) -> list[Path]:
@@ -232,38 +237,36 @@ class Checkpoints:
 
     def _check(self, path: Path) -> Saved:
         """Raise unless the manifest and this rank's share of the files are what was written."""
-        body = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if body.pop("digest") != _digest_of(body):
-            raise ValueError(f"{MANIFEST} was changed")
+        body = read_record(path / MANIFEST, _KINDS)
         if body["format"] != FORMAT:
             raise ValueError(f"it has format {body['format']}, this version reads {FORMAT}")
         missing = set(body["files"]) - {file.name for file in path.iterdir()}
         if missing:
             raise ValueError(f"{min(missing)} is missing")
         for name in list(body["files"])[self.rank::self.world]:
-            found, wanted = _describe(path / name), body["files"][name]
-            if found["bytes"] != wanted["bytes"]:
-                raise ValueError(f"{name} has {found['bytes']} bytes, {wanted['bytes']} were written")
-            if found != wanted:
-                raise ValueError(f"{name} does not have the checksum it was written with")
-        return Saved(path, body["serial"], body["step"], body["facts"])
+            check_file(path / name, body["files"][name])
+        return Saved(path, body["serial"], body["step"], body["facts"], tuple(body["files"]))
+
+
+class _OnlyFiles:
+    """The file system of a torch reader in which a checkpoint's folder holds the files of its manifest and nothing else:
+    torch would read every safetensors file that it finds there."""
+
+    def __init__(self, files: Any, names: Iterable[str]) -> None:
+        self._files, self._names = files, frozenset(names)
+
+    def ls(self, path: Any) -> list[str]:
+        """What is in the folder."""
+        return [file for file in self._files.ls(path) if Path(file).name in self._names]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
 
 
 def _parse(path: Path) -> tuple[str, str]:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return match[1], match[2]
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    """Size and BLAKE2b of a file."""
-    with file.open("rb") as data:
-        digest = hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return {"bytes": file.stat().st_size, "blake2b": digest}
-
-
-def _digest_of(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from race_dist.files import write_json, write_text
 from race_dist.models import DecoderLM
+from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.corpus import Corpus
 from race_dist.training.curves import Curves, draw_loss, save_png
 from race_dist.training.metrics import Metrics, bits, read_metrics
 from race_dist.training.positions import loss_by_position
 from race_dist.training.rundir import RunDirectory
-from race_dist.training.sampling import stream_text
+from race_dist.training.sampling import codec_for, stream_text
 from race_dist.training.step import autocast
 from race_dist.training.weights import save_weights
 
@@ -26,30 +29,56 @@ if TYPE_CHECKING:
 
 
 def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, last: Evaluation) -> None:
-    """Write what a finished run leaves. Every rank calls it (sharded parameters are gathered); rank 0 has the metrics."""
+    """Write what a finished run leaves. Every rank calls it (sharded parameters are gathered); rank 0 has the metrics.
+
+    Raises:
+        CheckpointError: the weights could not be written. Everything else was, as far as it could be.
+    """
     weights = {}
     for name, tensor in trainer.method.replica.full_tensors():
         if metrics is not None:
             weights[name] = tensor.cpu()
     if metrics is None:
         return
-    config = trainer.config
-    save_weights(directory.weights, weights)
-    picture = draw_loss([Curves(config.name, read_metrics(directory.metrics))], f"{config.name} on {trainer.corpus.name}")
-    save_png(picture, directory.curves)
+    config, troubles, failed = trainer.config, metrics.troubles, None
+    try:
+        save_weights(directory.weights, weights, config.model)
+    except OSError as error:
+        failed = error
+    with troubles.survive(str(directory.curves)):
+        picture = draw_loss([Curves(config.name, read_metrics(directory.metrics))], f"{config.name} on {trainer.corpus.name}")
+        save_png(picture, directory.curves)
     model: DecoderLM = trainer.model
     if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
         torch.cuda.empty_cache()
-        model = directory.load_model(trainer.ranks.device)
-    _write_positions(trainer, model, directory)
+        model = _whole_model(trainer, weights)
+    with troubles.survive("losses by position"):
+        _write_positions(trainer, model, directory)
     if config.sample.tokens:
-        _write_sample(trainer, model, directory, metrics)
+        with troubles.survive(str(directory.sample)):
+            _write_sample(trainer, model, directory, metrics)
     bpb = bits(last.loss) / trainer.corpus.bytes_per_token
     unit = "bytes" if trainer.corpus.tokenizer is None else "tokens"
-    metrics.say([f"held out: {bpb:.3f} bits per byte over {last.tokens:,} {unit} (uniform: 8)",
-                 f"curves:   {directory.curves}",
-                 f"weights:  {directory.weights}",
-                 f"go on:    {command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
+    metrics.say([f"held out: {bpb:.3f} bits per byte over {last.tokens:,} {unit} (uniform: 8)"])
+    if directory.curves.is_file():
+        metrics.say([f"curves:   {directory.curves}"])
+    if failed is None:
+        metrics.say([f"weights:  {directory.weights}",
+                     f"go on:    {command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
+    if failed is not None:
+        raise CheckpointError(f"the trained weights were not kept: {failed}; " + (
+            f"make room and go on with --resume from the checkpoints in {directory.checkpoints}" if config.checkpoint.on else
+            "checkpoints were off, so the run has to be made again"))
+
+
+def _whole_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> DecoderLM:
+    """The trained model from its whole weights, on this rank alone, for evaluation."""
+    config = trainer.config
+    model = DecoderLM(config.model, dtype=torch.float64 if config.precision == "float64" else torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    return model.to(trainer.ranks.device).eval()
 
 
 def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory) -> None:
@@ -62,18 +91,17 @@ def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory
 def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corpus) -> Path:
     """Store losses by position in the run's folder, where the report finds them."""
     file = directory.positions_of(found["context"])
-    file.write_text(json.dumps({"text": corpus.name, "bytes_per_token": corpus.bytes_per_token, **found}, indent=1) + "\n",
-                    encoding="utf-8")
+    write_json(file, {"text": corpus.name, "bytes_per_token": corpus.bytes_per_token, **found})
     return file
 
 
 def _write_sample(trainer: Trainer, model: DecoderLM, directory: RunDirectory, metrics: Metrics) -> None:
     config = trainer.config
     text = config.sample.prompt + "".join(stream_text(
-        model, config.sample.prompt, codec=directory.codec(), tokens=config.sample.tokens,
+        model, config.sample.prompt, codec=codec_for(trainer.corpus.tokenizer), tokens=config.sample.tokens,
         temperature=config.sample.temperature, seed=config.seed))
-    directory.sample.write_text(text, encoding="utf-8")
     metrics.say(["", "sample:", *(f"    {line}" for line in text.splitlines()), ""])
+    write_text(directory.sample, text)
 
 
 def command() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from race_dist.files import read_object
 from race_dist.models import ModelConfig
 from race_dist.strict_config import (
     COUNT_LIMIT,
@@ -267,7 +267,7 @@ class TrainConfig(StrictConfig):
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(Path(value).read_text(encoding="utf-8"))
+            return read_object(Path(value))
         except (OSError, ValueError) as error:
             raise ValueError(f"deepspeed = {value!r} is the path of no DeepSpeed configuration: {error}") from None
 

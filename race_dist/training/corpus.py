@@ -175,6 +175,11 @@ class Corpus:
         """Of the length and of pieces all over the text, for ranks to compare: quick for any size."""
         return sample_digest(self.tokens)
 
+    def documents_digest(self) -> str:
+        """SHA-256 of where the documents begin, as hexadecimal."""
+        starts = np.array([0, len(self.tokens)]) if self.documents is None else self.documents
+        return hashlib.sha256(np.asarray(starts, dtype="<i8").tobytes()).hexdigest()
+
 
 def sample_digest(tokens: Tokens, pieces: int = 256, piece: int = 4096) -> str:
     """SHA-256 of the length and of ``pieces`` pieces spread over the tokens, as hexadecimal."""

@@ -7,9 +7,7 @@ whole mesh.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,10 +69,13 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
         resume: go on from the newest checkpoint that is whole; from the beginning where there is none.
         hooks: a stop flag and further metrics.
 
+    A metric, picture, sample or checkpoint that cannot be written is said and ends nothing.
+
     Raises:
-        CheckpointError: no checkpoint is whole, or the last one could not be written.
+        CheckpointError: no checkpoint is whole; the run was asked to stop and could not be saved; or the weights that it
+            ended with could not be written.
         FloatingPointError: steps in a row were bad and there is no checkpoint to go back to, or it was gone back to too
-            often.
+            often; or the last step has left weights that are not finite.
     """
     config = trainer.config
     store = trainer.open_checkpoints(directory.checkpoints)
@@ -85,7 +86,8 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
         return _Run(trainer, directory, store, None, hooks or Hooks()).go()
     board = directory.tensorboard if config.tensorboard else None
     with Metrics(directory.metrics, config.steps, after=trainer.step, board=board) as metrics:
-        _describe_run(trainer, directory)
+        with metrics.troubles.survive(str(directory.machine)):
+            _describe_run(trainer, directory)
         if resume:
             metrics.say([f"resuming {directory.path} after step {trainer.step:,}" if saved is not None else
                          f"{directory.path} has no checkpoint yet: starting from the beginning"])
@@ -98,9 +100,7 @@ def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
     found = {**machine(ranks.device), "ranks": ranks.dp * ranks.sp, "dp": ranks.dp, "sp": ranks.sp,
              "parameters": sum(p.numel() for p in trainer.model.parameters()), "text": trainer.corpus.name,
              "training_tokens": len(trainer.train), "held_out_tokens": len(trainer.held_out)}
-    directory.machine.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if trainer.corpus.tokenizer is not None:
-        shutil.copyfile(trainer.corpus.tokenizer, directory.tokenizer)
+    directory.describe(found, trainer.corpus.tokenizer)
 
 
 @dataclass
@@ -113,6 +113,8 @@ class _Run:
     metrics: Metrics | None
     hooks: Hooks
     began: float = field(default_factory=time.perf_counter)
+    owed: bool = False  # a checkpoint was due when the last steps were bad
+    went_back_to: int | None = None  # serial of the checkpoint gone back to; None once a step after it was good
 
     def go(self) -> Outcome:
         trainer, config = self.trainer, self.trainer.config
@@ -141,14 +143,17 @@ class _Run:
             self._log(result.loss, result.grad_norm, last)
             if last or trainer.step % config.eval.every == 0:
                 evaluation = self._evaluate()
-            if config.checkpoint.on and (due or stop or last):
-                self._save()
+            if config.checkpoint.on and (due or stop or last or self.owed) and self._save(wait=not (stop or last)):
                 saved_step = trainer.step
             if stop and not last:
                 return self._leave(saved_step, evaluation)
         if math.isnan(evaluation.loss):  # resumed after the last step
             evaluation = self._evaluate()
-        self._settle()
+        self.store.wait()
+        self._tell_problems()
+        if not trainer.weights_are_finite():
+            raise FloatingPointError(f"the weights are not finite after step {trainer.step}; go on from a checkpoint before "
+                                     "it, or begin anew, with a lower optim.lr")
         trainer.method.end()
         finish(trainer, self.directory, self.metrics, evaluation)
         return Outcome(evaluation)
@@ -159,6 +164,7 @@ class _Run:
         if verdict.alarm is not None:
             self._tell("alarm", verdict.alarm)
         if verdict.bad is None:
+            self.went_back_to = None
             return True
         self._tell("skipped", verdict.bad)
         if not guard.exhausted:
@@ -168,10 +174,11 @@ class _Run:
         if guard.rollbacks >= guard.config.rollbacks or not self.trainer.config.checkpoint.on:
             raise FloatingPointError(why)
         self.store.wait()
-        saved = self.store.newest()
+        saved = self.store.newest(before=self.went_back_to)  # one that no good step followed is no place to go back to
         if saved is None:
             raise FloatingPointError(why)
         trainer.roll_back(self.store, saved)
+        self.went_back_to, self.owed = saved.serial, False
         self._tell("rolled back", f"to the checkpoint of step {saved.step}; going on with other data")
         return False
 
@@ -187,11 +194,20 @@ class _Run:
                    and time.perf_counter() - self.saved > 60 * config.minutes)
         return by_steps or by_time
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> bool:
+        """Begin a checkpoint. False where none is begun: the weights are not finite, or the last step was bad and with
+        ``wait`` the next good one is waited for."""
+        self.owed = wait and self.trainer.guard.bad_in_a_row > 0
+        if self.owed:
+            return False
+        if not self.trainer.weights_are_finite():
+            self._tell("no checkpoint", "the weights are not finite")
+            return False
         self.trainer.save(self.store)
         self.saved = time.perf_counter()
         if self.metrics is not None:
             self.metrics.event(self.trainer.step, "checkpoint", quiet=True)
+        return True
 
     def _log(self, loss: float, norm: float, last: bool) -> None:
         trainer, config = self.trainer, self.trainer.config
@@ -208,7 +224,8 @@ class _Run:
             if self.peak_flops is not None:
                 record["mfu"] = self.since * self.step_flops / (now - self.logged) / self.peak_flops
             for probe in self.hooks.probes:
-                record |= probe()
+                with self.metrics.troubles.survive("a probe's metrics"):
+                    record |= probe()
             self.metrics.train(step, record)
         self.logged, self.since = now, 0
 
@@ -226,7 +243,8 @@ class _Run:
         self._settle()
         if self.metrics is not None:
             self.metrics.event(self.trainer.step, "stopped", quiet=True)
-            where = f"saved after step {saved_step:,}" if self.trainer.config.checkpoint.on else "nothing was saved"
+            saved = self.trainer.config.checkpoint.on and saved_step
+            where = f"saved after step {saved_step:,}" if saved else "nothing was saved"
             self.metrics.say([f"stopped on request, {where}; go on with --resume"])
         return Outcome(evaluation, stopped=True)
 
@@ -241,7 +259,7 @@ class _Run:
         return Outcome(evaluation, stopped=True)
 
     def _settle(self) -> None:
-        """The last checkpoint must be on disk before anybody leaves."""
+        """The last checkpoint must be on disk before anybody leaves on request."""
         if not self.store.wait():
             raise CheckpointError(self.store.problems[-1])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,10 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from race_dist.output import plain_console
+from race_dist.training.records import Board, RecordFile, Troubles, keep_records, read_metrics
+
+__all__ = ["UNIFORM_BITS", "Metrics", "bits", "read_metrics"]
 UNIFORM_BITS = 8.0  # a byte model that has learned nothing
 
 
@@ -24,10 +27,12 @@ class Metrics:
     """Writes each record as one line of JSON and shows it: a bar on a terminal, plain lines elsewhere.
 
     Only one rank should make one. A record has ``step`` and ``kind`` ("train", "eval" or "event"); the file is flushed after
-    every record, so that a run that dies leaves what it knew. What is no number is null there.
+    every record, so that a run that dies leaves what it knew. What is no number is null there. What cannot be written is said
+    and ends nothing.
 
     Attributes:
         seconds_before: that the run had taken before it was resumed.
+        troubles: takes what else could not be written.
 
     Args:
         path: of the file; what another process wrote there about later steps than ``after`` is dropped.
@@ -39,12 +44,15 @@ class Metrics:
 
     def __init__(self, path: Path, steps: int, console: Console | None = None, *, after: int = 0,
                  board: Path | None = None) -> None:
-        self._board = None if board is None else _summary_writer(board, after)
-        self.console = console or Console(highlight=False)
-        kept = _drop_after(path, after)
+        self.console = console or plain_console()
+        self.troubles = Troubles(lambda sentence: self.say([sentence]))
+        self._board = None if board is None else Board(board, after, self.troubles)
+        kept, damaged = keep_records(path, after, self.troubles)
+        if damaged:
+            self.say([f"{path}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out"])
         self._evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
         self.seconds_before = max((r["seconds"] or 0.0 for r in kept if "seconds" in r), default=0.0)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = RecordFile(path, self.troubles)
         self._held_out = math.nan
         self._steps = steps
         self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
@@ -105,53 +113,9 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON has no NaN
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is None:
-            return
-        kind, step = record["kind"], record["step"]
-        if kind == "event":
-            self._board.add_text(record["what"], record.get("text", ""), step)
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-
-
-def _summary_writer(folder: Path, after: int) -> Any:
-    """TensorBoard's writer; what it had of later steps is dropped when it is read."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("tensorboard = true needs TensorBoard: pip install 'race-dist[tensorboard]'") from None
-    return SummaryWriter(str(folder), purge_step=after + 1)
-
-
-def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the records up to a step, and return them: a run that goes on from there writes the later ones again."""
-    if not path.is_file():
-        return []
-    kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    partial.replace(path)
-    return kept
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out.
-
-    Raises:
-        ValueError: another line is not JSON.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}, is not JSON") from None
-    return records
+        self._file.write(record)
+        if self._board is not None:
+            self._board.write(record)
 
 
 def _number(value: float) -> str:

@@ -11,21 +11,23 @@ Packing reads text a piece at a time; reading a packed corpus touches only what 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
+from race_dist.files import DamagedFileError, check_record, read_object, write_record
 from race_dist.training.corpus import BYTE_VOCAB, STDLIB, Corpus, sample_digest, text_files, utf8_pieces
 
 FORMAT = 1
 INDEX, TOKENS, DOCUMENTS, TOKENIZER = "corpus.json", "tokens.bin", "documents.bin", "tokenizer.json"
+_KINDS = {"format": int, "tokens": int, "documents": int, "dtype": str, "vocab_size": int, "text_bytes": int, "sample": str,
+          "sha256": dict}
 _PIECE = 2**22
 
 
@@ -211,7 +213,7 @@ def _write_index(folder: Path, encode: Encode, documents: int, text_bytes: int, 
              "vocab_size": encode.vocab_size, "text_bytes": text_bytes, "source": source,
              "sample": sample_digest(tokens),
              "sha256": {name: _sha256(folder / name) for name in (TOKENS, DOCUMENTS, TOKENIZER) if (folder / name).is_file()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_record(folder / INDEX, index)
 
 
 def _sha256(file: Path) -> str:
@@ -225,7 +227,8 @@ def is_packed(path: Path) -> bool:
 
 
 def open_packed(path: Path) -> Corpus:
-    """Map a packed corpus, once sizes, index and samples all over the tokens are what was written.
+    """Map a packed corpus, once the index, the documents, the tokenizer, and the tokens' size and samples all over them are
+    what was written. :func:`verify_packed` reads all tokens.
 
     Raises:
         ValueError: a file is missing, cut short or changed; the message names it.
@@ -244,30 +247,42 @@ def open_packed(path: Path) -> Corpus:
                          "pack the text again")
     if sample_digest(tokens) != index["sample"]:
         raise ValueError(f"{path / TOKENS} is not what was packed (samples of it differ); pack the text again")
-    tokenizer = path / TOKENIZER
-    return Corpus(str(path), tokens, documents, index["vocab_size"], index["text_bytes"],
-                  tokenizer if tokenizer.is_file() else None)
+    for name in (DOCUMENTS, TOKENIZER):  # small beside the tokens, and read whole anyway
+        if name in index["sha256"]:
+            _check_sha256(path, name, index)
+    tokenizer = path / TOKENIZER if TOKENIZER in index["sha256"] else None  # another one lying there is none of the corpus
+    return Corpus(str(path), tokens, documents, index["vocab_size"], index["text_bytes"], tokenizer)
 
 
 def verify_packed(path: Path) -> Corpus:
     """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed."""
     corpus = open_packed(path)
-    for name, wanted in _read_index(path)["sha256"].items():
-        if _sha256(path / name) != wanted:
-            raise ValueError(f"{path / name} is not what was packed (its SHA-256 differs); pack the text again")
+    index = _read_index(path)
+    for name in index["sha256"]:
+        _check_sha256(path, name, index)
     return corpus
 
 
+def _check_sha256(path: Path, name: str, index: Mapping[str, Any]) -> None:
+    if not (path / name).is_file():
+        raise ValueError(f"{path / name} is missing; pack the text again")
+    if _sha256(path / name) != index["sha256"][name]:
+        raise ValueError(f"{path / name} is not what was packed (its SHA-256 differs); pack the text again")
+
+
 def _read_index(path: Path) -> dict[str, Any]:
+    file = path / INDEX
     try:
-        index: dict[str, Any] = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        kinds = {"format": int, "tokens": int, "documents": int, "dtype": str, "vocab_size": int, "text_bytes": int,
-                 "sample": str, "sha256": dict}
-        wrong = [key for key, kind in kinds.items() if not isinstance(index.get(key), kind)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path / INDEX} is damaged: {error}") from None
-    if wrong or index["dtype"] not in ("<u1", "<u2", "<u4") or index["tokens"] < 1:
-        raise ValueError(f"{path / INDEX} is damaged: {', '.join(wrong) or 'dtype or tokens'} is missing or wrong")
+        index = read_object(file, _KINDS)
+        wrong = [key for key in ("tokens", "documents", "vocab_size", "text_bytes") if index[key] < 1]
+        wrong += ["dtype"] if index["dtype"] not in ("<u1", "<u2", "<u4") else []
+        if wrong:
+            raise DamagedFileError(f"{', '.join(wrong)} cannot be right")
+        if index["format"] == FORMAT:
+            check_record(file, index, required=False)  # one that was packed before there were checksums has none
+    except (OSError, DamagedFileError) as error:
+        reason = str(error).removeprefix(f"{file} is damaged: ")
+        raise DamagedFileError(f"{file} is damaged: {reason}; pack the text again") from None
     if index["format"] != FORMAT:
         raise ValueError(f"{path} has format {index['format']}, this version reads {FORMAT}: pack the text again")
     return index

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from race_dist.files import is_kind, write_text
 from race_dist.training.config import TrainConfig
 from race_dist.training.curves import (
     COLOURS,
@@ -21,9 +22,10 @@ from race_dist.training.curves import (
     draw_progress,
     read_positions,
     save_png,
+    shown,
     to_svg,
 )
-from race_dist.training.metrics import read_metrics
+from race_dist.training.records import read_records
 from race_dist.training.rundir import RunDirectory
 
 _STYLE = """
@@ -53,6 +55,7 @@ class _Run:
     curves: Curves
     machine: dict[str, Any]
     sample: str
+    damaged: int  # lines of its metrics that were left out
 
     @classmethod
     def read(cls, path: Path, name: str) -> _Run:
@@ -60,10 +63,10 @@ class _Run:
         config = directory.load_config()
         if not directory.metrics.is_file():
             raise FileNotFoundError(f"{path} has no {directory.metrics.name}: the run has not begun yet")
-        machine = json.loads(directory.machine.read_text(encoding="utf-8")) if directory.machine.is_file() else {}
-        sample = directory.sample.read_text(encoding="utf-8") if directory.sample.is_file() else ""
-        curves = Curves(name, read_metrics(directory.metrics), read_positions(directory.positions))
-        return cls(name, config, curves, machine, sample)
+        sample = directory.sample.read_text(encoding="utf-8", errors="replace") if directory.sample.is_file() else ""
+        records, damaged = read_records(directory.metrics)
+        curves = Curves(name, records, read_positions(directory.positions))
+        return cls(name, config, curves, directory.read_machine(), sample, damaged)
 
     def last(self, kind: str, key: str) -> float | None:
         values = self.curves.of(kind, key)[1]
@@ -90,7 +93,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     for name, figure in pictures.items():
         save_png(figure, out / f"{name}.png")
     page = out / "report.html"
-    page.write_text(_page(read, {name: to_svg(figure) for name, figure in pictures.items()}), encoding="utf-8")
+    write_text(page, _page(read, {name: to_svg(figure) for name, figure in pictures.items()}))
     return page
 
 
@@ -98,7 +101,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
     """The folders' names, as much of the path in front as tells them apart."""
     parts = [path.resolve().parts for path in runs]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
+        names = [shown("/".join(p[-count:])) for p in parts]
         if len(set(names)) == len(set(parts)):
             return names
     return [str(path) for path in runs]
@@ -134,21 +137,27 @@ def _summary(runs: Sequence[_Run]) -> str:
         dot = f'<span class=dot style="background:{COLOURS[n % len(COLOURS)]}"></span>'
         cells = (f"{step:,} of {run.config.steps:,}", _number(run.last("eval", "bpb"), ".3f"),
                  _number(run.machine.get("parameters"), ",.0f"),
-                 f"dp {run.machine['dp']} x sp {run.machine['sp']}" if "dp" in run.machine else "?",
+                 f"dp {run.machine['dp']} x sp {run.machine.get('sp', '?')}" if "dp" in run.machine else "?",
                  f"{data.batch_size:,} x {data.context:,}", _number(run.last("train", "tokens_per_second"), ",.0f"),
                  _number(mfu, ".1%"), "?" if memory is None else f"{memory / 2**30:.2f} GiB", _number(seconds, ",.0f", " s"))
-        rows.append(f"<tr><td>{dot}{escape(run.name)}</td>" + "".join(f"<td class=n>{cell}</td>" for cell in cells) + "</tr>")
+        numbers = "".join(f"<td class=n>{escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr><td>{dot}{escape(run.name)}</td>{numbers}</tr>")
     return _table(head, rows).replace("<table>", "<table class=numbers>")
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "?" if value is None else f"{value:{form}}{unit}"
+def _number(value: Any, form: str, unit: str = "") -> str:
+    """A number in that form; what is none (a file may come from elsewhere) as it is."""
+    if value is None:
+        return "?"
+    return f"{value:{form}}{unit}" if is_kind(value, float) else str(value)
 
 
 def _events(runs: Sequence[_Run]) -> str:
     rows = [f"<tr><td>{escape(run.name)}</td><td class=n>{r['step']:,}</td><td>{escape(r['what'])}</td>"
             f"<td>{escape(r.get('text', ''))}</td></tr>"
             for run in runs for r in run.curves.records if r["kind"] == "event" and r["what"] != "checkpoint"]
+    rows += [f"<tr><td>{escape(run.name)}</td><td></td><td>damaged metrics</td><td>{run.damaged} lines left out</td></tr>"
+             for run in runs if run.damaged]
     return "<h2>Events</h2>\n" + (_table(("run", "after step", "what", ""), rows) if rows else
                                    "<p class=note>Nothing was skipped, rolled back or alarmed.</p>")
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from race_dist.files import check_file, file_digest, read_object, replacing, write_json, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.sampling import Codec, codec_for
-from race_dist.training.weights import WEIGHTS, load_weights
+from race_dist.training.weights import WEIGHTS, check_same_model, load_weights
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,13 @@ class RunDirectory:
         self._write_config(config)
 
     def _write_config(self, config: TrainConfig) -> None:
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(config.to_json(), encoding="utf-8")
-        partial.replace(self.config)
+        write_text(self.config, config.to_json())
 
     def load_config(self) -> TrainConfig:
         """The configuration the run had. Raises FileNotFoundError or ValueError in one sentence."""
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} is not the folder of a run: there is no {self.config.name} in it")
-        try:
-            tree = json.loads(self.config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.config} is not JSON: {error}") from None
-        return parse_config(tree, source=str(self.config))
+        return parse_config(read_object(self.config), source=str(self.config))
 
     def load_model(self, device: torch.device | str = "cpu", *, step: int | None = None) -> DecoderLM:
         """The trained model, in evaluation mode: as the run left it, or else as its newest checkpoint has it.
@@ -139,7 +135,7 @@ class RunDirectory:
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         if step is None and self.weights.is_file():
             model = DecoderLM(config.model, dtype=dtype)
-            load_weights(model, self.weights)
+            load_weights(model, self.weights, config=config.model)
             return model.to(device).eval()
         store = Checkpoints(self.checkpoints, None, read_only=True)
         saved = store.newest(step)
@@ -147,10 +143,30 @@ class RunDirectory:
             what = f"no checkpoint of step {step}" if step is not None else (
                 f"no {self.weights.name} and no checkpoint: the run has not come so far yet, or has failed")
             raise FileNotFoundError(f"{self.path} has {what}")
+        check_same_model(saved.facts["config"]["model"], config.model.model_dump(mode="json"), str(saved.path))
         model = DecoderLM(config.model, dtype=dtype)
         store.load(saved, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
         return model.to(device).eval()
 
+    def describe(self, facts: Mapping[str, Any], tokenizer: Path | None) -> None:
+        """Write down on what the run runs, and with which tokenizer, a copy of which goes into the folder. Raises OSError."""
+        if tokenizer is not None:
+            with replacing(self.tokenizer) as partial:
+                shutil.copyfile(tokenizer, partial)
+        write_json(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
+
+    def read_machine(self) -> dict[str, Any]:
+        """What :meth:`describe` has written; nothing where there is no such file. Raises ValueError where it is damaged."""
+        return read_object(self.machine) if self.machine.is_file() else {}
+
     def codec(self) -> Codec:
-        """Of the tokens that the run was trained on. Raises ImportError where they need a library that is missing."""
+        """Of the tokens that the run was trained on.
+
+        Raises:
+            ImportError: they need a library that is missing.
+            ValueError: the tokenizer is not the one that the run was trained with, or is gone.
+        """
+        wanted = self.read_machine().get("tokenizer")
+        if wanted is not None:
+            check_file(self.tokenizer, wanted)
         return codec_for(self.tokenizer if self.tokenizer.is_file() else None)

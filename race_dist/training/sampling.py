@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from race_dist.files import DamagedFileError, load_tensors, save_tensors
 from race_dist.models import Context, DecoderLM, generate, read
 from race_dist.training.agreement import tensors_digest
 
@@ -131,12 +130,11 @@ def stream_text(model: DecoderLM, prompt: str, *, codec: Codec | None = None, **
 
 
 def save_context(file: Path, context: Context, model: DecoderLM, tokens: int) -> None:
-    """Write what a model remembers of a text of ``tokens`` tokens, as safetensors; the file appears when it is complete."""
-    tensors = {f"carry.{n}": t.contiguous() for n, t in enumerate(context.carry.tensors())}
+    """Write what a model remembers of a text of ``tokens`` tokens, as safetensors with checksums; the file appears when it is
+    complete. Raises OSError where it cannot be written."""
+    tensors = {f"carry.{n}": t for n, t in enumerate(context.carry.tensors())}
     metadata = {"format": _FORMAT, "tokens": str(tokens), "model": _fingerprint(model)}
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({**tensors, "hidden": context.hidden.contiguous()}, partial, metadata)
-    partial.replace(file)
+    save_tensors(file, {**tensors, "hidden": context.hidden}, metadata)
 
 
 def load_context(file: Path, model: DecoderLM) -> tuple[Context, int]:
@@ -146,22 +144,24 @@ def load_context(file: Path, model: DecoderLM) -> tuple[Context, int]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or of another model.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}")
     device = model.embed.weight.device
     try:
-        with safe_open(file, "pt", device=str(device)) as stored:
-            metadata, tensors = stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no context: {error}") from None
+        tensors, metadata = load_tensors(file)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{file} is damaged or no context: {error}") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{file} is no context that --save-context wrote")
-    if metadata["model"] != _fingerprint(model):
+    if metadata.get("model") != _fingerprint(model):
         raise ValueError(f"{file} was read by another model, or by other weights of this one; read the text again")
-    hidden = tensors.pop("hidden")
     empty = model.zero_carry(1, state_dtype=torch.float64)
-    carry = empty.with_tensors(tuple(tensors[f"carry.{n}"] for n in range(len(tensors))))
-    return Context(carry, hidden), int(metadata["tokens"])
+    wanted = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
+    odd = [name for name in wanted.keys() | tensors.keys() if name not in tensors or name not in wanted
+           or tensors[name].dim() != wanted[name].dim()]
+    if odd or not metadata.get("tokens", "").isdecimal():
+        raise DamagedFileError(f"{file} is damaged: {min(odd, default='the number of tokens')} is missing or of another shape; "
+                               "read the text again")
+    carry = empty.with_tensors(tuple(tensors[f"carry.{n}"].to(device) for n in range(len(tensors) - 1)))
+    return Context(carry, tensors["hidden"].to(device)), int(metadata["tokens"])
 
 
 def _fingerprint(model: DecoderLM) -> str:

@@ -12,9 +12,20 @@ from torch import Tensor
 
 from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE
+from race_dist.output import tell
 from race_dist.parallel import Replica
-from race_dist.streaming import Progress, StepCheckpoint, Tokens, streamed_backward, streamed_loss
+from race_dist.streaming import (
+    DamagedStepError,
+    OtherStepError,
+    Progress,
+    StepCheckpoint,
+    Tokens,
+    streamed_backward,
+    streamed_loss,
+)
 from race_dist.streaming.checkpoint import digest_of_weights
+from race_dist.streaming.gradients import Reduce
+from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig
 from race_dist.training.data import Batch
 from race_dist.training.ranks import Ranks
@@ -52,8 +63,9 @@ class StreamedStep:
 
         Raises:
             StepInterrupted: somebody asked to stop; the step is stored, if :meth:`begin` has said where.
+            CheckpointError: what is stored of this very step is of other chunks or ranks.
         """
-        config, ranks, total = self.config, self.ranks, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        config, total = self.config, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         parts = list(self._parts(batch))
         weights = "" if self._folder is None else digest_of_weights(self.replica.model)
         for rows in parts:
@@ -61,17 +73,29 @@ class StreamedStep:
             if self._folder is not None:
                 key = f"weights {weights}, windows at {[batch.starts[row] for row in rows]} of {batch.starts}"
                 checkpoint = StepCheckpoint(self._folder, 60 * config.stream.minutes, key, self._stop)
-            last = rows is parts[-1]
-            with autocast(config, ranks.device):
-                total += streamed_backward(
-                    self.replica.model, sequences.inputs, sequences.labels, chunk_size=config.stream.chunk_size,
-                    group=ranks.sp_group, cu_seqlens=sequences.cu_seqlens, num_targets=batch.targets,
-                    reduce="sum" if last and self.replica.is_sharded else "none", keep=config.stream.keep,
-                    checkpoint=checkpoint, world=ranks.world, progress=self._tell if ranks.rank == 0 else None)
+            reduce: Reduce = "sum" if rows is parts[-1] and self.replica.is_sharded else "none"
+            try:
+                total += self._backward(sequences, batch.targets, reduce, checkpoint)
+            except DamagedStepError as error:  # on every rank: the step is made again from its beginning
+                assert checkpoint is not None
+                checkpoint.clear()
+                tell(f"{error}: beginning the step anew")
+                total += self._backward(sequences, batch.targets, reduce, checkpoint)
+            except OtherStepError as error:
+                raise CheckpointError(str(error)) from None
         if not self.replica.is_sharded:
             with self.replica.sums.pending(overlap=False):
                 pass
         return self._share(total)
+
+    def _backward(self, sequences: _Rows, targets: int, reduce: Reduce, checkpoint: StepCheckpoint | None) -> Tensor:
+        config, ranks = self.config, self.ranks
+        with autocast(config, ranks.device):
+            return streamed_backward(
+                self.replica.model, sequences.inputs, sequences.labels, chunk_size=config.stream.chunk_size,
+                group=ranks.sp_group, cu_seqlens=sequences.cu_seqlens, num_targets=targets, reduce=reduce,
+                keep=config.stream.keep, checkpoint=checkpoint, world=ranks.world,
+                progress=self._tell if ranks.rank == 0 else None)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
@@ -104,7 +128,7 @@ class StreamedStep:
             self._told = 0.0  # a new step has begun
         if progress.seconds - self._told >= TOLD_EVERY:
             self._told = progress.seconds
-            print(f"  {progress}", flush=True)
+            tell(f"  {progress}")
 
 
 def _read(batch: Batch, rows: range) -> _Rows:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import race_dist
 from race_dist.models import DecoderLM
@@ -22,12 +23,13 @@ from race_dist.training.data import Batch, Shard, check_fits, check_shards, eval
 from race_dist.training.guards import Guard, Verdict
 from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors
 from race_dist.training.ranks import Ranks
+from race_dist.training.records import summary_writer
 from race_dist.training.step import StepMethod, build_step
 
 # what a run may be resumed with although it was begun with another value
 FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "tensorboard", "steps", "parallel", "stream", "eval",
-                  "sample", "checkpoint", "guard", "engine", "deepspeed", "model.activation_checkpointing",
-                  "model.loss_chunk", "optim.accumulate")
+                  "sample", "checkpoint", "guard", "data.path", "data.pattern", "engine", "deepspeed",
+                  "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,13 @@ class Trainer:
         """Everything a run needs, on every rank.
 
         Raises:
+            ImportError: TensorBoard is asked for and not installed.
             ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
                 divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
         """
         self.config, self.ranks = config, ranks
+        if config.tensorboard:
+            summary_writer()  # its absence is said before anything is trained
         self.corpus = open_corpus(config, ranks.dp, ranks.sp, check=ranks.rank == 0)
         self.train, self.held_out = _sides(config, self.corpus)
         self.guard = Guard(config.guard)
@@ -148,6 +153,14 @@ class Trainer:
         self.model.train()
         return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)
 
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Whether all weights are, on every rank. It waits for the device: asked before a checkpoint, not in every step."""
+        odd = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for p in self.model.parameters():
+            odd += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
+        return not float(all_reduce_sum(odd, self.ranks.world))
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: parameters and the optimizer's states by name."""
         named = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -157,7 +170,8 @@ class Trainer:
         """Begin a checkpoint of this moment."""
         store.save(self.step, self.tensors(), {
             "position": self.position, "guard": self.guard.state(), "config": self.config.model_dump(mode="json"),
-            "corpus": {"tokens": len(self.corpus.tokens), "digest": self.corpus.digest()},
+            "corpus": {"tokens": len(self.corpus.tokens), "digest": self.corpus.digest(),
+                       "documents": self.corpus.documents_digest()},
             "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
             "versions": {"race-dist": race_dist.__version__, "torch": torch.__version__, "python": platform.python_version()}})
 
@@ -180,12 +194,18 @@ class Trainer:
         if differing:
             raise CheckpointError(f"{saved.path} was written with another {', '.join(differing)}; put back what it was, or "
                                   "begin a new run under another name")
-        if facts["corpus"]["digest"] != self.corpus.digest():
+        if facts["corpus"]["digest"] != self.corpus.digest() or not self._same_documents(facts["corpus"]):
             raise CheckpointError(f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
                                   "back, or begin a new run under another name")
         self._load(store, saved)
         self.step, self.position = saved.step, facts["position"]
         self.guard = Guard.of(self.config.guard, facts["guard"])
+
+    def _same_documents(self, facts: Mapping[str, Any]) -> bool:
+        """Whether the text's documents begin where they did; they need not where nothing depends on it."""
+        data = self.config.data
+        matters = data.documents == "separate" or data.held_out == "documents"
+        return not matters or facts.get("documents") in (None, self.corpus.documents_digest())
 
     def _load(self, store: Checkpoints, saved: Saved) -> None:
         store.load(saved, self.tensors())

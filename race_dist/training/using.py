@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from race_dist.output import plain_console
 from race_dist.training.closing import write_positions
 from race_dist.training.corpus import Split, load_corpus
 from race_dist.training.data import evaluation_batches
@@ -43,7 +43,7 @@ def evaluate(directory: RunDirectory, *, path: str | None, context: int | None, 
                          "lower --context or give more text")
     model = directory.load_model(device, step=step)
     total = sum(b.targets for b in evaluation_batches(split, tokens=tokens, batch_size=1, context=context))
-    console = Console()
+    console = plain_console()
     progress = Progress(console=console, disable=not console.is_terminal, transient=True)
     with progress as bar, autocast(config, model.embed.weight.device):
         task = bar.add_task("measuring", total=total)

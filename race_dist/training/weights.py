@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from race_dist.files import CheckedTensors, DamagedFileError, opened_tensors, save_tensors
+from race_dist.models import ModelConfig
 from race_dist.nn.init import write_part
 
 WEIGHTS = "model.safetensors"
+NOT_OF_WEIGHTS = ("activation_checkpointing", "loss_chunk")  # keys of a model that say how it is computed, not what
 
 
-def save_weights(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by name; the file appears when it is complete."""
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, dict(metadata or {}))
-    partial.replace(file)
+def save_weights(file: Path, weights: Mapping[str, Tensor], config: ModelConfig | None = None) -> None:
+    """Write tensors by name, each with a checksum, and their model's configuration; the file appears when it is complete.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    save_tensors(file, weights, {} if config is None else {"config": config.model_dump_json()})
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, *, config: ModelConfig | None = None) -> None:
     """Fill a model's parameters, whole or sharded, from a safetensors file or the folder of a run, one at a time.
+
+    Checksums are compared where the file has them; one from elsewhere may have none.
+
+    Args:
+        model: on any device.
+        path: of the file or folder.
+        config: what the model must have been when the weights were written, if the file says what it was; None: any.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -32,15 +44,29 @@ def load_weights(model: nn.Module, path: Path) -> None:
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there are no weights {file}")
+    with opened_tensors(file) as stored:
+        if config is not None and "config" in stored.metadata:
+            check_same_model(_config_of(stored), config.model_dump(mode="json"), str(file))
+        _fill(model, stored, file)
+
+
+def check_same_model(trained: Mapping[str, Any], config: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless a model's configuration, as a tree, is the one that its weights were trained with."""
+    differing = sorted(key for key in trained if key not in NOT_OF_WEIGHTS and key in config and trained[key] != config[key])
+    if differing:
+        raise ValueError(f"{source} was trained with another {', '.join(f'model.{key}' for key in differing)} than the run's "
+                         "config.json says: one of the two files was changed")
+
+
+def _config_of(stored: CheckedTensors) -> dict[str, Any]:
     try:
-        with safe_open(file, "pt") as stored:
-            _fill(model, stored, file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+        return dict(json.loads(stored.metadata["config"]))
+    except (ValueError, TypeError):
+        raise DamagedFileError(f"{stored.path} is damaged: its header holds no configuration") from None
 
 
-def _fill(model: nn.Module, stored: safe_open, file: Path) -> None:
-    names = set(stored.keys())
+def _fill(model: nn.Module, stored: CheckedTensors, file: Path) -> None:
+    names = set(stored)
     parameters = dict(model.named_parameters())
     missing, surplus = sorted(set(parameters) - names), sorted(names - set(parameters))
     for kind, odd in (("lacks", missing), ("has, but the model lacks,", surplus)):
@@ -48,8 +74,8 @@ def _fill(model: nn.Module, stored: safe_open, file: Path) -> None:
             raise ValueError(f"{file} does not fit the model: it {kind} {odd[0]} ({len(odd)} in all); "
                              "use the configuration it was trained with")
     for name, parameter in parameters.items():
-        shape = list(stored.get_slice(name).get_shape())
+        shape = stored.shape(name)
         if shape != list(parameter.shape):
             raise ValueError(f"{file} does not fit the model: {name} is {shape} there and {list(parameter.shape)} here; "
                              "use the configuration it was trained with")
-        write_part(parameter, stored.get_tensor(name).to(torch.promote_types(parameter.dtype, torch.float32)))
+        write_part(parameter, stored[name].to(torch.promote_types(parameter.dtype, torch.float32)))

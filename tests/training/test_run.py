@@ -115,8 +115,7 @@ def test_metrics_are_flushed_line_by_line_and_survive_a_cut(tmp_path: Path) -> N
     path.write_text(path.read_text() + '{"kind": "tra')
     assert len(read_metrics(path)) == 2
     path.write_text("{\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1, is not JSON"):
-        read_metrics(path)
+    assert len(read_metrics(path)) == 2
 
 
 def test_metrics_show_a_bar_on_a_terminal(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from test_packed import tokenizer
 from typer.testing import CliRunner
 
 from race_dist.cli import app
+from race_dist.files import read_record, write_record
 from race_dist.models import Context, DecoderLM, ModelConfig, generate, read
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.corpus import load_corpus, sample_digest
@@ -264,8 +266,9 @@ def sparse_corpus(folder: Path, size: int) -> Path:
         file.truncate(size)
     np.array([0, size], dtype="<i8").tofile(path / "documents.bin")
     sample = sample_digest(np.memmap(path / "tokens.bin", dtype="<u1", mode="r"))
-    index = json.loads((path / "corpus.json").read_text()) | {"tokens": size, "text_bytes": size, "sample": sample}
-    (path / "corpus.json").write_text(json.dumps(index))
+    index = read_record(path / "corpus.json") | {"tokens": size, "text_bytes": size, "sample": sample}
+    index["sha256"]["documents.bin"] = hashlib.sha256((path / "documents.bin").read_bytes()).hexdigest()
+    write_record(path / "corpus.json", index)
     return path
 
 

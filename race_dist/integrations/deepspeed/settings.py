@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
+from race_dist.files import read_object
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig, shown
 
@@ -69,10 +69,7 @@ def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
         path = Path(config)
         if not path.is_file():
             raise FileNotFoundError(f"there is no DeepSpeed configuration {path}")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+        config = read_object(path)
     if not isinstance(config, Mapping):
         raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {type(config).__name__}")
     tree = copy.deepcopy(dict(config))

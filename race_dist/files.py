@@ -1,0 +1,259 @@
+"""Files that are whole or not there, and are checked when they are read back.
+
+Everything that a run writes and reads again goes through here. A file is written beside its place, flushed to disk and renamed.
+Tensors carry a checksum each in the header of their safetensors file; a record (JSON) carries one of itself; other files are
+described by size and checksum in a record, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Kinds = Mapping[str, type | tuple[type, ...]]
+
+DIGEST = "digest"  # the key of a record's own checksum
+_HEADER = "race_dist"  # the one key of a safetensors header: several would be written in any order
+_WORDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "true or false",
+          type(None): "null"}
+
+
+class DamagedFileError(ValueError):
+    """A file does not hold what was written to it, or what it should hold. The message names it."""
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when the block ends, once its bytes are on disk.
+
+    After an error ``path`` is as it was, and what was half written is removed.
+
+    Raises:
+        OSError: it cannot be written; the message names ``path``.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        failed = OSError(f"{path} could not be written: {error.strerror or error}")
+        failed.errno = error.errno
+        raise failed from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8. What UTF-8 cannot hold (half of a surrogate pair) becomes a question mark."""
+    with replacing(path) as partial:
+        partial.write_bytes(text.encode("utf-8", "replace"))
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write an object as JSON."""
+    write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+def write_record(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write an object as JSON with a checksum of itself, for :func:`read_record`. No line end follows: all of it counts."""
+    write_text(path, json.dumps({**tree, DIGEST: tree_digest(tree)}, indent=1))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors, with a checksum of each and of ``metadata`` in its header."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"metadata": dict(metadata or {}),
+                              "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())}}
+    header[DIGEST] = tree_digest(header)
+    with replacing(path) as partial:
+        try:
+            save_file(whole, partial, {_HEADER: json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+
+
+# --- checksums -------------------------------------------------------------------------------------------------------------
+
+
+def file_digest(file: Path) -> dict[str, Any]:
+    """Size (``bytes``) and BLAKE2b (``blake2b``, hexadecimal) of a file, which is read whole."""
+    with file.open("rb") as data:
+        digest = hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return {"bytes": os.fstat(data.fileno()).st_size, "blake2b": digest}
+
+
+def check_file(file: Path, wanted: Any) -> None:
+    """Raise DamagedFileError unless a file is what :func:`file_digest` has described."""
+    if not file.is_file():
+        raise DamagedFileError(f"{file} is missing")
+    found = file_digest(file)
+    size = wanted.get("bytes") if isinstance(wanted, Mapping) else None
+    if found["bytes"] != size:
+        raise DamagedFileError(f"{file} has {found['bytes']} bytes, {size} were written")
+    if found != wanted:
+        raise DamagedFileError(f"{file} does not have the checksum it was written with")
+
+
+def tree_digest(tree: Mapping[str, Any]) -> str:
+    """BLAKE2b of a tree of JSON types."""
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte-order mark. Raises DamagedFileError where it is not."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_object(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        path: of the file.
+        kinds: keys that must be there, and what their values must be. A bool is no number, an int is a float too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not JSON, no object, or a key is missing or has a value of another kind.
+    """
+    text = read_text(path)
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise DamagedFileError(f"{path} must hold a JSON object; got {'null' if tree is None else type(tree).__name__}")
+    return _checked_kinds(path, tree, kinds or {})
+
+
+def read_record(path: Path, kinds: Kinds | None = None, *, required: bool = True) -> dict[str, Any]:
+    """What :func:`write_record` has written, without the checksum.
+
+    Args:
+        path: of the file.
+        kinds: as for :func:`read_object`.
+        required: whether a record without a checksum is refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: as :func:`read_object`, or the record was changed after it was written.
+    """
+    tree = read_object(path)
+    check_record(path, tree, required=required)
+    return _checked_kinds(path, tree, kinds or {})
+
+
+def check_record(path: Path, tree: dict[str, Any], *, required: bool = True) -> None:
+    """Take the checksum out of a record that was read from ``path``. Raises DamagedFileError where it is not the record's."""
+    if (required or DIGEST in tree) and tree.pop(DIGEST, None) != tree_digest(tree):
+        raise DamagedFileError(f"{path} was changed: it does not have the checksum it was written with")
+
+
+def is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a JSON value is of a kind: true and false are no numbers, integers are floats too."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+
+
+class CheckedTensors:
+    """The tensors of a safetensors file, each checked when it is read. Files without checksums, from elsewhere, are taken too.
+
+    Attributes:
+        path: of the file.
+        metadata: strings by name, without the checksums.
+    """
+
+    def __init__(self, path: Path, stored: Any) -> None:
+        self.path, self._stored = path, stored
+        self.metadata: dict[str, str] = dict(stored.metadata() or {})
+        self._sums: dict[str, str] | None = None
+        text = self.metadata.pop(_HEADER, None)
+        if text is not None:
+            self._read_header(text)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.keys())
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, which is not read."""
+        return list(self._stored.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._stored.get_tensor(name)
+        if self._sums is not None and self._sums[name] != _tensor_digest(tensor):
+            raise DamagedFileError(f"{self.path} is damaged: {name} does not have the checksum it was written with")
+        return tensor
+
+    def _read_header(self, text: str) -> None:
+        try:
+            header = json.loads(text)
+            whole = header.pop(DIGEST) == tree_digest(header) and header["tensors"].keys() == set(self._stored.keys())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise DamagedFileError(f"{self.path} is damaged: its header, or the set of its tensors, is not what was written")
+        self.metadata, self._sums = {**self.metadata, **header["metadata"]}, header["tensors"]
+
+
+@contextmanager
+def opened_tensors(path: Path) -> Iterator[CheckedTensors]:
+    """A safetensors file, to read tensor after tensor on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not a safetensors file, or a checksum is not that of what it holds.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as stored:
+            yield CheckedTensors(path, stored)
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata. Raises as :func:`opened_tensors`."""
+    with opened_tensors(path) as stored:
+        return {name: stored[name] for name in stored}, stored.metadata
+
+
+def _checked_kinds(path: Path, tree: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    for key, kind in kinds.items():
+        if key not in tree:
+            raise DamagedFileError(f"{path} is damaged: {key} is missing")
+        if not is_kind(tree[key], kind):
+            raise DamagedFileError(f"{path} is damaged: {key} is {_WORDS.get(type(tree[key]), 'something else')}, not "
+                                   f"{' or '.join(_WORDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))}")
+    return tree
