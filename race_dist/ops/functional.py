@@ -107,8 +107,8 @@ def refuse_transforms(backend: str) -> None:
     if backend == "reference" or torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise ValueError(f'race_attention with backend="{backend}" has gradients by autograd (backward, torch.autograd.grad) but '
-                         'does not run inside torch.func (grad, vjp, jvp, vmap, ...): give backend="reference" there')
+        raise ValueError(f'race_attention with backend="{backend}" has gradients by autograd (backward, torch.autograd.grad) '
+                         'but does not run inside torch.func (grad, vjp, jvp, vmap, ...): give backend="reference" there')
     if forward_ad._current_level >= 0:
         raise ValueError(f'race_attention with backend="{backend}" has no forward-mode derivative (torch.autograd.forward_ad): '
                          'give backend="reference" there')

@@ -19,7 +19,8 @@ from race_dist.integrations.transformers.projections import TAKEN, Projections
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
 from race_dist.nn import RaceConfig, initialize
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+               "trust_remote_code")
 
 
 def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
@@ -185,28 +186,28 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
             setattr(blocks[index], name, module)
         for key in [key for key in decoder._forward_pre_hooks if key not in hooked]:
             del decoder._forward_pre_hooks[key]
-        raise ValueError(f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: {error}") from error
+        raise ValueError(f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: "
+                         f"{error}") from error
 
 
 def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
     """The RACE layer for the place of an attention module."""
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
-        raise ValueError(f"{where} reads the tokens that come later too, but converted layers are causal: leave it out of layers")
+        raise ValueError(f"{where} reads later tokens too, but converted layers are causal: leave it out of layers")
     dropout = [str(p) for p in (getattr(attention, "attention_dropout", 0.0), *(m.p for m in attention.modules() if
                isinstance(m, nn.Dropout))) if isinstance(p, float) and p > 0]
     if dropout:
-        raise ValueError(f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make the "
-                         "model with config.attention_dropout = 0")
+        raise ValueError(f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make "
+                         "the model with config.attention_dropout = 0")
     found = Projections.of(attention, text, where)
     options = dict(settings.options)
     if settings.inherit_rope:
         options["rope_base"] = _rope_base(text, attention, found.head_dim, index)
-    race = RaceConfig.check(options, source="race").filled(dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads,
-                                           head_dim=found.head_dim, rope_base=10000.0)
-    weight = attention.get_submodule(found.names[-1]).weight
-    like = weight if isinstance(weight, torch.Tensor) and weight.is_floating_point() else next(
-        (p for p in attention.parameters() if p.is_floating_point()), torch.empty(0, device=weight.device))  # quantised
+    race = RaceConfig.check(options, source="race").filled(
+        dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0)
+    weights = list(attention.get_submodule(found.names[-1]).parameters())
+    like = next((p for p in (*weights, *attention.parameters()) if p.is_floating_point()), torch.empty(0))  # none: quantised
     layer = RaceSelfAttention(attention, found, race, index, inherit_rope=settings.inherit_rope, device=like.device,
                               dtype=like.dtype)
     initialize(layer, race.seed, f"race.{index}")

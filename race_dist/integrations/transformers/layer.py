@@ -21,8 +21,8 @@ SETTINGS_STEP = 512  # bytes: settings of other lengths have a tensor of the sam
 class RaceSelfAttention(RaceAttention):
     """RACE Attention with the projections (and the query and key norms, if any) of a transformers attention module.
 
-    Its buffer ``race_settings`` (uint8) has the settings as JSON: they belong to the weights, and a checkpoint whose settings are
-    not those of the model is refused.
+    Its buffer ``race_settings`` (uint8) has the settings as JSON: they belong to the weights, and a checkpoint whose settings
+    are not those of the model is refused.
 
     Args:
         attention: the module to replace.

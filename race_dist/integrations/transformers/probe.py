@@ -1,8 +1,9 @@
 """What a transformers attention module does around its attention, found out by running the model on three tokens.
 
 A module's parameters say what it has, not what it does with them: a clipped projection, a norm after the attention, a gate or
-a scale are in its ``forward``. So the model runs once with an attention function that notes what it is handed, and a RACE layer
-that takes a module's place must make the same queries, keys and values of the same input, and the same output of the same heads.
+a scale are in its ``forward``. So the model runs once with an attention function that notes what it is handed, and a RACE
+layer that takes a module's place must make the same queries, keys and values of the same input, and the same output of the
+same heads.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def check_same(call: Call, attention: nn.Module, projections: Projections, where
     """
     leave = "leave this layer out of layers (it stays softmax)"
     if call.q is None or call.k is None or call.v is None or call.heads is None:
-        raise ValueError(f"{where} does not call transformers' attention function, so that what it does around its attention is "
-                         f"not known: {leave}")
+        raise ValueError(f"{where} does not call transformers' attention function, so that what it does around its attention "
+                         f"is not known: {leave}")
     _check_asked(call, where, longest, leave)
     with torch.no_grad():
         own = dict(zip(("queries", "keys", "values"), projections.project(attention, call.x), strict=True))
@@ -149,8 +150,8 @@ def check_same(call: Call, attention: nn.Module, projections: Projections, where
         if name != "values":
             x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
         if not _close(x, given):
-            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a scale, a "
-                             f"clip, another order or width of heads{', other rotary positions' if rotated else ''}): {leave}")
+            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a scale, "
+                             f"a clip, another order or width of heads{', other rotary positions' if rotated else ''}): {leave}")
     if not _close(y, call.y):
         raise ValueError(f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
                          f"after the attention): {leave}")
@@ -161,13 +162,13 @@ def _check_asked(call: Call, where: str, longest: int | None, leave: str) -> Non
     size = call.mask.size if isinstance(call.mask, Pattern) else None
     windows = [int(n) for n in (size, asked.get("sliding_window")) if n is not None]
     if windows and (longest is None or min(windows) < longest):
-        raise ValueError(f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier ones: "
-                         f"{leave}, or make the model without windows (config.sliding_window = None)")
+        raise ValueError(f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
+                         f"ones: {leave}, or make the model without windows (config.sliding_window = None)")
     if call.mask is not None and size is None:
         raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
     if asked.get("softcap") is not None:
-        raise ValueError(f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, or make "
-                         "the model without a cap")
+        raise ValueError(f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, "
+                         "or make the model without a cap")
     more = [name for name, value in asked.items() if isinstance(value, Tensor) and name not in INNOCENT]
     if more:
         raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")
@@ -182,8 +183,8 @@ def _parts(projections: Projections, name: str) -> tuple[str, ...]:
 def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
     """Queries or keys without positions ``[B, H, T, D]``, and as the model has them, made comparable.
 
-    Where a RACE layer is to turn them as well it turns halves; else only the first token counts, at position 0, where nothing is
-    turned, though some models make it longer there (YaRN).
+    Where a RACE layer is to turn them as well it turns halves; else only the first token counts, at position 0, where nothing
+    is turned, though some models make it longer there (YaRN).
     """
     if not isinstance(embeddings, tuple) or not isinstance(embeddings[0], Tensor):
         return x[:, :, :1], given[:, :, :1]

@@ -41,7 +41,8 @@ class Projections:
         """
         names = next((kind for kind in (SEPARATE, FUSED) if all(hasattr(attention, part) for part in kind)), None)
         if names is None:
-            raise ValueError(f"{where} is of no known kind: it needs the projections {', '.join(SEPARATE)} or {', '.join(FUSED)}")
+            raise ValueError(f"{where} is of no known kind: it needs the projections {', '.join(SEPARATE)} or "
+                             f"{', '.join(FUSED)}")
         norms = next((pair for pair in NORMS if all(_is_norm(getattr(attention, name, None)) for name in pair)), None)
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads) if names is SEPARATE else heads
@@ -58,9 +59,9 @@ class Projections:
         for name, width in wanted.items():
             own = getattr(getattr(attention, name), "out_features", width)
             if own != width:
-                raise ValueError(f"{where}: {name} makes {own} numbers per token, but {self.heads} query heads and {self.kv_heads} "
-                                 f"key/value heads of width {self.head_dim} need {width}: a RACE layer does not know what the "
-                                 "others are (a gate, heads of another layer); leave this layer out of layers")
+                raise ValueError(f"{where}: {name} makes {own} numbers per token, but {self.heads} query heads and "
+                                 f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: a RACE layer does not "
+                                 "know what the others are (a gate, wider values); leave this layer out of layers")
 
     def _check_parameters(self, attention: nn.Module, where: str) -> None:
         """Every parameter and buffer of the module lies in a part that is taken over."""

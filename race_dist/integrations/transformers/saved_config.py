@@ -11,8 +11,8 @@ a little more:
 - ``PreTrainedModel._check_and_adjust_attn_implementation`` (each model asks it when it is made or switched) checks the options,
   and refuses "race" for models with cross attention.
 - ``PreTrainedModel.post_init`` (the end of each model's ``__init__``) puts the converted layers in.
-- ``PreTrainedModel.from_pretrained`` makes hyperplanes anew, which are in no checkpoint, and checks that the weights were trained
-  with the settings that the configuration has.
+- ``PreTrainedModel.from_pretrained`` makes hyperplanes anew, which are in no checkpoint, and checks that the weights were
+  trained with the settings that the configuration has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings, portable
