@@ -12,7 +12,7 @@ from torch import Tensor
 
 from race_dist.hashing import as_bfloat16, check_hash
 from race_dist.ops.explain import warn_slow
-from race_dist.ops.functional import attend, get_backend, is_traced, unsupported
+from race_dist.ops.functional import attend, get_backend, is_traced, refuse_transforms, unsupported
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
 from race_dist.parallel.comm import group_rank, group_size
 from race_dist.parallel.layout import Layout, check_layout
@@ -88,6 +88,7 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
             only where they are Python numbers or CPU tensors.
         ImportError: backend="triton" without triton.
     """
+    refuse_transforms(backend)
     q, k, v = _autocast(q, k, v)
     problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
                        sharded=group is not None)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -98,6 +99,19 @@ def is_traced(*tensors: Tensor) -> bool:
     without elements."""
     return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
             or any(x.is_meta or type(x) not in (Tensor, torch.nn.Parameter) for x in tensors))
+
+
+def refuse_transforms(backend: str) -> None:
+    """Raise ValueError inside torch.func's transforms and forward-mode differentiation: the fused backends have one formula,
+    that of a backward pass, which these do not call (a tangent would silently be 0)."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(f'race_attention with backend="{backend}" has gradients by autograd (backward, torch.autograd.grad) '
+                         'but does not run inside torch.func (grad, vjp, jvp, vmap, ...): give backend="reference" there')
+    if forward_ad._current_level >= 0:
+        raise ValueError(f'race_attention with backend="{backend}" has no forward-mode derivative (torch.autograd.forward_ad): '
+                         'give backend="reference" there')
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,

@@ -10,12 +10,14 @@ if find_spec("transformers") is None:
 
 from race_dist.integrations.transformers.attach import sequence_parallel
 from race_dist.integrations.transformers.cache import RaceCacheLayer, cached_bytes
-from race_dist.integrations.transformers.convert import convert, freeze_all_but, from_pretrained, trained_parts
+from race_dist.integrations.transformers.convert import build, convert, freeze_all_but, from_pretrained, trained_parts
 from race_dist.integrations.transformers.interface import race_attention_forward, race_mask, register
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.parallel import ShardedLoader, sequence_parallel_trainer, shard_batch
+from race_dist.integrations.transformers.saved_config import install
 
 register()
+install(build)
 
 __all__ = ["RaceCacheLayer", "RaceSelfAttention", "ShardedLoader", "cached_bytes", "convert", "freeze_all_but",
            "from_pretrained", "race_attention_forward", "race_mask", "register", "sequence_parallel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,32 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from race_dist.integrations.transformers import probe
 from race_dist.integrations.transformers.attach import attach, decoder_of
-from race_dist.integrations.transformers.layer import FUSED, SEPARATE, RaceSelfAttention
-from race_dist.integrations.transformers.settings import ENTRY, Settings
+from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.integrations.transformers.projections import TAKEN, Projections
+from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
 from race_dist.nn import RaceConfig, initialize
 
-# What a layer that is to imitate softmax attention starts from: outputs are averages of values, as softmax's are.
-STARTING_POINT: dict[str, Any] = {"normalization": "global", "output_gate": False}
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+               "trust_remote_code")
 
 
 def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
             race: RaceConfig | Mapping[str, Any] | None = None, inherit_rope: bool = False) -> PreTrainedModel:
-    """Replace attention modules by RACE layers, in place. Projections keep their weights; what is new (lengths of queries
-    and keys, sharpness, convolution, rates of decay, norm, gate) starts from ``race.seed``.
+    """Replace attention modules by RACE layers, in place. Projections and query and key norms keep their weights; what is new
+    (lengths of queries and keys, sharpness, convolution, rates of decay, norm, gate) starts from ``race.seed``.
+
+    Every parameter of a replaced module is taken over, and the model is run on three tokens before and after, so that what a
+    module does beside its attention is found out: where a RACE layer would leave something out, the model stays as it was and
+    the conversion is refused. (A model on the meta device cannot be run: there only names and shapes are checked.)
 
     ``generate`` then decodes with a state of constant size in these layers, ``save_pretrained`` saves the model, and
-    :func:`from_pretrained` reads it back. Layers left out stay softmax: a hybrid.
+    :func:`from_pretrained` or transformers' own ``from_pretrained`` (with this package imported) reads it back. Layers left out
+    stay softmax: a hybrid.
 
     Args:
-        model: a Llama, Qwen, Mistral or GPT-NeoX class model.
+        model: a Llama, Qwen, Mistral, OLMo, StableLM, Cohere or GPT-NeoX class model.
         layers: indices to replace; None: all.
         race: options of the layers, a :class:`RaceConfig` or some of its fields. What is left out is a RaceConfig's default,
             but for ``normalization="global"`` and ``output_gate=False``, from which imitating softmax starts nearer.
@@ -37,94 +45,191 @@ def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
             and others make their own of the base ``rope_base``.
 
     Returns:
-        The model.
+        The model. Its configuration is a copy of its own: another model that was made of the same one keeps what it says.
 
     Raises:
-        ValueError: no such layer, one that is a RACE layer already, or one of an unknown kind.
+        ValueError, TypeError: an argument is wrong; no such layer, one that is a RACE layer already, one of an unknown kind, or
+            one that has or does something that a RACE layer does not.
     """
     decoder = decoder_of(model)
-    blocks = list(decoder.layers)  # type: ignore[arg-type]
-    chosen = _chosen(layers, len(blocks))
-    earlier = Settings.of(model.config)
-    given = race.model_dump(exclude_unset=True) if isinstance(race, RaceConfig) else dict(race or {})
-    options = STARTING_POINT | given
-    if earlier.layers and (options, inherit_rope) != (earlier.options, earlier.inherit_rope):
+    if not isinstance(inherit_rope, bool):
+        raise TypeError(f"inherit_rope must be True or False; got {inherit_rope!r}")
+    chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
+    options, earlier = _options(race), Settings.of(model.config)
+    if earlier.layers and (options, inherit_rope) != (portable(earlier.of_layers()), earlier.inherit_rope):
         raise ValueError(f"layers {list(earlier.layers)} are RACE layers with other options, {earlier.options}: convert all at "
                          "once, or give the same options")
-    for index in chosen:
-        _replace(blocks[index], index, options, inherit_rope, model.config)
-    settings = Settings(layers=tuple(sorted({*earlier.layers, *chosen})), options=options, inherit_rope=inherit_rope)
+    settings = Settings(layers=tuple(chosen), options=options, inherit_rope=inherit_rope)
+    _replace_all(model, settings)
+    _own_config(model)
+    settings = settings.model_copy(update={"layers": tuple(sorted({*earlier.layers, *chosen}))})
     settings.store(model.config)
     if decoder.config is not model.config:
         settings.store(decoder.config)
-    attach(model)
     return model
 
 
 def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Read a converted model that ``save_pretrained`` wrote.
+    """Read a model with RACE Attention (converted, or of ``attn_implementation="race"``) that ``save_pretrained`` wrote.
+
+    It is transformers' ``from_pretrained`` for the class that the configuration names, and refuses a softmax model.
 
     Args:
         path: its folder, or its name on the hub.
         **options: of transformers' ``from_pretrained``: dtype, device_map, revision, ...
 
     Raises:
-        ValueError: this is no converted model.
+        ValueError: there is no such model, it has no RACE Attention, or its weights do not belong to its settings.
     """
-    config = options.pop("config", None) or AutoConfig.from_pretrained(path)
-    settings = Settings.of(config)
-    if not settings.layers:
-        raise ValueError(f"{path} is no converted model: its config.json has no {ENTRY}.layers; read it with transformers")
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise TypeError(f"path must be a folder or a name on the hub; got {path!r}")
+    config = options.pop("config", None)
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(path, **{name: options[name] for name in HUB_OPTIONS if name in options})
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"path {str(path)!r} is no folder of a saved model and no name on the hub: {reason}") from None
+    if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
+        raise ValueError(f"path {str(path)!r} is no converted model: its config.json has no {ENTRY}.layers; read it with "
+                         "transformers")
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ValueError(f"{path} is of the architecture {name!r}, which transformers {transformers.__version__} has not")
+    return kind.from_pretrained(path, config=config, **options)  # type: ignore[no-any-return]
 
-    def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, config, *args, **kwargs)
-        # the stored layers are put in again: the entry is taken off and written anew
-        setattr(config, ENTRY, None)
-        convert(self, layers=settings.layers, race=settings.options, inherit_rope=settings.inherit_rope)
 
-    reader: Any = type(name, (kind,), {"__init__": build, "__module__": kind.__module__})
-    model = reader.from_pretrained(path, config=config, **options)
-    model.__class__ = kind
+def build(model: PreTrainedModel, settings: Settings) -> None:
+    """Put the layers that a configuration says are converted into a model that is just made.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    try:
+        blocks: Any = decoder_of(model).layers
+    except TypeError as error:
+        raise ValueError(f"config.{ENTRY} says that layers {list(settings.layers)} are RACE layers: {error}") from None
+    missing = _chosen(settings.layers, len(blocks))
+    missing = [i for i in missing if not isinstance(_attention_of(blocks[i], i)[1], RaceSelfAttention)]
+    if missing:
+        options = portable(settings.of_layers())
+        _replace_all(model, settings.model_copy(update={"layers": tuple(missing), "options": options}))
     for module in model.modules():
-        if isinstance(module, RaceSelfAttention):
-            module.settle(next(module.parameters()))
-    return model
+        if isinstance(module, RaceSelfAttention):  # transformers draws no weights over ours
+            for part in (module, *(m for name, m in module.named_modules() if name and name.split(".")[0] not in TAKEN)):
+                part._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Every option, as they are stored."""
+    if race is not None and not isinstance(race, (RaceConfig, Mapping)):
+        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {race!r}")
+    given = race.model_dump(exclude_unset=True) if isinstance(race, RaceConfig) else dict(race or {})
+    unnamed = [name for name in given if not isinstance(name, str)]
+    if unnamed:
+        raise TypeError(f"race must be a dictionary whose keys are fields of RaceConfig; got the key {unnamed[0]!r}")
+    if given.get("causal") is False:
+        raise ValueError("race has causal = False, but the layers of a decoder read only what comes before: leave it out")
+    return {**portable(RaceConfig.check(STARTING_POINT | given, source="race")),
+            **{name: given[name] for name in ("dim", "num_heads", "num_kv_heads", "head_dim") if given.get(name) is not None}}
 
 
 def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
-    chosen = list(range(count)) if layers is None else sorted(set(layers))
+    if layers is None:
+        return list(range(count))
+    if isinstance(layers, (str, bytes, Mapping)) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {layers!r}")
+    given = list(layers)
+    wrong = [i for i in given if isinstance(i, bool) or not isinstance(i, int)]
+    if wrong:
+        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {wrong[0]!r}")
+    chosen = sorted(set(given))
     outside = [i for i in chosen if not 0 <= i < count]
     if outside or not chosen:
         raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {outside or chosen}")
     return chosen
 
 
-def _replace(block: nn.Module, index: int, options: dict[str, Any], inherit_rope: bool, config: Any) -> None:
-    """Put a RACE layer where the attention of one block is."""
-    name = next((n for n in ("self_attn", "attention") if hasattr(block, n)), None)
-    attention = None if name is None else getattr(block, name)
-    if isinstance(attention, RaceSelfAttention):
-        raise ValueError(f"layer {index} is a RACE layer already: leave it out of layers")
-    kinds = [kind for kind in (SEPARATE, FUSED) if all(hasattr(attention, part) for part in kind)]
-    if name is None or attention is None or not kinds:
-        raise ValueError(f"layer {index}: {type(attention or block).__name__} is of no known kind: it needs the projections "
-                         f"{', '.join(SEPARATE)} or {', '.join(FUSED)}")
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(attention, "head_dim", None) or text.hidden_size // heads
-    if inherit_rope:
-        options = options | {"rope_base": _rope_base(text, attention, head_dim, index)}
-    race = RaceConfig.model_validate(options).filled(dim=text.hidden_size, num_heads=heads, num_kv_heads=kv_heads,
-                                                     head_dim=head_dim, rope_base=10000.0)
-    weight = getattr(attention, kinds[0][-1]).weight
-    layer = RaceSelfAttention(attention, race, index, inherit_rope=inherit_rope, device=weight.device, dtype=weight.dtype)
+def _attention_of(block: nn.Module, index: int) -> tuple[str, nn.Module]:
+    """Name and module of a block's attention."""
+    for name in ("self_attn", "attention"):
+        if isinstance(found := getattr(block, name, None), nn.Module):
+            return name, found
+    raise ValueError(f"layer {index}: {type(block).__name__} has no attention under a known name (self_attn, attention)")
+
+
+def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
+    """Replace the layers of the settings; where one cannot be, the model is as before and ValueError says why."""
+    decoder = decoder_of(model)
+    blocks: Any = decoder.layers
+    places = {index: _attention_of(blocks[index], index) for index in settings.layers}
+    again = [index for index, (_, module) in places.items() if isinstance(module, RaceSelfAttention)]
+    if again:
+        raise ValueError(f"layer {again[0]} is a RACE layer already: leave it out of layers")
+    text = model.config.get_text_config()
+    runs = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
+    made = {index: _layer(module, index, settings, text) for index, (_, module) in places.items()}
+    if runs:
+        calls = probe.observe(decoder, {index: module for index, (_, module) in places.items()})
+        for index, (_, module) in places.items():
+            _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
+    hooked = dict(decoder._forward_pre_hooks)
+    try:
+        for index, (name, module) in places.items():
+            setattr(blocks[index], name, made[index].train(module.training))
+        attach(model)
+        if runs:
+            probe.run(decoder)
+    except Exception as error:
+        for index, (name, module) in places.items():
+            setattr(blocks[index], name, module)
+        for key in [key for key in decoder._forward_pre_hooks if key not in hooked]:
+            del decoder._forward_pre_hooks[key]
+        raise ValueError(f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: "
+                         f"{error}") from error
+
+
+def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
+    """The RACE layer for the place of an attention module."""
+    where = f"layer {index}: {type(attention).__name__}"
+    if getattr(attention, "is_causal", True) is False:
+        raise ValueError(f"{where} reads later tokens too, but converted layers are causal: leave it out of layers")
+    dropout = [str(p) for p in (getattr(attention, "attention_dropout", 0.0), *(m.p for m in attention.modules() if
+               isinstance(m, nn.Dropout))) if isinstance(p, float) and p > 0]
+    if dropout:
+        raise ValueError(f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make "
+                         "the model with config.attention_dropout = 0")
+    found = Projections.of(attention, text, where)
+    options = dict(settings.options)
+    if settings.inherit_rope:
+        options["rope_base"] = _rope_base(text, attention, found.head_dim, index)
+    race = RaceConfig.check(options, source="race").filled(
+        dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0)
+    weights = list(attention.get_submodule(found.names[-1]).parameters())
+    like = next((p for p in (*weights, *attention.parameters()) if p.is_floating_point()), torch.empty(0))  # none: quantised
+    layer = RaceSelfAttention(attention, found, race, index, inherit_rope=settings.inherit_rope, device=like.device,
+                              dtype=like.dtype)
     initialize(layer, race.seed, f"race.{index}")
-    setattr(block, name, layer.train(attention.training))
+    return layer
+
+
+def _check(call: probe.Call | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None) -> None:
+    where = f"layer {index}: {type(attention).__name__}"
+    if call is None:
+        raise ValueError(f"{where} is not called when the model runs: leave it out of layers")
+    probe.check_same(call, attention, layer.projections, where, longest=longest,
+                     rotated=layer.inherit_rope and layer.rope_base is not None)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model a configuration of its own: a softmax model that was made of the same one stays softmax when saved."""
+    copies: dict[int, Any] = {}
+    model.config = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) in copies:
+            module.config = copies[id(config)]
 
 
 def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> float:
@@ -143,9 +248,8 @@ def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Para
     Args:
         projections: whether the projections taken over belong to them too.
     """
-    kept = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", *FUSED}
     return [p for m in model.modules() if isinstance(m, RaceSelfAttention) for name, p in m.named_parameters()
-            if projections or name.split(".")[0] not in kept]
+            if projections or name.split(".")[0] not in TAKEN]
 
 
 def freeze_all_but(model: nn.Module, parameters: Iterable[torch.Tensor]) -> None:

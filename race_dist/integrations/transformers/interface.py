@@ -13,9 +13,6 @@ from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings
 from race_dist.nn import RaceConfig, RaceCore
 
-WITHOUT_PARAMETERS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
-                                      "train_beta": False, "rope_base": None}
-
 
 def register() -> None:
     """Make ``attn_implementation="race"`` known to transformers, with a mask function that keeps padding."""
@@ -113,20 +110,11 @@ def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
 
 
 def _make_core(module: Any, heads: int, kv_heads: int, head_dim: int, causal: bool, *, device: torch.device) -> RaceCore:
-    config = _options(Settings.of(module.config).options).filled(
+    config = Settings.of(module.config).of_implementation().filled(
         dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     if not causal:
         config = RaceConfig.model_validate(config.model_dump() | {"causal": False})
     return _without_parameters(RaceCore(config, getattr(module, "layer_idx", None) or 0, device=device))
-
-
-def _options(options: dict[str, Any]) -> RaceConfig:
-    trained = [name for name in ("short_conv", "output_gate", "train_beta", "train_planes") if options.get(name)]
-    trained += ["decay"] if options.get("decay") == "token" else []
-    if trained:
-        raise ValueError(f"race_attention options {', '.join(trained)} need parameters, which attn_implementation=\"race\" "
-                         "does not add to a model: use race_dist.integrations.transformers.convert(model, ...)")
-    return RaceConfig.model_validate(WITHOUT_PARAMETERS | options)
 
 
 def _without_parameters(core: RaceCore) -> RaceCore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,19 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from race_dist.integrations.transformers.cache import cache_layer
+from race_dist.integrations.transformers.projections import Projections
 from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
 from race_dist.nn.norm import compute_dtype
 
-SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # Llama, Qwen, Mistral and their kin
-FUSED = ("query_key_value", "dense")  # GPT-NeoX
+SETTINGS_STEP = 512  # bytes: settings of other lengths have a tensor of the same shape
 
 
 class RaceSelfAttention(RaceAttention):
     """RACE Attention with the projections (and the query and key norms, if any) of a transformers attention module.
 
+    Its buffer ``race_settings`` (uint8) has the settings as JSON: they belong to the weights, and a checkpoint whose settings
+    are not those of the model is refused.
+
     Args:
         attention: the module to replace.
+        projections: what of it to take over.
         config: of the RACE layer; its widths must be the module's.
         layer_idx: index of the layer.
         inherit_rope: whether the model's own rotary positions turn queries and keys.
@@ -31,35 +36,58 @@ class RaceSelfAttention(RaceAttention):
         ValueError: the module is of no known kind.
     """
 
-    query_key_value: nn.Module
-    dense: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
+    race_settings: Tensor
 
-    def __init__(self, attention: nn.Module, config: RaceConfig, layer_idx: int, *, inherit_rope: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, attention: nn.Module, projections: Projections, config: RaceConfig, layer_idx: int, *,
+                 inherit_rope: bool = False, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None) -> None:
         super().__init__(config, layer_idx, draw=False, device=device, dtype=dtype)
         self.layer_idx, self.inherit_rope, self.is_causal = layer_idx, inherit_rope, True
-        self._fused = hasattr(attention, FUSED[0])
-        for name in (*(FUSED if self._fused else SEPARATE), *(n for n in ("q_norm", "k_norm") if hasattr(attention, n))):
+        self.projections = projections
+        for name in (*projections.names, *(projections.norms or ())):
             setattr(self, name, getattr(attention, name))
+        self.register_buffer("race_settings", _as_bytes(self._settings()).to(device))
 
     def _build_projections(self, dim: int, output_gain: float, where: dict[str, Any]) -> None:
         """None: they are the replaced module's."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._fused:
-            q, k, v = self.query_key_value(x).unflatten(-1, (self.num_heads, 3, self.head_dim)).unbind(3)
-            return q.flatten(2), k.flatten(2), v.flatten(2)
-        q, k, v = super().project(x)
-        if hasattr(self, "q_norm"):
-            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(2)
-            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(2)
-        return q, k, v
+        return self.projections.project(self, x)
 
     def output(self, y: Tensor) -> Tensor:
-        projected: Tensor = self.dense(y) if self._fused else super().output(y)
-        return projected
+        return self.projections.output(self, y)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that changes what the layer computes from its weights."""
+        return {"layer": self.layer_idx, "inherit_rope": self.inherit_rope,
+                **self.config.model_dump(mode="json", exclude={"backend"})}
+
+    def differs_from(self, stored: Tensor) -> str | None:
+        """Why weights with these ``race_settings`` do not belong here; None where they do."""
+        own, there = self._settings(), _from_bytes(stored)
+        if there is None:
+            return ("the checkpoint has no settings of this RACE layer: its weights are missing, damaged, or of an earlier "
+                    "version; convert the softmax model again")
+        differ = [f"{name} {there.get(name)!r} there and {own.get(name)!r} here"
+                  for name in sorted({*own, *there}) if there.get(name) != own.get(name)]
+        return f"the checkpoint's weights were trained with other settings of RACE: {', '.join(differ)}" if differ else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        stored = state_dict.get(f"{prefix}race_settings")
+        problem = None if not isinstance(stored, Tensor) or stored.is_meta else self.differs_from(stored)
+        if problem is not None:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def settle_on_weights(self) -> None:
+        """Make the constants anew where the weights are: a loader has put them there without ``.to``."""
+        like = next((p for p in self.parameters() if not p.is_meta), None)
+        if like is None:  # offloaded: they come to this device when the layer runs
+            device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+            like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)
+        self.settle(like)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None,  # type: ignore[override]
                 attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None,
@@ -105,3 +133,18 @@ class RaceSelfAttention(RaceAttention):
         half = self.head_dim // 2
         cos, sin = (rows.fold(t.expand(x.shape[0], -1, -1))[..., :half].to(dtype) for t in embeddings)
         return replace(rows.sequence, rotations={(self.head_dim, self.rope_base, dtype): (cos, sin)})
+
+
+def _as_bytes(settings: dict[str, Any]) -> Tensor:
+    data = json.dumps(settings, sort_keys=True).encode()
+    size = -(-len(data) // SETTINGS_STEP) * SETTINGS_STEP
+    return torch.frombuffer(bytearray(data.ljust(size)), dtype=torch.uint8)
+
+
+def _from_bytes(stored: Tensor) -> dict[str, Any] | None:
+    """What :func:`_as_bytes` was given; None where it is no such tensor."""
+    try:
+        found = json.loads(bytes(stored.detach().cpu().to(torch.uint8).tolist()))
+    except (ValueError, RuntimeError, NotImplementedError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""What a transformers configuration says about RACE Attention: the entry ``race_attention`` of ``config.json``."""
+"""What race-dist keeps in a transformers configuration: the entry ``race_attention`` of ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from typing import Any
 
 from pydantic import Field
 
+from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig, shown
 
 IMPLEMENTATION = "race"
 ENTRY = "race_attention"
+
+# What attn_implementation="race" has where its options say nothing: it adds no parameters to a model.
+WITHOUT_PARAMETERS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
+                                      "train_beta": False, "rope_base": None}
+# What a converted layer has: outputs are averages of values, as softmax's are, which is nearer to what it is to imitate.
+STARTING_POINT: dict[str, Any] = {"normalization": "global", "output_gate": False}
+OWNED_BY_THE_MODEL = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal")
 
 
 class Settings(StrictConfig):
@@ -44,3 +52,31 @@ class Settings(StrictConfig):
     def store(self, config: Any) -> None:
         """Write them into a transformers configuration, which saves them with the model."""
         setattr(config, ENTRY, self.model_dump(mode="json"))
+
+    def of_implementation(self) -> RaceConfig:
+        """What ``attn_implementation="race"`` computes.
+
+        Raises:
+            ValueError: an option is out of its range, or needs parameters.
+        """
+        config = RaceConfig.check(WITHOUT_PARAMETERS | self.options, source=f"config.{ENTRY}.options")
+        trained = [name for name in ("short_conv", "output_gate", "train_beta", "train_planes") if getattr(config, name)]
+        trained += ["decay"] if config.decay == "token" else []
+        if trained:
+            raise ValueError(f"race_attention options {', '.join(trained)} need parameters, which attn_implementation=\"race\" "
+                             "does not add to a model: use race_dist.integrations.transformers.convert(model, ...)")
+        return config
+
+    def of_layers(self) -> RaceConfig:
+        """What converted layers compute.
+
+        Raises:
+            ValueError: an option is out of its range.
+        """
+        return RaceConfig.check(STARTING_POINT | self.options, source=f"config.{ENTRY}.options")
+
+
+def portable(config: RaceConfig) -> dict[str, Any]:
+    """Every field but those that the model says, as JSON has them: what ``config.json`` keeps, so that a default that
+    changes later changes no model."""
+    return config.model_dump(mode="json", exclude=set(OWNED_BY_THE_MODEL))

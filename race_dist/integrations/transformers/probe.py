@@ -1,0 +1,205 @@
+"""What a transformers attention module does around its attention, found out by running the model on three tokens.
+
+A module's parameters say what it has, not what it does with them: a clipped projection, a norm after the attention, a gate or
+a scale are in its ``forward``. So the model runs once with an attention function that notes what it is handed, and a RACE
+layer that takes a module's place must make the same queries, keys and values of the same input, and the same output of the
+same heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from race_dist.integrations.transformers.projections import Projections
+
+PROBE = "race_probe"
+TOKENS = 3
+INNOCENT = ("position_ids", "cache_position", "position_embeddings")  # tensors that an attention function may be handed
+
+
+@dataclass
+class Call:
+    """One run of an attention module.
+
+    Attributes:
+        x: its input ``[B, T, dim]``.
+        told: its keyword arguments.
+        q, k, v: what its attention function was handed, ``[B, H, T, D]``, positions applied; None where it called none.
+        mask: the pattern that the model asked for beside causality, or another mask; None for none.
+        asked: the other arguments of the attention function.
+        heads: the output of the attention, ``[B, T, Hq * D]``.
+        y: the module's output.
+    """
+
+    x: Tensor
+    told: dict[str, Any]
+    y: Tensor
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    mask: Any = None
+    asked: dict[str, Any] | None = None
+    heads: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A mask that is not only causal: a window or chunk of ``size`` tokens, or something else (None)."""
+
+    size: int | None
+
+
+@torch.no_grad()
+def run(decoder: nn.Module) -> None:
+    """Run a decoder on a few tokens, in evaluation mode, without a cache."""
+    modes = [(module, module.training) for module in decoder.modules()]
+    decoder.eval()
+    try:
+        embedding = decoder.get_input_embeddings()  # type: ignore[operator]
+        count = embedding.weight.shape[0]
+        ids = torch.arange(3, 3 + TOKENS, device=embedding.weight.device)[None] % count
+        decoder(input_ids=ids, use_cache=False)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, Call]:
+    """Run the decoder and note what each of the modules does; those that were not reached are left out."""
+    seen: dict[int, Call] = {}
+    functions: dict[int, dict[str, Any]] = {}
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+                  **asked: Any) -> tuple[Tensor, None]:
+        out = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
+        functions[id(module)] = {"q": query, "k": key, "v": value, "mask": attention_mask, "asked": asked,
+                                 "heads": out.flatten(2)}
+        return out, None
+
+    def note(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            y = out[0] if isinstance(out, tuple) else out
+            seen[index] = Call(x, kwargs, y, **functions.get(id(module), {}))
+        return hook
+
+    handles = [module.register_forward_hook(note(index), with_kwargs=True) for index, module in attentions.items()]
+    try:
+        with _implementation(decoder, attention):
+            run(decoder)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _mask(*_: Any, **how: Any) -> Pattern | None:
+    """In the place of a mask: which pattern it would have."""
+    function = getattr(how.get("mask_function"), "__qualname__", "")
+    if how.get("local_size") is not None:
+        return Pattern(int(how["local_size"]))
+    return Pattern(None) if how.get("use_vmap") or "or_mask" in function or "bidirectional" in function else None
+
+
+@contextmanager
+def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
+    AttentionInterface.register(PROBE, attention)
+    AttentionMaskInterface.register(PROBE, _mask)
+    configs = {id(c): c for m in decoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = PROBE
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(PROBE, None)
+
+
+def check_same(call: Call, attention: nn.Module, projections: Projections, where: str, *, longest: int | None,
+               rotated: bool) -> None:
+    """Raise ValueError, naming the module, unless projections alone make what its attention function was handed.
+
+    Args:
+        call: of the module.
+        attention: the module.
+        projections: what a RACE layer would take over.
+        where: names the module in errors.
+        longest: of the model's sequences: a window that long cuts nothing.
+        rotated: whether the RACE layer is to turn queries and keys as the model does.
+    """
+    leave = "leave this layer out of layers (it stays softmax)"
+    if call.q is None or call.k is None or call.v is None or call.heads is None:
+        raise ValueError(f"{where} does not call transformers' attention function, so that what it does around its attention "
+                         f"is not known: {leave}")
+    _check_asked(call, where, longest, leave)
+    with torch.no_grad():
+        own = dict(zip(("queries", "keys", "values"), projections.project(attention, call.x), strict=True))
+        y = projections.output(attention, call.heads)
+    for (name, x), given in zip(own.items(), (call.q, call.k, call.v), strict=True):
+        x = x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
+        if name != "values":
+            x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
+        if not _close(x, given):
+            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a scale, "
+                             f"a clip, another order or width of heads{', other rotary positions' if rotated else ''}): {leave}")
+    if not _close(y, call.y):
+        raise ValueError(f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
+                         f"after the attention): {leave}")
+
+
+def _check_asked(call: Call, where: str, longest: int | None, leave: str) -> None:
+    asked = call.asked or {}
+    size = call.mask.size if isinstance(call.mask, Pattern) else None
+    windows = [int(n) for n in (size, asked.get("sliding_window")) if n is not None]
+    if windows and (longest is None or min(windows) < longest):
+        raise ValueError(f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
+                         f"ones: {leave}, or make the model without windows (config.sliding_window = None)")
+    if call.mask is not None and size is None:
+        raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
+    if asked.get("softcap") is not None:
+        raise ValueError(f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, "
+                         "or make the model without a cap")
+    more = [name for name, value in asked.items() if isinstance(value, Tensor) and name not in INNOCENT]
+    if more:
+        raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")
+
+
+def _parts(projections: Projections, name: str) -> tuple[str, ...]:
+    index = ("queries", "keys", "values").index(name)
+    norm = (projections.norms[index],) if projections.norms is not None and index < 2 else ()
+    return (projections.names[min(index, len(projections.names) - 2)], *norm)
+
+
+def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
+    """Queries or keys without positions ``[B, H, T, D]``, and as the model has them, made comparable.
+
+    Where a RACE layer is to turn them as well it turns halves; else only the first token counts, at position 0, where nothing
+    is turned, though some models make it longer there (YaRN).
+    """
+    if not isinstance(embeddings, tuple) or not isinstance(embeddings[0], Tensor):
+        return x[:, :, :1], given[:, :, :1]
+    cos, sin = (t.to(x.dtype) for t in embeddings)
+    if not rotated:
+        x, turned = x[:, :, :1], min(cos.shape[-1], x.shape[-1])
+        return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), given[:, :, :1]
+    half = x.shape[-1] // 2
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1), given
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    limit = max(1e-4, 8 * torch.finfo(a.dtype).eps)
+    return bool((a - b).abs().amax() <= limit * b.abs().amax().clamp(min=1e-30))

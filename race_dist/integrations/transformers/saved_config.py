@@ -1,0 +1,142 @@
+"""What makes a saved model come back as it was: ``config.json`` says that the attention is RACE, and models are built by it.
+
+transformers leaves the attention implementation out of ``config.json``, and knows nothing of converted layers: a model that was
+trained with RACE would come back as softmax. So while this package is imported, five methods of transformers' base classes do
+a little more:
+
+- ``PreTrainedConfig.to_dict`` writes ``_attn_implementation`` ("race", or "race_converted" where layers were converted) and
+  every option of RACE. transformers reads that key in every version; where this package is not imported it knows neither name
+  and raises.
+- ``PreTrainedConfig.from_dict`` lets an ``attn_implementation`` that the caller gives come before the stored one.
+- ``PreTrainedModel._check_and_adjust_attn_implementation`` (each model asks it when it is made or switched) checks the options,
+  and refuses "race" for models with cross attention.
+- ``PreTrainedModel.post_init`` (the end of each model's ``__init__``) puts the converted layers in.
+- ``PreTrainedModel.from_pretrained`` makes hyperplanes anew, which are in no checkpoint, and checks that the weights were
+  trained with the settings that the configuration has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings, portable
+
+CONVERTED = "race_converted"  # the stored name where layers were converted and the others are softmax
+KEY = "_attn_implementation"
+
+
+def install(build: Callable[[PreTrainedModel, Settings], None]) -> None:
+    """Change transformers' base classes, once.
+
+    Args:
+        build: puts the converted layers of the settings into a model that has none yet.
+    """
+    if hasattr(PretrainedConfig.to_dict, "race"):
+        return
+    _wrap(PretrainedConfig, "to_dict", _to_dict)
+    _wrap(PretrainedConfig, "from_dict", _from_dict)
+    _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check_implementation)
+    _wrap(PreTrainedModel, "post_init", lambda original, self: _post_init(original, self, build))
+    _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method (or class method) by ``around(original, self or class, ...)``."""
+    found = owner.__dict__[name]
+    original = found.__func__ if isinstance(found, classmethod) else found
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    method.__name__, method.__qualname__, method.__doc__ = name, original.__qualname__, original.__doc__
+    method.__wrapped__ = original  # type: ignore[attr-defined]  # inspect.signature shows the original's
+    method.race = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(method) if isinstance(found, classmethod) else method)
+
+
+def _to_dict(original: Any, config: Any) -> dict[str, Any]:
+    result: dict[str, Any] = original(config)
+    entry = _stored_implementation(config)
+    if entry is None:
+        return result
+    result[KEY] = entry
+    if _own(config) == IMPLEMENTATION and not Settings.of(config).layers:
+        settings = Settings.of(config)
+        result[ENTRY] = settings.model_copy(update={"options": portable(settings.of_implementation())}).model_dump(mode="json")
+    return result
+
+
+def _own(config: Any) -> str | None:
+    """The implementation of one configuration: "race", "race_converted" or None for anything else."""
+    if getattr(config, KEY, None) == IMPLEMENTATION:
+        return IMPLEMENTATION
+    return CONVERTED if getattr(config, ENTRY, None) is not None and Settings.of(config).layers else None
+
+
+def _stored_implementation(config: Any) -> str | dict[str, Any] | None:
+    """What to store: a name, or one per part (``""`` is the whole) where a model is made of several and they differ."""
+    own = _own(config)
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {name: _stored_implementation(part) for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    if all(value == own for value in found.values()):
+        return own
+    return ({} if own is None else {"": own}) | {name: value for name, value in found.items() if value is not None}
+
+
+def _from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    if kwargs.get("attn_implementation") is not None:
+        config_dict = {name: value for name, value in config_dict.items() if name != KEY}
+    made = original(cls, config_dict, **kwargs)
+    for config in _with_parts(made[0] if isinstance(made, tuple) else made):
+        if getattr(config, KEY, None) == CONVERTED:
+            config._attn_implementation_internal = None
+    return made
+
+
+def _with_parts(config: Any) -> list[Any]:
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return [config, *(each for part in parts if isinstance(part, PretrainedConfig) for each in _with_parts(part))]
+
+
+def _check_implementation(original: Any, model: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+    if attn_implementation == CONVERTED and Settings.of(model.config).layers:
+        attn_implementation = None
+    if attn_implementation == IMPLEMENTATION:
+        config = model.config
+        if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+            raise ValueError(f'{type(model).__name__} has cross attention, from a decoder to its encoder, which '
+                             f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation')
+        Settings.of(config).of_implementation()
+    return original(model, attn_implementation, *args, **kwargs)
+
+
+def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Settings], None]) -> None:
+    original(model)
+    settings = Settings.of(model.config)
+    if settings.layers:
+        build(model, settings)
+
+
+def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    made = original(cls, *args, **kwargs)
+    finish_loading(made[0] if isinstance(made, tuple) else made)
+    return made
+
+
+def finish_loading(model: nn.Module) -> None:
+    """Make what no checkpoint holds, and check that the weights belong to the settings.
+
+    Raises:
+        ValueError: a RACE layer's weights are not in the checkpoint, or were trained with other settings.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, RaceSelfAttention):
+            problem = module.differs_from(module.race_settings)
+            if problem is not None:
+                raise ValueError(f"{name}: {problem}")
+            module.settle_on_weights()
