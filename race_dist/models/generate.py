@@ -49,22 +49,44 @@ class Context:
 
 
 @torch.no_grad()
-def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk: int = 8192) -> Context:
-    """Go through a text, ``chunk`` tokens at a time.
+def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk: int = 8192,
+         key_mask: Tensor | None = None) -> Context:
+    """Go through a text, ``chunk`` tokens at a time. Texts of several lengths go in one batch, padded anywhere: ``generate``
+    goes on from what this returns.
 
     Args:
         model: in eval or training mode, no gradients are taken.
         ids: ``[B, T]`` int, at least one token.
         before: what came before it; None: it is the beginning.
         chunk: tokens of each row whose activations exist at a time.
+        key_mask: ``[B, T]`` bool, False for padding. A row of nothing else stays as it was ``before``.
+
+    Raises:
+        ValueError: a row has no token at all, or a shape does not fit.
     """
+    if key_mask is not None and (key_mask.shape != ids.shape or key_mask.dtype != torch.bool):
+        raise ValueError(f"key_mask must be bool {list(ids.shape)} like ids; got {key_mask.dtype} {list(key_mask.shape)}")
+    if key_mask is not None and before is None and not bool(key_mask.any(1).all()):
+        row = int(key_mask.any(1).long().argmin())
+        raise ValueError(f"row {row} of key_mask is all False: its text needs at least one token")
     # float64: a float32 mass that is fed single tokens stops growing at 2**24
     carry = model.zero_carry(ids.shape[0], state_dtype=torch.float64) if before is None else before.carry
-    for piece in ids.split(chunk, dim=1):
-        h, after = model.hidden(piece, carry)
+    hidden = None if before is None else before.hidden
+    for start in range(0, ids.shape[1], chunk):
+        real = None if key_mask is None else key_mask[:, start:start + chunk]
+        h, after = model.hidden(ids[:, start:start + chunk], carry, key_mask=real)
         assert after is not None
-        carry = after
-    return Context(carry, h[:, -1])
+        carry, hidden = after, h[:, -1] if real is None else _last_real(h, real, hidden)
+    if hidden is None:
+        raise ValueError(f"ids must be [B, T] with at least one token; got {list(ids.shape)}")
+    return Context(carry, hidden)
+
+
+def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
+    """``[B, dim]``: the hidden state of each row's last real token, or that from before where there is none."""
+    place = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # 0: none
+    last = h.take_along_dim((place - 1).clamp(min=0)[:, None, None], 1)[:, 0]
+    return last if before is None else torch.where(place[:, None] > 0, last, before)
 
 
 def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int, *, temperature: float = 1.0,
@@ -77,7 +99,8 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
 
     Args:
         model: in eval or training mode, no gradients are taken.
-        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token, or what was read already.
+        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token, or what was read already. Prompts of several lengths:
+            ``read(model, padded_ids, key_mask=mask)``.
         max_new_tokens: 0 or more.
         temperature: 0 takes the most likely token.
         top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from race_dist.models import DecoderLM, ModelConfig, generate, sample
+from race_dist.models import DecoderLM, ModelConfig, generate, read, sample
 from race_dist.nn import RaceConfig
 
 
@@ -60,3 +60,24 @@ def test_errors(options: dict[str, object], message: str) -> None:
     arguments = {"prompt_ids": torch.zeros(1, 2, dtype=torch.int64), "max_new_tokens": 1} | options
     with pytest.raises(ValueError, match=message):
         generate(model(), **arguments)
+
+
+@pytest.mark.parametrize("pattern", ["R", "RW", "RS"])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_prompts_of_several_lengths(pattern: str, chunk: int) -> None:
+    """Padded left, right and inside, in chunks that may hold nothing else; then a second turn that some rows lack."""
+    net = model(pattern)
+    mask = torch.tensor([[0] * 8 + [1] * 3, [1] * 5 + [0] * 6, [1, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1]], dtype=torch.bool)
+    turn = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)
+    first, second = torch.randint(0, 29, mask.shape), torch.randint(0, 29, turn.shape)
+    prompt = read(net, first, chunk=chunk, key_mask=mask)
+    context = read(net, second, prompt, chunk=chunk, key_mask=turn)
+    for start, ids, real in ((prompt, first, mask), (context, torch.cat([first, second], 1), torch.cat([mask, turn], 1))):
+        new = torch.stack(list(generate(net, start, 6, temperature=0)), 1)
+        for b in range(3):
+            alone = torch.cat(list(generate(net, ids[b, real[b]], 6, temperature=0)))
+            assert torch.equal(new[b], alone)
+    with pytest.raises(ValueError, match="row 1 of key_mask is all False"):
+        read(net, first, key_mask=mask & torch.tensor([[True], [False], [True]]))
+    with pytest.raises(ValueError, match=r"key_mask must be bool \[3, 11\] like ids"):
+        read(net, first, key_mask=turn)
