@@ -79,6 +79,10 @@ class Sequence:
     compactions: tuple[Compaction, ...] | None = None
     end: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.key_mask is not None and self.compactions is None:
+            raise ValueError("a Sequence gets its key_mask from Sequence.of(length, key_mask=...), which counts its real rows")
+
     @classmethod
     def of(cls, length: int, *, cu_seqlens: Tensor | None = None, key_mask: Tensor | None = None,
            group: ProcessGroup | None = None, layout: str = "contiguous", position: Tensor | int = 0,

@@ -155,8 +155,9 @@ def load_context(file: Path, model: DecoderLM) -> tuple[Context, int]:
         raise ValueError(f"{file} was read by another model, or by other weights of this one; read the text again")
     empty = model.zero_carry(1, state_dtype=torch.float64)
     wanted = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
+    position = f"carry.{len(empty.tensors()) - 1}"  # one for all rows, or [B] behind a padded text
     odd = [name for name in wanted.keys() | tensors.keys() if name not in tensors or name not in wanted
-           or tensors[name].dim() != wanted[name].dim()]
+           or (tensors[name].dim() != wanted[name].dim() and (name != position or tensors[name].dim() > 1))]
     if odd or not metadata.get("tokens", "").isdecimal():
         raise DamagedFileError(f"{file} is damaged: {min(odd, default='the number of tokens')} is missing or of another shape; "
                                "read the text again")

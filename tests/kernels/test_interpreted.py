@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.cases import Case, Limits, draw, errors
-from tests.ops.test_absent_tokens import CU, check, inputs, padding
+from tests.ops.test_absent_tokens import CU, below_the_least_denominator, check, inputs, padding
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -150,3 +150,7 @@ def test_a_masked_token_is_decoded_past() -> None:
 def test_masked_tokens_in_packed_documents() -> None:
     x = inputs("head", "global", batch=1, rows=len(CU) - 1, dtype=torch.float32)
     check(x, padding()[1:2], 2e-4, backend="triton", cu_seqlens=torch.tensor(CU))
+
+
+def test_rows_below_the_least_denominator_are_zero() -> None:
+    below_the_least_denominator("triton")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,15 @@ def test_padding_changes_nothing(causal: bool, kept: list[int]) -> None:
     padded[mask] = x[0]
     y, _ = module(padded, None, Sequence.of(11, key_mask=mask))
     torch.testing.assert_close(y[mask], module(x)[0][0])
+
+
+def test_a_mask_is_given_where_rows_are_counted() -> None:
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"gets its key_mask from Sequence\.of"):
+        replace(Sequence.of(5), key_mask=mask)
+    for wrong in (mask[0], mask[:, :4], mask.int()):
+        with pytest.raises(ValueError, match=r"key_mask must be bool \[B, 5\]"):
+            Sequence.of(5, key_mask=wrong)
 
 
 def constants(module: RaceAttention) -> list[Tensor]:

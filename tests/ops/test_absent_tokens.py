@@ -135,24 +135,28 @@ def test_whatever_stands_there() -> None:
         assert torch.equal(t, expected[name]), name
 
 
-def test_the_backends_say_the_same_below_the_least_denominator() -> None:
-    """A decay of -80 a token: later rows see a denominator under 2**-96, and are 0, with gradients 0."""
-    planes, zeros = sample_planes(2, 3, 8, seed=0), torch.zeros(1, 4, 1, 8)
-    mask = torch.tensor([[True, False, True, True]])
-    for backend in ("reference", "chunked"):
-        v = torch.ones(1, 4, 1, 1, requires_grad=True)
-        near = race_attention(zeros, zeros, v, planes, 2.0, key_mask=mask, log_decay=torch.tensor([-80.0]), backend=backend)
-        assert near.flatten().tolist() == pytest.approx([1, 0, 1, 1])
-        only_first = race_attention(zeros, zeros, v, planes, 2.0, log_decay=torch.tensor([-80.0]), backend=backend,
-                                    initial_state=SketchState(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16, 1)))
-        assert only_first.flatten().tolist() == pytest.approx([1, 1, 1, 1])
-        state = race_attention(zeros[:, :1], zeros[:, :1], v[:, :1], planes, 2.0, output_final_state=True, backend=backend)[1]
-        # no key of its own: a state that has decayed by exp(-80) is all that the row sees
-        hashed = torch.full_like(zeros[:, :1], 1e4)
-        far = race_attention(hashed, -hashed, 0 * v[:, :1], planes, 40.0, log_decay=torch.tensor([-80.0]),
-                             initial_state=state, backend=backend)
-        assert far.item() == 0
-        (dv,) = torch.autograd.grad(far.sum(), v)
-        assert not dv.any()
+def below_the_least_denominator(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """A row that sees nothing but a state that has all but decayed is 0, and so is every gradient; its neighbour is right."""
+    scale = 1.0 if dtype == torch.float32 else 10.0
+    planes, decays = sample_planes(2, 3, 8, seed=0, dtype=dtype), torch.tensor([-80.0 * scale])
+    state = SketchState(torch.ones(1, 1, 16, dtype=dtype), torch.ones(1, 1, 16, 1, dtype=dtype))
+    q = torch.full((1, 3, 1, 8), 1e4, dtype=dtype)
+    k = torch.cat([-q[:, :2], q[:, :1]], 1)  # the first two hash to the bucket farthest from every query
+    mask = torch.tensor([[True, False, True]])
+    for length in (1, 3):
+        leaves = [t.clone().requires_grad_() for t in (q[:, :length], k[:, :length], torch.ones(1, length, 1, 1, dtype=dtype),
+                                                       torch.tensor(40.0 * scale, dtype=dtype), *state.tensors(),
+                                                       decays.to(dtype).expand(1, length, 1))]
+        out = race_attention(*leaves[:3], planes, leaves[3], key_mask=mask[:, :length], log_decay=leaves[6],
+                             initial_state=SketchState(*leaves[4:6]), backend=backend)
+        assert out[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.0, 1.0][:length])
+        for gradient in torch.autograd.grad(out[:, 0].sum(), leaves):
+            assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_rows_below_the_least_denominator_are_zero(backend: str, dtype: torch.dtype) -> None:
+    below_the_least_denominator(backend, dtype)
     assert race_attention.__doc__ is not None
     assert "2**-96" in race_attention.__doc__

@@ -110,6 +110,16 @@ def test_generating_from_a_context_is_generating_from_its_tokens() -> None:
     assert torch.equal(torch.stack(list(generate(model, context, 9, temperature=0))), expected)
 
 
+def test_a_context_of_padded_rows_is_kept(tmp_path: Path) -> None:
+    model, ids = model_of("RWS"), torch.randint(256, (2, 9))
+    context = read(model, ids, key_mask=torch.tensor([[True] * 5 + [False] * 4, [False] * 2 + [True] * 7]))
+    save_context(tmp_path / "kept", context, model, 12)
+    kept, known = load_context(tmp_path / "kept", model)
+    assert known == 12
+    assert kept.carry.position.tolist() == [5, 7]
+    assert all(torch.equal(a, b) for a, b in zip(context.carry.tensors(), kept.carry.tensors(), strict=True))
+
+
 def test_a_context_of_another_model_is_refused(tmp_path: Path) -> None:
     model = model_of("R")
     save_context(tmp_path / "kept", read_text(model, [b"text"], ByteCodec())[0], model, 4)
