@@ -194,12 +194,11 @@ def compiled_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return tokens(3)[0], padding(3), weight
 
 
-@pytest.mark.parametrize("pattern", ["R", "W"])
-def test_compiled_blocks_stay_one_graph(pattern: str) -> None:
+def test_compiled_blocks_stay_one_graph() -> None:
     ids, mask, weight = compiled_inputs()
-    model = DecoderLM(config(pattern), dtype=torch.float64)
+    model = DecoderLM(config("RW"), dtype=torch.float64)
     expected = sum((model.hidden(ids[b:b + 1, real])[0] * weight[b:b + 1, real]).sum() for b, real in enumerate(mask))
     right = [expected.detach(), *gradients(model, expected)]
-    for found, graphs in run_ranks(3, compiled_case, pattern):
+    for found, graphs in run_ranks(2, compiled_case, "RW"):
         close(found, right)
-        assert graphs == 2  # the first piece's carry wants no gradient
+        assert graphs == 4  # of each block two: the first piece's carry wants no gradient
