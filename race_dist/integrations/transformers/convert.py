@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from race_dist.integrations.transformers import probe
-from race_dist.integrations.transformers.attach import attach, decoder_of
+from race_dist.integrations.transformers.attach import ATTENTIONS, attach, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.projections import TAKEN, Projections
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
@@ -153,7 +153,7 @@ def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
 
 def _attention_of(block: nn.Module, index: int) -> tuple[str, nn.Module]:
     """Name and module of a block's attention."""
-    for name in ("self_attn", "attention"):
+    for name in ATTENTIONS:
         if isinstance(found := getattr(block, name, None), nn.Module):
             return name, found
     raise ValueError(f"layer {index}: {type(block).__name__} has no attention under a known name (self_attn, attention)")
@@ -174,7 +174,8 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
         calls = probe.observe(decoder, {index: module for index, (_, module) in places.items()})
         for index, (_, module) in places.items():
             _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
-    hooked = dict(decoder._forward_pre_hooks)
+    hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
+    before = [set(kind) for kind in hooks]
     try:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, made[index].train(module.training))
@@ -184,8 +185,9 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     except Exception as error:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, module)
-        for key in [key for key in decoder._forward_pre_hooks if key not in hooked]:
-            del decoder._forward_pre_hooks[key]
+        for kind, known in zip(hooks, before, strict=True):
+            for key in set(kind) - known:
+                del kind[key]
         raise ValueError(f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: "
                          f"{error}") from error
 

@@ -104,7 +104,8 @@ class RaceSelfAttention(RaceAttention):
         store = None if past is None else cache_layer(past, self.layer_idx)
         if race_rows is None:
             race_rows = rows_of(batch, length, hidden_states.device, attention_mask=attention_mask, position_ids=position_ids,
-                                cu_seqlens=cu_seq_lens_q, past=0 if store is None else store.seen, final=store is not None)
+                                cu_seqlens=cu_seq_lens_q, past=0 if store is None else store.seen,
+                                position=None if store is None else store.position, final=store is not None)
         if not race_rows.sequence.final:
             store = None  # in training a cache is made that nobody reads
         sequence = self._turned(race_rows, position_embeddings, hidden_states)
@@ -112,7 +113,7 @@ class RaceSelfAttention(RaceAttention):
         y, carry = RaceAttention.forward(self, race_rows.fold(hidden_states), carry, sequence)
         if store is not None:
             assert carry is not None
-            store.advance(carry, length)
+            store.advance(carry, length, _next_position(race_rows.sequence, store.position))
         return race_rows.unfold(y), None
 
     def _past(self, carry: RaceCarry | None, x: Tensor) -> RaceCarry:
@@ -133,6 +134,13 @@ class RaceSelfAttention(RaceAttention):
         half = self.head_dim // 2
         cos, sin = (rows.fold(t.expand(x.shape[0], -1, -1))[..., :half].to(dtype) for t in embeddings)
         return replace(rows.sequence, rotations={(self.head_dim, self.rope_base, dtype): (cos, sin)})
+
+
+def _next_position(sequence: Sequence, position: Tensor | int) -> Tensor | int:
+    """Of the token after the sequence, whose first is at ``position``."""
+    if sequence.key_mask is None and sequence.cu_seqlens is None:
+        return position + sequence.length
+    return sequence.end_position()
 
 
 def _as_bytes(settings: dict[str, Any]) -> Tensor:

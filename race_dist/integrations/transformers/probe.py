@@ -150,8 +150,9 @@ def check_same(call: Call, attention: nn.Module, projections: Projections, where
         if name != "values":
             x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
         if not _close(x, given):
-            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a scale, "
-                             f"a clip, another order or width of heads{', other rotary positions' if rotated else ''}): {leave}")
+            turned = ", other rotary positions" if rotated else ""
+            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a "
+                             f"scale, a clip, another order or width of heads{turned}): {leave}")
     if not _close(y, call.y):
         raise ValueError(f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
                          f"after the attention): {leave}")

@@ -17,12 +17,14 @@ a little more:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from race_dist.integrations.transformers.attach import attach
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings, portable
 
@@ -112,11 +114,22 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
             raise ValueError(f'{type(model).__name__} has cross attention, from a decoder to its encoder, which '
                              f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation')
         Settings.of(config).of_implementation()
+        _attach(model, named=True)
     return original(model, attn_implementation, *args, **kwargs)
+
+
+def _attach(model: Any, *, named: bool = False) -> None:
+    """Let a decoder whose attention is "race" (or is about to be: ``named``) look at its batches once for all layers. Models of
+    another build do without: each layer looks then."""
+    if not named and getattr(model.config, KEY, None) != IMPLEMENTATION:
+        return
+    with contextlib.suppress(TypeError, AttributeError):  # no decoder, or not yet made
+        attach(model)
 
 
 def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Settings], None]) -> None:
     original(model)
+    _attach(model)
     settings = Settings.of(model.config)
     if settings.layers:
         build(model, settings)
