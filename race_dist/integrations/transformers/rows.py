@@ -62,9 +62,9 @@ def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Te
     elif mask is not None and past and attention_mask is not None and attention_mask.device.type == "cpu":
         counted = attention_mask[:, :past].ne(0).sum(1)
         if bool((counted != torch.as_tensor(position)).any()):
-            raise ValueError(f"attention_mask says that {counted.tolist()} of the {past} tokens in the cache are no padding, "
-                             f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state cannot "
-                             "forget tokens, so mask them when they come")
+            raise ValueError(f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are no padding, "
+                             f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
+                             "cannot forget tokens, so mask them when they come")
     if cu_seqlens is not None and (batch > 1 or past or mask is not None):
         raise ValueError(f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
                          f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row")
