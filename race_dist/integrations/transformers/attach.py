@@ -16,6 +16,7 @@ from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_ranks_agree
 from race_dist.parallel.layout import check_layout
+from race_dist.strict_config import shown
 
 CACHES = ("cache", "past_key_values")
 ATTENTIONS = ("self_attn", "attention")  # of a block
@@ -119,7 +120,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
         TypeError: this is no transformers decoder.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"a transformers model is needed; got {type(model).__name__}")
+        raise TypeError(f"model: a transformers model is needed; got {type(model).__name__}")
     decoder = model.base_model
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise TypeError(f"{type(model).__name__} has no list of decoder layers, as Llama, Qwen, Mistral and GPT-NeoX "
@@ -137,6 +138,12 @@ def attach(model: nn.Module) -> RowsHook:
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(_cut_off, with_kwargs=True)
     return hook
+
+
+def check_group(group: object) -> None:
+    """Raise TypeError unless it is a process group, or None for one rank."""
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, or None for one rank; got {shown(group)}")
 
 
 def softmax_layers(model: nn.Module) -> list[int]:
@@ -157,6 +164,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
     Raises:
         ValueError: a layer is softmax attention, which would see its own shard only; or the ranks' models differ.
     """
+    check_group(group)
     others = softmax_layers(model)
     if others and group is not None:
         raise ValueError(f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "

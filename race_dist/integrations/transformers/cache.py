@@ -107,6 +107,8 @@ def check_cache(cache: object) -> None:
 
 def cached_bytes(cache: Cache) -> int:
     """Bytes of everything that a cache keeps."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a cache of transformers; got {type(cache).__name__}")
     tensors: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, RaceCacheLayer):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from race_dist.integrations.transformers import probe
 from race_dist.integrations.transformers.attach import ATTENTIONS, attach, decoder_of
@@ -18,6 +18,7 @@ from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.projections import TAKEN, Projections
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
 from race_dist.nn import RaceConfig, initialize
+from race_dist.strict_config import shown
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                "trust_remote_code")
@@ -53,7 +54,7 @@ def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
     """
     decoder = decoder_of(model)
     if not isinstance(inherit_rope, bool):
-        raise TypeError(f"inherit_rope must be True or False; got {inherit_rope!r}")
+        raise TypeError(f"inherit_rope must be True or False; got {shown(inherit_rope)}")
     chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
     if earlier.layers and (options, inherit_rope) != (portable(earlier.of_layers()), earlier.inherit_rope):
@@ -82,7 +83,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
         ValueError: there is no such model, it has no RACE Attention, or its weights do not belong to its settings.
     """
     if not isinstance(path, (str, Path)) or not str(path):
-        raise TypeError(f"path must be a folder or a name on the hub; got {path!r}")
+        raise TypeError(f"path must be a folder or a name on the hub; got {shown(path)}")
     config = options.pop("config", None)
     if config is None:
         try:
@@ -90,6 +91,8 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"path {str(path)!r} is no folder of a saved model and no name on the hub: {reason}") from None
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"config must be a configuration of transformers; got {shown(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise ValueError(f"path {str(path)!r} is no converted model: its config.json has no {ENTRY}.layers; read it with "
                          "transformers")
@@ -124,7 +127,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
 def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     """Every option, as they are stored."""
     if race is not None and not isinstance(race, (RaceConfig, Mapping)):
-        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {race!r}")
+        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {shown(race)}")
     given = race.model_dump(exclude_unset=True) if isinstance(race, RaceConfig) else dict(race or {})
     unnamed = [name for name in given if not isinstance(name, str)]
     if unnamed:
@@ -139,15 +142,15 @@ def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, (str, bytes, Mapping)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {layers!r}")
+        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {shown(layers)}")
     given = list(layers)
     wrong = [i for i in given if isinstance(i, bool) or not isinstance(i, int)]
     if wrong:
-        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {wrong[0]!r}")
+        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {shown(wrong[0])}")
     chosen = sorted(set(given))
     outside = [i for i in chosen if not 0 <= i < count]
     if outside or not chosen:
-        raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {outside or chosen}")
+        raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {shown(outside or chosen)}")
     return chosen
 
 
@@ -250,12 +253,22 @@ def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Para
     Args:
         projections: whether the projections taken over belong to them too.
     """
+    _check_module(model)
     return [p for m in model.modules() if isinstance(m, RaceSelfAttention) for name, p in m.named_parameters()
             if projections or name.split(".")[0] not in TAKEN]
 
 
 def freeze_all_but(model: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     """Let only ``parameters`` of the model be trained."""
+    _check_module(model)
+    if isinstance(parameters, torch.Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError("parameters must be a list of a model's parameters, as trained_parts gives it; got "
+                        f"{type(parameters).__name__}")
     wanted = {id(p) for p in parameters}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {shown(model)}")

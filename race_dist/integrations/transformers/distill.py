@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from race_dist.integrations.transformers.attach import attention_of, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.strict_config import shown
 
 KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")  # of a teacher's call, what its student's layer is told too
 
@@ -32,6 +33,10 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
     Raises:
         ValueError: the student has no RACE layer, or the teacher makes NaN or infinity of real tokens (looked at on the CPU).
     """
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be a converted model; got {type(student).__name__}")
+    if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & set(batch):
+        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {shown(batch)}")
     layers = {m.layer_idx: m for m in student.modules() if isinstance(m, RaceSelfAttention)}
     if not layers:
         raise ValueError("the student has no RACE layer to teach: convert it first")
@@ -86,8 +91,13 @@ def prediction_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, 
     Raises:
         ValueError: temperature or share are out of their range.
     """
-    if not temperature > 0 or not 0 <= share <= 1:
-        raise ValueError(f"temperature must be positive and share from 0 to 1; got {temperature} and {share}")
+    for name, x in (("logits", logits), ("teacher_logits", teacher_logits), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    given = (temperature, share)
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in given)
+    if not numbers or not 0 < temperature < float("inf") or not 0 <= share <= 1:
+        raise ValueError(f"temperature must be positive and share from 0 to 1; got {shown(temperature)} and {shown(share)}")
     counts = targets != -100
     ours, theirs = (F.log_softmax(x[counts].float() / temperature, -1) for x in (logits, teacher_logits.detach()))
     divergence = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
