@@ -17,6 +17,8 @@ from race_dist.nn.norm import rms
 from tests.integrations.hf_models import GROUPED, SIZES, build, tokens
 
 F64 = torch.float64
+OLD = hf.__version__.startswith("4.")  # there these are written another way, and refused in words
+newer = pytest.mark.skipif(OLD, reason="transformers 4 has another build of this model")
 PLAIN = {"decay": "none", "short_conv": 0, "rope_base": None}
 
 
@@ -76,7 +78,7 @@ NORMS: list[tuple[str, str, dict[str, Any], Callable[[Tensor, Any], Tensor]]] = 
     ("Olmo2", "q_norm", {}, over_all_heads), ("Olmo3", "q_norm", {"layer_types": ["full_attention"] * 2}, over_all_heads),
     ("Qwen3", "q_norm", {}, per_head), ("Cohere", "q_norm", {"use_qk_norm": True}, layer_norm_of_heads),
     ("StableLm", "q_layernorm", {"qk_layernorm": True}, norm_per_head),
-    ("Gemma3Text", "q_norm", {"layer_types": ["full_attention"] * 2}, scaled)]
+    ("Gemma3Text", "q_norm", {"layer_types": ["full_attention"] * 2}, scaled)][:4 if OLD else 6]
 
 
 @pytest.mark.parametrize(("name", "norm", "changes", "independent"), NORMS, ids=[n[0] for n in NORMS])
@@ -113,10 +115,10 @@ def bias_of_projections() -> Any:
     return tiny("Llama", attention_bias=True)
 
 
-@pytest.mark.parametrize("make", [bias_of_projections, lambda: tiny("Qwen2"), lambda: tiny("NanoChat"),
+@pytest.mark.parametrize("make", [bias_of_projections, lambda: tiny("Qwen2"), pytest.param(lambda: tiny("NanoChat"), marks=newer),
                                   lambda: tiny("Granite", attention_multiplier=0.1), lambda: tiny("Glm"),
-                                  lambda: tiny("Nemotron"), lambda: tiny("SmolLM3"),
-                                  lambda: tiny("Persimmon", qk_layernorm=True)],
+                                  pytest.param(lambda: tiny("Nemotron"), marks=newer), lambda: tiny("SmolLM3"),
+                                  pytest.param(lambda: tiny("Persimmon", qk_layernorm=True), marks=newer)],
                          ids=["bias", "Qwen2", "NanoChat", "Granite", "Glm", "Nemotron", "SmolLM3", "Persimmon"])
 def test_what_converts_keeps_every_parameter_and_runs(make: Callable[[], Any]) -> None:
     model = make()

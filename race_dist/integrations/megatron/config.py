@@ -121,11 +121,11 @@ def _check_numbers(config: Any) -> None:
     hints = get_type_hints(TransformerConfig)
     for name, hint in hints.items():
         kinds = set(get_args(hint) or (hint,))
-        value = getattr(config, name, None)
+        value: Any = getattr(config, name, None)
         if not kinds <= {int, float, NoneType} or (value is None and NoneType in kinds):
             continue
         whole = float not in kinds
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        if isinstance(value, bool) or not issubclass(type(value), numbers.Integral if whole else numbers.Real):
             raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {shown(value)}")
         if name in COUNTS and not 1 <= value <= LIMIT:
             raise ValueError(f"{name} must be from 1 to {LIMIT:,}; got {shown(value)}")

@@ -100,7 +100,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ValueError(f"{path} is of the architecture {name!r}, which transformers {transformers.__version__} has not")
-    return kind.from_pretrained(path, config=config, **options)  # type: ignore[no-any-return]
+    return kind.from_pretrained(path, config=config, **options)
 
 
 def build(model: PreTrainedModel, settings: Settings) -> None:
@@ -121,7 +121,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     for module in model.modules():
         if isinstance(module, RaceSelfAttention):  # transformers draws no weights over ours
             for part in (module, *(m for name, m in module.named_modules() if name and name.split(".")[0] not in TAKEN)):
-                part._is_hf_initialized = True  # type: ignore[assignment]
+                part._is_hf_initialized = True
 
 
 def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:

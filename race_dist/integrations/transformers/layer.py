@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
 from race_dist.nn.norm import compute_dtype
 
+LOADING = ContextVar("loading", default=False)  # whether from_pretrained fills a model: it looks at the settings afterwards
+READ_BY_BLOCKS = ("attention_type", "is_sliding")  # of an attention module, in transformers 4
 SETTINGS_STEP = 512  # bytes: settings of other lengths have a tensor of the same shape
 
 
@@ -46,6 +49,9 @@ class RaceSelfAttention(RaceAttention):
         self.projections = projections
         for name in (*projections.names, *(projections.norms or ())):
             setattr(self, name, getattr(attention, name))
+        for name in READ_BY_BLOCKS:
+            if hasattr(attention, name):
+                setattr(self, name, getattr(attention, name))
         self.register_buffer("race_settings", _as_bytes(self._settings()).to(device))
 
     def _build_projections(self, dim: int, output_gain: float, where: dict[str, Any]) -> None:
@@ -75,7 +81,8 @@ class RaceSelfAttention(RaceAttention):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         stored = state_dict.get(f"{prefix}race_settings")
-        problem = None if not isinstance(stored, Tensor) or stored.is_meta else self.differs_from(stored)
+        known = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
+        problem = self.differs_from(stored) if known else None
         if problem is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
             return
@@ -83,7 +90,7 @@ class RaceSelfAttention(RaceAttention):
 
     def settle_on_weights(self) -> None:
         """Make the constants anew where the weights are: a loader has put them there without ``.to``."""
-        like = next((p for p in self.parameters() if not p.is_meta), None)
+        like: Tensor | None = next((p for p in self.parameters() if not p.is_meta), None)
         if like is None:  # offloaded: they come to this device when the layer runs
             device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
             like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)

@@ -112,7 +112,8 @@ def _mask(*_: Any, **how: Any) -> Pattern | None:
 def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
     AttentionInterface.register(PROBE, attention)
     AttentionMaskInterface.register(PROBE, _mask)
-    configs = {id(c): c for m in decoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    found: list[Any] = [getattr(module, "config", None) for module in decoder.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config in configs.values():

@@ -98,8 +98,8 @@ class Projections:
             return result
         x = x.unflatten(-1, (-1, self.head_dim))
         if isinstance(getattr(norm, "norms", None), nn.ModuleList):
-            return norm(x.transpose(1, 2)).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
-        return norm(x).flatten(2)  # type: ignore[no-any-return]
+            return norm(x.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return norm(x).flatten(2)
 
 
 def _is_norm(part: object) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from race_dist.integrations.transformers.attach import attach
-from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.integrations.transformers.layer import LOADING, RaceSelfAttention
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings, portable
 
 CONVERTED = "race_converted"  # the stored name where layers were converted and the others are softmax
@@ -131,12 +131,21 @@ def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Sett
     original(model)
     _attach(model)
     settings = Settings.of(model.config)
-    if settings.layers:
-        build(model, settings)
+    if not settings.layers:
+        return
+    build(model, settings)
+    if LOADING.get():  # what the checkpoint does not fill is seen by it
+        for module in model.modules():
+            if isinstance(module, RaceSelfAttention):
+                module.race_settings.zero_()
 
 
 def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    made = original(cls, *args, **kwargs)
+    token = LOADING.set(True)
+    try:
+        made = original(cls, *args, **kwargs)
+    finally:
+        LOADING.reset(token)
     finish_loading(made[0] if isinstance(made, tuple) else made)
     return made
 
