@@ -115,7 +115,8 @@ def bias_of_projections() -> Any:
     return tiny("Llama", attention_bias=True)
 
 
-@pytest.mark.parametrize("make", [bias_of_projections, lambda: tiny("Qwen2"), pytest.param(lambda: tiny("NanoChat"), marks=newer),
+@pytest.mark.parametrize("make", [bias_of_projections, lambda: tiny("Qwen2"),
+                                  pytest.param(lambda: tiny("NanoChat"), marks=newer),
                                   lambda: tiny("Granite", attention_multiplier=0.1), lambda: tiny("Glm"),
                                   pytest.param(lambda: tiny("Nemotron"), marks=newer), lambda: tiny("SmolLM3"),
                                   pytest.param(lambda: tiny("Persimmon", qk_layernorm=True), marks=newer)],
