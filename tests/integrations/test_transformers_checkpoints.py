@@ -215,6 +215,13 @@ def test_a_state_dict_alone_says_whose_it_is(kind: str) -> None:
         build("llama").load_state_dict(state)
 
 
+def test_a_softmax_configuration_does_not_make_softmax_of_converted_weights(saved: Any) -> None:
+    for kind in ("converted", "bare", "hybrid"):
+        for reader in (hf.AutoModelForCausalLM, hf.LlamaForCausalLM):
+            with pytest.raises(ValueError, match=r"the checkpoint has RACE layers \(model\.layers\.\d\.self_attn"):
+                reader.from_pretrained(saved[kind][0], config=build("llama").config)
+
+
 def test_a_configuration_that_names_layers_of_another_model_is_refused(saved: Any) -> None:
     config = hf.AutoConfig.from_pretrained(saved["converted"][0])
     config.num_hidden_layers = 1

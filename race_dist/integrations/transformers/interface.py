@@ -102,6 +102,10 @@ def _refuse(module: nn.Module, dropout: float, window: int | None, softcap: floa
                          "implementation")
     if others.get("s_aux") is not None:
         raise ValueError(f"layer {layer} has attention sinks; RACE Attention has none: take another implementation")
+    biases = [name for name in ("position_bias", "attention_bias", "attn_bias", "alibi") if others.get(name) is not None]
+    if biases:
+        raise ValueError(f"layer {layer} adds a {biases[0]} to its logits; RACE Attention has no logits: take another "
+                         "implementation")
     config = getattr(module, "config", None)
     if others.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError("output_attentions=True asks for weights, of which RACE Attention makes none: leave it out")

@@ -68,6 +68,8 @@ def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Te
     if cu_seqlens is not None and (batch > 1 or past or mask is not None):
         raise ValueError(f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
                          f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row")
+    if position_ids is not None and position_ids.dim() == 3:  # of images and text (M-RoPE): those of text come first, if at all
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is not None:
         position_ids = position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
     folded = False

@@ -141,13 +141,17 @@ def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Sett
 
 
 def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    token = LOADING.set(True)
+    token, wanted = LOADING.set(True), kwargs.pop("output_loading_info", False)
     try:
-        made = original(cls, *args, **kwargs)
+        model, info = original(cls, *args, output_loading_info=True, **kwargs)
     finally:
         LOADING.reset(token)
-    finish_loading(made[0] if isinstance(made, tuple) else made)
-    return made
+    left = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
+    if left:
+        raise ValueError(f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
+                         f"was made of the given configuration has not: its config.{ENTRY} must name them, as the saved one's")
+    finish_loading(model)
+    return (model, info) if wanted else model
 
 
 def finish_loading(model: nn.Module) -> None:
