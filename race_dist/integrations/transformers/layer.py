@@ -81,8 +81,8 @@ class RaceSelfAttention(RaceAttention):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         stored = state_dict.get(f"{prefix}race_settings")
-        known = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
-        problem = self.differs_from(stored) if known else None
+        looked_at = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
+        problem = self.differs_from(stored) if isinstance(stored, Tensor) and looked_at else None
         if problem is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
             return
