@@ -12,7 +12,17 @@ import transformers as hf
 from torch import Tensor, nn
 
 from race_dist import race_attention
-from race_dist.integrations.transformers import RaceSelfAttention, convert
+from race_dist.integrations.transformers import (
+    RaceSelfAttention,
+    ShardedLoader,
+    cached_bytes,
+    convert,
+    freeze_all_but,
+    from_pretrained,
+    sequence_parallel,
+    shard_batch,
+    trained_parts,
+)
 from race_dist.nn.norm import rms
 from tests.integrations.hf_models import GROUPED, SIZES, build, tokens
 
@@ -224,6 +234,10 @@ def test_positions_are_inherited_only_where_they_are_turned_alike() -> None:
     rope = {"decay": "none", "short_conv": 0}
     with pytest.raises(ValueError, match="other rotary positions"):
         convert(tiny("Cohere"), inherit_rope=True, race=rope)
+    with pytest.raises(ValueError, match="turns 2 of 8 numbers of a head"):
+        convert(tiny("StableLm"), inherit_rope=True, race=rope)
+    with pytest.raises(ValueError, match=r"does not run with RACE layers|makes its queries otherwise"):
+        convert(tiny("SmolLM3", no_rope_layers=[1, 0]), inherit_rope=True, race=rope)
     model = tiny("Llama", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
                                            "original_max_position_embeddings": 64})
     convert(model, inherit_rope=True, race=rope)
@@ -253,6 +267,23 @@ def test_wrong_arguments_are_told_in_one_sentence(arguments: dict[str, Any], mes
         convert(model, **arguments)
     assert "\n" not in str(error.value)
     assert repr(model) == text
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: sequence_parallel(build("llama", implementation="race"), "x"), "group must be .*got 'x'"),  # type: ignore[arg-type]
+    (lambda: sequence_parallel(3, None), "model: a transformers model is needed; got int"),  # type: ignore[arg-type]
+    (lambda: sequence_parallel(build("llama", implementation="race"), None, layout="q"), "layout must be one of"),
+    (lambda: shard_batch(None, None), "batch must be a dictionary with input_ids"),  # type: ignore[arg-type]
+    (lambda: shard_batch({"input_ids": tokens(1, 4)}, 3), "group must be .*got 3"),  # type: ignore[arg-type]
+    (lambda: ShardedLoader([], "x"), "group must be"),  # type: ignore[arg-type]
+    (lambda: freeze_all_but(build("llama"), 3), "parameters must be a list"),  # type: ignore[arg-type]
+    (lambda: trained_parts(3), "model must be a torch.nn.Module"),  # type: ignore[arg-type]
+    (lambda: cached_bytes(3), "cache must be a cache of transformers"),  # type: ignore[arg-type]
+    (lambda: from_pretrained("x", config=3), "config must be a configuration of transformers")])
+def test_wrong_arguments_of_the_other_calls_are_told_too(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
 
 
 MANY = ("Apertus", "Arcee", "Cohere2", "Cwm", "Ernie4_5", "Exaone4", "FlexOlmo", "Gemma", "Glm4", "GptOss", "Helium",

@@ -240,7 +240,8 @@ def _own_config(model: PreTrainedModel) -> None:
 def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> float:
     """A base to go by; the angles themselves are the model's."""
     rope = getattr(config, "rope_parameters", None) or {}
-    turned = getattr(attention, "rotary_ndims", None) or int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    turned = getattr(attention, "rotary_ndims", None) or int(
+        head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0))
     if turned != head_dim:
         raise ValueError(f"layer {index} turns {turned} of {head_dim} numbers of a head: RACE layers turn all or none, so give "
                          "inherit_rope=False")

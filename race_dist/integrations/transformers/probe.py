@@ -194,6 +194,8 @@ def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tup
     if not rotated:
         x, turned = x[:, :, :1], min(cos.shape[-1], x.shape[-1])
         return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), given[:, :, :1]
+    if cos.dim() != 3 or cos.shape[-1] != x.shape[-1]:  # a part of each head, or axes of images
+        return x, given[..., :0]
     half = x.shape[-1] // 2
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
