@@ -94,6 +94,25 @@ def test_a_pipeline_and_a_trainer_keep_the_attention(saved: Any, tmp_path: Path)
     assert torch.equal(logits(made.model.eval()), expected)
 
 
+def test_a_run_is_not_resumed_with_another_attention(tmp_path: Path) -> None:
+    """HF's Trainer loads the weights alone, into whatever model it was given."""
+    rows = [{"input_ids": x, "labels": x} for x in tokens(2, 8)]
+
+    def trainer(model: Any) -> Any:
+        arguments = hf.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1,
+                                         save_steps=1, per_device_train_batch_size=2)
+        return hf.Trainer(model, arguments, train_dataset=rows)
+
+    trainer(make("race")).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    trainer(make("race")).train(resume_from_checkpoint=checkpoint)
+    for other, message in ((build("llama"), "attention race, but the model has softmax"),
+                           (make("options"), "with other settings: .*'seed': 0.*'seed': 5"),
+                           (make("bare"), "attention race, but the model has race_converted")):
+        with pytest.raises(ValueError, match=message):
+            trainer(other).train(resume_from_checkpoint=checkpoint)
+
+
 PLAIN = """
 import sys, transformers
 transformers.logging.set_verbosity_error()
