@@ -39,6 +39,25 @@ def test_padding_plays_no_part_in_the_layer_loss() -> None:
     torch.testing.assert_close(padded, layer_loss(teacher, student, {"input_ids": ids[:, 5:]}), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_a_nan_of_the_teacher_is_left_out_at_padding_and_named_elsewhere(side: str) -> None:
+    teacher, student = build("llama", dtype=torch.float64), convert(build("llama", dtype=torch.float64))
+    ids, mask = tokens(1, 12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, {"left": slice(0, 5), "right": slice(7, 12), "inside": slice(3, 8)}[side]] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    expected = layer_loss(teacher, student, {"input_ids": ids[:, mask[0].bool()]})
+    last = teacher.model.layers[1].self_attn
+    for where, refused in ((mask == 0, False), (mask == 1, True)):
+        nan = lambda _module, _args, out, where=where: (out[0].masked_fill(where[..., None], torch.nan), out[1])
+        handle = last.register_forward_hook(nan)
+        if refused:
+            with pytest.raises(ValueError, match="the teacher's hidden states at layer 1 hold NaN"):
+                layer_loss(teacher, student, batch)
+        else:
+            torch.testing.assert_close(layer_loss(teacher, student, batch), expected, atol=1e-6, rtol=1e-6)
+        handle.remove()
+
+
 def test_layer_by_layer_teaching_reaches_the_race_layers_only_and_lowers_the_loss() -> None:
     teacher, student = build("llama"), convert(build("llama"), layers=[0])
     freeze_all_but(student, trained_parts(student))

@@ -233,6 +233,7 @@ def test_a_bidirectional_layer_sees_both_ways_but_for_padding() -> None:
 
 @pytest.mark.parametrize(("asked", "message"), [
     ({"softcap": 30.0}, "caps its logits"), ({"s_aux": torch.zeros(4)}, "has attention sinks"),
+    ({"position_bias": torch.zeros(1, 4, 9, 9)}, "adds a position_bias to its logits"),
     ({"dropout": 0.1}, "drops attention weights"), ({"sliding_window": 4}, "sliding window of 4 tokens and 9 keys")])
 def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, Any], message: str) -> None:
     from race_dist.integrations.transformers import race_attention_forward

@@ -26,10 +26,15 @@ def make(mode: str) -> Any:
 
 def batch(kind: str) -> dict[str, torch.Tensor]:
     rows = 1 if kind == "packed" else 2
-    ids = tokens(rows, 24)
+    ids = tokens(rows, 2 if kind == "short" else 24)
     whole = {"input_ids": ids, "labels": ids.masked_fill(ids < 20, -100)}
     if kind == "packed":
         whole["position_ids"] = torch.cat([torch.arange(n) for n in (8, 12, 4)])[None]
+    if kind == "inside":  # and nobody says the positions
+        mask = (tokens(rows, 24, seed=5) > 40).long()
+        whole |= {"attention_mask": mask, "labels": whole["labels"].masked_fill(mask == 0, -100)}
+    if kind == "short":  # fewer tokens than ranks: shards without any
+        whole |= {"attention_mask": torch.ones_like(ids), "labels": ids}
     if kind == "padded":
         mask = torch.ones_like(ids)
         mask[1, :7] = 0
@@ -58,7 +63,8 @@ def loss_and_gradients(group: Any, mode: str, kind: str, layout: str, checkpoint
 
 @pytest.mark.parametrize(("kind", "layout", "world"), [
     ("plain", "contiguous", 2), ("plain", "zigzag", 3), ("packed", "contiguous", 3), ("packed", "zigzag", 2),
-    ("padded", "contiguous", 2), ("padded", "zigzag", 2)])
+    ("padded", "contiguous", 2), ("padded", "zigzag", 2), ("inside", "contiguous", 2), ("inside", "zigzag", 2),
+    ("short", "contiguous", 3)])
 @pytest.mark.parametrize("mode", ["implementation", "converted", "inherited"])
 def test_shares_add_up_to_the_loss_and_gradients_of_one_rank(mode: str, kind: str, layout: str, world: int) -> None:
     expected = loss_and_gradients(None, mode, kind, "contiguous")
@@ -74,6 +80,27 @@ def test_the_loss_of_one_rank_is_that_of_transformers() -> None:
 
     model, whole = make("converted"), batch("padded")
     torch.testing.assert_close(model(**shard_batch(whole, None), use_cache=False).loss, model(**whole, use_cache=False).loss)
+
+
+@pytest.mark.parametrize("mode", ["implementation", "converted", "inherited"])
+def test_padding_inside_a_row_has_the_loss_of_the_rows_without_it(mode: str) -> None:
+    model, whole = make(mode), batch("inside")
+    total, count = 0.0, 0
+    for row in range(2):
+        real = whole["attention_mask"][row].bool()
+        ids, labels = whole["input_ids"][row, real][None], whole["labels"][row, real][None]
+        targets = int((labels[:, 1:] != -100).sum())
+        total, count = total + float(model(ids, labels=labels, use_cache=False).loss.detach()) * targets, count + targets
+    mine = {name: x for name, x in whole.items() if name != "labels"} | shifted(whole)
+    assert float(model(**mine, use_cache=False).loss.detach()) == pytest.approx(total / count, abs=1e-6)
+
+
+def shifted(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The target of each real token: the next real one."""
+    targets = torch.full_like(whole["labels"], -100)
+    for row, mask in enumerate(whole["attention_mask"].bool()):
+        targets[row, mask] = torch.nn.functional.pad(whole["labels"][row, mask][1:], (0, 1), value=-100)
+    return {"labels": whole["labels"], "shift_labels": targets}
 
 
 def wrong(group: Any, what: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from types import NoneType
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,12 +14,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from race_dist.nn import RaceConfig
 from race_dist.parallel import Layout
 from race_dist.parallel.layout import check_layout
+from race_dist.strict_config import shown
 
 PREFIX = "race_"
 # What a RaceConfig says that Megatron's own fields say already: widths, heads, the mask's type, rotary_base.
 OWNED_BY_MEGATRON = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal", "rope_base")
 RACE_FIELDS = tuple(name for name in RaceConfig.model_fields if name not in OWNED_BY_MEGATRON)
 _DEFAULTS = RaceConfig()
+
+
+LIMIT = 2**20  # of layers, widths, heads and ranks: beyond it no model fits a machine
+COUNTS = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
+          "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+DROPOUTS = ("attention_dropout", "hidden_dropout")
 
 
 @dataclass
@@ -61,13 +70,15 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
     race_query_groups: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         super().__post_init__()
         self.race_query_groups = cast(int, self.num_query_groups)
         if isinstance(self.race_beta_init, list):
             self.race_beta_init = tuple(self.race_beta_init)
         if self.race_rope not in ("auto", "always", "never"):
             raise ValueError(f'race_rope must be "auto", "always" or "never"; got {self.race_rope!r}')
-        check_layout(self.race_layout)
+        if self.race_layout not in ("zigzag", "contiguous"):
+            raise ValueError(f"race_layout must be one of 'zigzag', 'contiguous'; got {shown(self.race_layout)}")
         self.race()
         pattern = self.race_pattern()
         if any(pattern):
@@ -92,17 +103,42 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
         freq, count = cast(Any, self.linear_attention_freq), cast(int, self.num_layers)
         if freq is None:
             return [True] * count
-        if isinstance(freq, int) and freq >= 1:
+        if type(freq) is int and 1 <= freq <= LIMIT:
             return [(i + 1) % freq != 0 for i in range(count)]
-        if isinstance(freq, (list, tuple)) and len(freq) == count and set(freq) <= {0, 1}:
+        if isinstance(freq, (list, tuple)) and len(freq) == count and all(type(f) is int and f in (0, 1) for f in freq):
             return [bool(each) for each in freq]
         raise ValueError(f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
-                         f"(softmax) and ones (RACE), one a layer; got {freq!r}")
+                         f"(softmax) and ones (RACE), one a layer; got {shown(freq)}")
 
     @property
     def race_uses_rope(self) -> bool:
         """Whether RACE layers turn queries and keys."""
         return self.race_rope == "always" or (self.race_rope == "auto" and self.race_decay == "none")
+
+
+def _check_numbers(config: Any) -> None:
+    """Raise ValueError for numbers of Megatron's that cannot be right: it computes with them before it looks at them."""
+    hints = get_type_hints(TransformerConfig)
+    for name, hint in hints.items():
+        kinds = set(get_args(hint) or (hint,))
+        value: Any = getattr(config, name, None)
+        if not kinds <= {int, float, NoneType} or (value is None and NoneType in kinds):
+            continue
+        whole = float not in kinds
+        if isinstance(value, bool) or not issubclass(type(value), numbers.Integral if whole else numbers.Real):
+            raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {shown(value)}")
+        if name in COUNTS and not 1 <= value <= LIMIT:
+            raise ValueError(f"{name} must be from 1 to {LIMIT:,}; got {shown(value)}")
+        if name in DROPOUTS and not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1; got {shown(value)}")
+        if name == "layernorm_epsilon" and not 0 < value < 1:
+            raise ValueError(f"{name} must be above 0 and below 1; got {shown(value)}")
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if config.kv_channels is None and config.hidden_size % heads:
+        raise ValueError(f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {heads}: change one, or "
+                         "set kv_channels, the width of a head")
+    if groups is not None and heads % groups:
+        raise ValueError(f"num_attention_heads = {heads} is no multiple of num_query_groups = {groups}: change one")
 
 
 def race_config(config: object, where: str) -> RaceTransformerConfig:

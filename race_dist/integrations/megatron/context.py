@@ -116,16 +116,24 @@ def _real_rows(length: int, group: ProcessGroup | None, layout: Layout, cu_seqle
 def padding_mask(attention_mask: Tensor | None, mask_type: AttnMaskType, batch: int, length: int) -> Tensor | None:
     """``[B, T]`` bool, True where a key counts, from Megatron's ``[B, 1, 1, T]`` whose True hides a key.
 
-    Raises:
-        ValueError: the mask is of another shape.
+    A hidden token is absent, as a key and as a query. Raises:
+        ValueError: the mask is of another shape, or the layer is told to have none.
     """
-    if mask_type not in PADDED or attention_mask is None:
+    if attention_mask is None or mask_type == AttnMaskType.causal:
         return None
+    if mask_type == AttnMaskType.no_mask:
+        raise ValueError("attention_mask came with attn_mask_type no_mask, with which a RACE layer reads every token: give "
+                         "None, or attn_mask_type padding and a mask [B, 1, 1, T] that hides padding")
     if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != (batch, 1, 1, length):
         raise ValueError(f"with attn_mask_type {mask_type.name} a RACE layer takes a bool mask [B, 1, 1, T] = "
                          f"{[batch, 1, 1, length]} over this rank's keys; got {attention_mask.dtype} "
                          f"{list(attention_mask.shape)}")
     return ~attention_mask.view(batch, length)
+
+
+def both_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """True where both say that a token is there."""
+    return one if other is None else other if one is None else one & other
 
 
 def check_causal_mask(attention_mask: Tensor, rows: Rows) -> None:

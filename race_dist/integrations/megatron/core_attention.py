@@ -11,7 +11,7 @@ from torch import Tensor
 
 from race_dist.hashing import sample_planes
 from race_dist.integrations.megatron.config import race_config
-from race_dist.integrations.megatron.context import Rows, check_causal_mask, is_causal, padding_mask
+from race_dist.integrations.megatron.context import Rows, both_masks, check_causal_mask, is_causal, padding_mask
 from race_dist.integrations.megatron.heads import HeadModule
 from race_dist.nn.conv import short_conv
 from race_dist.nn.core import attend, memory_lengths, with_length
@@ -147,7 +147,8 @@ class RaceCoreAttention(HeadModule):
         Args:
             query: ``[s, b, heads, d]``, or ``[t, heads, d]`` with packed documents (THD).
             key, value: ``[s, b, groups, d]`` or ``[t, groups, d]``.
-            attention_mask: None, the plain causal mask, or ``[b, 1, 1, s]`` bool whose True hides a key (padding types).
+            attention_mask: None, the plain causal mask, or ``[b, 1, 1, s]`` bool whose True says that a token is padding
+                (padding types): it is absent, so nothing is added to the sketch, decayed or convolved there.
             attn_mask_type: None is the layer's own.
             attention_bias: with race_decay = "token" the log decays ``[s, b, groups]``, at most 0; else None. They are a
                 bias in Megatron's sense, ``sum of log_decay over j < i' <= i`` on the similarity of i and j, given by
@@ -167,7 +168,7 @@ class RaceCoreAttention(HeadModule):
                              "in decoding with cached keys; a RACE layer decodes from a sketch, which Megatron does not keep")
         q, k, v = (x[None] if thd else x.transpose(0, 1) for x in (query, key, value))
         rows = Rows.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
-        key_mask = rows.key_mask if thd else padding_mask(attention_mask, mask_type, *q.shape[:2])
+        key_mask = both_masks(rows.key_mask, padding_mask(attention_mask, mask_type, *q.shape[:2]))
         self._look_at_mask(attention_mask, mask_type, rows)
         sequence = rows.sequence(key_mask, q.device)
         if self.race.short_conv:
@@ -183,7 +184,7 @@ class RaceCoreAttention(HeadModule):
 
     def _look_at_mask(self, mask: Tensor | None, mask_type: AttnMaskType, rows: Rows) -> None:
         """Check a causal mask's values: on the CPU always, on a device once (it waits, and no graph could hold it)."""
-        if mask is None or mask_type != AttnMaskType.causal or rows.cu_seqlens is not None:
+        if mask is None or mask_type != AttnMaskType.causal:
             return
         if mask.device.type == "cpu" or not (self._mask_seen or torch.cuda.is_current_stream_capturing()):
             check_causal_mask(mask, rows)
@@ -191,8 +192,8 @@ class RaceCoreAttention(HeadModule):
 
     def _convolve(self, q: Tensor, k: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
         """Queries and keys, each plus its short convolution over tokens that are not padding."""
-        q_taps, k_taps, mask = self.q_conv, self.of_own_kv_heads("k_conv", dim=1), sequence.key_mask
-        flat = tuple(x.flatten(2) if mask is None else torch.where(mask[..., None], x.flatten(2), 0) for x in (q, k))
+        q_taps, k_taps = self.q_conv, self.of_own_kv_heads("k_conv", dim=1)
+        flat = (q.flatten(2), k.flatten(2))
 
         def taps(piece: Extended) -> tuple[Tensor, Tensor]:
             q_part, k_part = piece.tensors

@@ -5,53 +5,71 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.integrations.transformers.rows import rows_of
+from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_ranks_agree
 from race_dist.parallel.layout import check_layout
+from race_dist.strict_config import shown
 
 CACHES = ("cache", "past_key_values")
+ATTENTIONS = ("self_attn", "attention")  # of a block
 
 
 class RowsHook:
-    """Before a decoder runs: find out where its rows stand and hand that to every layer, as ``race_rows``."""
+    """Before a decoder runs: find out where its rows stand and hand that to every layer, as ``race_rows``.
+
+    Where there is padding and the caller gives no positions, the decoder is told those that count real tokens. A shard without
+    tokens, which transformers' own layers cannot reshape, becomes one token whose outputs are cut off again.
+    """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.group: ProcessGroup | None = None
         self.layout = "contiguous"
         self.implementation = ""  # when the group was set: another one may see its own shard only
-        self._signature = inspect.signature(type(decoder).forward)
+        parameters = inspect.signature(type(decoder).forward).parameters
+        self._names = list(parameters)
+        self._takes_rows = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        call = self._signature.bind_partial(decoder, *args, **kwargs).arguments
-        call |= call.pop("kwargs", {})
+        call = dict(zip(self._names[1:], args)) | kwargs  # the first is self
         x = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
         if not isinstance(x, Tensor):
             return args, kwargs
-        if call.get("output_attentions") or decoder.config.output_attentions:
-            raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
+        converted = any(isinstance(attention_of(block), RaceSelfAttention) for block in decoder.layers)
+        everywhere = decoder.config._attn_implementation == IMPLEMENTATION
         if self.group is not None and decoder.config._attn_implementation != self.implementation:
             raise ValueError(f"the attention implementation has become {decoder.config._attn_implementation!r} since sequences "
                              "are shared: call sequence_parallel again")
+        if not converted and not everywhere:
+            return args, kwargs
+        if call.get("output_attentions") or decoder.config.output_attentions:
+            raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
         cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
-        if cache is not None:
+        if cache is not None and converted:
             check_cache(cache)
-        keeps = self.group is None and (cache is not None or self._caches(decoder, call))
         if self.group is not None and cache is not None:
             raise ValueError("decoding over a shared sequence is not supported: give use_cache=False, or generate on one rank")
-        rows = rows_of(x.shape[0], x.shape[1], x.device, attention_mask=call.get("attention_mask"),
-                       position_ids=call.get("position_ids"), cu_seqlens=call.get("cu_seq_lens_q"),
-                       past=_seen(cache), final=keeps, group=self.group, layout=self.layout)
-        if self.group is not None and call.get("position_ids") is None:
+        keeps = converted and self.group is None and (cache is not None or self._caches(decoder, call))
+        past, position = _seen(cache)
+        mask = call.get("attention_mask")
+        rows = rows_of(x.shape[0], x.shape[1], x.device, attention_mask=mask, position_ids=call.get("position_ids"),
+                       cu_seqlens=call.get("cu_seq_lens_q"), past=past, position=position, final=keeps, group=self.group,
+                       layout=self.layout)
+        if self._takes_rows:
+            call["race_rows"] = rows
+        if call.get("position_ids") is None and (self.group is not None or mask is not None) and "position_ids" in self._names:
             positions = rows.sequence.positions
-            kwargs = {**kwargs, "position_ids": positions[None] if positions.dim() == 1 else positions}
-        return args, {**kwargs, "race_rows": rows}
+            call["position_ids"] = positions[None] if positions.dim() == 1 else positions
+        if self.group is not None and everywhere and not x.shape[1]:
+            call |= _one_token(x, "input_ids" if call.get("input_ids") is not None else "inputs_embeds")
+        return (), call
 
     @staticmethod
     def _caches(decoder: Any, call: dict[str, Any]) -> bool:
@@ -62,12 +80,37 @@ class RowsHook:
         return bool(wanted) and not decoder.training
 
 
-def _seen(cache: Any) -> int:
-    """Tokens that a cache has seen; asked of a RACE layer where it has one."""
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The attention module of a decoder's block, under the names that transformers gives it."""
+    found = (getattr(block, name, None) for name in ATTENTIONS)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def _one_token(x: Tensor, name: str) -> dict[str, Any]:
+    """What a decoder is given in the place of a shard ``x [B, 0, ...]``."""
+    position = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
+    return {name: x.new_zeros(x.shape[0], 1, *x.shape[2:]), "position_ids": position, "attention_mask": None}
+
+
+def _cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After a decoder has run: what it makes of the token in the place of no tokens is taken away."""
+    rows = kwargs.get("race_rows")
+    if not isinstance(rows, Rows) or rows.sequence.length or not hasattr(output, "last_hidden_state"):
+        return output
+    if output.last_hidden_state.shape[1]:
+        output.last_hidden_state = output.last_hidden_state[:, :0]
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(h[:, :0] for h in output.hidden_states)
+    return output
+
+
+def _seen(cache: Any) -> tuple[int, Tensor | int | None]:
+    """Tokens that a cache has seen, padding included, and the position of the next; asked of a RACE layer where it has one.
+    Without one the position is None: the mask says it."""
     if cache is None:
-        return 0
-    own = [layer.seen for layer in cache.layers if isinstance(layer, RaceCacheLayer)]
-    return own[0] if own else int(cache.get_seq_length())
+        return 0, 0
+    own = [layer for layer in cache.layers if isinstance(layer, RaceCacheLayer)]
+    return (own[0].seen, own[0].position) if own else (int(cache.get_seq_length()), None)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -77,7 +120,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
         TypeError: this is no transformers decoder.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"a transformers model is needed; got {type(model).__name__}")
+        raise TypeError(f"model: a transformers model is needed; got {type(model).__name__}")
     decoder = model.base_model
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise TypeError(f"{type(model).__name__} has no list of decoder layers, as Llama, Qwen, Mistral and GPT-NeoX "
@@ -93,7 +136,14 @@ def attach(model: nn.Module) -> RowsHook:
             return hook
     hook = RowsHook(decoder)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    decoder.register_forward_hook(_cut_off, with_kwargs=True)
     return hook
+
+
+def check_group(group: object) -> None:
+    """Raise TypeError unless it is a process group, or None for one rank."""
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, or None for one rank; got {shown(group)}")
 
 
 def softmax_layers(model: nn.Module) -> list[int]:
@@ -114,6 +164,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
     Raises:
         ValueError: a layer is softmax attention, which would see its own shard only; or the ranks' models differ.
     """
+    check_group(group)
     others = softmax_layers(model)
     if others and group is not None:
         raise ValueError(f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "

@@ -12,7 +12,13 @@ from race_dist.nn import RaceCarry
 
 
 class RaceCacheLayer(CacheLayerMixin):
-    """A carry and how many tokens it has seen. Its size does not depend on their number."""
+    """A carry and how many tokens it has seen. Its size does not depend on their number.
+
+    Attributes:
+        carry: what the layer goes on from; None before the first token.
+        seen: tokens, padding included.
+        position: of the next token: those that are no padding, one number or ``[B]`` where there was padding.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -21,10 +27,11 @@ class RaceCacheLayer(CacheLayerMixin):
         super().__init__()
         self.carry: RaceCarry | None = None
         self.seen = 0
+        self.position: Tensor | int = 0
 
-    def advance(self, carry: RaceCarry, tokens: int) -> None:
-        """Take the carry after ``tokens`` more."""
-        self.carry, self.seen, self.is_initialized = carry, self.seen + tokens, True
+    def advance(self, carry: RaceCarry, tokens: int, position: Tensor | int) -> None:
+        """Take the carry after ``tokens`` more, and the position after them."""
+        self.carry, self.seen, self.position, self.is_initialized = carry, self.seen + tokens, position, True
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the layer brings its own state."""
@@ -48,9 +55,11 @@ class RaceCacheLayer(CacheLayerMixin):
     def _each(self, change: Any) -> None:
         if self.carry is not None:
             self.carry = self.carry.with_tensors(tuple(change(t) for t in self.carry.tensors()))
+        if isinstance(self.position, Tensor) and self.position.dim():
+            self.position = change(self.position)
 
     def reset(self) -> None:
-        self.carry, self.seen, self.is_initialized = None, 0, False
+        self.carry, self.seen, self.position, self.is_initialized = None, 0, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -98,6 +107,8 @@ def check_cache(cache: object) -> None:
 
 def cached_bytes(cache: Cache) -> int:
     """Bytes of everything that a cache keeps."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a cache of transformers; got {type(cache).__name__}")
     tensors: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, RaceCacheLayer):

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from race_dist.integrations.transformers import probe
-from race_dist.integrations.transformers.attach import attach, decoder_of
+from race_dist.integrations.transformers.attach import ATTENTIONS, attach, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.projections import TAKEN, Projections
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
 from race_dist.nn import RaceConfig, initialize
+from race_dist.strict_config import shown
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                "trust_remote_code")
@@ -53,7 +54,7 @@ def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
     """
     decoder = decoder_of(model)
     if not isinstance(inherit_rope, bool):
-        raise TypeError(f"inherit_rope must be True or False; got {inherit_rope!r}")
+        raise TypeError(f"inherit_rope must be True or False; got {shown(inherit_rope)}")
     chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
     if earlier.layers and (options, inherit_rope) != (portable(earlier.of_layers()), earlier.inherit_rope):
@@ -82,7 +83,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
         ValueError: there is no such model, it has no RACE Attention, or its weights do not belong to its settings.
     """
     if not isinstance(path, (str, Path)) or not str(path):
-        raise TypeError(f"path must be a folder or a name on the hub; got {path!r}")
+        raise TypeError(f"path must be a folder or a name on the hub; got {shown(path)}")
     config = options.pop("config", None)
     if config is None:
         try:
@@ -90,6 +91,8 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"path {str(path)!r} is no folder of a saved model and no name on the hub: {reason}") from None
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"config must be a configuration of transformers; got {shown(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise ValueError(f"path {str(path)!r} is no converted model: its config.json has no {ENTRY}.layers; read it with "
                          "transformers")
@@ -97,7 +100,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ValueError(f"{path} is of the architecture {name!r}, which transformers {transformers.__version__} has not")
-    return kind.from_pretrained(path, config=config, **options)  # type: ignore[no-any-return]
+    return kind.from_pretrained(path, config=config, **options)
 
 
 def build(model: PreTrainedModel, settings: Settings) -> None:
@@ -118,13 +121,13 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     for module in model.modules():
         if isinstance(module, RaceSelfAttention):  # transformers draws no weights over ours
             for part in (module, *(m for name, m in module.named_modules() if name and name.split(".")[0] not in TAKEN)):
-                part._is_hf_initialized = True  # type: ignore[assignment]
+                part._is_hf_initialized = True
 
 
 def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     """Every option, as they are stored."""
     if race is not None and not isinstance(race, (RaceConfig, Mapping)):
-        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {race!r}")
+        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {shown(race)}")
     given = race.model_dump(exclude_unset=True) if isinstance(race, RaceConfig) else dict(race or {})
     unnamed = [name for name in given if not isinstance(name, str)]
     if unnamed:
@@ -139,21 +142,21 @@ def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, (str, bytes, Mapping)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {layers!r}")
+        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {shown(layers)}")
     given = list(layers)
     wrong = [i for i in given if isinstance(i, bool) or not isinstance(i, int)]
     if wrong:
-        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {wrong[0]!r}")
+        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {shown(wrong[0])}")
     chosen = sorted(set(given))
     outside = [i for i in chosen if not 0 <= i < count]
     if outside or not chosen:
-        raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {outside or chosen}")
+        raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {shown(outside or chosen)}")
     return chosen
 
 
 def _attention_of(block: nn.Module, index: int) -> tuple[str, nn.Module]:
     """Name and module of a block's attention."""
-    for name in ("self_attn", "attention"):
+    for name in ATTENTIONS:
         if isinstance(found := getattr(block, name, None), nn.Module):
             return name, found
     raise ValueError(f"layer {index}: {type(block).__name__} has no attention under a known name (self_attn, attention)")
@@ -174,7 +177,8 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
         calls = probe.observe(decoder, {index: module for index, (_, module) in places.items()})
         for index, (_, module) in places.items():
             _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
-    hooked = dict(decoder._forward_pre_hooks)
+    hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
+    before = [set(kind) for kind in hooks]
     try:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, made[index].train(module.training))
@@ -184,8 +188,9 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     except Exception as error:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, module)
-        for key in [key for key in decoder._forward_pre_hooks if key not in hooked]:
-            del decoder._forward_pre_hooks[key]
+        for kind, known in zip(hooks, before, strict=True):
+            for key in set(kind) - known:
+                del kind[key]
         raise ValueError(f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: "
                          f"{error}") from error
 
@@ -235,7 +240,8 @@ def _own_config(model: PreTrainedModel) -> None:
 def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> float:
     """A base to go by; the angles themselves are the model's."""
     rope = getattr(config, "rope_parameters", None) or {}
-    turned = getattr(attention, "rotary_ndims", None) or int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    turned = getattr(attention, "rotary_ndims", None) or int(
+        head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0))
     if turned != head_dim:
         raise ValueError(f"layer {index} turns {turned} of {head_dim} numbers of a head: RACE layers turn all or none, so give "
                          "inherit_rope=False")
@@ -248,12 +254,22 @@ def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Para
     Args:
         projections: whether the projections taken over belong to them too.
     """
+    _check_module(model)
     return [p for m in model.modules() if isinstance(m, RaceSelfAttention) for name, p in m.named_parameters()
             if projections or name.split(".")[0] not in TAKEN]
 
 
 def freeze_all_but(model: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     """Let only ``parameters`` of the model be trained."""
+    _check_module(model)
+    if isinstance(parameters, torch.Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError("parameters must be a list of a model's parameters, as trained_parts gives it; got "
+                        f"{type(parameters).__name__}")
     wanted = {id(p) for p in parameters}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {shown(model)}")

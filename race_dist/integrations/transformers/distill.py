@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from race_dist.integrations.transformers.attach import decoder_of
+from race_dist.integrations.transformers.attach import attention_of, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.strict_config import shown
 
 KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")  # of a teacher's call, what its student's layer is told too
 
@@ -30,8 +31,12 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
         batch: input_ids ``[B, T]`` and what else the teacher takes; attention_mask marks padding, which is left out.
 
     Raises:
-        ValueError: the student has no RACE layer.
+        ValueError: the student has no RACE layer, or the teacher makes NaN or infinity of real tokens (looked at on the CPU).
     """
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be a converted model; got {type(student).__name__}")
+    if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & set(batch):
+        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {shown(batch)}")
     layers = {m.layer_idx: m for m in student.modules() if isinstance(m, RaceSelfAttention)}
     if not layers:
         raise ValueError("the student has no RACE layer to teach: convert it first")
@@ -39,13 +44,17 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
     with torch.no_grad(), _watched(teacher, layers) as seen:
         decoder_of(teacher)(**inputs, use_cache=False)
     mask = batch.get("attention_mask")
-    weight = torch.ones(()) if mask is None else mask.to(torch.bool)[..., None]
     losses = []
     for index, (x, told, target) in seen.items():
+        if mask is not None:  # a teacher's own numbers at padding are anything, NaN too
+            kept = mask.to(x.device).ne(0)[..., None]
+            x, target = torch.where(kept, x, 0), torch.where(kept, target, 0)
+        if x.device.type == "cpu" and not (x.isfinite().all() and target.isfinite().all()):
+            raise ValueError(f"the teacher's hidden states at layer {index} hold NaN or infinity at tokens that are no padding:"
+                             " look for them in the teacher (its weights, dtype or attention implementation)")
         out, _ = layers[index](x, attention_mask=mask, **told)
-        weight = weight.to(out.device)
-        error, power = (out - target).float().square() * weight, target.float().square() * weight
-        losses.append(error.sum() / power.sum())
+        error = out - target if mask is None else torch.where(kept.to(out.device), out - target, 0)
+        losses.append(error.float().square().sum() / target.float().square().sum())
     return torch.stack(losses).mean()
 
 
@@ -55,7 +64,7 @@ def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[di
     seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
     handles = []
     for index, block in enumerate(decoder_of(teacher).layers):  # type: ignore[arg-type]
-        attention = getattr(block, "self_attn", None) or getattr(block, "attention", None)
+        attention = attention_of(block)
         if index in wanted and attention is not None:
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, index: int = index) -> None:
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -82,8 +91,13 @@ def prediction_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, 
     Raises:
         ValueError: temperature or share are out of their range.
     """
-    if not temperature > 0 or not 0 <= share <= 1:
-        raise ValueError(f"temperature must be positive and share from 0 to 1; got {temperature} and {share}")
+    for name, x in (("logits", logits), ("teacher_logits", teacher_logits), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    given = (temperature, share)
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in given)
+    if not numbers or not 0 < temperature < float("inf") or not 0 <= share <= 1:
+        raise ValueError(f"temperature must be positive and share from 0 to 1; got {shown(temperature)} and {shown(share)}")
     counts = targets != -100
     ours, theirs = (F.log_softmax(x[counts].float() / temperature, -1) for x in (logits, teacher_logits.detach()))
     divergence = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2

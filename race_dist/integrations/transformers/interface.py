@@ -26,9 +26,13 @@ def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int |
     Raises:
         ValueError: the model mixes another pattern into the causal one.
     """
-    if kwargs.get("use_vmap"):
+    if kwargs.get("use_vmap") or "or_mask" in getattr(kwargs.get("mask_function"), "__qualname__", ""):
         raise ValueError('attn_implementation="race" sees all earlier tokens of a document; this model adds a pattern of '
                          "its own to its attention mask: take another implementation")
+    size = kwargs.get("local_size")
+    if size is not None and kv_length is not None and kv_length > size:
+        raise ValueError(f"the model has a sliding window of {size} tokens and {kv_length} keys; RACE Attention sees all "
+                         "earlier tokens: set config.sliding_window = None (or its chunk size), or take another implementation")
     if kv_length is not None and kwargs.get("q_length") is not None:
         last = int(kwargs.get("q_offset", 0)) + kwargs["q_length"]
     else:
@@ -61,9 +65,15 @@ def race_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value:
     Raises:
         ValueError: something is asked for that RACE Attention has not: dropout, a window, a cap, weights.
     """
+    given = query.shape[2]
+    if race_rows is not None and not race_rows.sequence.length:  # a shard without tokens; the one that is there is nobody's
+        query, key, value = (x[:, :, :0] for x in (query, key, value))
     batch, _, length, _ = query.shape
     keys = key.shape[2]
     _refuse(module, dropout, sliding_window, softcap, keys, kwargs)
+    if keys != length and getattr(module, "is_causal", True) is False:
+        raise ValueError(f"layer {getattr(module, 'layer_idx', None)} attends from {length} tokens to {keys} others: RACE "
+                         "Attention computes no cross attention, so take another implementation")
     core = _core(module, query, key)
     if race_rows is None or keys != length:
         rows = rows_of(batch, keys, query.device, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
@@ -74,7 +84,8 @@ def race_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value:
         query = F.pad(query, (0, 0, keys - length, 0))
     q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
     out, _ = core(q, k, v, None, rows.sequence)
-    return rows.unfold(out)[:, keys - length:], None
+    out = rows.unfold(out)[:, keys - length:]
+    return F.pad(out, (0, 0, 0, 0, 0, given - length)), None
 
 
 def _refuse(module: nn.Module, dropout: float, window: int | None, softcap: float | None, keys: int,
@@ -91,6 +102,10 @@ def _refuse(module: nn.Module, dropout: float, window: int | None, softcap: floa
                          "implementation")
     if others.get("s_aux") is not None:
         raise ValueError(f"layer {layer} has attention sinks; RACE Attention has none: take another implementation")
+    biases = [name for name in ("position_bias", "attention_bias", "attn_bias", "alibi") if others.get(name) is not None]
+    if biases:
+        raise ValueError(f"layer {layer} adds a {biases[0]} to its logits; RACE Attention has no logits: take another "
+                         "implementation")
     config = getattr(module, "config", None)
     if others.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError("output_attentions=True asks for weights, of which RACE Attention makes none: leave it out")

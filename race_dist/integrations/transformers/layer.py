@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
 from race_dist.nn.norm import compute_dtype
 
+LOADING = ContextVar("loading", default=False)  # whether from_pretrained fills a model: it looks at the settings afterwards
+READ_BY_BLOCKS = ("attention_type", "is_sliding")  # of an attention module, in transformers 4
 SETTINGS_STEP = 512  # bytes: settings of other lengths have a tensor of the same shape
 
 
@@ -46,6 +49,9 @@ class RaceSelfAttention(RaceAttention):
         self.projections = projections
         for name in (*projections.names, *(projections.norms or ())):
             setattr(self, name, getattr(attention, name))
+        for name in READ_BY_BLOCKS:
+            if hasattr(attention, name):
+                setattr(self, name, getattr(attention, name))
         self.register_buffer("race_settings", _as_bytes(self._settings()).to(device))
 
     def _build_projections(self, dim: int, output_gain: float, where: dict[str, Any]) -> None:
@@ -75,7 +81,8 @@ class RaceSelfAttention(RaceAttention):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
         stored = state_dict.get(f"{prefix}race_settings")
-        problem = None if not isinstance(stored, Tensor) or stored.is_meta else self.differs_from(stored)
+        looked_at = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
+        problem = self.differs_from(stored) if isinstance(stored, Tensor) and looked_at else None
         if problem is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
             return
@@ -83,7 +90,7 @@ class RaceSelfAttention(RaceAttention):
 
     def settle_on_weights(self) -> None:
         """Make the constants anew where the weights are: a loader has put them there without ``.to``."""
-        like = next((p for p in self.parameters() if not p.is_meta), None)
+        like: Tensor | None = next((p for p in self.parameters() if not p.is_meta), None)
         if like is None:  # offloaded: they come to this device when the layer runs
             device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
             like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)
@@ -104,7 +111,8 @@ class RaceSelfAttention(RaceAttention):
         store = None if past is None else cache_layer(past, self.layer_idx)
         if race_rows is None:
             race_rows = rows_of(batch, length, hidden_states.device, attention_mask=attention_mask, position_ids=position_ids,
-                                cu_seqlens=cu_seq_lens_q, past=0 if store is None else store.seen, final=store is not None)
+                                cu_seqlens=cu_seq_lens_q, past=0 if store is None else store.seen,
+                                position=None if store is None else store.position, final=store is not None)
         if not race_rows.sequence.final:
             store = None  # in training a cache is made that nobody reads
         sequence = self._turned(race_rows, position_embeddings, hidden_states)
@@ -112,7 +120,7 @@ class RaceSelfAttention(RaceAttention):
         y, carry = RaceAttention.forward(self, race_rows.fold(hidden_states), carry, sequence)
         if store is not None:
             assert carry is not None
-            store.advance(carry, length)
+            store.advance(carry, length, _next_position(race_rows.sequence, store.position))
         return race_rows.unfold(y), None
 
     def _past(self, carry: RaceCarry | None, x: Tensor) -> RaceCarry:
@@ -133,6 +141,13 @@ class RaceSelfAttention(RaceAttention):
         half = self.head_dim // 2
         cos, sin = (rows.fold(t.expand(x.shape[0], -1, -1))[..., :half].to(dtype) for t in embeddings)
         return replace(rows.sequence, rotations={(self.head_dim, self.rope_base, dtype): (cos, sin)})
+
+
+def _next_position(sequence: Sequence, position: Tensor | int) -> Tensor | int:
+    """Of the token after the sequence, whose first is at ``position``."""
+    if sequence.key_mask is None and sequence.cu_seqlens is None:
+        return position + sequence.length
+    return sequence.end_position()
 
 
 def _as_bytes(settings: dict[str, Any]) -> Tensor:

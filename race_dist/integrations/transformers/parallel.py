@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.integrations.transformers.attach import sequence_parallel
+from race_dist.integrations.transformers.attach import check_group, sequence_parallel
 from race_dist.integrations.transformers.rows import packed_boundaries
 from race_dist.parallel import all_gather_tensor, broadcast_tensor, check_ranks_agree, group_rank, group_size, shard_sequence
 from race_dist.parallel.layout import check_layout
+from race_dist.strict_config import shown
 
 IGNORE = -100
 
@@ -36,13 +37,18 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
         ValueError: no input_ids, several packed rows, or a length that the layout cannot cut.
     """
     layout = check_layout(layout)
+    check_group(group)
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {shown(batch)}")
     if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].dim() != 2:
-        raise ValueError(f"a batch to cut needs input_ids [B, T]; got the keys {', '.join(batch)}")
+        raise ValueError(f"a batch to cut needs input_ids [B, T]; got the keys {', '.join(map(str, batch))}")
     ids = batch["input_ids"]
     rows, length = ids.shape
     whole = dict(batch)
     if whole.get("position_ids") is None:
-        whole["position_ids"] = torch.arange(length, device=ids.device)
+        mask = whole.get("attention_mask")
+        whole["position_ids"] = (torch.arange(length, device=ids.device) if mask is None
+                                 else (mask.ne(0).cumsum(-1) - 1).clamp(min=0))  # padding is not counted
     whole["position_ids"] = whole["position_ids"].expand(rows, -1)
     cu_seqlens = whole.get("cu_seq_lens_q")
     if cu_seqlens is None and whole.get("attention_mask") is None:
@@ -76,6 +82,7 @@ class ShardedLoader:
     """
 
     def __init__(self, loader: Iterable[Mapping[str, Any]], group: ProcessGroup, *, layout: str = "contiguous") -> None:
+        check_group(group)
         self.loader, self.group, self.layout = loader, group, check_layout(layout)
 
     def __len__(self) -> int:

@@ -112,7 +112,8 @@ def _mask(*_: Any, **how: Any) -> Pattern | None:
 def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
     AttentionInterface.register(PROBE, attention)
     AttentionMaskInterface.register(PROBE, _mask)
-    configs = {id(c): c for m in decoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    found: list[Any] = [getattr(module, "config", None) for module in decoder.modules()]
+    configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config in configs.values():
@@ -150,8 +151,9 @@ def check_same(call: Call, attention: nn.Module, projections: Projections, where
         if name != "values":
             x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
         if not _close(x, given):
-            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a scale, "
-                             f"a clip, another order or width of heads{', other rotary positions' if rotated else ''}): {leave}")
+            turned = ", other rotary positions" if rotated else ""
+            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a "
+                             f"scale, a clip, another order or width of heads{turned}): {leave}")
     if not _close(y, call.y):
         raise ValueError(f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
                          f"after the attention): {leave}")
@@ -192,6 +194,8 @@ def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tup
     if not rotated:
         x, turned = x[:, :, :1], min(cos.shape[-1], x.shape[-1])
         return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), given[:, :, :1]
+    if cos.dim() != 3 or cos.shape[-1] != x.shape[-1]:  # a part of each head, or axes of images
+        return x, given[..., :0]
     half = x.shape[-1] // 2
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]

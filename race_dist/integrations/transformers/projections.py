@@ -60,8 +60,8 @@ class Projections:
             own = getattr(getattr(attention, name), "out_features", width)
             if own != width:
                 raise ValueError(f"{where}: {name} makes {own} numbers per token, but {self.heads} query heads and "
-                                 f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: a RACE layer does not "
-                                 "know what the others are (a gate, wider values); leave this layer out of layers")
+                                 f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: a RACE layer does "
+                                 "not know what the others are (a gate, wider values); leave this layer out of layers")
 
     def _check_parameters(self, attention: nn.Module, where: str) -> None:
         """Every parameter and buffer of the module lies in a part that is taken over."""
@@ -98,8 +98,8 @@ class Projections:
             return result
         x = x.unflatten(-1, (-1, self.head_dim))
         if isinstance(getattr(norm, "norms", None), nn.ModuleList):
-            return norm(x.transpose(1, 2)).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
-        return norm(x).flatten(2)  # type: ignore[no-any-return]
+            return norm(x.transpose(1, 2)).transpose(1, 2).flatten(2)
+        return norm(x).flatten(2)
 
 
 def _is_norm(part: object) -> bool:

@@ -35,28 +35,41 @@ class Rows:
 
 
 def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Tensor | None = None,
-            position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, past: int = 0, final: bool = False,
-            group: ProcessGroup | None = None, layout: str = "contiguous") -> Rows:
+            position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, past: int = 0,
+            position: Tensor | int | None = None, final: bool = False, group: ProcessGroup | None = None,
+            layout: str = "contiguous") -> Rows:
     """What a call of a transformers model says about its rows.
 
-    As in transformers, positions that start anew mean packed documents only where there is no mask and no past.
+    As in transformers, positions that start anew mean packed documents only where there is no mask and no past. Padding is
+    absent: without ``position_ids``, positions count the tokens that are none.
 
     Args:
         batch, length: ``B`` and ``T`` of the new tokens on this rank.
         attention_mask: ``[B, past + T]``, 0 where a token is padding.
         position_ids: ``[B, T]`` or ``[1, T]``.
         cu_seqlens: ``[N + 1]`` boundaries of documents packed in one row (of the whole sequence, under a group).
-        past: tokens that a cache has seen.
+        past: tokens that a cache has seen, padding included.
+        position: those that are no padding, an int or ``[B]``; None: the mask says it, and without a mask all are real.
         final: whether the carry after the rows is wanted.
         group, layout: ranks that each hold a shard of the rows.
 
     Raises:
         ValueError: a mask of another kind than padding, or packed rows in a place where they cannot be told apart.
     """
-    mask = None if attention_mask is None else _key_mask(attention_mask, batch, length)
+    mask = None if attention_mask is None else _key_mask(attention_mask, batch, past, length)
+    if position is None:
+        position = past if attention_mask is None or not past else attention_mask[:, :past].to(device).ne(0).sum(1)
+    elif mask is not None and past and attention_mask is not None and attention_mask.device.type == "cpu":
+        counted = attention_mask[:, :past].ne(0).sum(1)
+        if bool((counted != torch.as_tensor(position)).any()):
+            raise ValueError(f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are no padding, "
+                             f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
+                             "cannot forget tokens, so mask them when they come")
     if cu_seqlens is not None and (batch > 1 or past or mask is not None):
         raise ValueError(f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
                          f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row")
+    if position_ids is not None and position_ids.dim() == 3:  # of images and text (M-RoPE): those of text come first, if at all
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is not None:
         position_ids = position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
     folded = False
@@ -68,7 +81,7 @@ def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Te
     if folded:
         sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, final=final, device=device)
     else:
-        sequence = Sequence.of(length, cu_seqlens=cu_seqlens, key_mask=mask, group=group, layout=layout, position=past,
+        sequence = Sequence.of(length, cu_seqlens=cu_seqlens, key_mask=mask, group=group, layout=layout, position=position,
                                final=final, device=device)
     if group is not None and cu_seqlens is None and mask is None and position_ids is not None:
         _check_one_document(position_ids, sequence.positions)
@@ -105,13 +118,13 @@ def boundaries(starts: Tensor) -> Tensor:
     return torch.cat([flat.nonzero()[:, 0], torch.tensor([flat.numel()], device=flat.device)])
 
 
-def _key_mask(attention_mask: Tensor, batch: int, length: int) -> Tensor:
+def _key_mask(attention_mask: Tensor, batch: int, past: int, length: int) -> Tensor:
     """``[B, T]`` bool of the new tokens."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         kind = f"{attention_mask.dim()}-dimensional" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"RACE layers take a padding mask [batch, length]; got a {kind} attention_mask. Which pairs of tokens "
                          "see each other cannot be chosen: keep such layers softmax, or pack documents by position_ids")
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        raise ValueError(f"attention_mask must be [batch, past + new tokens] with {batch} rows and at least {length} columns; "
-                         f"got {list(attention_mask.shape)}")
-    return attention_mask[:, -length:].to(torch.bool) if length else attention_mask[:, :0].to(torch.bool)
+    if tuple(attention_mask.shape) != (batch, past + length):
+        raise ValueError(f"attention_mask must be [batch, past + new tokens] = {[batch, past + length]} ({past} tokens are in "
+                         f"the cache, {length} are new); got {list(attention_mask.shape)}")
+    return attention_mask[:, past:].ne(0)

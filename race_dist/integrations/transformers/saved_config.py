@@ -1,7 +1,7 @@
 """What makes a saved model come back as it was: ``config.json`` says that the attention is RACE, and models are built by it.
 
 transformers leaves the attention implementation out of ``config.json``, and knows nothing of converted layers: a model that was
-trained with RACE would come back as softmax. So while this package is imported, five methods of transformers' base classes do
+trained with RACE would come back as softmax. So while this package is imported, some methods of transformers' base classes do
 a little more:
 
 - ``PreTrainedConfig.to_dict`` writes ``_attn_implementation`` ("race", or "race_converted" where layers were converted) and
@@ -13,17 +13,23 @@ a little more:
 - ``PreTrainedModel.post_init`` (the end of each model's ``__init__``) puts the converted layers in.
 - ``PreTrainedModel.from_pretrained`` makes hyperplanes anew, which are in no checkpoint, and checks that the weights were
   trained with the settings that the configuration has.
+- ``Trainer._load_from_checkpoint`` (it resumes a run, by weights alone) refuses a checkpoint of another attention.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from race_dist.integrations.transformers.layer import RaceSelfAttention
+from race_dist.integrations.transformers.attach import attach
+from race_dist.integrations.transformers.layer import LOADING, RaceSelfAttention
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings, portable
 
 CONVERTED = "race_converted"  # the stored name where layers were converted and the others are softmax
@@ -112,20 +118,45 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
             raise ValueError(f'{type(model).__name__} has cross attention, from a decoder to its encoder, which '
                              f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation')
         Settings.of(config).of_implementation()
+        _attach(model, named=True)
     return original(model, attn_implementation, *args, **kwargs)
+
+
+def _attach(model: Any, *, named: bool = False) -> None:
+    """Let a decoder whose attention is "race" (or is about to be: ``named``) look at its batches once for all layers. Models of
+    another build do without: each layer looks then."""
+    if not named and getattr(model.config, KEY, None) != IMPLEMENTATION:
+        return
+    with contextlib.suppress(TypeError, AttributeError):  # no decoder, or not yet made
+        attach(model)
 
 
 def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Settings], None]) -> None:
     original(model)
+    _guard_trainer()
+    _attach(model)
     settings = Settings.of(model.config)
-    if settings.layers:
-        build(model, settings)
+    if not settings.layers:
+        return
+    build(model, settings)
+    if LOADING.get():  # what the checkpoint does not fill is seen by it
+        for module in model.modules():
+            if isinstance(module, RaceSelfAttention):
+                module.race_settings.zero_()
 
 
 def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    made = original(cls, *args, **kwargs)
-    finish_loading(made[0] if isinstance(made, tuple) else made)
-    return made
+    token, wanted = LOADING.set(True), kwargs.pop("output_loading_info", False)
+    try:
+        model, info = original(cls, *args, output_loading_info=True, **kwargs)
+    finally:
+        LOADING.reset(token)
+    left = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
+    if left:
+        raise ValueError(f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
+                         f"was made of the given configuration has not: its config.{ENTRY} must name them, as the saved one's")
+    finish_loading(model)
+    return (model, info) if wanted else model
 
 
 def finish_loading(model: nn.Module) -> None:
@@ -140,3 +171,39 @@ def finish_loading(model: nn.Module) -> None:
             if problem is not None:
                 raise ValueError(f"{name}: {problem}")
             module.settle_on_weights()
+
+
+# --- HF's Trainer, which is costly to import: it is changed once it is there and a model is made --------------------------
+
+
+def _guard_trainer() -> None:
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if trainer is not None and not hasattr(trainer._load_from_checkpoint, "race"):
+        _wrap(trainer, "_load_from_checkpoint", _resume)
+
+
+def _resume(original: Any, trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
+    model = next((m for m in (trainer.model, *args) if m is not None), None)
+    check_same_attention(folder, getattr(model, "config", None))
+    return original(trainer, folder, *args, **kwargs)
+
+
+def check_same_attention(folder: str | Path, config: Any) -> None:
+    """Raise ValueError where the checkpoint in a folder has another attention than a model of this configuration."""
+    stored = Path(folder) / "config.json"
+    if not isinstance(config, PretrainedConfig) or not stored.is_file():
+        return
+    texts = stored.read_text(encoding="utf-8"), json.dumps(config.to_dict(), default=str)
+    found = [_attention(json.loads(text)) for text in texts]
+    if found[0] != found[1]:
+        names = [entry[0] or "softmax" for entry in found]
+        differ = "" if names[0] != names[1] else f", with other settings: {found[0][1]} there and {found[1][1]} here"
+        raise ValueError(f"the checkpoint {folder} was trained with the attention {names[0]}, but the model has {names[1]}"
+                         f"{differ}: make the model of the checkpoint's configuration, from_pretrained does")
+
+
+def _attention(entries: dict[str, Any]) -> tuple[Any, Any]:
+    """Implementation and settings, but for the backend, of a configuration as JSON has it."""
+    name, settings = entries.get(KEY), entries.get(ENTRY) or {}
+    options = {key: value for key, value in settings.get("options", {}).items() if key != "backend"}
+    return name, (settings | {"options": options} if name else None)
