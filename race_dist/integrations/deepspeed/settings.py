@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
+from race_dist import checks
 from race_dist.files import read_object
+from race_dist.integrations.deepspeed.keys import check_keys
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig, shown
 
@@ -71,14 +73,15 @@ def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
             raise FileNotFoundError(f"there is no DeepSpeed configuration {path}")
         config = read_object(path)
     if not isinstance(config, Mapping):
-        raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {type(config).__name__}")
+        raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {checks.described(config)}")
+    check_keys(config)
     tree = copy.deepcopy(dict(config))
     section = tree.pop(SECTION, None)
     size = tree.get(SIZE, 1)
-    if size == AUTO:
+    if isinstance(size, str) and size == AUTO:
         return Settings(tree, None, None if section is None else RaceSection.read(section))
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f'"{SIZE}" must be an integer of at least 1, or "{AUTO}"; got {size!r}')
+        raise ValueError(f'"{SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.shown(size)}')
     return Settings(tree, size, None if section is None else RaceSection.read(section))
 
 
