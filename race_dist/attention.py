@@ -105,6 +105,8 @@ def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Te
                        check_values: bool = False) -> Tensor | tuple[Tensor, SketchState]:
     """:func:`race_attention` for a layer, which has computed its arguments itself: their values are not looked at, so that NaN
     and Inf of a run that diverges come out as they do on a device, and whoever trains decides."""
+    if not isinstance(backend, str) or backend not in BACKEND_NAMES:
+        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.shown(backend)}')
     refuse_transforms(backend)
     q, k, v = _autocast(q, k, v)
     group_rank(group)  # raises where it is no group, or this process no member
@@ -148,8 +150,6 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pick_backend(p: Problem, backend: str) -> str:
-    if not isinstance(backend, str) or backend not in BACKEND_NAMES:
-        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.shown(backend)}')
     if backend == "auto":
         reason = unsupported(p, "triton") if p.q.is_cuda and HAS_TRITON else "needs triton and a CUDA device"
         if reason is not None and p.q.is_cuda and p.q.dtype != torch.float64 and not torch.compiler.is_compiling():

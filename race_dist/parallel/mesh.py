@@ -93,7 +93,7 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
         raise RuntimeError("build_mesh needs a job to build from: call race_dist.parallel.init_distributed() first")
     world = dist.get_world_size()
     for name, value in (("dp", dp), ("sp", sp)):
-        checks.integer(name, value, least=1, most=2**31 - 1)
+        checks.integer(name, value, least=1, most=2**31 - 1, words="an integer of at least 1")
     seconds = _job_timeout() if timeout is None else datetime.timedelta(seconds=checks.seconds("timeout", timeout))
     if dp * sp != world:
         raise ValueError(f"dp * sp must be the number of ranks: dp={dp} times sp={sp} is {dp * sp}, but there "

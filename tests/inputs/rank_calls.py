@@ -31,6 +31,7 @@ from race_dist.parallel import (
     shard_positions,
     shard_rows,
     shard_sequence,
+    shutdown,
     side_group,
     start_scan,
     unshard_sequence,
@@ -57,7 +58,10 @@ def documents(*, whole: bool = True) -> list[Value]:
 
 def mesh(**arguments: object) -> object:
     init_distributed(device="cpu")
-    return build_mesh(**arguments)  # type: ignore[arg-type]
+    try:
+        return build_mesh(**arguments)  # type: ignore[arg-type]
+    finally:
+        shutdown()
 
 
 CARRIES = v.instances(("tensor", x), ("class", lambda: SketchState))

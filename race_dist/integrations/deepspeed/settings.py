@@ -13,7 +13,7 @@ from race_dist import checks
 from race_dist.files import read_object
 from race_dist.integrations.deepspeed.keys import check_keys
 from race_dist.nn import RaceConfig
-from race_dist.strict_config import StrictConfig, shown
+from race_dist.strict_config import StrictConfig
 
 SIZE, SECTION = "sequence_parallel_size", "race_attention"
 AUTO = "auto"  # "what the caller makes of it", as in transformers' DeepSpeed configurations
@@ -46,7 +46,7 @@ class RaceSection(StrictConfig):
         """Check a section. Raises ValueError in one sentence."""
         if not isinstance(section, Mapping):
             raise ValueError(f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
-                             f"got {shown(section)}")
+                             f"got {checks.described(section)}")
         made = cls.check(dict(section), source=f'"{SECTION}"')
         RaceConfig.check(made.options, source=f'"{SECTION}"')
         return made
