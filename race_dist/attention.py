@@ -105,8 +105,7 @@ def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Te
                        check_values: bool = False) -> Tensor | tuple[Tensor, SketchState]:
     """:func:`race_attention` for a layer, which has computed its arguments itself: their values are not looked at, so that NaN
     and Inf of a run that diverges come out as they do on a device, and whoever trains decides."""
-    if not isinstance(backend, str) or backend not in BACKEND_NAMES:
-        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.shown(backend)}')
+    check_backend(backend)
     refuse_transforms(backend)
     q, k, v = _autocast(q, k, v)
     group_rank(group)  # raises where it is no group, or this process no member
@@ -139,6 +138,12 @@ def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Te
     return out, final
 
 
+def check_backend(backend: object) -> None:
+    """Raise ValueError unless there is such a backend."""
+    if not isinstance(backend, str) or backend not in BACKEND_NAMES:
+        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.shown(backend)}')
+
+
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v take its dtype, as torch's own attention does; float64 stays."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -165,7 +170,7 @@ def _pick_backend(p: Problem, backend: str) -> str:
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, causal: bool,
              normalization: Normalization, cu_seqlens: Tensor | None, key_mask: Tensor | None, log_decay: Tensor | None,
-             initial: SketchState | None, *, sharded: bool, check_values: bool) -> Problem:
+             initial: SketchState | None, *, sharded: bool, check_values: bool = True) -> Problem:
     """The inputs, checked and brought to the form that backends take."""
     _check_qkv(q, k, v)
     checks.flag("causal", causal)

@@ -315,7 +315,7 @@ def _finish(scan: Steps[CarryT]) -> list[CarryT]:
 
 
 @lru_cache
-def _is_carry(kind: type) -> bool:
+def _is_carry(kind: type[Carry]) -> bool:
     """Whether it has a carry's methods; looked up once a class."""
     return issubclass(kind, Carry)
 
@@ -334,7 +334,7 @@ def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout
 
 
 def _check_carry(carry: Any, name: str) -> None:
-    if isinstance(carry, type) or not _is_carry(type(carry)):
+    if isinstance(carry, type) or not _is_carry(cast(type[Carry], type(carry))):
         raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
                         f"got {checks.described(carry)} for {name}")
 

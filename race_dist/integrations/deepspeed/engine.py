@@ -120,7 +120,7 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
         raise TypeError(f"model must be a torch.nn.Module with parameters; got {checks.described(model)}")
     if shared is not None:
         checks.instance("shared", shared, Shared)
-    if mpu is not None and not any(hasattr(mpu, f"get_{kind}_parallel_world_size") for kind in ("data", "sequence", "model")):
+    if mpu is not None and not any(name.startswith("get_") and "parallel" in name for name in dir(mpu)):
         raise TypeError(f"mpu must be an object that knows its groups, as Megatron's parallel_state; got "
                         f"{checks.described(mpu)}")
     if mesh_param is not None and not (isinstance(mesh_param, list | tuple) and len(mesh_param) == 2):
