@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, overload
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from race_dist import checks
+from race_dist.checks import DTYPES, readable
 from race_dist.hashing import as_bfloat16, check_hash
 from race_dist.ops.explain import warn_slow
 from race_dist.ops.functional import attend, get_backend, is_traced, refuse_transforms, unsupported
@@ -19,8 +22,8 @@ from race_dist.parallel.layout import Layout, check_layout
 from race_dist.sketch import SketchState
 
 BackendName = Literal["auto", "reference", "chunked", "triton"]
+BACKEND_NAMES: tuple[BackendName, ...] = ("auto", "reference", "chunked", "triton")
 HAS_TRITON = find_spec("triton") is not None
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -88,15 +91,31 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
             only where they are Python numbers or CPU tensors.
         ImportError: backend="triton" without triton.
     """
+    checks.flag("output_final_state", output_final_state)
+    return attention_of_layer(q, k, v, planes, beta, causal=causal, normalization=normalization, cu_seqlens=cu_seqlens,
+                              key_mask=key_mask, log_decay=log_decay, initial_state=initial_state,
+                              output_final_state=output_final_state, group=group, layout=layout, backend=backend,
+                              check_values=True)
+
+
+def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool,
+                       normalization: Normalization, cu_seqlens: Tensor | None, key_mask: Tensor | None,
+                       log_decay: Tensor | None, initial_state: SketchState | None, output_final_state: bool,
+                       group: dist.ProcessGroup | None, layout: Layout, backend: BackendName,
+                       check_values: bool = False) -> Tensor | tuple[Tensor, SketchState]:
+    """:func:`race_attention` for a layer, which has computed its arguments itself: their values are not looked at, so that NaN
+    and Inf of a run that diverges come out as they do on a device, and whoever trains decides."""
+    check_backend(backend)
     refuse_transforms(backend)
     q, k, v = _autocast(q, k, v)
+    group_rank(group)  # raises where it is no group, or this process no member
+    sharded = group is not None and group_size(group) > 1
     problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
-                       sharded=group is not None)
+                       sharded=sharded, check_values=check_values)
     check_layout(layout)
     name = _pick_backend(problem, backend)
     final: SketchState | None
-    group_rank(group)  # raises where this process is no member
-    if group is not None and group_size(group) > 1:
+    if group is not None and sharded:
         if name == "reference":
             raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
         if torch.compiler.is_compiling() and causal and cu_seqlens is None and layout == "contiguous":
@@ -115,13 +134,20 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
         return out
     if initial_state is not None and initial_state.log_decay is not None:
         total = initial_state.log_decay if final.log_decay is None else initial_state.log_decay + final.log_decay
-        final = SketchState(final.mass, final.values, total)
+        final = SketchState.unchecked(final.mass, final.values, total)
     return out, final
+
+
+def check_backend(backend: object) -> None:
+    """Raise ValueError unless there is such a backend."""
+    if not isinstance(backend, str) or backend not in BACKEND_NAMES:
+        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.shown(backend)}')
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v take its dtype, as torch's own attention does; float64 stays."""
-    _require_tensors(q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, x)
     if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
@@ -129,8 +155,6 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pick_backend(p: Problem, backend: str) -> str:
-    if backend not in ("auto", "reference", "chunked", "triton"):
-        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {backend!r}')
     if backend == "auto":
         reason = unsupported(p, "triton") if p.q.is_cuda and HAS_TRITON else "needs triton and a CUDA device"
         if reason is not None and p.q.is_cuda and p.q.dtype != torch.float64 and not torch.compiler.is_compiling():
@@ -146,38 +170,45 @@ def _pick_backend(p: Problem, backend: str) -> str:
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, causal: bool,
              normalization: Normalization, cu_seqlens: Tensor | None, key_mask: Tensor | None, log_decay: Tensor | None,
-             initial: SketchState | None, *, sharded: bool) -> Problem:
+             initial: SketchState | None, *, sharded: bool, check_values: bool = True) -> Problem:
     """The inputs, checked and brought to the form that backends take."""
     _check_qkv(q, k, v)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False; got {causal!r}")
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {', '.join(map(repr, NORMALIZATIONS))}; got {normalization!r}")
+    checks.flag("causal", causal)
+    checks.choice("normalization", normalization, NORMALIZATIONS)
+    if normalization == "none" and not causal:
+        raise ValueError('normalization="none" is for causal calls, but causal=False: use normalization="global"')
     batch, length, _, dim = q.shape
     heads, dtype = k.shape[2], torch.float64 if q.dtype == torch.float64 else torch.float32
     planes = _check_planes(planes, heads, dim, q)
     cu_seqlens = _check_documents(cu_seqlens, batch, None if sharded else length, q)
     if key_mask is not None:
-        _require_tensors(key_mask=key_mask)
+        checks.tensor("key_mask", key_mask)
         if key_mask.dtype != torch.bool or key_mask.shape != (batch, length):
             raise ValueError(f"key_mask must be bool [B, T] = {[batch, length]}; got {key_mask.dtype} {list(key_mask.shape)}")
         _same_device("key_mask", key_mask, q)
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     features = planes.shape[1] * 2 ** planes.shape[2]
     _check_initial(initial, (rows, heads, features, v.shape[3]), q)
-    return Problem(q, k, v, planes, _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask), key_mask,
-                   cu_seqlens, initial, causal, normalization)
+    beta, log_decay = _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask)
+    if check_values:
+        _check_values(beta, log_decay, initial)
+    return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, normalization)
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether a tensor's values may be looked at: on a device that would wait for it, and would break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
-
-
-def _require_tensors(**tensors: object) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+def _check_values(beta: Tensor, log_decay: Tensor | None, initial: SketchState | None) -> None:
+    """What cannot be right of values that are on the CPU."""
+    if readable(beta) and not bool(((beta > 0) & beta.isfinite()).all()):
+        raise ValueError(f"beta must be positive and finite; got {checks.shown(beta.tolist())}")
+    if log_decay is not None and readable(log_decay) and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay must be 0 or less (a weight of at most 1); its largest value is {log_decay.max().item()}")
+    if initial is None or not readable(initial.mass):
+        return
+    low, high = (bound.item() for bound in initial.mass.detach().aminmax())
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"initial_state.mass must be sums of positive features, finite and at least 0; it holds "
+                         f"{high if low >= 0 else low}")
+    if readable(initial.values) and not all(math.isfinite(bound.item()) for bound in initial.values.detach().aminmax()):
+        raise ValueError("initial_state.values must be finite, but holds NaN or Inf")
 
 
 def _same_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -208,12 +239,12 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_planes(planes: Tensor, heads: int, dim: int, q: Tensor) -> Tensor:
     """``[Hkv, L, P, D]``."""
-    _require_tensors(planes=planes)
+    checks.tensor("planes", planes)
     if planes.dim() not in (3, 4) or planes.shape[-1] != dim or (planes.dim() == 4 and planes.shape[0] != heads):
         raise ValueError(f"planes must be [L, P, D] or [Hkv, L, P, D] with Hkv = {heads} and D = {dim}; got "
                          f"{list(planes.shape)}")
-    if not planes.is_floating_point():
-        raise TypeError(f"planes must be floating point; got {planes.dtype}")
+    if planes.dtype not in DTYPES:
+        raise TypeError(f"planes must be float64, float32, bfloat16 or float16; got {planes.dtype}")
     check_hash(int(planes.shape[-3]), int(planes.shape[-2]))
     _same_device("planes", planes, q)
     if q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
@@ -224,16 +255,16 @@ def _check_planes(planes: Tensor, heads: int, dim: int, q: Tensor) -> Tensor:
 def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor) -> Tensor:
     """``[Hkv]``, in the compute dtype, on q's device."""
     if not isinstance(beta, Tensor):
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-            raise TypeError(f"beta must be a number or a tensor; got {type(beta).__name__}")
-        if not 0 < beta < float("inf"):
-            raise ValueError(f"beta must be positive and finite; got {beta}")
+        if not checks.is_number(beta):
+            raise TypeError(f"beta must be a number or a tensor; got {checks.described(beta)}")
+        if not 0 < beta <= torch.finfo(dtype).max:
+            beyond = f", which {dtype} does not hold" if 0 < beta < math.inf else ""
+            raise ValueError(f"beta must be positive and finite; got {checks.shown(beta)}{beyond}")
         return _constant(float(beta), heads, dtype, q)
-    if not beta.is_floating_point() or tuple(beta.shape) not in ((), (1,), (heads,)):
+    checks.tensor("beta", beta)
+    if beta.dtype not in DTYPES or tuple(beta.shape) not in ((), (1,), (heads,)):
         raise ValueError(f"beta must be a scalar or [Hkv] = [{heads}] in floating point; got {beta.dtype} {list(beta.shape)}")
     _same_device("beta", beta, q)
-    if _readable(beta) and not bool(((beta > 0) & beta.isfinite()).all()):
-        raise ValueError(f"beta must be positive and finite; got {beta.tolist()}")
     return beta.to(dtype).expand(heads).contiguous()
 
 
@@ -254,18 +285,16 @@ def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor, key_mask: Te
     """``[B, T, Hkv]``, 0 at masked tokens; without a mask a constant a head has stride 0 over batch and tokens."""
     if log_decay is None:
         return None
-    _require_tensors(log_decay=log_decay)
+    checks.tensor("log_decay", log_decay)
     batch, length, heads, _ = k.shape
     if not causal:
         raise ValueError("log_decay needs causal=True: without an order of the tokens nothing decays")
-    if tuple(log_decay.shape) not in ((heads,), (batch, length, heads)) or not log_decay.is_floating_point():
+    if tuple(log_decay.shape) not in ((heads,), (batch, length, heads)) or log_decay.dtype not in DTYPES:
         raise ValueError(f"log_decay must be [Hkv] = [{heads}] or [B, T, Hkv] = {[batch, length, heads]} in floating point; "
                          f"got {log_decay.dtype} {list(log_decay.shape)}")
     _same_device("log_decay", log_decay, k)
     if key_mask is not None and log_decay.dim() == 3:
         log_decay = torch.where(key_mask[..., None], log_decay, 0)
-    if _readable(log_decay) and not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay must be 0 or less (a weight of at most 1); its largest value is {log_decay.max().item()}")
     if log_decay.dim() == 3:
         return log_decay
     log_decay = log_decay.detach().expand(batch, length, -1)
@@ -276,14 +305,14 @@ def _check_documents(cu_seqlens: Tensor | None, batch: int, length: int | None, 
     """int64 ``[N + 1]``; ``length`` None when the tokens are sharded and only their sum over the ranks is known."""
     if cu_seqlens is None:
         return None
-    _require_tensors(cu_seqlens=cu_seqlens)
+    checks.tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
                          f"{list(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {batch}: pack them into one row")
     _same_device("cu_seqlens", cu_seqlens, q)
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:])):
             raise ValueError(f"cu_seqlens must start at 0 and never fall; got {bounds if len(bounds) <= 20 else bounds[:20]}")
@@ -296,7 +325,7 @@ def _check_initial(initial: SketchState | None, shape: tuple[int, int, int, int]
     if initial is None:
         return
     if not isinstance(initial, SketchState):
-        raise TypeError(f"initial_state must be a SketchState; got {type(initial).__name__}")
+        raise TypeError(f"initial_state must be a SketchState; got {checks.described(initial)}")
     if tuple(initial.values.shape) != shape:
         raise ValueError(f"initial_state.values must be [rows, Hkv, S, Dv] = {list(shape)} (a row a batch row or document); "
                          f"got {list(initial.values.shape)}")

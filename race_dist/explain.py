@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from race_dist.attention import HAS_TRITON, BackendName, _autocast, _pick_backend, _problem
+from race_dist.attention import HAS_TRITON, BackendName, _autocast, _pick_backend, _problem, check_backend
 from race_dist.ops.explain import KernelPlan
 from race_dist.ops.functional import unsupported
 from race_dist.ops.problem import Normalization
@@ -30,6 +30,7 @@ def explain_plan(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor |
     q, k, v = _autocast(q, k, v)
     problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
                        sharded=group is not None)
+    check_backend(backend)
     chosen = _pick_backend(problem, backend)
     if chosen == "reference":
         return KernelPlan("reference", "all pairs", (), "it computes all pairs of tokens, for checking")

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from race_dist import checks
+
 MAX_PLANES = 10  # 2**10 corners a table: past this a table is larger than what any document fills
+MAX_NUMBERS = 2**31  # of the hyperplanes of one call, 16 GiB while they are drawn
 
 
 def corner_signs(num_planes: int, *, dtype: torch.dtype = torch.float32,
@@ -43,18 +46,22 @@ def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads:
         ``[L, P, D]`` when ``num_heads`` is None, ``[num_heads, L, P, D]`` otherwise.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or there is no such device.
+        TypeError: an argument is no integer, or the dtype is not floating point.
     """
-    check_hash(num_tables, num_planes)
-    if not dtype.is_floating_point:
-        raise TypeError(f"planes are floating point; got dtype = {dtype}")
-    for name, value, low, high in (("head_dim", head_dim, 1, 2**31), ("seed", seed, 0, 2**64), ("layer", layer, 0, 2**63),
-                                   ("head_offset", head_offset, 0, 2**63), ("num_heads", num_heads, 1, 2**31)):
-        if value is not None and not (isinstance(value, int) and low <= value < high):
-            raise ValueError(f"{name} must be an integer, {low} <= {name} < {high}; got {value!r}")
+    num_tables, num_planes = check_hash(num_tables, num_planes)
+    head_dim = checks.integer("head_dim", head_dim, least=1, most=2**31 - 1)
+    number = 1 if num_heads is None else checks.integer("num_heads", num_heads, least=1, most=2**31 - 1)
+    seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
+    layer = checks.integer("layer", layer, least=0, most=2**63 - 1)
+    head_offset = checks.integer("head_offset", head_offset, least=0, most=2**63 - number)
+    dtype, place = checks.dtype("dtype", dtype), checks.device("device", device)
     count = num_tables * num_planes * head_dim
-    heads = [_standard_normal(count, seed, layer, head_offset + h) for h in range(num_heads or 1)]
-    narrow = torch.from_numpy(np.stack(heads)).to(torch.bfloat16).to(device=device)
+    if count * number > MAX_NUMBERS:
+        raise ValueError(f"num_tables = {checks.shown(num_tables)} times num_planes = {num_planes}, head_dim = {head_dim} and "
+                         f"num_heads = {number} are more than {MAX_NUMBERS:,} numbers of hyperplanes: make one smaller")
+    heads = [_standard_normal(count, seed, layer, head_offset + h) for h in range(number)]
+    narrow = torch.from_numpy(np.stack(heads)).to(torch.bfloat16).to(device=place)
     narrow = narrow.view(-1, num_tables, num_planes, head_dim)
     narrow = narrow if num_heads is not None else narrow[0]
     planes = narrow.to(dtype)
@@ -86,13 +93,10 @@ def _standard_normal(count: int, seed: int, layer: int, head: int) -> np.ndarray
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
 
 
-def check_hash(num_tables: int, num_planes: int) -> None:
-    """Raise ValueError unless ``L >= 1`` and ``1 <= P <= 10``."""
-    if not isinstance(num_tables, int) or num_tables < 1:
-        raise ValueError(f"num_tables must be an integer of at least 1; got {num_tables!r}")
-    if not isinstance(num_planes, int) or not 1 <= num_planes <= MAX_PLANES:
-        raise ValueError(f"num_planes must be an integer from 1 to {MAX_PLANES} (a table has 2**num_planes buckets); "
-                         f"got {num_planes!r}")
+def check_hash(num_tables: int, num_planes: int) -> tuple[int, int]:
+    """``L`` and ``P``; ValueError or TypeError unless they are integers with ``L >= 1`` and ``1 <= P <= 10``."""
+    return (checks.integer("num_tables", num_tables, least=1),
+            checks.integer("num_planes", num_planes, least=1, most=MAX_PLANES))
 
 
 def soft_hash(x: Tensor, planes: Tensor, beta: Tensor | float) -> Tensor:

@@ -25,6 +25,8 @@ def inputs(dtype: torch.dtype = torch.float32, *, seed: int = 0) -> dict[str, An
 def test_backends_agree_through_the_public_name() -> None:
     for seed in range(12):
         p = draw(seed, Limits(length=150)).problem
+        if p.normalization == "none" and not p.causal:
+            continue  # a backend computes it, the public call refuses it
         options: dict[str, Any] = {
             "causal": p.causal, "normalization": p.normalization, "cu_seqlens": p.cu_seqlens, "key_mask": p.key_mask,
             "log_decay": p.log_decay, "initial_state": p.initial, "output_final_state": True}

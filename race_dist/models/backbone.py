@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from race_dist import checks
 from race_dist.carry import Carry
 from race_dist.models.config import ModelConfig
 from race_dist.nn import (
@@ -124,12 +125,13 @@ class Backbone(nn.Module):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         name = type(self).__name__
+        checks.instance("config", config, ModelConfig, f"{name}(ModelConfig(...))")
         if "R" in config.layer_kinds and config.race.causal != causal:
             raise ValueError(f"{name} needs race.causal = {causal}: make it with race=RaceConfig(causal={causal}, ...)")
         if "W" in config.layer_kinds and not causal:
             raise ValueError(f"{name} reads in both directions, but a W layer is causal: "
                              f"layer_pattern = {config.layer_pattern!r} may hold R and S")
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        where = checks.placement(device, dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim, std=0.02, **where)
         self.blocks = nn.ModuleList(Block(config, i, causal=causal, **where) for i in range(config.num_layers))
@@ -148,7 +150,10 @@ class Backbone(nn.Module):
             dtype: of convolution tails, keys and values; None: the weights'.
             state_dtype: of sketches; None: float32, or float64 for float64 weights. Token-by-token decoding wants float64.
         """
-        weight = self.embed.weight
+        weight, batch = self.embed.weight, checks.integer("batch", batch, least=0)
+        for name, given in (("dtype", dtype), ("state_dtype", state_dtype)):
+            if given is not None:
+                checks.dtype(name, given)
         options: dict[str, Any] = {"device": weight.device, "dtype": dtype or weight.dtype, "state_dtype": state_dtype}
         layers = tuple(block.mixer.zero_carry(batch, **options) for block in self._blocks())
         return ModelCarry(layers, torch.zeros((), dtype=torch.int64, device=weight.device))
@@ -173,6 +178,10 @@ class Backbone(nn.Module):
         Returns:
             ``h [B, T, dim]`` and the carry after the whole sequence.
         """
+        if carry is not None:
+            checks.instance("carry", carry, ModelCarry, "make it with zero_carry")
+            if len(carry.layers) != len(self.blocks):
+                raise ValueError(f"carry is of a model of {len(carry.layers)} layers; this one has {len(self.blocks)}")
         x, sequence = self.enter(input_ids, 0 if carry is None else carry.position, cu_seqlens=cu_seqlens, key_mask=key_mask,
                                  group=group, layout=layout, final=final)
         layers = []
@@ -216,8 +225,16 @@ class Backbone(nn.Module):
         return kinds
 
     def _check_shapes(self, input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        checks.tensor("input_ids", input_ids)
+        if self.embed.weight.is_meta:
+            raise ValueError("the model is on the meta device, where its weights have no values: give them some with "
+                             "model.to_empty(device=...) and model.initialize()")
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
+        if cu_seqlens is not None:
+            checks.tensor("cu_seqlens", cu_seqlens)
+        if key_mask is not None:
+            checks.tensor("key_mask", key_mask)
         if cu_seqlens is not None and input_ids.shape[0] != 1:
             raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {input_ids.shape[0]}: "
                              "pack them into one row")
@@ -226,10 +243,10 @@ class Backbone(nn.Module):
                              f"got {key_mask.dtype} {list(key_mask.shape)}")
 
 
-def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for token ids outside the vocabulary, where they can be read without waiting for a device."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+def check_ids(name: str, ids: Tensor, vocab_size: int, bound: str = "vocab_size") -> None:
+    """Raise ValueError for ids outside the vocabulary (or what ``bound`` names), where they can be read without waiting."""
+    if not checks.readable(ids):
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}; got {low if low < 0 else high}")
+        raise ValueError(f"{name} must be from 0 to {bound} - 1 = {vocab_size - 1}; got {low if low < 0 else high}")

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.models.backbone import Backbone
+from race_dist import checks
+from race_dist.models.backbone import Backbone, check_ids
 from race_dist.models.config import ModelConfig
 from race_dist.nn import Linear
 from race_dist.nn.norm import compute_dtype
@@ -26,7 +27,7 @@ class SequenceClassifier(Backbone):
 
     def __init__(self, config: ModelConfig, num_classes: int, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
-        if num_classes < 2:
+        if checks.integer("num_classes", num_classes, most=2**31 - 1) < 2:
             raise ValueError(f"num_classes must be at least 2; got {num_classes}")
         super().__init__(config, causal=False, device=device, dtype=dtype)
         self.classify = Linear(config.dim, num_classes, device=device, dtype=dtype)
@@ -45,6 +46,8 @@ class SequenceClassifier(Backbone):
             key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent.
             group, layout: as for a language model.
         """
+        if labels is not None:
+            checks.tensor("labels", labels)
         h, _ = self.hidden(input_ids, key_mask=key_mask, group=group, layout=layout, final=False)
         h = h.to(compute_dtype(h))
         weight = torch.ones(h.shape[:2], dtype=h.dtype, device=h.device) if key_mask is None else key_mask.to(h.dtype)
@@ -59,4 +62,5 @@ class SequenceClassifier(Backbone):
             return logits
         if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be int64 [B] = {list(logits.shape[:1])}; got {labels.dtype} {list(labels.shape)}")
+        check_ids("labels", labels, logits.shape[1], "num_classes")
         return F.cross_entropy(logits, labels) / world

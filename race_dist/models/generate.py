@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from race_dist import checks
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 
@@ -22,10 +23,33 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         top_k: draw from the k most likely only.
         top_p: draw from the fewest most likely tokens whose probabilities reach p.
         generator: of the draw.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of its range, or the logits hold NaN or Inf.
     """
+    checks.tensor("logits", logits, dtypes=checks.DTYPES, dim=2)
+    _check_choice(temperature, top_k, top_p)
+    if generator is not None:
+        checks.instance("generator", generator, torch.Generator)
+    if checks.readable(logits) and not bool((logits < float("inf")).all() & (logits > float("-inf")).any(-1).all()):
+        raise ValueError("logits hold NaN or Inf, from which no token can be drawn: the model has diverged")
+    return _draw(logits, temperature, top_k, top_p, generator)
+
+
+def _check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if checks.number("temperature", temperature, least=0, words="at least 0") and temperature < SMALLEST:
+        raise ValueError(f"temperature must be 0 (the most likely token) or at least {SMALLEST:g}; got {temperature}")
+    if top_k is not None:
+        checks.integer("top_k", top_k, least=1, words="at least 1, or None")
+    if top_p is not None and checks.number("top_p", top_p, above=0, most=1, words="above 0 and at most 1, or None") < SMALLEST:
+        raise ValueError(f"top_p must be at least {SMALLEST:g} (temperature=0 takes the most likely token); got {top_p}")
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
+          generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: however small the temperature, none is Inf
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:
@@ -33,6 +57,9 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         surplus = ordered.cumsum(-1) - ordered >= top_p  # what is likelier reaches p already
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, index, surplus), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+SMALLEST = 1e-30  # of temperature and top_p: what float32 divides by and compares with
 
 
 @dataclass(frozen=True)
@@ -62,13 +89,22 @@ def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk:
         key_mask: ``[B, T]`` bool, False for padding. A row of nothing else stays as it was ``before``.
 
     Raises:
-        ValueError: a row has no token at all, or a shape does not fit.
+        TypeError, ValueError: an argument is of another type or out of its range, or a row has no token at all.
     """
-    if key_mask is not None and (key_mask.shape != ids.shape or key_mask.dtype != torch.bool):
-        raise ValueError(f"key_mask must be bool {list(ids.shape)} like ids; got {key_mask.dtype} {list(key_mask.shape)}")
-    if key_mask is not None and before is None and not bool(key_mask.any(1).all()):
-        row = int(key_mask.any(1).long().argmin())
-        raise ValueError(f"row {row} of key_mask is all False: its text needs at least one token")
+    checks.instance("model", model, DecoderLM)
+    chunk = checks.integer("chunk", chunk, least=1, most=2**62)
+    checks.tensor("ids", ids, dtypes=checks.INTEGERS, dim=2)
+    if ids.shape[1] == 0:
+        raise ValueError(f"ids must be [B, T] with at least one token; got {list(ids.shape)}")
+    if before is not None:
+        checks.instance("before", before, Context)
+    if key_mask is not None:
+        checks.tensor("key_mask", key_mask, dtypes=(torch.bool,), dim=2)
+        if key_mask.shape != ids.shape:
+            raise ValueError(f"key_mask must be bool {list(ids.shape)} like ids; got {list(key_mask.shape)}")
+        if before is None and not bool(key_mask.any(1).all()):
+            row = int(key_mask.any(1).long().argmin())
+            raise ValueError(f"row {row} of key_mask is all False: its text needs at least one token")
     # float64: a float32 mass that is fed single tokens stops growing at 2**24
     carry = model.zero_carry(ids.shape[0], state_dtype=torch.float64) if before is None else before.carry
     hidden = None if before is None else before.hidden
@@ -77,8 +113,7 @@ def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk:
         h, after = model.hidden(ids[:, start:start + chunk], carry, key_mask=real)
         assert after is not None
         carry, hidden = after, h[:, -1] if real is None else _last_real(h, real, hidden)
-    if hidden is None:
-        raise ValueError(f"ids must be [B, T] with at least one token; got {list(ids.shape)}")
+    assert hidden is not None
     return Context(carry, hidden)
 
 
@@ -108,20 +143,18 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
         prefill_chunk: tokens of the prompt at a time.
 
     Raises:
-        ValueError: an argument is out of its range.
+        TypeError, ValueError: an argument is of another type or out of its range.
     """
-    if isinstance(prompt_ids, Tensor):
+    checks.instance("model", model, DecoderLM)
+    if not isinstance(prompt_ids, Context):
+        checks.tensor("prompt_ids", prompt_ids, dtypes=checks.INTEGERS)
         prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
         if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
             raise ValueError(f"prompt_ids must be [T] or [B, T] with at least one token; got {list(prompt_ids.shape)}")
-    checks = (("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
-              ("temperature", temperature, temperature >= 0, "at least 0"),
-              ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
-              ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
-              ("prefill_chunk", prefill_chunk, prefill_chunk >= 1, "at least 1"))
-    for name, value, fits, expected in checks:
-        if not fits:
-            raise ValueError(f"{name} must be {expected}; got {value}")
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, least=0, words="at least 0")
+    _check_choice(temperature, top_k, top_p)
+    seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
+    prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, least=1, most=2**62, words="at least 1")
     return _steps(model, prompt_ids, max_new_tokens, prefill_chunk, seed,
                   {"temperature": temperature, "top_k": top_k, "top_p": top_p})
 

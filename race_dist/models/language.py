@@ -6,11 +6,34 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.models.backbone import Backbone, check_ids
+from race_dist import checks
+from race_dist.models.backbone import Backbone
 from race_dist.models.config import ModelConfig
 from race_dist.models.loss import IGNORE, linear_cross_entropy
 from race_dist.nn import Linear
 from race_dist.parallel import all_reduce_sum
+
+
+def _check_labels(labels: Tensor, like: Tensor) -> None:
+    """``like``: input_ids or hidden states."""
+    checks.tensor("labels", labels)
+    if isinstance(like, Tensor) and (labels.shape != like.shape[:2] or labels.dtype != torch.int64):
+        raise ValueError(f"labels must be int64 {list(like.shape[:2])} like input_ids; got {labels.dtype} {list(labels.shape)}")
+    if isinstance(like, Tensor) and labels.device != like.device:
+        raise ValueError(f"labels is on {labels.device} but input_ids is on {like.device}: move one of them")
+
+
+def _check_num_targets(num_targets: Tensor | float | None) -> None:
+    if num_targets is None or torch.compiler.is_compiling():
+        return
+    if not isinstance(num_targets, Tensor):
+        checks.number("num_targets", num_targets, above=0, most=2**53)
+        return
+    checks.tensor("num_targets", num_targets)
+    if num_targets.numel() != 1 or num_targets.dtype not in (*checks.INTEGERS, *checks.DTYPES):
+        raise ValueError(f"num_targets must be a number or a tensor of one number; got {checks.shown(num_targets)}")
+    if checks.readable(num_targets):
+        checks.number("num_targets", num_targets.item(), above=0)
 
 
 class LanguageModel(Backbone):
@@ -32,7 +55,7 @@ class LanguageModel(Backbone):
         logits = torch.nn.functional.linear(h, self.head_weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def loss(self, h: Tensor, labels: Tensor, *, num_targets: Tensor | int | None = None,
+    def loss(self, h: Tensor, labels: Tensor, *, num_targets: Tensor | float | None = None,
              group: ProcessGroup | None = None) -> Tensor:
         """This rank's summed cross-entropy over the global count of targets.
 
@@ -45,18 +68,16 @@ class LanguageModel(Backbone):
         Returns:
             A scalar; 0 (with gradients 0) where no target counts.
         """
-        if labels.shape != h.shape[:2] or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 {list(h.shape[:2])} like input_ids; "
-                             f"got {labels.dtype} {list(labels.shape)}")
-        check_ids("labels (other than -100)", labels.masked_fill(labels == IGNORE, 0), self.config.vocab_size)
+        _check_labels(labels, h)
         if num_targets is None:
             num_targets = all_reduce_sum((labels != IGNORE).sum(), group)
         total = linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten(), chunk=self.config.loss_chunk)
-        return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
+        count = torch.as_tensor(num_targets, device=total.device)
+        return total / torch.where(count > 0, count, 1)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
                 key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
-                num_targets: Tensor | int | None = None) -> Tensor:
+                num_targets: Tensor | float | None = None) -> Tensor:
         """Logits ``[B, T, vocab]``, or the mean loss when labels are given.
 
         Args:
@@ -67,11 +88,14 @@ class LanguageModel(Backbone):
                 count. Its own logits are 0. Under a group every rank gives one or none does.
             group: ranks that each hold a shard of the sequence; each rank's loss is its share, the shares add up.
             layout: order of the shards, "contiguous" or "zigzag".
-            num_targets: what the summed loss is divided by; None: the count of labels, over the group.
+            num_targets: what the summed loss is divided by, above 0; None: the count of labels, over the group.
 
         Raises:
-            ValueError: a shape, dtype, token or label does not fit.
+            TypeError, ValueError: a class, shape, dtype, token or label does not fit.
         """
+        if labels is not None:
+            _check_labels(labels, input_ids)
+            _check_num_targets(num_targets)
         h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, final=False)
         if labels is None:
             return self.logits(h)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from race_dist import checks
+from race_dist.models.backbone import check_ids
+
 IGNORE = -100
 HAS_LIGER = find_spec("liger_kernel") is not None
 _LARGE_VOCABULARY = 8192  # below it a few plain kernels do as well
@@ -33,7 +36,9 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: in
 
     Raises:
         ImportError: ``fused`` without liger-kernel.
+        TypeError, ValueError: a class, shape, dtype or label does not fit.
     """
+    _check(h, weight, labels, chunk, fused)
     device = h.device.type
     narrow = torch.is_autocast_enabled(device) and h.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if narrow else torch.promote_types(h.dtype, weight.dtype)
@@ -42,6 +47,23 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: in
     chunk = 0 if fused else chunk or max(16, _ELEMENTS.get(device, 2**26) // weight.shape[0])
     grad = torch.is_grad_enabled()
     return _linear_cross_entropy(h, weight, labels, dtype, chunk, grad and h.requires_grad, grad and weight.requires_grad)[0]
+
+
+def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, fused: bool | None) -> None:
+    checks.tensor("h", h, dtypes=checks.DTYPES, dim=2)
+    checks.tensor("weight", weight, dtypes=checks.DTYPES, dim=2)
+    checks.tensor("labels", labels, dtypes=(torch.int64,), dim=1)
+    if weight.shape[1] != h.shape[1] or weight.shape[0] == 0 or labels.shape != h.shape[:1]:
+        raise ValueError(f"h, weight and labels must be [N, D], [V, D] and [N]; got {list(h.shape)}, {list(weight.shape)} and "
+                         f"{list(labels.shape)}")
+    for name, x in (("weight", weight), ("labels", labels)):
+        if x.device != h.device:
+            raise ValueError(f"{name} is on {x.device} but h is on {h.device}: move one of them")
+    if chunk is not None:
+        checks.integer("chunk", chunk, least=1, most=2**62)
+    if fused is not None:
+        checks.flag("fused", fused)
+    check_ids("labels (other than -100)", labels.masked_fill(labels == IGNORE, 0), weight.shape[0])
 
 
 @torch.library.custom_op("race_dist::linear_cross_entropy", mutates_args=())

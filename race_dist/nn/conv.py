@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from race_dist import checks
 from race_dist.nn.init import Drawn
 
 
@@ -19,6 +20,9 @@ class ShortConv(Drawn):
     def __init__(self, channels: int, width: int, *, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        channels, width = checks.integer("channels", channels, least=1), checks.integer("width", width, least=1)
+        checks.size(2, channels=channels, width=width)
+        checks.placement(device, dtype)
         self.weight = torch.nn.Parameter(torch.empty(width, channels, device=device, dtype=dtype))
 
     def initial(self) -> dict[str, float | Tensor]:

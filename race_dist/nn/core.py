@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from race_dist.attention import BackendName, race_attention
+from race_dist import checks
+from race_dist.attention import BackendName, attention_of_layer
 from race_dist.hashing import sample_planes
 from race_dist.nn.config import RaceConfig
 from race_dist.nn.init import Drawn, initialize
@@ -36,7 +37,7 @@ def memory_lengths(heads: int, endless: float = math.inf) -> list[float]:
 
 
 class AttentionOptions(TypedDict):
-    """Keyword arguments of :func:`race_attention` that the layer gives."""
+    """Keyword arguments of :func:`attention_of_layer` that the layer gives."""
 
     causal: bool
     normalization: Normalization
@@ -73,12 +74,15 @@ class RaceCore(Drawn):
     def __init__(self, config: RaceConfig, layer: int = 0, *, draw: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        checks.instance("config", config, RaceConfig)
+        layer = checks.integer("layer", layer, least=0, most=2**63 - 1)
+        checks.flag("draw", draw)
         if config.num_heads is None:
             raise ValueError("RaceConfig.num_heads is not set: give it (a ModelConfig fills it in)")
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
         self.head_dim, self.rope_base = config.width, config.resolved_rope_base()
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        where = checks.placement(device, dtype)
         self.out_norm = (RMSNorm(self.num_heads, self.head_dim, eps=config.norm_eps, **where)
                          if config.normalization == "none" else None)
         self._build_hash(where)
@@ -168,6 +172,12 @@ class RaceCore(Drawn):
         """
         if (log_decay is not None) != (self.config.decay == "token"):
             raise ValueError(f'RaceConfig.decay is {self.config.decay!r}: log_decay is given with decay="token" only')
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            checks.tensor(name, x, dtypes=checks.DTYPES, dim=4)
+        if sketch is not None:
+            checks.instance("sketch", sketch, SketchState)
+        if sequence is not None:
+            checks.instance("sequence", sequence, Sequence, "make it with Sequence.of(T, ...)")
         sequence = sequence or Sequence.alone(q, sketch, self.rope_base)
         q, k = self._place(q, self.q_scale, sequence), self._place(k, self.k_scale, sequence)
         rates = log_decay if log_decay is not None else self.log_decay if self.config.decay == "multiscale" else None
@@ -208,12 +218,13 @@ def attend(config: RaceConfig, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, 
     # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
     sampled = v.dtype == torch.bfloat16 and not config.train_planes
     planes = planes.to(torch.bfloat16) if sampled else planes
-    if not sequence.final:
-        return race_attention(q, k, v, planes, beta, **options), None
-    out, state = race_attention(q, k, v, planes, beta, output_final_state=True, **options)
+    result = attention_of_layer(q, k, v, planes, beta, output_final_state=sequence.final, **options)
+    if not isinstance(result, tuple):
+        return result, None
+    out, state = result
     if documents > 1:
         state = state[-1:]
-        state = SketchState(state.mass, state.values, torch.full_like(state.mass[..., 0], -math.inf))
+        state = SketchState.unchecked(state.mass, state.values, torch.full_like(state.mass[..., 0], -math.inf))
     return out, state
 
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from race_dist import checks
+
 
 class Drawn(nn.Module):
     """A module that says how its own parameters start (not those of its children)."""
@@ -31,6 +33,9 @@ def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
         seed: ``0 <= seed < 2**64``.
         prefix: put before the parameters' names.
     """
+    checks.instance("module", module, nn.Module)
+    seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
+    checks.instance("prefix", prefix, str)
     for path, child in module.named_modules(prefix=prefix):
         if isinstance(child, Drawn):
             for name, how in child.initial().items():
@@ -74,7 +79,11 @@ class Linear(nn.Linear, Drawn):
 
     def __init__(self, in_features: int, out_features: int, *, gain: float = 1.0,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        self.gain = gain
+        self.gain = checks.number("gain", gain, least=0)
+        in_features = checks.integer("in_features", in_features, least=1, most=2**40)
+        out_features = checks.integer("out_features", out_features, least=1, most=2**40)
+        checks.size(2, in_features=in_features, out_features=out_features)
+        checks.placement(device, dtype)
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -89,7 +98,11 @@ class Embedding(nn.Embedding, Drawn):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        self.std = std
+        self.std = checks.number("std", std, least=0)
+        num_embeddings = checks.integer("num_embeddings", num_embeddings, least=1, most=2**40)
+        embedding_dim = checks.integer("embedding_dim", embedding_dim, least=1, most=2**40)
+        checks.size(2, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        checks.placement(device, dtype)
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

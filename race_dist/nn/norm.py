@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from race_dist import checks
 from race_dist.nn.init import Drawn
 
 
@@ -30,7 +31,11 @@ class RMSNorm(Drawn):
     def __init__(self, *shape: int, eps: float = 1e-6, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        if not shape:
+            raise ValueError("RMSNorm needs the shape of its weight, at least one number; got none")
+        shape = tuple(checks.integer("shape", n, least=1, most=2**40) for n in shape)
+        checks.placement(device, dtype)
+        self.eps = checks.number("eps", eps, least=0)
         self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def initial(self) -> dict[str, float | Tensor]:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from race_dist import checks
+from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.config import RaceConfig
 from race_dist.nn.conv import ShortConv
 from race_dist.nn.core import ENDLESS_MEMORY, RaceCore, memory_lengths
@@ -33,6 +35,7 @@ class RaceCarry:
 
     def combine(self, later: Self) -> Self:
         """The carry of this piece followed by ``later``."""
+        checks.instance("later", later, RaceCarry)
         tail = None if self.tail is None or later.tail is None else self.tail.combine(later.tail)
         return type(self)(self.sketch.combine(later.sketch), tail)
 
@@ -68,6 +71,9 @@ class RaceAttention(RaceCore):
 
     def __init__(self, config: RaceConfig, layer: int = 0, *, output_gain: float = 1.0, draw: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        checks.instance("config", config, RaceConfig)
+        checks.number("output_gain", output_gain, least=0)
+        checks.flag("draw", draw)
         if config.dim is None or config.num_heads is None:
             raise ValueError("RaceAttention needs RaceConfig.dim and num_heads: give both "
                              "(a ModelConfig fills them in)")
@@ -106,6 +112,7 @@ class RaceAttention(RaceCore):
             state_dtype: of the sketch; None: float32, or float64 if ``dtype`` is. Token-by-token decoding wants
                 float64: a float32 mass that is fed single tokens stops growing at 2**24.
         """
+        batch = check_zero_carry(batch, device, dtype, state_dtype)
         state_dtype = state_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         sketch = self.zero_sketch(batch, device=device, state_dtype=state_dtype)
         if not self.config.short_conv:
@@ -126,10 +133,7 @@ class RaceAttention(RaceCore):
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.final``).
         """
-        if x.dim() != 3 or x.shape[-1] != self.config.dim:
-            raise ValueError(f"RaceAttention takes [B, T, dim = {self.config.dim}]; got {list(x.shape)}")
-        if x.dtype != self._like.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"RaceAttention has {self._like.dtype} weights but x is {x.dtype}; convert one of them")
+        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.project(x)
         q, k, tail = self._convolve(q, k, None if carry is None else carry.tail, sequence)

@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from race_dist import checks
+
 # pi to 80 digits: a rational number far closer to it than the 2**-64 that the table resolves
 _PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 
@@ -51,6 +53,9 @@ def rotation(positions: Tensor, head_dim: int, base: float,
         TypeError: positions are not int64.
         ValueError: head_dim is odd.
     """
+    checks.tensor("positions", positions)
+    head_dim, base = checks.integer("head_dim", head_dim, least=1), checks.number("base", base, above=1)
+    checks.dtype("dtype", dtype)
     if positions.dtype != torch.int64:
         raise TypeError(f"positions are {positions.dtype}; they must be torch.int64: smaller integers wrap too early")
     if head_dim % 2:
@@ -73,6 +78,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         ``[B, T, H, D]`` in the dtype of ``cos``.
     """
+    for name, given in (("x", x), ("cos", cos), ("sin", sin)):
+        checks.tensor(name, given, dtypes=checks.DTYPES)
+    if x.dim() != 4 or cos.dim() not in (2, 3) or x.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape:
+        raise ValueError(f"x, cos and sin must be [B, T, H, D] and twice [T, D/2] or [B, T, D/2]; got {list(x.shape)}, "
+                         f"{list(cos.shape)} and {list(sin.shape)}")
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

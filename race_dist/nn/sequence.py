@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.nn.pieces import Compaction, TokenCount, across_ranks, real_positions
 from race_dist.nn.rope import rotation
 from race_dist.parallel import (
@@ -22,7 +23,7 @@ from race_dist.parallel import (
     shard_rows,
     unshard_sequence,
 )
-from race_dist.parallel.layout import check_layout, check_zigzag
+from race_dist.parallel.layout import check_documents, check_layout, check_zigzag
 
 
 class Span(NamedTuple):
@@ -102,19 +103,27 @@ class Sequence:
         Raises:
             ValueError: no such layout, a zigzag sequence does not divide, or a shape does not fit.
         """
-        layout = check_layout(layout)
+        layout, length = check_layout(layout), checks.integer("length", length, least=0)
+        checks.flag("final", final)
+        if key_mask is not None:
+            _check_mask(key_mask, length)
+        if not torch.compiler.is_compiling():
+            device = checks.device("device", device)
+        if isinstance(position, Tensor):
+            checks.tensor("position", position, dtypes=checks.INTEGERS)
+        else:
+            position = checks.integer("position", position, least=-(2**62), most=2**62)
         world, rank = group_size(group), group_rank(group)
         if world == 1:
             group = None
         if cu_seqlens is not None:
-            _check_documents(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
+            check_documents(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
             cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64)
         if layout == "zigzag":
             check_zigzag(length * world, world, cu_seqlens)
         offset = shard_offset(length, group, device) if layout == "contiguous" else 0
         position = torch.as_tensor(position, dtype=torch.int64, device=device)[..., None]  # [1] or [B, 1]
         if key_mask is not None:
-            _check_mask(key_mask, length)
             unmasked = cls(torch.arange(length, device=device), cu_seqlens, None, group, layout, offset, final)
             return unmasked._masked(key_mask, position[..., 0])
         positions = torch.arange(length, device=device)
@@ -254,20 +263,7 @@ class Sequence:
 
 
 def _check_mask(key_mask: Tensor, length: int) -> None:
-    """Raise ValueError unless it is bool ``[B, length]``."""
+    """Raise unless it is bool ``[B, length]``."""
+    checks.tensor("key_mask", key_mask)
     if key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[1] != length:
         raise ValueError(f"key_mask must be bool [B, {length}]; got {key_mask.dtype} {list(key_mask.shape)}")
-
-
-def _check_documents(cu_seqlens: Tensor, total: int | None) -> None:
-    """Raise ValueError unless boundaries start at 0, never fall and end at ``total`` (read on the CPU only)."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
-                         f"{list(cu_seqlens.shape)}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must start at 0 and never fall; got {cu_seqlens[:20].tolist()}")
-    if total is not None and last != total:
-        raise ValueError(f"cu_seqlens must end at the sequence's length, {total}; it ends at {last}")

@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from race_dist import checks
+from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.init import Linear, initialize
 from race_dist.nn.norm import compute_dtype
 from race_dist.nn.rope import rotate
 from race_dist.nn.sequence import Sequence
+
+WIDEST = 2**31 - 1
 
 
 class SoftmaxOptions(TypedDict, total=False):
@@ -46,10 +50,21 @@ class SoftmaxAttention(nn.Module):
                  rope_base: float | None = 10000.0, output_gain: float = 1.0, draw: bool = True, seed: int = 0,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        dim, num_heads = checks.integer("dim", dim, least=1, most=WIDEST), checks.integer("num_heads", num_heads, least=1)
+        num_kv_heads = checks.integer("num_kv_heads", num_kv_heads, least=1)
+        head_dim = None if head_dim is None else checks.integer("head_dim", head_dim, least=1, most=WIDEST)
+        rope_base = None if rope_base is None else checks.number("rope_base", rope_base, above=1)
+        checks.number("output_gain", output_gain, least=0)
+        checks.flag("draw", draw)
+        checks.integer("seed", seed, least=0, most=2**64 - 1)
+        checks.placement(device, dtype)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}")
         if head_dim is None and dim % num_heads:
             raise ValueError(f"dim = {dim} is no multiple of num_heads = {num_heads}: change one or set head_dim")
+        if rope_base is not None and (head_dim or dim // num_heads) % 2:
+            raise ValueError(f"rotary positions need an even head_dim; got {head_dim or dim // num_heads}: change it or set "
+                             "rope_base=None")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.rope_base = rope_base
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -88,6 +103,7 @@ class HistoryCarry:
 
     def combine(self, later: Self) -> Self:
         """This history followed by ``later``."""
+        checks.instance("later", later, HistoryCarry)
         pairs = zip(self.tensors(), later.tensors(), strict=True)
         return self.with_tensors(tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in pairs))
 
@@ -113,17 +129,19 @@ class FullAttention(SoftmaxAttention):
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, causal: bool = True,
                  **options: Unpack[SoftmaxOptions]) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
-        self.causal = causal
+        self.causal = checks.flag("causal", causal)
 
     def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
                    state_dtype: torch.dtype | None = None) -> HistoryCarry:
         """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
+        batch = check_zero_carry(batch, device, dtype, state_dtype)
         k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
         return HistoryCarry(k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool))
 
     def forward(self, x: Tensor, carry: HistoryCarry | None = None,
                 sequence: Sequence | None = None) -> tuple[Tensor, HistoryCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
+        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight, kind=HistoryCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.heads(x, sequence)
         plain = carry is None and sequence.group is None and sequence.cu_seqlens is None and sequence.key_mask is None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from race_dist import checks
 from race_dist.nn.pieces import Compaction, across_ranks
 from race_dist.nn.sequence import Sequence, Span
 from race_dist.parallel import group_rank
@@ -84,6 +85,7 @@ class TailCarry:
 
     def combine(self, later: Self) -> Self:
         """The tail of this piece followed by ``later``."""
+        checks.instance("later", later, TailCarry)
         slot = torch.arange(self.width, device=self.count.device)
         source = (slot + later.count[:, None]).clamp(max=self.width - 1)  # of a slot that later does not fill
         seen = later.held | ~later.reset[:, None]

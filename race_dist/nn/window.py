@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from race_dist import checks
+from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.sequence import Sequence
 from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions
 from race_dist.nn.tail import Extended, TailCarry, through_tails
@@ -24,19 +26,21 @@ class WindowAttention(SoftmaxAttention):
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int,
                  **options: Unpack[SoftmaxOptions]) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
-        if window < 2:
+        if checks.integer("window", window, most=2**40) < 2:
             raise ValueError(f"window must be at least 2 (a token and the one before it); got {window}")
         self.window = window
 
     def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
                    state_dtype: torch.dtype | None = None) -> TailCarry:
         """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
+        batch = check_zero_carry(batch, device, dtype, state_dtype)
         k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
         return TailCarry.empty((k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool)), self.window - 1)
 
     def forward(self, x: Tensor, carry: TailCarry | None = None,
                 sequence: Sequence | None = None) -> tuple[Tensor, TailCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
+        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight, kind=TailCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         q, k, v = self.heads(x, sequence)
         masked = sequence.key_mask

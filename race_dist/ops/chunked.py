@@ -197,7 +197,7 @@ class _States:
 def _sketch(p: Problem, state: Tensor) -> SketchState:
     state = state.to(p.state_dtype)
     mass, values = (part.clone(memory_format=torch.contiguous_format) for part in (state[..., -1], state[..., :-1]))
-    return SketchState(mass, values, total_log_decay(p))
+    return SketchState.unchecked(mass, values, total_log_decay(p))
 
 
 def _augmented(p: Problem, state: SketchState | None) -> Tensor:

@@ -91,7 +91,7 @@ def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
     op = _attention if is_traced(*(x for x in given if x is not None)) else _Direct.apply
     out, _, _, mass, values = op(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial,
                                  p.causal, p.normalization, backend)
-    return out, SketchState(mass, values, total_log_decay(p))
+    return out, SketchState.unchecked(mass, values, total_log_decay(p))
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -117,7 +117,7 @@ def refuse_transforms(backend: str) -> None:
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
              key_mask: Tensor | None, cu_seqlens: Tensor | None, mass: Tensor | None, values: Tensor | None,
              causal: bool, normalization: str) -> Problem:
-    initial = None if mass is None or values is None else SketchState(mass, values)
+    initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
     return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, cast(Normalization, normalization))
 
 
@@ -159,8 +159,8 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, lo
                normalization: str, backend: str, need_planes: bool, need_beta: bool) -> list[Tensor]:
     """Of every input that there is, in their order; of the planes and beta if asked for."""
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
-    dfinal = None if dmass is None or dvalues is None else SketchState(dmass, dvalues)
-    saved = Forward(out, den, states, SketchState(final_mass, final_values))
+    dfinal = None if dmass is None or dvalues is None else SketchState.unchecked(dmass, dvalues)
+    saved = Forward(out, den, states, SketchState.unchecked(final_mass, final_values))
     with full_precision(q):
         grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes, need_beta=need_beta)
     dinitial = (None, None) if grads.initial is None else (grads.initial.mass, grads.initial.values)

@@ -463,7 +463,8 @@ class _Call:
     def _new_sketch(self) -> SketchState:
         p = self.p
         shape = (p.num_states, self.heads, p.features)
-        return SketchState(p.q.new_empty(shape, dtype=p.state_dtype), p.q.new_empty(*shape, p.v.shape[3], dtype=p.state_dtype))
+        return SketchState.unchecked(p.q.new_empty(shape, dtype=p.state_dtype),
+                                     p.q.new_empty(*shape, p.v.shape[3], dtype=p.state_dtype))
 
     def _new_states(self, count: int) -> Tensor:
         return self.p.q.new_empty(count, self.heads, self.p.features * (self.p.v.shape[3] + 1), dtype=torch.float32)

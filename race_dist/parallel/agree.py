@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.parallel.comm import group_rank, group_size, start_all_gather, start_all_reduce
 from race_dist.parallel.watch import name_ranks
 
@@ -33,6 +34,7 @@ def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *
     Raises:
         ValueError: the ranks differ; the message names the ranks and the facts.
     """
+    checks.mapping("facts", facts)
     if group_size(group) > 1:
         assert group is not None
         _compare({k: str(v) for k, v in facts.items()}, group, _device_of(group), what, length=0)

@@ -17,25 +17,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from race_dist import checks
 from race_dist.parallel.watch import watched
 
 _ALIGN = 16  # bytes; tensors of any dtype can be viewed in place inside a packed buffer
 _all_gather_single: Callable[..., Work | None] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
+def check_group(group: Any, name: str = "group") -> None:
+    """Raise TypeError unless it is a group of ranks, or None."""
+    if group is None or isinstance(group, ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    fix = ': give mesh["sp"].get_group()' if type(group).__name__ == "DeviceMesh" else ""
+    raise TypeError(f"{name} must be a torch.distributed.ProcessGroup, or None (one rank); got {checks.described(group)}{fix}")
+
+
 def group_size(group: ProcessGroup | None) -> int:
-    """Number of ranks; 1 for None."""
-    return 1 if group is None else dist.get_world_size(group)
+    """Number of ranks; 1 for None. TypeError where it is no group."""
+    if group is None:
+        return 1
+    check_group(group)
+    return dist.get_world_size(group)
 
 
 def group_rank(group: ProcessGroup | None) -> int:
     """This process's rank within the group; 0 for None. ValueError when it is not a member."""
     if group is None:
         return 0
+    check_group(group)
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"rank {dist.get_rank()} is not a member of the group it was given "
-                         f"(ranks {dist.get_process_group_ranks(group)})")
+        ranks = f" (ranks {dist.get_process_group_ranks(group)})" if isinstance(group, ProcessGroup) else ""
+        raise ValueError(f"rank {dist.get_rank()} is not a member of the group it was given{ranks}")
     return rank
 
 
@@ -160,6 +173,7 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
         x: a tensor of the same shape and dtype on every rank.
         group: the ranks to sum over; None is one rank.
     """
+    checks.tensor("x", x)
     if group_size(group) == 1:
         return x.detach().clone()
     assert group is not None
@@ -168,6 +182,7 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def all_reduce_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The maximum over the ranks, in a new tensor, not differentiable."""
+    checks.tensor("x", x)
     if group_size(group) == 1:
         return x.detach().clone()
     assert group is not None
@@ -176,6 +191,8 @@ def all_reduce_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 def broadcast_tensor(x: Tensor, group: ProcessGroup | None, *, source: int = 0) -> Tensor:
     """Group rank ``source``'s x on every rank, in a new tensor, not differentiable."""
+    checks.tensor("x", x)
+    checks.integer("source", source, least=0, most=group_size(group) - 1)
     if group_size(group) == 1:
         return x.detach().clone()
     assert group is not None
@@ -184,6 +201,7 @@ def broadcast_tensor(x: Tensor, group: ProcessGroup | None, *, source: int = 0) 
 
 def all_gather_tensor(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """``[W, *x.shape]``: every rank's x (same shape everywhere), not differentiable."""
+    checks.tensor("x", x)
     if group_size(group) == 1:
         return x.detach().clone()[None]
     assert group is not None

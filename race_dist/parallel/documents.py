@@ -69,7 +69,7 @@ class Documents:
 
     def final(self, finals: Sequence[SketchState]) -> SketchState:
         state = _where(self.ends, finals[0])
-        return SketchState(state.mass, state.values, finals[0].log_decay)
+        return SketchState.unchecked(state.mass, state.values, finals[0].log_decay)
 
     def dinitial(self, grads: Sequence[SketchState]) -> SketchState:
         return _where(self.begins, grads[0])
@@ -90,18 +90,18 @@ class Documents:
                 (carried,) = scan.wait()
                 sent = _where(document, plain(carried))
                 mass, values = mass + sent.mass, values + sent.values
-        return SketchState(mass, values)
+        return SketchState.unchecked(mass, values)
 
 
 def _where(rows: Tensor, state: SketchState) -> SketchState:
     """The state in some rows, 0 in the others; ``rows`` is ``[N]`` or one flag."""
     mask = rows.view(-1, 1, 1)
-    return SketchState(torch.where(mask, state.mass, 0.0), torch.where(mask[..., None], state.values, 0.0))
+    return SketchState.unchecked(torch.where(mask, state.mass, 0.0), torch.where(mask[..., None], state.values, 0.0))
 
 
 def _with_reset(state: SketchState, reset: Tensor) -> SketchState:
     """The carry that lets nothing through if ``reset``."""
     decay = state.mass.new_zeros(state.mass.shape[:2]) if state.log_decay is None else state.log_decay
-    return SketchState(state.mass, state.values, torch.where(reset, -torch.inf, decay))
+    return SketchState.unchecked(state.mass, state.values, torch.where(reset, -torch.inf, decay))
 
 

@@ -34,7 +34,7 @@ def group_attention_in_graph(p: Problem, group: ProcessGroup, backend: str, *,
                                   p.normalization, backend, group.group_name, output_final)
     if not output_final:
         return out, None
-    return out, SketchState(*rest[:2 if p.log_decay is None else 3])
+    return out, SketchState.unchecked(*rest[:2 if p.log_decay is None else 3])
 
 
 def _group(name: str) -> ProcessGroup:
@@ -49,7 +49,7 @@ def _call(p: Problem, backend: str, group: ProcessGroup, output_final: bool) -> 
 def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
              key_mask: Tensor | None, mass: Tensor | None, values: Tensor | None, causal: bool,
              normalization: str) -> Problem:
-    initial = None if mass is None or values is None else SketchState(mass, values)
+    initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
     return Problem(q, k, v, planes, beta, log_decay, key_mask, None, initial, causal, cast(Normalization, normalization))
 
 

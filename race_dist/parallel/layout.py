@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.parallel.agree import agree_on_call, exchange_lengths
 from race_dist.parallel.collectives import gather_rows
 from race_dist.parallel.comm import group_rank, group_size
@@ -24,17 +25,39 @@ from race_dist.parallel.eager import eager
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag")
+MOST_RANKS = 2**20
 
 
 def check_layout(layout: str) -> Layout:
-    """``layout``, or ValueError when there is no such layout."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}; got {layout!r}")
-    return layout
+    """``layout``, or ValueError when there is no such layout (TypeError where it is no string)."""
+    return checks.choice("layout", layout, LAYOUTS)
+
+
+def check_documents(cu_seqlens: Tensor | None, total: int | None = None) -> None:
+    """Raise unless boundaries are integers that start at 0, never fall and end at ``total`` (values are read on the CPU only).
+
+    Raises:
+        TypeError: they are no tensor of integers.
+        ValueError: their shape or values do not fit.
+    """
+    if cu_seqlens is None:
+        return
+    checks.tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in checks.INTEGERS:
+        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
+                         f"{list(cu_seqlens.shape)}")
+    if not checks.readable(cu_seqlens):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must start at 0 and never fall; got {cu_seqlens[:20].tolist()}")
+    if total is not None and last != total:
+        raise ValueError(f"cu_seqlens must end at the sequence's length, {total}; it ends at {last}")
 
 
 def shard_lengths(total: int, world: int) -> list[int]:
     """Rows of each rank under the contiguous layout: the first ``total mod world`` ranks have one more."""
+    total, world = checks.integer("total", total, least=0, most=2**62), checks.integer("world", world, least=1, most=MOST_RANKS)
     base, rest = divmod(total, world)
     return [base + (rank < rest) for rank in range(world)]
 
@@ -94,6 +117,16 @@ def local_segments(length: int, rank: int, world: int, *, layout: Layout = "cont
         offset: contiguous only: rows on earlier ranks (:func:`shard_offset`).
         device: of the result; that of ``cu_seqlens`` when it is given.
     """
+    layout = check_layout(layout)
+    if not torch.compiler.is_compiling():
+        length = checks.integer("length", length, least=0, most=2**62)
+        _check_rank(rank, world)
+        if not isinstance(offset, Tensor):
+            offset = checks.integer("offset", offset, least=0, most=2**62)
+        elif offset.dim() != 0 or offset.is_floating_point():
+            raise ValueError(f"offset must be an integer or a 0-dimensional int tensor; got {checks.shown(offset)}")
+        check_documents(cu_seqlens)
+        device = checks.device("device", device)
     if cu_seqlens is not None:
         cu = cu_seqlens.to(torch.int64)
     else:
@@ -115,8 +148,10 @@ def shard_rows(total: int, rank: int, world: int, *, layout: Layout = "contiguou
     Raises:
         ValueError: zigzag, and a document (or the sequence) does not divide by ``2 * world``.
     """
-    if cu_seqlens is not None:
-        device = cu_seqlens.device
+    layout, total = check_layout(layout), checks.integer("total", total, least=0, most=2**62)
+    _check_rank(rank, world)
+    check_documents(cu_seqlens, total)
+    device = checks.device("device", device) if cu_seqlens is None else cu_seqlens.device
     if layout == "contiguous":
         lengths = shard_lengths(total, world)
         start = sum(lengths[:rank])
@@ -132,11 +167,17 @@ def shard_rows(total: int, rank: int, world: int, *, layout: Layout = "contiguou
     return positions + cu_seqlens.to(torch.int64)[runs.documents[run]]
 
 
+def _check_rank(rank: int, world: int) -> None:
+    checks.integer("world", world, least=1, most=MOST_RANKS)
+    checks.integer("rank", rank, least=0, most=world - 1)
+
+
 def shard_offset(length: int, group: ProcessGroup | None, device: torch.device | str | None = None) -> int | Tensor:
     """Rows on the ranks before this one, for contiguous shards of any lengths. Every rank of the group calls it.
 
     An int where the group talks over the CPU; on a CUDA ``device`` a 0-dimensional tensor, read without waiting for it.
     """
+    length = checks.integer("length", length, least=0, most=2**62)
     if group_size(group) == 1:
         return 0
     assert group is not None
@@ -165,9 +206,11 @@ def shard_positions(length: int, group: ProcessGroup | None, *, layout: str = "c
     Raises:
         ValueError: no such layout, ``length`` is not what ``total`` gives this rank, or zigzag does not divide.
     """
-    layout = check_layout(layout)
+    layout, length = check_layout(layout), checks.integer("length", length, least=0, most=2**62)
     rank, world = group_rank(group), group_size(group)
-    device = cu_seqlens.device if cu_seqlens is not None else device
+    total = None if total is None else checks.integer("total", total, least=0, most=2**62)
+    check_documents(cu_seqlens, total if world > 1 else length)
+    device = cu_seqlens.device if cu_seqlens is not None else checks.device("device", device)
     offset: int | Tensor = 0
     if layout == "zigzag":
         check_zigzag(length * world, world, cu_seqlens)
@@ -205,8 +248,9 @@ def shard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: s
         ValueError: no such layout, or zigzag and a document (or the sequence) does not divide by ``2 * W``.
     """
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
-    _check_dim(x, dim)
+    dim = _check_dim(x, dim)
     total = x.shape[dim]
+    check_documents(cu_seqlens, total)
     if world == 1:
         return x
     if layout == "contiguous":
@@ -220,11 +264,12 @@ def shard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: s
     return x.index_select(dim, rows.to(x.device))
 
 
-def _check_dim(x: Tensor, dim: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a sequence must be a torch.Tensor; got {type(x).__name__}")
+def _check_dim(x: Tensor, dim: int) -> int:
+    checks.tensor("x", x)
+    dim = checks.integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim = {dim} is no dimension of a tensor of shape {list(x.shape)}")
+        raise ValueError(f"dim = {checks.shown(dim)} is no dimension of a tensor of shape {list(x.shape)}")
+    return dim
 
 
 @eager
@@ -248,10 +293,14 @@ def unshard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout:
             do not fit each other.
     """
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
+    dim = _check_dim(x, dim)
+    length = x.shape[dim]
+    total = None if total is None else checks.integer("total", total, least=0, most=2**62)
+    check_documents(cu_seqlens, length if world == 1 else total)
     if world == 1:
+        _expect_length(length, length if total is None else total, 0, 1)
         return x
     assert group is not None
-    length = x.shape[dim]
     if total is not None and layout == "contiguous":
         _expect_length(length, total, rank, world)
     shape = [n for i, n in enumerate(x.shape) if i != dim % x.dim()]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
+from race_dist import checks
 from race_dist.parallel.comm import group_size
 from race_dist.parallel.watch import RankFailure, name_ranks, stop_watch, watch
 
@@ -92,12 +93,11 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
         raise RuntimeError("build_mesh needs a job to build from: call race_dist.parallel.init_distributed() first")
     world = dist.get_world_size()
     for name, value in (("dp", dp), ("sp", sp)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        checks.integer(name, value, least=1, most=2**31 - 1, words="an integer of at least 1")
+    seconds = _job_timeout() if timeout is None else datetime.timedelta(seconds=checks.seconds("timeout", timeout))
     if dp * sp != world:
         raise ValueError(f"dp * sp must be the number of ranks: dp={dp} times sp={sp} is {dp * sp}, but there "
                          f"{'is 1 rank' if world == 1 else f'are {world} ranks'}; start {dp * sp} or change dp or sp")
-    seconds = _job_timeout() if timeout is None else datetime.timedelta(seconds=timeout)
     ranks, mine = torch.arange(world).view(dp, sp), {}
     for name, rows in (("dp", ranks.T), ("sp", ranks)):
         for row in rows.tolist():  # every rank takes part in making every group; a mesh's own have no timeout of the job's

@@ -64,7 +64,7 @@ def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend:
     call = Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
     out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
                                         *initial)
-    return out, SketchState(*final) if final else None
+    return out, SketchState.unchecked(*final) if final else None
 
 
 def agree_on_attention(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool,
@@ -125,7 +125,7 @@ class Call:
     def problem(self, tensors: Sequence[Tensor | None]) -> Problem:
         q, k, v, planes, beta = cast(list[Tensor], tensors[:5])
         log_decay, key_mask, cu_seqlens, mass, values = tensors[5:]
-        initial = None if mass is None or values is None else SketchState(mass, values)
+        initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
         return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, self.causal, self.normalization)
 
@@ -186,7 +186,7 @@ def backward_pass(call: Call, tensors: Sequence[Tensor | None], out: Tensor, kep
     """A gradient of each tensor of a problem, None where there can be none."""
     p = call.problem(tensors)
     route, backend, halves = call.route(p), call.backend, head_halves(p, call.group)
-    arriving = _StateSum(SketchState(*dfinal), call.group) if call.output_final else None
+    arriving = _StateSum(SketchState.unchecked(*dfinal), call.group) if call.output_final else None
     gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
     places = _places(route, halves, gradients)
     work = _backward_calls(p, route, halves, out, dout, kept)
@@ -243,8 +243,8 @@ def _backward_calls(p: Problem, route: Route, halves: Sequence[Problem], out: Te
         for one, part in zip(route.cut.calls(half), outs):
             den, states, mass, values, initial_mass, initial_values = kept[:6]
             kept = kept[6:]
-            calls.append(replace(one, initial=SketchState(initial_mass, initial_values)))
-            saved.append(Forward(part, den, states, SketchState(mass, values)))
+            calls.append(replace(one, initial=SketchState.unchecked(initial_mass, initial_values)))
+            saved.append(Forward(part, den, states, SketchState.unchecked(mass, values)))
         work.append(_Work(calls, saved, douts))
     return work
 
@@ -266,7 +266,7 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
 
     some = grads[0][0]
     initials = [route.dinitial([g.initial for g in half if g.initial is not None]).tensors() for half in grads]
-    initial = SketchState(*(_join(parts, 1) for parts in zip(*initials)))
+    initial = SketchState.unchecked(*(_join(parts, 1) for parts in zip(*initials)))
     return Gradients(qkv[0], qkv[1], qkv[2], None if some.planes is None else shares("planes"), shares("beta"),
                      None if some.log_decay is None else decays(), initial)
 
@@ -314,7 +314,7 @@ def _arriving(dfinal: _StateSum | None, half: Problem, p: Problem, index: int) -
         if dfinal is None:
             return _initial(half).zero()
         state = dfinal.wait()
-        return SketchState(state.mass[:, first : first + heads], state.values[:, first : first + heads])
+        return SketchState.unchecked(state.mass[:, first : first + heads], state.values[:, first : first + heads])
 
     return wait
 

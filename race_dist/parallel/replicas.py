@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.parallel.comm import Pending, group_size, start_all_reduce
 from race_dist.parallel.watch import RankFailure, watched
 
@@ -34,6 +35,11 @@ class GradientSum:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: ProcessGroup | None) -> None:
+        if not isinstance(parameters, Iterable) or isinstance(parameters, (str, bytes, Tensor)):
+            raise TypeError(f"parameters must be a list of parameters; got {checks.described(parameters)}")
+        parameters = list(parameters)
+        for parameter in parameters:
+            checks.instance("each of parameters", parameter, Tensor)
         self.group = group if group_size(group) > 1 else None
         self._buckets: list[list[nn.Parameter]] = []
         self._eager = False  # whether buckets go as soon as they are full
@@ -107,6 +113,8 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module, group: ProcessGroup | None, *, is_sharded: bool) -> None:
+        checks.instance("model", model, nn.Module)
+        checks.flag("is_sharded", is_sharded)
         self.model, self.group, self.is_sharded = model, group if group_size(group) > 1 else None, is_sharded
         self.sums = GradientSum([] if is_sharded else model.parameters(), self.group)
 
@@ -195,4 +203,5 @@ def full_tensor(x: Tensor) -> Tensor:
     """A sharded tensor, whole, on every rank (a collective); any other as it is."""
     from torch.distributed.tensor import DTensor
 
+    checks.instance("x", x, Tensor)
     return x.full_tensor() if isinstance(x, DTensor) else x

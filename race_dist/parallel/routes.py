@@ -62,7 +62,7 @@ class Route(Protocol):
 
 def plain(state: SketchState) -> SketchState:
     """Without the total log decay, which no call reads of a state that enters it."""
-    return SketchState(state.mass, state.values)
+    return SketchState.unchecked(state.mass, state.values)
 
 
 class Prefix:
@@ -106,7 +106,7 @@ class Prefix:
         pieces = self.cut.pieces(finals)
         state = pieces[0].zero() if self.last is None else pieces[self.last]
         decays = [piece.log_decay for piece in pieces if piece.log_decay is not None]
-        return SketchState(state.mass, state.values, sum(decays[1:], decays[0]) if decays else None)
+        return SketchState.unchecked(state.mass, state.values, sum(decays[1:], decays[0]) if decays else None)
 
     def dinitial(self, grads: Sequence[SketchState]) -> SketchState:
         pieces = self.cut.pieces(grads)
@@ -132,7 +132,7 @@ class Total:
 
         def finish() -> States:
             mass, values = (pending.wait() - packed).split([own.mass.numel(), own.values.numel()])
-            return [SketchState(outside.mass + mass.view_as(own.mass), outside.values + values.view_as(own.values))]
+            return [SketchState.unchecked(outside.mass + mass.view_as(own.mass), outside.values + values.view_as(own.values))]
 
         return finish
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
-from typing import Generic, Literal, Protocol, cast
+from typing import Any, Generic, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.carry import Carry, CarryT
 from race_dist.parallel import collectives
 from race_dist.parallel.agree import agree_on_call
@@ -42,7 +43,11 @@ _SMALL_BUFFER = 2**20  # bytes of all ranks' carries below which latency counts,
 
 def fold(carries: Sequence[CarryT]) -> CarryT:
     """Combine one or more carries, earliest first, by pairs: long sums lose few digits."""
-    level = list(carries)
+    level = list(carries) if isinstance(carries, Sequence) else []
+    if not level:
+        raise ValueError(f"fold takes a list of one or more carries; got {checks.described(carries)}")
+    for carry in level:
+        _check_carry(carry, "carries")
     while len(level) > 1:
         pairs = [a.combine(b) for a, b in zip(level[0::2], level[1::2])]
         level = pairs + level[len(pairs) * 2 :]
@@ -66,6 +71,7 @@ def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool =
     Raises:
         ValueError: no such algorithm, or the ranks' calls do not fit each other (compared before data moves).
     """
+    _check_carry(carry, "carry")
     return carries_in([carry], group, reverse=reverse, algorithm=algorithm)[0]
 
 
@@ -88,6 +94,7 @@ def carries_in(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str
         ValueError: as :func:`exclusive_scan`, and when the layout does not have this many pieces.
     """
     layout, algorithm = _check(pieces, layout, algorithm)
+    checks.flag("reverse", reverse)
     world = group_size(group)
     tensors = [t for piece in pieces for t in piece.tensors()]
     if world > 1:
@@ -112,6 +119,7 @@ def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
         TypeError: a tensor of the carry is not floating point.
         ValueError: the ranks' calls do not fit each other.
     """
+    _check_carry(carry, "carry")
     tensors = carry.tensors()
     if not all(t.is_floating_point() and t.dtype == tensors[0].dtype for t in tensors):
         raise TypeError(f"exclusive_total adds floating point tensors of one dtype; got {[t.dtype for t in tensors]}")
@@ -169,6 +177,7 @@ def start_scan(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str
     The ranks' calls are not compared.
     """
     layout, algorithm = _check(pieces, layout, algorithm)
+    checks.flag("reverse", reverse)
     tensors = [t for piece in pieces for t in piece.tensors()]
     picked = _pick(algorithm, tensors, group_size(group))
     return ScanHandle(_scan(pieces, _Raw(group), group, layout, reverse, picked), tensors)
@@ -306,24 +315,28 @@ def _finish(scan: Steps[CarryT]) -> list[CarryT]:
 
 
 @lru_cache
-def _is_carry(kind: type) -> bool:
+def _is_carry(kind: type[Carry]) -> bool:
     """Whether it has a carry's methods; looked up once a class."""
     return issubclass(kind, Carry)
 
 
 def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout, Algorithm]:
     layout = check_layout(layout)
+    if not isinstance(pieces, (list, tuple)):
+        raise TypeError(f"pieces must be a list of carries; got {checks.described(pieces)}")
     for piece in pieces:
-        if not _is_carry(type(piece)):
-            raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
-                            f"got {type(piece).__name__}")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(map(repr, ALGORITHMS))}; got {algorithm!r}")
+        _check_carry(piece, "pieces")
     expected = 2 if layout == "zigzag" else 1
     if len(pieces) != expected:
         raise ValueError(f"a rank holds {expected} piece{'s' if expected > 1 else ''} of the sequence under the {layout} "
                          f"layout; got {len(pieces)} carries")
-    return layout, algorithm
+    return layout, checks.choice("algorithm", algorithm, ALGORITHMS)
+
+
+def _check_carry(carry: Any, name: str) -> None:
+    if isinstance(carry, type) or not _is_carry(cast(type[Carry], type(carry))):
+        raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
+                        f"got {checks.described(carry)} for {name}")
 
 
 def _pick(algorithm: Algorithm, tensors: Sequence[Tensor], world: int) -> Algorithm:

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.files import (
     DamagedFileError,
     check_file,
@@ -73,12 +74,23 @@ class StepCheckpoint:
         every: seconds between two times of storing.
         key: which step this is, in any words. What is stored under another key is of a step that is over, and replaced.
         stop: asked after every chunk; when it answers True on any rank, the step is stored and ends with StepInterrupted.
+
+    Raises:
+        TypeError, ValueError: a field is of another type, or the folder cannot be one.
     """
 
     folder: str | Path
     every: float = 600.0
     key: str = ""
     stop: Callable[[], bool] | None = None
+
+    def __post_init__(self) -> None:
+        checks.folder("folder", self.folder)
+        if not checks.is_number(self.every) or not (0 <= self.every <= checks.MAX_BYTES or self.every == float("inf")):
+            raise ValueError(f"every must be a number of seconds, 0 or more (inf: only at the end); got "
+                             f"{checks.described(self.every)}")
+        checks.instance("key", self.key, str)
+        checks.callback("stop", self.stop)
 
     def clear(self) -> None:
         """Remove what this process has stored."""

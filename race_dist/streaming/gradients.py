@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from race_dist import checks
 from race_dist.parallel import all_reduce_sum, group_size
 
 Reduce = Literal["mean", "sum", "none"]
@@ -43,8 +44,7 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Module, group: ProcessGroup | None, reduce: Reduce) -> None:
-        if reduce not in REDUCES:
-            raise ValueError(f"reduce must be one of {', '.join(map(repr, REDUCES))}; got {reduce!r}")
+        checks.choice("reduce", reduce, REDUCES)
         self._model, self._group, self._reduce = model, group if group_size(group) > 1 else None, reduce
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._held: list[Tensor | None] = []

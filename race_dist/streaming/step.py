@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from race_dist import checks
 from race_dist.files import tree_digest
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 from race_dist.parallel import all_reduce_sum, group_size
 from race_dist.parallel.agree import agree_on_greatest
-from race_dist.parallel.comm import pack, unpack
+from race_dist.parallel.comm import check_group, pack, unpack
 from race_dist.streaming.carries import KEEPS, Carries, Keep, as_leaves, subtract
 from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, digest_of_tokens, digest_of_weights
 from race_dist.streaming.gradients import Gradients, Reduce, unwrapped
@@ -70,6 +71,9 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
             the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError, which names the file).
         StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
+    if checkpoint is not None:
+        checks.instance("checkpoint", checkpoint, StepCheckpoint, 'give StepCheckpoint("FOLDER")')
+    check_group(world, "world")
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
     stop = None if checkpoint is None else checkpoint.stop
     with Gradients(model, stream.group, reduce) as gradients, Interrupts(stop) as interrupts:
@@ -89,6 +93,7 @@ def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_
                   group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
                   progress: Callable[[Progress], None] | None = None) -> Tensor:
     """The mean loss of :func:`streamed_backward` without gradients: evaluation over any length. Same arguments."""
+    checks.callback("progress", progress)
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
     targets, carry, pace = stream.targets(num_targets), stream.first_carry(), stream.pace()
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
@@ -129,12 +134,17 @@ class _Stream:
 
     def __init__(self, model: nn.Module, input_ids: Tokens, labels: Tokens, chunk_size: int, group: ProcessGroup | None,
                  cu_seqlens: Tensor | None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a race_dist.models.DecoderLM; got {checks.described(model)}")
         inner = unwrapped(model)
         if not isinstance(inner, DecoderLM):
             raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(inner).__name__}")
         if "S" in inner.config.layer_kinds:
             raise ValueError(f"a full-softmax layer cannot be streamed: its carry is every key and value so far; "
                              f"layer_pattern = {inner.config.layer_pattern!r} may hold R and W")
+        if inner.norm.weight.is_meta:
+            raise ValueError("model is on the meta device, where its weights have no values: give them some with "
+                             "model.to_empty(device=...) and model.initialize()")
         self.model, self.device = inner, inner.norm.weight.device
         self.group = group if group_size(group) > 1 else None
         self.text = Text(input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size,
@@ -149,6 +159,7 @@ class _Stream:
 
     def targets(self, given: int | None) -> Tensor:
         """What the summed loss is divided by, on the device."""
+        given = None if given is None else checks.integer("num_targets", given, least=1, most=2**53)
         return torch.tensor(self.text.count_targets() if given is None else given, device=self.device)
 
     def first_carry(self) -> ModelCarry:
@@ -178,6 +189,7 @@ class _Step:
     def __init__(self, stream: _Stream, gradients: Gradients, interrupts: Interrupts, keep: Keep, num_targets: int | None,
                  progress: Callable[[Progress], None] | None, world: ProcessGroup | None) -> None:
         _check_keep(keep, stream)
+        checks.callback("progress", progress)
         self.world = world
         self.stream, self.gradients, self.interrupts, self.keep, self.progress = stream, gradients, interrupts, keep, progress
         self.targets, self.pace = stream.targets(num_targets), stream.pace()
@@ -298,8 +310,7 @@ class _Step:
 
 
 def _check_keep(keep: str, stream: _Stream) -> None:
-    if keep not in KEEPS:
-        raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}; got {keep!r}")
+    checks.choice("keep", keep, KEEPS)
     if keep != "subtract":
         return
     if stream.packed:

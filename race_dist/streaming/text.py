@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.models.loss import IGNORE
 from race_dist.parallel import group_rank, group_size, shard_lengths
+from race_dist.parallel.layout import check_documents
 
 Tokens = Tensor | np.ndarray
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ class Text:
                  cu_seqlens: Tensor | None, *, vocab_size: int, device: torch.device) -> None:
         for name, tokens in (("input_ids", input_ids), ("labels", labels)):
             _check_tokens(name, tokens)
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}")
+        chunk_size = checks.integer("chunk_size", chunk_size, least=1, most=2**62)
         if input_ids.ndim != 2 or tuple(input_ids.shape) != tuple(labels.shape):
             raise ValueError(f"input_ids and labels must both be [B, T]; got {list(input_ids.shape)} and "
                              f"{list(labels.shape)}")
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids holds no tokens: [B, T] needs T of at least 1")
+        check_documents(cu_seqlens)
         if cu_seqlens is not None and (input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]):
             raise ValueError(f"cu_seqlens must end at T = {input_ids.shape[1]} with B = 1; it ends at {int(cu_seqlens[-1])} "
                              f"with B = {input_ids.shape[0]}")
@@ -155,7 +158,9 @@ class Text:
 
 def _check_tokens(name: str, x: Tokens) -> None:
     if not isinstance(x, (Tensor, np.ndarray)):
-        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {type(x).__name__}")
-    whole = np.issubdtype(x.dtype, np.integer) if isinstance(x, np.ndarray) else not x.is_floating_point()
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {checks.described(x)}")
+    if isinstance(x, Tensor):
+        checks.tensor(name, x)
+    whole = np.issubdtype(x.dtype, np.integer) if isinstance(x, np.ndarray) else x.dtype in WHOLE
     if not whole:
         raise TypeError(f"{name} must be integers; got {x.dtype}")

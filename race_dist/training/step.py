@@ -128,7 +128,8 @@ def loss_of(model: Replica | nn.Module, part: Part, targets: int, config: TrainC
     device = ranks.device
     with autocast(config, device):
         loss: Tensor = model(part.inputs.to(device), part.labels.to(device), group=ranks.sp_group, layout=ranks.layout,
-                             cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device), num_targets=targets)
+                             cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device),
+                             num_targets=max(1, targets))
     return loss
 
 

@@ -93,7 +93,7 @@ class StreamedStep:
         with autocast(config, ranks.device):
             return streamed_backward(
                 self.replica.model, sequences.inputs, sequences.labels, chunk_size=config.stream.chunk_size,
-                group=ranks.sp_group, cu_seqlens=sequences.cu_seqlens, num_targets=targets, reduce=reduce,
+                group=ranks.sp_group, cu_seqlens=sequences.cu_seqlens, num_targets=max(1, targets), reduce=reduce,
                 keep=config.stream.keep, checkpoint=checkpoint, world=ranks.world,
                 progress=self._tell if ranks.rank == 0 else None)
 

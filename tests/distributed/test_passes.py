@@ -192,7 +192,8 @@ def random_case(world: int, seed: int) -> Case:
         lengths = tuple(b - a for a, b in zip([0, *edges], [*edges, total]))
     return Case(world, lengths, layout, documents, 1 if packed else pick.choice([1, 2]),
                 pick.choice([(1, 1), (2, 2), (4, 2), (2, 1), (3, 3), (6, 3)]), causal,
-                pick.choice(["global", "bucket", "none"]), pick.choice(["none", "head", "token"]) if causal else "none",
+                pick.choice(["global", "bucket", "none" if causal else "global"]),
+                pick.choice(["none", "head", "token"]) if causal else "none",
                 pick.random() < 0.3, pick.random() < 0.5, pick.random() < 0.5, pick.choice([0.5, 1.3, 3.0]),
                 pick.random() < 0.3, pick.choice(["all_gather", "recursive_doubling"]), seed)
 

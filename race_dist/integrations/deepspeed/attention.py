@@ -8,7 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.nn import RaceConfig, RaceCore, Sequence
+from race_dist.parallel.comm import check_group
+from race_dist.parallel.layout import check_layout
 
 # what queries and keys from elsewhere, already turned by rotary positions, can do without
 DEFAULTS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
@@ -35,6 +38,9 @@ class SketchAttention(nn.Module):
     def __init__(self, config: RaceConfig, sequence_process_group: ProcessGroup | None = None, *, layer: int = 0,
                  layout: str = "contiguous") -> None:
         super().__init__()
+        checks.instance("config", config, RaceConfig)
+        check_group(sequence_process_group, "sequence_process_group")
+        check_layout(layout)
         options = DEFAULTS | config.model_dump(exclude_unset=True)
         wanted = [name for name in ("short_conv", "output_gate") if options[name]]
         wanted += ["decay"] if options["decay"] == "token" else []
@@ -65,8 +71,10 @@ class SketchAttention(nn.Module):
         if any(x is not None for x in (*args, *kwargs.values())):
             raise ValueError("SketchAttention takes no mask and no other arguments of a local attention: RACE Attention is "
                              "causal by its config")
-        if batch_dim_idx not in (0, 1):
-            raise ValueError(f"batch_dim_idx must be 0 or 1; got {batch_dim_idx}")
+        if checks.integer("batch_dim_idx", batch_dim_idx) not in (0, 1):
+            raise ValueError(f"batch_dim_idx must be 0 or 1; got {checks.shown(batch_dim_idx)}")
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            checks.tensor(name, x, dim=4)
         q, k, v = ((x, x.transpose(0, 1))[batch_dim_idx] for x in (query, key, value))
         sequence = Sequence.of(q.shape[1], group=self.group, layout=self.layout, final=False, device=q.device)
         out, _ = self.core(q, k, v, None, replace(sequence, final=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.integrations.deepspeed.groups import SequenceGroups
+from race_dist.integrations.deepspeed.keys import check_by_deepspeed
 from race_dist.integrations.deepspeed.settings import (
     SIZE,
     check_wiring,
@@ -46,13 +48,13 @@ class Shared:
 
     def shard(self, x: Tensor, *, dim: int = 1) -> Tensor:
         """This rank's part of a whole ``x``."""
-        if self.sp_group is None:
-            return x
         return shard_sequence(x, self.sp_group, dim=dim, layout=self.layout).contiguous()
 
     def num_targets(self, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
         """What each rank divides its summed loss by, so that the gradient is that of the mean over all targets of all ranks:
         their count / dp. ``labels`` are this rank's shard. Every rank calls it."""
+        checks.tensor("labels", labels)
+        checks.integer("ignore_index", ignore_index)
         world = dist.group.WORLD if dist.is_initialized() else None
         return all_reduce_sum((labels != ignore_index).sum(), world).double().clamp(min=1) / self.dp
 
@@ -63,6 +65,7 @@ def join(*, device: str | torch.device | None = None, timeout: float = DEFAULT_T
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    timeout = checks.seconds("timeout", timeout)
     place = init_distributed(device=device, timeout=timeout)
     os.environ.setdefault("LOCAL_RANK", str(place.index or 0))  # DeepSpeed's engine asks for it
     if place.type == "cpu":
@@ -113,12 +116,25 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
     import deepspeed
     from deepspeed.utils import groups
 
+    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise TypeError(f"model must be a torch.nn.Module with parameters; got {checks.described(model)}")
+    if shared is not None:
+        checks.instance("shared", shared, Shared)
+    if mpu is not None and not any(name.startswith("get_") and "parallel" in name for name in dir(mpu)):
+        raise TypeError(f"mpu must be an object that knows its groups, as Megatron's parallel_state; got "
+                        f"{checks.described(mpu)}")
+    if mesh_param is not None and not (isinstance(mesh_param, list | tuple) and len(mesh_param) == 2):
+        raise TypeError(f"mesh_param must be two numbers of ranks, data-parallel and of a sequence; got "
+                        f"{checks.described(mesh_param)}")
+    timeout = checks.seconds("timeout", timeout)
+    _check_options(**options)
     settings = read_settings(config)
     join(timeout=timeout)
     sp = dist.get_world_size() if settings.sp is None else settings.sp
     narrow = next(model.parameters()).dtype == torch.bfloat16
     tree = without_auto(settings.config | {SIZE: sp}, bfloat16=narrow)
     check_wiring(tree, sp, mpu=mpu, mesh_param=mesh_param)
+    check_by_deepspeed(tree, None if mesh_param is not None else mpu)
     if sp > 1 and isinstance(model, deepspeed.PipelineModule):
         raise ValueError(f'"{SIZE}": {sp} with a PipelineModule has not been measured: train without pipeline stages')
     layout = "contiguous" if settings.race is None else settings.race.layout
@@ -138,6 +154,21 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
             module.settle(next(module.parameters(), next(model.parameters())))
     made[0].race = shared
     return made
+
+
+def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_parameters: Any = None, **others: Any) -> None:
+    """Raise TypeError where an option of ``deepspeed.initialize`` is of another kind."""
+    for name, value, kind in (("optimizer", optimizer, torch.optim.Optimizer),
+                              ("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler)):
+        if value is not None and not (isinstance(value, kind) or hasattr(value, "step") or callable(value)):
+            raise TypeError(f"{name} must be a {kind.__name__} or a function that makes one; got {checks.described(value)}")
+    if model_parameters is None:
+        return
+    entries = list(model_parameters) if isinstance(model_parameters, list | tuple) else []
+    wrong = [entry for entry in entries if not isinstance(entry, Tensor | Mapping)]
+    if wrong or not isinstance(model_parameters, Iterable) or isinstance(model_parameters, str | bytes | Mapping | Tensor):
+        raise TypeError("model_parameters must be a list of parameters, or of groups of them; got "
+                        f"{checks.described(wrong[0] if wrong else model_parameters)}")
 
 
 def _check_trained(added: Mapping[str, nn.Parameter], *, optimizer: Any = None, model_parameters: Any = None,

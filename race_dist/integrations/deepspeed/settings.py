@@ -9,9 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
+from race_dist import checks
 from race_dist.files import read_object
+from race_dist.integrations.deepspeed.keys import check_keys
 from race_dist.nn import RaceConfig
-from race_dist.strict_config import StrictConfig, shown
+from race_dist.strict_config import StrictConfig
 
 SIZE, SECTION = "sequence_parallel_size", "race_attention"
 AUTO = "auto"  # "what the caller makes of it", as in transformers' DeepSpeed configurations
@@ -44,7 +46,7 @@ class RaceSection(StrictConfig):
         """Check a section. Raises ValueError in one sentence."""
         if not isinstance(section, Mapping):
             raise ValueError(f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
-                             f"got {shown(section)}")
+                             f"got {checks.described(section)}")
         made = cls.check(dict(section), source=f'"{SECTION}"')
         RaceConfig.check(made.options, source=f'"{SECTION}"')
         return made
@@ -71,14 +73,15 @@ def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
             raise FileNotFoundError(f"there is no DeepSpeed configuration {path}")
         config = read_object(path)
     if not isinstance(config, Mapping):
-        raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {type(config).__name__}")
+        raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {checks.described(config)}")
+    check_keys(config)
     tree = copy.deepcopy(dict(config))
     section = tree.pop(SECTION, None)
     size = tree.get(SIZE, 1)
-    if size == AUTO:
+    if isinstance(size, str) and size == AUTO:
         return Settings(tree, None, None if section is None else RaceSection.read(section))
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f'"{SIZE}" must be an integer of at least 1, or "{AUTO}"; got {size!r}')
+        raise ValueError(f'"{SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.shown(size)}')
     return Settings(tree, size, None if section is None else RaceSection.read(section))
 
 

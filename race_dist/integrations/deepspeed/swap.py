@@ -8,10 +8,13 @@ from typing import Any
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from race_dist import checks
 from race_dist.integrations.deepspeed.attention import SketchAttention
 from race_dist.integrations.deepspeed.settings import SECTION, RaceSection
 from race_dist.models import Backbone
 from race_dist.nn import RaceConfig
+from race_dist.parallel.comm import check_group
+from race_dist.parallel.layout import check_layout
 
 
 class _Passes:
@@ -42,6 +45,11 @@ def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGro
     Raises:
         ValueError: sequences are to be shared but nothing in the model can.
     """
+    checks.instance("model", model, nn.Module)
+    if race is not None:
+        checks.instance("race", race, RaceSection)
+    check_group(group)
+    check_layout(layout)
     if isinstance(model, Backbone):
         _pass_group(model, group, layout)
     elif _is_transformers(model):

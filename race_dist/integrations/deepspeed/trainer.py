@@ -59,7 +59,7 @@ class EngineStep(Unstreamed):
             part = batch.part(rows, shard_of(ranks))
             cu_seqlens = None if part.cu_seqlens is None else part.cu_seqlens.to(ranks.device)
             loss = self.engine(part.inputs.to(ranks.device), part.labels.to(ranks.device), cu_seqlens=cu_seqlens,
-                               num_targets=batch.targets / scale)
+                               num_targets=max(1, batch.targets) / scale)
             self.engine.backward(loss)
             if n + 1 < parts:
                 self.engine.step()  # counts the part; the last one's makes the step

@@ -15,6 +15,7 @@ from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_ranks_agree
+from race_dist.parallel.comm import check_group
 from race_dist.parallel.layout import check_layout
 from race_dist.strict_config import shown
 
@@ -165,12 +166,13 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
         ValueError: a layer is softmax attention, which would see its own shard only; or the ranks' models differ.
     """
     check_group(group)
+    layout = check_layout(layout)
     others = softmax_layers(model)
     if others and group is not None:
         raise ValueError(f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
                          f'use attn_implementation="{IMPLEMENTATION}"')
     hook = attach(model)
-    hook.group, hook.layout = group, check_layout(layout)
+    hook.group, hook.layout = group, layout
     hook.implementation = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     if group is not None:
         check_ranks_agree({"the model's configuration": _facts(model), "the layout": layout}, group,

@@ -1,0 +1,307 @@
+"""Checks of arguments: each raises one sentence that names the argument, its value and what is right.
+
+Public calls use them on what a user gives. What the package hands to itself is not checked again, and nothing here waits for a
+device: a tensor's values are read only where :func:`readable` says that this costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that RACE Attention computes with
+INTEGERS = (torch.int64, torch.int32)  # of token ids and document boundaries
+MAX_SECONDS = 2_000_000  # three weeks; libraries count a timeout's milliseconds in 32 bits
+MAX_BYTES = 2**47  # what a process can address
+FAR = 2**40
+
+_Instance = TypeVar("_Instance")
+_Option = TypeVar("_Option", bound=str)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as a message shows it: one line of at most ``limit`` characters, whatever its ``repr`` does."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} {list(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 130:
+        return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of somebody else's class, or of an integer too long to print
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def described(value: object) -> str:
+    """A value of a wrong type: the type's name and the value."""
+    text = shown(value)
+    plain = value is None or text.startswith(("a tensor", "an array", "an integer"))
+    return text if plain else f"{type(value).__name__} {text}"
+
+
+def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None, words: str | None = None) -> int:
+    """An integer in its range: an int, a NumPy integer or whatever else has ``__index__``, but no bool and no tensor.
+
+    ``words``: what is right, where "an integer from ... to ..." does not say it.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is out of range.
+    """
+    if type(value) is not int:
+        if isinstance(value, torch.SymInt):
+            return value  # type: ignore[return-value]
+        if isinstance(value, (bool, np.bool_, Tensor, np.ndarray)) or not hasattr(type(value), "__index__"):
+            raise TypeError(f"{name} must be {words or f'an integer{_range(least, most)}'}; got {described(value)}")
+        value = operator.index(value)
+    if (least is not None and value < least) or (most is not None and value > most):
+        far = f", above {shown(most)}" if most is not None and value > most >= FAR else ""
+        raise ValueError(f"{name} must be {words or f'an integer{_range(least, most)}'}; got {shown(value)}{far}")
+    return int(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int, a float or a NumPy number; True and False are none."""
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return isinstance(value, (np.integer, np.floating))
+
+
+def number(name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None,
+           words: str | None = None) -> float:
+    """A finite number in its range: an int, a float, or a NumPy number, but no bool and no tensor. ``words``: as above.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is out of range, infinite or NaN.
+    """
+    words = words or f"a finite number{_range(least, most, above)}"
+    if not is_number(value):
+        raise TypeError(f"{name} must be {words}; got {described(value)}")
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond every float
+        found = math.inf if value > 0 else -math.inf
+    right = (math.isfinite(found) and (above is None or found > above) and (least is None or found >= least)
+             and (most is None or found <= most))
+    if not right:
+        raise ValueError(f"{name} must be {words}; got {shown(value)}")
+    return found
+
+
+def seconds(name: str, value: Any) -> float:
+    """A time to wait: a number of seconds above 0. Raises TypeError or ValueError."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a positive number of seconds; got {described(value)}")
+    if not 0 < value <= MAX_SECONDS:
+        raise ValueError(f"{name} must be a positive number of seconds, at most {MAX_SECONDS:,}; got {shown(value)}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that stands for them. Raises TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {shown(value)}")
+    return value
+
+
+def choice(name: str, value: Any, options: Iterable[_Option]) -> _Option:
+    """One of a few words.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: there is no such option.
+    """
+    if isinstance(value, str):
+        for option in options:
+            if value == option:
+                return option
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name} must be one of {', '.join(map(repr, options))}; got {shown(value)}")
+
+
+def instance(name: str, value: Any, kind: type[_Instance], fix: str = "") -> _Instance:
+    """An instance of a class; ``fix``: what to do, as the sentence's end. Raises TypeError."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}; got {described(value)}{fix and ': '}{fix}")
+    return value
+
+
+def callback(name: str, value: Any) -> Any:
+    """A function, or None. Raises TypeError."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None; got {described(value)}")
+    return value
+
+
+def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = None, dim: int | None = None) -> Tensor:
+    """A dense tensor that holds values. Looks at the class, the layout and the device, not at the values.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it is sparse or nested, it is on the meta device, or it has another number of dimensions.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {described(value)}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, but is {'nested' if value.is_nested else value.layout}: convert it "
+                         f"with {'.to_padded_tensor(0)' if value.is_nested else '.to_dense()'}")
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no values: make it on the device that computes")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name} is {value.dtype}; it must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}")
+    if dim is not None and value.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimension{'s' * (dim != 1)}; got a tensor of shape {list(value.shape)}")
+    return value
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: on a device that would wait for it; it would break a compiler's graph; a
+    tracer's tensors have none."""
+    return (x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
+            and type(x) in (Tensor, torch.nn.Parameter) and not is_in_torch_dispatch_mode())
+
+
+def rows(name: str, value: Any, count: int) -> slice | Tensor:
+    """An index of rows that keeps their dimension: a slice, or ``[n]`` integers, or ``[count]`` bool.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: a row is not there.
+    """
+    words = f"{name} must be a slice, or a tensor of row indices or of bool"
+    if isinstance(value, slice):
+        for part in (value.start, value.stop, value.step):
+            if part is not None:
+                integer(f"{name}: a slice's part", part)
+        if value.step is not None and value.step < 1:
+            raise ValueError(f"{words}; got {shown(value)}, which steps backwards: use .flip(0) on the tensors")
+        return value
+    if not isinstance(value, Tensor):
+        fix = f": [{value}:{value + 1}] keeps the dimension" if type(value) is int and 0 <= value < count else ""
+        raise TypeError(f"{words}; got {described(value)}{fix}")
+    tensor(name, value, dtypes=(torch.bool, *INTEGERS), dim=1)
+    if value.dtype == torch.bool and len(value) != count:
+        raise ValueError(f"{words} [{count}]; got {len(value)} of them")
+    if value.dtype != torch.bool and readable(value) and not bool(((value < count) & (value >= -count)).all()):
+        raise ValueError(f"{words} from 0 to {count - 1}; got {shown(value.tolist())}")
+    return value
+
+
+def device(name: str, value: Any) -> torch.device | None:
+    """A device that is here, or None.
+
+    Raises:
+        TypeError: it is neither a device nor its name.
+        ValueError: it has no such name, or there is none here.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
+        raise TypeError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {described(value)}")
+    if isinstance(value, torch.device) and _is_here(value):
+        return value
+    try:
+        found = torch.device(value)
+        if found.type == "cpu" and found.index not in (None, 0):
+            raise ValueError("there is one 'cpu'")
+        if found.type not in ("cpu", "meta"):
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError, ImportError) as error:
+        here = "'cpu'" + (f", 'cuda:0' to 'cuda:{torch.cuda.device_count() - 1}'" if torch.cuda.is_available() else "")
+        reason = (str(error).splitlines() or [""])[0].split(": ")[-1]
+        raise ValueError(f"{name} must be a device of this machine ({here}); got {shown(value)}: {reason}") from None
+    return found
+
+
+def _is_here(place: torch.device) -> bool:
+    """Whether it is known without a look at the device itself."""
+    if place.type == "cuda":
+        return torch.cuda.is_available() and (place.index is None or place.index < torch.cuda.device_count())
+    return place.type in ("cpu", "meta") and place.index is None
+
+
+def dtype(name: str, value: Any, options: tuple[torch.dtype, ...] = DTYPES) -> torch.dtype:
+    """One of a few dtypes. Raises TypeError."""
+    if not isinstance(value, torch.dtype) or value not in options:
+        raise TypeError(f"{name} must be {' or '.join(map(str, options))}; got {described(value)}")
+    return value
+
+
+def placement(device_: Any, dtype_: Any) -> dict[str, Any]:
+    """``device`` and ``dtype`` of a module's parameters, either of which may be None. Raises TypeError or ValueError."""
+    device("device", device_)
+    if dtype_ is not None:
+        dtype("dtype", dtype_)
+    return {"device": device_, "dtype": dtype_}
+
+
+def size(item_bytes: int, **sizes: int) -> None:
+    """Refuse what no machine can hold: the product of ``sizes``, by the names of the arguments, each ``item_bytes``.
+
+    Raises:
+        ValueError: it is more than a process can address.
+    """
+    wanted = math.prod(sizes.values()) * item_bytes
+    if wanted > MAX_BYTES:
+        named = ", ".join(f"{name} = {shown(value)}" for name, value in sizes.items())
+        raise ValueError(f"{named} are together more than the 128 TiB that a process can address: make them smaller")
+
+
+def folder(name: str, value: Any) -> Path:
+    """The path of a folder, which need not be there yet.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is empty, too long, or the path of something else.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name} must be the path of a folder; got {described(value)}")
+    text = os.fspath(value)
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{name} must be the path of a folder; got {shown(value)}")
+    path = Path(text)
+    if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError(f"{name} must be the path of a folder, and file systems hold no name of more than 255 bytes; got "
+                         f"{shown(value)}")
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{name} must be the path of a folder; got {shown(value)}, but {shown(str(place))} is a file")
+            break
+    return path
+
+
+def mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    """A dictionary, or another mapping. Raises TypeError."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary; got {described(value)}")
+    return value
+
+
+def _range(least: float | None, most: float | None, above: float | None = None) -> str:
+    if most is not None and most >= FAR:  # a bound that nobody comes to but by mistake is not worth a word
+        most = None
+    if least is not None and most is not None:
+        return f" from {_bound(least)} to {_bound(most)}"
+    parts = ([f"above {_bound(above)}"] if above is not None else []) + ([f"of at least {_bound(least)}"] if least is not None
+                                                                         else [])
+    parts += [f"at most {_bound(most)}"] if most is not None else []
+    return " " + " and ".join(parts) if parts else ""
+
+
+def _bound(value: float) -> str:
+    if isinstance(value, int) and value == 2**31 - 1:
+        return "2**31 - 1"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,133 @@
+"""How a table of bad inputs is written and judged: calls x arguments x values.
+
+A :class:`Subject` is something a user calls: a function, a class, a command, a configuration. It says how to call it rightly,
+and for each argument which values cannot be right (``tests/inputs/values.py`` has them by kind). :func:`inputs` makes every
+input of it: the right call with one argument replaced. :func:`judge` says what is wrong with the answer to one input, if
+anything:
+
+- it is refused by ValueError, TypeError or ImportError, in one line that names the argument; or
+- it is accepted, and ``docs/inputs.md`` lists it with the reason.
+
+A command is a subject too: ``run`` calls it with the option and raises ``ValueError`` of what it printed where it left with
+exit code 2 (anything else that it does is an error of another kind).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
+TOLD = (ValueError, TypeError, ImportError)
+
+
+class Value(NamedTuple):
+    """``label``: how the test names it. ``make``: makes it anew. ``right``: whether it has to be accepted."""
+
+    label: str
+    make: Callable[[], Any]
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is called.
+
+    Attributes:
+        call: its name, as a user writes it.
+        run: called with keyword arguments; what it raises is judged.
+        base: the right arguments, made anew for each input. An input replaces one of them, or adds one.
+        values: for each argument, values that cannot be right (and, marked so, some that have to be accepted).
+        names: for an argument, other words by which a message may name it.
+        complete: whether ``base`` is a call that succeeds; False where that would start too much.
+    """
+
+    call: str
+    run: Callable[..., object]
+    base: Callable[[], dict[str, Any]]
+    values: Mapping[str, Sequence[Value]]
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    complete: bool = True
+
+
+class Input(NamedTuple):
+    """One argument of one subject with one value."""
+
+    subject: Subject
+    argument: str
+    value: Value
+
+    def __str__(self) -> str:
+        return f"{self.subject.call}({self.argument}={self.value.label})"
+
+    def run(self) -> object:
+        return self.subject.run(**{**self.subject.base(), self.argument: self.value.make()})
+
+
+class Oddity(NamedTuple):
+    """An input that is accepted although it looks wrong, as ``docs/inputs.md`` lists it; ``*`` stands for any."""
+
+    call: str
+    argument: str
+    value: str
+
+    def covers(self, one: Input) -> bool:
+        found = (one.subject.call, one.argument, one.value.label)
+        return all(fnmatch.fnmatchcase(word, pattern) for word, pattern in zip(found, self, strict=True))
+
+
+def inputs(subject: Subject) -> Iterator[Input]:
+    """Every input of a subject."""
+    for argument, values in subject.values.items():
+        for value in values:
+            yield Input(subject, argument, value)
+
+
+def oddities(page: Path = PAGE) -> list[Oddity]:
+    """The rows of the page's table "Accepted": call, argument, value, and why."""
+    section = page.read_text(encoding="utf-8").split("\n## Accepted", 1)[1].split("\n## ", 1)[0]
+    rows = [[cell.strip().replace("`", "") for cell in line.strip().strip("|").split(" | ")]
+            for line in section.splitlines() if line.startswith("| ")]
+    return [Oddity(*row[:3]) for row in rows if row[0] != "call" and set(row[0]) != {"-"}]
+
+
+def judge(one: Input, accepted: Iterable[Oddity] = ()) -> str | None:
+    """What is wrong with the answer to an input; None where nothing is."""
+    listed = any(oddity.covers(one) for oddity in accepted)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one.run()
+    except TOLD as error:
+        return f"{one}: refused though it is right: {error}" if one.value.right else _unclear(one, error)
+    except Exception as error:
+        return f"{one}: {type(error).__name__}: {_line(error)}"
+    return None if listed or one.value.right else f"{one}: accepted without a word"
+
+
+def _unclear(one: Input, error: Exception) -> str | None:
+    text = str(error)
+    named = (one.argument, *one.subject.names.get(one.argument, ()))
+    if "\n" in text.strip():
+        return f"{one}: the message has several lines: {_line(error)}"
+    if len(text) > 600:
+        return f"{one}: the message has {len(text)} characters: {_line(error)}"
+    if not any(re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text) for name in named):
+        return f"{one}: the message does not name {' or '.join(named)}: {type(error).__name__}: {_line(error)}"
+    return None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def report(subjects: Sequence[Subject]) -> str:
+    """One line: how many inputs there are, and of what."""
+    every = [one for subject in subjects for one in inputs(subject)]
+    arguments = {(one.subject.call, one.argument) for one in every}
+    return f"{len(every):,} inputs: {len(subjects)} calls, {len(arguments)} arguments"

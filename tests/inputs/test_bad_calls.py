@@ -1,0 +1,34 @@
+"""Calls of the public names with values that cannot be right: each is answered in one sentence that names the argument."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.inputs import attention_calls, deepspeed_calls, layer_calls, model_calls, rank_calls, streaming_calls
+from tests.inputs.table import Subject, inputs, judge, oddities, report
+
+SUBJECTS: list[Subject] = [*attention_calls.SUBJECTS, *layer_calls.SUBJECTS, *model_calls.SUBJECTS, *rank_calls.SUBJECTS,
+                           *streaming_calls.SUBJECTS]
+if find_spec("deepspeed") is not None:
+    SUBJECTS += deepspeed_calls.SUBJECTS
+ACCEPTED = oddities()
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.call)
+def test_a_bad_argument_is_named(subject: Subject) -> None:
+    faults = [fault for one in inputs(subject) if (fault := judge(one, ACCEPTED))]
+    assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize("subject", [one for one in SUBJECTS if one.complete], ids=lambda subject: subject.call)
+def test_the_right_call_is_right(subject: Subject) -> None:
+    """Otherwise every input would be refused for a reason of its own."""
+    subject.run(**subject.base())
+
+
+def test_there_are_many_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\nbad calls: {report(SUBJECTS)}")
+    assert sum(1 for subject in SUBJECTS for _ in inputs(subject)) >= 1500
