@@ -119,7 +119,7 @@ def tree_digest(tree: Mapping[str, Any]) -> str:
 
 def _tensor_digest(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -190,7 +190,9 @@ class Store:
     def _found(self) -> tuple[list[_Generation], str | None, list[str]]:
         """This rank's generations of this step (their files not checked yet); what else is stored under its key, in words;
         and what is damaged."""
-        own, trouble, others, over = [], [], None, False
+        own: list[_Generation] = []
+        trouble: list[str] = []
+        others, over = None, False
         words, listed = self._words(trouble)
         for number in self._numbers("json") | listed:
             try:
@@ -253,7 +255,7 @@ class Store:
             tensors: on any device.
             new_rows: from the first of the carries that is not stored yet, all that are there; None where there are none.
         """
-        before = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
+        before: dict[str, Any] = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
         rows, told = new_rows(before["rows"]), self.problem
         generation: _Generation | None = None
         self._last = time.monotonic()
