@@ -164,10 +164,9 @@ class Store:
             newest = agree_on_least(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
             if newest < 0:
                 break
-            wrong = self._wrong(found[newest]) if newest in found else f"{self.folder} lacks what other ranks have stored last"
-            if wrong is not None:
-                trouble.append(wrong)
-            if agree_on_least(int(wrong is None), self.group):
+            wrong = self._wrong(found[newest]) if newest in found else None
+            trouble += [] if wrong is None else [wrong]
+            if agree_on_least(int(newest in found and wrong is None), self.group):
                 chosen = found[newest]
             found = {position: g for position, g in found.items() if position < newest}
         if newest == _ANOTHER_STEP:
@@ -179,6 +178,8 @@ class Store:
             raise DamagedStepError(f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to "
                                    "begin the step anew")
         if chosen is None:
+            if own:
+                tell(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         if trouble:
