@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,6 +196,22 @@ def test_what_a_library_raises_at_the_end_is_said(name: str, says: str, tmp_path
             "losses by position": bool(directory.positions)}
     assert left == {what: what != says for what in left}
     directory.load_model()
+
+
+def test_a_full_disk_under_tensorboard_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its writer is a thread, which would print a traceback and then fail whoever calls it."""
+    said: list[str] = []
+    hook = threading.excepthook
+    with largest_file(400):
+        board = Board(tmp_path / "board", 0, Troubles(said.append))
+        for step in range(200):
+            board.write({"kind": "train", "step": step, "loss": 1.0, "lr": 2.0})
+            if step % 50 == 0 and board._writer is not None:
+                board._attempt(board._writer.flush)
+        board.close()
+    assert said == [f"{tmp_path / 'board'} could not be written (File too large): the run goes on without it"]
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is hook
 
 
 def test_probes_and_tensorboard_that_fail_are_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
