@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 from collections.abc import Callable
@@ -172,7 +173,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         raise KeyError
     assert file.read_text() == "before"
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
-    for missing in (tmp_path / "none/x", file / "x"):
+    os.mkfifo(tmp_path / "pipe")
+    for missing in (tmp_path / "none/x", file / "x", tmp_path, tmp_path / "pipe"):
         with pytest.raises(OSError, match="could not be written"):
             save_tensors(missing, {"a": torch.ones(1)})
         with pytest.raises(OSError, match="could not be written"):

@@ -37,7 +37,7 @@ def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, "standard output could not be written (Broken pipe): going on without it\n")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full on this system")
 def test_a_full_disk_under_standard_output_ends_nothing() -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = run(full.fileno())

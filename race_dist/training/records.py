@@ -42,7 +42,8 @@ class Troubles:
         """Say that ``what`` could not be written, unless that was said before."""
         if what not in self._said:
             self._said.add(what)
-            self._say(f"{what} could not be written ({_reason(error)}): the run goes on without it")
+            reason = _reason(error).removeprefix(f"{what} could not be written: ")
+            self._say(f"{what} could not be written ({reason}): the run goes on without it")
 
     def mended(self, what: str) -> None:
         """``what`` was written after all: another failure is said again."""

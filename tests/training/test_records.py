@@ -147,6 +147,23 @@ def test_a_full_disk_costs_the_records_and_not_the_run(tmp_path: Path, capsys: p
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_folders_in_the_place_of_files_cost_those_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = settings(tmp_path, steps=2)
+    directory = RunDirectory(config.directory)
+
+    def block() -> bool:
+        for path in (directory.curves, directory.sample):
+            path.mkdir(exist_ok=True)
+        return False
+
+    go(config, stop_requested=block)
+    said = capsys.readouterr().out
+    for path in (directory.curves, directory.sample):
+        assert f"{path} could not be written (there is a folder or a device of that name): the run goes on" in said
+    assert directory.positions
+    directory.load_model()
+
+
 def test_a_last_checkpoint_that_fails_does_not_cost_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, checkpoint={"every": 4})
     directory = RunDirectory(config.directory)
