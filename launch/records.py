@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from race_dist.files import read_object
 
 FOLDER = ".jobs"
 
@@ -69,7 +70,6 @@ def recall(runs: Path, which: str | None = None) -> list[Record]:
 def _read(runs: Path) -> Iterator[Record]:
     for file in sorted((runs / FOLDER).glob("*/job-*.json")):
         try:
-            tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            yield Record(**tree)
-        except (ValueError, TypeError) as error:
+            yield Record(**read_object(file, {entry.name: str for entry in fields(Record)}))
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{file} is not the record of a job: {error}") from None

@@ -99,13 +99,14 @@ def train(
 
 
 def _rehearse(trainer: Trainer) -> None:
+    from race_dist.output import tell
     from race_dist.parallel.mesh import shutdown
     from race_dist.training.rehearsal import rehearse
 
     with failures():
         for line in rehearse(trainer):
             if trainer.ranks.rank == 0:
-                print(line, flush=True)
+                tell(line)
         shutdown()
 
 

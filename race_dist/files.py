@@ -45,6 +45,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: it cannot be written; the message names ``path``.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} could not be written: there is a folder or a device of that name")
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -119,7 +121,7 @@ def tree_digest(tree: Mapping[str, Any]) -> str:
 
 def _tensor_digest(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

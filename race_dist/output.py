@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO, cast
 
 from rich.console import Console
 
@@ -98,7 +98,6 @@ def tell(line: str) -> None:
     stream.flush()
 
 
-def plain_console(**options: Any) -> Console:
+def plain_console() -> Console:
     """A console that shows words as they are (no markup, no emoji names) on a tolerant standard output."""
-    options = {"file": TolerantStream(sys.stdout), "markup": False, "emoji": False, "highlight": False} | options
-    return Console(**options)
+    return Console(file=cast(IO[str], TolerantStream(sys.stdout)), markup=False, emoji=False, highlight=False)

@@ -176,10 +176,9 @@ class Store:
             newest = agree_on_least(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
             if newest < 0:
                 break
-            wrong = self._wrong(found[newest]) if newest in found else f"{self.folder} lacks what other ranks have stored last"
-            if wrong is not None:
-                trouble.append(wrong)
-            if agree_on_least(int(wrong is None), self.group):
+            wrong = self._wrong(found[newest]) if newest in found else None
+            trouble += [] if wrong is None else [wrong]
+            if agree_on_least(int(newest in found and wrong is None), self.group):
                 chosen = found[newest]
             found = {position: g for position, g in found.items() if position < newest}
         if newest == _ANOTHER_STEP:
@@ -191,6 +190,8 @@ class Store:
             raise DamagedStepError(f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to "
                                    "begin the step anew")
         if chosen is None:
+            if own:
+                tell(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         if trouble:
@@ -202,7 +203,9 @@ class Store:
     def _found(self) -> tuple[list[_Generation], str | None, list[str]]:
         """This rank's generations of this step (their files not checked yet); what else is stored under its key, in words;
         and what is damaged."""
-        own, trouble, others, over = [], [], None, False
+        own: list[_Generation] = []
+        trouble: list[str] = []
+        others, over = None, False
         words, listed = self._words(trouble)
         for number in self._numbers("json") | listed:
             try:
@@ -265,7 +268,7 @@ class Store:
             tensors: on any device.
             new_rows: from the first of the carries that is not stored yet, all that are there; None where there are none.
         """
-        before = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
+        before: dict[str, Any] = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
         rows, told = new_rows(before["rows"]), self.problem
         generation: _Generation | None = None
         self._last = time.monotonic()

@@ -160,7 +160,7 @@ class Checkpoints:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        reader = HuggingFaceStorageReader(str(saved.path))
+        reader: Any = HuggingFaceStorageReader(str(saved.path))
         reader.fs = _OnlyFiles(reader.fs, saved.files)
         try:
             load(dict(tensors), storage_reader=reader, process_group=self._group, no_dist=self._group is None)

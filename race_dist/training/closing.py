@@ -67,8 +67,8 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
                      f"go on:    {command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
     if failed is not None:
         raise CheckpointError(f"the trained weights were not kept: {failed}; " + (
-            f"make room and go on with --resume from the checkpoints in {directory.checkpoints}" if config.checkpoint.on else
-            "checkpoints were off, so the run has to be made again"))
+            f"make room and go on with --resume from the checkpoints in {directory.checkpoints}" if
+            any(directory.checkpoints.glob("*-step-*")) else "there is no checkpoint, so the run has to be made again"))
 
 
 def _whole_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> DecoderLM:

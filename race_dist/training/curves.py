@@ -177,7 +177,7 @@ def _is_bucket(bucket: Any) -> bool:
     """Whether it says where it starts and stops, and the loss in between."""
     if not isinstance(bucket, dict) or not all(is_kind(bucket.get(key), int) for key in ("start", "stop")):
         return False
-    loss = bucket.get("loss")
+    loss: Any = bucket.get("loss")
     return 0 <= bucket["start"] < bucket["stop"] < 2**53 and is_kind(loss, float) and 0 <= loss < math.inf
 
 

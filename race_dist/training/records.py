@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +42,8 @@ class Troubles:
         """Say that ``what`` could not be written, unless that was said before."""
         if what not in self._said:
             self._said.add(what)
-            self._say(f"{what} could not be written ({_reason(error)}): the run goes on without it")
+            reason = _reason(error).removeprefix(f"{what} could not be written: ")
+            self._say(f"{what} could not be written ({reason}): the run goes on without it")
 
     def mended(self, what: str) -> None:
         """``what`` was written after all: another failure is said again."""
@@ -117,6 +119,8 @@ class Board:
     def __init__(self, folder: Path, after: int, troubles: Troubles) -> None:
         self._folder, self._troubles = folder, troubles
         writer = summary_writer()
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
         self._writer: Any = None
         self._attempt(lambda: setattr(self, "_writer", writer(str(folder), purge_step=after + 1)))
 
@@ -137,6 +141,12 @@ class Board:
     def close(self) -> None:
         """Write what it still holds."""
         self._attempt(lambda: None if self._writer is None else self._writer.close())
+        threading.excepthook = self._hook
+
+    def _thread_failed(self, arguments: threading.ExceptHookArgs) -> None:
+        """Its thread prints a traceback and hands the error to the next call, which tells it."""
+        if not type(arguments.thread).__module__.startswith("tensorboard"):
+            self._hook(arguments)
 
     def _attempt(self, act: Callable[[], Any]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -111,6 +112,81 @@ def test_subtraction_over_ranks() -> None:
     net, (ids, labels) = model("RW", decay="none"), text(1, 41)
     net(ids, labels).backward()
     for got in run_ranks(2, recovered):
+        assert_same(got, gradients(net))
+
+
+def damaged(group: ProcessGroup, folder: str, how: str) -> tuple[Any, ...]:
+    """A step is stopped, what one rank has stored of it is damaged, and it goes on: the chunks it made again, the gradients."""
+    ids, labels = text(1, 41)
+    options: dict[str, Any] = {"chunk_size": 5, "group": group}
+    rank, asked, seen = dist.get_rank(group), iter(range(1, 100)), list[Any]()
+    mine = Path(folder) / f"rank-{rank}"
+    if how == "an attempt before":  # whole, of the same step, with the same numbers, but stopped elsewhere
+        with pytest.raises(StepInterrupted):
+            streamed_backward(model("RW"), ids, labels, **options,
+                              checkpoint=StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 3))
+        if rank == 1:
+            shutil.copytree(mine, mine.with_name("kept"))
+        asked = iter(range(1, 100))
+        shutil.rmtree(mine)
+        dist.barrier(group)
+    store = StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 6)
+    with pytest.raises(StepInterrupted):
+        streamed_backward(model("RW"), ids, labels, **options, checkpoint=store)
+    newest = max((file for file in mine.glob("[0-9]*.safetensors")), key=lambda file: int(file.stem))
+    if rank == 1 and how == "a bit":
+        data = bytearray(newest.read_bytes())
+        data[-9] ^= 4
+        newest.write_bytes(data)
+    elif rank == 1 and how == "all":
+        shutil.rmtree(mine)
+    elif rank == 1 and how == "an attempt before":
+        shutil.rmtree(mine)
+        mine.with_name("kept").rename(mine)
+    dist.barrier(group)
+    net = model("RW")
+    streamed_backward(net, ids, labels, **options, checkpoint=StepCheckpoint(folder), progress=seen.append)
+    return len(seen), gradients(net)
+
+
+@pytest.mark.parametrize(("how", "again"), [("a bit", 9 - 5), ("all", 9), ("an attempt before", 9)])
+def test_ranks_go_on_together_from_what_all_have_whole(how: str, again: int, tmp_path: Path) -> None:
+    net, (ids, labels) = model("RW"), text(1, 41)
+    net(ids, labels).backward()
+    for chunks, got in run_ranks(2, damaged, str(tmp_path), how):
+        assert chunks == again
+        assert_same(got, gradients(net))
+
+
+def full_on_one(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
+    """Rank 1 cannot write after the third chunk; the step is stopped after the sixth and goes on."""
+    ids, labels = text(1, 41)
+    rank, asked, seen = dist.get_rank(group), iter(range(1, 100)), list[Any]()
+
+    def fill(progress: Any) -> None:
+        if rank == 1 and (progress.phase, progress.chunk) == ("forward", 3):
+            mock.patch("race_dist.streaming.checkpoint.save_file", side_effect=OSError(28, "No space left on device")).start()
+
+    said = ""
+    try:
+        streamed_backward(model("RW"), ids, labels, chunk_size=5, group=group, progress=fill,
+                          checkpoint=StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 6))
+    except StepInterrupted as error:
+        said = str(error)
+    mock.patch.stopall()
+    net = model("RW")
+    streamed_backward(net, ids, labels, chunk_size=5, group=group, checkpoint=StepCheckpoint(folder), progress=seen.append)
+    return said, len(seen), gradients(net)
+
+
+def test_a_full_disk_of_one_rank_costs_what_was_done_since(tmp_path: Path) -> None:
+    net, (ids, labels) = model("RW"), text(1, 41)
+    net(ids, labels).backward()
+    for rank, (said, chunks, got) in enumerate(run_ranks(2, full_on_one, str(tmp_path))):
+        reason = "No space left on device" if rank else "another rank could not store its part of the step"
+        assert reason in said
+        assert "the same call goes on from what was stored before" in said
+        assert chunks == 9 - 3
         assert_same(got, gradients(net))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,16 @@ def test_the_newest_step_of_a_run_is_its_progress(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").write_text('{"kind": "train", "step": 3}\n{"kind": "train", "step": 4}\n{"kind": "tr')
     assert slurm.progress(record) == "step 4"
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{", "", "{}", '{"id": 5}', "\0" * 9])
+def test_a_record_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+    remember(tmp_path, job_id="1", name="a", scheduler="slurm", logs="")
+    (file,) = tmp_path.rglob("job-1.json")
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"job-1\.json is not the record of a job: "):
+        recall(tmp_path)
+    tree = {"id": 5, "name": "a", "scheduler": "slurm", "submitted": "", "logs": "", "run": ""}
+    file.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="id is an integer, not a string"):
+        recall(tmp_path)

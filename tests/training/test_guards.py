@@ -133,3 +133,52 @@ def test_what_goes_wrong_for_good_ends_the_run(tmp_path: Path) -> None:
         trainer, _ = sabotaged(settings(tmp_path, **changes), {2, 3})
         with pytest.raises(FloatingPointError, match="step 4: the loss is"):
             run(trainer, RunDirectory(config.directory))
+
+
+def test_a_checkpoint_that_no_good_step_followed_is_not_gone_back_to_again(tmp_path: Path) -> None:
+    """What it holds may be why: an update that ruined the weights is seen in the step after it."""
+    config = settings(tmp_path, guard={"skips": 1, "rollbacks": 2})
+    trainer, _ = sabotaged(config, {8, 9, 10, 11})
+    run(trainer, RunDirectory(config.directory))
+    assert events(config) == [(9, "skipped"), (10, "skipped"), (8, "rolled back"), (9, "skipped"), (10, "skipped"),
+                              (4, "rolled back")]
+    assert trainer.step == 16
+
+
+def test_a_checkpoint_waits_for_a_good_step(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    trainer, _ = sabotaged(config, {3, 11})
+    run(trainer, RunDirectory(config.directory))
+    records = read_metrics(RunDirectory(config.directory).metrics)
+    assert [r["step"] for r in records if r.get("what") == "checkpoint"] == [5, 8, 13, 16]
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    trainer, _ = sabotaged(config, set())
+    whole = trainer.update
+
+    def ruin(norm: Tensor) -> None:
+        whole(norm)
+        if trainer.step == 15:  # the last step's: no step after it would show it
+            with torch.no_grad():
+                trainer.model.norm.weight[0] = math.inf
+
+    trainer.update = ruin  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="the weights are not finite after step 16; go on from a checkpoint"):
+        run(trainer, RunDirectory(config.directory))
+    directory = RunDirectory(config.directory)
+    assert sorted(p.name for p in directory.checkpoints.iterdir())[-1].endswith("step-00000012")
+    assert not directory.weights.exists()
+    assert (16, "no checkpoint") in events(config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"stream": {"chunk_size": 8}}, {"precision": "bfloat16"},
+                                     {"model": {"dim": 16, "num_layers": 3, "num_heads": 2, "layer_pattern": "RWS",
+                                                "race": {"decay": "token"}}}])
+def test_a_run_that_diverges_on_the_cpu_meets_the_guard(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Weights that become Inf make a loss that is none, and not a complaint about an argument of the attention."""
+    config = settings(tmp_path, optim={"warmup_steps": 1, "lr": 1e30, "clip": 0}, checkpoint={"every": 1}, **changes)
+    with pytest.raises(FloatingPointError, match=r"the loss is .* and the gradient's norm .*; try a lower optim\.lr"):
+        run(sabotaged(config, set())[0], RunDirectory(config.directory))
+    assert "skipped" in [what for _, what in events(config)]

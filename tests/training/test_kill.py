@@ -57,7 +57,8 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
         return call
 
     if die_at is not None:
-        for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (checkpoint, "_describe"), (json, "dump")):
+        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (checkpoint, "file_digest"),
+                            (checkpoint, "write_record")):
             setattr(owner, name, deadly(getattr(owner, name)))
     config = parse_config(tree)
     directory = RunDirectory(config.directory)

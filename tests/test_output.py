@@ -1,0 +1,63 @@
+"""Standard output that fails ends nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from race_dist.output import TolerantStream, plain_console, tell
+
+PROGRAM = """
+from race_dist.output import plain_console, tell
+console = plain_console()
+for n in range(3):
+    console.print("caf\\u00e9 [/b] :smile:")
+    tell("caf\\u00e9")
+"""
+
+
+def run(stdout: int | None, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", PROGRAM], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
+                          cwd=root, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(root)})
+
+
+def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run(writer)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "standard output could not be written (Broken pipe): going on without it\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full on this system")
+def test_a_full_disk_under_standard_output_ends_nothing() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = run(full.fileno())
+    assert done.returncode == 0
+    assert done.stderr.count("No space left on device") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_ascii_output_gets_escapes_and_names_are_no_markup() -> None:
+    done = run(subprocess.PIPE, "ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "caf\\xe9 [/b] :smile:\ncaf\\xe9\n" * 3
+
+
+def test_a_stream_that_is_closed_or_not_there_takes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stdout", stream)
+        tell("words")
+        plain_console().print("words")
+        assert TolerantStream(stream).write("words") == 5
+        assert not TolerantStream(stream).isatty()
