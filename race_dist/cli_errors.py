@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+_LONG_WORD = re.compile(r"\S{301,}")  # mostly a path, which is shown in part
+_PATHLIB = ("Symlink loop", "Could not determine home")  # how its RuntimeErrors about a path begin
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer has a copy of click, or click, by its version
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, RecursionError)  # what a user can mend
 
@@ -40,8 +43,8 @@ def _refuse_empty(words: Sequence[str]) -> None:
         name, equals, value = word.partition("=")
         option = name if word.startswith("--") and equals and not value.strip() else before if not word.strip() else None
         if option is not None:
-            where = f"the value of {option}" if option.startswith("-") else "an argument"
-            raise ValueError(f"{where} is empty: give one" + (", or leave the option out" if option.startswith("-") else ""))
+            where = f"the value of {option}" if option.strip("-") and option.startswith("-") else "an argument"
+            raise ValueError(f"{where} is empty: give one" + (", or leave the option out" if where != "an argument" else ""))
 
 
 def _tell(error: Exception) -> int:
@@ -60,7 +63,7 @@ def _tell(error: Exception) -> int:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
         _print(f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'make something smaller'}")
         return FAILED
-    if isinstance(error, _MISTAKES):
+    if isinstance(error, _MISTAKES) or (isinstance(error, RuntimeError) and str(error).startswith(_PATHLIB)):
         _print(_sentence(error))
         return USER_ERROR
     traceback.print_exception(error)
@@ -69,7 +72,9 @@ def _tell(error: Exception) -> int:
 
 def _print(sentence: str) -> None:
     rank = os.environ.get("RANK", "0")
-    print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: {' '.join(sentence.split())}", file=sys.stderr)
+    sentence = sentence.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
+    print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: "
+          + _LONG_WORD.sub(lambda word: f"{word[0][:100]}...", " ".join(sentence.split())), file=sys.stderr)
 
 
 def _sentence(error: Exception) -> str:
