@@ -36,23 +36,25 @@ def values(*texts: str) -> list[Value]:
 # --- options ---------------------------------------------------------------------------------------------------------------
 EMPTY = ("", " ")
 HUGE = str(10**25)
-NUMBER = (*EMPTY, "x", "true", "nan", "inf", "-inf", "-1", "1e400", "1,2", "²", "0x10", "1 2", "--", "NaN", "None", HUGE + "0" * 40)
+NUMBER = (*EMPTY, "x", "true", "nan", "inf", "-inf", "-1", "1e400", "1,2", "²", "0x10", "1 2", "--", "NaN", "None",
+          HUGE + "0" * 40)
 WHOLE = (*NUMBER, "1.5", "1e3", HUGE, "9" * 5000, "1K")
 COUNT = (*NUMBER, "1.5", HUGE, "1KK", "K", "1.0001K", "4 096 1", "-4K", "9" * 5000)
 LOCKED = () if os.geteuid() == 0 else ("locked/x",)  # root may write anywhere
 KINDS: dict[str, tuple[str, ...]] = {
     "whole": WHOLE, "whole from 1": (*WHOLE, "0", "-0"), "number": NUMBER, "count": COUNT, "count from 1": (*COUNT, "0", "0K"),
-    "counts": tuple(text for text in (*COUNT, "0", "1,", ",1", "1,,2", "1;2", "1,x", "1,-2", "[1,2]") if text not in ("1,2", "1 2")),
-    "device": (*EMPTY, "foo", "-1", "1.5", "²", "meta", "1e3", "cuda:99", "cuda:x", "cuda:-1", "cuda:", "tpu", "CPU", "cpu:0", "0",
-               "cuda:" + "9" * 50),
+    "counts": (*(text for text in COUNT if text != "1,2"), "0", "1,", ",1", "1,,2", "1;2", "1,x", "1,-2", "[1,2]"),
+    "device": (*EMPTY, "foo", "-1", "1.5", "²", "meta", "1e3", "cuda:99", "cuda:x", "cuda:-1", "cuda:", "tpu", "CPU", "cpu:0",
+               "0", "cuda:" + "9" * 50),
     "choice": (*EMPTY, "nope", "5", "true", "Device ", "none,fsdp"),
-    "text": (*EMPTY, "\udcff"), "change": (*EMPTY, "x", "=5", "a b", ".=1"), "array": (*EMPTY, "x", "=5", "seed=", "seed=1,,2"), "name": EMPTY,
+    "text": (*EMPTY, "\udcff"), "change": (*EMPTY, "x", "=5", "a b", ".=1"),
+    "array": (*EMPTY, "x", "=5", "seed=", "seed=1,,2"), "name": EMPTY,
     "input file": (*EMPTY, "nowhere", "folder", "text.txt/x", "y" * 5000, "loop"),
     "output file": (*EMPTY, "folder", "text.txt/x", "y" * 5000, "nowhere/x", "loop/x", *LOCKED),
     "output file in a new folder": (*EMPTY, "folder", "text.txt/x", "text.txt/x/y", "y" * 5000, "loop/x", *LOCKED),
     "output folder": (*EMPTY, "text.txt", "text.txt/x", "y" * 5000, "loop/x", *LOCKED),
-    "endpoint": (*EMPTY, "x", "host:x", ":1", "a b:1", "host:", "host:0", "host:99999", "host:-1", "1:2:3", "host:1.5", "host:1 ",
-                 "-x:1", "host;x:1", "$(x):1"),
+    "endpoint": (*EMPTY, "x", "host:x", ":1", "a b:1", "host:", "host:0", "host:99999", "host:-1", "1:2:3", "host:1.5",
+                 "host:1 ", "-x:1", "host;x:1", "$(x):1"),
     "host": (*EMPTY, "a b", "-x", "a;b", "$(x)", "a/b"),
     "flag": ("1", "true", "no"),
 }
@@ -71,8 +73,8 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
                                                        "--one-document": "flag", "--skip-undecodable": "flag"}),
     "bench attention": (["--repeats", "0"], {
         "--lengths": "counts", "--heads": "whole from 1", "--head-dim": "whole from 1", "--tables": "whole from 1",
-        "--planes": "whole from 1", "--non-causal": "flag", "--dtype": "choice", "--device": "device", "--memory": "count from 1",
-        "--out": "output file in a new folder"}),
+        "--planes": "whole from 1", "--non-causal": "flag", "--dtype": "choice", "--device": "device",
+        "--memory": "count from 1", "--out": "output file in a new folder"}),
     "bench decode": (["--planes", "0"], {
         "--heads": "whole from 1", "--head-dim": "whole from 1", "--tables": "whole from 1", "--contexts": "counts",
         "--device": "device", "--out": "output file in a new folder"}),
@@ -93,8 +95,8 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
     "launch logs": (["job"], {"--runs": "name", "--lines": "whole from 1"}),
     "launch cancel": (["job"], {"--runs": "name"}),
     "preflight": (MODEL, {
-        "--override": "change", "--nproc": "whole from 1", "--folder": "output folder", "--device": "device", "--timeout": "number",
-        "--json": "output file in a new folder"}),
+        "--override": "change", "--nproc": "whole from 1", "--folder": "output folder", "--device": "device",
+        "--timeout": "number", "--json": "output file in a new folder"}),
 }
 ELSEWHERE = {  # options that stand beside the one under test to keep a benchmark from running, and those another test holds
     ("bench attention", "--repeats"), ("bench decode", "--planes"), ("plan", "--gpu"), ("plan", "--checkpointing"),
@@ -135,8 +137,9 @@ def command_subjects() -> Iterator[Subject]:
 def argument_subjects() -> Iterator[Subject]:
     """Files and folders that stand without an option's name: they are named themselves."""
     for verb, name, words in (("train", "CONFIG", []), ("plan", "CONFIG", []), ("preflight", "CONFIG", []),
-                              ("bench streaming", "CONFIG", []), ("launch local", "CONFIG", []), ("generate", "RUN", ["--prompt", "x"]),
-                              ("eval", "RUN", []), ("export", "RUN", ["--out", "x"]), ("report", "RUN", []),
+                              ("bench streaming", "CONFIG", []), ("launch local", "CONFIG", []),
+                              ("generate", "RUN", ["--prompt", "x"]), ("eval", "RUN", []),
+                              ("export", "RUN", ["--out", "x"]), ("report", "RUN", []),
                               ("data check", "FOLDER", []), ("data pack", "PATH", ["--out", "packed"])):
         def run(verb: str = verb, words: list[str] = words, **given: str) -> None:
             run_command(verb, [*words, "--", *given.values()])()
@@ -187,7 +190,7 @@ def load(path: Path) -> Callable[..., None]:
 
 def key_subjects(path: Path) -> Iterator[Subject]:
     found = {key: SPECIAL.get(key, values(*KEY_VALUES[kind])) for key, _, kind in keys(TrainConfig)}
-    yield Subject("load_config", load(path), dict, found, {key: ("zz",) for key in found})
+    yield Subject("load_config", load(path), dict, found, dict.fromkeys(found, ("zz",)))
     tables = [key for key, _, kind in keys(TrainConfig) if kind == "table"]
     unknown = {f"{table}.{word}": values("1") for table in tables for word in ("zz", "Dim", "lrr", "1")} | {
         word: values("1") for word in ("zz", "Model", "step", "-", "seeds")}
@@ -202,10 +205,11 @@ PYTHON_VALUES: dict[object, list[Any]] = {
     Literal: ["", "nope", 5, True, [], {}, b"auto", object()],
     "table": [5, True, "", "text", [1], object(), {"zz": 1}],
 }
+SECTIONS = [field.annotation for field in TrainConfig.model_fields.values()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig)]
 MADE: dict[type[StrictConfig], dict[str, Any]] = {
-    RaceConfig: {"dim": 16, "num_heads": 2}, ModelConfig: {"vocab_size": 9, "dim": 16, "num_layers": 2, "num_heads": 2},
-    **{field.annotation: {} for name, field in TrainConfig.model_fields.items()
-       if isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig) and field.annotation is not ModelConfig}}
+    **{kind: {} for kind in SECTIONS}, RaceConfig: {"dim": 16, "num_heads": 2},
+    ModelConfig: {"vocab_size": 9, "dim": 16, "num_layers": 2, "num_heads": 2}}
 
 
 def python_subjects() -> Iterator[Subject]:
@@ -216,7 +220,7 @@ def python_subjects() -> Iterator[Subject]:
             kind = "table" if isinstance(kind, type) and issubclass(kind, StrictConfig) else kind
             found[name] = [Value(f"{type(one).__name__} {one!r}"[:40] if not isinstance(one, int) or abs(one) < 10**99 else
                                  f"{one.bit_length()} bits", lambda one=one: one) for one in PYTHON_VALUES[kind]]  # type: ignore
-        yield Subject(model.__name__, model, lambda base=base: dict(base), found, {name: ("zz",) for name in found})  # type: ignore
+        yield Subject(model.__name__, model, lambda base=base: dict(base), found, dict.fromkeys(found, ("zz",)))  # type: ignore
 
 
 # --- tests -----------------------------------------------------------------------------------------------------------------
