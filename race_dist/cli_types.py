@@ -134,6 +134,8 @@ def output_file(*names: str, metavar: str, help: str, make_folder: bool = False)
         path = Path(name)
         if _ask(path, Path.is_dir):
             raise typer.BadParameter(f"{shown(name)} is a folder: give the name of a file")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise typer.BadParameter(f"{shown(name)} is a link or a device, which would be replaced: give the name of a file")
         _check_folder(path.absolute().parent, name, make_folder)
         if path.exists() and not os.access(path, os.W_OK):
             raise typer.BadParameter(f"{shown(name)} is there and may not be written")

@@ -63,7 +63,7 @@ class OptimConfig(StrictConfig):
         accumulate: parts in which a rank works through its rows of a batch, one after the other; the gradients add up.
     """
 
-    lr: float = Field(1e-3, ge=1e-38, le=FLOAT32_LIMIT)
+    lr: float = Field(1e-3, ge=1e-38, le=1e30)
     final_lr: float = Field(0.1, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0, le=COUNT_LIMIT)
     weight_decay: float = Field(0.1, ge=0, le=1000)

@@ -50,8 +50,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text": (*EMPTY, "\udcff"), "change": (*EMPTY, "x", "=5", "a b", ".=1"),
     "array": (*EMPTY, "x", "=5", "seed=", "seed=1,,2"), "name": EMPTY,
     "input file": (*EMPTY, "nowhere", "folder", "text.txt/x", "y" * 5000, "loop"),
-    "output file": (*EMPTY, "folder", "text.txt/x", "y" * 5000, "nowhere/x", "loop/x", *LOCKED),
-    "output file in a new folder": (*EMPTY, "folder", "text.txt/x", "text.txt/x/y", "y" * 5000, "loop/x", *LOCKED),
+    "output file": (*EMPTY, "folder", "text.txt/x", "y" * 5000, "nowhere/x", "loop/x", "loop", "link", "pipe", *LOCKED),
+    "output file in a new folder": (*EMPTY, "folder", "text.txt/x", "text.txt/x/y", "y" * 5000, "loop/x", "link", "pipe",
+                                    *LOCKED),
     "output folder": (*EMPTY, "text.txt", "text.txt/x", "y" * 5000, "loop/x", *LOCKED),
     "endpoint": (*EMPTY, "x", "host:x", ":1", "a b:1", "host:", "host:0", "host:99999", "host:-1", "1:2:3", "host:1.5",
                  "host:1 ", "-x:1", "host;x:1", "$(x):1"),
@@ -233,6 +234,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "utf16.toml").write_bytes(TOML.encode("utf-16"))
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to("text.txt")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "locked").mkdir(mode=0o500)
     return tmp_path
 
