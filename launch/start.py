@@ -77,6 +77,8 @@ def torchrun(job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int |
     """Run torchrun for this node; every node gets the same command. Returns its exit code."""
     if endpoint is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need a place to meet: --endpoint HOST:PORT, the same on each of them")
+    if node_rank is not None and node_rank >= job.nodes:
+        raise ValueError(f"--node-rank {node_rank} does not fit nodes = {job.nodes}: it counts from 0")
     run_id = run.name if job.nodes > 1 else uuid.uuid4().hex
     environment = job.environment()
     command = torchrun_command(job, run.arguments(job), endpoint=endpoint or "localhost:0", run_id=run_id,

@@ -127,8 +127,7 @@ app.add_typer(bench, name="bench")
 @bench.command("attention")
 def bench_attention(
     lengths: Annotated[cli_types.Counts, cli_types.counts(
-        metavar="T,T,...", help=f"Sequence lengths, at least 2. {cli_types.COUNT_WORDS}.",
-        low=2)] = _ATTENTION_LENGTHS,
+        metavar="T,T,...", help=f"Sequence lengths. {cli_types.COUNT_WORDS}.")] = _ATTENTION_LENGTHS,
     heads: Annotated[int, cli_types.whole(metavar="H", help="Attention heads.", high=2**16)] = 2,
     head_dim: Annotated[int, cli_types.whole(metavar="D", help="Width of a head.", high=2**12)] = 64,
     tables: Annotated[int, cli_types.whole(metavar="L", help="Hash tables.", high=2**16)] = 4,

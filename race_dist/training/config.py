@@ -19,6 +19,7 @@ from race_dist.strict_config import (
     StrictConfig,
     read_toml,
     set_key,
+    shown,
 )
 from race_dist.training.corpus import BYTE_VOCAB, HeldOut
 
@@ -264,6 +265,9 @@ class TrainConfig(StrictConfig):
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _read_deepspeed(cls, value: Any) -> Any:
+        for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") if isinstance(value, Mapping) else ():
+            if not isinstance(value.get(key, {}), Mapping):
+                raise ValueError(f"deepspeed.{key} must be a table; got {shown(value[key])}")
         if not isinstance(value, str):
             return value
         try:
