@@ -10,10 +10,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test test-all test-gpu lint bench clean help
+.PHONY: demo check test test-all test-gpu lint bench clean help
 
 help:
 	@echo "make demo      install, train a small model over 2 ranks on 2 cores, sample from it (a few minutes)"
+	@echo "make check     lint and the core's tests, for the inner loop (under two minutes on 2 cores)"
 	@echo "make test      lint, then the tests that need no GPU (under 20 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-gpu  the tests that need a CUDA device"
@@ -22,6 +23,13 @@ help:
 
 demo: .venv/.installed
 	$(BIN)/race-dist train configs/demo.toml --nproc 2 --overwrite
+
+# The core: operator, layers, models, one process of parallel, configurations, the package's layers, bad inputs.
+CORE := tests/ops tests/nn tests/models tests/parallel tests/inputs tests/kernels/test_plan.py tests/test_attention.py \
+	tests/test_package.py tests/training/test_train_config.py
+
+check: lint
+	$(PYTEST) -m "not slow and not gpu" -k "not wheel" $(CORE)
 
 test: lint .venv/.installed-cluster .venv/.installed-browser
 	$(PYTEST) -m "not slow and not gpu"

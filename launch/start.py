@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from race_dist.launch.job import JobConfig, load_job
 from race_dist.launch.local import supervise
 from race_dist.launch.records import Record, recall
 from race_dist.launch.sbatch import render
+from race_dist.strict_config import shown
 from race_dist.training.config import load_config
 
 
@@ -75,6 +77,8 @@ def torchrun(job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int |
     """Run torchrun for this node; every node gets the same command. Returns its exit code."""
     if endpoint is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need a place to meet: --endpoint HOST:PORT, the same on each of them")
+    if node_rank is not None and node_rank >= job.nodes:
+        raise ValueError(f"--node-rank {node_rank} does not fit nodes = {job.nodes}: it counts from 0")
     run_id = run.name if job.nodes > 1 else uuid.uuid4().hex
     environment = job.environment()
     command = torchrun_command(job, run.arguments(job), endpoint=endpoint or "localhost:0", run_id=run_id,
@@ -86,11 +90,23 @@ def deepspeed(job: JobConfig, run: Run, *, hostfile: Path | None, dry_run: bool)
     """Run DeepSpeed's launcher. Returns its exit code."""
     if hostfile is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need --hostfile FILE with a line 'HOST slots={job.ranks_per_node}' for each")
-    if hostfile is not None and not hostfile.is_file():
-        raise FileNotFoundError(f"there is no host file {hostfile}")
+    if hostfile is not None:
+        _check_hostfile(hostfile)
     environment = job.environment()
     command = deepspeed_command(job, run.arguments(job), hostfile=hostfile)
     return _do(in_container(job, command, environment, Path.cwd()), environment, dry_run)
+
+
+def _check_hostfile(file: Path) -> None:
+    """Raise ValueError where it is not a list of hosts as DeepSpeed reads it."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--hostfile: there is no file {file}")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    hosts = [line for line in lines if line and not line.startswith("#")]
+    wrong = next((line for line in hosts if not re.fullmatch(r"\S+\s+slots=[1-9][0-9]*(\s+#.*)?", line)), None)
+    if wrong is not None or not hosts:
+        raise ValueError(f"--hostfile {file} " + ("names no host" if wrong is None else f"has the line {shown(wrong)}")
+                         + "; it wants a line 'HOST slots=N' for each host")
 
 
 def submit_slurm(job: JobConfig, run: Run, *, array: Sequence[str], plain: bool, write: Path | None,

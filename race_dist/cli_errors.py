@@ -3,36 +3,116 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-FAILED, USER_ERROR = 1, 2
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+_LONG_WORD = re.compile(r"\S{301,}")  # mostly a path, which is shown in part
+_PATHLIB = ("Symlink loop", "Could not determine home")  # how its RuntimeErrors about a path begin
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer has a copy of click, or click, by its version
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, RecursionError)  # what a user can mend
+
+
+class Verbs(TyperGroup):
+    """The command with all its verbs: the one place that turns errors into a sentence and an exit code.
+
+    2: a mistake that the user can mend; 1: a run that failed. A traceback is for our own mistakes (1, too).
+    """
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *more: Any, **extra: Any) -> Any:
+        """Run a verb and end the process with its exit code."""
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            _refuse_empty(words)
+            code = super().main(words, prog_name, *more, **{**extra, "standalone_mode": False})
+        except Exception as error:
+            code = _tell(error)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """An empty value, mostly of a shell variable that is not set, is never "not given"."""
+    for before, word in zip(("", *words), words):
+        name, equals, value = word.partition("=")
+        option = name if word.startswith("--") and equals and not value.strip() else before if not word.strip() else None
+        if option is not None:
+            where = f"the value of {option}" if option.strip("-") and option.startswith("-") else "an argument"
+            raise ValueError(f"{where} is empty: give one" + (", or leave the option out" if where != "an argument" else ""))
+
+
+def _tell(error: Exception) -> int:
+    """Say what went wrong, on the error stream; returns the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # a verb without a word: its help, as its message
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    if isinstance(error, _UsageError):
+        _print(error.format_message().replace("Value error, ", ""))  # type: ignore[attr-defined]
+        return USER_ERROR
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED
+    if isinstance(error, _failures()):
+        _print(str(error))
+        return FAILED
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
+        _print(f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'make something smaller'}")
+        return FAILED
+    if isinstance(error, _MISTAKES) or (isinstance(error, RuntimeError) and str(error).startswith(_PATHLIB)):
+        _print(_sentence(error))
+        return USER_ERROR
+    traceback.print_exception(error)
+    return FAILED
+
+
+def _print(sentence: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    sentence = sentence.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
+    print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: "
+          + _LONG_WORD.sub(lambda word: f"{word[0][:100]}...", " ".join(sentence.split())), file=sys.stderr)
+
+
+def _sentence(error: Exception) -> str:
+    """Of the system's errors the file and what is wrong with it, without a number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None and len(error.args) > 1:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply"
+    return str(error) or type(error).__name__
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's on a GPU, and its allocator's on the CPU, which has no type of its own."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """How a run fails. They are not looked for where nothing that could raise them was imported."""
+    found: list[type[Exception]] = [FloatingPointError]
+    for module, name in (("race_dist.parallel", "RankFailure"), ("race_dist.training.checkpoint", "CheckpointError")):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Say what a user can mend in one sentence; a traceback is for our own mistakes."""
+def work() -> Iterator[None]:
+    """Around work that began after all that a user can mend was checked: an unexpected error there keeps its traceback and
+    ends with 1, after which a launcher starts the run again."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
-        raise typer.Exit(USER_ERROR) from None
-
-
-@contextmanager
-def failures() -> Iterator[None]:
-    """Say in one sentence how a run has failed: a rank that died, a loss that is no number."""
-    from race_dist.parallel import RankFailure
-    from race_dist.training.checkpoint import CheckpointError
-
-    try:
-        yield
-    except (RankFailure, FloatingPointError, CheckpointError) as error:
-        print(f"race-dist: {error}", file=sys.stderr)
+    except OSError as error:
+        _print(_sentence(error))
+        raise typer.Exit(FAILED) from None
+    except Exception as error:
+        if isinstance(error, (*_failures(), MemoryError, RuntimeError)):  # typer.Exit is a RuntimeError
+            raise
+        traceback.print_exc()
         raise typer.Exit(FAILED) from None
 
 

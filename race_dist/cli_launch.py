@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from race_dist.cli_errors import FAILED, failures, user_errors
+from race_dist import cli_types
+from race_dist.cli_errors import FAILED
+from race_dist.strict_config import TIMEOUT_LIMIT
 
 launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")
 
@@ -22,7 +23,7 @@ Change = Annotated[list[str] | None, typer.Option(
     "--set", "-s", metavar="KEY=VALUE", help="Change one key of the job, e.g. nodes=4. Repeatable.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and do nothing.")]
 Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of all runs.")]
-Write = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the file instead of submitting it.")]
+Write = Annotated[Path | None, cli_types.output_file(metavar="FILE", help="Write the file instead of submitting it.")]
 
 
 @launch.command("local")
@@ -31,39 +32,37 @@ def launch_local(config: Config, override: Override = None, job: JobFile = None,
     """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
     from race_dist.launch import start
 
-    with user_errors():
-        code = start.local(*start.describe(config, override or (), job, change or ()), dry_run=dry_run)
+    code = start.local(*start.describe(config, override or (), job, change or ()), dry_run=dry_run)
     raise typer.Exit(code)
 
 
 @launch.command("torchrun")
 def launch_torchrun(
     config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: the first one.")] = None,
-    node_rank: Annotated[int | None, typer.Option(min=0, metavar="N", help="This node's place.")] = None,
-    local_address: Annotated[str | None, typer.Option(metavar="HOST", help="How the others reach this node.")] = None,
+    endpoint: Annotated[str | None, cli_types.endpoint(
+        metavar="HOST:PORT", help="Where the nodes meet: the first one.")] = None,
+    node_rank: Annotated[int | None, cli_types.whole(metavar="N", help="This node's place.", low=0)] = None,
+    local_address: Annotated[str | None, cli_types.host(metavar="HOST", help="How the others reach this node.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run torchrun on this node; give every node of the job the same command."""
     from race_dist.launch import start
 
-    with user_errors():
-        code = start.torchrun(*start.describe(config, override or (), job, change or ()), endpoint=endpoint,
-                              node_rank=node_rank, local_address=local_address, dry_run=dry_run)
+    code = start.torchrun(*start.describe(config, override or (), job, change or ()), endpoint=endpoint,
+                          node_rank=node_rank, local_address=local_address, dry_run=dry_run)
     raise typer.Exit(code)
 
 
 @launch.command("deepspeed")
 def launch_deepspeed(
     config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
+    hostfile: Annotated[Path | None, cli_types.input_file(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run under DeepSpeed's launcher."""
     from race_dist.launch import start
 
-    with user_errors():
-        code = start.deepspeed(*start.describe(config, override or (), job, change or ()), hostfile=hostfile, dry_run=dry_run)
+    code = start.deepspeed(*start.describe(config, override or (), job, change or ()), hostfile=hostfile, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -78,10 +77,9 @@ def launch_slurm(
     """Submit to Slurm. The job saves before its time is up, goes back to the queue and goes on."""
     from race_dist.launch import start
 
-    with user_errors():
-        for line in start.submit_slurm(*start.describe(config, override or (), job, change or ()), array=array or (),
-                                       plain=plain, write=write, dry_run=dry_run):
-            print(line)
+    for line in start.submit_slurm(*start.describe(config, override or (), job, change or ()), array=array or (),
+                                   plain=plain, write=write, dry_run=dry_run):
+        print(line)
 
 
 @launch.command("kubernetes")
@@ -90,10 +88,9 @@ def launch_kubernetes(config: Config, override: Override = None, job: JobFile = 
     """Submit to Kubernetes as a JobSet: one pod a node, torchrun in each."""
     from race_dist.launch import start
 
-    with user_errors():
-        for line in start.submit_kubernetes(*start.describe(config, override or (), job, change or ()), write=write,
-                                            dry_run=dry_run):
-            print(line)
+    for line in start.submit_kubernetes(*start.describe(config, override or (), job, change or ()), write=write,
+                                        dry_run=dry_run):
+        print(line)
 
 
 @launch.command("templates")
@@ -111,21 +108,19 @@ def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")
     """Say how submitted jobs stand."""
     from race_dist.launch import start
 
-    with user_errors():
-        for record, facts in start.status(runs, which):
-            print(f"{record.id:10} {record.name:24} {facts['state']:12} "
-                  + ", ".join(filter(None, (facts["progress"], facts["nodes"], facts["reason"],
-                                            f"{facts['restarts']} requeues" if facts["restarts"] not in ("", "0") else ""))))
+    for record, facts in start.status(runs, which):
+        print(f"{record.id:10} {record.name:24} {facts['state']:12} "
+              + ", ".join(filter(None, (facts["progress"], facts["nodes"], facts["reason"],
+                                        f"{facts['restarts']} requeues" if facts["restarts"] not in ("", "0") else ""))))
 
 
 @launch.command("logs")
 def launch_logs(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs"),
-                lines: Annotated[int, typer.Option("--lines", "-n", min=1, metavar="N", help="Of each file.")] = 40) -> None:
+                lines: Annotated[int, cli_types.whole("--lines", "-n", metavar="N", help="Of each file.")] = 40) -> None:
     """Show the end of what a submitted job has printed."""
     from race_dist.launch import start
 
-    with user_errors():
-        print("\n".join(start.logs(runs, which, lines)))
+    print("\n".join(start.logs(runs, which, lines)))
 
 
 @launch.command("cancel")
@@ -133,20 +128,21 @@ def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs
     """End a submitted job: it saves and does not come back."""
     from race_dist.launch import start
 
-    with user_errors():
-        print("\n".join(start.cancel(runs, which)))
+    print("\n".join(start.cancel(runs, which)))
 
 
 def preflight(
     config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="CONFIG")] = None,
     override: Override = None,
-    nproc: Annotated[int | None, typer.Option(
-        min=1, metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.")] = None,
-    folder: Annotated[Path | None, typer.Option(
+    nproc: Annotated[int | None, cli_types.whole(
+        metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.", high=cli_types.MOST_RANKS)] = None,
+    folder: Annotated[Path | None, cli_types.output_folder(
         metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds that ranks wait for each other.")] = 120.0,
-    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there.")] = None,
+    device: Annotated[str | None, cli_types.device()] = None,
+    timeout: Annotated[float, cli_types.number(
+        metavar="S", help="Seconds that ranks wait for each other.", low=1, high=TIMEOUT_LIMIT)] = 120.0,
+    out: Annotated[Path | None, cli_types.output_file(
+        "--json", metavar="FILE", help="Write everything there.", make_folder=True)] = None,
 ) -> None:
     """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
 
@@ -155,23 +151,22 @@ def preflight(
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.training.config import load_config
 
-    with user_errors():
-        settings = None if config is None else load_config(config, override or ())
-        if nproc is not None and under_launcher():
-            raise ValueError("--nproc starts ranks itself; leave it out under a launcher")
+    settings = None if config is None else load_config(config, override or ())
+    if nproc is not None and under_launcher():
+        raise ValueError("--nproc starts ranks itself; leave it out under a launcher")
     if nproc is not None and nproc > 1:
-        words = [w for w in sys.argv[1:] if not w.startswith("--nproc")]
-        if "--nproc" in sys.argv:
-            words.remove(str(nproc))
-        raise typer.Exit(launch_ranks(["-m", "race_dist.launch.rank", *words], nproc))
+        given: list[tuple[str, object]] = [("--override", change) for change in override or ()]
+        given += [("--folder", folder), ("--device", device), ("--timeout", timeout), ("--json", out)]
+        words = [word for name, value in given if value is not None for word in (name, str(value))]
+        words += [] if config is None else ["--", str(config)]
+        raise typer.Exit(launch_ranks(["-m", "race_dist.launch.rank", "preflight", *words], nproc))
     from race_dist.launch import preflight as checks
 
-    where = folder or (Path("runs") if settings is None else Path(settings.runs))
-    with user_errors(), failures():
-        report = checks.preflight(settings, where, device=device, timeout=timeout)
-        if os.environ.get("RANK", "0") == "0":
-            checks.show(report)
-            if out is not None:
-                checks.write(report, out)
+    where = folder if folder is not None else Path("runs" if settings is None else settings.runs)
+    report = checks.preflight(settings, where, device=device, timeout=timeout)
+    if os.environ.get("RANK", "0") == "0":
+        checks.show(report)
+        if out is not None:
+            checks.write(report, out)
     if report.refused:
         raise typer.Exit(FAILED)

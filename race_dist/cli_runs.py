@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from race_dist.cli_errors import default_device, failures, user_errors
+from race_dist import cli_types
+from race_dist.cli_errors import default_device
+from race_dist.strict_config import SEED_LIMIT
 
 if TYPE_CHECKING:
     from race_dist.training.corpus import Corpus
@@ -21,18 +23,20 @@ runs = typer.Typer()
 @runs.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="The folder of a trained run, for example runs/demo.", metavar="RUN")],
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the text goes on from.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, from a file.")] = None,
-    tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Bytes to write.")] = 400,
-    temperature: Annotated[float, typer.Option(min=0, metavar="T", help="0 always takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, metavar="K", help="Draw from the K likeliest bytes only.")] = None,
-    top_p: Annotated[float | None, typer.Option(
-        min=0, max=1, metavar="P", help="Draw from the likeliest bytes that together reach P.")] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
-    save_context: Annotated[Path | None, typer.Option(
+    prompt: Annotated[str | None, cli_types.text(metavar="TEXT", help="What the text goes on from.")] = None,
+    prompt_file: Annotated[Path | None, cli_types.input_file(metavar="FILE", help="The same, from a file.")] = None,
+    tokens: Annotated[int, cli_types.count(metavar="N", help="Tokens to write.", low=0)] = 400,
+    temperature: Annotated[float, cli_types.number(
+        metavar="T", help="0 always takes the likeliest token.", low=1e-4, high=1e4, zero=True)] = 0.8,
+    top_k: Annotated[int | None, cli_types.whole(metavar="K", help="Draw from the K likeliest tokens only.")] = None,
+    top_p: Annotated[float | None, cli_types.number(
+        metavar="P", help="Draw from the likeliest tokens that together reach P.", low=1e-6, high=1)] = None,
+    seed: Annotated[int, cli_types.whole(metavar="N", help="Of the draws.", low=0, high=SEED_LIMIT)] = 0,
+    save_context: Annotated[Path | None, cli_types.output_file(
         metavar="FILE", help="Keep what the model remembers of the prompt.")] = None,
-    context: Annotated[Path | None, typer.Option(
+    context: Annotated[Path | None, cli_types.input_file(
         metavar="FILE", help="Go on from what --save-context kept; a prompt comes after it.")] = None,
+    step: Annotated[int | None, cli_types.step()] = None,
 ) -> None:
     """Write text with a trained model: the prompt, then what the model makes of it, as it comes.
 
@@ -43,25 +47,24 @@ def generate(
     from race_dist.training.corpus import utf8_pieces
     from race_dist.training.rundir import RunDirectory
 
-    with user_errors(), failures():
-        if prompt is not None and prompt_file is not None:
-            raise ValueError("give --prompt or --prompt-file, not both")
-        if prompt is None and prompt_file is None and context is None:
-            raise ValueError("give --prompt, --prompt-file or --context")
-        directory = RunDirectory(run)
-        model, codec = directory.load_model(default_device()), directory.codec()
-        known, before = sampling.load_context(context, model) if context is not None else (None, 0)
-        pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
-        remembered, count = sampling.read_text(model, pieces, codec, known)
-        if save_context is not None:
-            sampling.save_context(save_context, remembered, model, before + count)
-            print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
-        if prompt is not None or (prompt_file is not None and count <= _ECHOED):
-            print(prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8"), end="", flush=True)
-        for piece in sampling.write_text(model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k,
-                                         top_p=top_p, seed=seed):
-            print(piece, end="", flush=True)
-        print()
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("give --prompt or --prompt-file, not both")
+    if prompt is None and prompt_file is None and context is None:
+        raise ValueError("give --prompt, --prompt-file or --context")
+    directory = RunDirectory(run)
+    model, codec = directory.load_model(default_device(), step=step), directory.codec()
+    known, before = sampling.load_context(context, model) if context is not None else (None, 0)
+    pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
+    remembered, count = sampling.read_text(model, pieces, codec, known)
+    if save_context is not None:
+        sampling.save_context(save_context, remembered, model, before + count)
+        print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
+    if prompt is not None or (prompt_file is not None and count <= _ECHOED):
+        print(prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8"), end="", flush=True)
+    for piece in sampling.write_text(model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k,
+                                     top_p=top_p, seed=seed):
+        print(piece, end="", flush=True)
+    print()
 
 
 @runs.command("eval")
@@ -69,30 +72,27 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
     path: Annotated[str | None, typer.Option(
         "--data", metavar="PATH", help="Text to measure on, all of it. Left out: what the run held out.")] = None,
-    context: Annotated[str | None, typer.Option(
-        metavar="T", help="Tokens a window: 64K, 1M. Left out: as in training.")] = None,
-    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to measure on, about.")] = "1M",
-    step: Annotated[int | None, typer.Option(metavar="N", help="Of this checkpoint. Left out: the run as it is.")] = None,
+    context: Annotated[int | None, cli_types.count(
+        metavar="T", help=f"Tokens a window: 64K, 1M. Left out: as in training. {cli_types.COUNT_WORDS}.")] = None,
+    tokens: Annotated[int, cli_types.count(metavar="N", help="Tokens to measure on, about.")] = 1_000_000,
+    step: Annotated[int | None, cli_types.step()] = None,
 ) -> None:
     """Measure a model on text, by position in the context: what a longer context is worth.
 
     Windows of any length go through the model a chunk at a time. The figures go to RUN/positions-T.json too, where
     race-dist report finds them.
     """
-    from race_dist.planning import parse_count
     from race_dist.training import using
     from race_dist.training.rundir import RunDirectory
 
-    with user_errors(), failures():
-        using.evaluate(RunDirectory(run), path=path, context=None if context is None else parse_count(context),
-                       tokens=parse_count(tokens), step=step, device=default_device())
+    using.evaluate(RunDirectory(run), path=path, context=context, tokens=tokens, step=step, device=default_device())
 
 
 @runs.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.", metavar="FILE")],
-    step: Annotated[int | None, typer.Option(metavar="N", help="Of this checkpoint. Left out: the newest weights.")] = None,
+    out: Annotated[Path, cli_types.output_file(help="The safetensors file to write.", metavar="FILE")],
+    step: Annotated[int | None, cli_types.step()] = None,
 ) -> None:
     """Write the weights of a run, or of one of its checkpoints, as one safetensors file.
 
@@ -101,17 +101,16 @@ def export(
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.weights import save_weights
 
-    with user_errors(), failures():
-        model = RunDirectory(run).load_model(step=step)
-        save_weights(out, {name: p.detach() for name, p in model.named_parameters()},
-                     RunDirectory(run).load_config().model)
-        print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    model = RunDirectory(run).load_model(step=step)
+    save_weights(out, {name: p.detach() for name, p in model.named_parameters()}, RunDirectory(run).load_config().model)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 @runs.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, to be drawn over each other.", metavar="RUN...")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to. Left out: report in the first RUN.")] = None,
+    out: Annotated[Path | None, cli_types.output_folder(
+        metavar="FOLDER", help="Where to. Left out: report in the first RUN.")] = None,
 ) -> None:
     """Write a page about one run or several: curves, losses by position, what differed, machines.
 
@@ -119,8 +118,7 @@ def report(
     """
     from race_dist.training.report import write_report
 
-    with user_errors():
-        print(write_report(folders, out or folders[0] / "report"))
+    print(write_report(folders, folders[0] / "report" if out is None else out))
 
 
 data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
@@ -130,9 +128,9 @@ runs.add_typer(data, name="data")
 @data.command("pack")
 def data_pack(
     path: Annotated[str, typer.Argument(help="A text file, a folder, or python-stdlib.", metavar="PATH")],
-    out: Annotated[Path, typer.Option(help="The folder to make; data.path of a run.", metavar="FOLDER")],
-    pattern: Annotated[str, typer.Option(help='Which files of a folder, by name: "*.md".')] = "*",
-    tokenizer: Annotated[Path | None, typer.Option(
+    out: Annotated[Path, cli_types.output_folder(help="The folder to make; data.path of a run.", metavar="FOLDER")],
+    pattern: Annotated[str, cli_types.text(metavar="GLOB", help='Which files of a folder, by name: "*.md".')] = "*",
+    tokenizer: Annotated[Path | None, cli_types.input_file(
         metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")] = None,
     one_document: Annotated[bool, typer.Option("--one-document", help="All files are one long document.")] = False,
     skip_undecodable: Annotated[bool, typer.Option(
@@ -149,7 +147,7 @@ def data_pack(
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
-    with user_errors(), console.status("packing") as status:
+    with console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
                       skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))
     _describe_corpus(corpus)
@@ -160,8 +158,7 @@ def data_check(folder: Annotated[Path, typer.Argument(help="A packed corpus.", m
     """Read all of a packed corpus and compare it with its checksums."""
     from race_dist.training.packed import verify_packed
 
-    with user_errors():
-        _describe_corpus(verify_packed(folder))
+    _describe_corpus(verify_packed(folder))
 
 
 def _describe_corpus(corpus: Corpus) -> None:

@@ -372,8 +372,10 @@ def test_json_holds_everything() -> None:
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["--gpu", "h1000"], "unknown GPU type 'h1000'"), (["--context", "x"], "'x' is no number of tokens"),
-    (["--gpus", "0"], "the number of GPUs must be at least 1; got 0"), (["--keep", "disk"], 'keep must be "device" or "host"'),
-    (["--rates", "none.json"], "there is no rates file none.json"), (["--precision", "fp8"], "precision must be")])
+    (["--gpus", "0"], "'--gpus': it must be from 1 to 1,000,000; got '0'"),
+    (["--keep", "disk"], "'--keep': 'disk' is not one of"),
+    (["--rates", "none.json"], "'--rates': there is no file 'none.json'"),
+    (["--precision", "fp8"], "'--precision': 'fp8' is not one of")])
 def test_mistakes_on_the_command_line_are_one_sentence(arguments: list[str], sentence: str) -> None:
     code, text = invoke(PRESETS[0], *arguments)
     assert code == 2

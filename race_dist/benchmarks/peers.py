@@ -86,9 +86,12 @@ def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
         if not shape.causal:
             num = q @ (k.mT @ v)
         else:
+            length, lacking = q.shape[2], -q.shape[2] % chunk
+            if lacking:
+                q, k, v = (F.pad(x, (0, 0, 0, lacking)) for x in (q, k, v))
             q, k, v = (x.unflatten(2, (-1, chunk)) for x in (q, k, v))
             sums = k.mT @ v
-            num = (q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ v).flatten(2, 3)
+            num = (q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ v).flatten(2, 3)[:, :, :length]
         return (num[..., :-1] / num[..., -1:]).transpose(1, 2)
     return call
 

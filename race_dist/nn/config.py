@@ -87,6 +87,8 @@ class RaceConfig(StrictConfig):
     @field_validator("beta_init")
     @classmethod
     def _beta(cls, value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if value == ():
+            raise ValueError("must be one number, or one per key/value head")
         for beta in value if isinstance(value, tuple) else (value,):
             if not 1e-30 <= beta <= 1e30:
                 raise ValueError("must be positive and finite, from 1e-30 to 1e30")

@@ -124,6 +124,11 @@ class Cluster:
         """Bytes of one GPU that tensors may take."""
         return self.gpu.memory - self.gpu.reserve
 
+    @property
+    def unit(self) -> str:
+        """What one device is called in sentences; a plural takes an s."""
+        return "machine" if self.gpu.name == "cpu" else "GPU"
+
     def link(self, ranks: int) -> Link:
         """The slowest link that a collective over ``ranks`` neighbouring GPUs crosses."""
         return self.gpu.inside if ranks <= self.per_node else self.gpu.between

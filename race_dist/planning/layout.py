@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, cast
 
 from race_dist.models import ModelConfig
 from race_dist.planning.cluster import Cluster
+from race_dist.strict_config import COUNT_LIMIT, shown
 
 Precision = Literal["bfloat16", "float32", "float64"]
 Sharding = Literal["none", "fsdp"]
 Keep = Literal["device", "host"]
+_SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
-def parse_count(text: str) -> int:
+def parse_count(text: str, low: int = 0) -> int:
     """A number of tokens as people write it: ``75M``, ``1B``, ``131072``, ``128K`` (thousands, not powers of two).
 
     Raises:
-        ValueError: it is not a whole number of at least 0.
+        ValueError: it is not one whole number of at least ``low``; it is longer than any text.
     """
-    digits = text.strip().replace("_", "").replace(",", "")
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(digits[-1:].lower(), 1)
-    try:
-        number = float(digits[:-1] if scale > 1 else digits) * scale
-    except ValueError:
-        number = -1.0
-    if not (number >= 0 and math.isfinite(number) and number == int(number)):
-        raise ValueError(f"{text!r} is no number of tokens: write for example 131072, 128K, 75M or 1B")
+    match = re.fullmatch(r"([0-9_]{1,40}(?:\.[0-9]{1,40})?(?:E[0-9]{1,3})?)([KMB]?)", str(text).strip().upper())
+    number = Decimal(match[1].replace("_", "") or "NaN") * _SCALES[match[2]] if match else Decimal("NaN")
+    if number.is_nan() or number != number.to_integral_value():
+        raise ValueError(f"{shown(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
+                         + (", without commas" if "," in str(text) else ""))
+    if not low <= number <= COUNT_LIMIT:
+        raise ValueError(f"{shown(text)} is no number of tokens from {low} to {COUNT_LIMIT:,}")
     return int(number)
 
 

@@ -131,7 +131,7 @@ class Choices:
                   if cluster.count % dp == 0 and job.batch % dp == 0 and job.context >= cluster.count // dp]
         meshes = [(dp, sp) for dp, sp in meshes if self.dp in (None, dp) and self.sp in (None, sp)]
         if not meshes:
-            dp = self.dp or (cluster.count // self.sp if self.sp else 1)
+            dp = self.dp or (max(1, cluster.count // self.sp) if self.sp else 1)
             Layout(dp, self.sp or max(1, cluster.count // dp)).check(job, cluster)
             raise ValueError(f"no dp x sp makes {cluster.count} GPUs with batch = {job.batch}: change --gpus or --batch")
         return meshes

@@ -52,11 +52,11 @@ class Rates:
     def __post_init__(self) -> None:
         for name in ("matmul", "bandwidth", "overlap"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and 0 < value <= 1):
+            if not (_is_number(value) and 0 < value <= 1):
                 raise ValueError(f"rate {name} must be above 0 and at most 1; got {value!r}")
         for name in ("elementwise_forward", "elementwise_backward", "compiled_forward", "compiled_backward", "host_forward"):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            if not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"rate {name} must be a finite number of at least 0; got {value!r}")
         if not self.attention or not all(s > 0 and f > 0 and b > 0 for s, (f, b) in self.attention.items()):
             raise ValueError("rate attention maps a number of features to two positive numbers (forward, backward), for "
@@ -66,6 +66,10 @@ class Rates:
         """``attention`` of the nearest number of features, by ratio."""
         nearest = min(self.attention, key=lambda s: abs(math.log(s / features)))
         return self.attention[nearest]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def load_rates(path: str | Path) -> Rates:

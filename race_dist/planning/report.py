@@ -48,11 +48,11 @@ def print_report(plan: Plan, largest: Limits, budget: float, console: Console | 
     job, cluster, layout = plan.job, plan.cluster, plan.layout
     console.print(f"{parameters(job.model):,} parameters, {job.batch} x {job.context:,} tokens a step, {job.precision}, on "
                   f"{cluster.count} x {cluster.gpu.name}", highlight=False)
-    console.print("layout: " + _layout_words(plan), highlight=False)
+    console.print("layout: " + _layout_words(plan).replace("GPU", cluster.unit), highlight=False)
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
     if layout.ranks > 1:
-        table = _table("sent by one GPU a step", "bytes")
+        table = _table(f"sent by one {cluster.unit} a step", "bytes")
         for kind, size in plan.exchange.bytes.items():
             if size:
                 table.add_row(kind, _bytes(size))
@@ -63,6 +63,11 @@ def print_report(plan: Plan, largest: Limits, budget: float, console: Console | 
 
 def words(plan: Plan, largest: Limits, budget: float) -> Iterator[str]:
     """What the numbers say: does it fit, why this layout, what binds, how far it goes."""
+    for sentence in _sentences(plan, largest, budget):
+        yield sentence.replace("GPU", plan.cluster.unit)
+
+
+def _sentences(plan: Plan, largest: Limits, budget: float) -> Iterator[str]:
     yield _fit_words(plan)
     yield from _reasons(plan)
     yield _bound_words(plan)
@@ -159,7 +164,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = _table("memory of one GPU", "bytes", "")
+    table = _table(f"memory of one {plan.cluster.unit}", "bytes", "")
     for kind, size in plan.memory.kinds.items():
         if size:
             table.add_row(kind, _bytes(size), "at its moment" if kind in plan.memory.passing else "")

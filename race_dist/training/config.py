@@ -19,6 +19,7 @@ from race_dist.strict_config import (
     StrictConfig,
     read_toml,
     set_key,
+    shown,
 )
 from race_dist.training.corpus import BYTE_VOCAB, HeldOut
 
@@ -63,7 +64,7 @@ class OptimConfig(StrictConfig):
         accumulate: parts in which a rank works through its rows of a batch, one after the other; the gradients add up.
     """
 
-    lr: float = Field(1e-3, ge=1e-38, le=FLOAT32_LIMIT)
+    lr: float = Field(1e-3, ge=1e-38, le=1e30)
     final_lr: float = Field(0.1, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0, le=COUNT_LIMIT)
     weight_decay: float = Field(0.1, ge=0, le=1000)
@@ -264,6 +265,9 @@ class TrainConfig(StrictConfig):
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _read_deepspeed(cls, value: Any) -> Any:
+        for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") if isinstance(value, Mapping) else ():
+            if not isinstance(value.get(key, {}), Mapping):
+                raise ValueError(f"deepspeed.{key} must be a table; got {shown(value[key])}")
         if not isinstance(value, str):
             return value
         try:

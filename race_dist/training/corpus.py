@@ -203,6 +203,14 @@ def _copied(tokens: Tokens, start: int, stop: int) -> Tokens:
     return copy
 
 
+def expand_home(path: str) -> Path:
+    """The path with ``~`` or ``~USER`` replaced. ValueError where there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"data.path: {path!r} begins with a home folder that is not there: write the whole path") from None
+
+
 def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
     """Read ``"python-stdlib"``, a text file, a folder of text files (UTF-8), or a corpus packed by ``race-dist data pack``.
 
@@ -224,7 +232,7 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
     if path == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         return _join(path, (text for file in text_files(root, "*.py") if (text := _utf8(file)) is not None))
-    source = Path(path).expanduser()
+    source = expand_home(path)
     if is_packed(source):
         return open_packed(source)
     if source.is_dir():

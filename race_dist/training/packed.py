@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from race_dist.files import DamagedFileError, check_record, read_object, write_record
-from race_dist.training.corpus import BYTE_VOCAB, STDLIB, Corpus, sample_digest, text_files, utf8_pieces
+from race_dist.training.corpus import BYTE_VOCAB, STDLIB, Corpus, expand_home, sample_digest, text_files, utf8_pieces
 
 FORMAT = 1
 INDEX, TOKENS, DOCUMENTS, TOKENIZER = "corpus.json", "tokens.bin", "documents.bin", "tokenizer.json"
@@ -188,7 +188,7 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
 def _sources(path: str, pattern: str) -> list[Path]:
     if path == STDLIB:
         return list(text_files(Path(sysconfig.get_paths()["stdlib"]), "*.py"))
-    source = Path(path).expanduser()
+    source = expand_home(path)
     if source.is_dir():
         return list(text_files(source, pattern))
     if not source.is_file():

@@ -45,16 +45,25 @@ def rehearse(trainer: Trainer) -> Iterator[str]:
     seconds = 0.0
     for attempt in range(2):  # the first one loads and compiles
         started = time.perf_counter()
-        result = trainer.train_step(batch=_made_up(config, attempt))
+        try:
+            result = trainer.train_step(batch=_made_up(config, attempt))
+        except ValueError as error:
+            if attempt == 0:
+                raise
+            raise FloatingPointError(f"after one step on made-up text {error}{_remedy(config)}") from None
         seconds = time.perf_counter() - started
         if result.verdict.bad is not None:
-            raise FloatingPointError(f"on made-up text {result.verdict.bad}")
+            raise FloatingPointError(f"on made-up text {result.verdict.bad}{_remedy(config)}")
     tokens = config.data.batch_size * config.data.context
     yield (f"a step on made-up text: loss {result.loss:.3f}, gradient norm {result.grad_norm:.3g}, {seconds:.2f} s "
            f"({tokens / seconds:,.0f} tokens/s), memory at most {peak_bytes(ranks.device) / 2**20:,.0f} MiB "
            f"({before / 2**20:,.0f} before)")
     yield (f"all {config.steps:,} steps at this pace: {_duration(seconds * config.steps)}, and the measuring; nothing was "
            "written")
+
+
+def _remedy(config: TrainConfig) -> str:
+    return f"; lower optim.lr (it is {config.optim.lr:g}) or optim.weight_decay ({config.optim.weight_decay:g})"
 
 
 def _made_up(config: TrainConfig, seed: int) -> Batch:
