@@ -168,3 +168,5 @@ def _describe_corpus(corpus: Corpus) -> None:
     assert corpus.documents is not None
     print(f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
           f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents")
+    if corpus.left_out:
+        print(corpus.left_out.sentence())

@@ -14,7 +14,7 @@ from race_dist.models.language import DecoderLM
 
 
 def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+           generator: torch.Generator | None = None, allowed: Tensor | None = None) -> Tensor:
     """One token id a row, ``[B]``, of logits ``[B, vocab]``.
 
     Args:
@@ -22,7 +22,10 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         top_k: draw from the k most likely only.
         top_p: draw from the fewest most likely tokens whose probabilities reach p.
         generator: of the draw.
+        allowed: ``[vocab]`` bool, False for ids that are never drawn, on the logits' device; None: all may be.
     """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -69,7 +72,7 @@ def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk:
 
 def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-             prefill_chunk: int = 8192) -> Iterator[Tensor]:
+             prefill_chunk: int = 8192, allowed: Tensor | int | None = None) -> Iterator[Tensor]:
     """Yield ``max_new_tokens`` times the next token of each row, ``[B]`` int64.
 
     The prompt goes through the model ``prefill_chunk`` tokens at a time; after it every token costs the same time and no
@@ -83,6 +86,8 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
         top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.
         seed: of the draws.
         prefill_chunk: tokens of the prompt at a time.
+        allowed: ids that may be drawn, where the vocabulary is padded: ``[vocab]`` bool, or a number n for the ids below n.
+            None: all.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -100,7 +105,25 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
         if not fits:
             raise ValueError(f"{name} must be {expected}; got {value}")
     return _steps(model, prompt_ids, max_new_tokens, prefill_chunk, seed,
-                  {"temperature": temperature, "top_k": top_k, "top_p": top_p})
+                  {"temperature": temperature, "top_k": top_k, "top_p": top_p,
+                   "allowed": None if allowed is None else _mask(allowed, model)})
+
+
+def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
+    """``[vocab]`` bool on the model's device."""
+    size = model.config.vocab_size
+    if isinstance(allowed, int) and not isinstance(allowed, bool):
+        if not 1 <= allowed <= size:
+            raise ValueError(f"allowed must be from 1 to vocab_size = {size}; got {allowed}")
+        mask = torch.arange(size) < allowed
+    elif isinstance(allowed, Tensor) and allowed.dtype == torch.bool and tuple(allowed.shape) == (size,):
+        mask = allowed
+        if not bool(mask.any()):
+            raise ValueError("allowed is False for every id: there is nothing to draw")
+    else:
+        got = f"{allowed.dtype} {list(allowed.shape)}" if isinstance(allowed, Tensor) else repr(allowed)
+        raise ValueError(f"allowed must be bool [vocab_size] = [{size}], or a number of ids; got {got}")
+    return mask.to(model.embed.weight.device)
 
 
 def _steps(model: DecoderLM, prompt: Tensor | Context, max_new_tokens: int, prefill_chunk: int, seed: int,
