@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from race_dist import __version__
-from race_dist.cli_errors import default_device, end_failed_rank, failures, user_errors
+from race_dist.cli_errors import default_device, end_failed_rank, failures, replace_unknown_characters, user_errors
 from race_dist.cli_launch import launch, preflight
 from race_dist.cli_runs import runs
 
@@ -233,11 +233,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, gh200-96gb, gh200-144gb, b200 or cpu.")] = "gh200",
     gpus: Annotated[int, typer.Option(help="How many.", metavar="N")] = 1,
     per_node: Annotated[int, typer.Option(help="How many a node. 0: as is usual for the type.", metavar="N")] = 0,
-    context: Annotated[str | None, typer.Option(help="Tokens a sequence: 75M, 1B.", metavar="T")] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens a sequence: 128K is 128,000, 75M, 1B.", metavar="T")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences a step.", metavar="B")] = None,
     dp: Annotated[int | None, typer.Option(help="Fix the groups of ranks.", metavar="N")] = None,
     sp: Annotated[int | None, typer.Option(help="Fix the ranks that share a sequence.", metavar="N")] = None,
-    chunk_size: Annotated[str | None, typer.Option(help="Fix the chunk a rank; 0: not streamed.", metavar="T")] = None,
+    chunk_size: Annotated[str | None, typer.Option(
+        help="Fix the chunk a rank, in tokens: 64K is 64,000; 0: not streamed.", metavar="T")] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="Fix whether blocks are computed again.")] = None,
     sharding: Annotated[str | None, typer.Option(help="Fix it: none or fsdp.")] = None,
     keep: Annotated[str | None, typer.Option(help="Fix where chunk states wait: device or host.")] = None,
@@ -279,6 +280,7 @@ app.command()(preflight)
 
 def main() -> None:
     """The console script."""
+    replace_unknown_characters()
     try:
         app(prog_name="race-dist")
     except SystemExit as end:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from race_dist.cli_errors import default_device, failures, user_errors
+from race_dist.cli_errors import argument_text, cleaned_up, default_device, failures, user_errors
 
 if TYPE_CHECKING:
     from race_dist.training.corpus import Corpus
 
-_ECHOED = 2**16  # tokens of a prompt file that are printed before what is written
+_ECHOED = 2**16  # bytes of a prompt file that are printed before what is written; a longer one is not
 
 runs = typer.Typer()
 
@@ -43,7 +43,7 @@ def generate(
     from race_dist.training.corpus import utf8_pieces
     from race_dist.training.rundir import RunDirectory
 
-    with user_errors(), failures():
+    with user_errors(), failures(), cleaned_up():
         if prompt is not None and prompt_file is not None:
             raise ValueError("give --prompt or --prompt-file, not both")
         if prompt is None and prompt_file is None and context is None:
@@ -51,13 +51,15 @@ def generate(
         directory = RunDirectory(run)
         model, codec = directory.load_model(default_device()), directory.codec()
         known, before = sampling.load_context(context, model) if context is not None else (None, 0)
+        prompt = None if prompt is None else argument_text("--prompt", prompt)
         pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
-        remembered, count = sampling.read_text(model, pieces, codec, known)
+        head = sampling.Head(pieces, _ECHOED)
+        remembered, count = sampling.read_text(model, head, codec, known)
         if save_context is not None:
             sampling.save_context(save_context, remembered, model, before + count)
             print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
-        if prompt is not None or (prompt_file is not None and count <= _ECHOED):
-            print(prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8"), end="", flush=True)
+        if prompt is not None or (prompt_file is not None and head.whole):
+            print(head.text if prompt is None else prompt, end="", flush=True)
         for piece in sampling.write_text(model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k,
                                          top_p=top_p, seed=seed):
             print(piece, end="", flush=True)
@@ -70,20 +72,21 @@ def evaluate(
     path: Annotated[str | None, typer.Option(
         "--data", metavar="PATH", help="Text to measure on, all of it. Left out: what the run held out.")] = None,
     context: Annotated[str | None, typer.Option(
-        metavar="T", help="Tokens a window: 64K, 1M. Left out: as in training.")] = None,
-    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to measure on, about.")] = "1M",
+        metavar="T", help="Tokens a window: 64K is 64,000, 1M a million. Left out: as in training.")] = None,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to measure on, about; K is 1,000, M a million.")] = "1M",
     step: Annotated[int | None, typer.Option(metavar="N", help="Of this checkpoint. Left out: the run as it is.")] = None,
 ) -> None:
     """Measure a model on text, by position in the context: what a longer context is worth.
 
-    Windows of any length go through the model a chunk at a time. The figures go to RUN/positions-T.json too, where
-    race-dist report finds them.
+    Windows of any length go through the model a chunk at a time. Another text than the held-out one goes through the run's
+    tokenizer. The figures go to a file in RUN too, one per text, window length and checkpoint, where race-dist report finds
+    them.
     """
     from race_dist.planning import parse_count
     from race_dist.training import using
     from race_dist.training.rundir import RunDirectory
 
-    with user_errors(), failures():
+    with user_errors(), failures(), cleaned_up():
         using.evaluate(RunDirectory(run), path=path, context=None if context is None else parse_count(context),
                        tokens=parse_count(tokens), step=step, device=default_device())
 
@@ -101,7 +104,7 @@ def export(
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.weights import save_weights
 
-    with user_errors(), failures():
+    with user_errors(), failures(), cleaned_up():
         model = RunDirectory(run).load_model(step=step)
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()},
                      RunDirectory(run).load_config().model)
@@ -149,7 +152,7 @@ def data_pack(
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
-    with user_errors(), console.status("packing") as status:
+    with user_errors(), cleaned_up(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
                       skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))
     _describe_corpus(corpus)

@@ -188,12 +188,12 @@ class SampleConfig(StrictConfig):
     """The text written when training ends.
 
     Attributes:
-        prompt: what it goes on from.
+        prompt: what it goes on from; left out: a few words of the held-out text.
         tokens: how many bytes it gets; 0 writes none.
         temperature: 0 always takes the likeliest byte.
     """
 
-    prompt: NonEmpty = "def "
+    prompt: NonEmpty | None = None
     tokens: int = Field(400, ge=0, le=COUNT_LIMIT)
     temperature: float = Field(0.8, ge=0, le=TEMPERATURES[1])
 

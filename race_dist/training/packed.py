@@ -22,9 +22,18 @@ import numpy as np
 
 from race_dist.files import DamagedFileError, check_record, read_object, write_record
 from race_dist.training.corpus import BYTE_VOCAB, Corpus, sample_digest
-from race_dist.training.text_files import STDLIB, LeftOut, Undecodable, check_pattern, find_texts, stdlib_texts, utf8_pieces
-from race_dist.training.tokenizing import TextTokenizer
-from race_dist.training.tokenizing import load_tokenizer as load_tokenizer
+from race_dist.training.text_files import (
+    STDLIB,
+    LeftOut,
+    Undecodable,
+    check_pattern,
+    find_texts,
+    stdlib_texts,
+    utf8_pieces,
+)
+from race_dist.training.tokenizing import TextTokenizer, load_tokenizer
+
+__all__ = ["is_packed", "load_tokenizer", "open_packed", "pack", "verify_packed"]
 
 FORMAT = 1
 INDEX, TOKENS, DOCUMENTS, TOKENIZER = "corpus.json", "tokens.bin", "documents.bin", "tokenizer.json"

@@ -115,7 +115,7 @@ def _page(runs: Sequence[_Run], pictures: Mapping[str, str]) -> str:
                                                              "learning rate.")]
     if "positions" in pictures:
         body.append(_figure("Loss by position in the context", pictures["positions"],
-                            "What more context is worth: held-out text, at positions that far into a window."))
+                            "What more context is worth: at positions that far into a window of the text in the legend."))
     body += [_figure("How it went", pictures["progress"], "Before clipping; over all ranks together."), _events(runs),
              _configuration(runs), _machines(runs), *_samples(runs)]
     return ("<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"

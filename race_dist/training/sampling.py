@@ -93,6 +93,30 @@ def read_text(model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: C
     return context, count
 
 
+class Head:
+    """A text in pieces, handed on as they come; its beginning is kept.
+
+    Attributes:
+        text: the first ``size`` bytes of what was handed on, as far as they are whole characters.
+        whole: whether that is all of it.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], size: int) -> None:
+        self._pieces, self._size, self._kept = pieces, size, b""
+        self.whole = True
+
+    @property
+    def text(self) -> str:
+        return self._kept.decode(errors="ignore")
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            room = self._size - len(self._kept)
+            self.whole = self.whole and len(piece) <= room
+            self._kept += piece[:room]
+            yield piece
+
+
 def _chunks(tokens: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same tokens, ``CHUNK`` at a time however they came: so a text is always read alike."""
     held, size = [], 0

@@ -126,7 +126,8 @@ def test_a_text_in_windows_has_the_tokens_of_the_whole_text(tmp_path: Path, make
 
 @pytest.mark.parametrize("make", [gpt_like, llama_like, t5_like, bert_like])
 @pytest.mark.parametrize("text", ["a" * 3_000, " " * 2_999 + "end", "\n" * 2_000 + "a river" * 300,
-                                  "ab " + "x" * 2_500 + " the mill", "1" * 2_777, "\0" * 2_500 + "the"], ids=["a", "spaces", "lines", "word", "digits", "nul"])
+                                  "ab " + "x" * 2_500 + " the mill", "1" * 2_777, "\0" * 2_500 + "the"],
+                         ids=["a", "spaces", "lines", "word", "digits", "nul"])
 def test_long_runs_without_a_place_to_cut(tmp_path: Path, make: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = make()
     windows = TextTokenizer(saved(tokenizer, tmp_path), window=500, overlap=240)
