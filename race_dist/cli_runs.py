@@ -126,6 +126,21 @@ def report(
         print(write_report(folders, out or folders[0] / "report"))
 
 
+@runs.command()
+def config(
+    keys: Annotated[list[str] | None, typer.Argument(
+        help="Keys or tables: data optim.lr. Left out: all.", metavar="[KEY...]")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page, all keys.")] = False,
+) -> None:
+    """List the keys of a run's TOML: default, what the value may be, meaning."""
+    from race_dist.training.reference import to_markdown, to_text
+
+    with user_errors():
+        if markdown and keys:
+            raise ValueError("--markdown writes all keys; leave the names out")
+        print(to_markdown() if markdown else to_text(keys or []), end="" if markdown else "\n")
+
+
 data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
 runs.add_typer(data, name="data")
 
