@@ -40,7 +40,7 @@ def generate(
     megabytes, whatever the length); --context goes on from there without reading it again.
     """
     from race_dist.training import sampling
-    from race_dist.training.corpus import utf8_pieces
+    from race_dist.training.text_files import utf8_pieces
     from race_dist.training.rundir import RunDirectory
 
     with user_errors(), failures(), cleaned_up():

@@ -68,7 +68,8 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
 
     Raises:
         ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, the
-            labels are the input, or what the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError, which names the file).
+            labels are the input, or what the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError,
+            which names the file).
         StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)

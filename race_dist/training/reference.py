@@ -19,8 +19,8 @@ from race_dist.training.presets import preset_names
 HEAD = """# Configuration
 
 A run is a TOML file, of which `model.dim`, `model.num_layers` and `model.num_heads` are the only keys without a default.
-`race-dist config` prints this list, `race-dist config data optim.lr` a part of it. `--override KEY=VALUE` of `train`, `plan` and
-`bench streaming` changes one key. An unknown key is an error that names the nearest one.
+`race-dist config` prints this list, `race-dist config data optim.lr` a part of it. `--override KEY=VALUE` of `train`, `plan`
+and `bench streaming` changes one key. An unknown key is an error that names the nearest one.
 
 This page is made by `race-dist config --markdown > docs/configuration.md`.
 """
