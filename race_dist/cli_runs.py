@@ -40,8 +40,8 @@ def generate(
     megabytes, whatever the length); --context goes on from there without reading it again.
     """
     from race_dist.training import sampling
-    from race_dist.training.text_files import utf8_pieces
     from race_dist.training.rundir import RunDirectory
+    from race_dist.training.text_files import utf8_pieces
 
     with user_errors(), failures(), cleaned_up():
         if prompt is not None and prompt_file is not None:
