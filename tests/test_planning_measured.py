@@ -70,7 +70,7 @@ def test_a_long_step_on_two_gpus() -> None:
 
 
 def test_the_table_of_the_planning_page_is_made_of_these() -> None:
-    page = (FOLDER.parent / "planning.md").read_text(encoding="utf-8")
+    page, streaming = ((FOLDER.parent / name).read_text(encoding="utf-8") for name in ("planning.md", "streaming.md"))
     for name, rates, unit, width in (("h100-75m", None, 1e9, ".2f"), ("h100-1b", None, 1e9, ".2f"),
                                      ("cpu-75m", profiled_rates("cpu-profile"), 2**20, ".1f")):
         report = load(name)
@@ -80,6 +80,8 @@ def test_the_table_of_the_planning_page_is_made_of_these() -> None:
         form, word = (",.1f", "GB") if unit == 1e9 else (",.0f", "MiB")
         assert f"{seconds:{form}} s, {plan.step:{form}} s ({plan.step / seconds - 1:+.0%})" in page
         assert f"{peak / unit:{width}} {word}, {planned / unit:{width}} {word} ({planned / peak - 1:+.1%})" in page
+        assert f" {plan.step:{form}} s ({plan.step / seconds - 1:+.0%}) |" in streaming
+        assert f" {planned / unit:{width}} {word} ({planned / peak - 1:+.1%}) |" in streaming
     for name in ("h100-memory", "memory-cpu"):
         report = load(name)
         off = sorted(plan_of(report, row).memory.first_peak / row["peak_bytes"] - 1 for row in report["rows"])

@@ -234,6 +234,8 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
         return _join(path, stdlib_texts(), None)
     source = Path(path).expanduser()
     if is_packed(source):
+        if pattern != "*":
+            raise ValueError(f"data.pattern = {pattern!r} picks files of a folder, but {path} is a packed corpus; leave it out")
         return open_packed(source)
     if source.is_dir():
         files, left_out = find_texts(source, pattern)

@@ -94,7 +94,7 @@ def draw_positions(runs: Sequence[Curves], title: str = "") -> Figure:
 
 def _text_measured(found: dict[str, Any]) -> str:
     """Which text and checkpoint a measurement is of."""
-    text = "held out" if found.get("held_out", True) else str(found["text"])
+    text = "held out" if found.get("held_out", True) else str(found.get("text"))
     return f", {text}" + ("" if found.get("step") is None else f", step {found['step']:,}")
 
 
@@ -172,6 +172,8 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
             whole = stored["context"] >= 1 and is_kind(stored.get("bytes_per_token", 1.0), float) and (
                 0 < stored.get("bytes_per_token", 1.0) < math.inf) and bool(stored["buckets"])
             whole = whole and all(_is_bucket(bucket) for bucket in stored["buckets"])
+            whole = whole and all(is_kind(stored.get(key, none), (kind, type(None))) for key, kind, none in (
+                ("text", str, ""), ("held_out", bool, True), ("step", int, None)))
         except (ValueError, OverflowError):
             whole = False
         if not whole:
@@ -183,6 +185,8 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
 def _is_bucket(bucket: Any) -> bool:
     """Whether it says where it starts and stops, and the loss in between."""
     if not isinstance(bucket, dict) or not all(is_kind(bucket.get(key), int) for key in ("start", "stop")):
+        return False
+    if not is_kind(bucket.get("targets", 0), int) or bucket.get("targets", 0) < 0:
         return False
     loss = bucket.get("loss")
     return 0 <= bucket["start"] < bucket["stop"] < 2**53 and is_kind(loss, float) and 0 <= loss < math.inf

@@ -166,6 +166,8 @@ def _sources(path: str, pattern: str) -> tuple[list[Path], LeftOut]:
     if path == STDLIB:
         return stdlib_texts(), LeftOut()
     source = Path(path).expanduser()
+    if is_packed(source):
+        raise ValueError(f"{source} is a packed corpus already; give the text that it was packed from")
     if source.is_dir():
         return find_texts(source, pattern)
     if not source.is_file():
@@ -235,11 +237,17 @@ def open_packed(path: Path) -> Corpus:
 
 
 def verify_packed(path: Path) -> Corpus:
-    """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed."""
+    """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed, or that has
+    tokens above the vocabulary."""
     corpus = open_packed(path)
     index = _read_index(path)
     for name in index["sha256"]:
         _check_sha256(path, name, index)
+    pieces = range(0, len(corpus.tokens), _PIECE)
+    largest = max(int(corpus.tokens[start:start + _PIECE].max()) for start in pieces)
+    if largest >= corpus.vocab_size:
+        raise ValueError(f"{path / TOKENS} has the token {largest}, but {path / INDEX} says that tokens are below "
+                         f"{corpus.vocab_size}; pack the text again")
     return corpus
 
 

@@ -74,6 +74,9 @@ def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Pa
     assert len(list(run.glob("positions-*.json"))) == before
     code, said = invoke("report", run)
     assert code == 0, said
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    for text in (f"<td>{first}</td>", f"<td>{second}</td>", f"<td>{folder / 'text.txt'} (held out)</td>"):
+        assert text in page
     labels = [text.get_text() for text in draw_positions(
         [Curves("run", [], read_positions(RunDirectory(run).positions))]).axes[0].get_legend().get_texts()]
     for part in ("held out", "held out, step 6", str(first), str(second)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         listener.bind(str(root / "socket.txt"))
         corpus = both(root, tmp_path / "out")
     assert documents(corpus) == [b"a"]
-    assert dict((Path(name).name, why) for name, why in corpus.left_out.names) == {
+    assert {Path(name).name: why for name, why in corpus.left_out.names} == {
         "dangling.txt": "a link to nothing", "round.txt": "Too many levels of symbolic links", "pipe.txt": "no regular file",
         "socket.txt": "no regular file"}
     assert corpus.left_out.sentence().endswith(" and 1 more")
@@ -143,6 +144,12 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     assert len(load_corpus(str(root / "a.txt"), "*.txt").tokens) == 1
     with pytest.raises(ValueError, match=r"does not go with python-stdlib"):
         load_corpus("python-stdlib", "*.md")
+    packed = str(tmp_path / "corpus")
+    pack(str(root), Path(packed))
+    with pytest.raises(ValueError, match=r"data.pattern = '\*.txt' picks files of a folder, but .* is a packed corpus"):
+        load_corpus(packed, "*.txt")
+    with pytest.raises(ValueError, match="is a packed corpus already"):
+        pack(packed, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="is no regular file"):
         load_corpus("/dev/null")
     with pytest.raises(ValueError, match="its files are empty"):
@@ -157,6 +164,21 @@ def test_what_is_left_out_is_printed_by_the_commands(tmp_path: Path) -> None:
     trainer = Trainer(settings(tmp_path, data={"path": str(root), "context": 32, "batch_size": 2}), Ranks(torch.device("cpu")))
     assert list(trainer.describe())[-1] == f"left out of {root}: {root}/b.txt (has the content of another file)"
     assert len(list(Trainer(settings(tmp_path), Ranks(torch.device("cpu"))).describe())) == 2
+
+
+def test_a_run_with_megatrons_engine_prints_it_too(tmp_path: Path) -> None:
+    pytest.importorskip("megatron.core")
+    from race_dist.integrations.megatron.training import MegatronTrainer
+
+    trainer = object.__new__(MegatronTrainer)
+    trainer.config, trainer.parameters = settings(tmp_path), 5
+    trainer.ranks = SimpleNamespace(world=None, dp=1, sp=1, tp=1, device=torch.device("cpu"))  # type: ignore[assignment]
+    lines = ["first", "second", "left out of data: a"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "describe", lambda self: iter(lines))
+        said = list(trainer.describe())
+    assert said[1:] == lines[1:]
+    assert "megatron-core" in said[0]
 
 
 def test_text_that_is_not_utf8_names_the_way_out(tmp_path: Path) -> None:

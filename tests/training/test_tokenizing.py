@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from race_dist.models import DecoderLM, ModelConfig, generate
 from race_dist.training.corpus import load_corpus
-from race_dist.training.packed import pack
+from race_dist.training.packed import INDEX, pack, verify_packed
 from race_dist.training.sampling import ByteCodec, TokenizerCodec, read_text, stream_text
 from race_dist.training.tokenizing import TextTokenizer
 
@@ -179,6 +179,18 @@ def test_the_packed_numbers_hold_the_largest_id(tmp_path: Path, largest: int, dt
     assert corpus.tokens.tolist() == [1, 2, largest, 1]
     assert (corpus.tokens.dtype, corpus.vocab_size) == (dtype, largest + 1)
     assert load_corpus(str(tmp_path / "packed")).vocab_size == largest + 1
+
+
+def test_tokens_above_the_vocabulary_of_a_corpus_are_found(tmp_path: Path) -> None:
+    (tmp_path / "tok.json").write_text(word_level({"<unk>": 0, "a": 1, "b": 9}))
+    (tmp_path / "text").write_text("a b a")
+    pack(str(tmp_path / "text"), tmp_path / "packed", tokenizer=tmp_path / "tok.json")
+    verify_packed(tmp_path / "packed")
+    index = tmp_path / "packed" / INDEX
+    tree = {key: value for key, value in json.loads(index.read_text()).items() if key != "digest"} | {"vocab_size": 3}
+    index.write_text(json.dumps(tree))  # as an earlier version counted
+    with pytest.raises(ValueError, match=r"tokens.bin has the token 9, but .* says that tokens are below 3"):
+        verify_packed(tmp_path / "packed")
 
 
 def test_an_added_token_far_above_the_model_counts(tmp_path: Path) -> None:
