@@ -66,8 +66,18 @@ class TokenizerCodec:
     def decoder(self) -> Callable[[int | None], str]:
         from tokenizers.decoders import DecodeStream  # type: ignore[import-not-found, unused-ignore]
 
-        stream = DecodeStream(skip_special_tokens=False)
-        return lambda token: "" if token is None else stream.step(self._tokenizer, token) or ""
+        stream, waiting = DecodeStream(skip_special_tokens=False), list[int]()
+
+        def take(token: int | None) -> str:
+            if token is None:  # the bytes of a character that was not finished
+                return str(self._tokenizer.decode(waiting, skip_special_tokens=False)) if waiting else ""
+            waiting.append(token)
+            text = stream.step(self._tokenizer, token) or ""
+            if text:
+                waiting.clear()
+            return text
+
+        return take
 
 
 def codec_for(tokenizer: Path | None) -> Codec:

@@ -165,6 +165,16 @@ def test_documents_and_prompts_have_the_tokenizers_tokens(tmp_path: Path, make: 
         assert [n for piece in codec.encode(pieces) for n in piece.tolist()] == ids
 
 
+@pytest.mark.parametrize("make", KINDS)
+def test_tokens_one_after_the_other_read_as_all_together(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
+    codec, draw = TokenizerCodec(saved(make(), tmp_path)), random.Random(0)
+    library, known = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), codec.known_ids.tolist()
+    for _ in range(100):
+        ids = draw.choices(known, k=40)  # many end inside a character
+        decode = codec.decoder()
+        assert "".join(decode(n) for n in [*ids, None]) == library.decode(ids, skip_special_tokens=False)
+
+
 def word_level(ids: dict[str, int]) -> str:
     return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
                        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
