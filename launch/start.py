@@ -17,6 +17,7 @@ from race_dist.launch.local import supervise
 from race_dist.launch.records import Record, recall
 from race_dist.launch.sbatch import render
 from race_dist.training.config import load_config
+from race_dist.training.presets import find_config
 
 
 def describe(config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str]) -> tuple[JobConfig, Run]:
@@ -29,7 +30,7 @@ def describe(config: Path, overrides: Iterable[str], job: str | None, changes: I
     description, words = load_job(job, changes), tuple(overrides)
     settings = load_config(config, [*words, f"device={description.device}"])
     settings.parallel.mesh(description.ranks)
-    return description, Run(config.absolute(), settings.name, Path(settings.runs).absolute(), words)
+    return description, Run(find_config(config).absolute(), settings.name, Path(settings.runs).absolute(), words)
 
 
 def variants(run: Run, array: Sequence[str]) -> list[Run]:

@@ -188,7 +188,7 @@ def _is_bucket(bucket: Any) -> bool:
         return False
     if not is_kind(bucket.get("targets", 0), int) or bucket.get("targets", 0) < 0:
         return False
-    loss = bucket.get("loss")
+    loss: Any = bucket.get("loss")
     return 0 <= bucket["start"] < bucket["stop"] < 2**53 and is_kind(loss, float) and 0 <= loss < math.inf
 
 
