@@ -19,6 +19,7 @@ from race_dist.launch.records import Record, recall
 from race_dist.launch.sbatch import render
 from race_dist.strict_config import shown
 from race_dist.training.config import load_config
+from race_dist.training.presets import find_config
 
 
 def describe(config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str]) -> tuple[JobConfig, Run]:
@@ -31,7 +32,7 @@ def describe(config: Path, overrides: Iterable[str], job: str | None, changes: I
     description, words = load_job(job, changes), tuple(overrides)
     settings = load_config(config, [*words, f"device={description.device}"])
     settings.parallel.mesh(description.ranks)
-    return description, Run(config.absolute(), settings.name, Path(settings.runs).absolute(), words)
+    return description, Run(find_config(config).absolute(), settings.name, Path(settings.runs).absolute(), words)
 
 
 def variants(run: Run, array: Sequence[str]) -> list[Run]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from race_dist import __version__, cli_types
-from race_dist.cli_errors import Verbs, default_device, end_failed_rank, work
+from race_dist.cli_errors import Verbs, default_device, end_failed_rank, replace_unknown_characters, work
 from race_dist.cli_launch import launch, preflight
 from race_dist.cli_runs import runs
 
@@ -36,7 +36,7 @@ def root(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG")],
+    config: Annotated[Path, typer.Argument(help="What to train: a TOML file, or a preset such as demo.", metavar="CONFIG")],
     override: Annotated[list[str] | None, typer.Option(
         "--override", "-o", metavar="KEY=VALUE", help="Change one key, for example optim.lr=3e-4. Repeatable.")] = None,
     nproc: Annotated[int | None, cli_types.whole(
@@ -54,6 +54,7 @@ def train(
     The run goes to runs/NAME: its configuration, metrics.jsonl, checkpoints, the curves as a PNG, the weights as
     safetensors and a sample. One process is enough; several ranks share the sequences (parallel.sp) and the batch
     (parallel.dp), and get the same losses. Exit code 75: saved and left on request, --resume goes on.
+    race-dist config lists the keys of CONFIG.
     """
     from race_dist.integrations.engines import join, make_trainer
     from race_dist.launch.local import launch_ranks, under_launcher
@@ -274,6 +275,7 @@ app.command()(preflight)
 
 def main() -> None:
     """The console script."""
+    replace_unknown_characters()
     try:
         app(prog_name="race-dist")
     except SystemExit as end:

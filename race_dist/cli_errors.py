@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
+from types import FrameType
 from typing import Any
 
 import typer
@@ -114,6 +118,40 @@ def work() -> Iterator[None]:
             raise
         traceback.print_exc()
         raise typer.Exit(FAILED) from None
+
+
+@contextmanager
+def cleaned_up() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an exception does, so that unfinished files are removed: by themselves they end
+    the process where it stands."""
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python takes no handlers
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def replace_unknown_characters() -> None:
+    """Print ``?`` for characters that standard output and error cannot encode (an ASCII terminal): text that a model writes
+    must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def argument_text(option: str, value: str) -> str:
+    """The UTF-8 text of an argument, whatever the locale has made of its bytes. ValueError where it is not UTF-8."""
+    try:
+        return value.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{option} is not UTF-8 text; got {value.encode('utf-8', 'surrogateescape')!r}") from None
 
 
 def end_failed_rank(code: object) -> None:

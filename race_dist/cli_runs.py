@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from race_dist import cli_types
-from race_dist.cli_errors import default_device
+from race_dist.cli_errors import argument_text, cleaned_up, default_device
 from race_dist.strict_config import SEED_LIMIT
 
 if TYPE_CHECKING:
     from race_dist.training.corpus import Corpus
 
-_ECHOED = 2**16  # tokens of a prompt file that are printed before what is written
+_ECHOED = 2**16  # bytes of a prompt file that are printed before what is written; a longer one is not
 
 runs = typer.Typer()
 
@@ -44,8 +44,8 @@ def generate(
     megabytes, whatever the length); --context goes on from there without reading it again.
     """
     from race_dist.training import sampling
-    from race_dist.training.corpus import utf8_pieces
     from race_dist.training.rundir import RunDirectory
+    from race_dist.training.text_files import utf8_pieces
 
     if prompt is not None and prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
@@ -54,16 +54,19 @@ def generate(
     directory = RunDirectory(run)
     model, codec = directory.load_model(default_device(), step=step), directory.codec()
     known, before = sampling.load_context(context, model) if context is not None else (None, 0)
+    prompt = None if prompt is None else argument_text("--prompt", prompt)
     pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
-    remembered, count = sampling.read_text(model, pieces, codec, known)
-    if save_context is not None:
-        sampling.save_context(save_context, remembered, model, before + count)
-        print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
-    if prompt is not None or (prompt_file is not None and count <= _ECHOED):
-        print(prompt if prompt_file is None else prompt_file.read_text(encoding="utf-8"), end="", flush=True)
-    for piece in sampling.write_text(model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k,
-                                     top_p=top_p, seed=seed):
-        print(piece, end="", flush=True)
+    head = sampling.Head(pieces, _ECHOED)
+    remembered, count = sampling.read_text(model, head, codec, known)
+    with cleaned_up():
+        if save_context is not None:
+            sampling.save_context(save_context, remembered, model, before + count)
+            print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
+        if prompt is not None or (prompt_file is not None and head.whole):
+            print(head.text if prompt is None else prompt, end="", flush=True)
+        for piece in sampling.write_text(model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k,
+                                         top_p=top_p, seed=seed):
+            print(piece, end="", flush=True)
     print()
 
 
@@ -79,13 +82,15 @@ def evaluate(
 ) -> None:
     """Measure a model on text, by position in the context: what a longer context is worth.
 
-    Windows of any length go through the model a chunk at a time. The figures go to RUN/positions-T.json too, where
-    race-dist report finds them.
+    Windows of any length go through the model a chunk at a time. Another text than the held-out one goes through the run's
+    tokenizer. The figures go to a file in RUN too, one per text, window length and checkpoint, where race-dist report finds
+    them.
     """
     from race_dist.training import using
     from race_dist.training.rundir import RunDirectory
 
-    using.evaluate(RunDirectory(run), path=path, context=context, tokens=tokens, step=step, device=default_device())
+    with cleaned_up():
+        using.evaluate(RunDirectory(run), path=path, context=context, tokens=tokens, step=step, device=default_device())
 
 
 @runs.command()
@@ -102,7 +107,8 @@ def export(
     from race_dist.training.weights import save_weights
 
     model = RunDirectory(run).load_model(step=step)
-    save_weights(out, {name: p.detach() for name, p in model.named_parameters()}, RunDirectory(run).load_config().model)
+    with cleaned_up():
+        save_weights(out, {name: p.detach() for name, p in model.named_parameters()}, RunDirectory(run).load_config().model)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -119,6 +125,20 @@ def report(
     from race_dist.training.report import write_report
 
     print(write_report(folders, folders[0] / "report" if out is None else out))
+
+
+@runs.command()
+def config(
+    keys: Annotated[list[str] | None, typer.Argument(
+        help="Keys or tables: data optim.lr. Left out: all.", metavar="[KEY...]")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page, all keys.")] = False,
+) -> None:
+    """List the keys of a run's TOML: default, what the value may be, meaning."""
+    from race_dist.training.reference import to_markdown, to_text
+
+    if markdown and keys:
+        raise ValueError("--markdown writes all keys; leave the names out")
+    print(to_markdown() if markdown else to_text(keys or []), end="" if markdown else "\n")
 
 
 data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
@@ -147,7 +167,7 @@ def data_pack(
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
-    with console.status("packing") as status:
+    with cleaned_up(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
                       skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))
     _describe_corpus(corpus)
@@ -165,3 +185,5 @@ def _describe_corpus(corpus: Corpus) -> None:
     assert corpus.documents is not None
     print(f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
           f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents")
+    if corpus.left_out:
+        print(corpus.left_out.sentence())

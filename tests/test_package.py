@@ -18,6 +18,7 @@ import race_dist
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"race_dist": ROOT / "race_dist", "race_dist.kernels": ROOT / "kernels", "race_dist.launch": ROOT / "launch"}
+DATA = {"race_dist.configs": ROOT / "configs", "race_dist.launch.templates": ROOT / "launch/templates"}  # no modules there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # docs/architecture.md; the first name that a module starts with counts
@@ -42,7 +43,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 def test_every_package_of_the_tree_is_installed() -> None:
     found = {name for name, file in modules() if file.name == "__init__.py"}
-    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+    assert found | set(DATA) == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_no_package_lacks_its_init() -> None:
@@ -106,12 +107,14 @@ def test_no_file_is_too_long() -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of the tree, installed without dependencies into an empty folder."""
     tree = tmp_path_factory.mktemp("tree")
-    for part in ("race_dist", "kernels", "launch"):
+    for part in ("race_dist", "configs", "kernels", "launch"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
     for part in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, tree / part)
     site = tmp_path_factory.mktemp("site")
-    quietly([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)])
+    said = quietly([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)])
+    warnings = [line for line in said.splitlines() if "warning" in line.lower() and "byte-compiling" not in line]
+    assert not warnings
     (wheel,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:  # what is unpacked is what pip would put there
         archive.extractall(site)
@@ -121,7 +124,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quietly(command: list[str], **options: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
-    return str(done.stdout)
+    return str(done.stdout + done.stderr)
 
 
 def test_a_wheel_holds_every_module_and_nothing_else(installed: Path) -> None:
@@ -129,11 +132,19 @@ def test_a_wheel_holds_every_module_and_nothing_else(installed: Path) -> None:
                 else Path(*name.split(".")).with_suffix(".py") for name, file in modules()}
     assert {file.relative_to(installed) for file in installed.rglob("*.py")} == expected
     assert (installed / "race_dist" / "py.typed").is_file()
-    templates = {f.relative_to(ROOT / "launch") for f in (ROOT / "launch" / "templates").rglob("*") if f.is_file()}
-    assert {f.relative_to(installed / "race_dist/launch") for f in (installed / "race_dist/launch/templates").rglob("*")
-            if f.is_file()} == templates
+    for name, folder in DATA.items():
+        there = installed.joinpath(*name.split("."))
+        assert {f.name for f in there.iterdir()} == {f.name for f in folder.iterdir()}
     assert not (installed / "kernels").exists()
     assert not (installed / "launch").exists()
+
+
+def test_the_page_of_a_wheel_has_links_that_work_elsewhere(installed: Path) -> None:
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    text = metadata.read_text()
+    assert "\nProject-URL: Homepage, https://github.com/race-dist/race-dist\n" in text
+    assert "\nAuthor: race-dist contributors\n" in text
+    assert not re.findall(r"\]\((?!https?://|#|mailto:)([^)]+)\)", text)
 
 
 def test_a_wheel_works_by_itself(installed: Path, tmp_path: Path) -> None:
@@ -147,5 +158,7 @@ q = torch.randn(1, 8, 2, 4)
 out = race_dist.race_attention(q, q, q, race_dist.sample_planes(2, 3, 4, seed=0), 1.0)
 assert out.shape == q.shape
 from race_dist.cli import app
+from race_dist.training.config import load_config
+assert load_config("demo").name == "demo"
 """
     quietly([sys.executable, "-c", program], cwd=tmp_path)

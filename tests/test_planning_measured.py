@@ -69,6 +69,25 @@ def test_a_long_step_on_two_gpus() -> None:
     assert plan.memory.first_peak == pytest.approx(row["peak_bytes"], rel=0.1)
 
 
+def test_the_table_of_the_planning_page_is_made_of_these() -> None:
+    page, streaming = ((FOLDER.parent / name).read_text(encoding="utf-8") for name in ("planning.md", "streaming.md"))
+    for name, rates, unit, width in (("h100-75m", None, 1e9, ".2f"), ("h100-1b", None, 1e9, ".2f"),
+                                     ("cpu-75m", profiled_rates("cpu-profile"), 2**20, ".1f")):
+        report = load(name)
+        row = report["rows"][0]
+        plan = plan_of(report, row, rates)
+        seconds, peak, planned = row["seconds"], row["peak_bytes"], plan.memory.first_peak
+        form, word = (",.1f", "GB") if unit == 1e9 else (",.0f", "MiB")
+        assert f"{seconds:{form}} s, {plan.step:{form}} s ({plan.step / seconds - 1:+.0%})" in page
+        assert f"{peak / unit:{width}} {word}, {planned / unit:{width}} {word} ({planned / peak - 1:+.1%})" in page
+        assert f" {plan.step:{form}} s ({plan.step / seconds - 1:+.0%}) |" in streaming
+        assert f" {planned / unit:{width}} {word} ({planned / peak - 1:+.1%}) |" in streaming
+    for name in ("h100-memory", "memory-cpu"):
+        report = load(name)
+        off = sorted(plan_of(report, row).memory.first_peak / row["peak_bytes"] - 1 for row in report["rows"])
+        assert f", {off[0]:+.1%} to {off[-1]:+.1%} |" in page
+
+
 @pytest.mark.parametrize("name", ["h100-memory", "memory-cpu"])
 def test_measured_memory_does_not_grow_with_the_sequence(name: str) -> None:
     bare = [row["peak_bytes"] - row["state_bytes"] for row in load(name)["rows"]]

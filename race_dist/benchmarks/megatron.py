@@ -83,12 +83,12 @@ def build_step(name: str, model: ModelConfig, length: int, dtype: torch.dtype, r
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, bf16=dtype == torch.bfloat16,
                                                        params_dtype=dtype, clip_grad=1.0), [ddp], use_gloo_process_groups=False)
     ids = torch.randint(model.vocab_size, (1, length), device=device, generator=torch.Generator(device).manual_seed(0))
-    positions = torch.arange(length, device=device)[None]
+    positions, labels = torch.arange(length, device=device)[None], ids.roll(-1, 1)
 
     def step() -> None:
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
-        ddp(ids, positions, None, labels=ids).mean().backward()
+        ddp(ids, positions, None, labels=labels).mean().backward()
         finalize_model_grads([ddp])
         optimizer.step()
 

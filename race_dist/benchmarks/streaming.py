@@ -190,7 +190,10 @@ def _apply(model: DecoderLM, optimizer: torch.optim.Optimizer, config: TrainConf
 
 def _text(config: TrainConfig, length: int) -> tuple[NDArray[np.uint8], int]:
     """``length + 1`` bytes of the text, repeated from its beginning where it is shorter; and how many it has."""
-    text = load_corpus(config.data.path, config.data.pattern).tokens
+    corpus = load_corpus(config.data.path, config.data.pattern)
+    text = corpus.tokens
+    if corpus.left_out:
+        print(corpus.left_out.sentence(f"left out of {corpus.name}"), flush=True)
     return (text if len(text) > length else np.resize(text, length + 1)), len(text)
 
 

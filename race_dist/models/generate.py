@@ -15,7 +15,7 @@ from race_dist.models.language import DecoderLM
 
 
 def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | None = None) -> Tensor:
+           generator: torch.Generator | None = None, allowed: Tensor | None = None) -> Tensor:
     """One token id a row, ``[B]``, of logits ``[B, vocab]``.
 
     Args:
@@ -23,6 +23,7 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         top_k: draw from the k most likely only.
         top_p: draw from the fewest most likely tokens whose probabilities reach p.
         generator: of the draw.
+        allowed: ``[vocab]`` bool, False for ids that are never drawn, on the logits' device; None: all may be.
 
     Raises:
         TypeError, ValueError: an argument is of another type or out of its range, or the logits hold NaN or Inf.
@@ -33,7 +34,7 @@ def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         checks.instance("generator", generator, torch.Generator)
     if checks.readable(logits) and not bool((logits < float("inf")).all() & (logits > float("-inf")).any(-1).all()):
         raise ValueError("logits hold NaN or Inf, from which no token can be drawn: the model has diverged")
-    return _draw(logits, temperature, top_k, top_p, generator)
+    return _draw(logits, temperature, top_k, top_p, generator, allowed)
 
 
 def _check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -46,7 +47,9 @@ def _check_choice(temperature: float, top_k: int | None, top_p: float | None) ->
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
-          generator: torch.Generator | None) -> Tensor:
+          generator: torch.Generator | None, allowed: Tensor | None = None) -> Tensor:
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
     if temperature == 0:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: however small the temperature, none is Inf
@@ -126,7 +129,7 @@ def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
 
 def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-             prefill_chunk: int = 8192) -> Iterator[Tensor]:
+             prefill_chunk: int = 8192, allowed: Tensor | int | None = None) -> Iterator[Tensor]:
     """Yield ``max_new_tokens`` times the next token of each row, ``[B]`` int64.
 
     The prompt goes through the model ``prefill_chunk`` tokens at a time; after it every token costs the same time and no
@@ -141,6 +144,8 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
         top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.
         seed: of the draws.
         prefill_chunk: tokens of the prompt at a time.
+        allowed: ids that may be drawn, where the vocabulary is padded: ``[vocab]`` bool, or a number n for the ids below n.
+            None: all.
 
     Raises:
         TypeError, ValueError: an argument is of another type or out of its range.
@@ -156,7 +161,25 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
     seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
     prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, least=1, most=2**62, words="at least 1")
     return _steps(model, prompt_ids, max_new_tokens, prefill_chunk, seed,
-                  {"temperature": temperature, "top_k": top_k, "top_p": top_p})
+                  {"temperature": temperature, "top_k": top_k, "top_p": top_p,
+                   "allowed": None if allowed is None else _mask(allowed, model)})
+
+
+def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
+    """``[vocab]`` bool on the model's device."""
+    size = model.config.vocab_size
+    if isinstance(allowed, int) and not isinstance(allowed, bool):
+        if not 1 <= allowed <= size:
+            raise ValueError(f"allowed must be from 1 to vocab_size = {size}; got {allowed}")
+        mask = torch.arange(size) < allowed
+    elif isinstance(allowed, Tensor) and allowed.dtype == torch.bool and tuple(allowed.shape) == (size,):
+        mask = allowed
+        if not bool(mask.any()):
+            raise ValueError("allowed is False for every id: there is nothing to draw")
+    else:
+        got = f"{allowed.dtype} {list(allowed.shape)}" if isinstance(allowed, Tensor) else repr(allowed)
+        raise ValueError(f"allowed must be bool [vocab_size] = [{size}], or a number of ids; got {got}")
+    return mask.to(model.embed.weight.device)
 
 
 def _steps(model: DecoderLM, prompt: Tensor | Context, max_new_tokens: int, prefill_chunk: int, seed: int,

@@ -10,6 +10,7 @@ from race_dist import checks
 from race_dist.models.backbone import Backbone
 from race_dist.models.config import ModelConfig
 from race_dist.models.loss import IGNORE, linear_cross_entropy
+from race_dist.models.targets import check_masked, check_shifted
 from race_dist.nn import Linear
 from race_dist.parallel import all_reduce_sum
 
@@ -42,6 +43,7 @@ class LanguageModel(Backbone):
     def __init__(self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(config, causal=causal, device=device, dtype=dtype)
+        self.causal = causal
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, device=device, dtype=dtype)
         self.initialize()
 
@@ -82,7 +84,8 @@ class LanguageModel(Backbone):
 
         Args:
             input_ids: ``[B, T]`` int: this rank's tokens.
-            labels: ``[B, T]`` int64: ``labels[t]`` is the target of position t (nothing is shifted); -100 is ignored.
+            labels: ``[B, T]`` int64: ``labels[t]`` is the target of position t (nothing is shifted inside); -100 is ignored.
+                Of a causal model: ``torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], 1)``.
             cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1).
             key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent, and its label does not
                 count. Its own logits are 0. Under a group every rank gives one or none does.
@@ -91,11 +94,12 @@ class LanguageModel(Backbone):
             num_targets: what the summed loss is divided by, above 0; None: the count of labels, over the group.
 
         Raises:
-            TypeError, ValueError: a class, shape, dtype, token or label does not fit.
+            TypeError, ValueError: a class, shape, dtype, token or label does not fit, or the labels are the input.
         """
         if labels is not None:
             _check_labels(labels, input_ids)
             _check_num_targets(num_targets)
+            self._check_targets(input_ids, labels, layout)
         h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, final=False)
         if labels is None:
             return self.logits(h)
@@ -103,9 +107,17 @@ class LanguageModel(Backbone):
             labels = torch.where(key_mask, labels, IGNORE)
         return self.loss(h, labels, num_targets=num_targets, group=group)
 
+    def _check_targets(self, input_ids: Tensor, labels: Tensor, layout: str) -> None:
+        """Refuse labels that are the input."""
+        if self.causal:
+            check_shifted(input_ids, labels, layout=layout)
+        else:
+            check_masked(input_ids, labels)
+
 
 class DecoderLM(LanguageModel):
-    """A causal language model: ``DecoderLM(ModelConfig(...))``, then ``model(input_ids, labels)``.
+    """A causal language model: ``DecoderLM(ModelConfig(...))``, then ``model(input_ids, labels)``: ``labels[t]`` is the token
+    that follows position t.
 
     Weights depend on ``config.seed`` and their names alone. :meth:`hidden` with a carry runs it piece by piece.
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -15,17 +17,19 @@ from torch import Tensor
 from race_dist.files import write_json, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import CheckpointError
-from race_dist.training.corpus import Corpus
+from race_dist.training.corpus import Corpus, Split
 from race_dist.training.curves import Curves, draw_loss, save_png
 from race_dist.training.metrics import Metrics, bits, read_metrics
 from race_dist.training.positions import loss_by_position
 from race_dist.training.rundir import RunDirectory
-from race_dist.training.sampling import codec_for, stream_text
+from race_dist.training.sampling import Codec, codec_for, stream_text
 from race_dist.training.step import autocast
 from race_dist.training.weights import save_weights
 
 if TYPE_CHECKING:
     from race_dist.training.trainer import Evaluation, Trainer
+
+_PROMPT_TOKENS, _PROMPT_CHARACTERS = 2048, 40  # what a prompt is looked for in, and its length
 
 
 def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, last: Evaluation) -> None:
@@ -64,7 +68,8 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
         metrics.say([f"curves:   {directory.curves}"])
     if failed is None:
         metrics.say([f"weights:  {directory.weights}",
-                     f"go on:    {command()} generate {directory.path} --prompt \"{config.sample.prompt}\""])
+                     f"go on:    {command()} generate {shlex.quote(str(directory.path))} "
+                     f"--prompt {shlex.quote(_prompt(trainer))}"])
     if failed is not None:
         raise CheckpointError(f"the trained weights were not kept: {failed}; " + (
             f"make room and go on with --resume from the checkpoints in {directory.checkpoints}" if
@@ -88,20 +93,49 @@ def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory
     write_positions(directory, found, trainer.corpus)
 
 
-def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corpus) -> Path:
-    """Store losses by position in the run's folder, where the report finds them."""
-    file = directory.positions_of(found["context"])
-    write_json(file, {"text": corpus.name, "bytes_per_token": corpus.bytes_per_token, **found})
+def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corpus, *, held_out: bool = True,
+                    step: int | None = None) -> Path:
+    """Store losses by position in the run's folder, where the report finds them.
+
+    Args:
+        directory: of the run.
+        found: from :func:`race_dist.training.positions.loss_by_position`.
+        corpus: the text.
+        held_out: whether it is what the run held out; another text gets a file of its own.
+        step: of the checkpoint that was measured; None: the run as it ended.
+    """
+    text = "" if held_out else f"{re.sub(r'[^A-Za-z0-9._]+', '-', Path(corpus.name).name)[:40]}-{corpus.digest()[:8]}"
+    file = directory.positions_of(found["context"], text=text, step=step)
+    facts = {"text": corpus.name, "held_out": held_out, "step": step, "bytes_per_token": corpus.bytes_per_token}
+    write_json(file, {**facts, **found})
     return file
 
 
 def _write_sample(trainer: Trainer, model: DecoderLM, directory: RunDirectory, metrics: Metrics) -> None:
     config = trainer.config
-    text = config.sample.prompt + "".join(stream_text(
-        model, config.sample.prompt, codec=codec_for(trainer.corpus.tokenizer), tokens=config.sample.tokens,
-        temperature=config.sample.temperature, seed=config.seed))
+    prompt = _prompt(trainer)
+    text = prompt + "".join(stream_text(model, prompt, codec=codec_for(trainer.corpus.tokenizer), tokens=config.sample.tokens,
+                                        temperature=config.sample.temperature, seed=config.seed))
     metrics.say(["", "sample:", *(f"    {line}" for line in text.splitlines()), ""])
     write_text(directory.sample, text)
+
+
+def _prompt(trainer: Trainer) -> str:
+    """The configuration's, or else a few words of the held-out text."""
+    given = trainer.config.sample.prompt
+    return given if given is not None else first_words(trainer.held_out, codec_for(trainer.corpus.tokenizer))
+
+
+def first_words(split: Split, codec: Codec) -> str:
+    """The first line of a text that has several words, as far as some forty characters go; of a text without such a line,
+    its first characters."""
+    decode = codec.decoder()
+    tokens = split.read(0, min(len(split), _PROMPT_TOKENS))
+    text = "".join(decode(int(token)) for token in tokens)
+    lines = [line.strip() for line in text.split("\n")[1:-1]]
+    line = next((line for line in lines if " " in line and line.isprintable() and "\ufffd" not in line), "")
+    words = line[:_PROMPT_CHARACTERS + 1].rpartition(" ")[0] if len(line) > _PROMPT_CHARACTERS else line
+    return words or text.strip("\ufffd")[:_PROMPT_CHARACTERS] or " "
 
 
 def command() -> str:

@@ -22,6 +22,7 @@ from race_dist.strict_config import (
     shown,
 )
 from race_dist.training.corpus import BYTE_VOCAB, HeldOut
+from race_dist.training.presets import find_config
 
 FLOAT32_LIMIT = 3.4e38  # of numbers that a step multiplies float32 tensors by
 MINUTES_LIMIT = 10**7  # 19 years: more than any run
@@ -39,8 +40,8 @@ class DataConfig(StrictConfig):
             of a packed corpus, never see each other, also where a window holds several).
         held_out: what is measured and not trained on: ``"blocks"`` (every tenth block of 256 Ki tokens), ``"documents"``
             (every tenth) or ``"tail"`` (the last tenth: the rest stays one piece).
-        context: tokens a training sequence.
-        batch_size: sequences a step, over all ranks together.
+        context: tokens per training sequence.
+        batch_size: sequences per step, over all ranks together.
     """
 
     path: NonEmpty = "python-stdlib"
@@ -80,7 +81,7 @@ class ParallelConfig(StrictConfig):
 
     Attributes:
         dp: groups of ranks, each with its share of the batch.
-        sp: ranks a group, each with its shard of every sequence.
+        sp: ranks of a group, each with its shard of every sequence.
         tp: ranks that share every layer's heads (engine = "megatron" only): each place of dp x sp has that many.
         layout: order of the shards, ``"contiguous"`` or ``"zigzag"``.
         sharding: ``"none"`` (every rank holds all parameters) or ``"fsdp"`` (parameters, gradients and optimizer states are
@@ -189,12 +190,12 @@ class SampleConfig(StrictConfig):
     """The text written when training ends.
 
     Attributes:
-        prompt: what it goes on from.
+        prompt: what it goes on from; left out: a few words of the held-out text.
         tokens: how many bytes it gets; 0 writes none.
         temperature: 0 always takes the likeliest byte.
     """
 
-    prompt: NonEmpty = "def "
+    prompt: NonEmpty | None = None
     tokens: int = Field(400, ge=0, le=COUNT_LIMIT)
     temperature: float = Field(0.8, ge=0, le=TEMPERATURES[1])
 
@@ -216,7 +217,7 @@ class TrainConfig(StrictConfig):
         seed: of the weights, the planes, the batches and the sample (model.seed and model.race.seed may differ).
         init: weights to begin with: a safetensors file, or the folder of a run; None: drawn from the seed.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; weights stay float32) or ``"float64"``.
-        device: ``"auto"`` (a GPU a rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
+        device: ``"auto"`` (one GPU per rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
         compile: compile the model's blocks with torch.compile.
         log_every: steps between two lines of metrics.
         tensorboard: write the metrics for TensorBoard too, to ``runs/NAME/tensorboard``.
@@ -271,7 +272,7 @@ class TrainConfig(StrictConfig):
         if not isinstance(value, str):
             return value
         try:
-            return read_object(Path(value))
+            return read_object(find_config(value, ".json"))
         except (OSError, ValueError) as error:
             raise ValueError(f"deepspeed = {value!r} is the path of no DeepSpeed configuration: {error}") from None
 
@@ -318,16 +319,15 @@ class TrainConfig(StrictConfig):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Read a TOML file and apply overrides ``"a.b=value"``, whose values are TOML too (a bare word is a string).
+    """Read a TOML file, or the preset of that name (``demo``), and apply overrides ``"a.b=value"``, whose values are TOML too
+    (a bare word is a string).
 
     Raises:
         ValueError: the file is not TOML, an override has no ``=``, a key is unknown (the nearest known one is named)
             or a value is out of its range; one sentence that names the file and the key.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file and no such preset.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration file {path}")
+    path = find_config(path)
     tree = read_toml(path)
     for override in overrides:
         set_key(tree, override, option="--override", example="a.b=value, for example optim.lr=3e-4")

@@ -5,27 +5,32 @@ A token is a byte of UTF-8 text, unless the corpus was packed with a tokenizer (
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import mmap
-import os
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-STDLIB = "python-stdlib"
+from race_dist.training.text_files import (
+    STDLIB,
+    LeftOut,
+    check_pattern,
+    find_texts,
+    printable,
+    read_utf8,
+    stdlib_texts,
+    utf8_pieces,
+)
+
 HELD_OUT_EVERY = 10  # of ten blocks or documents, the last is held out; of the whole, the last tenth
 BLOCK = 256 * 1024
 MIN_BLOCKS = 20  # a small corpus gets smaller blocks, so that it has two to hold out
 LARGEST_IN_MEMORY = 2**31  # bytes of a folder that is read and not packed
 BYTE_VOCAB = 256
-_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
-_PIECE = 2**24
 _FAULT_AROUND = 2**16  # bytes that the kernel maps about a page that is touched
 
 Tokens = NDArray[Any]  # uint8, uint16 or uint32, [N]
@@ -93,6 +98,7 @@ class Corpus:
         vocab_size: tokens are below it.
         text_bytes: bytes of UTF-8 text that the tokens stand for.
         tokenizer: the file that made the tokens; None: they are bytes.
+        left_out: files of its folder that were not read.
     """
 
     name: str
@@ -101,6 +107,7 @@ class Corpus:
     vocab_size: int = BYTE_VOCAB
     text_bytes: int | None = None
     tokenizer: Path | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def bytes_per_token(self) -> float:
@@ -214,8 +221,9 @@ def expand_home(path: str) -> Path:
 def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
     """Read ``"python-stdlib"``, a text file, a folder of text files (UTF-8), or a corpus packed by ``race-dist data pack``.
 
-    The files of a folder are its documents, in the order of their relative paths; hidden ones are left out, and of files
-    with the same content only the first is kept, so that no held-out file is also trained on.
+    The files of a folder are its documents, in the order of their relative paths; linked folders are followed. Hidden files
+    are left out, and of files with the same content only the first is kept, so that no held-out file is also trained on:
+    ``Corpus.left_out`` names what was not read.
 
     Args:
         path: where.
@@ -229,16 +237,20 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
     """
     from race_dist.training.packed import is_packed, open_packed
 
+    check_pattern(path, pattern)
     if path == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        return _join(path, (text for file in text_files(root, "*.py") if (text := _utf8(file)) is not None))
+        return _join(path, stdlib_texts(), None)
     source = expand_home(path)
     if is_packed(source):
+        if pattern != "*":
+            raise ValueError(f"data.pattern = {pattern!r} picks files of a folder, but {path} is a packed corpus; leave it out")
         return open_packed(source)
     if source.is_dir():
-        return _join(path, (_required(file) for file in text_files(source, pattern)))
+        files, left_out = find_texts(source, pattern)
+        return _join(path, files, left_out)
     if not source.is_file():
-        raise FileNotFoundError(f"data.path: there is no file or folder {source}")
+        what = f"{source} is no regular file" if source.exists() else f"there is no file or folder {source}"
+        raise FileNotFoundError(f"data.path: {what}")
     if source.stat().st_size == 0:
         raise ValueError(f"data.path: {source} is empty")
     if check:
@@ -247,65 +259,31 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
     return Corpus(path, np.memmap(source, dtype=np.uint8, mode="r"))
 
 
-def text_files(root: Path, pattern: str) -> Iterator[Path]:
-    """The files under ``root`` whose names match, in the order of their paths; the same on every machine."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    files = (file for file in found if file.match(pattern) and file.is_file())
-    return iter(sorted(files, key=lambda file: file.relative_to(root).as_posix()))
-
-
-def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
-    """The file's bytes, some at a time. Raises ValueError, naming the file and the place, where they are not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    start = 0
-    with source.open("rb") as file:
-        while True:
-            data = file.read(piece)
-            try:
-                decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"data.path: {source} is not UTF-8 text (near byte {start + error.start}): "
-                                 "convert it, for example with iconv") from None
-            if not data:
-                return
-            start += len(data)
-            yield data
-
-
-def _join(path: str, texts: Iterator[bytes]) -> Corpus:
-    """The texts one after the other, each content once."""
+def _join(path: str, files: Iterable[Path], left_out: LeftOut | None) -> Corpus:
+    """The files' texts one after the other, each content once. ``left_out`` gets those that are not read; None: files that
+    are no text are expected."""
     seen: dict[bytes, bytes] = {}
     total = 0
-    for text in texts:
+    for file in files:
+        text = read_utf8(file)
+        if text is None:
+            if left_out is None:
+                continue
+            raise ValueError(f"data.path: {printable(file)} is not UTF-8 text; leave it out with data.pattern, for example "
+                             f"\"*.txt\", or pack the folder without such files: race-dist data pack {path} --out CORPUS "
+                             "--skip-undecodable, then data.path = \"CORPUS\"")
         key = hashlib.sha256(text).digest()
         if text and key not in seen:
             seen[key] = text
             total += len(text)
+        elif text and left_out is not None:
+            left_out.add(file, "has the content of another file")
         if total > LARGEST_IN_MEMORY:
             raise ValueError(f"data.path: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
                              "every rank would hold in memory; pack them first: race-dist data pack "
                              f"{path} --out NAME, then data.path = \"NAME\"")
     if not total:
-        raise ValueError(f"data.path: no text was found in {path}; give a text file, or a folder and data.pattern")
+        raise ValueError(f"data.path: no text was found in {path}: its files are empty; give a text file, or a folder and "
+                         "data.pattern")
     ends = np.cumsum([0, *map(len, seen.values())]).astype(np.int64)
-    return Corpus(path, np.frombuffer(b"".join(seen.values()), dtype=np.uint8), ends)
-
-
-def _utf8(file: Path) -> bytes | None:
-    """The file's bytes, None where they are not UTF-8 text."""
-    text = file.read_bytes()
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return None
-    return text
-
-
-def _required(file: Path) -> bytes:
-    text = _utf8(file)
-    if text is None:
-        raise ValueError(f"data.path: {file} is not UTF-8 text; leave it out with data.pattern, for example \"*.txt\"")
-    return text
+    return Corpus(path, np.frombuffer(b"".join(seen.values()), dtype=np.uint8), ends, left_out=left_out or LeftOut())

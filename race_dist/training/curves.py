@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -72,23 +73,29 @@ def draw_loss(runs: Sequence[Curves], title: str = "") -> Figure:
 
 
 def draw_positions(runs: Sequence[Curves], title: str = "") -> Figure:
-    """Bits per byte by position in the context, one line a run and context length."""
+    """Bits per byte by position in the context, one line per run, context length, text and checkpoint."""
     figure = _figure(4)
     axes = figure.subplots()
     lines: list[tuple[Line2D, str]] = []
     for colour, run in zip(_colours(runs), runs):
-        for style, found in zip(("-", "--", ":", "-."), run.positions):
+        for style, found in zip(itertools.cycle(("-", "--", ":", "-.")), run.positions):
             edges = [max(1, b["start"]) for b in found["buckets"]] + [b["stop"] for b in found["buckets"][-1:]]
             values = [bits(b["loss"]) / found.get("bytes_per_token", 1.0) for b in found["buckets"]]
             drawn = axes.step(edges, [*values, *values[-1:]], where="post", color=colour, linestyle=style, linewidth=2)
-            lines.append((drawn[0], f"{run.name}, windows of {found['context']:,}"))
+            lines.append((drawn[0], f"{run.name}, windows of {found['context']:,}{_text_measured(found)}"))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.set(xlabel="position in the context", ylabel="bits per byte, held out")
+    axes.set(xlabel="position in the context", ylabel="bits per byte")
     _title(axes, title)
     if lines:
         _legend(axes, lines)
     return _plain(figure, axes)
+
+
+def _text_measured(found: dict[str, Any]) -> str:
+    """Which text and checkpoint a measurement is of."""
+    text = "held out" if found.get("held_out", True) else str(found.get("text"))
+    return f", {text}" + ("" if found.get("step") is None else f", step {found['step']:,}")
 
 
 def draw_progress(runs: Sequence[Curves], title: str = "") -> Figure:
@@ -165,17 +172,21 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
             whole = stored["context"] >= 1 and is_kind(stored.get("bytes_per_token", 1.0), float) and (
                 0 < stored.get("bytes_per_token", 1.0) < math.inf) and bool(stored["buckets"])
             whole = whole and all(_is_bucket(bucket) for bucket in stored["buckets"])
+            whole = whole and all(is_kind(stored.get(key, none), (kind, type(None))) for key, kind, none in (
+                ("text", str, ""), ("held_out", bool, True), ("step", int, None)))
         except (ValueError, OverflowError):
             whole = False
         if not whole:
             raise ValueError(f"{file} does not hold losses by position; remove it")
         found.append(stored)
-    return sorted(found, key=lambda stored: int(stored["context"]))
+    return sorted(found, key=lambda stored: (int(stored["context"]), not stored.get("held_out", True), stored.get("step") or 0))
 
 
 def _is_bucket(bucket: Any) -> bool:
     """Whether it says where it starts and stops, and the loss in between."""
     if not isinstance(bucket, dict) or not all(is_kind(bucket.get(key), int) for key in ("start", "stop")):
+        return False
+    if not is_kind(bucket.get("targets", 0), int) or bucket.get("targets", 0) < 0:
         return False
     loss: Any = bucket.get("loss")
     return 0 <= bucket["start"] < bucket["stop"] < 2**53 and is_kind(loss, float) and 0 <= loss < math.inf

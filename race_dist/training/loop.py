@@ -99,7 +99,8 @@ def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
     ranks = trainer.ranks
     found = {**machine(ranks.device), "ranks": ranks.dp * ranks.sp, "dp": ranks.dp, "sp": ranks.sp,
              "parameters": sum(p.numel() for p in trainer.model.parameters()), "text": trainer.corpus.name,
-             "training_tokens": len(trainer.train), "held_out_tokens": len(trainer.held_out)}
+             "training_tokens": len(trainer.train), "held_out_tokens": len(trainer.held_out),
+             "text_digest": trainer.corpus.digest()}
     directory.describe(found, trainer.corpus.tokenizer)
 
 

@@ -13,16 +13,27 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
 from race_dist.files import DamagedFileError, check_record, read_object, write_record
-from race_dist.training.corpus import BYTE_VOCAB, STDLIB, Corpus, expand_home, sample_digest, text_files, utf8_pieces
+from race_dist.training.corpus import BYTE_VOCAB, Corpus, expand_home, sample_digest
+from race_dist.training.text_files import (
+    STDLIB,
+    LeftOut,
+    Undecodable,
+    check_pattern,
+    find_texts,
+    stdlib_texts,
+    utf8_pieces,
+)
+from race_dist.training.tokenizing import TextTokenizer, load_tokenizer
+
+__all__ = ["is_packed", "load_tokenizer", "open_packed", "pack", "verify_packed"]
 
 FORMAT = 1
 INDEX, TOKENS, DOCUMENTS, TOKENIZER = "corpus.json", "tokens.bin", "documents.bin", "tokenizer.json"
@@ -37,8 +48,8 @@ class Encode(Protocol):
     vocab_size: int
     dtype: str
 
-    def __call__(self, data: bytes) -> bytes:
-        """The tokens of some whole characters of UTF-8, as bytes of ``dtype``."""
+    def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The tokens of a document that comes in pieces of UTF-8, as bytes of ``dtype``."""
         ...
 
 
@@ -47,43 +58,23 @@ class ByteEncode:
 
     vocab_size, dtype = BYTE_VOCAB, "<u1"
 
-    def __call__(self, data: bytes) -> bytes:
-        return data
+    def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        return iter(pieces)
 
 
 class TokenizerEncode:
     """A ``tokenizer.json`` of the ``tokenizers`` library, without special tokens around a text.
 
-    Long documents are encoded some megabytes at a time, cut behind a line: a token never spans such a cut.
+    The type of the stored numbers holds the largest id of the tokenizer, gaps included.
     """
 
     def __init__(self, file: Path) -> None:
-        self._tokenizer = load_tokenizer(file)
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self._tokenizer = TextTokenizer(file)
+        self.vocab_size = self._tokenizer.vocab_size
         self.dtype = "<u2" if self.vocab_size <= 2**16 else "<u4"
 
-    def __call__(self, data: bytes) -> bytes:
-        ids = self._tokenizer.encode(data.decode(), add_special_tokens=False).ids
-        return np.asarray(ids, dtype=self.dtype).tobytes()
-
-
-def load_tokenizer(file: Path) -> Any:
-    """The tokenizer of a ``tokenizer.json``.
-
-    Raises:
-        ImportError: the library is not installed.
-        ValueError: there is no such file, or it is no tokenizer.
-    """
-    try:
-        from tokenizers import Tokenizer  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise ImportError("tokenizer files need the tokenizers library: pip install 'race-dist[tokenizers]'") from None
-    if not file.is_file():
-        raise ValueError(f"there is no tokenizer file {file}")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file} is no file of the tokenizers library: {error}") from None
+    def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        return (ids.astype(self.dtype).tobytes() for ids in self._tokenizer.encode(pieces))
 
 
 @dataclass
@@ -97,48 +88,33 @@ class _Writer:
     text_bytes: int = 0
     seen: set[bytes] = field(default_factory=set)
 
-    def add(self, pieces: Iterator[bytes]) -> None:
-        """One document; a content that was there before is left out."""
+    def add(self, pieces: Iterator[bytes]) -> bool:
+        """One document; False where it is left out because its content was there before."""
         content, before, text = hashlib.sha256(), self.file.tell(), 0
-        for lines in lines_of(pieces):
-            content.update(lines)
-            text += len(lines)
-            self.file.write(self.encode(lines))
+
+        def watched() -> Iterator[bytes]:
+            nonlocal text
+            for piece in pieces:
+                content.update(piece)
+                text += len(piece)
+                yield piece
+
+        for tokens in self.encode(watched()):
+            self.file.write(tokens)
         if content.digest() in self.seen:
             self.file.seek(before)
             self.file.truncate()
-            return
+            return False
         self.seen.add(content.digest())
         self.text_bytes += text
         end = self.file.tell() // np.dtype(self.encode.dtype).itemsize
         if end > self.starts[-1]:
             self.starts.append(end)
+        return True
 
     def bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """``[D + 1]``."""
         return np.array([0, self.starts[-1]] if self.one_document else self.starts, dtype="<i8")
-
-
-def lines_of(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """A text in pieces, cut anew behind lines (or, in very long ones, behind whole characters)."""
-    rest = b""
-    for piece in pieces:
-        whole, rest = _behind_a_line(rest + piece)
-        if whole:
-            yield whole
-    if rest:
-        yield rest
-
-
-def _behind_a_line(data: bytes) -> tuple[bytes, bytes]:
-    """Cut behind the last line, or behind the last whole character of a line that is longer than a piece."""
-    cut = data.rfind(b"\n") + 1
-    if not cut and len(data) >= _PIECE:
-        cut = len(data)
-        while cut and data[cut - 1] & 0xC0 == 0x80:  # inside a character
-            cut -= 1
-        cut -= cut > 0 and data[cut - 1] >= 0xC0
-    return data[:cut], data[cut:]
 
 
 def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = None, one_document: bool = False,
@@ -161,7 +137,7 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or remove it")
-    files = _sources(path, pattern)
+    files, left_out = _sources(path, pattern)
     encode = ByteEncode() if tokenizer is None else TokenizerEncode(tokenizer)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -171,10 +147,10 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
             for source in files:
                 if progress is not None:
                     progress(source)
-                _add(writer, source, skip_undecodable or path == STDLIB)
+                _add(writer, source, skip_undecodable or path == STDLIB, left_out)
         bounds = writer.bounds()
         if not bounds[-1]:
-            raise ValueError(f"no text was found in {path}; give a text file, or a folder and --pattern")
+            raise ValueError(f"no text was found in {path}: its files are empty{left_out.sentence('; left out')}")
         bounds.tofile(partial / DOCUMENTS)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER)
@@ -182,27 +158,33 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return open_packed(out)
+    return replace(open_packed(out), left_out=left_out if path != STDLIB else LeftOut())
 
 
-def _sources(path: str, pattern: str) -> list[Path]:
+def _sources(path: str, pattern: str) -> tuple[list[Path], LeftOut]:
+    check_pattern(path, pattern)
     if path == STDLIB:
-        return list(text_files(Path(sysconfig.get_paths()["stdlib"]), "*.py"))
+        return stdlib_texts(), LeftOut()
     source = expand_home(path)
+    if is_packed(source):
+        raise ValueError(f"{source} is a packed corpus already; give the text that it was packed from")
     if source.is_dir():
-        return list(text_files(source, pattern))
+        return find_texts(source, pattern)
     if not source.is_file():
-        raise FileNotFoundError(f"there is no file or folder {source}")
-    return [source]
+        what = "is no regular file" if source.exists() else "is no file or folder"
+        raise FileNotFoundError(f"{source} {what}; give a text file or a folder")
+    return [source], LeftOut()
 
 
-def _add(writer: _Writer, source: Path, skip: bool) -> None:
+def _add(writer: _Writer, source: Path, skip: bool, left_out: LeftOut) -> None:
     before = writer.file.tell()
     try:
-        writer.add(utf8_pieces(source, _PIECE))
-    except ValueError:
+        if not writer.add(utf8_pieces(source, _PIECE)):
+            left_out.add(source, "has the content of another file")
+    except Undecodable as error:
         if not skip:
-            raise
+            raise Undecodable(f"{error}, or leave such files out with --skip-undecodable") from None
+        left_out.add(source, "is not UTF-8 text")
         writer.file.seek(before)
         writer.file.truncate()
 
@@ -255,11 +237,17 @@ def open_packed(path: Path) -> Corpus:
 
 
 def verify_packed(path: Path) -> Corpus:
-    """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed."""
+    """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed, or that has
+    tokens above the vocabulary."""
     corpus = open_packed(path)
     index = _read_index(path)
     for name in index["sha256"]:
         _check_sha256(path, name, index)
+    pieces = range(0, len(corpus.tokens), _PIECE)
+    largest = max(int(corpus.tokens[start:start + _PIECE].max()) for start in pieces)
+    if largest >= corpus.vocab_size:
+        raise ValueError(f"{path / TOKENS} has the token {largest}, but {path / INDEX} says that tokens are below "
+                         f"{corpus.vocab_size}; pack the text again")
     return corpus
 
 

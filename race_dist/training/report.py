@@ -25,6 +25,7 @@ from race_dist.training.curves import (
     shown,
     to_svg,
 )
+from race_dist.training.metrics import bits
 from race_dist.training.records import read_records
 from race_dist.training.rundir import RunDirectory
 
@@ -115,13 +116,28 @@ def _page(runs: Sequence[_Run], pictures: Mapping[str, str]) -> str:
                                                              "learning rate.")]
     if "positions" in pictures:
         body.append(_figure("Loss by position in the context", pictures["positions"],
-                            "What more context is worth: held-out text, at positions that far into a window."))
+                            "What more context is worth: at positions that far into a window of the text in the legend."))
+        body.append(_measurements(runs))
     body += [_figure("How it went", pictures["progress"], "Before clipping; over all ranks together."), _events(runs),
              _configuration(runs), _machines(runs), *_samples(runs)]
     return ("<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
             "<meta name=viewport content=\"width=device-width\">\n"
             f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
             + "\n".join(body) + "\n</body>\n</html>\n")
+
+
+def _measurements(runs: Sequence[_Run]) -> str:
+    """Which texts were measured, and the means over all positions."""
+    rows = []
+    for run in runs:
+        for found in run.curves.positions:
+            targets = sum(int(bucket.get("targets", 0)) for bucket in found["buckets"])
+            nats = sum(bucket["loss"] * bucket.get("targets", 0) for bucket in found["buckets"]) / max(1, targets)
+            text = str(found.get("text", "?")) + (" (held out)" if found.get("held_out", True) else "")
+            cells = [run.name, text, f"{found['context']:,}", "" if found.get("step") is None else f"{found['step']:,}",
+                     f"{targets:,}", f"{bits(nats) / found.get('bytes_per_token', 1.0):.3f}" if targets else "?"]
+            rows.append(_row(cells[0], cells[1:]))
+    return _table(("run", "text", "tokens per window", "checkpoint of step", "targets", "bits per byte"), rows)
 
 
 def _figure(title: str, svg: str, caption: str) -> str:

@@ -51,12 +51,19 @@ class RunDirectory:
 
     @property
     def positions(self) -> list[Path]:
-        """Measured losses by position in the context, as JSON: one file a context length."""
+        """Measured losses by position in the context, as JSON: one file per context length, text and checkpoint."""
         return sorted(self.path.glob("positions-*.json"))
 
-    def positions_of(self, context: int) -> Path:
-        """One of them."""
-        return self.path / f"positions-{context}.json"
+    def positions_of(self, context: int, *, text: str = "", step: int | None = None) -> Path:
+        """One of them.
+
+        Args:
+            context: tokens a window.
+            text: which text, if it is not the one that the run held out: part of a file's name.
+            step: of a checkpoint; None: the run as it ended.
+        """
+        parts = [str(context), *([text] if text else []), *([] if step is None else [f"step-{step}"])]
+        return self.path / f"positions-{'-'.join(parts)}.json"
 
     @property
     def curves(self) -> Path:
@@ -164,9 +171,15 @@ class RunDirectory:
 
         Raises:
             ImportError: they need a library that is missing.
-            ValueError: the tokenizer is not the one that the run was trained with, or is gone.
+            ValueError: the run's tokenizer is missing, or not the one that it was trained with.
         """
-        wanted = self.read_machine().get("tokenizer")
-        if wanted is not None:
-            check_file(self.tokenizer, wanted)
-        return codec_for(self.tokenizer if self.tokenizer.is_file() else None)
+        return codec_for(self.checked_tokenizer())
+
+    def checked_tokenizer(self) -> Path | None:
+        """The run's tokenizer.json, None where tokens are bytes. Raises ValueError where it is not what the run was trained
+        with, or is gone."""
+        facts = self.read_machine()
+        if facts.get("tokenizer") is not None:
+            check_file(self.tokenizer, facts["tokenizer"])
+            return self.tokenizer
+        return self.tokenizer if "tokenizer" not in facts and self.tokenizer.is_file() else None

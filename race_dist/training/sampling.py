@@ -20,7 +20,13 @@ _FORMAT = "race-dist context 1"
 
 
 class Codec(Protocol):
-    """Text to tokens and back."""
+    """Text to tokens and back.
+
+    Attributes:
+        known_ids: ``[n]`` int64, the ids that stand for text. A model's vocabulary may be larger.
+    """
+
+    known_ids: Tensor
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tensor]:
         """Token ids ``[n]`` int64 of a text that comes in pieces of UTF-8."""
@@ -34,6 +40,8 @@ class Codec(Protocol):
 class ByteCodec:
     """A token is a byte. Bytes that are no UTF-8 decode to U+FFFD."""
 
+    known_ids = torch.arange(256)
+
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tensor]:
         return (torch.frombuffer(bytearray(piece), dtype=torch.uint8).long() for piece in pieces if piece)
 
@@ -43,26 +51,33 @@ class ByteCodec:
 
 
 class TokenizerCodec:
-    """Tokens of a ``tokenizer.json``; long texts are cut behind lines, as packing does."""
+    """Tokens of a ``tokenizer.json``: those that the tokenizer gives for the whole text, without special tokens around it."""
 
     def __init__(self, file: Path) -> None:
-        from race_dist.training.packed import load_tokenizer
+        from race_dist.training.tokenizing import TextTokenizer
 
-        self._tokenizer = load_tokenizer(file)
+        self._text = TextTokenizer(file)
+        self._tokenizer = self._text.tokenizer
+        self.known_ids = torch.from_numpy(self._text.known_ids)
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tensor]:
-        from race_dist.training.packed import lines_of
-
-        for text in lines_of(pieces):
-            ids = self._tokenizer.encode(text.decode(), add_special_tokens=False).ids
-            if ids:
-                yield torch.tensor(ids, dtype=torch.int64)
+        return (torch.from_numpy(ids) for ids in self._text.encode(pieces) if len(ids))
 
     def decoder(self) -> Callable[[int | None], str]:
         from tokenizers.decoders import DecodeStream  # type: ignore[import-not-found, unused-ignore]
 
-        stream = DecodeStream(skip_special_tokens=False)
-        return lambda token: "" if token is None else stream.step(self._tokenizer, token) or ""
+        stream, waiting = DecodeStream(skip_special_tokens=False), list[int]()
+
+        def take(token: int | None) -> str:
+            if token is None:  # the bytes of a character that was not finished
+                return str(self._tokenizer.decode(waiting, skip_special_tokens=False)) if waiting else ""
+            waiting.append(token)
+            text = stream.step(self._tokenizer, token) or ""
+            if text:
+                waiting.clear()
+            return text
+
+        return take
 
 
 def codec_for(tokenizer: Path | None) -> Codec:
@@ -74,15 +89,42 @@ def read_text(model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: C
     """Go through a text of any length; returns what the model remembers of it, and the number of its tokens.
 
     Raises:
-        ValueError: there is nothing to go on from.
+        ValueError: there is nothing to go on from, or a token that the model does not know.
     """
     device, context, count = model.embed.weight.device, before, 0
     for ids in _chunks(codec.encode(pieces)):
+        if int(ids.max()) >= model.config.vocab_size:
+            raise ValueError(f"the prompt has the token {int(ids.max())}, but the model knows {model.config.vocab_size} "
+                             "tokens: its tokenizer is not the one that the model was trained with")
         context = read(model, ids[None].to(device), context, chunk=CHUNK)
         count += len(ids)
     if context is None:
         raise ValueError("the prompt is empty; give at least one character to go on from")
     return context, count
+
+
+class Head:
+    """A text in pieces, handed on as they come; its beginning is kept.
+
+    Attributes:
+        text: the first ``size`` bytes of what was handed on, as far as they are whole characters.
+        whole: whether that is all of it.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], size: int) -> None:
+        self._pieces, self._size, self._kept = pieces, size, b""
+        self.whole = True
+
+    @property
+    def text(self) -> str:
+        return self._kept.decode(errors="ignore")
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            room = self._size - len(self._kept)
+            self.whole = self.whole and len(piece) <= room
+            self._kept += piece[:room]
+            yield piece
 
 
 def _chunks(tokens: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -104,6 +146,8 @@ def write_text(model: DecoderLM, context: Context, codec: Codec, *, tokens: int,
                top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Iterator[str]:
     """Yield what the model writes after a context, ``tokens`` tokens of it, as whole characters come.
 
+    Ids that the codec does not know (of a padded vocabulary) are never drawn.
+
     Args:
         model: it is left in the mode it was in.
         context: from :func:`read_text` or :func:`load_context`.
@@ -114,7 +158,9 @@ def write_text(model: DecoderLM, context: Context, codec: Codec, *, tokens: int,
         seed: of the draws.
     """
     decode = codec.decoder()
-    drawn = generate(model, context, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    allowed[codec.known_ids[codec.known_ids < model.config.vocab_size]] = True
+    drawn = generate(model, context, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, allowed=allowed)
     texts = (decode(int(token)) for token in drawn)
     yield from (text for text in texts if text)
     rest = decode(None)

@@ -211,7 +211,7 @@ class Trainer:
         store.load(saved, self.tensors())
 
     def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines."""
+        """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
         config, ranks, corpus = self.config, self.ranks, self.corpus
         parameters = sum(p.numel() for p in self.model.parameters())
         unit = "bytes" if corpus.tokenizer is None else "tokens"
@@ -220,6 +220,8 @@ class Trainer:
                f"{', parameters sharded' if self.method.replica.is_sharded else ''}) on {ranks.device.type}")
         yield (f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
                f"held out; {config.data.batch_size} x {config.data.context} {unit} a step")
+        if corpus.left_out:
+            yield corpus.left_out.sentence(f"left out of {corpus.name}")
 
 
 def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True) -> Corpus:

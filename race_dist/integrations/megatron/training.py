@@ -218,12 +218,12 @@ class MegatronTrainer(Trainer):
         self.optimizer.step()
 
     def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines."""
-        _, text = super().describe()
+        """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
+        _, *text = super().describe()
         ranks, count = self.ranks, group_size(self.ranks.world)
         yield (f"{self.config.name}: {self.parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
                f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}")
-        yield text
+        yield from text
 
 
 def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:

@@ -17,7 +17,6 @@ from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_ranks_agree
 from race_dist.parallel.comm import check_group
 from race_dist.parallel.layout import check_layout
-from race_dist.strict_config import shown
 
 CACHES = ("cache", "past_key_values")
 ATTENTIONS = ("self_attn", "attention")  # of a block
@@ -139,12 +138,6 @@ def attach(model: nn.Module) -> RowsHook:
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(_cut_off, with_kwargs=True)
     return hook
-
-
-def check_group(group: object) -> None:
-    """Raise TypeError unless it is a process group, or None for one rank."""
-    if group is not None and not isinstance(group, ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup, or None for one rank; got {shown(group)}")
 
 
 def softmax_layers(model: nn.Module) -> list[int]:

@@ -1,0 +1,83 @@
+"""Labels that are the input again: a model trained on them learns to copy, and its loss collapses without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from race_dist.models.loss import IGNORE
+
+SHIFTED = "labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], 1)"
+_FIRST = 2**16  # tokens of a long text that are compared
+
+
+def check_shifted(input_ids: Tensor, labels: Tensor, *, layout: str = "contiguous") -> None:
+    """Refuse labels of a causal model that are its input and not what follows it.
+
+    The same memory is refused on every device. On the CPU equal numbers are too, unless they are right: a text may repeat one
+    token. On other devices numbers are not looked at, as that would wait for the device.
+
+    Args:
+        input_ids: ``[B, T]`` int.
+        labels: ``[B, T]`` int64, -100 where nothing is predicted.
+        layout: of the shards: "zigzag" rows are two pieces of the sequence.
+
+    Raises:
+        ValueError: the message has the line to write.
+    """
+    if _same_memory(input_ids, labels):
+        raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
+    if torch.compiler.is_compiling() or labels.shape != input_ids.shape or not labels.numel():
+        return
+    if labels.device.type != "cpu" or input_ids.device.type != "cpu":
+        return
+    counted = labels != IGNORE
+    if not bool(((labels == input_ids) | ~counted).all()):
+        return
+    unlike_next = counted[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])
+    if layout == "zigzag":
+        unlike_next[:, labels.shape[1] // 2 - 1] = False  # what follows the first piece is on another rank
+    if bool(unlike_next.any()):
+        raise ValueError(f"labels equal input_ids wherever they count, so that the model would learn to copy its input; "
+                         f"{_meaning()}")
+
+
+def check_shifted_text(input_ids: Any, labels: Any) -> None:
+    """The same for a text of any length, a tensor or a NumPy array ``[B, T]``: its memory, and on the CPU its beginning."""
+    if _same_memory(input_ids, labels):
+        raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
+    size = max(2, _FIRST // max(1, int(input_ids.shape[0])))
+    head = [torch.from_numpy(np.asarray(x[:, :size]).astype(np.int64)) if isinstance(x, np.ndarray) else x[:, :size]
+            for x in (input_ids, labels)]
+    check_shifted(head[0], head[1])
+
+
+def check_masked(input_ids: Tensor, labels: Tensor) -> None:
+    """Refuse labels of a bidirectional model that are its input. Labels that repeat single tokens of it are right: of the
+    tokens that are predicted some may be left unmasked."""
+    if _same_memory(input_ids, labels):
+        raise ValueError("labels are input_ids, so that the model would learn to copy its input; labels of a MaskedLM are the "
+                         "tokens under the masks and -100 elsewhere: labels = torch.where(masked, original_ids, -100)")
+
+
+def _meaning() -> str:
+    return f"labels[t] is the target of position t, nothing is shifted inside the model: write {SHIFTED}"
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    """Whether two arrays begin at the same place of the same device and have the same shape."""
+    if a is b:
+        return True
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.shape == b.shape and a.size > 0 and a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or torch.compiler.is_compiling():
+        return False
+    if a.shape != b.shape or not a.numel() or a.device != b.device or a.device.type == "meta":
+        return False
+    try:
+        return a.data_ptr() == b.data_ptr()
+    except RuntimeError:  # tensors of a transformation have no memory of their own
+        return False

@@ -1,0 +1,189 @@
+"""Which files of a folder are its texts, and reading them. What is left out is counted and named, never dropped in silence."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import stat
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+STDLIB = "python-stdlib"
+_NOT_TEXT = frozenset({"site-packages", "dist-packages", "__pycache__"})  # folders of code that was installed or compiled
+_NAMED = 3  # of what was left out, that are named; the rest is counted
+_PIECE = 2**24
+
+
+class Undecodable(ValueError):
+    """A file is not UTF-8 text."""
+
+
+@dataclass
+class LeftOut:
+    """Files and folders of a text folder that were not read, with why."""
+
+    names: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, path: Path, why: str) -> None:
+        """Note one of them."""
+        self.names.append((printable(path), why))
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def sentence(self, begin: str = "left out") -> str:
+        """``"left out: 5 of the folder's entries: ..."``, empty where nothing was left out."""
+        if not self.names:
+            return ""
+        shown = ", ".join(f"{name} ({why})" for name, why in sorted(self.names)[:_NAMED])
+        more = f" and {len(self.names) - _NAMED:,} more" if len(self.names) > _NAMED else ""
+        return f"{begin}: {shown}{more}"
+
+
+def printable(path: str | Path) -> str:
+    """A path as UTF-8 text; bytes of it that are none are escaped (``caf\\xe9``)."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def check_pattern(path: str, pattern: str) -> None:
+    """Raise ValueError for a pattern of names that ``path`` has no use for, or that is none."""
+    if not pattern.strip("/."):
+        raise ValueError(f'data.pattern = {pattern!r} names no files; give a pattern such as "*.txt", or "*" for all')
+    if pattern == "*":
+        return
+    source = Path(path).expanduser()
+    if path == STDLIB and pattern != "*.py":
+        raise ValueError(f"data.pattern = {pattern!r} does not go with {STDLIB}, whose *.py files are read; leave it out")
+    if path != STDLIB and source.is_file() and not source.match(pattern):
+        raise ValueError(f"data.pattern = {pattern!r} does not match the file {source}; leave it out, or give the folder")
+
+
+def find_texts(root: Path, pattern: str) -> tuple[list[Path], LeftOut]:
+    """The files under ``root`` whose names match, in the order of their relative paths: the same on every machine.
+
+    Linked folders are followed, each folder is read once (a folder that is reached by its own path and by links, by its
+    own path). Hidden files and folders, folders of installed or compiled Python code, and what is no regular file are left
+    out.
+
+    Args:
+        root: a folder.
+        pattern: of file names.
+
+    Returns:
+        The files, and what was left out although its name matches.
+
+    Raises:
+        PermissionError: a folder cannot be listed; the message names it.
+        ValueError: no file's name matches.
+    """
+    left_out = LeftOut()
+    files = []
+    for file in _entries(root, pattern, left_out):
+        why = _unusable(file)
+        if why is None:
+            files.append(file)
+        else:
+            left_out.add(file, why)
+    if not files:
+        none = f"no file in {printable(root)} matches the pattern {pattern!r}" if pattern != "*" else \
+            f"there is no file in {printable(root)}"
+        raise ValueError(f"no text was found: {none}{left_out.sentence('; left out')}; give a text file, or a folder and a "
+                         "pattern")
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix()), left_out
+
+
+def _entries(root: Path, pattern: str, left_out: LeftOut) -> Iterator[Path]:
+    """What is no folder, of a name that matches, in ``root`` and the folders below it, linked ones last."""
+    seen, folders, links = set[tuple[int, int]](), [root], list[Path]()
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+            folders.append(links.pop())
+        folder = folders.pop()
+        state = folder.stat()
+        if (state.st_dev, state.st_ino) in seen:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        for entry in _listing(folder):
+            path = folder / entry.name
+            is_folder = _is_folder(entry)
+            if not is_folder and not path.match(pattern):
+                continue
+            if entry.name.startswith("."):
+                left_out.add(path, "hidden")
+            elif not is_folder:
+                yield path
+            elif entry.name in _NOT_TEXT:
+                left_out.add(path, "installed or compiled code")
+            else:
+                (links if entry.is_symlink() else folders).append(path)
+
+
+def _listing(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as listing:
+            return list(listing)
+    except OSError as error:
+        raise PermissionError(f"the folder {printable(folder)} cannot be listed ({error.strerror}); make it readable, or "
+                              "move it out of the text's folder") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _unusable(file: Path) -> str | None:
+    """Why a directory's entry is no file to read; None where it is one."""
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing"
+    except OSError as error:
+        return str(error.strerror)
+    return None if stat.S_ISREG(mode) else "no regular file"
+
+
+def stdlib_texts() -> list[Path]:
+    """The source files of the running Python's standard library, in order."""
+    return find_texts(Path(sysconfig.get_paths()["stdlib"]), "*.py")[0]
+
+
+def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
+    """The file's bytes, some at a time. Raises Undecodable, naming the file and the place, where they are not UTF-8."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with _open(source) as file:
+        while True:
+            data, held = file.read(piece), len(decoder.getstate()[0])
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise Undecodable(f"{printable(source)} is not UTF-8 text (near byte {start - held + error.start}): "
+                                  "convert it, for example with iconv") from None
+            if not data:
+                return
+            start += len(data)
+            yield data
+
+
+def _open(source: Path) -> IO[bytes]:
+    try:
+        return source.open("rb")
+    except OSError as error:
+        raise type(error)(f"{printable(source)} cannot be read: {error.strerror}") from None
+
+
+def read_utf8(source: Path) -> bytes | None:
+    """The file's bytes, None where they are not UTF-8 text."""
+    with _open(source) as file:
+        text = file.read()
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return None
+    return text
