@@ -75,8 +75,8 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
         mine.findings.append(Finding("clock skew", "warn" if abs(skew) > _SKEW else "ok", round(skew, 4),
                                      f"the clock is {skew:+.1f} s off rank 0's" if abs(skew) > _SKEW else ""))
         shared = [*_visible(folder, group), *checks.all_reduce(group, place), *checks.scan(group, place)] if group else []
-        reports: list[RankReport] = gather_objects(mine, group)
-        shared = gather_objects(shared, group)[0]
+        reports = [RankReport.from_json(tree) for tree in gather_objects(asdict(mine), group)]
+        shared = [Finding(**tree) for tree in gather_objects([asdict(f) for f in shared], group)[0]]
     except RankFailure as failure:
         raise RankFailure(_with_nodes(failure), failure.ranks) from failure
     shared += [*compare_facts(reports), *compare_speeds(reports, "copy GB/s"), *compare_speeds(reports, "matmul TFLOP/s")]
