@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +12,35 @@ from race_dist.cli_errors import FAILED, failures, user_errors
 
 launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")
 
-Config = Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG")]
+
+def given_path(path: str | Path) -> Path:
+    """The path of an option, which an empty word (of a variable that is not set) is not."""
+    text = str(path)
+    if not text.strip():
+        raise typer.BadParameter("it is empty; give a path, or leave the option out")
+    if "\0" in text:
+        raise typer.BadParameter("it holds a null character")
+    return Path(text)
+
+
+def given_word(text: str) -> str:
+    """The word of an option, which an empty one is not."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty; give a value, or leave the option out")
+    return text
+
+
+Config = Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG", parser=given_path)]
 Override = Annotated[list[str] | None, typer.Option(
     "--override", "-o", metavar="KEY=VALUE", help="Change one key of CONFIG. Repeatable.")]
 JobFile = Annotated[str | None, typer.Option(
-    "--job", "-j", metavar="NAME|FILE", help="The job: a template's name or a TOML file.")]
+    "--job", "-j", metavar="NAME|FILE", parser=given_word, help="The job: a template's name or a TOML file.")]
 Change = Annotated[list[str] | None, typer.Option(
     "--set", "-s", metavar="KEY=VALUE", help="Change one key of the job, e.g. nodes=4. Repeatable.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and do nothing.")]
-Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of all runs.")]
-Write = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the file instead of submitting it.")]
+Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of all runs.", parser=given_path)]
+Write = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the file instead of submitting it.", parser=given_path)]
+Which = typer.Argument(metavar="NAME|ID", parser=given_word)
 
 
 @launch.command("local")
@@ -32,23 +50,25 @@ def launch_local(config: Config, override: Override = None, job: JobFile = None,
     from race_dist.launch import start
 
     with user_errors():
-        code = start.local(*start.describe(config, override or (), job, change or ()), dry_run=dry_run)
+        code = start.local(*start.describe(config, override or (), job, change or (), here=True), dry_run=dry_run)
     raise typer.Exit(code)
 
 
 @launch.command("torchrun")
 def launch_torchrun(
     config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes meet: the first one.")] = None,
+    endpoint: Annotated[str | None, typer.Option(
+        metavar="HOST:PORT", help="Where the nodes meet: the first one.", parser=given_word)] = None,
     node_rank: Annotated[int | None, typer.Option(min=0, metavar="N", help="This node's place.")] = None,
-    local_address: Annotated[str | None, typer.Option(metavar="HOST", help="How the others reach this node.")] = None,
+    local_address: Annotated[str | None, typer.Option(
+        metavar="HOST", help="How the others reach this node.", parser=given_word)] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run torchrun on this node; give every node of the job the same command."""
     from race_dist.launch import start
 
     with user_errors():
-        code = start.torchrun(*start.describe(config, override or (), job, change or ()), endpoint=endpoint,
+        code = start.torchrun(*start.describe(config, override or (), job, change or (), here=True), endpoint=endpoint,
                               node_rank=node_rank, local_address=local_address, dry_run=dry_run)
     raise typer.Exit(code)
 
@@ -56,14 +76,15 @@ def launch_torchrun(
 @launch.command("deepspeed")
 def launch_deepspeed(
     config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="DeepSpeed's list of hosts.", parser=given_path)] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run under DeepSpeed's launcher."""
     from race_dist.launch import start
 
     with user_errors():
-        code = start.deepspeed(*start.describe(config, override or (), job, change or ()), hostfile=hostfile, dry_run=dry_run)
+        code = start.deepspeed(*start.describe(config, override or (), job, change or (), here=True), hostfile=hostfile,
+                               dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -106,7 +127,7 @@ def launch_templates() -> None:
 
 
 @launch.command("status")
-def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")] = None,
+def launch_status(which: Annotated[str | None, Which] = None,
                   runs: Runs = Path("runs")) -> None:
     """Say how submitted jobs stand."""
     from race_dist.launch import start
@@ -119,7 +140,7 @@ def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")
 
 
 @launch.command("logs")
-def launch_logs(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs"),
+def launch_logs(which: Annotated[str, Which], runs: Runs = Path("runs"),
                 lines: Annotated[int, typer.Option("--lines", "-n", min=1, metavar="N", help="Of each file.")] = 40) -> None:
     """Show the end of what a submitted job has printed."""
     from race_dist.launch import start
@@ -129,7 +150,7 @@ def launch_logs(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: 
 
 
 @launch.command("cancel")
-def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs")) -> None:
+def launch_cancel(which: Annotated[str, Which], runs: Runs = Path("runs")) -> None:
     """End a submitted job: it saves and does not come back."""
     from race_dist.launch import start
 
@@ -138,35 +159,45 @@ def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs
 
 
 def preflight(
-    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="CONFIG")] = None,
+    config: Annotated[Path | None, typer.Argument(
+        help="The run to come: a TOML file.", metavar="CONFIG", parser=given_path)] = None,
     override: Override = None,
     nproc: Annotated[int | None, typer.Option(
-        min=1, metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.")] = None,
+        min=1, max=1024, metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.")] = None,
     folder: Annotated[Path | None, typer.Option(
-        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Left out: cuda where there is a GPU.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, metavar="S", help="Seconds that ranks wait for each other.")] = 120.0,
-    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there.")] = None,
+        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.", parser=given_path)] = None,
+    device: Annotated[str | None, typer.Option(
+        help="cpu or cuda. Left out: cuda where there is a GPU.", parser=given_word)] = None,
+    timeout: Annotated[float, typer.Option(
+        min=1, max=10**6, metavar="S", help="Seconds that ranks wait for each other.")] = 120.0,
+    out: Annotated[Path | None, typer.Option(
+        "--json", metavar="FILE", help="Write everything there.", parser=given_path)] = None,
 ) -> None:
     """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
 
     Prints a table; ends with 1 and the node's name where a node is not fit.
     """
     from race_dist.launch.local import launch_ranks, under_launcher
+    from race_dist.outputs import check_output_file
     from race_dist.training.config import load_config
 
     with user_errors():
         settings = None if config is None else load_config(config, override or ())
         if nproc is not None and under_launcher():
             raise ValueError("--nproc starts ranks itself; leave it out under a launcher")
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--device must be cpu or cuda; got {device!r}")
+        if out is not None:
+            check_output_file(out, "--json")
+    where = folder or (Path("runs") if settings is None else Path(settings.runs))
     if nproc is not None and nproc > 1:
-        words = [w for w in sys.argv[1:] if not w.startswith("--nproc")]
-        if "--nproc" in sys.argv:
-            words.remove(str(nproc))
+        words = ["preflight", *([] if config is None else [str(config)]),
+                 *(word for change in override or () for word in ("--override", change)),
+                 "--folder", str(where), "--timeout", str(timeout), *([] if device is None else ["--device", device]),
+                 *([] if out is None else ["--json", str(out)])]
         raise typer.Exit(launch_ranks(["-m", "race_dist.launch.rank", *words], nproc))
     from race_dist.launch import preflight as checks
 
-    where = folder or (Path("runs") if settings is None else Path(settings.runs))
     with user_errors(), failures():
         report = checks.preflight(settings, where, device=device, timeout=timeout)
         if os.environ.get("RANK", "0") == "0":

@@ -12,8 +12,9 @@ from torch.distributed import HashStore, ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from race_dist.parallel.comm import group_size
-from race_dist.parallel.rendezvous import RankEnvironment, check_timeout, local_rank, meet, rank_environment
+from race_dist.parallel.rendezvous import check_timeout, meet
 from race_dist.parallel.watch import stop_watch, watch
+from race_dist.rank_environment import RankEnvironment, local_rank, rank_environment
 
 DEFAULT_TIMEOUT = 600.0  # seconds
 

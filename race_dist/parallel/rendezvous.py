@@ -12,106 +12,29 @@ import errno
 import ipaddress
 import math
 import os
-import re
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from race_dist.parallel.watch import RankFailure, name_ranks
+from race_dist.rank_environment import LOOPBACK, STORE_SOCKET, RankEnvironment
+from race_dist.strict_config import TIMEOUT_LIMIT
 
-LOOPBACK = "127.0.0.1"
-LONGEST_TIMEOUT = 2_000_000.0  # seconds, 23 days: sockets count milliseconds in 31 bits
-STORE_SOCKET = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
 _BACKLOG = 2048
 _EXTRA = 0.5  # seconds beyond the timeout in which the store's own error may come
-_ACCESS = {"MASTER_ADDR", "MASTER_PORT"}
-
-
-@dataclass(frozen=True)
-class RankEnvironment:
-    """This process's place, as a launcher's variables tell it.
-
-    Attributes:
-        rank, world: RANK of WORLD_SIZE; 0 of 1 without a launcher.
-        local_rank, local_world: LOCAL_RANK and LOCAL_WORLD_SIZE: of this machine's ranks; None where they are not set.
-        host, port: MASTER_ADDR and MASTER_PORT, where the ranks meet; None and 0 for a world of one.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int | None = None
-    local_world: int | None = None
-    host: str | None = None
-    port: int = 0
-
-    @property
-    def all_local(self) -> bool:
-        """Whether the launcher says that every rank runs on this machine."""
-        return self.world > 1 and self.local_world == self.world
-
-
-def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
-    """Read and check RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-
-    Args:
-        environment: of a process; None is this one's.
-
-    Raises:
-        ValueError: a variable is empty, is no number, or does not fit the others; the message names it.
-    """
-    e = os.environ if environment is None else environment
-    rank, world = _integer(e, "RANK"), _integer(e, "WORLD_SIZE")
-    rank, world = 0 if rank is None else rank, 1 if world is None else world
-    if not 0 <= rank < world:
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: RANK counts from 0; unset both "
-                         "for one process, or start the ranks with a launcher")
-    mine, local_world = local_rank(e), _integer(e, "LOCAL_WORLD_SIZE")
-    if local_world is not None and local_world < 1:
-        raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment must be at least 1")
-    if world == 1:
-        return RankEnvironment(0, 1, mine, local_world)
-    if local_world is not None and (local_world > world or (mine or 0) >= local_world):
-        raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment fits neither WORLD_SIZE={world} nor LOCAL_RANK="
-                         f"{mine or 0}: start the ranks with one launcher, or unset it")
-    for name in sorted(_ACCESS):
-        if not e.get(name, "").strip():
-            raise ValueError(f"RANK={rank} and WORLD_SIZE={world} but {name} is not set: start the ranks with torchrun, set "
-                             "it to the host and port at which they meet, or unset RANK and WORLD_SIZE for one process")
-    port = _integer(e, "MASTER_PORT") or 0
-    if not 0 < port < 2**16:
-        raise ValueError(f"MASTER_PORT={port} in the environment must be a port from 1 to 65535")
-    return RankEnvironment(rank, world, mine, local_world, e["MASTER_ADDR"].strip(), port)
-
-
-def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
-    """LOCAL_RANK; None where it is not set. ValueError where it is no number of at least 0."""
-    found = _integer(os.environ if environment is None else environment, "LOCAL_RANK")
-    if found is not None and found < 0:
-        raise ValueError(f"LOCAL_RANK={found} in the environment must not be negative")
-    return found
-
-
-def _integer(environment: Mapping[str, str], name: str) -> int | None:
-    value = environment.get(name)
-    if value is None:
-        return None
-    if not re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value):
-        raise ValueError(f"{name} in the environment must be an integer; got {value!r} (unset it for one process)")
-    return int(value)
 
 
 def check_timeout(timeout: object, name: str = "timeout") -> datetime.timedelta:
     """The seconds that ranks wait for each other. ValueError or TypeError where it is no number, or none that can be waited."""
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):
         raise TypeError(f"{name} must be a number of seconds; got {timeout!r}")
-    if not 0 < timeout <= LONGEST_TIMEOUT or math.isnan(timeout):
-        raise ValueError(f"{name} must be a positive number of seconds of at most {LONGEST_TIMEOUT:,.0f} (23 days); got "
+    if not 0 < timeout <= TIMEOUT_LIMIT or math.isnan(timeout):
+        raise ValueError(f"{name} must be a positive number of seconds of at most {TIMEOUT_LIMIT:,}; got "
                          f"{timeout!r}")
     return datetime.timedelta(seconds=timeout)
 
@@ -246,7 +169,8 @@ def _misleading(host: str, address: str) -> bool:
     """Whether a name that is not one of the loopback device leads there all the same: on some systems a machine's own name
     does on that machine alone, and the other nodes know it by its real address."""
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    return loopback and host != address and host.split(".")[0].lower() not in ("localhost", "ip6-localhost", "localhost6")
+    name = host.partition(".")[0].lower()
+    return loopback and host != address and name not in ("localhost", "ip6-localhost", "localhost6")
 
 
 def _inherited(port: int) -> socket.socket | None:

@@ -32,7 +32,7 @@ from race_dist.integrations.megatron.weights import from_megatron, load_weights,
 from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE
 from race_dist.parallel import Replica, group_size, init_distributed, shard_positions
-from race_dist.parallel.rendezvous import rank_environment
+from race_dist.rank_environment import rank_environment
 from race_dist.training.agreement import check_same_run
 from race_dist.training.config import OptimConfig, TrainConfig
 from race_dist.training.data import Batch
