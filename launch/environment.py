@@ -77,7 +77,7 @@ def read_environment(value: object) -> object:
     for name, given in value.items():
         where = f"env.{name}"
         if isinstance(given, Mapping):
-            found[name] = EnvironmentReference.check(given, prefix=f"{where}.")
+            found[name] = EnvironmentReference.check(given, source=where, prefix=f"{where}.")
         elif isinstance(given, str | EnvironmentReference):
             found[name] = one_line(given, where) if isinstance(given, str) else given
         elif isinstance(given, int | float) and not isinstance(given, bool):

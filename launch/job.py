@@ -71,7 +71,7 @@ def _mount(text: str) -> str:
 
 def _inner_path(text: str) -> str:
     if not text.startswith("/") or ":" in text:
-        raise ValueError(f"a place inside a container must be a path that begins with / and has no colon; got {text!r}")
+        raise ValueError("must be a path inside the container that begins with / and has no colon")
     return text
 
 

@@ -49,12 +49,12 @@ def slurm(command: Sequence[str], secrets: Mapping[str, str] | None = None) -> s
     return done.stdout
 
 
-def write_script(job: JobConfig, run: Run, file: Path) -> Path:
+def write_script(job: JobConfig, run: Run, file: Path, *, what: str = "the job's script") -> Path:
     """Write the sbatch file of a job, for its user alone; its logs go beside its record."""
     logs = logs_folder(job, run)
     text = render(job, run, logs)
     logs.mkdir(parents=True, exist_ok=True)
-    return write_private(file, text, executable=True)
+    return write_private(file, text, executable=True, what=what)
 
 
 def logs_folder(job: JobConfig, run: Run) -> Path:

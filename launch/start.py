@@ -166,7 +166,8 @@ def submit_slurm(job: JobConfig, run: Run, *, array: Sequence[str], plain: bool,
         if len(runs) > 1:
             raise ValueError("--write writes one job; leave out --array")
         needed = sorted({r.from_env or name for name, r in job.references().items()})
-        return [f"written: {slurm.write_script(job, run, write)}", f"submit it with: {show(['sbatch', str(write)])}",
+        slurm.write_script(job, run, write, what="--write")
+        return [f"written: {write}", f"submit it with: {show(['sbatch', str(write)])}",
                 *([f"it takes from the environment of sbatch: {', '.join(needed)}"] if needed else [])]
     records = [slurm.submit_script(job, each) for each in runs] if plain else slurm.submit_submitit(job, runs)
     return [_submitted(record) for record in records]
@@ -179,7 +180,8 @@ def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: 
         return [text]
     if write is not None:
         secret = kubernetes.secret_command(job, run)
-        return [f"written: {write_private(write, text)}", *([f"make its Secret with: {secret}"] if secret else []),
+        write_private(write, text, what="--write")
+        return [f"written: {write}", *([f"make its Secret with: {secret}"] if secret else []),
                 f"apply it with: {show(['kubectl', 'apply', '-f', str(write)])}"]
     return [_submitted(kubernetes.submit(job, run))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,7 +62,7 @@ def train(
     from race_dist.parallel.watch import guard_stalls
     from race_dist.training import loop
     from race_dist.training.config import load_config
-    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.rundir import RunDirectory, open_run
     from race_dist.training.telemetry import Telemetry
     from race_dist.training.trainer import open_corpus
 
@@ -80,17 +81,16 @@ def train(
             open_corpus(settings, dp, sp)  # what is wrong with the text is said once, not by every rank
     if nproc is not None and nproc > 1:
         raise typer.Exit(launch_ranks(_again(config, override, overwrite, resume, dry_run), nproc))
-    with user_errors():
+    with user_errors(), failures():
         place = join(settings)
         trainer = make_trainer(settings, place)
-        if place.rank == 0 and not dry_run:
-            directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)
+        owned = nullcontext() if dry_run else open_run(directory, settings, place.world, resume=resume, overwrite=overwrite)
     if dry_run:
         _rehearse(trainer)
         return
     guard_stalls(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
     telemetry = Telemetry(place.device, tokens=lambda: trainer.step * settings.data.batch_size * settings.data.context)
-    with failures(), StopFlag() as stop:
+    with failures(), StopFlag() as stop, owned:
         outcome = loop.run(trainer, directory, resume=resume,
                            hooks=loop.Hooks(stop_requested=stop.requested, probes=(telemetry.probe,)))
         shutdown()
@@ -144,8 +144,12 @@ def bench_attention(
     import torch
 
     from race_dist.benchmarks import attention
+    from race_dist.outputs import check_output_file
 
     with user_errors():
+        if out is not None:
+            check_output_file(out, "--out")
+            check_output_file(out.with_suffix(".png"), "the picture beside --out")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
         sizes = _numbers("--lengths", lengths)
@@ -175,8 +179,11 @@ def bench_decode(
 
     from race_dist.benchmarks.decode import time_decode
     from race_dist.machine import machine
+    from race_dist.outputs import check_output_file
 
     with user_errors():
+        if out is not None:
+            check_output_file(out, "--out")
         sizes = tuple(_numbers("--contexts", contexts))
         place = torch.device(device or default_device())
     report = {"machine": machine(place), **time_decode(place, heads=heads, head_dim=head_dim, tables=tables, planes=planes,
@@ -210,9 +217,13 @@ def bench_streaming(
 ) -> None:
     """Time one exact optimizer step of a whole model over one long sequence."""
     from race_dist.benchmarks import streaming
+    from race_dist.outputs import check_output_file
     from race_dist.training.config import load_config
 
     with user_errors():
+        if out is not None:
+            check_output_file(out, "--out")
+            check_output_file(out.with_suffix(".png"), "the picture beside --out")
         options = streaming.Options(chunk, device or default_device(), keep, compiled, threads, limit_seconds, store,
                                     profile=profile)
         streaming.run(load_config(config, override or ()), _numbers("--lengths", lengths), options, out=out)

@@ -39,6 +39,7 @@ def generate(
     A prompt file of any length is read once. --save-context keeps what the model remembers of it (a few kilobytes to
     megabytes, whatever the length); --context goes on from there without reading it again.
     """
+    from race_dist.outputs import check_output_file
     from race_dist.training import sampling
     from race_dist.training.corpus import utf8_pieces
     from race_dist.training.rundir import RunDirectory
@@ -48,6 +49,8 @@ def generate(
             raise ValueError("give --prompt or --prompt-file, not both")
         if prompt is None and prompt_file is None and context is None:
             raise ValueError("give --prompt, --prompt-file or --context")
+        if save_context is not None:
+            check_output_file(save_context, "--save-context")
         directory = RunDirectory(run)
         model, codec = directory.load_model(default_device()), directory.codec()
         known, before = sampling.load_context(context, model) if context is not None else (None, 0)
@@ -98,10 +101,14 @@ def export(
 
     Another run begins with them by init = "FILE".
     """
+    from race_dist.outputs import check_output_file
+    from race_dist.training.run_lock import check_not_in_use
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.weights import save_weights
 
     with user_errors(), failures():
+        check_output_file(out, "--out")
+        check_not_in_use(out.parent)  # it may be the folder of a run that is going on
         model = RunDirectory(run).load_model(step=step)
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()},
                      {"config": model.config.model_dump_json()})
@@ -117,10 +124,15 @@ def report(
 
     report.html needs no other file; the pictures lie beside it as PNGs too.
     """
+    from race_dist.outputs import check_output_file, check_output_folder
     from race_dist.training.report import write_report
 
     with user_errors():
-        print(write_report(folders, out or folders[0] / "report"))
+        target = out or folders[0] / "report"
+        check_output_folder(target, "--out")
+        for name in ("report.html", "loss.png", "progress.png", "positions.png"):
+            check_output_file(target / name, "the report's file")
+        print(write_report(folders, target))
 
 
 data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
@@ -145,9 +157,12 @@ def data_pack(
     """
     from rich.console import Console
 
+    from race_dist.outputs import check_output_folder
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
+    with user_errors():
+        check_output_folder(out, "--out")
     with user_errors(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
                       skip_undecodable=skip_undecodable, progress=lambda file: status.update(f"packing {file}"))

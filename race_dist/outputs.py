@@ -54,13 +54,13 @@ def _check(path: Path, what: str, *, folder: bool) -> None:
         raise PermissionError(f"{what} {path} cannot be written: {parent} is not writable")
 
 
-def write_private(file: Path, text: str, *, executable: bool = False) -> Path:
+def write_private(file: Path, text: str, *, executable: bool = False, what: str = "the output") -> Path:
     """Write a text file that only its owner can read (mode 0600, or 0700); it appears when it is complete.
 
     Raises:
         OSError: as :func:`check_output_file`, or the disk is full.
     """
-    check_output_file(file)
+    check_output_file(file, what)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:

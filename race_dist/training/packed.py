@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from race_dist.outputs import check_output_folder
 from race_dist.training.corpus import BYTE_VOCAB, STDLIB, Corpus, sample_digest, text_files, utf8_pieces
 
 FORMAT = 1
@@ -157,6 +158,7 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         FileNotFoundError: there is nothing at ``path``.
         ValueError: no text there, or a file that is not UTF-8.
     """
+    check_output_folder(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or remove it")
     files = _sources(path, pattern)
@@ -177,7 +179,13 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER)
         _write_index(partial, encode, len(bounds) - 1, writer.text_bytes, path)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError as error:
+            if not out.exists():
+                raise
+            raise FileExistsError(f"{out} was made by another process while this one packed; choose another --out or remove "
+                                  f"it ({error.strerror})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_packed(out)

@@ -4,17 +4,52 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed import ProcessGroup
 
 from race_dist.models import DecoderLM
+from race_dist.parallel import gather_objects, group_rank
 from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.run_lock import LOCK, RunLock, check_not_in_use
 from race_dist.training.sampling import Codec, codec_for
 from race_dist.training.weights import WEIGHTS, load_weights
+
+
+def open_run(directory: RunDirectory, config: TrainConfig, group: ProcessGroup | None, *, resume: bool,
+             overwrite: bool) -> AbstractContextManager[object]:
+    """Take the folder of a run and make it ready, by rank 0 alone; every rank of the group calls it.
+
+    Args:
+        directory: of the run.
+        config: written there.
+        group: all ranks of the run; None for one.
+        resume: go on in what is there.
+        overwrite: remove what is there.
+
+    Returns:
+        What holds the folder: enter it for as long as the run goes on.
+
+    Raises:
+        OSError: on every rank, in the same sentence: another process works on the folder, or it cannot be used.
+    """
+    problem, lock = None, directory.lock()
+    if group_rank(group) == 0:
+        try:
+            directory.check_resumable() if resume else directory.check_free(overwrite=overwrite)
+            lock.acquire()
+            directory.reopen(config) if resume else directory.create(config, overwrite=overwrite)
+        except OSError as error:
+            lock.release()
+            problem = str(error)
+    problem = gather_objects(problem, group)[0]
+    if problem is not None:
+        raise OSError(problem)
+    return lock if group_rank(group) == 0 else nullcontext()
 
 
 @dataclass(frozen=True)

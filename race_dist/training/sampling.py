@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from race_dist.models import Context, DecoderLM, generate, read
+from race_dist.outputs import check_output_file
 from race_dist.training.agreement import tensors_digest
 
 CHUNK = 8192  # tokens of a prompt whose activations exist at a time
@@ -134,6 +135,8 @@ def save_context(file: Path, context: Context, model: DecoderLM, tokens: int) ->
     """Write what a model remembers of a text of ``tokens`` tokens, as safetensors; the file appears when it is complete."""
     tensors = {f"carry.{n}": t.contiguous() for n, t in enumerate(context.carry.tensors())}
     metadata = {"format": _FORMAT, "tokens": str(tokens), "model": _fingerprint(model)}
+    check_output_file(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     save_file({**tensors, "hidden": context.hidden.contiguous()}, partial, metadata)
     partial.replace(file)

@@ -11,6 +11,7 @@ from race_dist.training.corpus import Split, load_corpus
 from race_dist.training.data import evaluation_batches
 from race_dist.training.metrics import bits
 from race_dist.training.positions import loss_by_position
+from race_dist.training.run_lock import RunInUse
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.step import autocast
 
@@ -57,4 +58,9 @@ def evaluate(directory: RunDirectory, *, path: str | None, context: int | None, 
     console.print(table)
     console.print(f"all: {bits(found['loss']) / corpus.bytes_per_token:.3f} bits per byte over {found['tokens']:,} tokens",
                   highlight=False)
-    console.print(f"written: {write_positions(directory, found, corpus)}", highlight=False, soft_wrap=True)
+    try:
+        with directory.lock():
+            written = f"written: {write_positions(directory, found, corpus)}"
+    except RunInUse as error:
+        written = f"not written, as {error}"
+    console.print(written, highlight=False, markup=False, soft_wrap=True)

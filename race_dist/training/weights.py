@@ -11,12 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from race_dist.nn.init import write_part
+from race_dist.outputs import check_output_file
 
 WEIGHTS = "model.safetensors"
 
 
 def save_weights(file: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by name; the file appears when it is complete."""
+    """Write tensors by name; the file appears when it is complete. OSError where it would replace a link, folder or device."""
+    check_output_file(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial, dict(metadata or {}))
     partial.replace(file)
