@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig
 
 RANK_MODULE = "race_dist.launch.rank"
@@ -26,6 +28,9 @@ class Run:
         folder: of all runs.
         overrides: ``a.b=value``, applied to the configuration.
         resume: go on from the newest good checkpoint; start where there is none.
+
+    Raises:
+        ValueError: one of them has a line break or another control character: they stand in scripts and manifests.
     """
 
     config: Path
@@ -33,6 +38,11 @@ class Run:
     folder: Path
     overrides: tuple[str, ...] = ()
     resume: bool = True
+
+    def __post_init__(self) -> None:
+        for what, text in (("the configuration's path", str(self.config)), ("name", self.name), ("runs", str(self.folder)),
+                           *(("--override", override) for override in self.overrides)):
+            one_line(text, what)
 
     def arguments(self, job: JobConfig) -> list[str]:
         """What follows ``race-dist``."""
@@ -43,6 +53,11 @@ class Run:
         for change in changes:
             words += ["--override", change]
         return [*words, "--resume"] if self.resume else words
+
+
+def working_folder() -> Path:
+    """Where the command was started, which is where the ranks run. ValueError where its name has control characters."""
+    return Path(one_line(str(Path.cwd()), "the working folder"))
 
 
 def python(job: JobConfig) -> str:
@@ -98,7 +113,7 @@ def _is_first(endpoint: str, node_rank: str | None, local_address: str | None) -
 def deepspeed_command(job: JobConfig, words: Sequence[str], *, hostfile: Path | None = None,
                       master_address: str | None = None) -> list[str]:
     """DeepSpeed's launcher. It passes ``--local_rank`` to each rank, which :mod:`race_dist.launch.rank` takes."""
-    port = 20000 + zlib.crc32(" ".join(words).encode()) % 8192  # its default is one port for all jobs of a machine
+    port = free_port_from(zlib.crc32(" ".join(words).encode()))  # its default is one port for all jobs of a machine
     command = [python(job), "-m", "deepspeed.launcher.runner", f"--num_gpus={job.ranks_per_node}", f"--master_port={port}"]
     if hostfile is not None:
         command += [f"--hostfile={hostfile}", f"--num_nodes={job.nodes}"]
@@ -107,7 +122,19 @@ def deepspeed_command(job: JobConfig, words: Sequence[str], *, hostfile: Path | 
     return [*command, "--module", RANK_MODULE, *words]
 
 
-def in_container(job: JobConfig, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> list[str]:
+def free_port_from(seed: int) -> int:
+    """A port from 20000 to 28191 that nobody listens at here, the first at or behind the one that ``seed`` picks."""
+    for offset in range(8192):
+        port = 20000 + (seed + offset) % 8192
+        try:
+            with socket.create_server(("", port)):
+                return port
+        except OSError:
+            continue
+    raise OSError("no port from 20000 to 28191 is free on this machine")
+
+
+def in_container(job: JobConfig, command: Sequence[str], environment: Iterable[str], folder: Path) -> list[str]:
     """The command inside the job's container, where the runtime wraps it (pyxis and edf are options of srun instead)."""
     box = job.container
     if box is None or box.runtime in ("pyxis", "edf"):
@@ -141,9 +168,10 @@ def srun_container(job: JobConfig, folder: Path) -> list[str]:
     return words
 
 
-def show(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """The command as one could type it, its environment in front."""
+def show(command: Sequence[str], environment: Mapping[str, str] | None = None, references: Iterable[str] = ()) -> str:
+    """The command as one could type it, its environment in front; variables passed by reference stand as ``NAME="$NAME"``."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
+    settings += [f'{name}="${name}"' for name in references]
     return " ".join([*settings, shlex.join(command)])
 
 

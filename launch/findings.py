@@ -43,6 +43,11 @@ class RankReport:
     facts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> RankReport:
+        """What ``dataclasses.asdict`` made, from another rank."""
+        return cls(**{**tree, "findings": [Finding(**finding) for finding in tree["findings"]]})
+
 
 def compare_facts(reports: Sequence[RankReport]) -> list[Finding]:
     """One finding a fact: all ranks have it alike, or who differs."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from race_dist.launch.environment import EnvironmentReference, is_secret, one_line, read_environment
 from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig, read_toml, set_key
 
 TEMPLATES = Path(__file__).with_name("templates")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
+_LONGEST = 3650 * _DAY
 
 
 def parse_time(value: object) -> int:
@@ -24,20 +26,22 @@ def parse_time(value: object) -> int:
         ValueError: it is none of them, or not positive.
     """
     text = str(value).strip()
-    if match := re.fullmatch(r"(\d+)([smhd])", text):
+    if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
         seconds = int(match[1]) * {"s": 1, "m": _MINUTE, "h": _HOUR, "d": _DAY}[match[2]]
-    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text):
+    elif match := re.fullmatch(r"(?:([0-9]{1,9})-)?([0-9]{1,9}):([0-9]{2})(?::([0-9]{2}))?", text):
         days, first, second, third = (int(part or 0) for part in match.groups())
         if match[1] is None and match[4] is None:
             seconds = first * _MINUTE + second  # Slurm reads M:S here and H:M after days
         else:
             seconds = days * _DAY + first * _HOUR + second * _MINUTE + third
-    elif text.isdecimal():
+    elif re.fullmatch(r"[0-9]{1,9}", text):
         seconds = int(text) * _MINUTE
     else:
         raise ValueError(f"a time must look like 90m, 24h, 7d, 30 (minutes), 12:00:00 or 1-00:00:00; got {value!r}")
     if seconds < 1:
         raise ValueError(f"a time must be positive; got {value!r}")
+    if seconds > _LONGEST:
+        raise ValueError(f"a time must be at most 3650d; got {value!r}")
     return seconds
 
 
@@ -51,23 +55,33 @@ def _number_as_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _one_line(text: str) -> str:
-    if any(ord(c) < 32 or ord(c) == 127 for c in text):
-        raise ValueError(f"control characters are not allowed in {text!r}")
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty; leave the key out for its default")
     return text
 
 
 def _mount(text: str) -> str:
-    parts = _one_line(text).split(":")
+    parts = text.split(":") if "," not in text else []
     if len(parts) not in (2, 3) or not all(p.startswith("/") for p in parts[:2]) or parts[2:] not in ([], ["ro"], ["rw"]):
-        raise ValueError(f"a mount must be /host/path:/container/path, with :ro or :rw behind it where wanted; got {text!r}")
+        raise ValueError(f"a mount must be /host/path:/container/path, with :ro or :rw behind it where wanted, without "
+                         f"commas; got {text!r}")
+    return text
+
+
+def _inner_path(text: str) -> str:
+    if not text.startswith("/") or ":" in text:
+        raise ValueError("must be a path inside the container that begins with / and has no colon")
     return text
 
 
 Seconds = Annotated[int, BeforeValidator(parse_time)]
-Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line)]
-Mount = Annotated[str, AfterValidator(_mount)]
+Text = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(one_line)]  # may be empty
+Line = Annotated[Text, AfterValidator(_filled)]
+Mount = Annotated[str, AfterValidator(one_line), AfterValidator(_mount)]
+InnerPath = Annotated[str, AfterValidator(one_line), AfterValidator(_inner_path)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:@/=,-]*$")]
+Amount = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=r"^[0-9]+(\.[0-9]+)?([kKMGTPE]i?)?$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -83,7 +97,7 @@ class ContainerConfig(StrictConfig):
 
     image: Line
     runtime: Literal["pyxis", "edf", "apptainer", "podman", "docker"] = "pyxis"
-    workdir: Line | None = None
+    workdir: InnerPath | None = None
 
 
 class SlurmConfig(StrictConfig):
@@ -106,7 +120,7 @@ class SlurmConfig(StrictConfig):
     gpu_request: Literal["gpus-per-node", "gpus-per-task", "gres", "none"] = "gpus-per-node"
     exclusive: bool = True
     signal: Literal["USR1", "USR2", "TERM"] = "USR2"
-    directives: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Line] = {}
+    directives: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Text] = {}
     srun: tuple[Line, ...] = ()
 
 
@@ -131,13 +145,13 @@ class KubernetesConfig(StrictConfig):
     queue: Word | None = None
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     gpu_resource: Word = "nvidia.com/gpu"
-    claims: dict[Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")], Line] = {}
-    node_selector: dict[Word, Line] = {}
-    shared_memory: Word = "16Gi"
+    claims: dict[Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")], InnerPath] = {}
+    node_selector: dict[Word, Text] = {}
+    shared_memory: Amount = "16Gi"
     tolerate: tuple[Word, ...] = ("nvidia.com/gpu",)
-    runs: Line = "/runs"
+    runs: InnerPath = "/runs"
     host_network: bool = False
-    resources: dict[Word, Word] = {}
+    resources: dict[Word, Amount] = {}
     grace: Seconds = 300
 
 
@@ -149,7 +163,8 @@ class JobConfig(StrictConfig):
         nodes: machines.
         min_nodes: under torchrun, go on with as few when others are lost; None waits for all of them.
         ranks_per_node: processes a node; one a GPU.
-        device: ``"cuda"`` or ``"cpu"``.
+        device: ``"cuda"`` or ``"cpu"``. Left out, the configuration's; where that leaves it open too, ``"cuda"``, or under
+            ``launch local`` what this machine has.
         cpus_per_rank: cores a rank; None leaves it to the launcher.
         memory: a node, ``"200G"``; None asks for nothing, ``"0"`` is all of it under Slurm.
         time: the time limit.
@@ -162,7 +177,9 @@ class JobConfig(StrictConfig):
         container: an image to run in.
         mounts: folders for the container, ``/host:/container[:ro]``.
         fabric: a profile of ``templates/fabrics.toml``, or ``"none"``.
-        env: further environment variables; they win over the fabric's.
+        env: further environment variables; they win over the fabric's. Secrets (by name, ``WANDB_API_KEY``) are passed by
+            reference and written nowhere; so is ``{ from_env = "NAME" }`` or, in Kubernetes, ``{ secret = "NAME", key =
+            "KEY" }``.
         cache: a folder on each node's own disk for compiled kernels, off a shared home.
         preflight: check the machines before training.
         logs: a folder for the launcher's logs; None is ``.jobs/NAME`` beside the run's folder.
@@ -171,12 +188,12 @@ class JobConfig(StrictConfig):
     """
 
     name: Word | None = None
-    nodes: int = Field(1, ge=1, le=SIZE_LIMIT)
+    nodes: int = Field(1, ge=1, le=10**6)
     min_nodes: int | None = Field(None, ge=1, le=SIZE_LIMIT)
     ranks_per_node: int = Field(1, ge=1, le=2**16)
     device: Literal["cuda", "cpu"] = "cuda"
     cpus_per_rank: int | None = Field(None, ge=1, le=2**16)
-    memory: Word | None = None
+    memory: Amount | None = None
     time: Seconds = 24 * _HOUR
     stop_before: Seconds = 180
     restarts: int = Field(3, ge=0, le=SIZE_LIMIT)
@@ -187,13 +204,18 @@ class JobConfig(StrictConfig):
     container: ContainerConfig | None = None
     mounts: tuple[Mount, ...] = ()
     fabric: Word = "none"
-    env: dict[EnvironmentName, Line] = {}
+    env: dict[EnvironmentName, str | EnvironmentReference] = {}
     cache: Line | None = "/tmp/race-dist-cache"
     preflight: bool = False
     logs: Line | None = None
     tested: str = ""
     slurm: SlurmConfig = SlurmConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _read_environment(cls, value: object) -> object:
+        return read_environment(value)
 
     @model_validator(mode="after")
     def _check(self) -> JobConfig:
@@ -214,7 +236,8 @@ class JobConfig(StrictConfig):
         return self.nodes * self.ranks_per_node
 
     def environment(self) -> dict[str, str]:
-        """What every rank finds in its environment: the fabric's settings, ours, the user's; later ones win."""
+        """What every rank finds in its environment and files may show: the fabric's settings, ours, the user's; later ones
+        win. Without what :meth:`references` has."""
         ours = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         if self.device == "cuda":
             ours |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -224,7 +247,40 @@ class JobConfig(StrictConfig):
             ours["RACE_DIST_CACHE"] = self.cache
         if self.numa and self.device == "cuda":
             ours["RACE_DIST_NUMA"] = "1"
-        return {**ours, **fabric(self.fabric), **self.env}
+        every, hidden = {**ours, **fabric(self.fabric), **self.env}, self.references()
+        return {name: value for name, value in every.items() if name not in hidden and isinstance(value, str)}
+
+    def references(self) -> dict[str, EnvironmentReference]:
+        """Variables that are passed by reference: the ones given so, and every secret, from the launcher's own environment."""
+        found = {}
+        for name, value in self.env.items():
+            if isinstance(value, EnvironmentReference):
+                found[name] = value
+            elif is_secret(name, value):
+                found[name] = EnvironmentReference(from_env=name)
+        return found
+
+    def secrets(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """What the launcher's environment must have for :meth:`references`: the values of secrets that ``env`` holds itself,
+        and those that it takes from ``environment``.
+
+        Raises:
+            ValueError: a variable that is referred to is not set there.
+        """
+        found = {}
+        for name, reference in self.references().items():
+            given = self.env[name]
+            if isinstance(given, str):
+                found[name] = given
+            elif reference.from_env is not None:
+                if reference.from_env not in environment:
+                    raise ValueError(f"env.{name} is taken from the environment variable {reference.from_env}, which is not "
+                                     "set")
+                found[name] = one_line(environment[reference.from_env], f"the environment variable {reference.from_env}")
+            else:
+                raise ValueError(f"env.{name} is in a Secret of Kubernetes, which only race-dist launch kubernetes can read; "
+                                 f'give env.{name} = {{ from_env = "NAME" }}')
+        return found
 
 
 def template_names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,39 @@ def object_name(text: str) -> str:
     if not name or not name[0].isalpha():
         name = f"run-{name}".strip("-")
     return name
+
+
+def literal(text: str) -> str:
+    """Text that arrives in the pod as it is: Kubernetes fills in ``$(NAME)`` in commands and variables, and reads ``$$`` as a
+    dollar."""
+    return text.replace("$", "$$")
+
+
+def _secret_name(name: str) -> str:
+    return f"{name}-env"
+
+
+def _secret_variables(job: JobConfig, name: str) -> list[dict[str, Any]]:
+    """The pod's variables that are passed by reference: each a key of a Secret."""
+    return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": r.secret or _secret_name(name),
+                                                              "key": r.key or variable}}}
+            for variable, r in job.references().items()]
+
+
+def own_secrets(job: JobConfig) -> list[str]:
+    """The variables that are not in a Secret of the cluster yet: :func:`submit` makes one of them."""
+    return [variable for variable, r in job.references().items() if r.secret is None]
+
+
+def secret_command(job: JobConfig, run: Run) -> str | None:
+    """What makes the job's Secret from the environment of a shell; None where it needs none."""
+    variables = own_secrets(job)
+    if not variables:
+        return None
+    sources = {variable: job.references()[variable].from_env for variable in variables}
+    command = ["kubectl", "create", "secret", "generic", _secret_name(object_name(job.name or run.name)),
+               f"--namespace={job.kubernetes.namespace}"]
+    return " ".join([show(command), *(f'--from-literal={variable}="${source}"' for variable, source in sources.items())])
 
 
 def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
@@ -67,7 +101,8 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
     k = job.kubernetes
     inside = replace(run, config=Path(_CONFIG), overrides=(*run.overrides, f"runs={k.runs}"))
     pod = f"{name}-{_NODES}-0"  # the pods' host names are this and their index, within the domain of the JobSet's name
-    command = torchrun_command(job, inside.arguments(job), endpoint=f"{pod}-0.{name}:{_PORT}", run_id=name,
+    words = [literal(word) for word in inside.arguments(job)]
+    command = torchrun_command(job, words, endpoint=f"{pod}-0.{name}:{_PORT}", run_id=name,
                                node_rank="$(JOB_COMPLETION_INDEX)", local_address=f"{pod}-$(JOB_COMPLETION_INDEX).{name}")
     resources: dict[str, str] = dict(k.resources)
     if job.device == "cuda":
@@ -91,7 +126,8 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
         volumes.append({"name": f"host-{number}", "hostPath": {"path": host}})
     container: dict[str, Any] = {
         "name": "ranks", "image": job.container.image, "imagePullPolicy": k.image_pull_policy, "command": command,
-        "env": [index, *({"name": n, "value": v} for n, v in job.environment().items())],
+        "env": [index, *({"name": n, "value": literal(v)} for n, v in job.environment().items()),
+                *_secret_variables(job, name)],
         "ports": [{"containerPort": _PORT}], "volumeMounts": mounts,
         "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
     if job.container.workdir is not None:
@@ -127,8 +163,14 @@ def kubectl(command: Sequence[str], text: str | None = None) -> str:
 def submit(job: JobConfig, run: Run) -> Record:
     """Apply the manifest."""
     objects = manifest(job, run)
-    kubectl(["apply", "-f", "-"], to_text(objects))
     meta = objects[-1]["metadata"]
+    if variables := own_secrets(job):
+        values = job.model_copy(update={"env": {name: job.env[name] for name in variables}}).secrets(os.environ)
+        secret = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "stringData": values,
+                  "metadata": {k: meta[k] for k in ("namespace", "labels")} | {"name": _secret_name(meta["name"])}}
+        # by the server's side: the client's would keep a copy of the values in an annotation
+        kubectl(["apply", "--server-side", "--force-conflicts", "-f", "-"], to_text([secret]))
+    kubectl(["apply", "-f", "-"], to_text(objects))
     return remember(run.folder, job_id=f"{meta['namespace']}/{meta['name']}", name=run.name, scheduler="kubernetes", logs="")
 
 

@@ -15,6 +15,7 @@ from types import FrameType
 
 from race_dist.launch.place import die_with_parent
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+from race_dist.rank_environment import LOOPBACK, STORE_SOCKET, without_rank_variables
 
 INTERRUPTED = 130
 _POLL = 0.05  # seconds
@@ -23,6 +24,7 @@ _STOP_GRACE = 600.0  # seconds in which ranks that were told to stop may save
 _LEAVE_GRACE = 30.0  # seconds in which the others leave after the first that has saved and left
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _PR_SET_CHILD_SUBREAPER = 36
+_BACKLOG = 2048  # ranks that may knock before rank 0 answers
 
 
 def under_launcher() -> bool:
@@ -57,20 +59,26 @@ def launch_ranks(arguments: Sequence[str], nproc: int, *, environment: Mapping[s
 
 
 def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str]) -> list[subprocess.Popen[bytes]]:
-    common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(nproc),
-              "LOCAL_WORLD_SIZE": str(nproc)}
-    # One machine's cores are shared out: ranks that each start a thread per core only get in each other's way.
-    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    common.update(environment)
-    return [_spawn([sys.executable, *arguments], common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(nproc)]
+    # Rank 0 takes over this socket: between choosing a port and rank 0's start nobody else can come to hold it.
+    with socket.create_server((LOOPBACK, 0), backlog=_BACKLOG) as listener:
+        port, number = listener.getsockname()[1], listener.fileno()
+        common = {**without_rank_variables(os.environ), **environment, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port),
+                  "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        # One machine's cores are shared out: ranks that each start a thread per core only get in each other's way.
+        common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+        ranks = []
+        for rank in range(nproc):
+            mine = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            held = {STORE_SOCKET: str(number)} if rank == 0 else {}
+            ranks.append(_spawn([sys.executable, *arguments], mine | held, pass_fds=[number] if rank == 0 else []))
+    return ranks
 
 
-def _spawn(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A child that the kernel ends with this process, in a process group of its own: an interrupt from the keyboard reaches
-    it by way of this process only, and so once. (preexec_fn is safe here: launchers start no threads.)"""
+def _spawn(command: Sequence[str], environment: Mapping[str, str], *, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """A child with this environment that the kernel ends with this process, in a process group of its own: an interrupt from
+    the keyboard reaches it by way of this process only, and so once. (preexec_fn is safe here: launchers start no threads.)"""
     parent = os.getpid()
-    return subprocess.Popen(command, env={**os.environ, **environment}, process_group=0,
+    return subprocess.Popen(command, env=dict(environment), process_group=0, pass_fds=pass_fds,
                             preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509
 
 
@@ -150,7 +158,7 @@ def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: M
     first = seen
     with _signals() as heard:
         while True:
-            launcher = _spawn(command, environment)
+            launcher = _spawn(command, {**os.environ, **environment})
             code = _attend(launcher, heard)
             _end_orphans(before)
             now = progress()
@@ -192,12 +200,6 @@ def _end_orphans(before: frozenset[int]) -> None:
 def _children() -> list[int]:
     with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
         return [int(word) for word in file.read().split()]
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])
 
 
 def _main() -> None:

@@ -6,48 +6,81 @@ import ctypes
 import os
 import re
 import signal
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
+from race_dist.launch import caches
+
+use_local_caches = caches.use_local_caches  # a rank's place includes where its caches are
+
 _PR_SET_PDEATHSIG = 1
+_STEP_STRIDE = 2749  # between the ports of two steps of a job: prime, so that steps and consecutive jobs seldom meet
 
 
 def rank_variables(environment: Mapping[str, str], local_rank: int | None = None) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as far as a launcher left them out.
 
     Args:
-        environment: of this process.
+        environment: of this process. An empty variable counts as left out.
         local_rank: what DeepSpeed's launcher passes on the command line.
 
     Returns:
         The variables to set; none for a process that no launcher started.
 
     Raises:
-        ValueError: a launcher started several ranks, but does not say where they meet.
+        ValueError: a launcher started several ranks, but does not say where they meet; or its variables do not fit each other.
     """
-    e = environment
+    e = {name: value for name, value in environment.items() if value.strip()}
+    step = "SLURM_PROCID" in e and "SLURM_STEP_ID" in e and "SLURM_STEP_NODELIST" in e
     if "RANK" in e and "WORLD_SIZE" in e:  # torchrun, DeepSpeed
+        if step and "TORCHELASTIC_RUN_ID" not in e:
+            _check_against_step(e)
         found = {}
         if local_rank is not None and "LOCAL_RANK" not in e:
             found["LOCAL_RANK"] = str(local_rank)
         return found
-    if "SLURM_PROCID" in e and "SLURM_STEP_ID" in e and e.get("SLURM_STEP_NODELIST"):
-        world = int(e.get("SLURM_STEP_NUM_TASKS") or e["SLURM_NTASKS"])
-        found = {"RANK": e["SLURM_PROCID"], "WORLD_SIZE": str(world), "LOCAL_RANK": e["SLURM_LOCALID"],
-                 "LOCAL_WORLD_SIZE": str(_tasks_here(e)), "MASTER_ADDR": expand_hosts(e["SLURM_STEP_NODELIST"])[0],
-                 # one of 8192 ports, by job, so that two jobs of one node meet at different ones
-                 "MASTER_PORT": str(20000 + int(e["SLURM_JOB_ID"]) % 8192)}
-        return found if world > 1 else {}
+    if step:
+        return _of_step(e)
     if "OMPI_COMM_WORLD_RANK" in e:
-        found = {"RANK": e["OMPI_COMM_WORLD_RANK"], "WORLD_SIZE": e["OMPI_COMM_WORLD_SIZE"],
-                 "LOCAL_RANK": e["OMPI_COMM_WORLD_LOCAL_RANK"], "LOCAL_WORLD_SIZE": e["OMPI_COMM_WORLD_LOCAL_SIZE"]}
+        found = {"RANK": e["OMPI_COMM_WORLD_RANK"], "WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_SIZE")),
+                 "LOCAL_RANK": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_RANK")),
+                 "LOCAL_WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_SIZE"))}
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in e]
         if missing and int(found["WORLD_SIZE"]) > 1:
             raise ValueError(f"mpirun started {found['WORLD_SIZE']} ranks, but {' and '.join(missing)} is not set: pass "
                              "-x MASTER_ADDR=... -x MASTER_PORT=... with the first host and a free port")
         return found
     return {}
+
+
+def _of_step(e: Mapping[str, str]) -> dict[str, str]:
+    """The variables of one task of srun. Where they meet may have been exported; else it is the step's first node."""
+    world = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
+    if world <= 1:
+        return {}
+    found = {"RANK": str(_integer(e, "SLURM_PROCID")), "WORLD_SIZE": str(world),
+             "LOCAL_RANK": str(_integer(e, "SLURM_LOCALID")), "LOCAL_WORLD_SIZE": str(_tasks_here(e))}
+    if "MASTER_ADDR" not in e:
+        found["MASTER_ADDR"] = expand_hosts(e["SLURM_STEP_NODELIST"])[0]
+    if "MASTER_PORT" not in e:
+        # one of 8192 ports, by job and step, so that two jobs of one node and two steps of one job meet at different ones
+        found["MASTER_PORT"] = str(20000 + (_integer(e, "SLURM_JOB_ID") + _STEP_STRIDE * _integer(e, "SLURM_STEP_ID")) % 8192)
+    return found
+
+
+def _check_against_step(e: Mapping[str, str]) -> None:
+    """RANK and WORLD_SIZE that are left over in the shell would make every task of a step a rank of its own."""
+    tasks = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
+    if _integer(e, "WORLD_SIZE") == 1 < tasks:
+        raise ValueError(f"RANK={e['RANK']} and WORLD_SIZE={e['WORLD_SIZE']} are set in the environment, but srun started "
+                         f"{tasks} tasks: unset RANK and WORLD_SIZE, so that each task takes its place from Slurm")
+
+
+def _integer(e: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,12}", e.get(name, "").strip()):
+        found = f"got {e[name]!r}" if name in e else "it is not set"
+        raise ValueError(f"{name} in the environment must be an integer; {found}")
+    return int(e[name])
 
 
 def _tasks_here(e: Mapping[str, str]) -> int:
@@ -58,7 +91,7 @@ def _tasks_here(e: Mapping[str, str]) -> int:
         if match is None:
             raise ValueError(f"SLURM_STEP_TASKS_PER_NODE has {part!r}, which is not of the form 4 or 4(x2)")
         counts += [int(match[1])] * int(match[2] or 1)
-    return counts[min(int(e.get("SLURM_NODEID", "0")), len(counts) - 1)]
+    return counts[min(_integer({"SLURM_NODEID": "0", **e}, "SLURM_NODEID"), len(counts) - 1)]
 
 
 def expand_hosts(text: str) -> list[str]:
@@ -95,18 +128,6 @@ def name_of_rank(rank: int, environment: Mapping[str, str]) -> str | None:
         if rank < here:
             return host
     return None
-
-
-def use_local_caches(environment: MutableMapping[str, str]) -> None:
-    """Put compiled kernels under RACE_DIST_CACHE on this node's own disk, a folder a user, unless told otherwise."""
-    root = environment.get("RACE_DIST_CACHE")
-    if not root:
-        return
-    folder = Path(root) / str(os.getuid())
-    for name, part in _CACHES.items():
-        if name not in environment:
-            (folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
-            environment[name] = str(folder / part)
 
 
 def cores_near(bus_id: str, allowed: Sequence[int] | set[int], root: Path = Path("/sys")) -> set[int]:

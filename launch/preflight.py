@@ -17,7 +17,9 @@ from torch.distributed import ProcessGroup
 from race_dist.launch import checks, gpus
 from race_dist.launch.findings import Finding, RankReport, compare_facts, compare_speeds, refusals, table
 from race_dist.launch.place import name_of_rank
+from race_dist.outputs import check_output_file
 from race_dist.parallel import RankFailure, barrier, gather_objects, init_distributed, shutdown
+from race_dist.rank_environment import local_rank
 from race_dist.training.config import TrainConfig
 
 _SKEW = 1.0  # seconds between clocks from which logs of several nodes no longer fit together
@@ -67,7 +69,7 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
     try:
         place = init_distributed(device=device, timeout=timeout)
         group = torch.distributed.group.WORLD if torch.distributed.get_world_size() > 1 else None
-        mine = RankReport(torch.distributed.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), platform.node(),
+        mine = RankReport(torch.distributed.get_rank(), local_rank() or 0, platform.node(),
                           checks.facts(config, place), [*gpus.inspect(place), *checks.speed(place)])
         if mine.local_rank == 0:
             mine.findings += [*checks.node(place), *checks.disk(folder), *checks.space(folder, config)]
@@ -75,8 +77,8 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
         mine.findings.append(Finding("clock skew", "warn" if abs(skew) > _SKEW else "ok", round(skew, 4),
                                      f"the clock is {skew:+.1f} s off rank 0's" if abs(skew) > _SKEW else ""))
         shared = [*_visible(folder, group), *checks.all_reduce(group, place), *checks.scan(group, place)] if group else []
-        reports: list[RankReport] = gather_objects(mine, group)
-        shared = gather_objects(shared, group)[0]
+        reports = [RankReport.from_json(tree) for tree in gather_objects(asdict(mine), group)]
+        shared = [Finding(**tree) for tree in gather_objects([asdict(f) for f in shared], group)[0]]
     except RankFailure as failure:
         raise RankFailure(_with_nodes(failure), failure.ranks) from failure
     shared += [*compare_facts(reports), *compare_speeds(reports, "copy GB/s"), *compare_speeds(reports, "matmul TFLOP/s")]
@@ -112,6 +114,7 @@ def write(report: Report, file: Path) -> None:
     """Write the report as JSON, under a header about this machine."""
     from race_dist.machine import machine
 
+    check_output_file(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     place = torch.device("cuda" if "cuda" in report.ranks[0].facts else "cpu")
     file.write_text(report.to_json(machine(place)), encoding="utf-8")

@@ -22,22 +22,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parent = os.getppid()
     from race_dist.launch.place import bind_to_gpu, die_with_parent, rank_variables, use_local_caches
     from race_dist.launch.stop import stop_early
+    from race_dist.rank_environment import rank_environment
 
     stop_early(EXIT_STOPPED)
 
-    local_rank, words = take_local_rank(sys.argv[1:] if arguments is None else arguments)
     try:
+        local_rank, words = take_local_rank(sys.argv[1:] if arguments is None else arguments)
         os.environ.update(rank_variables(os.environ, local_rank))
-    except ValueError as error:
+        use_local_caches(os.environ)
+        place = rank_environment()
+    except (ValueError, OSError) as error:
         print(f"race-dist: {error}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
     if "TORCHELASTIC_RUN_ID" in os.environ or "RACE_DIST_CHILD" in os.environ:
         die_with_parent(parent)
-    use_local_caches(os.environ)
     if not faulthandler.is_enabled():
         faulthandler.enable()
     if os.environ.get("RACE_DIST_NUMA") == "1":
-        bind_to_gpu(int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        bind_to_gpu(place.local_rank or 0, place.local_world or 1)
 
     sys.argv = ["race-dist", *words]
     try:

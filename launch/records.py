@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from race_dist.files import read_object
+from race_dist.outputs import write_private
 
 FOLDER = ".jobs"
 
@@ -22,7 +23,7 @@ class Record:
         name: of the run.
         scheduler: ``"slurm"`` or ``"kubernetes"``.
         submitted: when, as ISO 8601.
-        logs: the files with its output, as a pattern.
+        logs: the files with its output; the last part of the path is a pattern, its folder is not.
         run: the run's folder.
     """
 
@@ -46,7 +47,7 @@ def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -
     folder = job_folder(runs, name)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"job-{job_id.replace('/', '.')}.json"
-    file.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+    write_private(file, json.dumps(asdict(record), indent=1) + "\n")
     return record
 
 

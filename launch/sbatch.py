@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from race_dist.launch.command import Run, in_container, rank_command, srun_container
+from race_dist.launch.command import Run, in_container, rank_command, srun_container, working_folder
+from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig, slurm_time
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 from race_dist.launch.records import job_folder
 
 _BODY = """\
+# What a shell had for another job's ranks is not this one's.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 {environment}
 
 # Ranks that fail are started again in place, up to {restarts} times without a new checkpoint, then on other nodes if there
@@ -96,7 +99,7 @@ def directives(job: JobConfig, name: str, logs: Path) -> Iterator[str]:
     yield f"--signal={s.signal}@{job.stop_before}"
     yield "--requeue"
     yield "--open-mode=append"
-    yield f"--output={logs}/%j.log"
+    yield f"--output={slurm_pattern(logs)}/%j.log"
     for key in ("partition", "account", "qos", "constraint", "reservation"):
         value = getattr(s, key)
         if value is not None:
@@ -105,19 +108,38 @@ def directives(job: JobConfig, name: str, logs: Path) -> Iterator[str]:
         yield f"--{key}={value}" if value else f"--{key}"
 
 
+def slurm_pattern(path: Path) -> str:
+    """A path in which Slurm fills nothing in.
+
+    Raises:
+        ValueError: it holds a backslash, at which Slurm would fill in nothing at all, the job's number neither.
+    """
+    if "\\" in str(path):
+        raise ValueError("Slurm takes a backslash in the path of a log as an escape, and the folder of the job's logs is "
+                         f"{path}: give logs = another folder")
+    return str(path).replace("%", "%%")
+
+
 def render(job: JobConfig, run: Run, logs: Path) -> str:
-    """The file's text. Values from the user are quoted for the shell, and directives hold no line breaks."""
-    environment, folder = job.environment(), Path.cwd()
+    """The file's text. Values from the user are quoted for the shell and have one line each; secrets are not in it.
+
+    Raises:
+        ValueError: the folder that this runs in, or that of the logs, cannot stand in a script.
+    """
+    one_line(str(logs), "logs")
+    environment, references, folder = job.environment(), job.references(), working_folder()
     # since Slurm 22.05 srun does not inherit --cpus-per-task
     exports = environment | ({"SRUN_CPUS_PER_TASK": str(job.cpus_per_rank)} if job.cpus_per_rank is not None else {})
-    command = in_container(job, rank_command(job, run.arguments(job)), environment, folder)
-    check = in_container(job, rank_command(job, preflight_words(run, job)), environment, folder)
+    names = [*environment, *references]
+    command = in_container(job, rank_command(job, run.arguments(job)), names, folder)
+    check = in_container(job, rank_command(job, preflight_words(run, job)), names, folder)
     lines = [f"#SBATCH {_directive(d)}" for d in directives(job, run.name, logs)]
     body = _BODY.format(
         stop_file=shlex.quote(str(job_folder(run.folder, run.name) / "stop")),
         checkpoints=shlex.quote(str(run.folder / run.name / "checkpoints")),
         restarts=job.restarts, requeues=job.requeues, stopped=EXIT_STOPPED, user_error=USER_ERROR,
-        environment="\n".join(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        environment="\n".join([*(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+                               *(_export_reference(name, r.from_env or name) for name, r in references.items())]),
         srun="".join(f" \\\n        {shlex.quote(o)}" for o in [*srun_container(job, folder), *job.slurm.srun]),
         preflight=_PREFLIGHT.format(command=_shell(check), stopped=EXIT_STOPPED) if job.preflight else "",
         command=_shell(command))
@@ -148,7 +170,11 @@ def _shell(command: Sequence[str]) -> str:
 
 
 def _directive(text: str) -> str:
-    key, equals, value = text.partition("=")
-    if equals and any(c in value for c in " \t\"'"):
-        return f"{key}={shlex.quote(value)}"
-    return text
+    key, equals, value = one_line(text, "a directive of sbatch").partition("=")
+    return f"{key}={shlex.quote(value)}" if equals else text
+
+
+def _export_reference(name: str, source: str) -> str:
+    """A variable from the environment that sbatch was called in, which is where secrets stay."""
+    return (f'export {name}="${{{source}:?is not in the job environment; set it where sbatch is called, '
+            'and let sbatch pass it on (--export=ALL)}"')

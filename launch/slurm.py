@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
+import fnmatch
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,18 +17,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from race_dist.launch.command import Run, in_container, python, rank_command, show, srun_container
+from race_dist.launch.command import Run, in_container, python, rank_command, show, srun_container, working_folder
+from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig
 from race_dist.launch.place import rank_variables
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 from race_dist.launch.records import Record, job_folder, remember
 from race_dist.launch.sbatch import directives, preflight_words, render
+from race_dist.outputs import write_private
+from race_dist.rank_environment import without_rank_variables
 
 _ENDED = "ENDED"
 
 
-def slurm(command: Sequence[str]) -> str:
+def slurm(command: Sequence[str], secrets: Mapping[str, str] | None = None) -> str:
     """Run one of Slurm's commands and return what it printed.
+
+    Args:
+        command: its words.
+        secrets: added to its environment, which sbatch passes on to the job.
 
     Raises:
         OSError: it is not installed, or it failed; with its own words.
@@ -35,20 +43,18 @@ def slurm(command: Sequence[str]) -> str:
     if shutil.which(command[0]) is None:
         raise OSError(f"{command[0]} is not found: race-dist launch slurm is for a machine that submits to Slurm "
                       "(--dry-run works anywhere)")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **(secrets or {})}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{show(command)} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
-def write_script(job: JobConfig, run: Run, file: Path) -> Path:
-    """Write the sbatch file of a job; its logs go beside its record."""
+def write_script(job: JobConfig, run: Run, file: Path, *, what: str = "the job's script") -> Path:
+    """Write the sbatch file of a job, for its user alone; its logs go beside its record."""
     logs = logs_folder(job, run)
+    text = render(job, run, logs)
     logs.mkdir(parents=True, exist_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(render(job, run, logs), encoding="utf-8")
-    file.chmod(0o755)
-    return file
+    return write_private(file, text, executable=True, what=what)
 
 
 def logs_folder(job: JobConfig, run: Run) -> Path:
@@ -59,7 +65,8 @@ def logs_folder(job: JobConfig, run: Run) -> Path:
 def submit_script(job: JobConfig, run: Run) -> Record:
     """Submit as a plain sbatch file, which stays beside the logs."""
     file = write_script(job, run, job_folder(run.folder, run.name) / "job.sbatch")
-    job_id = slurm(["sbatch", "--parsable", str(file)]).strip().split(";")[0]
+    secrets = job.secrets(os.environ)
+    job_id = slurm(["sbatch", "--parsable", str(file)], secrets).strip().split(";")[0]
     return remember(run.folder, job_id=job_id, name=run.name, scheduler="slurm", logs=f"{logs_folder(job, run)}/{job_id}.log")
 
 
@@ -73,6 +80,7 @@ class RankTask:
     Args:
         commands: run one after the other, each as one rank: preflight where it is wanted, then training.
         environment: further variables.
+        references: names of variables, and of those of the job's environment that hold their values: secrets are not here.
         folder: to run in.
         records: the job's own folder, where failures are counted.
         checkpoints: the run's.
@@ -81,8 +89,9 @@ class RankTask:
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: str, *, records: str,
-                 checkpoints: str, restarts: int, requeues: int) -> None:
+                 checkpoints: str, restarts: int, requeues: int, references: Mapping[str, str] | None = None) -> None:
         self.commands, self.environment, self.folder = [list(c) for c in commands], dict(environment), folder
+        self.references = dict(references or {})
         self.records, self.checkpoints, self.restarts, self.requeues = records, checkpoints, restarts, requeues
         self.asked: list[int] = []
         self.process: subprocess.Popen[bytes] | None = None
@@ -91,7 +100,11 @@ class RankTask:
         """Run the rank; returns its exit code where the job is over, raises where it failed."""
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._pass_on)
-        environment = {**os.environ, **self.environment, "RACE_DIST_CHILD": "1"}
+        missing = [source for source in self.references.values() if source not in os.environ]
+        if missing:
+            raise RuntimeError(f"{', '.join(missing)} is not in the job's environment: let sbatch pass it on (--export=ALL)")
+        environment = {**without_rank_variables(os.environ), **self.environment, "RACE_DIST_CHILD": "1",
+                       **{name: os.environ[source] for name, source in self.references.items()}}
         environment |= rank_variables(environment)
         code, rank = 0, environment.get("RANK", "0")
         for command in self.commands:
@@ -154,29 +167,54 @@ def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
         raise ImportError("race-dist launch slurm submits through submitit, which is not installed: pip install "
                           "'race-dist[slurm]', or give --plain for a plain sbatch file") from None
     first = runs[0]
-    logs = logs_folder(job, first)
+    logs = Path(one_line(str(logs_folder(job, first)), "logs"))
+    if any(c in str(logs) for c in "%\\"):
+        raise ValueError(f"submitit lets Slurm fill in % and backslashes in the folder of the job's logs, {logs}: give logs = "
+                         "another folder, or --plain")
+    secrets = job.secrets(os.environ)
     logs.mkdir(parents=True, exist_ok=True)
     executor = submitit.SlurmExecutor(folder=str(logs / "%j"), max_num_timeout=job.requeues,
                                       python=_submitit_python(job))
     executor.update_parameters(**submitit_parameters(job, first.name, logs))
     environment = job.environment()
     tasks = [_task(job, run, environment) for run in runs]
-    if len(tasks) == 1:
-        jobs = [executor.submit(tasks[0])]
-    else:
-        with executor.batch():
-            jobs = [executor.submit(task) for task in tasks]
+    with _in_environment(secrets):  # of sbatch
+        if len(tasks) == 1:
+            jobs = [executor.submit(tasks[0])]
+        else:
+            with executor.batch():
+                jobs = [executor.submit(task) for task in tasks]
+    for path in logs.rglob("*"):  # submitit's files say how the job runs
+        if path.suffix in (".pkl", ".sh") and path.is_file():
+            path.chmod(0o600)
     return [remember(run.folder, job_id=j.job_id, name=run.name, scheduler="slurm",
                      logs=f"{logs}/{j.job_id}/{j.job_id}_*_log.*") for run, j in zip(runs, jobs, strict=True)]
 
 
 def _task(job: JobConfig, run: Run, environment: Mapping[str, str]) -> RankTask:
     words = [*([preflight_words(run, job)] if job.preflight else []), run.arguments(job)]
-    commands = [in_container(job, rank_command(job, w), environment, Path.cwd()) for w in words]
+    references = {name: r.from_env or name for name, r in job.references().items()}
+    folder, names = working_folder(), [*environment, *references]
+    commands = [in_container(job, rank_command(job, w), names, folder) for w in words]
     records = job_folder(run.folder, run.name)
     records.mkdir(parents=True, exist_ok=True)
-    return RankTask(commands, environment, str(Path.cwd()), records=str(records), restarts=job.restarts, requeues=job.requeues,
-                    checkpoints=str(run.folder / run.name / "checkpoints"))
+    return RankTask(commands, environment, str(folder), records=str(records), restarts=job.restarts, requeues=job.requeues,
+                    checkpoints=str(run.folder / run.name / "checkpoints"), references=references)
+
+
+@contextlib.contextmanager
+def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have these in this process's environment while the block runs, for programs that it starts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]:
@@ -187,7 +225,7 @@ def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]
         key, equals, value = directive.partition("=")
         if key not in taken:
             extra[key.removeprefix("--")] = value if equals else True
-    srun = ["--kill-on-bad-exit=1", "--distribution=block", *srun_container(job, Path.cwd()), *job.slurm.srun]
+    srun = ["--kill-on-bad-exit=1", "--distribution=block", *srun_container(job, working_folder()), *job.slurm.srun]
     setup = [] if job.cpus_per_rank is None else [f"export SRUN_CPUS_PER_TASK={job.cpus_per_rank}"]
     return {"job_name": job.name or name, "nodes": job.nodes, "ntasks_per_node": job.ranks_per_node,
             "time": -(-job.time // 60), "additional_parameters": extra,
@@ -196,7 +234,8 @@ def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]
 
 def _submitit_python(job: JobConfig) -> str | None:
     """None is this interpreter, which also wraps ranks into a container that srun does not know."""
-    return python(job) if job.venv is not None or srun_container(job, Path.cwd()) else None
+    wanted = job.venv is not None or srun_container(job, working_folder())
+    return shlex.quote(python(job)) if wanted else None  # submitit puts it into its script as it is
 
 
 def state(record: Record) -> dict[str, str]:
@@ -238,8 +277,13 @@ def cancel(record: Record) -> None:
 
 
 def log_files(record: Record) -> list[Path]:
-    """The job's logs so far, in order."""
-    return [Path(name) for name in sorted(glob.glob(record.logs)) if not name.endswith((".pkl", ".sh"))]
+    """The job's logs so far, in order. Only the last part of the record's path is a pattern; its folder is as it is written."""
+    folder, pattern = os.path.split(record.logs)
+    try:
+        names = sorted(os.listdir(folder or "."))
+    except OSError:
+        return []
+    return [Path(folder, name) for name in names if fnmatch.fnmatchcase(name, pattern) and not name.endswith((".pkl", ".sh"))]
 
 
 def tail(files: Sequence[Path], lines: int) -> Iterator[str]:

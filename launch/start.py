@@ -12,27 +12,59 @@ from dataclasses import replace
 from pathlib import Path
 
 from race_dist.launch import kubernetes, slurm
-from race_dist.launch.command import Run, deepspeed_command, in_container, python, show, torchrun_command
+from race_dist.launch.command import Run, deepspeed_command, in_container, python, show, torchrun_command, working_folder
 from race_dist.launch.job import JobConfig, load_job
 from race_dist.launch.local import supervise
 from race_dist.launch.records import Record, recall
 from race_dist.launch.sbatch import render
+from race_dist.outputs import write_private
+from race_dist.rank_environment import without_rank_variables
 from race_dist.strict_config import shown
 from race_dist.training.config import load_config
 from race_dist.training.presets import find_config
+from race_dist.training.rundir import RunDirectory
 
 
-def describe(config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str]) -> tuple[JobConfig, Run]:
+def describe(config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str], *,
+             here: bool = False) -> tuple[JobConfig, Run]:
     """The job and the run, checked together before anything is asked for.
+
+    Args:
+        config: the training TOML.
+        overrides: of its keys.
+        job: a template or a file.
+        changes: of the job's keys.
+        here: the ranks run on this machine, so where nobody names a device it is one that is there.
 
     Raises:
         ValueError: the configuration or the job's description is wrong, or their numbers of ranks do not fit.
         FileNotFoundError: there is no such file.
     """
     description, words = load_job(job, changes), tuple(overrides)
+    description = _with_device(description, load_config(config, words).device, words, here=here)
     settings = load_config(config, [*words, f"device={description.device}"])
     settings.parallel.mesh(description.ranks)
     return description, Run(find_config(config).absolute(), settings.name, Path(settings.runs).absolute(), words)
+
+
+def _with_device(job: JobConfig, wanted: str, words: Sequence[str], *, here: bool) -> JobConfig:
+    """The job with its device: what ``--override device=`` says, else the job's own, else the configuration's, else a GPU where
+    there is one. ValueError where the first two differ."""
+    overridden = any(word.partition("=")[0].strip() == "device" for word in words)
+    if "device" in job.model_fields_set and not (overridden and wanted not in ("auto", job.device)):
+        return job
+    if "device" in job.model_fields_set:
+        raise ValueError(f"--override device={wanted} and the job's device = {job.device!r} differ: change the job's with "
+                         f"--set device={wanted}, or leave one out")
+    if wanted == "auto":
+        wanted = "cpu" if here and not _has_gpu() else "cuda"
+    return job.model_copy(update={"device": wanted})
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def variants(run: Run, array: Sequence[str]) -> list[Run]:
@@ -65,12 +97,15 @@ def local(job: JobConfig, run: Run, *, dry_run: bool) -> int:
     environment, words = job.environment() | {"RACE_DIST_SUPERVISED": "1"}, run.arguments(job)
     if job.container is not None:
         inside = ["race-dist", *words, "--nproc", str(job.ranks_per_node)]
-        return _do(in_container(job, inside, environment, Path.cwd()), environment, dry_run)
+        return _do(job, inside, environment, dry_run=dry_run)
     if dry_run:
-        return _do([python(job), "-m", "race_dist.launch.local", str(job.ranks_per_node), *words], environment, dry_run)
+        launcher = [python(job), "-m", "race_dist.launch.local", str(job.ranks_per_node), *words]
+        print(show(launcher, environment, job.references()))
+        return 0
+    RunDirectory(run.folder / run.name).check_not_in_use()
     folder = run.folder / run.name / "checkpoints"
-    return supervise(words, job.ranks_per_node, restarts=job.restarts, environment=environment, python=python(job),
-                     progress=lambda: sorted(p.name for p in folder.glob("*-step-*")))
+    return supervise(words, job.ranks_per_node, restarts=job.restarts, environment=environment | job.secrets(os.environ),
+                     python=python(job), progress=lambda: sorted(p.name for p in folder.glob("*-step-*")))
 
 
 def torchrun(job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int | None, local_address: str | None,
@@ -78,13 +113,24 @@ def torchrun(job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int |
     """Run torchrun for this node; every node gets the same command. Returns its exit code."""
     if endpoint is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need a place to meet: --endpoint HOST:PORT, the same on each of them")
+    if endpoint is not None:
+        _check_endpoint(endpoint)
     if node_rank is not None and node_rank >= job.nodes:
-        raise ValueError(f"--node-rank {node_rank} does not fit nodes = {job.nodes}: it counts from 0")
+        raise ValueError(f"--node-rank is {node_rank}, but counts from 0 and nodes is {job.nodes}")
+    if local_address is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]+", local_address):
+        raise ValueError(f"--local-address must be a host's name or address; got {local_address!r}")
     run_id = run.name if job.nodes > 1 else uuid.uuid4().hex
-    environment = job.environment()
     command = torchrun_command(job, run.arguments(job), endpoint=endpoint or "localhost:0", run_id=run_id,
                                node_rank=None if node_rank is None else str(node_rank), local_address=local_address)
-    return _do(in_container(job, command, environment, Path.cwd()), environment, dry_run)
+    return _do(job, command, job.environment(), dry_run=dry_run)
+
+
+def _check_endpoint(endpoint: str) -> None:
+    host, colon, port = endpoint.rpartition(":")
+    good = colon and re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]", host) and re.fullmatch(r"[0-9]{1,5}", port)
+    if not good or not 0 < int(port) < 2**16:
+        raise ValueError("--endpoint must be HOST:PORT, with a port from 1 to 65535, for example node1:29400; got "
+                         f"{endpoint!r}")
 
 
 def deepspeed(job: JobConfig, run: Run, *, hostfile: Path | None, dry_run: bool) -> int:
@@ -92,14 +138,13 @@ def deepspeed(job: JobConfig, run: Run, *, hostfile: Path | None, dry_run: bool)
     if hostfile is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need --hostfile FILE with a line 'HOST slots={job.ranks_per_node}' for each")
     if hostfile is not None:
-        _check_hostfile(hostfile)
-    environment = job.environment()
+        _check_hostfile(hostfile, job)
     command = deepspeed_command(job, run.arguments(job), hostfile=hostfile)
-    return _do(in_container(job, command, environment, Path.cwd()), environment, dry_run)
+    return _do(job, command, job.environment(), dry_run=dry_run)
 
 
-def _check_hostfile(file: Path) -> None:
-    """Raise ValueError where it is not a list of hosts as DeepSpeed reads it."""
+def _check_hostfile(file: Path, job: JobConfig) -> None:
+    """Refuse what is not a list of enough hosts as DeepSpeed reads it."""
     if not file.is_file():
         raise FileNotFoundError(f"--hostfile: there is no file {file}")
     lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -108,6 +153,8 @@ def _check_hostfile(file: Path) -> None:
     if wrong is not None or not hosts:
         raise ValueError(f"--hostfile {file} " + ("names no host" if wrong is None else f"has the line {shown(wrong)}")
                          + "; it wants a line 'HOST slots=N' for each host")
+    if len(hosts) < job.nodes:
+        raise ValueError(f"--hostfile {file} names {len(hosts)} hosts, and nodes is {job.nodes}")
 
 
 def submit_slurm(job: JobConfig, run: Run, *, array: Sequence[str], plain: bool, write: Path | None,
@@ -119,7 +166,10 @@ def submit_slurm(job: JobConfig, run: Run, *, array: Sequence[str], plain: bool,
     if write is not None:
         if len(runs) > 1:
             raise ValueError("--write writes one job; leave out --array")
-        return [f"written: {slurm.write_script(job, run, write)}", f"submit it with: sbatch {write}"]
+        needed = sorted({r.from_env or name for name, r in job.references().items()})
+        slurm.write_script(job, run, write, what="--write")
+        return [f"written: {write}", f"submit it with: {show(['sbatch', str(write)])}",
+                *([f"it takes from the environment of sbatch: {', '.join(needed)}"] if needed else [])]
     records = [slurm.submit_script(job, each) for each in runs] if plain else slurm.submit_submitit(job, runs)
     return [_submitted(record) for record in records]
 
@@ -130,8 +180,10 @@ def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: 
     if dry_run:
         return [text]
     if write is not None:
-        write.write_text(text, encoding="utf-8")
-        return [f"written: {write}", f"apply it with: kubectl apply -f {write}"]
+        secret = kubernetes.secret_command(job, run)
+        write_private(write, text, what="--write")
+        return [f"written: {write}", *([f"make its Secret with: {secret}"] if secret else []),
+                f"apply it with: {show(['kubectl', 'apply', '-f', str(write)])}"]
     return [_submitted(kubernetes.submit(job, run))]
 
 
@@ -170,11 +222,15 @@ def _submitted(record: Record) -> str:
     return f"submitted: {record.id} ({record.name}); race-dist launch status {record.name} --runs {Path(record.run).parent}"
 
 
-def _do(command: Sequence[str], environment: dict[str, str], dry_run: bool) -> int:
+def _do(job: JobConfig, command: Sequence[str], environment: dict[str, str], *, dry_run: bool) -> int:
+    """Run a launcher's command, in the job's container where it has one; secrets are in its environment only."""
+    references = job.references()
+    command = in_container(job, command, [*environment, *references], working_folder())
     if dry_run:
-        print(show(command, environment))
+        print(show(command, environment, references))
         return 0
     try:
-        return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+        return subprocess.run(command, env={**without_rank_variables(os.environ), **environment, **job.secrets(os.environ)},
+                              check=False).returncode
     except FileNotFoundError:
         raise OSError(f"{command[0]} is not found on this machine") from None

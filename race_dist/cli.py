@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -63,7 +64,7 @@ def train(
     from race_dist.parallel.watch import guard_stalls
     from race_dist.training import loop
     from race_dist.training.config import load_config
-    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.rundir import RunDirectory, open_run
     from race_dist.training.telemetry import Telemetry
     from race_dist.training.trainer import open_corpus
 
@@ -82,14 +83,13 @@ def train(
         raise typer.Exit(launch_ranks(_again(config, override, overwrite, resume, dry_run), nproc))
     place = join(settings)
     trainer = make_trainer(settings, place)
-    if place.rank == 0 and not dry_run:
-        directory.reopen(settings) if resume else directory.create(settings, overwrite=overwrite)
+    owned = nullcontext() if dry_run else open_run(directory, settings, place.world, resume=resume, overwrite=overwrite)
     if dry_run:
         _rehearse(trainer)
         return
     guard_stalls(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
     telemetry = Telemetry(place.device, tokens=lambda: trainer.step * settings.data.batch_size * settings.data.context)
-    with work(), StopFlag() as stop:
+    with work(), StopFlag() as stop, owned:
         outcome = loop.run(trainer, directory, resume=resume,
                            hooks=loop.Hooks(stop_requested=stop.requested, probes=(telemetry.probe,)))
         shutdown()
@@ -147,7 +147,10 @@ def bench_attention(
     import torch
 
     from race_dist.benchmarks import attention
+    from race_dist.outputs import check_output_file
 
+    if out is not None:
+        check_output_file(out.with_suffix(".png"), "the picture beside --out")
     place = torch.device(device or default_device())
     shape = attention.Shape(0, heads, head_dim, tables, planes, not non_causal, dtype)
     report = attention.run(shape, list(lengths), place, repeats=repeats, memory_length=memory)
@@ -210,8 +213,11 @@ def bench_streaming(
 ) -> None:
     """Time one exact optimizer step of a whole model over one long sequence."""
     from race_dist.benchmarks import streaming
+    from race_dist.outputs import check_output_file
     from race_dist.training.config import load_config
 
+    if out is not None:
+        check_output_file(out.with_suffix(".png"), "the picture beside --out")
     options = streaming.Options(chunk, device or default_device(), keep, compiled, threads, limit_seconds,
                                 None if store is None else str(store), profile=profile)
     streaming.run(load_config(config, override or ()), list(lengths), options, out=out)

@@ -32,7 +32,7 @@ def launch_local(config: Config, override: Override = None, job: JobFile = None,
     """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
     from race_dist.launch import start
 
-    code = start.local(*start.describe(config, override or (), job, change or ()), dry_run=dry_run)
+    code = start.local(*start.describe(config, override or (), job, change or (), here=True), dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -48,7 +48,7 @@ def launch_torchrun(
     """Run torchrun on this node; give every node of the job the same command."""
     from race_dist.launch import start
 
-    code = start.torchrun(*start.describe(config, override or (), job, change or ()), endpoint=endpoint,
+    code = start.torchrun(*start.describe(config, override or (), job, change or (), here=True), endpoint=endpoint,
                           node_rank=node_rank, local_address=local_address, dry_run=dry_run)
     raise typer.Exit(code)
 
@@ -62,7 +62,8 @@ def launch_deepspeed(
     """Run under DeepSpeed's launcher."""
     from race_dist.launch import start
 
-    code = start.deepspeed(*start.describe(config, override or (), job, change or ()), hostfile=hostfile, dry_run=dry_run)
+    code = start.deepspeed(*start.describe(config, override or (), job, change or (), here=True), hostfile=hostfile,
+                           dry_run=dry_run)
     raise typer.Exit(code)
 
 

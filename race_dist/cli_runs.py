@@ -103,9 +103,11 @@ def export(
 
     Another run begins with them by init = "FILE".
     """
+    from race_dist.training.run_lock import check_not_in_use
     from race_dist.training.rundir import RunDirectory
     from race_dist.training.weights import save_weights
 
+    check_not_in_use(out.parent)  # it may be the folder of a run that is going on
     model = RunDirectory(run).load_model(step=step)
     with cleaned_up():
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()}, RunDirectory(run).load_config().model)
@@ -122,9 +124,14 @@ def report(
 
     report.html needs no other file; the pictures lie beside it as PNGs too.
     """
+    from race_dist.outputs import check_output_file, check_output_folder
     from race_dist.training.report import write_report
 
-    print(write_report(folders, folders[0] / "report" if out is None else out))
+    target = folders[0] / "report" if out is None else out
+    check_output_folder(target, "--out")
+    for name in ("report.html", "loss.png", "progress.png", "positions.png"):
+        check_output_file(target / name, "the report's file")
+    print(write_report(folders, target))
 
 
 @runs.command()
@@ -164,9 +171,11 @@ def data_pack(
     from rich.console import Console
     from rich.text import Text
 
+    from race_dist.outputs import check_output_folder
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
+    check_output_folder(out, "--out")
     with cleaned_up(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
                       skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))

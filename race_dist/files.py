@@ -45,8 +45,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: it cannot be written; the message names ``path``.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} could not be written: there is a folder or a device of that name")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(f"{path} could not be written: there is a link, a folder or a device of that name")
     try:
         yield partial
         with partial.open("rb+") as file:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
-from race_dist.parallel.comm import group_rank, group_size, start_all_gather, start_all_reduce
+from race_dist.parallel.comm import group_device, group_rank, group_size, start_all_gather, start_all_reduce
 from race_dist.parallel.watch import name_ranks
 
 _DIGEST_BYTES = 32
@@ -37,7 +37,7 @@ def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *
     checks.mapping("facts", facts)
     if group_size(group) > 1:
         assert group is not None
-        _compare({k: str(v) for k, v in facts.items()}, group, _device_of(group), what, length=0)
+        _compare({k: str(v) for k, v in facts.items()}, group, group_device(group), what, length=0)
 
 
 _agreed: set[tuple[str, ...]] = set()  # (group, call, facts) that a CUDA group has compared already
@@ -81,7 +81,7 @@ def exchange_lengths(length: int, group: ProcessGroup, device: torch.device | st
     """``[W]`` int64 numbers of rows of the ranks, on the group's own device."""
     place = torch.device(device) if device is not None else torch.device("cpu")
     if place.type not in _backends(group):
-        place = _device_of(group)
+        place = group_device(group)
     lengths = agree_on_call(op, facts, group, place, length=length, need_lengths=True)
     assert lengths is not None
     return lengths
@@ -89,11 +89,6 @@ def exchange_lengths(length: int, group: ProcessGroup, device: torch.device | st
 
 def _backends(group: ProcessGroup) -> set[str]:
     return {device.type for device in group._device_types}
-
-
-def _device_of(group: ProcessGroup) -> torch.device:
-    types = _backends(group)
-    return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
 
 
 def _digest(text: Mapping[str, str]) -> bytes:
@@ -147,5 +142,5 @@ def agree_on_greatest(values: list[int], group: ProcessGroup | None) -> list[int
     if group_size(group) == 1:
         return values
     assert group is not None
-    mine = torch.tensor(values, dtype=torch.int64, device=_device_of(group))
+    mine = torch.tensor(values, dtype=torch.int64, device=group_device(group))
     return [int(v) for v in start_all_reduce(mine, group, op="max").wait()]

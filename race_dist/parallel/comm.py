@@ -6,6 +6,7 @@ A group of None is one rank.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -209,14 +210,54 @@ def all_gather_tensor(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
-    """Every rank's value, in rank order: facts for a decision that all ranks take alike. Not for data."""
+    """Every rank's value, in rank order: facts for a decision that all ranks take alike. Not for data.
+
+    Values travel as JSON, never as pickles, so a rank can send no code to another: tuples arrive as lists and the keys of
+    mappings as text, for one rank too.
+
+    Args:
+        value: of JSON types: None, bool, int, float, str, lists and mappings of them.
+        group: the ranks; None is one rank.
+
+    Raises:
+        TypeError: the value is of another type.
+    """
+    body = _to_json(value)
     if group_size(group) == 1:
-        return [value]
+        return [json.loads(body)]
     assert group is not None
-    values: list[Any] = [None] * group_size(group)
     with watched(group, "gather_objects"):
-        dist.all_gather_object(values, value, group=group)
-    return values
+        place = group_device(group)
+        mine = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        sizes = torch.empty(group_size(group), dtype=torch.int64, device=place)
+        _all_gather_into(sizes, torch.tensor([len(mine)], device=place), group)
+        longest = int(sizes.max())
+        sent = torch.zeros(longest, dtype=torch.uint8, device=place)
+        sent[: len(mine)] = mine.to(place)
+        received = torch.empty(group_size(group), longest, dtype=torch.uint8, device=place)
+        _all_gather_into(received.view(-1), sent, group)
+    rows = received.cpu().numpy()
+    return [json.loads(rows[rank, :size].tobytes()) for rank, size in enumerate(sizes.tolist())]
+
+
+def _to_json(value: object) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"values between ranks must be of JSON types (None, bool, int, float, str, lists and mappings of "
+                        f"them); got a {type(value).__name__}: {error}") from None
+
+
+def _all_gather_into(out: Tensor, x: Tensor, group: ProcessGroup) -> None:
+    work = _all_gather_single(out, x, group=group, async_op=True)
+    if work is not None:
+        work.wait()
+
+
+def group_device(group: ProcessGroup) -> torch.device:
+    """Where tensors for the group's collectives lie: the CPU where the group talks over it, else this rank's GPU."""
+    types = {device.type for device in group._device_types}
+    return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
 
 
 def barrier(group: ProcessGroup | None) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
-import secrets
-import time
-from typing import Any
+import socket
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, ProcessGroup, TCPStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import HashStore, ProcessGroup  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh
 
 from race_dist import checks
 from race_dist.parallel.comm import group_size
-from race_dist.parallel.watch import RankFailure, name_ranks, stop_watch, watch
+from race_dist.parallel.rendezvous import check_timeout, meet
+from race_dist.parallel.watch import stop_watch, watch
+from race_dist.rank_environment import RankEnvironment, local_rank, rank_environment
 
 DEFAULT_TIMEOUT = 600.0  # seconds
 
@@ -32,30 +32,24 @@ def init_distributed(*, device: str | torch.device | None = None, timeout: float
         timeout: seconds after which a collective that a rank does not join fails, in every group of the job.
 
     Raises:
+        TypeError: the timeout is no number, or the device neither text nor a ``torch.device``.
         ValueError: an environment variable does not make sense, or the device does not exist.
         RankFailure: a rank did not come within the timeout; the message names it.
     """
-    if timeout <= 0:
-        raise ValueError(f"timeout must be a positive number of seconds; got {timeout}")
-    place = _device(device)
+    seconds = check_timeout(timeout)
+    ranks = RankEnvironment(local_rank=local_rank()) if dist.is_initialized() else rank_environment()
+    place = _device(device, ranks)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if dist.is_initialized():
         return place
-    rank, world = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    if not 0 <= rank < world:
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: RANK counts from 0")
-    if world > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise ValueError(f"WORLD_SIZE={world} but {name} is not set: start the ranks with torchrun, or set it to "
-                                 "the host and port at which they meet")
-    seconds = datetime.timedelta(seconds=timeout)
-    store = _meet(rank, world, seconds) if world > 1 else HashStore()
+    store = meet(ranks, seconds) if ranks.world > 1 else HashStore()
+    if ranks.all_local and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's ports, too, are open to this machine only
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=seconds,
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, store=store, timeout=seconds,
                             device_id=place if place.type == "cuda" else None)
-    if world > 1:
+    if ranks.world > 1:
         watch()
     return place
 
@@ -118,68 +112,22 @@ def side_group(group: ProcessGroup | None) -> ProcessGroup | None:
     return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", timeout=_job_timeout())
 
 
-def _meet(rank: int, world: int, timeout: datetime.timedelta) -> Any:
-    """The job's store, once every rank has come to it."""
-    host, port, seconds = os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0), timeout.total_seconds()
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds it
-            store = next(iter(rendezvous("env://", rank, world, timeout=timeout)))[0]
-        else:
-            store = TCPStore(host, port, world, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:
-        raise RankFailure(f"rank {rank}: no job found at MASTER_ADDR={host}, MASTER_PORT={port} within {seconds:g} s; does "
-                          f"rank 0 run there, and is the port free? [{error}]", [0] if rank else []) from error
-    hall = PrefixStore("race_dist/job", store)
-    job, missing = _enter(hall, rank, world, timeout)
-    if missing:
-        raise RankFailure(f"rank {rank}: {name_ranks(missing)} of {world} did not join the job at {host}:{port} within "
-                          f"{seconds:g} s", missing)
-    return job
-
-
-def _enter(hall: Any, rank: int, world: int, timeout: datetime.timedelta) -> tuple[Any, list[int]]:
-    """This start's own part of the store, and the ranks that did not come to it.
-
-    A launcher that starts failed ranks again may keep its store, full of what the ranks before have left. So rank 0 makes a
-    name for this start and gives it to every rank that says hello with a word never used before.
-    """
-    deadline, word = time.monotonic() + timeout.total_seconds(), secrets.token_hex(8)
-    hall.set(f"hello/{rank}", word)
-    if rank:
-        try:
-            hall.wait([f"welcome/{word}"], timeout)
-        except RuntimeError:
-            return None, [0]
-    start = hall.get(f"welcome/{word}").decode() if rank else secrets.token_hex(8)
-    job, keys = PrefixStore(start, hall), [f"here/{r}" for r in range(world)]
-    job.set(keys[rank], "1")
-    if rank:
-        try:
-            job.wait(keys, timeout)
-        except RuntimeError:
-            return job, [r for r, key in enumerate(keys) if not job.check([key])]
-        return job, []
-    greeted: set[str] = set()
-    while not job.check(keys):
-        if time.monotonic() > deadline:
-            return job, [r for r, key in enumerate(keys) if not job.check([key])]
-        for r in range(1, world):
-            if hall.check([f"hello/{r}"]) and (other := hall.get(f"hello/{r}").decode()) not in greeted:
-                hall.set(f"welcome/{other}", start)
-                greeted.add(other)
-        time.sleep(0.01)
-    return job, []
-
-
-def _device(device: str | torch.device | None) -> torch.device:
+def _device(device: object, place: RankEnvironment) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type not in ("cpu", "cuda"):
+    if isinstance(device, bool) or not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be 'cpu', 'cuda' or None; got {device!r}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}") from None
+    if found.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda'; got {str(device)!r}")
-    if place.type == "cpu":
-        return place
-    local = _environment("LOCAL_RANK", 0) if place.index is None else place.index
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but PyTorch finds no GPU on this host: pass device='cpu'")
+    local = (place.local_rank or 0) if found.index is None else found.index
     if local >= torch.cuda.device_count():
         raise ValueError(f"LOCAL_RANK={local} asks for CUDA device {local}, but this host has {torch.cuda.device_count()}: "
                          "start one rank a device, or pass device='cpu'")
@@ -191,11 +139,3 @@ def _job_timeout() -> datetime.timedelta:
     assert group is not None
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     return getattr(options, "_timeout", datetime.timedelta(seconds=DEFAULT_TIMEOUT))
-
-
-def _environment(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"{name} in the environment must be an integer; got {value!r}") from None

@@ -21,6 +21,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from race_dist.files import DamagedFileError, check_record, read_object, write_record
+from race_dist.outputs import check_output_folder
 from race_dist.training.corpus import BYTE_VOCAB, Corpus, expand_home, sample_digest
 from race_dist.training.text_files import (
     STDLIB,
@@ -135,6 +136,7 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         FileNotFoundError: there is nothing at ``path``.
         ValueError: no text there, or a file that is not UTF-8.
     """
+    check_output_folder(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or remove it")
     files, left_out = _sources(path, pattern)
@@ -155,7 +157,13 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER)
         _write_index(partial, encode, len(bounds) - 1, writer.text_bytes, path)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError as error:
+            if not out.exists():
+                raise
+            raise FileExistsError(f"{out} was made by another process while this one packed; choose another --out or remove "
+                                  f"it ({error.strerror})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return replace(open_packed(out), left_out=left_out if path != STDLIB else LeftOut())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from race_dist.parallel import group_rank, group_size
 from race_dist.parallel.mesh import build_mesh, init_distributed
+from race_dist.rank_environment import rank_environment
 from race_dist.training.config import TrainConfig
 
 
@@ -39,7 +39,7 @@ class Ranks:
         Raises:
             ValueError: the mesh of the configuration does not fit the number of ranks, or there is no such device.
         """
-        dp, sp = config.parallel.mesh(int(os.environ.get("WORLD_SIZE", "1")))
+        dp, sp = config.parallel.mesh(rank_environment().world)
         device = init_distributed(device=None if config.device == "auto" else config.device,
                                   timeout=config.parallel.timeout)
         if dp * sp == 1:

@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from race_dist.files import check_file, file_digest, read_object, replacing, write_json, write_text
 from race_dist.models import DecoderLM
+from race_dist.parallel import gather_objects, group_rank
 from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.run_lock import LOCK, RunLock, check_not_in_use
 from race_dist.training.sampling import Codec, codec_for
 from race_dist.training.weights import WEIGHTS, check_same_model, load_weights
+
+
+def open_run(directory: RunDirectory, config: TrainConfig, group: ProcessGroup | None, *, resume: bool,
+             overwrite: bool) -> AbstractContextManager[object]:
+    """Take the folder of a run and make it ready, by rank 0 alone; every rank of the group calls it.
+
+    Args:
+        directory: of the run.
+        config: written there.
+        group: all ranks of the run; None for one.
+        resume: go on in what is there.
+        overwrite: remove what is there.
+
+    Returns:
+        What holds the folder: enter it for as long as the run goes on.
+
+    Raises:
+        OSError: on every rank, in the same sentence: another process works on the folder, or it cannot be used.
+    """
+    problem, lock = None, directory.lock()
+    if group_rank(group) == 0:
+        try:
+            directory.check_resumable() if resume else directory.check_free(overwrite=overwrite)
+            lock.acquire()
+            directory.reopen(config) if resume else directory.create(config, overwrite=overwrite)
+        except OSError as error:
+            lock.release()
+            problem = str(error)
+    problem = gather_objects(problem, group)[0]
+    if problem is not None:
+        raise OSError(problem)
+    return lock if group_rank(group) == 0 else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -85,11 +121,23 @@ class RunDirectory:
         """What TensorBoard reads."""
         return self.path / "tensorboard"
 
+    def lock(self) -> RunLock:
+        """The lock that the one process has that writes here: of a run, its rank 0."""
+        return RunLock(self.path)
+
+    def check_not_in_use(self) -> None:
+        """Raise :class:`race_dist.training.run_lock.RunInUse` where another process works on the folder now."""
+        check_not_in_use(self.path)
+
+    def _is_empty(self) -> bool:
+        return self.path.is_dir() and not any(path.name != LOCK for path in self.path.iterdir())
+
     def check_free(self, *, overwrite: bool) -> None:
         """Raise FileExistsError where a run would write over files: another run's without ``overwrite``, or ones that
         no run has made."""
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or self._is_empty():
             return
+        self.check_not_in_use()
         if not self.config.is_file():
             raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")
         if not overwrite:
@@ -100,15 +148,24 @@ class RunDirectory:
         """Make the folder and write the configuration; with ``overwrite`` the files of the run before are removed."""
         self.check_free(overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.metrics, self.weights, self.curves, self.sample, self.tokenizer, self.machine, *self.positions):
+        files = (self.metrics, self.weights, self.curves, self.sample, self.tokenizer, self.machine, *self.positions)
+        folders = (self.checkpoints, self.tensorboard)
+        for path in (self.path, self.config, *files, *folders):
+            if path.is_symlink():
+                raise FileExistsError(f"{path} is a symbolic link to {path.readlink()}, and a run that begins anew does not "
+                                      "remove what lies behind a link: remove it, or choose another name "
+                                      "(--override name=...)")
+        for file in files:
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            if folder.exists():
+                shutil.rmtree(folder)
         self._write_config(config)
 
     def check_resumable(self) -> None:
         """Raise FileExistsError where the folder holds something, but no run."""
-        if self.path.exists() and not self.config.is_file() and any(self.path.iterdir()):
+        self.check_not_in_use()
+        if self.path.exists() and not self.config.is_file() and not self._is_empty():
             raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")
 
     def reopen(self, config: TrainConfig) -> None:

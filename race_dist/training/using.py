@@ -17,6 +17,7 @@ from race_dist.training.corpus import LARGEST_IN_MEMORY, Corpus, Split, load_cor
 from race_dist.training.data import evaluation_batches
 from race_dist.training.metrics import bits
 from race_dist.training.positions import loss_by_position
+from race_dist.training.run_lock import RunInUse
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.step import autocast
 from race_dist.training.tokenizing import TextTokenizer
@@ -70,8 +71,12 @@ def evaluate(directory: RunDirectory, *, path: str | None, context: int | None, 
                   highlight=False)
     if corpus.left_out:
         console.print(corpus.left_out.sentence(f"left out of {corpus.name}"), soft_wrap=True)
-    written = write_positions(directory, found, corpus, held_out=path is None, step=step)
-    console.print(f"written: {written}", soft_wrap=True)
+    try:
+        with directory.lock():
+            written = f"written: {write_positions(directory, found, corpus, held_out=path is None, step=step)}"
+    except RunInUse as error:
+        written = f"not written, as {error}"
+    console.print(written, highlight=False, markup=False, soft_wrap=True)
 
 
 def _held_out_corpus(directory: RunDirectory, config: TrainConfig) -> Corpus:

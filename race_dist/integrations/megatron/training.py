@@ -6,7 +6,6 @@ computed with is megatron-core from pip alone, over parallel_state's tp x cp x d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from race_dist.integrations.megatron.weights import from_megatron, load_weights,
 from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE
 from race_dist.parallel import Replica, group_size, init_distributed, shard_positions
+from race_dist.rank_environment import rank_environment
 from race_dist.training.agreement import check_same_run
 from race_dist.training.config import OptimConfig, TrainConfig
 from race_dist.training.data import Batch
@@ -57,7 +57,7 @@ class MegatronRanks(Ranks):
     def join(cls, config: TrainConfig) -> MegatronRanks:
         """As :meth:`race_dist.training.ranks.Ranks.join`. Raises ValueError for what this engine does not do, before it
         joins."""
-        _, sp = config.parallel.mesh(int(os.environ.get("WORLD_SIZE", "1")))
+        _, sp = config.parallel.mesh(rank_environment().world)
         _check(config)
         transformer_config(config.model, tp=config.parallel.tp, cp=sp)
         device = init_distributed(device=None if config.device == "auto" else config.device,

@@ -1,0 +1,105 @@
+"""Where compiled kernels are kept: on a node's own disk, in a folder that nobody but its user can write to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import MutableMapping
+from pathlib import Path
+
+_CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "CUDA_CACHE_PATH": "cuda"}
+
+
+def use_local_caches(environment: MutableMapping[str, str]) -> None:
+    """Put compiled kernels under RACE_DIST_CACHE on this node's own disk, a folder per user, unless told otherwise.
+
+    What lies there is loaded as code, so only a folder is used that belongs to this user and that no other can write to, alone
+    or by way of a folder above it. Where the usual one is not so, another is made, and a line says where.
+
+    Raises:
+        ValueError: no folder can be made.
+    """
+    root = environment.get("RACE_DIST_CACHE", "")
+    wanted = [name for name in _CACHES if name not in environment]
+    if not root or not wanted:
+        return
+    folder = private_folder(Path(root))
+    for name in wanted:
+        environment[name] = str(_made_private(folder / _CACHES[name]))
+
+
+def private_folder(root: Path) -> Path:
+    """``ROOT/UID``, or another folder where that one is not this user's own or cannot be made.
+
+    Raises:
+        ValueError: no folder can be made.
+    """
+    root, user, reasons = root.absolute(), str(os.getuid()), []
+    common = Path(tempfile.gettempdir()).absolute() / f"race-dist-cache-{user}"
+    for candidate in (root / user, root.with_name(f"{root.name}-{user}"), common):
+        try:
+            candidate.parent.mkdir(parents=True, exist_ok=True)
+            _check_above(candidate.parent)
+            _made_private(candidate)
+            for part in _CACHES.values():
+                _made_private(candidate / part)
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            _say(f"compiled kernels are kept in {candidate}: {reasons[0]}")
+        return candidate
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f"race-dist-cache-{user}-"))
+    except OSError as error:
+        raise ValueError(f"no folder for compiled kernels can be made in RACE_DIST_CACHE={root} ({'; '.join(reasons)}; "
+                         f"{error}): set the job's cache to a folder of your own") from None
+    _say(f"compiled kernels are kept in {made} for this process alone: {reasons[0]}")
+    return made
+
+
+def _say(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+        print(f"race-dist: {text}", file=sys.stderr)
+
+
+def _made_private(folder: Path) -> Path:
+    """Make a folder of mode 0700, or check that the one that is there can be trusted. OSError where it cannot."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"the cache {folder} is {'a symbolic link' if stat.S_ISLNK(found.st_mode) else 'no folder'}")
+    if found.st_uid != os.getuid():
+        raise OSError(f"the cache {folder} belongs to another user ({found.st_uid})")
+    if found.st_mode & 0o022:
+        raise OSError(f"the cache {folder} may be written by others (mode {stat.S_IMODE(found.st_mode):o})")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"the cache {folder} cannot be written")
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+def _check_above(folder: Path) -> None:
+    """OSError where another user could put another folder in place of one in here."""
+    resolved = folder.resolve()
+    for each in (resolved, *resolved.parents):
+        found = each.stat()
+        if found.st_uid not in (0, os.getuid(), _unmapped_user()):
+            raise OSError(f"the cache's folder {each} belongs to another user ({found.st_uid})")
+        if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+            raise OSError(f"others may write to the cache's folder {each} (mode {stat.S_IMODE(found.st_mode):o})")
+
+
+def _unmapped_user() -> int:
+    """The number under which a container that maps users shows folders of the host's root; -1 where users are not mapped."""
+    try:
+        if Path("/proc/self/uid_map").read_text(encoding="ascii").split() == ["0", "0", "4294967295"]:
+            return -1
+        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return -1

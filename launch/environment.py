@@ -1,0 +1,88 @@
+"""What may stand in a job's file and what may not: text of one line, and secrets by reference only."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from race_dist.strict_config import StrictConfig, shown
+
+_SECRET_WORDS = frozenset({
+    "KEY", "KEYS", "APIKEY", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE", "PASS", "PWD",
+    "CREDENTIAL", "CREDENTIALS", "CREDS", "AUTH", "AUTHORIZATION", "PAT", "COOKIE", "DSN", "SAS"})
+_SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS")
+_SECRET_PARTS = ("SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "APIKEY")
+_LOGIN_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
+
+
+def one_line(text: str, what: str = "") -> str:
+    """The text, where it has one line and no control characters, so that nothing of it can stand as a line of its own in a
+    script or a manifest.
+
+    Args:
+        text: any.
+        what: named in the error.
+
+    Raises:
+        ValueError: it has a line break or another control character, or bytes that are not UTF-8.
+    """
+    bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs")), None)
+    if bad is None:
+        return text
+    kind = ("a line break" if bad in "\n\r\x0b\x0c\x85\u2028\u2029" else
+            "bytes that are not UTF-8" if unicodedata.category(bad) == "Cs" else f"the control character {bad!r}")
+    raise ValueError(f"{what + ': ' if what else ''}control characters are not allowed in a job, and there is {kind} in it")
+
+
+def is_secret(name: str, value: str = "") -> bool:
+    """Whether a variable holds what others must not read: by its name (``HF_TOKEN``, ``WANDB_API_KEY``, ``DB_PASSWORD``,
+    ``AWS_SECRET_ACCESS_KEY``), or as its value is an address with a password in it."""
+    words = name.upper().split("_")
+    return (not _SECRET_WORDS.isdisjoint(words) or any(word.endswith(_SECRET_ENDS) for word in words)
+            or any(part in name.upper() for part in _SECRET_PARTS) or _LOGIN_IN_URL.search(value) is not None)
+
+
+class EnvironmentReference(StrictConfig):
+    """A variable whose value is not in the job, but where the job is started from.
+
+    Attributes:
+        from_env: the name of a variable in the environment of the launcher (of sbatch, of ``race-dist launch``).
+        secret, key: a Secret of the cluster and its key, for Kubernetes.
+    """
+
+    from_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    secret: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")] | None = None
+    key: Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EnvironmentReference:
+        if (self.from_env is None) == (self.secret is None) or (self.secret is None) != (self.key is None):
+            raise ValueError('a reference is either { from_env = "NAME" } or { secret = "NAME", key = "KEY" }')
+        return self
+
+
+def read_environment(value: object) -> object:
+    """A job's table ``env`` with references read and numbers as text. Values of secrets stay out of the errors.
+
+    Raises:
+        ValueError: a value is no text, number or reference, or has a line break; the message names the variable.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[object, object] = {}
+    for name, given in value.items():
+        where = f"env.{name}"
+        if isinstance(given, Mapping):
+            found[name] = EnvironmentReference.check(given, source=where, prefix=f"{where}.")
+        elif isinstance(given, str | EnvironmentReference):
+            found[name] = one_line(given, where) if isinstance(given, str) else given
+        elif isinstance(given, int | float) and not isinstance(given, bool):
+            found[name] = str(given)
+        else:
+            what = "" if is_secret(str(name)) else f"; got {shown(given)}"
+            raise ValueError(f'{where} must be text, a number or a reference {{ from_env = "NAME" }}{what}')
+    return found

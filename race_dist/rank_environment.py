@@ -1,0 +1,95 @@
+"""This process's place among the ranks of a job, as a launcher's variables tell it. Without torch: launchers read it too."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LOOPBACK = "127.0.0.1"
+STORE_SOCKET = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
+RANK_VARIABLES = frozenset({
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", STORE_SOCKET})
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_")
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """This process's place, as a launcher's variables tell it.
+
+    Attributes:
+        rank, world: RANK of WORLD_SIZE; 0 of 1 without a launcher.
+        local_rank, local_world: LOCAL_RANK and LOCAL_WORLD_SIZE: of this machine's ranks; None where they are not set.
+        host, port: MASTER_ADDR and MASTER_PORT, where the ranks meet; None and 0 for a world of one.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int | None = None
+    local_world: int | None = None
+    host: str | None = None
+    port: int = 0
+
+    @property
+    def all_local(self) -> bool:
+        """Whether the launcher says that every rank runs on this machine."""
+        return self.world > 1 and self.local_world == self.world
+
+
+def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
+    """Read and check RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        environment: of a process; None is this one's.
+
+    Raises:
+        ValueError: a variable is empty, is no number, or does not fit the others; the message names it.
+    """
+    e = os.environ if environment is None else environment
+    rank, world = _integer(e, "RANK"), _integer(e, "WORLD_SIZE")
+    rank, world = 0 if rank is None else rank, 1 if world is None else world
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: RANK counts from 0; unset both "
+                         "for one process, or start the ranks with a launcher")
+    mine, local_world = local_rank(e), _integer(e, "LOCAL_WORLD_SIZE")
+    if local_world is not None and local_world < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment must be at least 1")
+    if world == 1:
+        return RankEnvironment(0, 1, mine, local_world)
+    if local_world is not None and (local_world > world or (mine or 0) >= local_world):
+        raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment fits neither WORLD_SIZE={world} nor LOCAL_RANK="
+                         f"{mine or 0}: start the ranks with one launcher, or unset it")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not e.get(name, "").strip():
+            raise ValueError(f"RANK={rank} and WORLD_SIZE={world} but {name} is not set: start the ranks with torchrun, set "
+                             "it to the host and port at which they meet, or unset RANK and WORLD_SIZE for one process")
+    port = _integer(e, "MASTER_PORT") or 0
+    if not 0 < port < 2**16:
+        raise ValueError(f"MASTER_PORT={port} in the environment must be a port from 1 to 65535")
+    return RankEnvironment(rank, world, mine, local_world, e["MASTER_ADDR"].strip(), port)
+
+
+def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
+    """LOCAL_RANK; None where it is not set. ValueError where it is no number of at least 0."""
+    found = _integer(os.environ if environment is None else environment, "LOCAL_RANK")
+    if found is not None and found < 0:
+        raise ValueError(f"LOCAL_RANK={found} in the environment must not be negative")
+    return found
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is None:
+        return None
+    if not re.fullmatch(r"\s*[+-]?[0-9]{1,9}\s*", value):
+        raise ValueError(f"{name} in the environment must be an integer; got {value!r} (unset it for one process)")
+    return int(value)
+
+
+def without_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a launcher has put there about its ranks (torchrun's TORCHELASTIC_*, RANK, MASTER_PORT and
+    so on): ranks that are started anew must not take themselves for some of that launcher's."""
+    return {name: value for name, value in environment.items()
+            if name not in RANK_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)}
