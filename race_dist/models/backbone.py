@@ -37,7 +37,8 @@ def build_mixer(config: ModelConfig, layer: int, *, causal: bool, **where: Any) 
     if kind == "R":
         return RaceAttention(config.race, layer, output_gain=gain, draw=False, **where)
     widths = (config.dim, config.num_heads, config.kv_heads)
-    options = {"head_dim": config.head_dim, "rope_base": config.rope_base, "output_gain": gain, "draw": False, **where}
+    options = {"head_dim": config.head_dim, "rope_base": config.rope_base, "config": config.softmax, "output_gain": gain,
+               "draw": False, **where}
     if kind == "W":
         return WindowAttention(*widths, config.window, **options)
     return FullAttention(*widths, causal=causal, **options)

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from race_dist.nn import RaceConfig
+from race_dist.nn import RaceConfig, SoftmaxConfig
 from race_dist.nn.config import WIDTH_LIMIT
 from race_dist.strict_config import COUNT_LIMIT, SEED_LIMIT, SIZE_LIMIT, StrictConfig
 
@@ -31,6 +31,7 @@ class ModelConfig(StrictConfig):
                                                 "W = sliding-window softmax, S = full softmax.")
     race: RaceConfig = Field(default_factory=RaceConfig,
                              description="The RACE layers; this config fills in their dim, heads and rope_base.")
+    softmax: SoftmaxConfig = Field(default_factory=SoftmaxConfig, description="Convolution and gate of the W and S layers.")
     window: int = Field(default=128, le=COUNT_LIMIT, description="Tokens that a W layer sees, itself included.")
     ffn_dim: int | None = Field(default=None, ge=1, le=2**24,
                                 description="Inner width of the SwiGLU; None: 8/3 of dim, rounded up to 64.")

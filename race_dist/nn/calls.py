@@ -78,5 +78,5 @@ def _shapes(carry: Carry) -> list[tuple[int | None, ...]]:
     """Of a carry's tensors, behind the batch; None for a length that grows. Without a sketch's log decay: documents add one."""
     sketch = getattr(carry, "sketch", None)
     tensors = carry.tensors() if sketch is None else (sketch.mass, sketch.values, *carry.tensors()[len(sketch.tensors()):])
-    grows = sketch is None and not hasattr(carry, "reset")
+    grows = sketch is None and not hasattr(getattr(carry, "inner", carry), "reset")
     return [tuple(None if grows and n == 0 else size for n, size in enumerate(t.shape[1:])) for t in tensors]

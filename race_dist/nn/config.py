@@ -7,10 +7,46 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from race_dist.hashing import MAX_PLANES
+from race_dist.nn.gate import GateActivation
 from race_dist.strict_config import SEED_LIMIT, StrictConfig
 
 WIDTH_LIMIT = 2**20  # of widths and heads of one layer: beyond it no layer fits a machine
 Decay = Literal["none", "multiscale", "token"]
+
+
+def _conv_width(value: int) -> int:
+    if value < 0 or value == 1:
+        raise ValueError("must be 0 (no convolution) or a width of at least 2")
+    return value
+
+
+def _check_conv_values(width: int, conv_values: bool) -> None:
+    if conv_values and not width:
+        raise ValueError("conv_values = True needs a convolution, but short_conv is 0: set short_conv=4, or conv_values=False")
+
+
+class SoftmaxConfig(StrictConfig):
+    """What window and full softmax layers have beside projections and positions. The default is nothing.
+
+    Raises:
+        ValueError: a field is out of its range or contradicts another one.
+    """
+
+    short_conv: int = Field(default=0, le=2**16, description="Width of a causal depthwise convolution added to queries and "
+                                                     "keys before their positions; 0: none.")
+    conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
+    output_gate: bool = Field(default=False, description="Multiply the output by a gate computed from the input.")
+    gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
+
+    @field_validator("short_conv")
+    @classmethod
+    def _conv(cls, value: int) -> int:
+        return _conv_width(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_conv_values(self.short_conv, self.conv_values)
+        return self
 
 
 class RaceConfig(StrictConfig):
@@ -56,11 +92,13 @@ class RaceConfig(StrictConfig):
     qk_norm: bool = Field(default=True, description="Scale each query and key to a learned length per head before hashing.")
     short_conv: int = Field(default=4, le=2**16, description="Width of a causal depthwise convolution added to queries and "
                                                      "keys; 0: none.")
+    conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     decay: Decay = Field(
         default="token", description="How a layer forgets. none: never. multiscale: at a fixed rate per head, from fast to "
                              "never. token: at a rate per head and token that is computed from the input. Default: "
                              "token if causal, else none.")
     output_gate: bool = Field(default=True, description="Multiply the output by a gate computed from the input.")
+    gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
     rope_base: Annotated[float, Field(gt=1, le=1e30)] | Literal["auto"] | None = Field(
         default="auto", description="Base of the rotary positions; None: no positions. auto: the model's base (10000 in "
                                     "a layer that stands alone) without decay, none with it: decay and convolution say "
@@ -97,9 +135,7 @@ class RaceConfig(StrictConfig):
     @field_validator("short_conv")
     @classmethod
     def _conv(cls, value: int) -> int:
-        if value < 0 or value == 1:
-            raise ValueError("must be 0 (no convolution) or a width of at least 2")
-        return value
+        return _conv_width(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -107,6 +143,7 @@ class RaceConfig(StrictConfig):
             raise ValueError(f"decay={self.decay!r} needs an order of the tokens, but causal=False: set decay='none'")
         if not self.causal and self.normalization == "none":
             raise ValueError("normalization='none' is for causal layers, but causal=False: set normalization='global'")
+        _check_conv_values(self.short_conv, self.conv_values)
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads is not None and kv_heads is not None and heads % kv_heads:
             raise ValueError(f"num_heads = {heads} must be a multiple of num_kv_heads = {kv_heads}")

@@ -14,11 +14,13 @@ from race_dist import checks
 from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.config import RaceConfig
 from race_dist.nn.conv import ShortConv
+from race_dist.nn.convolve import convolve
 from race_dist.nn.core import ENDLESS_MEMORY, RaceCore, memory_lengths
+from race_dist.nn.gate import gated
 from race_dist.nn.init import Linear, initialize
 from race_dist.nn.norm import compute_dtype
 from race_dist.nn.sequence import Sequence
-from race_dist.nn.tail import Extended, TailCarry, through_tails
+from race_dist.nn.tail import TailCarry
 from race_dist.sketch import SketchState
 
 
@@ -83,6 +85,7 @@ class RaceAttention(RaceCore):
         width, kv_width, taps = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, config.short_conv
         self.gate_proj = Linear(config.dim, width, **where) if config.output_gate else None
         self.q_conv, self.k_conv = (ShortConv(n, taps, **where) if taps else None for n in (width, kv_width))
+        self.v_conv = ShortConv(kv_width, taps, **where) if config.conv_values else None
         self.decay_proj = Linear(config.dim, self.num_kv_heads, **where) if config.decay == "token" else None
         self.decay_bias = nn.Parameter(torch.empty(self.num_kv_heads, **where)) if config.decay == "token" else None
         if draw:
@@ -117,8 +120,8 @@ class RaceAttention(RaceCore):
         sketch = self.zero_sketch(batch, device=device, state_dtype=state_dtype)
         if not self.config.short_conv:
             return RaceCarry(sketch)
-        inputs = tuple(torch.zeros(batch, 0, heads * self.head_dim, device=device, dtype=dtype)
-                       for heads in (self.num_heads, self.num_kv_heads))
+        convolved = (self.num_heads, self.num_kv_heads, *([self.num_kv_heads] if self.config.conv_values else []))
+        inputs = tuple(torch.zeros(batch, 0, heads * self.head_dim, device=device, dtype=dtype) for heads in convolved)
         return RaceCarry(sketch, TailCarry.empty(inputs, self.config.short_conv - 1))
 
     def forward(self, x: Tensor, carry: RaceCarry | None = None,  # type: ignore[override]
@@ -135,13 +138,13 @@ class RaceAttention(RaceCore):
         """
         check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
-        q, k, v = self.project(x)
-        q, k, tail = self._convolve(q, k, None if carry is None else carry.tail, sequence)
+        (q, k, v), tail = convolve(self.project(x), (self.q_conv, self.k_conv, self.v_conv),
+                                   None if carry is None else carry.tail, sequence)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         out, sketch = super().forward(q, k, v, None if carry is None else carry.sketch, sequence, log_decay=self._decay(x))
         y = out.flatten(2)
         if self.gate_proj is not None:
-            y = y * F.silu(self.gate_proj(x))
+            y = gated(y, self.gate_proj(x), self.config.gate_activation)
         return self.output(y), None if sketch is None else RaceCarry(sketch, tail)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,19 +154,6 @@ class RaceAttention(RaceCore):
     def output(self, y: Tensor) -> Tensor:
         """``[B, T, dim]`` of the heads' outputs ``[B, T, Hq * D]``."""
         return self.o_proj(y)
-
-    def _convolve(self, q: Tensor, k: Tensor, tail: TailCarry | None,
-                  sequence: Sequence) -> tuple[Tensor, Tensor, TailCarry | None]:
-        """Queries and keys, each plus its short convolution."""
-        q_conv, k_conv = self.q_conv, self.k_conv
-        if q_conv is None or k_conv is None:
-            return q, k, None
-
-        def taps(piece: Extended) -> tuple[Tensor, Tensor]:
-            return q_conv(piece.tensors[0], piece.documents), k_conv(piece.tensors[1], piece.documents)
-
-        (more_q, more_k), tail = through_tails((q, k), self.config.short_conv - 1, tail, sequence, taps)
-        return q + more_q, k + more_k, tail
 
     def _decay(self, x: Tensor) -> Tensor | None:
         """``[B, T, Hkv]``, or None where the input does not set the rates."""

@@ -10,17 +10,20 @@ from torch import Tensor
 
 from race_dist import checks
 from race_dist.nn.calls import check_layer_call, check_zero_carry
+from race_dist.nn.convolve import ConvolvedCarry
 from race_dist.nn.sequence import Sequence
 from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions
 from race_dist.nn.tail import Extended, TailCarry, through_tails
 
+WindowCarry = TailCarry | ConvolvedCarry[TailCarry]
 MAX_BLOCKS = 2**15  # of one call: CUDA kernels count batch rows in a grid dimension of at most 65535
 
 
 class WindowAttention(SoftmaxAttention):
     """Each token sees itself and the ``window - 1`` tokens before it, in linear time; grouped queries.
 
-    Its carry is the tail of the last ``window - 1`` keys and values (and which of them are padding).
+    Its carry is the tail of the last ``window - 1`` keys and values (and which of them are padding), and with a convolution the
+    tail of that one's inputs.
     """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int,
@@ -31,18 +34,22 @@ class WindowAttention(SoftmaxAttention):
         self.window = window
 
     def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
-                   state_dtype: torch.dtype | None = None) -> TailCarry:
+                   state_dtype: torch.dtype | None = None) -> WindowCarry:
         """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
         batch = check_zero_carry(batch, device, dtype, state_dtype)
         k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
-        return TailCarry.empty((k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool)), self.window - 1)
+        seen = TailCarry.empty((k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool)), self.window - 1)
+        carry: WindowCarry = self._joined(seen, self._zero_tail(batch, device, dtype))
+        return carry
 
-    def forward(self, x: Tensor, carry: TailCarry | None = None,
-                sequence: Sequence | None = None) -> tuple[Tensor, TailCarry | None]:
+    def forward(self, x: Tensor, carry: WindowCarry | None = None,
+                sequence: Sequence | None = None) -> tuple[Tensor, WindowCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
-        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight, kind=TailCarry)
+        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight,
+                         kind=ConvolvedCarry if self.config.short_conv else TailCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
-        q, k, v = self.heads(x, sequence)
+        seen, tail = self._parted(carry)
+        (q, k, v), tail = self._heads(x, tail, sequence)
         masked = sequence.key_mask
         real = masked if masked is not None else k.new_ones(x.shape[:2], dtype=torch.bool)
 
@@ -51,8 +58,8 @@ class WindowAttention(SoftmaxAttention):
             plain = piece.documents is None and masked is None
             return window_attention(piece.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),
 
-        (out,), carry = through_tails((k, v, real), self.window - 1, carry, sequence, attend)
-        return self.o_proj(out.flatten(2)), carry
+        (out,), seen = through_tails((k, v, real), self.window - 1, seen, sequence, attend)
+        return self.output(out, x), self._joined(seen, tail)
 
 
 def window_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, documents: Tensor | None = None, *,

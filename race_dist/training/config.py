@@ -59,6 +59,7 @@ class OptimConfig(StrictConfig):
         lr: the highest learning rate.
         final_lr: what the last step has left of it, as a fraction.
         warmup_steps: steps to get there.
+        planes_lr: the highest learning rate of hyperplanes that are trained (model.race.train_planes); None: ``lr``.
         weight_decay: applied to the matrices of linear maps only.
         beta1, beta2, eps: of AdamW.
         clip: largest norm of the gradient, over the whole mesh; 0 turns clipping off.
@@ -66,6 +67,7 @@ class OptimConfig(StrictConfig):
     """
 
     lr: float = Field(1e-3, ge=1e-38, le=1e30)
+    planes_lr: float | None = Field(None, ge=1e-38, le=1e30)
     final_lr: float = Field(0.1, ge=0, le=1)
     warmup_steps: int = Field(100, ge=0, le=COUNT_LIMIT)
     weight_decay: float = Field(0.1, ge=0, le=1000)
@@ -286,12 +288,21 @@ class TrainConfig(StrictConfig):
         if self.engine != "megatron" and self.parallel.tp > 1:
             raise ValueError(f'parallel.tp is {self.parallel.tp}, but only engine = "megatron" divides heads over ranks; '
                              'make it 1 or choose that engine')
+        if self.optim.planes_lr is not None:
+            self._check_planes_rate()
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
                              "steps; lower it or raise steps")
         if self.stream.chunk_size:
             self._check_streamed()
         return self
+
+    def _check_planes_rate(self) -> None:
+        if self.engine != "native":
+            raise ValueError(f'optim.planes_lr needs engine = "native"; it is "{self.engine}": leave it out')
+        if not (self.model.race.train_planes and "R" in self.model.layer_kinds):
+            raise ValueError(f"optim.planes_lr is {self.optim.planes_lr}, but no layer trains its planes: set "
+                             "model.race.train_planes = true or leave it out")
 
     def _check_streamed(self) -> None:
         if self.engine != "native":

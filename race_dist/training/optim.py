@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,21 @@ from race_dist.training.config import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW in two groups: the matrices of linear maps decay; norms, embeddings, convolutions, the sharpness beta,
-    decay rates and planes do not."""
+    decay rates and planes do not. With ``planes_lr`` the planes are a group of their own, whose ``scale`` is its rate's ratio to
+    ``lr``."""
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a tied head is one
     trained = [p for p in model.parameters() if p.requires_grad]
+    planes = set() if config.planes_lr is None else {id(p) for name, p in model.named_parameters()
+                                                     if name.rpartition(".")[2] == "planes"}
     decayed = [p for p in trained if id(p) in linear - embedded]
-    kept = [p for p in trained if id(p) not in linear - embedded]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    kept = [p for p in trained if id(p) not in (linear - embedded) | planes]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay},
+                                    {"params": kept, "weight_decay": 0.0}]
+    if config.planes_lr is not None:
+        scale = config.planes_lr / config.lr
+        groups.append({"params": [p for p in trained if id(p) in planes], "weight_decay": 0.0, "lr": config.planes_lr,
+                       "scale": scale})
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2),
                              eps=config.eps)
 
@@ -32,6 +41,12 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps + 1) / (steps - config.warmup_steps)
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the rate of a step, in its own proportion."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("scale", 1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.corpus import Corpus, load_corpus
 from race_dist.training.data import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.guards import Guard, Verdict
-from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors
+from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
 from race_dist.training.ranks import Ranks
 from race_dist.training.records import summary_writer
 from race_dist.training.step import StepMethod, build_step
@@ -121,8 +121,7 @@ class Trainer:
         norm = self.gradient_norm()
         verdict = self.guard.judge(loss, float(norm))
         if verdict.bad is None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, config.steps, config.optim)
+            set_learning_rate(self.optimizer, learning_rate(self.step, config.steps, config.optim))
             self.update(norm)
         self.step += 1
         self.position += 1

@@ -60,8 +60,10 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
     race_normalization: Literal["global", "bucket", "none"] = _DEFAULTS.normalization
     race_qk_norm: bool = _DEFAULTS.qk_norm
     race_short_conv: int = _DEFAULTS.short_conv
+    race_conv_values: bool = _DEFAULTS.conv_values
     race_decay: Literal["none", "multiscale", "token"] = _DEFAULTS.decay
     race_output_gate: bool = _DEFAULTS.output_gate
+    race_gate_activation: Literal["silu", "sigmoid"] = _DEFAULTS.gate_activation
     race_norm_eps: float = _DEFAULTS.norm_eps
     race_backend: Literal["auto", "reference", "chunked", "triton"] = _DEFAULTS.backend
     race_rope: Literal["auto", "always", "never"] = "auto"

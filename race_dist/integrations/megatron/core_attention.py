@@ -68,7 +68,9 @@ class RaceCoreAttention(HeadModule):
     def _build_parameters(self) -> None:
         race, heads, groups = self.race, int(self.config.num_attention_heads), self.config.race_query_groups
         if race.short_conv:
-            for name, count, add in (("q_conv", heads, self.add_parameter), ("k_conv", groups, self.add_kv_parameter)):
+            convolved = [("q_conv", heads, self.add_parameter), ("k_conv", groups, self.add_kv_parameter)]
+            convolved += [("v_conv", groups, self.add_kv_parameter)] if race.conv_values else []
+            for name, count, add in convolved:
                 add(name, draw_normal((race.short_conv, count * race.width), 0.5 * race.short_conv**-0.5, race.seed,
                                       f"race.{self.layer}.{name}.weight"), dim=1)
         if race.qk_norm:
@@ -172,7 +174,7 @@ class RaceCoreAttention(HeadModule):
         self._look_at_mask(attention_mask, mask_type, rows)
         sequence = rows.sequence(key_mask, q.device)
         if self.race.short_conv:
-            q, k = self._convolve(q, k, sequence)
+            q, k, v = self._convolve(q, k, v, sequence)
         if self.race.qk_norm:
             eps = self.race.norm_eps
             q, k = with_length(q, self.q_scale, eps), with_length(k, self.of_own_kv_heads("k_scale"), eps)
@@ -190,17 +192,20 @@ class RaceCoreAttention(HeadModule):
             check_causal_mask(mask, rows)
             self._mask_seen = True
 
-    def _convolve(self, q: Tensor, k: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
-        """Queries and keys, each plus its short convolution over tokens that are not padding."""
-        q_taps, k_taps = self.q_conv, self.of_own_kv_heads("k_conv", dim=1)
-        flat = (q.flatten(2), k.flatten(2))
+    def _convolve(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (and values, where the config says so), each plus its short convolution over tokens that are not
+        padding."""
+        convs = [self.q_conv, self.of_own_kv_heads("k_conv", dim=1)]
+        convs += [self.of_own_kv_heads("v_conv", dim=1)] if self.race.conv_values else []
+        tensors = (q, k, v)
+        flat = tuple(x.flatten(2) for x in tensors[:len(convs)])
 
-        def taps(piece: Extended) -> tuple[Tensor, Tensor]:
-            q_part, k_part = piece.tensors
-            return short_conv(q_part, q_taps, piece.documents), short_conv(k_part, k_taps, piece.documents)
+        def taps(piece: Extended) -> tuple[Tensor, ...]:
+            return tuple(short_conv(part, taps, piece.documents) for part, taps in zip(piece.tensors, convs, strict=True))
 
-        (more_q, more_k), _ = through_tails(flat, self.race.short_conv - 1, None, sequence, taps)
-        return q + more_q.view_as(q), k + more_k.view_as(k)
+        more, _ = through_tails(flat, self.race.short_conv - 1, None, sequence, taps)
+        added = [x + part.view_as(x) for x, part in zip(tensors, more)]
+        return added[0], added[1], added[2] if self.race.conv_values else v
 
     def _planes(self) -> Tensor:
         if self.race.train_planes:

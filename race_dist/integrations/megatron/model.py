@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from race_dist.integrations.megatron.config import PREFIX, RACE_FIELDS, RaceTransformerConfig
 from race_dist.integrations.megatron.specs import get_race_block_spec
 from race_dist.models import ModelConfig
+from race_dist.nn import SoftmaxConfig
 
 
 def transformer_config(model: ModelConfig, *, tp: int = 1, cp: int = 1, dtype: torch.dtype = torch.float32,
@@ -33,6 +34,9 @@ def transformer_config(model: ModelConfig, *, tp: int = 1, cp: int = 1, dtype: t
     if "S" in kinds and cp > 1:
         raise ValueError(f"model.layer_pattern is {model.layer_pattern!r} and {cp} ranks share a sequence, but megatron-core's "
                          "softmax layers do that with Transformer Engine only: use R")
+    if "S" in kinds and model.softmax != SoftmaxConfig():
+        raise ValueError(f"model.layer_pattern is {model.layer_pattern!r} and model.softmax asks for a convolution or a gate, which "
+                         "megatron-core's softmax layers do not have: leave model.softmax out")
     if race.rope_base is not None and race.short_conv and "R" in kinds:
         raise ValueError("model.race has rotary positions and a short convolution: Megatron turns queries before the "
                          "convolution, DecoderLM after it; set race.short_conv=0 or race.rope_base to none")

@@ -17,6 +17,7 @@ from race_dist.integrations.megatron.config import race_config
 from race_dist.integrations.megatron.core_attention import RaceCoreAttention
 from race_dist.integrations.megatron.heads import HeadModule
 from race_dist.nn.core import ENDLESS_MEMORY, memory_lengths
+from race_dist.nn.gate import gated
 from race_dist.nn.init import draw_normal
 from race_dist.nn.norm import compute_dtype
 from race_dist.parallel import group_rank, group_size
@@ -56,7 +57,7 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention around :class:`RaceCoreAttention`.
 
     The decay of each token goes to core_attention as its attention_bias; the gate is Megatron's output gate (a part of
-    linear_qkv) with SiLU. The layer's input must be normalised before it: no layer norm fused into linear_qkv.
+    linear_qkv) with race_gate_activation. The layer's input must be normalised before it: no layer norm fused into linear_qkv.
 
     Raises:
         TypeError: the config has no race_* fields.
@@ -122,4 +123,4 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         if not self.config.race_output_gate:
             return super()._apply_output_gate(x, gate)
-        return x * F.silu(gate.reshape(x.shape))
+        return gated(x, gate.reshape(x.shape), self.config.race_gate_activation)

@@ -21,7 +21,7 @@ _ENDS = {"embed.weight": "embedding.word_embeddings.weight", "norm.weight": "dec
 _LAYER = {"mixer_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "pre_mlp_layernorm.weight",
           "mixer.o_proj.weight": "self_attention.linear_proj.weight", "ffn.down_proj.weight": "mlp.linear_fc2.weight"}
 _CORE = {"q_scale": "q_scale", "k_scale": "k_scale", "log_beta": "log_beta", "planes": "planes", "q_conv.weight": "q_conv",
-         "k_conv.weight": "k_conv", "out_norm.weight": "out_norm"}
+         "k_conv.weight": "k_conv", "v_conv.weight": "v_conv", "out_norm.weight": "out_norm"}
 _DECAY = {"decay_proj.weight": "weight", "decay_bias": "bias"}
 
 
