@@ -225,6 +225,32 @@ def bench_streaming(
         print(f"written: {out}")
 
 
+@bench.command("quality")
+def bench_quality(
+    config: Annotated[Path, typer.Argument(help="The protocol: a TOML file, for example configs/quality/lm-short.toml.",
+                                           metavar="CONFIG")],
+    out: Annotated[Path, cli_types.output_file(
+        metavar="FILE.json", help="Results go there as they come; a run that is there is not made again. A page and a picture go "
+                                  "beside it.", make_folder=True)],
+    override: Annotated[list[str] | None, typer.Option(
+        "--override", "-o", metavar="KEY=VALUE", help="Change one key, for example steps=600. Repeatable.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one. Repeatable.")] = None,
+    jobs: Annotated[int, cli_types.whole(metavar="N", help="Runs side by side on the device.", high=1024)] = 1,
+    threads: Annotated[int | None, cli_types.whole(metavar="N", help="CPU threads of a run.", high=4096)] = None,
+    device: Annotated[str | None, cli_types.device()] = None,
+    limit_seconds: Annotated[float | None, cli_types.number(
+        metavar="S", help="End after so long; runs under way are given up, the same command makes them again.", low=0,
+        high=cli_types.LONGEST_TIME)] = None,
+) -> None:
+    """Train models with different mixing layers under one protocol and compare what they learn."""
+    from race_dist.benchmarks.quality import protocol, run
+
+    settings = protocol.load_protocol(config, override or ())
+    if variant:
+        settings = settings.chosen(variant)
+    run.run_protocol(settings, out, run.Options(device or default_device(), jobs, threads, limit_seconds))
+
+
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="What would be trained: a TOML file.", metavar="CONFIG")],

@@ -14,5 +14,5 @@ from race_dist.nn.tail import TailCarry
 from race_dist.nn.window import WindowAttention
 
 __all__ = ["ConvolvedCarry", "Drawn", "Embedding", "FullAttention", "HistoryCarry", "Linear", "RMSNorm", "RaceAttention",
-           "RaceCarry", "RaceConfig", "RaceCore", "Sequence", "ShortConv", "SoftmaxConfig", "Span", "TailCarry", "WindowAttention",
-           "initialize", "rotate", "rotation"]
+           "RaceCarry", "RaceConfig", "RaceCore", "Sequence", "ShortConv", "SoftmaxConfig", "Span", "TailCarry",
+           "WindowAttention", "initialize", "rotate", "rotation"]

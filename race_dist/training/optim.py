@@ -13,8 +13,8 @@ from race_dist.training.config import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW in two groups: the matrices of linear maps decay; norms, embeddings, convolutions, the sharpness beta,
-    decay rates and planes do not. With ``planes_lr`` the planes are a group of their own, whose ``scale`` is its rate's ratio to
-    ``lr``."""
+    decay rates and planes do not. With ``planes_lr`` the planes are a group of their own, whose ``scale`` is the ratio of its
+    rate to ``lr``."""
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a tied head is one
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -35,8 +35,8 @@ def transformer_config(model: ModelConfig, *, tp: int = 1, cp: int = 1, dtype: t
         raise ValueError(f"model.layer_pattern is {model.layer_pattern!r} and {cp} ranks share a sequence, but megatron-core's "
                          "softmax layers do that with Transformer Engine only: use R")
     if "S" in kinds and model.softmax != SoftmaxConfig():
-        raise ValueError(f"model.layer_pattern is {model.layer_pattern!r} and model.softmax asks for a convolution or a gate, which "
-                         "megatron-core's softmax layers do not have: leave model.softmax out")
+        raise ValueError(f"model.layer_pattern is {model.layer_pattern!r} and model.softmax asks for a convolution or a gate, "
+                         "which megatron-core's softmax layers do not have: leave model.softmax out")
     if race.rope_base is not None and race.short_conv and "R" in kinds:
         raise ValueError("model.race has rotary positions and a short convolution: Megatron turns queries before the "
                          "convolution, DecoderLM after it; set race.short_conv=0 or race.rope_base to none")

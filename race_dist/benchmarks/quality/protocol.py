@@ -1,0 +1,232 @@
+"""A protocol: the task, the budget, and the variants that are compared. Read from TOML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from race_dist.training.config import OptimConfig
+from race_dist.training.corpus import HeldOut
+
+Mixer = Literal["model", "gated_delta", "gated_linear", "bucket_delta"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LanguageTask(_Strict):
+    """Next-byte prediction.
+
+    Attributes:
+        path, pattern, held_out: as ``[data]`` of a training configuration.
+        context: bytes of a training window.
+        eval_context: bytes of a held-out window; None: ``context``.
+        eval_tokens: how much of the held-out text is read at the end, at most.
+        positions: equal parts of the context whose bits per byte are given one by one.
+    """
+
+    path: str = "python-stdlib"
+    pattern: str = "*"
+    held_out: HeldOut = "blocks"
+    context: int = Field(1024, ge=1)
+    eval_context: int | None = Field(None, ge=1)
+    eval_tokens: int = Field(2**21, ge=1)
+    positions: int = Field(16, ge=1)
+
+
+class Pairs(_Strict):
+    """Sequences of ``length`` tokens that begin with ``pairs`` pairs of key and value; ``weight``: its share of the training
+    steps."""
+
+    length: int = Field(ge=4)
+    pairs: int = Field(ge=1)
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if 4 * self.pairs > self.length:
+            raise ValueError(f"{self.pairs} pairs and as many queries need a length of {4 * self.pairs}; got {self.length}")
+        return self
+
+
+class RecallTask(_Strict):
+    """Multi-query associative recall (MQAR) as zoology generates it: pairs first, then each key once more, at distances drawn
+    from a power law, between random tokens; the answer to a key is its value.
+
+    Attributes:
+        train: what training draws from, each step one kind.
+        test: what is measured.
+        examples: of each kind that is measured.
+        power: exponent of the distances (zoology's power_a).
+    """
+
+    train: tuple[Pairs, ...] = Field(min_length=1)
+    test: tuple[Pairs, ...] = Field(min_length=1)
+    examples: int = Field(1000, ge=1)
+    power: float = Field(0.01, gt=0)
+
+
+class Variant(_Strict):
+    """One model that is compared.
+
+    Attributes:
+        name: unique in the protocol.
+        mixer: what the R layers are: "model" (RACE, as ``model.race`` says) or a peer of :mod:`.mixers`.
+        model: keys of ModelConfig that differ from the protocol's, nested tables merged.
+        rates: learning rates tried with the first seed; None: the protocol's.
+        seeds: None: the protocol's.
+        planes_lr: learning rate of trained planes; None: that of the rest.
+        note: for the page.
+    """
+
+    name: str = Field(min_length=1)
+    mixer: Mixer = "model"
+    model: dict[str, Any] = {}
+    rates: tuple[float, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    planes_lr: float | None = Field(None, gt=0)
+    note: str = ""
+
+
+class Protocol(_Strict):
+    """What is compared, and how.
+
+    Attributes:
+        name, about: for the page.
+        task: exactly one of ``language`` and ``recall`` is given.
+        seeds: of weights, planes and data. The first one also chooses the learning rate.
+        rates: learning rates tried with the first seed; the other seeds get the best.
+        steps, batch_size: of training.
+        precision: "float32" or "bfloat16" (autocast).
+        compiled: whether blocks are compiled with torch.compile (where that fails, the run says so and goes on without).
+        parameters: trained numbers that every variant gets, by the width of its feed-forward; None: as the model says.
+        feed_forward: False leaves the feed-forward out of every block.
+        model: ModelConfig's keys, for all variants.
+        optim: AdamW and the schedule; its lr is the run's.
+        variant: the models.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    about: str = ""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    rates: tuple[float, ...] = Field((1e-3,), min_length=1)
+    steps: int = Field(1200, ge=2)
+    batch_size: int = Field(32, ge=1)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    compiled: bool = False
+    parameters: int | None = Field(None, ge=1)
+    feed_forward: bool = True
+    language: LanguageTask | None = None
+    recall: RecallTask | None = None
+    model: dict[str, Any] = {}
+    optim: OptimConfig = OptimConfig()
+    variant: tuple[Variant, ...] = Field(min_length=1)
+
+    @field_validator("rates")
+    @classmethod
+    def _rates(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(rate > 0 for rate in value):
+            raise ValueError(f"rates must be positive; got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.language is None) == (self.recall is None):
+            raise ValueError("give one task: a table [language] or a table [recall]")
+        names = [v.name for v in self.variant]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"variant names must differ; {', '.join(twice)} is there twice")
+        if self.optim.warmup_steps >= self.steps:
+            raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} steps; "
+                             "lower it or raise steps")
+        return self
+
+    def chosen(self, names: Iterable[str]) -> Protocol:
+        """Only the variants of these names. Raises ValueError for a name that is none."""
+        wanted = list(names)
+        known = {v.name: v for v in self.variant}
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such variant; there are: {'; '.join(known)}")
+        return self.model_copy(update={"variant": tuple(v for v in self.variant if v.name in wanted)})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant at a learning rate with a seed."""
+
+    variant: Variant
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.variant.name, self.rate, self.seed
+
+
+def settings_digest(protocol: Protocol, variant: Variant) -> str:
+    """Of all that decides a variant's runs but for rate and seed: results of other settings are not taken for them."""
+    common = protocol.model_dump(mode="json", exclude={"name", "about", "seeds", "rates", "variant", "compiled"})
+    own = variant.model_dump(mode="json", exclude={"name", "note", "rates", "seeds"})
+    return hashlib.sha256(json.dumps([common, own], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_protocol(path: Path, overrides: Iterable[str] = ()) -> Protocol:
+    """Read a protocol; overrides are ``"a.b=value"`` with a TOML value.
+
+    Raises:
+        ValueError: it is no TOML, or a key is unknown or out of its range; one sentence that names the file and the key.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no protocol file {path}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Protocol.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_sentence(each) for each in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--override {override!r} is not of the form a.b=value, for example steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *path, last = (part.strip() for part in key.split("."))
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--override {override!r}: {part} is no table")
+    tree[last] = value
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    text = error["msg"].removeprefix("Value error, ")
+    return text if not where else f"{where}: {text}"
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, nested tables merged."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result

@@ -1,0 +1,101 @@
+"""The recall task: multi-query associative recall (MQAR), generated as zoology does, on the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from race_dist.benchmarks.quality.protocol import Pairs, Protocol, RecallTask, Run
+from race_dist.models import DecoderLM
+
+TEST_SEED = 2**31  # of what is measured: the same for every run, and nothing that is trained on
+
+
+class Recall:
+    """Fresh sequences for training, fixed ones for the measurement.
+
+    Args:
+        protocol: with a ``recall`` table.
+        run: whose seed draws the training sequences.
+        device: where they are made. The draws of a CPU and of a GPU differ.
+    """
+
+    def __init__(self, protocol: Protocol, run: Run, device: torch.device) -> None:
+        assert protocol.recall is not None
+        self.task: RecallTask = protocol.recall
+        self.vocab_size = int(protocol.model.get("vocab_size", 8192))
+        self.batch_size, self.device = protocol.batch_size, device
+        self.generator = torch.Generator(device).manual_seed(run.seed)
+        weights = np.array([kind.weight for kind in self.task.train])
+        order = np.random.default_rng(run.seed).choice(len(weights), size=protocol.steps, p=weights / weights.sum())
+        self.order = [self.task.train[n] for n in order]
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence that is measured."""
+        return max(kind.length for kind in self.task.test)
+
+    def header(self) -> dict[str, Any]:
+        """What is drawn."""
+        return {"vocab_size": self.vocab_size}
+
+    def loss(self, model: DecoderLM, step: int) -> tuple[Tensor, int]:
+        """The mean loss over the queries of a step's batch, and its tokens."""
+        kind = self.order[step]
+        batch = make_batch(kind, self.batch_size, self.vocab_size, self.task.power, self.generator)
+        logits = answers(model, *batch[:2])
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[2].flatten()), self.batch_size * kind.length
+
+    @torch.no_grad()
+    def measure(self, model: DecoderLM) -> dict[str, Any]:
+        """The share of queries that get their value, of each kind and over all kinds."""
+        generator = torch.Generator(self.device).manual_seed(TEST_SEED)
+        rows: list[dict[str, Any]] = []
+        for kind in self.task.test:
+            size = max(1, min(self.task.examples, self.batch_size * 256 // kind.length))
+            right = torch.zeros((), dtype=torch.int64, device=self.device)
+            done = 0
+            while done < self.task.examples:
+                count = min(size, self.task.examples - done)
+                ids, places, values = make_batch(kind, count, self.vocab_size, self.task.power, generator)
+                right += (answers(model, ids, places).argmax(-1) == values).sum()
+                done += count
+            rows.append({"length": kind.length, "pairs": kind.pairs, "accuracy": round(int(right) / (done * kind.pairs), 4)})
+        return {"accuracy": sum(row["accuracy"] for row in rows) / len(rows), "by_kind": rows}
+
+
+def answers(model: DecoderLM, ids: Tensor, places: Tensor) -> Tensor:
+    """``[B, pairs, vocab]``: logits at the queries alone."""
+    h, _ = model.hidden(ids, final=False)
+    return model.logits(h.take_along_dim(places[..., None], 1))
+
+
+def make_batch(kind: Pairs, count: int, vocab_size: int, power: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences, where their queries stand, and the values asked for.
+
+    The first ``2 * pairs`` tokens are keys (from the lower half of the vocabulary, all different) and values (from the upper half,
+    all different) in turn. Each key comes once more, at an even distance from there that a power law draws, no two at the same;
+    what is left is random.
+
+    Returns:
+        ``ids [count, length]``, ``places`` and ``values [count, pairs]``, int64.
+    """
+    device, half, pairs = generator.device, vocab_size // 2, kind.pairs
+    uniform = lambda *shape: torch.rand(*shape, device=device, generator=generator)
+    keys = uniform(count, half - 1).topk(pairs, 1).indices + 1
+    values = uniform(count, vocab_size - half).topk(pairs, 1).indices + half
+    room = (kind.length - 2 * pairs) // 2
+    weight = torch.arange(1, room + 1, device=device, dtype=torch.float64) ** (power - 1)
+    gumbel = -(-uniform(count, room).double().clamp(min=1e-30).log()).clamp(min=1e-30).log()
+    gaps = (weight.log() + math.log(power) + gumbel).topk(pairs, 1).indices  # a draw without replacement, in order
+    gaps = gaps.take_along_dim(uniform(count, pairs).argsort(1), 1)  # which key has the likeliest place is chance
+    ids = torch.randint(vocab_size, (count, kind.length), device=device, generator=generator)
+    ids[:, 0:2 * pairs:2], ids[:, 1:2 * pairs:2] = keys, values
+    places = 2 * pairs + 2 * gaps
+    ids.scatter_(1, places, keys)
+    return ids, places, values

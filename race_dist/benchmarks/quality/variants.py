@@ -1,0 +1,92 @@
+"""From a variant to a model: its layers, its width, and the bytes of state that it carries."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from race_dist.benchmarks.quality.mixers import PEERS, LinearPeer, NoFeedForward
+from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, merged
+from race_dist.models import DecoderLM, ModelConfig
+from race_dist.nn import initialize
+
+FFN_STEP = 16  # the feed-forward's width is a multiple of it: what tensor cores like
+
+
+def model_config(protocol: Protocol, variant: Variant, seed: int) -> ModelConfig:
+    """The variant's ModelConfig. Raises ValueError, naming the variant, for keys that are none or do not fit."""
+    tree = merged(protocol.model, variant.model)
+    tree = {"vocab_size": 256 if protocol.recall is None else 8192, **tree, "seed": seed}
+    tree["race"] = {**tree.get("race", {}), "seed": seed}
+    try:
+        config = ModelConfig.model_validate(tree)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise ValueError(f"variant {variant.name!r}: {' '.join(line.strip() for line in first[1:3])}") from None
+    if variant.mixer != "model" and ("R" not in config.layer_kinds or config.kv_heads != config.num_heads):
+        raise ValueError(f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as many "
+                         "key/value heads as heads")
+    return config
+
+
+def build_model(protocol: Protocol, variant: Variant, seed: int, device: torch.device | str = "cpu") -> DecoderLM:
+    """The variant's model with its first weights; its feed-forward as wide as the protocol's ``parameters`` ask for."""
+    config = model_config(protocol, variant, seed)
+    if protocol.parameters is not None:
+        config = config.model_copy(update={"ffn_dim": fitting_ffn(protocol, variant, config)})
+    model = _assembled(protocol, variant, config, device)
+    initialize(model, seed)
+    return model
+
+
+def fitting_ffn(protocol: Protocol, variant: Variant, config: ModelConfig) -> int:
+    """The width of the feed-forward with which the variant has about the protocol's number of parameters."""
+    assert protocol.parameters is not None
+    narrow = config.model_copy(update={"ffn_dim": FFN_STEP})
+    rest = parameter_count(_assembled(protocol, variant, narrow, "meta"))
+    a_step = 3 * config.dim * FFN_STEP * config.num_layers
+    steps = 1 + round((protocol.parameters - rest) / a_step)
+    if steps < 1:
+        raise ValueError(f"variant {variant.name!r} has {rest:,} parameters with the narrowest feed-forward, more than parameters "
+                         f"= {protocol.parameters:,}: raise it or make the model smaller")
+    return steps * FFN_STEP
+
+
+def _assembled(protocol: Protocol, variant: Variant, config: ModelConfig, device: torch.device | str) -> DecoderLM:
+    model = DecoderLM(config, device=device)
+    for layer, kind in enumerate(config.layer_kinds):
+        block: Any = model.blocks[layer]
+        if variant.mixer != "model" and kind == "R":
+            block.mixer = PEERS[variant.mixer](config.race, layer, output_gain=(2 * config.num_layers) ** -0.5, draw=False,
+                                               device=device)
+        if not protocol.feed_forward:
+            block.ffn = NoFeedForward()
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Trained numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def state_bytes(model: DecoderLM, context: int, *, number: int = 2) -> int:
+    """Bytes that a sequence leaves behind after ``context`` tokens, for the next token to be read: sketches or matrices, the tails
+    of windows and convolutions, keys and values, ``number`` bytes each."""
+    total = 0
+    for block in model.blocks:
+        mixer = cast(Any, block).mixer
+        if isinstance(mixer, LinearPeer):
+            tail = (mixer.config.short_conv - 1) * (2 + mixer.config.conv_values) if mixer.config.short_conv else 0
+            total += mixer.state_numbers + tail * mixer.num_heads * mixer.head_dim
+            continue
+        total += sum(t.numel() for t in mixer.zero_carry(1).tensors() if t.is_floating_point())
+        if mixer.zero_carry(1).tensors()[0].shape[1] == 0:  # full softmax: a carry that grows
+            total += 2 * context * mixer.num_kv_heads * mixer.head_dim
+    return number * total
+
+
+def describe(run: Run) -> str:
+    """A run in a line."""
+    return f"{run.variant.name}, lr {run.rate:g}, seed {run.seed}"
