@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from race_dist.benchmarks.quality.protocol import LanguageTask, Protocol, Run
+from race_dist.benchmarks.quality.variants import hidden
 from race_dist.models import DecoderLM
+from race_dist.nn import Sequence
 from race_dist.training.corpus import Corpus, load_corpus
 from race_dist.training.data import check_fits, evaluation_batches, training_batch
 
@@ -31,7 +33,7 @@ class Language:
     def __init__(self, protocol: Protocol, run: Run, device: torch.device) -> None:
         assert protocol.language is not None
         self.task: LanguageTask = protocol.language
-        self.seed, self.batch_size, self.device = run.seed, protocol.batch_size, device
+        self.seed, self.batch_size, self.steps, self.device = run.seed, protocol.batch_size, protocol.steps, device
         self.corpus: Corpus = load_corpus(self.task.path, self.task.pattern)
         if self.corpus.tokenizer is not None:
             raise ValueError(f"language.path: {self.task.path} is packed by a tokenizer; bits per byte here are those of bytes")
@@ -50,17 +52,27 @@ class Language:
 
     def header(self) -> dict[str, Any]:
         """What the text is."""
-        return {"text": self.corpus.name, "training_bytes": len(self.train), "held_out_bytes": len(self.held_out),
+        passes = self.steps * self.batch_size * self.task.context / len(self.train)
+        return {"text": self.corpus.name, "passes": round(passes, 3), "training_bytes": len(self.train), "held_out_bytes": len(self.held_out),
                 "digest": self.corpus.digest()}
 
-    def loss(self, model: DecoderLM, step: int) -> tuple[Tensor, int]:
-        """The mean loss of a step's batch, and its tokens."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """A step's windows ``[B, T + 1]``, and how many targets they have."""
         size = self.task.context
         batch = training_batch(self.train, seed=self.seed, position=step, batch_size=self.batch_size, context=size)
         starts = torch.tensor(batch.starts, device=self.device)
         windows = self.text[starts[:, None] + torch.arange(size + 1, device=self.device)].long()
-        loss = model(windows[:, :-1], windows[:, 1:].contiguous(), num_targets=self.batch_size * size)
-        return loss, self.batch_size * size
+        return windows, torch.full((), self.batch_size * size, device=self.device)
+
+    def length(self, batch: tuple[Tensor, ...]) -> int:
+        """Tokens that the model reads of each row."""
+        return batch[0].shape[1] - 1
+
+    def loss(self, model: DecoderLM, batch: tuple[Tensor, ...], sequence: Sequence) -> Tensor:
+        """The mean loss of a batch whose rows stand as ``sequence`` says."""
+        windows, targets = batch
+        h = hidden(model, windows[:, :-1], sequence)
+        return model.loss(h, windows[:, 1:].contiguous(), num_targets=targets)
 
     @torch.no_grad()
     def measure(self, model: DecoderLM) -> dict[str, Any]:
@@ -75,7 +87,8 @@ class Language:
             count += batch.count
         by_token = (total / count).cpu()
         parts = [float(part.mean()) for part in by_token.tensor_split(min(self.task.positions, size))]
-        return {"bits_per_byte": float(by_token.mean()), "by_position": [round(p, 4) for p in parts], "measured_bytes": count * size}
+        return {"bits_per_byte": float(by_token.mean()), "by_position": [round(p, 4) for p in parts],
+                "measured_bytes": count * size}
 
 
 def bits_by_token(model: DecoderLM, windows: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from race_dist.benchmarks.quality.protocol import Pairs, Protocol, RecallTask, Run
+from race_dist.benchmarks.quality.variants import hidden
 from race_dist.models import DecoderLM
+from race_dist.nn import Sequence
 
 TEST_SEED = 2**31  # of what is measured: the same for every run, and nothing that is trained on
 
@@ -44,12 +46,19 @@ class Recall:
         """What is drawn."""
         return {"vocab_size": self.vocab_size}
 
-    def loss(self, model: DecoderLM, step: int) -> tuple[Tensor, int]:
-        """The mean loss over the queries of a step's batch, and its tokens."""
-        kind = self.order[step]
-        batch = make_batch(kind, self.batch_size, self.vocab_size, self.task.power, self.generator)
-        logits = answers(model, *batch[:2])
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[2].flatten()), self.batch_size * kind.length
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """A step's sequences, where their queries stand, and the values asked for."""
+        return make_batch(self.order[step], self.batch_size, self.vocab_size, self.task.power, self.generator)
+
+    def length(self, batch: tuple[Tensor, ...]) -> int:
+        """Tokens that the model reads of each row."""
+        return batch[0].shape[1]
+
+    def loss(self, model: DecoderLM, batch: tuple[Tensor, ...], sequence: Sequence) -> Tensor:
+        """The mean loss over the queries of a batch whose rows stand as ``sequence`` says."""
+        ids, places, values = batch
+        logits = answers(model, hidden(model, ids, sequence), places)
+        return F.cross_entropy(logits.flatten(0, 1).float(), values.flatten())
 
     @torch.no_grad()
     def measure(self, model: DecoderLM) -> dict[str, Any]:
@@ -63,23 +72,24 @@ class Recall:
             while done < self.task.examples:
                 count = min(size, self.task.examples - done)
                 ids, places, values = make_batch(kind, count, self.vocab_size, self.task.power, generator)
-                right += (answers(model, ids, places).argmax(-1) == values).sum()
+                h, _ = model.hidden(ids, final=False)
+                right += (answers(model, h, places).argmax(-1) == values).sum()
                 done += count
             rows.append({"length": kind.length, "pairs": kind.pairs, "accuracy": round(int(right) / (done * kind.pairs), 4)})
         return {"accuracy": sum(row["accuracy"] for row in rows) / len(rows), "by_kind": rows}
 
 
-def answers(model: DecoderLM, ids: Tensor, places: Tensor) -> Tensor:
-    """``[B, pairs, vocab]``: logits at the queries alone."""
-    h, _ = model.hidden(ids, final=False)
+def answers(model: DecoderLM, h: Tensor, places: Tensor) -> Tensor:
+    """``[B, pairs, vocab]``: logits at the queries alone, of hidden states ``[B, T, dim]``."""
     return model.logits(h.take_along_dim(places[..., None], 1))
 
 
-def make_batch(kind: Pairs, count: int, vocab_size: int, power: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(kind: Pairs, count: int, vocab_size: int, power: float,
+               generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences, where their queries stand, and the values asked for.
 
-    The first ``2 * pairs`` tokens are keys (from the lower half of the vocabulary, all different) and values (from the upper half,
-    all different) in turn. Each key comes once more, at an even distance from there that a power law draws, no two at the same;
+    The first ``2 * pairs`` tokens are keys (from the lower half of the vocabulary, all different) and values (from the upper
+    half, all different) in turn. Each key comes once more, at an even distance from there that a power law draws, no two at the same;
     what is left is random.
 
     Returns:

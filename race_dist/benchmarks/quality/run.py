@@ -1,5 +1,5 @@
-"""What runs when: learning rates with the first seed, then the other seeds at the best, several side by side; results are kept as
-soon as they are there, and runs that are kept are not made again."""
+"""What runs when: learning rates with the first seed, then the other seeds at the best, several side by side; results are kept
+as soon as they are there, and runs that are kept are not made again."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Results:
             digest = settings_digest(protocol, variant)
             old = self.data["variants"].get(variant.name)
             if old is not None and old["settings"] != digest and any(r["variant"] == variant.name for r in self.data["runs"]):
-                raise ValueError(f"{path} holds runs of {variant.name!r} that were made with other settings: give another --out, "
-                                 "or another name to the variant")
+                raise ValueError(f"{path} holds runs of {variant.name!r} that were made with other settings: give another "
+                                 "--out, or another name to the variant")
             self.data["variants"][variant.name] = {"settings": digest, **variant.model_dump(mode="json", exclude={"name"})}
 
     def _read(self) -> None:
@@ -86,8 +86,8 @@ class Results:
 
 
 def pending(protocol: Protocol, results: Results) -> Iterator[Run]:
-    """What can be run now, the most wanted first: the first rate of every variant, the second, ..., then the other seeds of each
-    variant whose rates have all been tried."""
+    """What can be run now, the most wanted first: the first rate of every variant, the second, ..., then the other seeds of
+    each variant whose rates have all been tried."""
     known = results.keys()
     for n in range(max(len(rates_of(protocol, v)) for v in protocol.variant)):
         for variant in protocol.variant:
@@ -123,8 +123,8 @@ def best_rate(protocol: Protocol, variant: Variant, results: Results) -> float |
 
 @dataclass(frozen=True)
 class Options:
-    """How the runs are made: where, how many side by side, threads of each, and when to end (seconds from the start; a run under way
-    is then given up)."""
+    """How the runs are made: where, how many side by side, threads of each, and when to end (seconds from the start; a run under
+    way is then given up)."""
 
     device: str = "cpu"
     jobs: int = 1
@@ -192,7 +192,8 @@ class Board:
         return started
 
     def _start(self, run: Run) -> _Running:
-        context = get_context("spawn")
+        context = get_context("forkserver")  # a child begins with everything imported
+        context.set_forkserver_preload(["race_dist.benchmarks.quality.worker"])
         receive, send = context.Pipe(duplex=False)
         from race_dist.benchmarks.quality.worker import work
 
@@ -216,7 +217,8 @@ class Board:
             self.running.remove(each)
             wall = time.monotonic() - each.begun
             self.longest = max(self.longest, wall)
-            self.results.add(each.run, {**result, "wall_seconds": round(wall, 1), "machine": len(self.results.data["machines"]) - 1})
+            place = len(self.results.data["machines"]) - 1
+            self.results.add(each.run, {**result, "wall_seconds": round(wall, 1), "machine": place})
             self.say(f"{describe(each.run)}: {outcome(result)}, {wall:.0f} s")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from race_dist.benchmarks.quality.mixers import PEERS, LinearPeer, NoFeedForward
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, merged
 from race_dist.models import DecoderLM, ModelConfig
-from race_dist.nn import initialize
+from race_dist.nn import Sequence, initialize
 
 FFN_STEP = 16  # the feed-forward's width is a multiple of it: what tensor cores like
 
@@ -26,8 +26,8 @@ def model_config(protocol: Protocol, variant: Variant, seed: int) -> ModelConfig
         first = str(error).splitlines()
         raise ValueError(f"variant {variant.name!r}: {' '.join(line.strip() for line in first[1:3])}") from None
     if variant.mixer != "model" and ("R" not in config.layer_kinds or config.kv_heads != config.num_heads):
-        raise ValueError(f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as many "
-                         "key/value heads as heads")
+        raise ValueError(f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as "
+                         "many key/value heads as heads")
     return config
 
 
@@ -49,8 +49,8 @@ def fitting_ffn(protocol: Protocol, variant: Variant, config: ModelConfig) -> in
     a_step = 3 * config.dim * FFN_STEP * config.num_layers
     steps = 1 + round((protocol.parameters - rest) / a_step)
     if steps < 1:
-        raise ValueError(f"variant {variant.name!r} has {rest:,} parameters with the narrowest feed-forward, more than parameters "
-                         f"= {protocol.parameters:,}: raise it or make the model smaller")
+        raise ValueError(f"variant {variant.name!r} has {rest:,} parameters with the narrowest feed-forward, more than "
+                         f"parameters = {protocol.parameters:,}: raise it or make the model smaller")
     return steps * FFN_STEP
 
 
@@ -72,8 +72,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def state_bytes(model: DecoderLM, context: int, *, number: int = 2) -> int:
-    """Bytes that a sequence leaves behind after ``context`` tokens, for the next token to be read: sketches or matrices, the tails
-    of windows and convolutions, keys and values, ``number`` bytes each."""
+    """Bytes that a sequence leaves behind after ``context`` tokens, for the next token to be read: sketches or matrices, the
+    tails of windows and convolutions, keys and values, ``number`` bytes each."""
     total = 0
     for block in model.blocks:
         mixer = cast(Any, block).mixer
@@ -85,6 +85,16 @@ def state_bytes(model: DecoderLM, context: int, *, number: int = 2) -> int:
         if mixer.zero_carry(1).tensors()[0].shape[1] == 0:  # full softmax: a carry that grows
             total += 2 * context * mixer.num_kv_heads * mixer.head_dim
     return number * total
+
+
+def hidden(model: DecoderLM, ids: Tensor, sequence: Sequence) -> Tensor:
+    """``[B, T, dim]`` after the last norm, as :meth:`DecoderLM.hidden` of rows that stand as ``sequence`` says; nothing is
+    copied from the host, so that a CUDA graph can hold it."""
+    x = model.embed(ids)
+    for block in model.blocks:
+        x, _ = block(x, None, sequence)
+    h: Tensor = model.norm(x)
+    return h
 
 
 def describe(run: Run) -> str:

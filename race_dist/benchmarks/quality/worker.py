@@ -1,4 +1,4 @@
-"""One training of a protocol: build the model, train it, measure it. In a process of its own, so that a failure ends no other."""
+"""One training of a protocol: build the model, train it, measure it. In a process of its own: a failure ends no other run."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import json
 import math
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from race_dist.benchmarks.quality.language import Language
 from race_dist.benchmarks.quality.protocol import Protocol, Run
 from race_dist.benchmarks.quality.recall import Recall
+from race_dist.benchmarks.quality.steps import Steps, autocast
 from race_dist.benchmarks.quality.variants import build_model, parameter_count, state_bytes
 from race_dist.models import DecoderLM
-from race_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
+from race_dist.training.optim import learning_rate
 
 CURVE = 24  # points of the training loss that are kept
-WARM = 10  # steps before the clock starts: kernels are compiled there
+UNTIMED = 20  # steps before the clock starts: kernels are compiled there
 
 
 def work(connection: Connection, protocol: str, variant: int, rate: float, seed: int, device: str, threads: int | None) -> None:
@@ -31,7 +30,7 @@ def work(connection: Connection, protocol: str, variant: int, rate: float, seed:
         torch.set_num_threads(threads)
     try:
         result = train(settings, Run(settings.variant[variant], rate, seed), torch.device(device))
-    except Exception as error:  # noqa: BLE001  the parent tells it beside the others' results
+    except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         result = {"failed": f"{type(error).__name__}: {str(error)[:500]} ({place.name}, line {place.lineno})"}
     connection.send_bytes(json.dumps(result).encode())
@@ -46,45 +45,29 @@ def train(protocol: Protocol, run: Run, device: torch.device) -> dict[str, Any]:
     """
     torch.manual_seed(run.seed)
     torch.set_float32_matmul_precision("high")
+    narrow = protocol.precision == "bfloat16"
     task = Language(protocol, run, device) if protocol.language is not None else Recall(protocol, run, device)
     model = build_model(protocol, run.variant, run.seed, device)
-    compiled = protocol.compiled and compile_blocks(model, protocol, task, device)
     optim = protocol.optim.model_copy(update={"lr": run.rate, "planes_lr": run.variant.planes_lr})
-    optimizer = build_optimizer(model, optim)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    losses = torch.zeros(protocol.steps, device=device)
-    start, tokens = time.perf_counter(), 0
-    for step in range(protocol.steps):
-        if step == min(WARM, protocol.steps - 1):
+    steps = Steps(model, task, optim, narrow=narrow, device=device)
+    compiled = protocol.compiled and compile_blocks(model, steps)
+    losses, clocked, start = torch.zeros(protocol.steps, device=device), 0, time.perf_counter()
+    for number in range(protocol.steps):
+        if number == min(UNTIMED, protocol.steps - 1):
             synchronize(device)
-            start = time.perf_counter()
-        with precision(protocol, device):
-            loss, count = task.loss(model, step)
-        loss.backward()
-        if optim.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, optim.clip)
-        set_learning_rate(optimizer, learning_rate(step, protocol.steps, optim))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses[step] = loss.detach()
-        tokens += count
-    synchronize(device)
-    seconds = (time.perf_counter() - start) / max(1, protocol.steps - WARM) * protocol.steps
+            clocked, start = protocol.steps - number, time.perf_counter()
+        losses[number] = steps.step(number, learning_rate(number, protocol.steps, optim))
     curve = [[int(part[-1]) + 1, round(float(losses[part].mean()), 4)]
              for part in torch.arange(protocol.steps).tensor_split(min(CURVE, protocol.steps))]
+    seconds = (time.perf_counter() - start) / clocked * protocol.steps
     if not all(math.isfinite(point[1]) for point in curve):
         return {"failed": f"the loss is no number after {next(s for s, v in curve if not math.isfinite(v))} steps"}
-    with precision(protocol, device):
+    with autocast(device, narrow=narrow):
         measured = task.measure(model.eval())
     peak = {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if device.type == "cuda" else {}
-    return {**measured, "parameters": parameter_count(model), "ffn_dim": model.config.ffn_width, "tokens": tokens,
-            "state_bytes": state_bytes(model, task.context), "seconds": round(seconds, 2), "compiled": compiled, **peak,
-            "curve": curve, "task": task.header()}
-
-
-def precision(protocol: Protocol, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast where the protocol is narrow."""
-    return torch.autocast(device.type, torch.bfloat16) if protocol.precision == "bfloat16" else nullcontext()
+    return {**measured, "parameters": parameter_count(model), "ffn_dim": model.config.ffn_width,
+            "state_bytes": state_bytes(model, task.context), "seconds": round(seconds, 2), "compiled": compiled,
+            "graphs": len(steps.graphs), **peak, "curve": curve, "task": task.header()}
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,22 +76,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compile_blocks(model: DecoderLM, protocol: Protocol, task: Any, device: torch.device) -> bool:
+def compile_blocks(model: DecoderLM, steps: Steps) -> bool:
     """Compile the blocks and try them; False where that fails, and the model then runs as it is."""
-    for block in model.blocks:
+    blocks = list(model._blocks())
+    for block in blocks:
         block.compile(dynamic=False)
     try:
-        with precision(protocol, device):
-            loss: Tensor = task.loss(model, 0)[0]
-        loss.backward()
-        synchronize(device)
-    except Exception as error:  # noqa: BLE001  whatever the compiler raises
+        steps.try_loss()
+    except Exception as error:
         print(f"without torch.compile: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        for block in model.blocks:
+        for block in blocks:
             block._compiled_call_impl = None
         torch.compiler.reset()
-        compiled = False
-    else:
-        compiled = True
-    model.zero_grad(set_to_none=True)
-    return compiled
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True

@@ -1,0 +1,141 @@
+"""Training steps that are launched at once: after a few ordinary steps a step becomes a CUDA graph, one a shape of batch.
+
+Small models are otherwise bound by the host, and several of them on one GPU most of all.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from race_dist.models import DecoderLM
+from race_dist.nn import Sequence
+from race_dist.nn.norm import compute_dtype
+from race_dist.training.config import OptimConfig
+from race_dist.training.optim import build_optimizer
+
+WARM = 5  # ordinary steps of a shape before its graph: kernels are compiled and tuned there
+
+
+class Task(Protocol):
+    """What :class:`Steps` asks of a task."""
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """What a step reads."""
+        ...
+
+    def length(self, batch: tuple[Tensor, ...]) -> int:
+        """Tokens of a row."""
+        ...
+
+    def loss(self, model: DecoderLM, batch: tuple[Tensor, ...], sequence: Sequence) -> Tensor:
+        """The mean loss."""
+        ...
+
+
+class Steps:
+    """Optimizer steps of a model on a task.
+
+    Args:
+        model: on ``device``.
+        task: gives batches and the loss.
+        optim: AdamW's options.
+        narrow: whether to run under bfloat16 autocast.
+        device: on a GPU steps become graphs.
+    """
+
+    def __init__(self, model: DecoderLM, task: Task, optim: OptimConfig, *, narrow: bool, device: torch.device) -> None:
+        self.model, self.task, self.optim, self.narrow, self.device = model, task, optim, narrow, device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(model, optim)
+        self.graphed = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.graphed else None
+        if self.stream is not None:  # the steps before a capture run where it will run
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+            torch.cuda.set_stream(self.stream)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self.graphed
+            group["lr"] = torch.tensor(group["lr"], device=device) if self.graphed else group["lr"]
+        self.seen: dict[tuple[int, ...], int] = {}
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self.sequences: dict[int, Sequence] = {}
+
+    def step(self, number: int, rate: float) -> Tensor:
+        """One step at a learning rate; the loss before it, on the device."""
+        batch = self.task.batch(number)
+        self._set_rate(rate)
+        shape = tuple(n for t in batch for n in t.shape)
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if shape in self.graphs:
+            graph, inputs, loss = self.graphs[shape]
+            for mine, given in zip(inputs, batch, strict=True):
+                mine.copy_(given)
+            graph.replay()
+            return loss
+        if self.graphed and self.seen[shape] > WARM and self._capture(shape, batch):
+            return self.graphs[shape][2]
+        loss = self._plain(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def try_loss(self) -> None:
+        """Forward and backward of the first batch, without a step."""
+        batch = self.task.batch(0)
+        with autocast(self.device, narrow=self.narrow):
+            loss = self.task.loss(self.model, batch, self._sequence(batch))
+        loss.backward()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            scaled = rate * group.get("scale", 1.0)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(scaled)
+            else:
+                group["lr"] = scaled
+
+    def _plain(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Forward, backward, clip, step; gradients are left."""
+        with autocast(self.device, narrow=self.narrow):
+            loss = self.task.loss(self.model, batch, self._sequence(batch))
+        loss.backward()
+        if self.optim.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _sequence(self, batch: tuple[Tensor, ...]) -> Sequence:
+        """Where rows of that length stand; made once, since it copies from the host."""
+        length = self.task.length(batch)
+        if length not in self.sequences:
+            sequence = Sequence.of(length, device=self.device, final=False)
+            kinds = {(block.mixer.head_dim, block.mixer.rope_base) for block in self.model._blocks()
+                     if block.mixer.rope_base is not None}
+            self.sequences[length] = sequence.with_rotations(kinds, compute_dtype(self.model.embed.weight))
+        return self.sequences[length]
+
+    def _capture(self, shape: tuple[int, ...], batch: tuple[Tensor, ...]) -> bool:
+        """Make the graph of a step of this shape and run it once; False (and no more graphs) where that fails."""
+        inputs = tuple(t.clone() for t in batch)
+        graph: Any = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                loss = self._plain(inputs)
+            graph.replay()
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            print(f"steps without a CUDA graph: {str(error)[:300]}", flush=True)
+            self.graphed = False
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        self.graphs[shape] = graph, inputs, loss
+        self.optimizer.zero_grad(set_to_none=True)  # the graph's own live in its pool
+        return True
+
+
+def autocast(device: torch.device, *, narrow: bool) -> AbstractContextManager[Any]:
+    """bfloat16 where that is asked for."""
+    return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
