@@ -53,8 +53,8 @@ class Language:
     def header(self) -> dict[str, Any]:
         """What the text is."""
         passes = self.steps * self.batch_size * self.task.context / len(self.train)
-        return {"text": self.corpus.name, "passes": round(passes, 3), "training_bytes": len(self.train), "held_out_bytes": len(self.held_out),
-                "digest": self.corpus.digest()}
+        return {"text": self.corpus.name, "passes": round(passes, 3), "training_bytes": len(self.train),
+                "held_out_bytes": len(self.held_out), "digest": self.corpus.digest()}
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """A step's windows ``[B, T + 1]``, and how many targets they have."""

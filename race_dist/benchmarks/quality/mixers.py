@@ -128,7 +128,7 @@ def _chunks(x: Tensor, chunk: int) -> Tensor:
 
 
 def _within(log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Cumulative log decay within a chunk ``[..., C]``, and the factor from token j to token i ``[..., C, C]`` (0 for j > i)."""
+    """Cumulative log decay in a chunk ``[..., C]``, and the factor from token j to token i ``[..., C, C]`` (0 for j > i)."""
     total = log_decay.cumsum(-1)
     size = total.shape[-1]
     later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)

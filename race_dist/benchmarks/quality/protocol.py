@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from race_dist.strict_config import COUNT_LIMIT, SEED_LIMIT, SIZE_LIMIT, StrictConfig, read_toml, set_key
 from race_dist.training.config import OptimConfig
 from race_dist.training.corpus import HeldOut
 
 Mixer = Literal["model", "gated_delta", "gated_linear", "bucket_delta"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LanguageTask(_Strict):
+class LanguageTask(StrictConfig):
     """Next-byte prediction.
 
     Attributes:
@@ -36,18 +32,18 @@ class LanguageTask(_Strict):
     path: str = "python-stdlib"
     pattern: str = "*"
     held_out: HeldOut = "blocks"
-    context: int = Field(1024, ge=1)
-    eval_context: int | None = Field(None, ge=1)
-    eval_tokens: int = Field(2**21, ge=1)
-    positions: int = Field(16, ge=1)
+    context: int = Field(1024, ge=1, le=SIZE_LIMIT)
+    eval_context: int | None = Field(None, ge=1, le=SIZE_LIMIT)
+    eval_tokens: int = Field(2**21, ge=1, le=COUNT_LIMIT)
+    positions: int = Field(16, ge=1, le=2**16)
 
 
-class Pairs(_Strict):
+class Pairs(StrictConfig):
     """Sequences of ``length`` tokens that begin with ``pairs`` pairs of key and value; ``weight``: its share of the training
     steps."""
 
-    length: int = Field(ge=4)
-    pairs: int = Field(ge=1)
+    length: int = Field(ge=4, le=SIZE_LIMIT)
+    pairs: int = Field(ge=1, le=SIZE_LIMIT)
     weight: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
@@ -57,7 +53,7 @@ class Pairs(_Strict):
         return self
 
 
-class RecallTask(_Strict):
+class RecallTask(StrictConfig):
     """Multi-query associative recall (MQAR) as zoology generates it: pairs first, then each key once more, at distances drawn
     from a power law, between random tokens; the answer to a key is its value.
 
@@ -70,11 +66,11 @@ class RecallTask(_Strict):
 
     train: tuple[Pairs, ...] = Field(min_length=1)
     test: tuple[Pairs, ...] = Field(min_length=1)
-    examples: int = Field(1000, ge=1)
+    examples: int = Field(1000, ge=1, le=SIZE_LIMIT)
     power: float = Field(0.01, gt=0)
 
 
-class Variant(_Strict):
+class Variant(StrictConfig):
     """One model that is compared.
 
     Attributes:
@@ -90,13 +86,13 @@ class Variant(_Strict):
     name: str = Field(min_length=1)
     mixer: Mixer = "model"
     model: dict[str, Any] = {}
-    rates: tuple[float, ...] | None = None
-    seeds: tuple[int, ...] | None = None
+    rates: tuple[Annotated[float, Field(ge=1e-38, le=1e3)], ...] | None = None
+    seeds: tuple[Annotated[int, Field(ge=0, le=SEED_LIMIT)], ...] | None = None
     planes_lr: float | None = Field(None, gt=0)
     note: str = ""
 
 
-class Protocol(_Strict):
+class Protocol(StrictConfig):
     """What is compared, and how.
 
     Attributes:
@@ -116,13 +112,13 @@ class Protocol(_Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     about: str = ""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=SEED_LIMIT)], ...] = Field((0,), min_length=1)
     rates: tuple[float, ...] = Field((1e-3,), min_length=1)
-    steps: int = Field(1200, ge=2)
-    batch_size: int = Field(32, ge=1)
+    steps: int = Field(1200, ge=2, le=COUNT_LIMIT)
+    batch_size: int = Field(32, ge=1, le=SIZE_LIMIT)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compiled: bool = False
-    parameters: int | None = Field(None, ge=1)
+    parameters: int | None = Field(None, ge=1, le=COUNT_LIMIT)
     feed_forward: bool = True
     language: LanguageTask | None = None
     recall: RecallTask | None = None
@@ -133,8 +129,8 @@ class Protocol(_Strict):
     @field_validator("rates")
     @classmethod
     def _rates(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(rate > 0 for rate in value):
-            raise ValueError(f"rates must be positive; got {list(value)}")
+        if not all(1e-38 <= rate <= 1e3 for rate in value):
+            raise ValueError("must be rates from 1e-38 to 1000")
         return value
 
     @model_validator(mode="after")
@@ -189,38 +185,10 @@ def load_protocol(path: Path, overrides: Iterable[str] = ()) -> Protocol:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no protocol file {path}")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    tree = read_toml(path)
     for override in overrides:
-        _apply(tree, override)
-    try:
-        return Protocol.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_sentence(each) for each in error.errors())) from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"--override {override!r} is not of the form a.b=value, for example steps=100")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *path, last = (part.strip() for part in key.split("."))
-    for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"--override {override!r}: {part} is no table")
-    tree[last] = value
-
-
-def _sentence(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    text = error["msg"].removeprefix("Value error, ")
-    return text if not where else f"{where}: {text}"
+        set_key(tree, override, option="--override", example="a.b=value, for example steps=100")
+    return Protocol.check(tree, source=str(path))
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

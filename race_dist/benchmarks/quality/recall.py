@@ -89,8 +89,8 @@ def make_batch(kind: Pairs, count: int, vocab_size: int, power: float,
     """Sequences, where their queries stand, and the values asked for.
 
     The first ``2 * pairs`` tokens are keys (from the lower half of the vocabulary, all different) and values (from the upper
-    half, all different) in turn. Each key comes once more, at an even distance from there that a power law draws, no two at the same;
-    what is left is random.
+    half, all different) in turn. Each key comes once more, at an even distance from there that a power law draws, no two at the
+    same; what is left is random.
 
     Returns:
         ``ids [count, length]``, ``places`` and ``values [count, pairs]``, int64.

@@ -20,8 +20,8 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
         best = (min if metric == "bits_per_byte" else max)(first, key=lambda r: r[metric])
         mine = [r for r in runs if r["rate"] == best["rate"]]
         values = [r[metric] for r in mine]
-        rows.append({"variant": name, "metric": metric, "mean": statistics.fmean(values), "low": min(values), "high": max(values),
-                     "seeds": sorted(r["seed"] for r in mine), "rate": best["rate"],
+        rows.append({"variant": name, "metric": metric, "mean": statistics.fmean(values), "low": min(values),
+                     "high": max(values), "seeds": sorted(r["seed"] for r in mine), "rate": best["rate"],
                      "rates": sorted({r["rate"] for r in first}), "parameters": best["parameters"],
                      "state_bytes": best["state_bytes"], "seconds": statistics.fmean(r["seconds"] for r in mine),
                      "runs": mine, "note": settings["note"]})
@@ -33,10 +33,12 @@ def markdown(data: dict[str, Any]) -> str:
     protocol, rows = data["protocol"], summary(data)
     lines = [f"# {protocol['name']}", "", protocol["about"].strip(), ""]
     for machine in data["machines"]:
-        lines.append(f"Made {machine['date'][:10]} on {machine.get('gpu') or machine['processor']} (torch {machine['torch']}, triton "
-                     f"{machine['triton']}), {machine['side_by_side']} runs side by side: `{machine['command']}`")
-    lines += ["", f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried with "
-              "the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead at most.", ""]
+        place = machine.get("gpu") or machine["processor"]
+        lines.append(f"Made {machine['date'][:10]} on {place} (torch {machine['torch']}, triton {machine['triton']}), "
+                     f"{machine['side_by_side']} runs side by side: `{machine['command']}`")
+    lines += ["", *_texts(data), f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best "
+              "of those tried with the first seed. State: bytes at two a number. Seconds are those of training with others beside "
+              "it: a lead at most.", ""]
     metric = "bits per byte" if rows and rows[0]["metric"] == "bits_per_byte" else "accuracy"
     lines += [f"| variant | {metric} | lowest to highest | seeds | learning rate (tried) | parameters, M | state, KiB | s |",
               "|---|---|---|---|---|---|---|---|"]
@@ -50,6 +52,17 @@ def markdown(data: dict[str, Any]) -> str:
     if failed:
         lines += ["", "Failed:", ""] + [f"- {r['variant']}, lr {r['rate']:g}, seed {r['seed']}: {r['failed']}" for r in failed]
     return "\n".join(lines) + "\n"
+
+
+def _texts(data: dict[str, Any]) -> list[str]:
+    """What text the runs read: results on different texts do not compare, and several passes over one measure something else."""
+    texts = {(t["digest"], t["training_bytes"], t.get("passes")) for r in data["runs"]
+             if "failed" not in r and "digest" in (t := r["task"])}
+    lines = [f"Text: {size:,} bytes to train on (digest {digest[:12]})"
+             + (f", read {passes:.2f} times." if passes is not None else ".") for digest, size, passes in sorted(texts, key=str)]
+    if len({digest for digest, *_ in texts}) > 1:
+        lines.append("These are different texts: their figures do not compare.")
+    return [*lines, ""] if lines else []
 
 
 def _kinds(rows: list[dict[str, Any]]) -> list[str]:
@@ -89,7 +102,8 @@ def _draw_bits(data: dict[str, Any], rows: list[dict[str, Any]], picture: Path) 
     for y, row in enumerate(rows):
         left.plot([r["bits_per_byte"] for r in row["runs"]], [y] * len(row["runs"]), "k.", markersize=4)
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
-    left.set(xlim=(low - 0.1 * (high - low) - 0.01, high + 0.02), xlabel="bits per byte, held out", title=data["protocol"]["name"])
+    left.set(xlim=(low - 0.1 * (high - low) - 0.01, high + 0.02), xlabel="bits per byte, held out",
+             title=data["protocol"]["name"])
     left.invert_yaxis()
     left.tick_params(labelsize=7)
     for row in rows[:: max(1, len(rows) // 8)]:
@@ -109,7 +123,9 @@ def _draw_recall(data: dict[str, Any], rows: list[dict[str, Any]], picture: Path
     axes = figure.subplots()
     for row in rows:
         axes.plot([row["state_bytes"] / 1024], [row["mean"]], "o")
-        axes.annotate(row["variant"], (row["state_bytes"] / 1024, row["mean"]), fontsize=7, xytext=(4, 2), textcoords="offset points")
-    axes.set(xscale="log", xlabel="state, KiB at two bytes a number", ylabel="accuracy over all kinds", title=data["protocol"]["name"])
+        axes.annotate(row["variant"], (row["state_bytes"] / 1024, row["mean"]), fontsize=7, xytext=(4, 2),
+                      textcoords="offset points")
+    axes.set(xscale="log", xlabel="state, KiB at two bytes a number", ylabel="accuracy over all kinds",
+             title=data["protocol"]["name"])
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)

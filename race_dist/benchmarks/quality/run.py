@@ -4,7 +4,6 @@ as soon as they are there, and runs that are kept are not made again."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, settings_digest
 from race_dist.benchmarks.quality.variants import describe, model_config
+from race_dist.files import write_json
 from race_dist.machine import machine
 
 
@@ -80,9 +80,7 @@ class Results:
     def write(self) -> None:
         """The file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(self.path)
+        write_json(self.path, self.data)
 
 
 def pending(protocol: Protocol, results: Results) -> Iterator[Run]:
@@ -123,8 +121,8 @@ def best_rate(protocol: Protocol, variant: Variant, results: Results) -> float |
 
 @dataclass(frozen=True)
 class Options:
-    """How the runs are made: where, how many side by side, threads of each, and when to end (seconds from the start; a run under
-    way is then given up)."""
+    """How the runs are made: where, how many side by side, threads of each, and when to end: seconds from the start; a run
+    under way is then given up."""
 
     device: str = "cpu"
     jobs: int = 1
