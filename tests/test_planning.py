@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from race_dist import RaceConfig
 from race_dist.cli import app
 from race_dist.models import DecoderLM, ModelConfig
+from race_dist.nn import SoftmaxConfig
 from race_dist.parallel.scan import _pick
 from race_dist.planning import (
     GPUS,
@@ -51,6 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "R planes trained": {"race": RaceConfig(train_planes=True, share_planes=True, train_beta=False)},
     "W": {"layer_pattern": "W"},
     "RW tied": {"layer_pattern": "RW", "tie_embeddings": True},
+    "R conv of values, sigmoid gate": {"race": RaceConfig(conv_values=True, gate_activation="sigmoid")},
+    "W conv": {"layer_pattern": "W", "softmax": SoftmaxConfig(short_conv=4)},
+    "W conv, gate": {"layer_pattern": "W", "softmax": SoftmaxConfig(short_conv=4, conv_values=True, output_gate=True)},
+    "W sigmoid gate": {"layer_pattern": "W", "softmax": SoftmaxConfig(output_gate=True, gate_activation="sigmoid")},
 }
 
 

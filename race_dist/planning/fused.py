@@ -7,14 +7,14 @@ once. Letters as in :mod:`race_dist.planning.tally`; ``w`` and ``n`` are the byt
 from __future__ import annotations
 
 from race_dist.planning.layout import Job
-from race_dist.planning.tally import widths
+from race_dist.planning.tally import convolved, extras, widths
 
 
 def fused_by_block(job: Job, kind: str) -> tuple[float, float]:
     """Forward and backward of one block."""
     (d, _, _, f), w, n = widths(job.model), job.wide, job.narrow
     cast = 0 if n == w else d * (w + n)
-    forward, backward = _race(job) if kind == "R" else _softmax(job)
+    forward, backward = _race(job) if kind == "R" else _softmax(job, kind)
     forward += d * (w + n)  # the first norm
     forward += d * (w + 2 * n)  # the residual stream and the mixer's output; the second norm's output
     forward += 3 * f * n  # gate, up, and their product
@@ -35,8 +35,8 @@ def _race(job: Job) -> tuple[float, float]:
         forward += d * w  # the norm's output once more, for the wide product
         backward += d * w
     if race.short_conv:
-        forward += both * 2 * n  # behind their tail
-        backward += 4 * both * (w + n)  # the taps' gradient and the inputs': four kernels read the wide gradient
+        forward += convolved(m, "R") * 2 * n  # behind their tail
+        backward += 4 * convolved(m, "R") * (w + n)  # the taps' gradient and the inputs': four kernels read the wide gradient
     if race.short_conv or race.qk_norm:
         forward += both * (2 * n + w + n)  # both terms of the convolution; the sum, wide; at unit length, narrow
         backward += both * (n + 2 * w)
@@ -54,11 +54,14 @@ def _race(job: Job) -> tuple[float, float]:
     return forward, backward
 
 
-def _softmax(job: Job) -> tuple[float, float]:
-    """Of a window or softmax layer: rotary positions."""
-    _, a, b, _ = widths(job.model)
-    moved = 2 * (a + b) * job.narrow
-    return moved, moved
+def _softmax(job: Job, kind: str) -> tuple[float, float]:
+    """Of a window or softmax layer: rotary positions, convolutions and gate (counted as a RACE layer's)."""
+    (d, a, b, _), w, n = widths(job.model), job.wide, job.narrow
+    taken = convolved(job.model, kind)
+    forward, backward = 2 * (a + b) * n + 5 * taken * n, 2 * (a + b) * n + taken * (4 * w + 5 * n)
+    if extras(job.model, kind).output_gate:
+        forward, backward = forward + 3 * a * n, backward + 6 * a * n + d * n
+    return forward, backward
 
 
 def fused_by_ends(job: Job) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from race_dist.kernels.tiles import fitted_tile
 from race_dist.models import ModelConfig
+from race_dist.nn import RaceConfig, SoftmaxConfig
 from race_dist.planning.layout import Job
 
 WALK_FEATURES = 64  # the Triton kernels keep all features of a head in registers up to this many
@@ -43,11 +44,23 @@ def layers(m: ModelConfig) -> Counter[str]:
     return Counter(m.layer_kinds)
 
 
+def extras(m: ModelConfig, kind: str) -> RaceConfig | SoftmaxConfig:
+    """What says a layer's convolution and gate."""
+    return m.race if kind == "R" else m.softmax
+
+
+def convolved(m: ModelConfig, kind: str) -> int:
+    """Numbers of a token that a layer's short convolutions read: queries, keys, perhaps values."""
+    _, a, b, _ = widths(m)
+    options = extras(m, kind)
+    return 0 if not options.short_conv else a + b + (b if options.conv_values else 0)
+
+
 def linear_maps(m: ModelConfig, kind: str) -> list[Map]:
-    """The linear maps of one block: mixer (q, k, v, output, and RACE's gate and decay), then SwiGLU (gate, up, down)."""
+    """The linear maps of one block: mixer (q, k, v, output, gate, and RACE's decay), then SwiGLU (gate, up, down)."""
     d, a, b, f = widths(m)
     maps = [Map(d, a), Map(d, b), Map(d, b), Map(a, d)]
-    if kind == "R" and m.race.output_gate:
+    if extras(m, kind).output_gate:
         maps.append(Map(d, a))
     if kind == "R" and m.race.decay == "token":
         maps.append(Map(d, m.kv_heads, always_wide=True))  # a bfloat16 rate of decay would be too coarse
@@ -55,13 +68,12 @@ def linear_maps(m: ModelConfig, kind: str) -> list[Map]:
 
 
 def block_parameters(m: ModelConfig, kind: str) -> int:
-    """Trained numbers of one block: linear maps, two norms, and of a RACE layer convolutions, head norm, scales, rates."""
-    d, a, b, _ = widths(m)
-    count = sum(each.weights for each in linear_maps(m, kind)) + 2 * d
+    """Trained numbers of one block: linear maps, two norms, convolutions, and of a RACE layer head norm, scales, rates."""
+    d, a, _, _ = widths(m)
+    count = sum(each.weights for each in linear_maps(m, kind)) + 2 * d + extras(m, kind).short_conv * convolved(m, kind)
     if kind != "R":
         return count
     race = m.race
-    count += race.short_conv * (a + b)
     count += a if race.normalization == "none" else 0
     count += m.num_heads + m.kv_heads if race.qk_norm else 0
     count += m.kv_heads if race.train_beta else 0
@@ -128,8 +140,7 @@ def saved_by_race(job: Job, rows: int, tile: int) -> Saved:
     m, wide, narrow = job.model, job.wide, job.narrow
     race, (_, a, b, _), heads = m.race, widths(m), m.num_heads + m.kv_heads
     token = saved_by_norm(job) + _saved_inputs(job, 4 if race.output_gate else 3, race.decay == "token")
-    if race.short_conv:
-        token += (a + b) * narrow  # queries and keys behind their tail: for the taps' gradient
+    token += convolved(m, "R") * narrow  # behind their tail: for the taps' gradient
     if race.qk_norm:
         token += (2 * (a + b) + heads) * wide  # before and after the unit length, in the compute dtype
     if race.decay == "token":
@@ -141,7 +152,7 @@ def saved_by_race(job: Job, rows: int, tile: int) -> Saved:
         token += (a + m.num_heads) * wide  # the head norm: scaled, and one number a head
         token += a * wide if narrow < wide else 0  # its input, which is the attention's output unless that is narrow
     if race.output_gate:
-        token += 3 * a * narrow  # what is gated, gate, silu(gate)
+        token += (3 if race.gate_activation == "silu" else 2) * a * narrow  # what is gated, silu's input, the gate
     if race.output_gate or race.normalization == "none":
         token += a * narrow  # the output projection's input; else it is the attention's output
     state = m.kv_heads * race.num_features * (m.head_width + 1) * wide
@@ -153,7 +164,7 @@ def saved_by_window(job: Job, rows: int) -> Saved:
     """A window layer (norm included): its input, keys and values behind their tail, q, output, one number a head, and the
     output again as the projection reads it. With several rows the blocks' overlapping keys are copied."""
     m, (_, a, b, _) = job.model, widths(job.model)
-    token = saved_by_norm(job) + _saved_inputs(job, 3, False)
+    token = saved_by_norm(job) + _saved_inputs(job, 3, False) + _saved_by_extras(job, "W")
     copies = 2.0 if rows > 1 else 1.0
     token += (2 * copies * b + 3 * a) * job.narrow + m.num_heads * job.wide
     edge = rows * m.window * ((2 * b + 2 * a) * job.narrow + 2 * b * 8)  # blocks are padded; the tail's indices
@@ -165,7 +176,18 @@ def saved_by_full(job: Job) -> Saved:
     """A full-softmax layer (norm included): q, k, v, output, one number a head, and the projection's input."""
     m, (_, a, b, _) = job.model, widths(job.model)
     token = saved_by_norm(job) + _saved_inputs(job, 3, False) + (3 * a + 2 * b) * job.narrow + m.num_heads * job.wide
-    return Saved(token)
+    return Saved(token + _saved_by_extras(job, "S"))
+
+
+def _saved_by_extras(job: Job, kind: str) -> float:
+    """The convolutions and the gate of a window or softmax layer: what is convolved, behind its tail; the gate's input under
+    autocast (each linear map keeps a copy), its logits (SiLU), itself, and its product."""
+    m, options, (_, a, _, _) = job.model, extras(job.model, kind), widths(job.model)
+    token = convolved(m, kind) * job.narrow
+    if options.output_gate:
+        token += (3 if options.gate_activation == "silu" else 2) * a * job.narrow
+        token += m.dim * job.narrow if job.narrow < job.wide else 0
+    return token
 
 
 def saved_by_compiled_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
@@ -180,6 +202,7 @@ def saved_by_compiled_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
         return other + Saved(token - saved_by_norm(job) - _saved_inputs(job, 3, False))
     token += (2 * a + 2 * b) * narrow
     token += (a + b) * narrow if race.short_conv or race.qk_norm else 0
+    token += b * narrow if race.conv_values else 0
     token += (a + b) * wide if race.short_conv and race.qk_norm else 0
     token += a * narrow if race.output_gate else 0
     token += a * narrow if race.output_gate or race.normalization == "none" else 0
@@ -242,10 +265,9 @@ def sketch_numbers(m: ModelConfig) -> int:
 
 def tail_bytes(job: Job, kind: str) -> int:
     """The tail of one row of a layer: inputs of the convolutions, or keys, values and their visibility of a window."""
-    m, (_, a, b, _) = job.model, widths(job.model)
-    if kind == "R":
-        return max(0, m.race.short_conv - 1) * (a + b) * job.narrow
-    return (m.window - 1) * (2 * b * job.narrow + 1) if kind == "W" else 0
+    m, (_, _, b, _) = job.model, widths(job.model)
+    tail = max(0, extras(m, kind).short_conv - 1) * convolved(m, kind) * job.narrow
+    return tail + ((m.window - 1) * (2 * b * job.narrow + 1) if kind == "W" else 0)
 
 
 def carry_bytes(job: Job, kind: str) -> int:

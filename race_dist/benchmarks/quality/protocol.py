@@ -85,7 +85,7 @@ class Variant(StrictConfig):
 
     name: str = Field(min_length=1)
     mixer: Mixer = "model"
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     rates: tuple[Annotated[float, Field(ge=1e-38, le=1e3)], ...] | None = None
     seeds: tuple[Annotated[int, Field(ge=0, le=SEED_LIMIT)], ...] | None = None
     planes_lr: float | None = Field(None, gt=0)
@@ -122,7 +122,7 @@ class Protocol(StrictConfig):
     feed_forward: bool = True
     language: LanguageTask | None = None
     recall: RecallTask | None = None
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     optim: OptimConfig = OptimConfig()
     variant: tuple[Variant, ...] = Field(min_length=1)
 

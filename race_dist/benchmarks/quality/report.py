@@ -36,9 +36,10 @@ def markdown(data: dict[str, Any]) -> str:
         place = machine.get("gpu") or machine["processor"]
         lines.append(f"Made {machine['date'][:10]} on {place} (torch {machine['torch']}, triton {machine['triton']}), "
                      f"{machine['side_by_side']} runs side by side: `{machine['command']}`")
-    lines += ["", *_texts(data), f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best "
-              "of those tried with the first seed. State: bytes at two a number. Seconds are those of training with others beside "
-              "it: a lead at most.", ""]
+    lines += ["", *_texts(data)]
+    lines += [f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried with "
+              "the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead at most.",
+              ""]
     metric = "bits per byte" if rows and rows[0]["metric"] == "bits_per_byte" else "accuracy"
     lines += [f"| variant | {metric} | lowest to highest | seeds | learning rate (tried) | parameters, M | state, KiB | s |",
               "|---|---|---|---|---|---|---|---|"]
@@ -55,11 +56,12 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _texts(data: dict[str, Any]) -> list[str]:
-    """What text the runs read: results on different texts do not compare, and several passes over one measure something else."""
+    """What text the runs read: results on different texts do not compare, and several passes measure something else."""
     texts = {(t["digest"], t["training_bytes"], t.get("passes")) for r in data["runs"]
              if "failed" not in r and "digest" in (t := r["task"])}
     lines = [f"Text: {size:,} bytes to train on (digest {digest[:12]})"
-             + (f", read {passes:.2f} times." if passes is not None else ".") for digest, size, passes in sorted(texts, key=str)]
+             + (f", read {passes:.2f} times." if passes is not None else ".")
+             for digest, size, passes in sorted(texts, key=str)]
     if len({digest for digest, *_ in texts}) > 1:
         lines.append("These are different texts: their figures do not compare.")
     return [*lines, ""] if lines else []

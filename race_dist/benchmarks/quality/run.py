@@ -17,7 +17,7 @@ import torch
 
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, settings_digest
 from race_dist.benchmarks.quality.variants import describe, model_config
-from race_dist.files import write_json
+from race_dist.files import read_object, write_json
 from race_dist.machine import machine
 
 
@@ -52,12 +52,7 @@ class Results:
             self.data["variants"][variant.name] = {"settings": digest, **variant.model_dump(mode="json", exclude={"name"})}
 
     def _read(self) -> None:
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.path} cannot be read as results ({error}): remove it or give another --out") from None
-        if not isinstance(data, dict) or not {"protocol", "variants", "machines", "runs"} <= data.keys():
-            raise ValueError(f"{self.path} holds no results of this benchmark: remove it or give another --out")
+        data = read_object(self.path, {"protocol": dict, "variants": dict, "machines": list, "runs": list})
         if data["protocol"].get("name") != self.protocol.name:
             raise ValueError(f"{self.path} holds results of the protocol {data['protocol'].get('name')!r}, not of "
                              f"{self.protocol.name!r}: give another --out")

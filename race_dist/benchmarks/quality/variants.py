@@ -20,11 +20,7 @@ def model_config(protocol: Protocol, variant: Variant, seed: int) -> ModelConfig
     tree = merged(protocol.model, variant.model)
     tree = {"vocab_size": 256 if protocol.recall is None else 8192, **tree, "seed": seed}
     tree["race"] = {**tree.get("race", {}), "seed": seed}
-    try:
-        config = ModelConfig.model_validate(tree)
-    except ValueError as error:
-        first = str(error).splitlines()
-        raise ValueError(f"variant {variant.name!r}: {' '.join(line.strip() for line in first[1:3])}") from None
+    config = ModelConfig.check(tree, source=f"variant {variant.name!r}", prefix="model.")
     if variant.mixer != "model" and ("R" not in config.layer_kinds or config.kv_heads != config.num_heads):
         raise ValueError(f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as "
                          "many key/value heads as heads")
