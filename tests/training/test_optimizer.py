@@ -7,8 +7,10 @@ import math
 import pytest
 from torch import nn
 
+from race_dist.models import DecoderLM, ModelConfig
+from race_dist.nn import RaceConfig
 from race_dist.training.config import OptimConfig
-from race_dist.training.optim import build_optimizer, learning_rate
+from race_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def test_the_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
@@ -37,3 +39,15 @@ def test_only_the_matrices_of_linear_maps_decay() -> None:
     named = {name: decay.get(id(p)) for name, p in model.named_parameters()}
     assert named == {"embed.weight": 0.0, "mix.weight": 0.3, "mix.bias": 0.0, "conv.weight": 0.0, "conv.bias": 0.0,
                      "norm.weight": 0.0, "norm.bias": 0.0, "frozen.weight": None, "frozen.bias": None}
+
+
+def test_planes_get_a_rate_of_their_own() -> None:
+    config = OptimConfig(lr=1e-2, planes_lr=5e-2, warmup_steps=2)
+    model = DecoderLM(ModelConfig(vocab_size=8, dim=8, num_layers=2, num_heads=2, race=RaceConfig(train_planes=True)))
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, learning_rate(0, 10, config))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(1 for _ in model.parameters())
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(2.5e-2 if name.endswith(".planes") else 5e-3), name
+    assert len(build_optimizer(model, OptimConfig()).param_groups) == 2

@@ -37,9 +37,9 @@ def markdown(data: dict[str, Any]) -> str:
         lines.append(f"Made {machine['date'][:10]} on {place} (torch {machine['torch']}, triton {machine['triton']}), "
                      f"{machine['side_by_side']} runs side by side: `{machine['command']}`")
     lines += ["", *_texts(data)]
-    lines += [f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried with "
-              "the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead at most.",
-              ""]
+    lines += [f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried "
+              "with the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead "
+              "at most.", ""]
     metric = "bits per byte" if rows and rows[0]["metric"] == "bits_per_byte" else "accuracy"
     lines += [f"| variant | {metric} | lowest to highest | seeds | learning rate (tried) | parameters, M | state, KiB | s |",
               "|---|---|---|---|---|---|---|---|"]
