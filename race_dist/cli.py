@@ -230,8 +230,8 @@ def bench_quality(
     config: Annotated[Path, typer.Argument(help="The protocol: a TOML file, for example configs/quality/lm-short.toml.",
                                            metavar="CONFIG")],
     out: Annotated[Path, cli_types.output_file(
-        metavar="FILE.json", help="Results go there as they come; a run that is there is not made again. A page and a picture go "
-                                  "beside it.", make_folder=True)],
+        metavar="FILE.json", help="Results go there as they come; a run that is there is not made again. A page and a picture "
+                                  "go beside it.", make_folder=True)],
     override: Annotated[list[str] | None, typer.Option(
         "--override", "-o", metavar="KEY=VALUE", help="Change one key, for example steps=600. Repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one. Repeatable.")] = None,

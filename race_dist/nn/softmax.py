@@ -82,7 +82,8 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = Linear(dim, kv_width, device=device, dtype=dtype)
         self.v_proj = Linear(dim, kv_width, device=device, dtype=dtype)
         self.o_proj = Linear(width, dim, gain=output_gain, device=device, dtype=dtype)
-        taps, where = self.config.short_conv, {"device": device, "dtype": dtype}
+        taps = self.config.short_conv
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gate_proj = Linear(dim, width, **where) if self.config.output_gate else None
         self.q_conv, self.k_conv = (ShortConv(n, taps, **where) if taps else None for n in (width, kv_width))
         self.v_conv = ShortConv(kv_width, taps, **where) if self.config.conv_values else None

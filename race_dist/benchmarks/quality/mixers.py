@@ -52,9 +52,10 @@ class LinearPeer(RaceAttention):
         rates = self._decay(x)
         assert rates is not None
         with torch.autocast(x.device.type, enabled=False):
-            out = self.recurrence(*(t.to(compute_dtype(x)) for t in heads), rates.transpose(1, 2), x)
+            q, k, v = (t.to(compute_dtype(x)) for t in heads)
+            out = self.recurrence(q, k, v, rates.transpose(1, 2), x)
         assert self.out_norm is not None
-        y = self.out_norm(out.transpose(1, 2)).flatten(2).to(v.dtype)
+        y = self.out_norm(out.transpose(1, 2)).flatten(2).to(heads[2].dtype)
         if self.gate_proj is not None:
             y = gated(y, self.gate_proj(x), self.config.gate_activation)
         return self.output(y), None
@@ -81,7 +82,7 @@ class GatedDelta(LinearPeer):
     def __init__(self, config: RaceConfig, layer: int = 0, **options: Any) -> None:
         super().__init__(config, layer, **options)
         assert config.dim is not None
-        where = {name: options.get(name) for name in ("device", "dtype")}
+        where: dict[str, Any] = {name: options.get(name) for name in ("device", "dtype")}
         self.write_proj = Linear(config.dim, self.num_kv_heads, **where)
 
     def recurrence(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, x: Tensor) -> Tensor:
