@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import resource
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gib": _memory_gib(),
         "system": platform.platform(), "python": platform.python_version(), "race_dist": __version__,
-        "torch_threads": torch.get_num_threads(), "command": " ".join([_program(), *sys.argv[1:]])}
+        "torch_threads": torch.get_num_threads(), "command": f"{_program()} {shlex.join(sys.argv[1:])}".rstrip()}
     for name in _LIBRARIES:
         try:
             header[name] = version(name)

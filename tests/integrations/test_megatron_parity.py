@@ -80,6 +80,7 @@ def test_four_ranks() -> None:
         Case(2, 2), Case(2, 2, BARE), Case(2, 2, BARE | {"rope_base": 10000.0}),
         Case(2, 2, {"decay": "multiscale", "train_beta": False, "beta_init": (1.0, 3.0), "output_gate": False}),
         Case(2, 2, {"train_planes": True, "share_planes": True, "normalization": "bucket"}),
+        Case(2, 2, {"conv_values": True, "gate_activation": "sigmoid"}),
     ])
 
 
