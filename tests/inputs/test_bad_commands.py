@@ -83,6 +83,9 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         "--lengths": "counts", "--chunk": "count from 1", "--override": "change", "--keep": "choice", "--compile": "flag",
         "--threads": "whole from 1", "--device": "device", "--limit-seconds": "number", "--store": "output folder",
         "--profile": "flag", "--out": "output file in a new folder"}),
+    "bench quality": ([*MODEL, "--out", "x.json"], {
+        "--override": "change", "--jobs": "whole from 1", "--threads": "whole from 1", "--device": "device",
+        "--limit-seconds": "number"}),
     "plan": (["missing.toml"], {
         "--gpus": "whole from 1", "--per-node": "whole", "--context": "count from 1", "--batch": "whole from 1",
         "--dp": "whole from 1", "--sp": "whole from 1", "--chunk-size": "count", "--sharding": "choice", "--keep": "choice",
@@ -101,9 +104,9 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 ELSEWHERE = {  # options that stand beside the one under test to keep a benchmark from running, and those another test holds
     ("bench attention", "--repeats"), ("bench decode", "--planes"), ("plan", "--gpu"), ("plan", "--checkpointing"),
-    ("plan", "--override")}
+    ("plan", "--override"), ("bench quality", "--out"), ("bench quality", "--variant")}
 # Values that a kind has and one option takes: a number of 0 where 0 means something, and the like.
-TAKEN = {("bench streaming", "--limit-seconds", "0")}
+TAKEN = {("bench streaming", "--limit-seconds", "0"), ("bench quality", "--limit-seconds", "0")}
 
 
 def run_command(verb: str, words: list[str]) -> Callable[..., None]:
