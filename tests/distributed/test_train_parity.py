@@ -76,11 +76,16 @@ def test_every_arrangement_has_the_losses_of_one_process(text: Path, alone: dict
 def test_float32_losses_stay_together(text: Path) -> None:
     tree = settings(text, precision="float32", steps=50, optim={"lr": 3e-3, "warmup_steps": 5})
     expected = losses(parse_config(tree), place(None, 1, "contiguous"))
+    exact = losses(parse_config({**tree, "precision": "float64"}), place(None, 1, "contiguous"))
     assert expected["loss"][-1] < expected["loss"][0] - 1.5
+    # What float32 alone is off by after so many steps depends on the processor; ranks round in another order, once more.
+    rounding = max(abs(a - b) for a, b in zip(expected["loss"], exact["loss"], strict=True))
+    limit = max(1e-5, 2 * rounding)
+    assert limit < 1e-3
     for dp in (1, 2):
         for rank in run_ranks(2, case, tree, dp, "contiguous"):
             for name in ("loss", "held out"):
-                assert rank[name] == pytest.approx(expected[name], abs=1e-5, rel=0), name
+                assert rank[name] == pytest.approx(expected[name], abs=limit, rel=0), name
 
 
 def differing(group: ProcessGroup, text: Path, seeds: list[int]) -> None:

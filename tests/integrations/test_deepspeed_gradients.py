@@ -46,6 +46,9 @@ def test_the_applied_gradient_is_the_true_one(measured: Callable[[int], list[dic
         if case.bfloat16:  # gradients of 8 bits, rounded in another order by each arrangement
             assert ratio.ratio == pytest.approx(1, abs=2**-6)
         else:
-            assert ratio.ratio == pytest.approx(1, abs=1e-5)
-            assert ratio.distance < 1e-5
+            # float32 itself is off by ratio.rounding, 4e-6 to 13e-6 by the processor; ranks round in another order, once more
+            limit = max(1e-5, 2 * ratio.rounding)
+            assert limit < 1e-4
+            assert ratio.ratio == pytest.approx(1, abs=limit)
+            assert ratio.distance < limit
             assert ratio.worst == pytest.approx(1, abs=1e-4)

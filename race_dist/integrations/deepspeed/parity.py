@@ -44,13 +44,15 @@ class Ratio(NamedTuple):
 
     ``ratio``: of the whole gradient, projected on the true one. ``distance``: of the two, over the true one's norm.
     ``worst``: the ratio of the parameter that is furthest from 1. ``spread``: the largest difference of a weight between
-    ranks after the step.
+    ranks after the step. ``rounding``: the distance of the gradient that one process computes in float32, without DeepSpeed:
+    what the arithmetic of this machine alone is off by.
     """
 
     ratio: float
     distance: float
     worst: float
     spread: float
+    rounding: float
 
 
 def cases(world: int) -> Iterator[Case]:
@@ -95,12 +97,14 @@ def measure(case: Case) -> Ratio:
         engine.step()
     after = _weights(engine)
     engine.destroy()
-    return _compare(truth, {name: (before[name] - w) / RATE for name, w in after.items()}, place)
+    alone = _truth(config, ids, labels, case, torch.float32)
+    return _compare(truth, {name: (before[name] - w) / RATE for name, w in after.items()}, alone, place)
 
 
-def _truth(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case) -> dict[str, torch.Tensor]:
-    """The gradient without DeepSpeed, in one process: in float64, or of the narrow weights."""
-    model = DecoderLM(config).bfloat16() if case.bfloat16 else DecoderLM(config, dtype=torch.float64)
+def _truth(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case,
+           dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """The gradient without DeepSpeed, in one process: in ``dtype``, or of the narrow weights."""
+    model = DecoderLM(config).bfloat16() if case.bfloat16 else DecoderLM(config, dtype=dtype)
     for x, y in zip(ids, labels, strict=True):
         (model(x, y) / len(ids)).backward()
     gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
@@ -128,15 +132,17 @@ def _weights(engine: Any) -> dict[str, torch.Tensor]:
     return {name: whole(p).double().cpu().clone() for name, p in engine.module.named_parameters()}
 
 
-def _compare(truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], place: torch.device) -> Ratio:
+def _compare(truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], alone: dict[str, torch.Tensor],
+             place: torch.device) -> Ratio:
     flat = lambda gradients: torch.cat([gradients[name].flatten() for name in truth])
     one, other = flat(truth), flat(applied)
+    distance = lambda found: float((one - found).norm() / one.norm())
     each = [float((truth[n] * applied[n]).sum() / truth[n].square().sum()) for n in truth]
     highest, lowest = (other.to(place, copy=True) for _ in range(2))
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return Ratio(float(one @ other / (one @ one)), float((one - other).norm() / one.norm()),
-                 max(each, key=lambda ratio: abs(ratio - 1)), float((highest - lowest).abs().max() * RATE))
+    return Ratio(float(one @ other / (one @ one)), distance(other), max(each, key=lambda ratio: abs(ratio - 1)),
+                 float((highest - lowest).abs().max() * RATE), distance(flat(alone)))
 
 
 def main() -> None:
