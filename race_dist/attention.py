@@ -107,6 +107,9 @@ def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Te
     and Inf of a run that diverges come out as they do on a device, and whoever trains decides."""
     check_backend(backend)
     refuse_transforms(backend)
+    if check_values:
+        for argument, x in (("q", q), ("k", k), ("v", v)):
+            checks.tensor(argument, x)
     q, k, v = _autocast(q, k, v)
     group_rank(group)  # raises where it is no group, or this process no member
     sharded = group is not None and group_size(group) > 1
@@ -146,8 +149,6 @@ def check_backend(backend: object) -> None:
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v take its dtype, as torch's own attention does; float64 stays."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.tensor(name, x)
     if not torch.is_autocast_enabled(q.device.type) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)

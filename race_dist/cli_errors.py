@@ -146,14 +146,6 @@ def replace_unknown_characters() -> None:
             stream.reconfigure(errors="replace")
 
 
-def argument_text(option: str, value: str) -> str:
-    """The UTF-8 text of an argument, whatever the locale has made of its bytes. ValueError where it is not UTF-8."""
-    try:
-        return value.encode("utf-8", "surrogateescape").decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{option} is not UTF-8 text; got {value.encode('utf-8', 'surrogateescape')!r}") from None
-
-
 def end_failed_rank(code: object) -> None:
     """End this process at once if it is one of several ranks that failed: they leave at different times, and gloo's threads
     would abort about one in three as the interpreter ends, which hides the exit code."""

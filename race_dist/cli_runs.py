@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from race_dist import cli_types
-from race_dist.cli_errors import argument_text, cleaned_up, default_device
+from race_dist.cli_errors import cleaned_up, default_device
 from race_dist.strict_config import SEED_LIMIT
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def generate(
     directory = RunDirectory(run)
     model, codec = directory.load_model(default_device(), step=step), directory.codec()
     known, before = sampling.load_context(context, model) if context is not None else (None, 0)
-    prompt = None if prompt is None else argument_text("--prompt", prompt)
     pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
     head = sampling.Head(pieces, _ECHOED)
     remembered, count = sampling.read_text(model, head, codec, known)

@@ -86,13 +86,12 @@ def counts(*names: str, metavar: str, help: str, low: int = 1) -> Any:
 
 
 def text(*names: str, metavar: str, help: str) -> Any:
-    """An option that takes text, which must be Unicode."""
+    """An option that takes UTF-8 text, whatever the locale has made of its bytes."""
     def parse(value: str) -> str:
         try:
-            value.encode()
-        except UnicodeEncodeError:
+            return value.encode("utf-8", "surrogateescape").decode()
+        except UnicodeError:
             raise typer.BadParameter(f"{value!a} is not UTF-8 text") from None
-        return value
 
     return _option(parse, names, metavar, help)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from race_dist import checks
 from race_dist.attention import HAS_TRITON, BackendName, _autocast, _pick_backend, _problem, check_backend
 from race_dist.ops.explain import KernelPlan
 from race_dist.ops.functional import unsupported
@@ -27,6 +28,8 @@ def explain_plan(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor |
     Raises:
         TypeError, ValueError: as the call itself would.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, x)
     q, k, v = _autocast(q, k, v)
     problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
                        sharded=group is not None)

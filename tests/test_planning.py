@@ -134,7 +134,7 @@ def peak_bytes(config: ModelConfig, length: int, chunk: int, narrow: bool) -> in
     model = DecoderLM(config)
     ids = torch.zeros(1, length, dtype=torch.int64)
     with precision_of(narrow), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        streamed_backward(model, ids, ids, chunk_size=chunk)
+        streamed_backward(model, ids, ids.roll(-1, 1), chunk_size=chunk)
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = top = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

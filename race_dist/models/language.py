@@ -109,6 +109,7 @@ class LanguageModel(Backbone):
 
     def _check_targets(self, input_ids: Tensor, labels: Tensor, layout: str) -> None:
         """Refuse labels that are the input."""
+        checks.tensor("input_ids", input_ids, dtypes=checks.INTEGERS, dim=2)
         if self.causal:
             check_shifted(input_ids, labels, layout=layout)
         else:

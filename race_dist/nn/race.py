@@ -136,7 +136,8 @@ class RaceAttention(RaceCore):
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.final``).
         """
-        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self._like, kind=RaceCarry)
+        assert self.config.dim is not None
+        check_layer_call(self, x, carry, sequence, dim=self.config.dim, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         (q, k, v), tail = convolve(self.project(x), (self.q_conv, self.k_conv, self.v_conv),
                                    None if carry is None else carry.tail, sequence)

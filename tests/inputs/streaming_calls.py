@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from race_dist.models import DecoderLM
 from race_dist.streaming import StepCheckpoint, streamed_backward, streamed_loss, streamed_prompt
@@ -27,14 +29,14 @@ def stored(**options: Any) -> object:
         return streamed_backward(LM, ids(), labels(), chunk_size=3, checkpoint=checkpoint)
 
 
-def tokens() -> list[Value]:
+def tokens(right: Callable[[], Tensor] = ids) -> list[Value]:
     """No tokens; NumPy arrays of integers are right."""
-    return [*v.tensors(ids, dtypes=(torch.float32, torch.bool, torch.complex64), arrays=False),
-            *v.wrong(("array", lambda: v.np.arange(3)), ("beyond the vocabulary", lambda: ids() + V),
-                     ("negative", lambda: -1 - ids()), ("array of floats", lambda: ids().double().numpy()),
-                     ("no token", lambda: ids()[:, :0])),
-            Value("numpy", lambda: ids().numpy(), right=True),
-            Value("uint8", lambda: ids().numpy().astype("uint8"), right=True)]
+    return [*v.tensors(right, dtypes=(torch.float32, torch.bool, torch.complex64), arrays=False),
+            *v.wrong(("array", lambda: v.np.arange(3)), ("beyond the vocabulary", lambda: right() + V),
+                     ("negative", lambda: -1 - right()), ("array of floats", lambda: right().double().numpy()),
+                     ("no token", lambda: right()[:, :0])),
+            Value("numpy", lambda: right().numpy(), right=True),
+            Value("uint8", lambda: right().numpy().astype("uint8"), right=True)]
 
 
 def step() -> dict[str, Any]:
@@ -45,7 +47,7 @@ MODELS = v.instances(("class", lambda: DecoderLM), ("config", lambda: LM.config)
                      ("classifier", lambda: CLASSIFIER), ("meta", meta_model))
 PROMPT = {"model": MODELS, "input_ids": tokens(), "chunk_size": v.integers(least=1, right=3), "group": v.groups()}
 EVERY = PROMPT | {
-    "labels": tokens(), "num_targets": v.integers(least=1, optional=True, right=3), "progress": v.callbacks(),
+    "labels": tokens(labels), "num_targets": v.integers(least=1, optional=True, right=3), "progress": v.callbacks(),
     "cu_seqlens": [*v.tensors(lambda: torch.tensor([0, T]), dtypes=(torch.float32, torch.bool), optional=True),
                    *v.wrong(("of two rows", lambda: torch.tensor([0, T])))]}
 SUBJECTS = [

@@ -104,7 +104,8 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 ELSEWHERE = {  # options that stand beside the one under test to keep a benchmark from running, and those another test holds
     ("bench attention", "--repeats"), ("bench decode", "--planes"), ("plan", "--gpu"), ("plan", "--checkpointing"),
-    ("plan", "--override"), ("bench quality", "--out"), ("bench quality", "--variant")}
+    ("plan", "--override"), ("bench quality", "--out"), ("bench quality", "--variant"),
+    ("config", "--markdown")}
 # Values that a kind has and one option takes: a number of 0 where 0 means something, and the like.
 TAKEN = {("bench streaming", "--limit-seconds", "0"), ("bench quality", "--limit-seconds", "0")}
 
@@ -223,7 +224,8 @@ def python_subjects() -> Iterator[Subject]:
             kind = next(k for k in kinds_of(field.annotation) if k is not type(None))
             kind = "table" if isinstance(kind, type) and issubclass(kind, StrictConfig) else kind
             found[name] = [Value(f"{type(one).__name__} {one!r}"[:40] if not isinstance(one, int) or abs(one) < 10**99 else
-                                 f"{one.bit_length()} bits", lambda one=one: one) for one in PYTHON_VALUES[kind]]  # type: ignore
+                                 f"{one.bit_length()} bits", lambda one=one: one) for one in PYTHON_VALUES[kind]  # type: ignore
+                           if one is not None or model.model_fields[name].default is not None]
         yield Subject(model.__name__, model, lambda base=base: dict(base), found, dict.fromkeys(found, ("zz",)))  # type: ignore
 
 

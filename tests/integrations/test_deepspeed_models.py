@@ -69,7 +69,7 @@ def test_transformers_models_train_as_on_one_rank(found: dict[str, Any]) -> None
     ("hpz", '"zero_optimization.zero_hpz_partition_size" reduces over groups of its own'),
     ("indivisible", "3 does not divide the 2 ranks that were started"),
     ("size", 'must be an integer of at least 1, or "auto"; got \'2\''),
-    ("section", '"race_attention": num_plane'), ("layout", '"race_attention": layout'),
+    ("section", '"race_attention": unknown key num_plane; did you mean num_planes?'), ("layout", '"race_attention": layout'),
     ("softmax", "layers [0, 1] are softmax attention and would see their own shard only"),
     ("linear", "Linear has no attention that could share sequences"),
     ("late", "the optimizer was made before the attention was replaced and lacks 14 new parameters"),

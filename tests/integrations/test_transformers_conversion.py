@@ -270,11 +270,11 @@ def test_wrong_arguments_are_told_in_one_sentence(arguments: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: sequence_parallel(build("llama", implementation="race"), "x"), "group must be .*got 'x'"),  # type: ignore[arg-type]
+    (lambda: sequence_parallel(build("llama", implementation="race"), "x"), "group must be .*got str 'x'"),  # type: ignore[arg-type]
     (lambda: sequence_parallel(3, None), "model: a transformers model is needed; got int"),  # type: ignore[arg-type]
     (lambda: sequence_parallel(build("llama", implementation="race"), None, layout="q"), "layout must be one of"),
     (lambda: shard_batch(None, None), "batch must be a dictionary with input_ids"),  # type: ignore[arg-type]
-    (lambda: shard_batch({"input_ids": tokens(1, 4)}, 3), "group must be .*got 3"),  # type: ignore[arg-type]
+    (lambda: shard_batch({"input_ids": tokens(1, 4)}, 3), "group must be .*got int 3"),  # type: ignore[arg-type]
     (lambda: ShardedLoader([], "x"), "group must be"),  # type: ignore[arg-type]
     (lambda: freeze_all_but(build("llama"), 3), "parameters must be a list"),  # type: ignore[arg-type]
     (lambda: trained_parts(3), "model must be a torch.nn.Module"),  # type: ignore[arg-type]
