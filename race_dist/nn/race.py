@@ -133,8 +133,9 @@ class RaceAttention(RaceCore):
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.final``).
         """
-        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self._like, kind=RaceCarry)
+        check_layer_call(self, x, carry, sequence, dim=self.config.dim or 0, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
+        x = sequence.real(x)
         q, k, v = self.project(x)
         q, k, tail = self._convolve(q, k, None if carry is None else carry.tail, sequence)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
