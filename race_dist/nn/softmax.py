@@ -77,6 +77,7 @@ class SoftmaxAttention(nn.Module):
 
     def heads(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, Hq, D]``, keys and values ``[B, T, Hkv, D]``, positions applied."""
+        x = sequence.real(x)
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope_base is not None:
             cos, sin = sequence.rotation(self.head_dim, self.rope_base, compute_dtype(x))
