@@ -72,7 +72,7 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
         cu_seqlens: ``[N + 1]`` int, packed documents (B = 1): document n is tokens ``cu_seqlens[n]`` to
             ``cu_seqlens[n + 1]``; the state starts anew at each. Empty documents are legal.
         key_mask: ``[B, T]`` bool; a False token is absent: the others, the states and all gradients are what they would be
-            without it. Its own output is 0, without a gradient.
+            without it, whatever its q, k, v and log_decay hold (NaN too). Its own output is 0, without a gradient.
         log_decay: at most 0, causal only: ``[Hkv]`` (no gradient) or ``[B, T, Hkv]`` (differentiable). Token i sees token
             j with weight ``exp(sum of log_decay over j < t <= i)``.
         initial_state: what came before, one row a batch row or document; differentiable.
@@ -190,15 +190,17 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | flo
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     features = planes.shape[1] * 2 ** planes.shape[2]
     _check_initial(initial, (rows, heads, features, v.shape[3]), q)
-    beta, log_decay = _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask)
+    betas, log_decay = _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask)
     if check_values:
-        _check_values(beta, log_decay, initial)
-    return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, normalization)
+        _check_values(betas if isinstance(beta, Tensor) else None, log_decay, initial)
+        if key_mask is not None:  # a user's padding may be memory that nobody has written: 0 * NaN is NaN
+            q, k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (q, k, v))
+    return Problem(q, k, v, planes, betas, log_decay, key_mask, cu_seqlens, initial, causal, normalization)
 
 
-def _check_values(beta: Tensor, log_decay: Tensor | None, initial: SketchState | None) -> None:
+def _check_values(beta: Tensor | None, log_decay: Tensor | None, initial: SketchState | None) -> None:
     """What cannot be right of values that are on the CPU."""
-    if readable(beta) and not bool(((beta > 0) & beta.isfinite()).all()):
+    if beta is not None and readable(beta) and not all(0 < value < math.inf for value in beta.tolist()):
         raise ValueError(f"beta must be positive and finite; got {checks.shown(beta.tolist())}")
     if log_decay is not None and readable(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be 0 or less (a weight of at most 1); its largest value is {log_decay.max().item()}")

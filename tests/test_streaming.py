@@ -258,3 +258,11 @@ def test_a_chunks_graph_is_gone_before_the_next_begins() -> None:
 def test_full_softmax_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="its carry is every key and value so far"):
         streamed_backward(model("RS"), *text(1, 20), chunk_size=4)
+
+
+@pytest.mark.parametrize("call", [streamed_backward, streamed_loss, streamed_prompt])
+def test_padding_is_refused_with_what_to_do_instead(call: Any) -> None:
+    ids, labels = text(2, 6)
+    given = (ids,) if call is streamed_prompt else (ids, labels)
+    with pytest.raises(ValueError, match=r"key_mask.*(cu_seqlens|race_dist\.models\.read)"):
+        call(model(), *given, chunk_size=4, key_mask=torch.ones(2, 6, dtype=torch.bool))

@@ -242,6 +242,8 @@ class Backbone(nn.Module):
         if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != input_ids.shape):
             raise ValueError(f"key_mask must be bool {list(input_ids.shape)} like input_ids; "
                              f"got {key_mask.dtype} {list(key_mask.shape)}")
+        if key_mask is not None and key_mask.device != input_ids.device:
+            raise ValueError(f"key_mask is on {key_mask.device} but input_ids is on {input_ids.device}: move one of them")
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, bound: str = "vocab_size") -> None:

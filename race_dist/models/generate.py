@@ -103,11 +103,7 @@ def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk:
         checks.instance("before", before, Context)
     if key_mask is not None:
         checks.tensor("key_mask", key_mask, dtypes=(torch.bool,), dim=2)
-        if key_mask.shape != ids.shape:
-            raise ValueError(f"key_mask must be bool {list(ids.shape)} like ids; got {list(key_mask.shape)}")
-        if before is None and not bool(key_mask.any(1).all()):
-            row = int(key_mask.any(1).long().argmin())
-            raise ValueError(f"row {row} of key_mask is all False: its text needs at least one token")
+        _check_prompt_mask("ids", ids, key_mask, continued=before is not None)
     # float64: a float32 mass that is fed single tokens stops growing at 2**24
     carry = model.zero_carry(ids.shape[0], state_dtype=torch.float64) if before is None else before.carry
     hidden = None if before is None else before.hidden
@@ -120,6 +116,16 @@ def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk:
     return Context(carry, hidden)
 
 
+def _check_prompt_mask(name: str, ids: Tensor, key_mask: Tensor, *, continued: bool = False) -> Tensor:
+    """The mask; ValueError unless it is of these ids and leaves each text that begins there a token."""
+    if key_mask.shape != ids.shape:
+        raise ValueError(f"key_mask must be bool {list(ids.shape)} like {name}; got {list(key_mask.shape)}")
+    if not continued and not bool(key_mask.any(1).all()):
+        row = int(key_mask.any(1).long().argmin())
+        raise ValueError(f"row {row} of key_mask is all False: its text needs at least one token")
+    return key_mask
+
+
 def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
     """``[B, dim]``: the hidden state of each row's last real token, or that from before where there is none."""
     place = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # 0: none
@@ -129,7 +135,8 @@ def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
 
 def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-             prefill_chunk: int = 8192, allowed: Tensor | int | None = None) -> Iterator[Tensor]:
+             prefill_chunk: int = 8192, allowed: Tensor | int | None = None,
+             key_mask: Tensor | None = None) -> Iterator[Tensor]:
     """Yield ``max_new_tokens`` times the next token of each row, ``[B]`` int64.
 
     The prompt goes through the model ``prefill_chunk`` tokens at a time; after it every token costs the same time and no
@@ -137,8 +144,7 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
 
     Args:
         model: in eval or training mode, no gradients are taken.
-        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token, or what was read already. Prompts of several lengths:
-            ``read(model, padded_ids, key_mask=mask)``.
+        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token, or what was read already.
         max_new_tokens: 0 or more.
         temperature: 0 takes the most likely token.
         top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.
@@ -146,21 +152,29 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
         prefill_chunk: tokens of the prompt at a time.
         allowed: ids that may be drawn, where the vocabulary is padded: ``[vocab]`` bool, or a number n for the ids below n.
             None: all.
+        key_mask: bool like prompt_ids, False for padding, which may stand anywhere: prompts of several lengths. Each row gets
+            the tokens that it would get alone.
 
     Raises:
         TypeError, ValueError: an argument is of another type or out of its range.
     """
     checks.instance("model", model, DecoderLM)
+    if isinstance(prompt_ids, Context) and key_mask is not None:
+        raise ValueError("key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to read(model, ids, "
+                         "before, key_mask=...)")
     if not isinstance(prompt_ids, Context):
         checks.tensor("prompt_ids", prompt_ids, dtypes=checks.INTEGERS)
         prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
         if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
             raise ValueError(f"prompt_ids must be [T] or [B, T] with at least one token; got {list(prompt_ids.shape)}")
+        if key_mask is not None:
+            key_mask = checks.tensor("key_mask", key_mask, dtypes=(torch.bool,))
+            key_mask = _check_prompt_mask("prompt_ids", prompt_ids, key_mask[None] if key_mask.dim() == 1 else key_mask)
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, least=0, words="at least 0")
     _check_choice(temperature, top_k, top_p)
     seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
     prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, least=1, most=2**62, words="at least 1")
-    return _steps(model, prompt_ids, max_new_tokens, prefill_chunk, seed,
+    return _steps(model, prompt_ids, key_mask, max_new_tokens, prefill_chunk, seed,
                   {"temperature": temperature, "top_k": top_k, "top_p": top_p,
                    "allowed": None if allowed is None else _mask(allowed, model)})
 
@@ -182,9 +196,9 @@ def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
     return mask.to(model.embed.weight.device)
 
 
-def _steps(model: DecoderLM, prompt: Tensor | Context, max_new_tokens: int, prefill_chunk: int, seed: int,
-           choice: dict[str, Any]) -> Iterator[Tensor]:
-    context = read(model, prompt, chunk=prefill_chunk) if isinstance(prompt, Tensor) else prompt
+def _steps(model: DecoderLM, prompt: Tensor | Context, key_mask: Tensor | None, max_new_tokens: int, prefill_chunk: int,
+           seed: int, choice: dict[str, Any]) -> Iterator[Tensor]:
+    context = read(model, prompt, chunk=prefill_chunk, key_mask=key_mask) if isinstance(prompt, Tensor) else prompt
     generator = torch.Generator(context.hidden.device).manual_seed(seed)
     for step in range(max_new_tokens):
         with torch.no_grad():

@@ -12,7 +12,7 @@ from race_dist.models.config import ModelConfig
 from race_dist.models.loss import IGNORE, linear_cross_entropy
 from race_dist.models.targets import check_masked, check_shifted
 from race_dist.nn import Linear
-from race_dist.parallel import all_reduce_sum
+from race_dist.parallel import all_reduce_sum, group_size
 
 
 def _check_labels(labels: Tensor, like: Tensor) -> None:
@@ -99,21 +99,16 @@ class LanguageModel(Backbone):
         if labels is not None:
             _check_labels(labels, input_ids)
             _check_num_targets(num_targets)
-            self._check_targets(input_ids, labels, layout)
         h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, final=False)
         if labels is None:
             return self.logits(h)
-        if key_mask is not None and labels.shape == key_mask.shape:
-            labels = torch.where(key_mask, labels, IGNORE)
-        return self.loss(h, labels, num_targets=num_targets, group=group)
-
-    def _check_targets(self, input_ids: Tensor, labels: Tensor, layout: str) -> None:
-        """Refuse labels that are the input."""
-        checks.tensor("input_ids", input_ids, dtypes=checks.INTEGERS, dim=2)
-        if self.causal:
-            check_shifted(input_ids, labels, layout=layout)
+        if self.causal:  # mask and documents are known to be right by now
+            check_shifted(input_ids, labels, key_mask=key_mask, layout=layout, cu_seqlens=cu_seqlens, world=group_size(group))
         else:
             check_masked(input_ids, labels)
+        if key_mask is not None:
+            labels = torch.where(key_mask, labels, IGNORE)
+        return self.loss(h, labels, num_targets=num_targets, group=group)
 
 
 class DecoderLM(LanguageModel):

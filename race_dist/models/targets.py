@@ -14,7 +14,8 @@ SHIFTED = "labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1
 _FIRST = 2**16  # tokens of a long text that are compared
 
 
-def check_shifted(input_ids: Tensor, labels: Tensor, *, layout: str = "contiguous") -> None:
+def check_shifted(input_ids: Tensor, labels: Tensor, *, key_mask: Tensor | None = None, layout: str = "contiguous",
+                  cu_seqlens: Tensor | None = None, world: int = 1) -> None:
     """Refuse labels of a causal model that are its input and not what follows it.
 
     The same memory is refused on every device. On the CPU equal numbers are too, unless they are right: a text may repeat one
@@ -23,7 +24,9 @@ def check_shifted(input_ids: Tensor, labels: Tensor, *, layout: str = "contiguou
     Args:
         input_ids: ``[B, T]`` int.
         labels: ``[B, T]`` int64, -100 where nothing is predicted.
-        layout: of the shards: "zigzag" rows are two pieces of the sequence.
+        key_mask: ``[B, T]`` bool, False for padding, whose labels do not count and which follows nothing.
+        layout: of the shards: "zigzag" rows are two pieces of the sequence, or two of each document.
+        cu_seqlens: ``[N + 1]`` int boundaries of documents in the whole sequence, which ``world`` ranks share.
 
     Raises:
         ValueError: the message has the line to write.
@@ -35,14 +38,26 @@ def check_shifted(input_ids: Tensor, labels: Tensor, *, layout: str = "contiguou
     if labels.device.type != "cpu" or input_ids.device.type != "cpu":
         return
     counted = labels != IGNORE
+    if key_mask is not None and key_mask.device.type == "cpu":
+        counted &= key_mask
     if not bool(((labels == input_ids) | ~counted).all()):
         return
     unlike_next = counted[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])
-    if layout == "zigzag":
-        unlike_next[:, labels.shape[1] // 2 - 1] = False  # what follows the first piece is on another rank
+    if key_mask is not None and key_mask.device.type == "cpu":
+        unlike_next &= key_mask[:, 1:]
+    if layout == "zigzag":  # what follows a piece is on another rank
+        unlike_next[:, _last_of_pieces(labels.shape[1], cu_seqlens, world)] = False
     if bool(unlike_next.any()):
         raise ValueError(f"labels equal input_ids wherever they count, so that the model would learn to copy its input; "
                          f"{_meaning()}")
+
+
+def _last_of_pieces(length: int, cu_seqlens: Tensor | None, world: int) -> Tensor:
+    """Rows of a zigzag shard that are the last of their piece, but for the last row."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return torch.tensor([length // 2 - 1])
+    ends = (cu_seqlens.diff() // (2 * world)).repeat_interleave(2).cumsum(0)
+    return ends[(ends > 0) & (ends < length)] - 1
 
 
 def check_shifted_text(input_ids: Any, labels: Any) -> None:

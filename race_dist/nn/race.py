@@ -136,9 +136,9 @@ class RaceAttention(RaceCore):
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.final``).
         """
-        assert self.config.dim is not None
-        check_layer_call(self, x, carry, sequence, dim=self.config.dim, like=self._like, kind=RaceCarry)
+        check_layer_call(self, x, carry, sequence, dim=self.config.dim or 0, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
+        x = sequence.real(x)
         (q, k, v), tail = convolve(self.project(x), (self.q_conv, self.k_conv, self.v_conv),
                                    None if carry is None else carry.tail, sequence)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))

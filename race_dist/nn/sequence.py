@@ -193,6 +193,10 @@ class Sequence:
         return shard_rows(self.length * world, group_rank(self.group), world, layout=self.layout,
                           cu_seqlens=self.cu_seqlens, device=arange.device)
 
+    def real(self, x: Tensor) -> Tensor:
+        """``x [B, T, dim]`` with 0 where a row is padding: whatever stands there, NaN too, then changes nothing."""
+        return x if self.key_mask is None else torch.where(self.key_mask[..., None], x, 0)
+
     def gather(self, x: Tensor) -> Tensor:
         """The whole sequence ``[B, total, ...]`` of which every rank holds ``x [B, T, ...]``; differentiable."""
         if self.group is None:

@@ -92,7 +92,7 @@ class SoftmaxAttention(nn.Module):
 
     def heads(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, Hq, D]``, keys and values ``[B, T, Hkv, D]``, convolution and positions applied."""
-        return self._heads(x, None, sequence)[0]
+        return self._heads(sequence.real(x), None, sequence)[0]
 
     def output(self, out: Tensor, x: Tensor) -> Tensor:
         """``[B, T, dim]`` of the heads' outputs ``[B, T, Hq, D]`` and the layer's input."""
@@ -196,6 +196,7 @@ class FullAttention(SoftmaxAttention):
         check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight,
                          kind=ConvolvedCarry if self.config.short_conv else HistoryCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
+        x = sequence.real(x)
         history, tail = self._parted(carry)
         (q, k, v), tail = self._heads(x, tail, sequence)
         plain = history is None and sequence.group is None and sequence.cu_seqlens is None and sequence.key_mask is None

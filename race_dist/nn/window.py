@@ -48,6 +48,7 @@ class WindowAttention(SoftmaxAttention):
         check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight,
                          kind=ConvolvedCarry if self.config.short_conv else TailCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
+        x = sequence.real(x)
         seen, tail = self._parted(carry)
         (q, k, v), tail = self._heads(x, tail, sequence)
         masked = sequence.key_mask

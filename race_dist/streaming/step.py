@@ -37,7 +37,8 @@ from race_dist.streaming.text import Chunk, Text, Tokens
 def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
                       group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
                       reduce: Reduce = "mean", keep: Keep = "device", checkpoint: StepCheckpoint | None = None,
-                      world: ProcessGroup | None = None, progress: Callable[[Progress], None] | None = None) -> Tensor:
+                      world: ProcessGroup | None = None, progress: Callable[[Progress], None] | None = None,
+                      key_mask: None = None) -> Tensor:
     """The mean loss over the whole sequence; adds its exact gradients to every parameter's ``.grad``.
 
     Blocks that are compiled run one graph in both phases, so that they round alike; a last chunk shorter than the others
@@ -63,6 +64,7 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
         world: ranks that make this call together over as many chunks, replicas included: they store and stop at the same
             chunk. None: those of DDP, or else of ``group``.
         progress: called after every chunk.
+        key_mask: None. Texts of several lengths are packed documents (``cu_seqlens``) here, not rows with padding.
 
     Returns:
         The mean over all targets, on every rank; 0 (with gradients 0) where no target counts.
@@ -73,6 +75,7 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
             which names the file).
         StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
+    _refuse_mask(key_mask)
     if checkpoint is not None:
         checks.instance("checkpoint", checkpoint, StepCheckpoint, 'give StepCheckpoint("FOLDER")')
     check_group(world, "world")
@@ -94,8 +97,9 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
 @torch.no_grad()
 def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
                   group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
-                  progress: Callable[[Progress], None] | None = None) -> Tensor:
+                  progress: Callable[[Progress], None] | None = None, key_mask: None = None) -> Tensor:
     """The mean loss of :func:`streamed_backward` without gradients: evaluation over any length. Same arguments."""
+    _refuse_mask(key_mask)
     checks.callback("progress", progress)
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
     check_shifted_text(input_ids, labels)
@@ -110,17 +114,21 @@ def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_
 
 
 @torch.no_grad()
-def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int,
-                    group: ProcessGroup | None = None) -> tuple[Tensor, ModelCarry]:
+def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int, group: ProcessGroup | None = None,
+                    key_mask: None = None) -> tuple[Tensor, ModelCarry]:
     """Read a prompt of any length: the logits of the token that follows it, and the carry to go on from.
 
     Args:
         model, chunk_size, group: as for :func:`streamed_backward`.
         input_ids: ``[B, T]`` integers.
+        key_mask: None. Prompts of several lengths: ``race_dist.models.read(model, ids, key_mask=...)``.
 
     Returns:
         ``[B, vocab]``, and the carry behind the last token (for ``model.hidden``), both on every rank.
     """
+    if key_mask is not None:
+        raise ValueError("streamed_prompt takes no key_mask: read prompts of several lengths with "
+                         "race_dist.models.read(model, ids, key_mask=...)")
     stream = _Stream(model, input_ids, input_ids, chunk_size, group, None)
     carry = stream.first_carry()
     for chunk, ids, _ in stream.text.read(range(stream.text.count)):
@@ -131,6 +139,12 @@ def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int,
         mine = torch.distributed.get_rank(stream.group) == held
         last = all_reduce_sum(last if mine else torch.zeros_like(last), stream.group)
     return stream.model.logits(last), carry
+
+
+def _refuse_mask(key_mask: object) -> None:
+    if key_mask is not None:
+        raise ValueError("key_mask: streamed steps take no padding; lay the texts one after the other in one row and give their "
+                         "boundaries as cu_seqlens")
 
 
 class _Stream:

@@ -112,10 +112,11 @@ SUBJECTS = [
     Subject("DecoderLM.zero_carry", LM.zero_carry, lambda: {"batch": 2}, {
         "batch": v.integers(least=0, right=2), "dtype": v.dtypes(optional=True), "state_dtype": v.dtypes(optional=True)}),
     Subject("generate", lambda **options: list(generate(**options)), lambda: {"model": LM, "prompt_ids": ids(), **FEW},
-            GENERATED, names={"prompt_ids": ("input_ids",)}),
+            GENERATED | {"key_mask": everywhere()["key_mask"]}, names={"prompt_ids": ("input_ids",)}),
     Subject("read", read, lambda: {"model": LM, "ids": ids()}, {
         "model": GENERATED["model"], "ids": [*tokens(), *v.wrong(("no token", lambda: ids()[:, :0]))],
-        "before": v.instances(("carry", lambda: context().carry), optional=True), "chunk": v.integers(least=1, right=2)},
+        "before": v.instances(("carry", lambda: context().carry), optional=True), "chunk": v.integers(least=1, right=2),
+        "key_mask": everywhere()["key_mask"]},
         names={"ids": ("input_ids",)}),
     Subject("sample", sample, lambda: {"logits": torch.ones(2, V)}, draws() | {
         "logits": [*v.tensors(lambda: torch.ones(2, V), dtypes=(torch.int64, torch.bool, torch.complex64)),

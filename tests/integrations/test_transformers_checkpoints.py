@@ -241,6 +241,18 @@ def test_a_softmax_configuration_does_not_make_softmax_of_converted_weights(save
                 reader.from_pretrained(saved[kind][0], config=build("llama").config)
 
 
+def test_a_configuration_that_names_no_attention_does_not_make_softmax_of_race(saved: Any) -> None:
+    folder, model = saved["race"]
+    config = lambda: hf.LlamaConfig(**SIZES | GROUPED)
+    for load in (hf.AutoModelForCausalLM, hf.LlamaForCausalLM):
+        with pytest.raises(ValueError, match='has attn_implementation="race", but the given config names none'):
+            load.from_pretrained(folder, config=config())
+        again = load.from_pretrained(folder, config=hf.AutoConfig.from_pretrained(folder)).eval()
+        assert torch.equal(logits(again), logits(model))
+        asked = load.from_pretrained(folder, config=config(), attn_implementation="sdpa")
+        assert asked.config._attn_implementation == "sdpa"
+
+
 def test_a_configuration_that_names_layers_of_another_model_is_refused(saved: Any) -> None:
     config = hf.AutoConfig.from_pretrained(saved["converted"][0])
     config.num_hidden_layers = 1

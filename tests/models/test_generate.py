@@ -77,6 +77,16 @@ def test_prompts_of_several_lengths(pattern: str, chunk: int) -> None:
         for b in range(3):
             alone = torch.cat(list(generate(net, ids[b, real[b]], 6, temperature=0)))
             assert torch.equal(new[b], alone)
+    padded = torch.stack(list(generate(net, first, 6, temperature=0, prefill_chunk=chunk, key_mask=mask)), 1)
+    assert torch.equal(padded, torch.stack(list(generate(net, prompt, 6, temperature=0)), 1))
+    one = torch.cat(list(generate(net, first[2], 6, temperature=0, key_mask=mask[2])))
+    assert torch.equal(one, padded[2])
+    with pytest.raises(ValueError, match=r"key_mask must be bool \[3, 11\] like prompt_ids"):
+        generate(net, first, 1, key_mask=turn)
+    with pytest.raises(ValueError, match="row 1 of key_mask is all False"):
+        generate(net, first, 1, key_mask=mask & torch.tensor([[True], [False], [True]]))
+    with pytest.raises(ValueError, match="prompt_ids is what was read already"):
+        generate(net, prompt, 1, key_mask=mask)
     with pytest.raises(ValueError, match="row 1 of key_mask is all False"):
         read(net, first, key_mask=mask & torch.tensor([[True], [False], [True]]))
     with pytest.raises(ValueError, match=r"key_mask must be bool \[3, 11\] like ids"):

@@ -97,6 +97,27 @@ def test_the_two_pieces_of_a_zigzag_shard_do_not_follow_each_other() -> None:
         check_shifted(ids_of(1, 8), ids_of(1, 8), layout="zigzag")
 
 
+def test_the_pieces_of_documents_of_a_zigzag_shard_do_not_follow_each_other() -> None:
+    documents = torch.tensor([0, 8, 8, 12])  # over two ranks: rows 2 + 2 of the first, 1 + 1 of the last
+    ids = torch.tensor([[1, 1, 2, 2, 3, 4]])
+    with pytest.raises(ValueError, match="labels"):
+        check_shifted(ids, ids.clone(), layout="zigzag", world=2)
+    check_shifted(ids, ids.clone(), layout="zigzag", cu_seqlens=documents, world=2)
+    with pytest.raises(ValueError, match="labels"):
+        check_shifted(ids_of(1, 6), ids_of(1, 6), layout="zigzag", cu_seqlens=documents, world=2)
+
+
+def test_padding_follows_nothing_and_its_labels_do_not_count() -> None:
+    model, ids, mask = model_of(), torch.tensor([[5, 0, 5, 5, 0, 5]]), torch.tensor([[True, False, True, True, False, True]])
+    repeated = torch.tensor([[5, -100, 5, 5, -100, -100]])  # the next real token
+    assert model(ids, repeated, key_mask=mask).isfinite()
+    ids, mask = ids_of(1, 6), torch.tensor([[False, False, True, True, True, True]])
+    copied = torch.where(mask, ids, (ids + 1) % VOCAB)
+    assert model(ids, copied).isfinite()
+    with pytest.raises(ValueError, match="labels"):
+        model(ids, copied, key_mask=mask)
+
+
 def test_labels_of_a_masked_model() -> None:
     model, original = encoder_of(), ids_of()
     hidden = torch.rand(original.shape, generator=torch.Generator().manual_seed(0)) < 0.3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from race_dist.models import DecoderLM, MaskedLM, ModelCarry, ModelConfig, SequenceClassifier
-from race_dist.nn import RaceConfig
+from race_dist.nn import RaceConfig, Sequence
 
 F64 = torch.float64
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -152,6 +152,23 @@ def test_ids_and_labels_of_padding_are_not_looked_at() -> None:
     assert torch.equal(model(strange, unset, key_mask=mask), model(ids, labels, key_mask=mask))
     with pytest.raises(ValueError, match="input_ids must be from 0 to"):
         model(torch.where(mask, -1, ids), key_mask=mask)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_whose_input_is_not_finite_at_padding(name: str) -> None:
+    """As behind somebody else's layer that divides 0 by 0 there."""
+    model, mask = decoder(name), mask_of(*MASKS)
+    x = torch.randn(*mask.shape, 16, generator=torch.Generator().manual_seed(4), dtype=F64)
+    strange = torch.where(mask[..., None], x, float("nan"))
+    for block in model.blocks:
+        found = []
+        for given in (x, strange):
+            leaf = given.clone().requires_grad_()
+            y, _ = block.mixer(leaf, None, Sequence.of(mask.shape[1], key_mask=mask))
+            found.append([y, *torch.autograd.grad(y[mask].square().sum(), [leaf, *block.mixer.parameters()])])
+        for plain, other in zip(*found, strict=True):
+            assert torch.equal(plain, other)
+        assert not found[1][1][~mask].any()
 
 
 def test_recomputed_and_compiled_blocks() -> None:

@@ -135,6 +135,19 @@ def test_whatever_stands_there() -> None:
         assert torch.equal(t, expected[name]), name
 
 
+@pytest.mark.parametrize("unset", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("decay", "normalization", "causal"), [("token", "global", True), ("head", "none", True),
+                                                               ("none", "bucket", True), ("none", "global", False)])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_memory_that_nobody_has_written(backend: str, decay: str, normalization: str, causal: bool, unset: float) -> None:
+    x, mask = inputs(decay, normalization, causal=causal), padding()
+    expected = run(x, x.tokens, slice(None), key_mask=mask, backend=backend)
+    other = {name: torch.where(mask.view(*mask.shape, *(1,) * (t.dim() - 2)), t, t if name == "weight" else unset)
+             for name, t in x.tokens.items()}
+    for name, t in run(x, other, slice(None), key_mask=mask, backend=backend).items():
+        assert torch.equal(t, expected[name]), name
+
+
 def below_the_least_denominator(backend: str, dtype: torch.dtype = torch.float32) -> None:
     """A row that sees nothing but a state that has all but decayed is 0, and so is every gradient; its neighbour is right."""
     scale = 1.0 if dtype == torch.float32 else 10.0

@@ -12,7 +12,8 @@ a little more:
   and refuses "race" for models with cross attention.
 - ``PreTrainedModel.post_init`` (the end of each model's ``__init__``) puts the converted layers in.
 - ``PreTrainedModel.from_pretrained`` makes hyperplanes anew, which are in no checkpoint, and checks that the weights were
-  trained with the settings that the configuration has.
+  trained with the settings that the configuration has. It refuses a configuration of the caller's that names no attention
+  where the saved one says "race".
 - ``Trainer._load_from_checkpoint`` (it resumes a run, by weights alone) refuses a checkpoint of another attention.
 """
 
@@ -145,7 +146,22 @@ def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Sett
                 module.race_settings.zero_()
 
 
+def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> None:
+    """Raise ValueError where a folder's model has attn_implementation="race" and the caller's own configuration names none."""
+    chosen = getattr(config, KEY + "_internal", None) is not None or attn_implementation is not None
+    if chosen or not isinstance(config, PretrainedConfig) or not isinstance(path, (str, Path)):
+        return
+    stored, entries = Path(path) / "config.json", None
+    with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
+        entries = json.loads(stored.read_text(encoding="utf-8"))
+    if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
+        raise ValueError(f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so that '
+                         "it would become softmax: leave config out, or say which by attn_implementation=...")
+
+
 def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    _refuse_softmax_config(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs.get("config"),
+                           kwargs.get("attn_implementation"))
     token, wanted = LOADING.set(True), kwargs.pop("output_loading_info", False)
     try:
         model, info = original(cls, *args, output_loading_info=True, **kwargs)
