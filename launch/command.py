@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from race_dist.launch.environment import one_line
+from race_dist.launch.environment import EnvironmentReference, one_line
 from race_dist.launch.job import JobConfig
 
 RANK_MODULE = "race_dist.launch.rank"
@@ -168,10 +168,11 @@ def srun_container(job: JobConfig, folder: Path) -> list[str]:
     return words
 
 
-def show(command: Sequence[str], environment: Mapping[str, str] | None = None, references: Iterable[str] = ()) -> str:
-    """The command as one could type it, its environment in front; variables passed by reference stand as ``NAME="$NAME"``."""
+def show(command: Sequence[str], environment: Mapping[str, str] | None = None,
+         references: Mapping[str, EnvironmentReference] | None = None) -> str:
+    """The command as one could type it, its environment in front; variables passed by reference stand as ``NAME="$OTHER"``."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
-    settings += [f'{name}="${name}"' for name in references]
+    settings += [f'{name}="${r.from_env or name}"' for name, r in (references or {}).items()]
     return " ".join([*settings, shlex.join(command)])
 
 

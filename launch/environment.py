@@ -16,6 +16,7 @@ _SECRET_WORDS = frozenset({
     "CREDENTIAL", "CREDENTIALS", "CREDS", "AUTH", "AUTHORIZATION", "PAT", "COOKIE", "DSN", "SAS"})
 _SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS")
 _SECRET_PARTS = ("SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "APIKEY")
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _LOGIN_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
@@ -76,6 +77,8 @@ def read_environment(value: object) -> object:
     found: dict[object, object] = {}
     for name, given in value.items():
         where = f"env.{name}"
+        if name in _OF_A_RANK:
+            raise ValueError(f"{where}: {name} tells one rank from another, and launchers set it for each; leave it out")
         if isinstance(given, Mapping):
             found[name] = EnvironmentReference.check(given, source=where, prefix=f"{where}.")
         elif isinstance(given, str | EnvironmentReference):

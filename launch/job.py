@@ -17,6 +17,10 @@ from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig, rea
 TEMPLATES = Path(__file__).with_name("templates")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _LONGEST = 3650 * _DAY
+_OWN_DIRECTIVES = {  # and where they come from
+    "job-name": "set name", "nodes": "set nodes", "ntasks-per-node": "set ranks_per_node", "time": "set time",
+    "signal": "set slurm.signal and stop_before", "output": "set logs", "open-mode": "its logs are appended to",
+    "requeue": "set requeues", "no-requeue": "set requeues = 0"}
 
 
 def parse_time(value: object) -> int:
@@ -122,6 +126,14 @@ class SlurmConfig(StrictConfig):
     signal: Literal["USR1", "USR2", "TERM"] = "USR2"
     directives: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Text] = {}
     srun: tuple[Line, ...] = ()
+
+    @field_validator("directives", mode="after")
+    @classmethod
+    def _check_directives(cls, value: dict[str, str]) -> dict[str, str]:
+        own = next((key for key in value if key in _OWN_DIRECTIVES), None)
+        if own is not None:
+            raise ValueError(f"slurm.directives.{own}: the job writes --{own} itself; {_OWN_DIRECTIVES[own]}")
+        return value
 
 
 class KubernetesConfig(StrictConfig):

@@ -80,6 +80,10 @@ def variants(run: Run, array: Sequence[str]) -> list[Run]:
         if not equals or not key.strip() or not all(found):
             raise ValueError(f"--array {entry!r} is not of the form key=value,value,..., for example seed=0,1,2")
         choices.append([(key.strip(), value) for value in found])
+    keys = [pairs[0][0] for pairs in choices]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--array names {twice} twice; give all its values in one --array {twice}=value,value,...")
     if not choices:
         return [run]
     runs = []
@@ -87,6 +91,10 @@ def variants(run: Run, array: Sequence[str]) -> list[Run]:
         name = "-".join([run.name, *(f"{key.split('.')[-1]}-{value}" for key, value in pick)])
         changes = (*run.overrides, *(f"{key}={value}" for key, value in pick), f"name={name}")
         runs.append(replace(run, name=load_config(run.config, changes).name, overrides=changes))
+    names = [each.name for each in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--array makes two runs of the name {twice}; give each value once")
     return runs
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +69,76 @@ def test_the_first_failure_ends_the_others_and_is_named(
     monkeypatch.setattr("race_dist.launch.local._GRACE", 0.5)
     assert launch_ranks(["-c", f"import os, sys, time; rank = int(os.environ['RANK']); {program}"], 2) == code
     assert message in capfd.readouterr().err
+
+
+def test_ranks_do_not_take_themselves_for_those_of_another_launcher(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0",
+                        "LOCAL_RANK": "7", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    program = ("import json, os; rank = os.environ['RANK']\n"
+               f"json.dump(dict(os.environ), open({str(tmp_path)!r} + '/' + rank, 'w'))")
+    assert launch_ranks(["-c", program], 2) == 0
+    for rank in range(2):
+        found = json.loads((tmp_path / str(rank)).read_text())
+        assert not [name for name in found if name.startswith(("TORCHELASTIC", "GROUP_"))]
+        assert (found["RANK"], found["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"]) == ("2", "2")
+        assert (found["MASTER_ADDR"], "RACE_DIST_STORE_FD" in found) == ("127.0.0.1", rank == 0)
+        assert found["MASTER_PORT"] != "1"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--endpoint", ":1"], "HOST:PORT"), (["--endpoint", "a b:1"], "HOST:PORT"), (["--endpoint", "a:0"], "HOST:PORT"),
+    (["--endpoint", "a:99999"], "HOST:PORT"), (["--endpoint", "a"], "HOST:PORT"), (["--endpoint", ""], "--endpoint"),
+    (["--endpoint", "a:1", "--node-rank", "1"], "--node-rank"), (["--local-address", "a;b"], "--local-address"),
+    (["--job", ""], "--job")])
+def test_options_of_torchrun_are_refused_by_name(config: Path, words: list[str], message: str) -> None:
+    code, text = race_dist("launch", "torchrun", config, "-s", "device=cpu", "--dry-run", *words)
+    assert code == 2, text
+    assert message in re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize("words", [["--folder", ""], ["--json", ""], ["--device", "tpu"], ["--device", ""], ["--timeout", "0"],
+                                   ["--timeout", "1e300"], ["--timeout", "nan"]])
+def test_options_of_preflight_are_refused_by_name(words: list[str]) -> None:
+    code, text = race_dist("preflight", *words)
+    assert code == 2, text
+    assert words[0] in text
+
+
+@pytest.mark.parametrize("words", [["--timeout", "2", "--nproc", "2"], ["--nproc=2", "--timeout", "2"],
+                                   ["--nproc", "2", "--timeout=2", "--device", "cpu"]])
+def test_ranks_of_preflight_get_all_words_but_their_number(
+        words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    def launch(arguments: list[str], count: int) -> int:
+        seen.append([*arguments, str(count)])
+        return 0
+
+    monkeypatch.setattr("race_dist.launch.local.launch_ranks", launch)
+    assert race_dist("preflight", *words, "--folder", tmp_path)[0] == 0
+    assert seen[0][:3] == ["-m", "race_dist.launch.rank", "preflight"]
+    assert seen[0][-1] == "2"
+    assert "--nproc" not in seen[0]
+    assert seen[0][seen[0].index("--folder") + 1] == str(tmp_path)
+    assert float(seen[0][seen[0].index("--timeout") + 1]) == 2.0
+
+
+@pytest.mark.parametrize(("changes", "code", "message"), [
+    ({}, 1, "rank 0: rank 1 of 2 did not join the job at 127.0.0.1:"), ({"RANK": ""}, 2, "RANK in the environment"),
+    ({"MASTER_PORT": ""}, 2, "MASTER_PORT is not set"), ({"LOCAL_RANK": "x"}, 2, "LOCAL_RANK in the environment")])
+def test_a_rank_that_cannot_join_says_so_in_one_sentence(config: Path, changes: dict[str, str], code: int, message: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (place | changes).items():
+        monkeypatch.setenv(name, value)
+    found, text = race_dist("train", config, "-o", "parallel.timeout=1")
+    assert found == code, text
+    assert message in text
+    assert len(text.strip().splitlines()) == 1
 
 
 def launcher(folder: Path, program: str) -> subprocess.Popen[bytes]:

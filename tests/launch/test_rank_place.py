@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,34 @@ def test_under_slurm() -> None:
     assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "nid008",
                      "MASTER_PORT": str(20000 + 123456 % 8192)}
     assert rank_variables(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) == {}
+
+
+def test_steps_of_one_allocation_meet_at_different_ports() -> None:
+    ports = {rank_variables(SLURM | {"SLURM_STEP_ID": str(step), "SLURM_JOB_ID": str(job)})["MASTER_PORT"]
+             for step in range(4) for job in range(123456, 123466)}
+    assert len(ports) == 40
+    assert all(20000 <= int(port) < 28192 for port in ports)
+
+
+def test_an_exported_place_to_meet_is_used_and_an_empty_one_is_not() -> None:
+    exported = {"MASTER_ADDR": "10.0.0.5", "MASTER_PORT": "4321"}
+    assert not {"MASTER_ADDR", "MASTER_PORT"} & set(rank_variables(SLURM | exported))
+    found = rank_variables(SLURM | {"MASTER_ADDR": "", "MASTER_PORT": " ", "RANK": "", "WORLD_SIZE": ""})
+    assert (found["RANK"], found["MASTER_ADDR"], found["MASTER_PORT"]) == ("5", "nid008", str(20000 + 123456 % 8192))
+
+
+@pytest.mark.parametrize("missing", ["SLURM_LOCALID", "SLURM_JOB_ID"])
+def test_variables_that_slurm_left_out_are_named(missing: str) -> None:
+    for value in (None, "x"):
+        left = {k: v for k, v in SLURM.items() if k != missing} | ({} if value is None else {missing: value})
+        with pytest.raises(ValueError, match=f"{missing} in the environment must be an integer"):
+            rank_variables(left)
+
+
+def test_ranks_left_over_in_the_shell_do_not_make_each_task_a_run_of_its_own() -> None:
+    with pytest.raises(ValueError, match=r"RANK=0 and WORLD_SIZE=1 .* srun started 8 tasks: unset RANK and WORLD_SIZE"):
+        rank_variables(SLURM | {"RANK": "0", "WORLD_SIZE": "1"})
+    assert rank_variables(SLURM | {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}) == {}
 
 
 def test_slurm_nodes_with_unequal_tasks_and_the_node_of_a_rank() -> None:
@@ -98,3 +127,44 @@ def test_caches_go_to_the_nodes_own_disk_unless_set(tmp_path: Path) -> None:
     untouched: dict[str, str] = {}
     use_local_caches(untouched)
     assert untouched == {}
+
+
+@pytest.mark.parametrize("spoiled", ["open to all", "its part open to all", "a link", "its part a link", "a file",
+                                     "a root that others may rename in"])
+def test_a_cache_that_others_can_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoiled: str) -> None:
+    """What lies in it is loaded as code."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    root, other = tmp_path / "cache", tmp_path / "other"
+    mine = root / str(os.getuid())
+    root.mkdir()
+    other.mkdir()
+    if spoiled == "a link":
+        mine.symlink_to(other)
+    elif spoiled == "a file":
+        mine.write_text("")
+    else:
+        mine.mkdir(mode=0o700)
+        part = mine / "triton"
+        part.symlink_to(other) if spoiled == "its part a link" else part.mkdir(mode=0o700)
+        for folder in {"open to all": [mine], "its part open to all": [part], "a root that others may rename in": [root]}.get(
+                spoiled, []):
+            folder.chmod(0o777)
+    environment = {"RACE_DIST_CACHE": str(root)}
+    use_local_caches(environment)
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
+        used = Path(environment[name])
+        assert not used.is_relative_to(mine)
+        assert str(os.getuid()) in used.parent.name
+        for folder in (used, used.parent):
+            found = folder.lstat()
+            assert (stat.S_ISDIR(found.st_mode), found.st_uid, stat.S_IMODE(found.st_mode)) == (True, os.getuid(), 0o700)
+    assert not list(other.iterdir())
+
+
+def test_where_no_cache_can_be_made_a_sentence_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: os.mkdir(tmp_path / "file" / "x"))
+    with pytest.raises(ValueError, match=r"no folder for compiled kernels can be made in RACE_DIST_CACHE=.*file/cache"):
+        use_local_caches({"RACE_DIST_CACHE": str(tmp_path / "file" / "cache")})

@@ -1,0 +1,120 @@
+"""One process has a run's folder: another is refused by name, and what was killed leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from race_dist.training import run_lock
+from race_dist.training.config import parse_config
+from race_dist.training.run_lock import LOCK, Owner, RunInUse, RunLock, check_not_in_use
+from race_dist.training.rundir import RunDirectory, open_run
+
+CONFIG = parse_config({"name": "r", "model": {"dim": 8, "num_layers": 1, "num_heads": 1}})
+HOLD = "import sys, time\nfrom pathlib import Path\nfrom race_dist.training.run_lock import RunLock\n" \
+       "with RunLock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process  # type: ignore[misc]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    folder = tmp_path / "r"
+    for attempt in (lambda: RunLock(folder).acquire(), lambda: check_not_in_use(folder), RunDirectory(folder).check_not_in_use,
+                    lambda: open_run(RunDirectory(folder), CONFIG, None, resume=True, overwrite=False)):
+        with pytest.raises(OSError, match=rf"r is in use: .*process {holder.pid} on .*, since 20"):
+            attempt()
+    assert not (folder / "config.json").exists()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    check_not_in_use(folder)
+    with RunLock(folder):
+        assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
+        check_not_in_use(folder)  # one's own
+    assert (folder / LOCK).read_text() == ""
+
+
+def test_ranks_that_start_again_wait_for_one_that_is_dying(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    folder = tmp_path / "r"
+    owner = json.loads((folder / LOCK).read_text()) | {"ticks": "1"}  # as if the process had died, its end not yet done
+    (folder / LOCK).write_text(json.dumps(owner))
+    end = threading.Timer(0.7, holder.kill)
+    end.start()
+    began = time.monotonic()
+    RunLock(folder).acquire().release()
+    assert 0.4 < time.monotonic() - began < 20.0
+    end.join()
+
+
+def test_where_locks_stay_on_one_node_the_file_tells_who_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_locks_are_local", lambda file: True)
+    monkeypatch.setattr(run_lock, "_BEAT", 0.05)
+    elsewhere = replace(Owner.this_process(), host="other", boot="other", pid=1)
+    tmp_path.joinpath(LOCK).write_text(json.dumps(asdict(elsewhere)))
+    touch = subprocess.Popen(["sh", "-c", f"while sleep 0.03; do touch '{tmp_path / LOCK}'; done"])
+    try:
+        with pytest.raises(RunInUse, match="process 1 on other"):
+            RunLock(tmp_path).acquire()
+    finally:
+        touch.kill()
+        touch.wait()
+    with RunLock(tmp_path):  # nobody touches it any more
+        first = (tmp_path / LOCK).stat().st_mtime_ns
+        time.sleep(0.3)
+        assert (tmp_path / LOCK).stat().st_mtime_ns != first
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": "x"}', "\x00" * 10])
+def test_a_lock_that_nobody_holds_is_taken_whatever_is_in_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCK).write_text(text)
+    check_not_in_use(tmp_path)
+    RunLock(tmp_path).acquire().release()
+
+
+def test_a_linked_lock_is_refused_and_a_left_over_one_is_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / LOCK).write_text("")
+    RunDirectory(folder).check_free(overwrite=False)
+    RunDirectory(folder).check_resumable()
+    (folder / LOCK).unlink()
+    (folder / LOCK).symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic link"):
+        RunLock(folder).acquire()
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "tensorboard", "metrics.jsonl", "model.safetensors", "."])
+def test_a_run_that_begins_anew_removes_nothing_behind_a_link(tmp_path: Path, part: str) -> None:
+    directory, scratch = RunDirectory(tmp_path / "r"), tmp_path / "scratch"
+    directory.create(CONFIG, overwrite=False)
+    place = directory.path / part if part != "." else directory.path
+    if part == ".":
+        directory.path.rename(scratch)
+    elif "." in part:
+        scratch.write_text("kept")
+    else:
+        scratch.mkdir()
+        (scratch / "kept").write_text("kept")
+    place.symlink_to(scratch)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"is a symbolic link to .*scratch"):
+        directory.create(CONFIG, overwrite=True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
