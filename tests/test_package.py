@@ -18,7 +18,8 @@ import race_dist
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"race_dist": ROOT / "race_dist", "race_dist.kernels": ROOT / "kernels", "race_dist.launch": ROOT / "launch"}
-DATA = {"race_dist.configs": ROOT / "configs", "race_dist.launch.templates": ROOT / "launch/templates"}  # no modules there
+DATA = {"race_dist.configs": ROOT / "configs", "race_dist.configs.quality": ROOT / "configs/quality",
+        "race_dist.launch.templates": ROOT / "launch/templates"}  # no modules there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # docs/architecture.md; the first name that a module starts with counts

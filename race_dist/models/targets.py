@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -60,14 +61,18 @@ def _last_of_pieces(length: int, cu_seqlens: Tensor | None, world: int) -> Tenso
     return ends[(ends > 0) & (ends < length)] - 1
 
 
-def check_shifted_text(input_ids: Any, labels: Any) -> None:
-    """The same for a text of any length, a tensor or a NumPy array ``[B, T]``: its memory, and on the CPU its beginning."""
-    if _same_memory(input_ids, labels):
-        raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
+def warn_unshifted_text(input_ids: Any, labels: Any) -> None:
+    """Warn where labels of a text of any length, a tensor or a NumPy array ``[B, T]``, are its input: the same memory, or on
+    the CPU the same beginning. No error: a streamed step is also called for its time and memory alone."""
     size = max(2, _FIRST // max(1, int(input_ids.shape[0])))
-    head = [torch.from_numpy(np.asarray(x[:, :size]).astype(np.int64)) if isinstance(x, np.ndarray) else x[:, :size]
-            for x in (input_ids, labels)]
-    check_shifted(head[0], head[1])
+    try:
+        if _same_memory(input_ids, labels):
+            raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
+        head = [torch.from_numpy(np.asarray(x[:, :size]).astype(np.int64)) if isinstance(x, np.ndarray) else x[:, :size]
+                for x in (input_ids, labels)]
+        check_shifted(head[0], head[1])
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=3)
 
 
 def check_masked(input_ids: Tensor, labels: Tensor) -> None:

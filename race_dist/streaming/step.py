@@ -23,7 +23,7 @@ from race_dist import checks
 from race_dist.files import tree_digest
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
-from race_dist.models.targets import check_shifted_text
+from race_dist.models.targets import warn_unshifted_text
 from race_dist.parallel import all_reduce_sum, group_size
 from race_dist.parallel.agree import agree_on_greatest
 from race_dist.parallel.comm import check_group, pack, unpack
@@ -70,9 +70,9 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
         The mean over all targets, on every rank; 0 (with gradients 0) where no target counts.
 
     Raises:
-        ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, the
-            labels are the input, or what the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError,
-            which names the file).
+        ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, or
+            what the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError, which names the file).
+            Labels that are the input are warned of.
         StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
     """
     _refuse_mask(key_mask)
@@ -80,7 +80,7 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
         checks.instance("checkpoint", checkpoint, StepCheckpoint, 'give StepCheckpoint("FOLDER")')
     check_group(world, "world")
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
-    check_shifted_text(input_ids, labels)
+    warn_unshifted_text(input_ids, labels)
     stop = None if checkpoint is None else checkpoint.stop
     with Gradients(model, stream.group, reduce) as gradients, Interrupts(stop) as interrupts:
         together = model.process_group if world is None and isinstance(model, DistributedDataParallel) else world
@@ -102,7 +102,7 @@ def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_
     _refuse_mask(key_mask)
     checks.callback("progress", progress)
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
-    check_shifted_text(input_ids, labels)
+    warn_unshifted_text(input_ids, labels)
     targets, carry, pace = stream.targets(num_targets), stream.first_carry(), stream.pace()
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
     for chunk, ids, wanted in stream.text.read(range(stream.text.count)):
