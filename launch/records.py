@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from race_dist.files import read_object
-from race_dist.outputs import write_private
+from race_dist.output_paths import write_private
 
 FOLDER = ".jobs"
 

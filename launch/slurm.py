@@ -24,7 +24,7 @@ from race_dist.launch.place import rank_variables
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 from race_dist.launch.records import Record, job_folder, remember
 from race_dist.launch.sbatch import directives, preflight_words, render
-from race_dist.outputs import write_private
+from race_dist.output_paths import write_private
 from race_dist.rank_environment import without_rank_variables
 
 _ENDED = "ENDED"

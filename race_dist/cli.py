@@ -98,8 +98,8 @@ def train(
 
 
 def _rehearse(trainer: Trainer) -> None:
-    from race_dist.output import tell
     from race_dist.parallel.mesh import shutdown
+    from race_dist.terminal import tell
     from race_dist.training.rehearsal import rehearse
 
     for line in rehearse(trainer):
@@ -147,7 +147,7 @@ def bench_attention(
     import torch
 
     from race_dist.benchmarks import attention
-    from race_dist.outputs import check_output_file
+    from race_dist.output_paths import check_output_file
 
     if out is not None:
         check_output_file(out.with_suffix(".png"), "the picture beside --out")
@@ -205,7 +205,7 @@ def bench_streaming(
     limit_seconds: Annotated[float | None, cli_types.number(
         metavar="S", help="End a step after so long with what it has shown.", low=0, high=cli_types.LONGEST_TIME)] = None,
     store: Annotated[Path | None, cli_types.output_folder(
-        metavar="FOLDER", help="Store a step under way there; the same command then goes on with it.")] = None,
+        metavar="FOLDER", help="Store a step under way there; the same command then goes on with it.", follow=True)] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also list the kernels of a few chunks by time.")] = False,
     out: Annotated[Path | None, cli_types.output_file(
         metavar="FILE.json", help="Write the figures there, and a picture of several lengths beside it.",
@@ -213,7 +213,7 @@ def bench_streaming(
 ) -> None:
     """Time one exact optimizer step of a whole model over one long sequence."""
     from race_dist.benchmarks import streaming
-    from race_dist.outputs import check_output_file
+    from race_dist.output_paths import check_output_file
     from race_dist.training.config import load_config
 
     if out is not None:

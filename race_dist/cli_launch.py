@@ -138,7 +138,7 @@ def preflight(
     nproc: Annotated[int | None, cli_types.whole(
         metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.", high=cli_types.MOST_RANKS)] = None,
     folder: Annotated[Path | None, cli_types.output_folder(
-        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.")] = None,
+        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.", follow=True)] = None,
     device: Annotated[str | None, cli_types.device()] = None,
     timeout: Annotated[float, cli_types.number(
         metavar="S", help="Seconds that ranks wait for each other.", low=1, high=TIMEOUT_LIMIT)] = 120.0,

@@ -123,7 +123,7 @@ def report(
 
     report.html needs no other file; the pictures lie beside it as PNGs too.
     """
-    from race_dist.outputs import check_output_file, check_output_folder
+    from race_dist.output_paths import check_output_file, check_output_folder
     from race_dist.training.report import write_report
 
     target = folders[0] / "report" if out is None else out
@@ -170,11 +170,9 @@ def data_pack(
     from rich.console import Console
     from rich.text import Text
 
-    from race_dist.outputs import check_output_folder
     from race_dist.training.packed import pack
 
     console = Console(stderr=True)
-    check_output_folder(out, "--out")
     with cleaned_up(), console.status("packing") as status:
         corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
                       skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from race_dist.output_paths import check_output_file, check_output_folder
 from race_dist.strict_config import COUNT_LIMIT, SIZE_LIMIT, shown
 
 T = TypeVar("T")
@@ -130,39 +131,25 @@ def input_file(*names: str, metavar: str, help: str) -> Any:
 def output_file(*names: str, metavar: str, help: str, make_folder: bool = False) -> Any:
     """An option that takes a file to write; with ``make_folder`` its folder is made where it is not there."""
     def parse(name: str) -> Path:
-        path = Path(name)
-        if _ask(path, Path.is_dir):
-            raise typer.BadParameter(f"{shown(name)} is a folder: give the name of a file")
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise typer.BadParameter(f"{shown(name)} is a link or a device, which would be replaced: give the name of a file")
-        _check_folder(path.absolute().parent, name, make_folder)
-        if path.exists() and not os.access(path, os.W_OK):
-            raise typer.BadParameter(f"{shown(name)} is there and may not be written")
-        return path
+        return _writable(name, lambda path: check_output_file(path, "", make_folder=make_folder))
 
     return _option(parse, names, metavar, help)
 
 
-def output_folder(*names: str, metavar: str, help: str) -> Any:
-    """An option that takes a folder to write into, which is made where it is not there."""
+def output_folder(*names: str, metavar: str, help: str, follow: bool = False) -> Any:
+    """An option that takes a folder to write into, which is made where it is not there; ``follow``: or a link to one."""
     def parse(name: str) -> Path:
-        _ask(Path(name), Path.is_dir)
-        _check_folder(Path(name).absolute(), name, make=True)
-        return Path(name)
+        return _writable(name, lambda path: check_output_folder(path, "", follow=follow))
 
     return _option(parse, names, metavar, help)
 
 
-def _check_folder(folder: Path, name: str, make: bool) -> None:
-    """Refuse ``name`` where nothing can be written into ``folder``."""
-    there = folder
-    while make and not there.exists() and there != there.parent and not there.is_symlink():
-        there = there.parent
-    if not there.is_dir():
-        raise typer.BadParameter(f"{shown(name)} cannot be written: {there} is "
-                                 f"{'not a folder' if there.exists() else 'not there; make the folder first'}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{shown(name)} cannot be written: {there} may not be written into")
+def _writable(name: str, check: Callable[[Path], None]) -> Path:
+    try:
+        check(Path(name))
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from None
+    return Path(name)
 
 
 def _ask(path: Path, question: Callable[[Path], bool]) -> bool:

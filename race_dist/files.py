@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from race_dist.output_paths import replacing
 
 Kinds = Mapping[str, type | tuple[type, ...]]
 
@@ -33,32 +35,6 @@ class DamagedFileError(ValueError):
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when the block ends, once its bytes are on disk.
-
-    After an error ``path`` is as it was, and what was half written is removed.
-
-    Raises:
-        OSError: it cannot be written; the message names ``path``.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise OSError(f"{path} could not be written: there is a link, a folder or a device of that name")
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        failed = OSError(f"{path} could not be written: {error.strerror or error}")
-        failed.errno = error.errno
-        raise failed from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

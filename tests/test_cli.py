@@ -97,7 +97,8 @@ def test_train_then_generate(config: Path, tmp_path: Path) -> None:
     assert code == 0, text
     run = tmp_path / "runs" / "first"
     assert {f.name for f in run.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors", "curves.png",
-                                               "sample.txt", "checkpoints", "machine.json", "positions-32.json"}
+                                               "sample.txt", "checkpoints", "machine.json", "positions-32.json",
+                                               ".run.lock"}
     assert "bits per byte over 64 bytes" in text
     code, text = invoke("generate", run, "--prompt", "a line", "--tokens", "30")
     assert code == 0

@@ -35,13 +35,13 @@ from race_dist.files import (
     check_file,
     file_digest,
     read_record,
-    replacing,
     tree_digest,
     write_record,
 )
-from race_dist.output import tell
+from race_dist.output_paths import replacing
 from race_dist.parallel.agree import agree_on_greatest, agree_on_least
 from race_dist.streaming.text import Tokens
+from race_dist.terminal import tell
 
 KEPT = 2  # generations
 PIECES, PIECE = 64, 4096  # of a text, read for its digest

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from race_dist.output import tell
+from race_dist.terminal import tell
 
 HOST_AHEAD = 2  # chunks whose kernels may wait on a device before the host waits for them
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from race_dist.files import is_kind, read_object, replacing
+from race_dist.files import is_kind, read_object
+from race_dist.output_paths import replacing
 from race_dist.training.metrics import UNIFORM_BITS, bits
 
 COLOURS = ("#2b6cb0", "#c8502d", "#2f855a", "#805ad5", "#b7791f", "#0f766e", "#b83280", "#4a5568")

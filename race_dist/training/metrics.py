@@ -11,7 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from race_dist.output import plain_console
+from race_dist.terminal import plain_console
 from race_dist.training.records import Board, RecordFile, Troubles, keep_records, read_metrics
 
 __all__ = ["UNIFORM_BITS", "Metrics", "bits", "read_metrics"]

@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from race_dist.files import DamagedFileError, check_record, read_object, write_record
-from race_dist.outputs import check_output_folder
+from race_dist.output_paths import check_output_folder
 from race_dist.training.corpus import BYTE_VOCAB, Corpus, expand_home, sample_digest
 from race_dist.training.text_files import (
     STDLIB,

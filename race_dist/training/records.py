@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from race_dist.files import replacing
+from race_dist.output_paths import replacing
 
 LARGEST_STEP = 2**53  # what a float, and so a picture, still counts
 _LARGEST_BACKLOG = 100_000  # records that wait for a disk that is full

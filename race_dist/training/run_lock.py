@@ -105,6 +105,7 @@ class RunLock:
             os.close(fd)
             raise
         self._fd = fd
+        self._stop.clear()
         if not reaches_others:
             threading.Thread(target=self._touch, name="race-dist-run-lock", daemon=True).start()
         return self

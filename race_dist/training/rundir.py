@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from race_dist.files import check_file, file_digest, read_object, replacing, write_json, write_text
+from race_dist.files import check_file, file_digest, read_object, write_json, write_text
 from race_dist.models import DecoderLM
+from race_dist.output_paths import replacing
 from race_dist.parallel import gather_objects, group_rank
 from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config

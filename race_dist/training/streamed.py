@@ -12,7 +12,6 @@ from torch import Tensor
 
 from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE
-from race_dist.output import tell
 from race_dist.parallel import Replica
 from race_dist.streaming import (
     DamagedStepError,
@@ -25,6 +24,7 @@ from race_dist.streaming import (
 )
 from race_dist.streaming.checkpoint import digest_of_weights
 from race_dist.streaming.gradients import Reduce
+from race_dist.terminal import tell
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig
 from race_dist.training.data import Batch

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from race_dist.files import file_digest
-from race_dist.output import plain_console
+from race_dist.terminal import plain_console
 from race_dist.training.closing import write_positions
 from race_dist.training.config import TrainConfig
 from race_dist.training.corpus import LARGEST_IN_MEMORY, Corpus, Split, load_corpus

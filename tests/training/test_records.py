@@ -159,7 +159,7 @@ def test_folders_in_the_place_of_files_cost_those_files(tmp_path: Path, capsys: 
     go(config, stop_requested=block)
     said = capsys.readouterr().out
     for path in (directory.curves, directory.sample):
-        assert f"{path} could not be written (there is a folder or a device of that name): the run goes on" in said
+        assert f"{path} could not be written (it is a folder; give the name of a file): the run goes on" in said
     assert directory.positions
     directory.load_model()
 

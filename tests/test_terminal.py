@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from race_dist.output import TolerantStream, plain_console, tell
+from race_dist.terminal import TolerantStream, plain_console, tell
 
 PROGRAM = """
-from race_dist.output import plain_console, tell
+from race_dist.terminal import plain_console, tell
 console = plain_console()
 for n in range(3):
     console.print("caf\\u00e9 [/b] :smile:")

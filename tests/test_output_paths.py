@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from race_dist.cli import app
-from race_dist.outputs import check_output_file, check_output_folder, write_private
+from race_dist.output_paths import check_output_file, check_output_folder, replacing, write_private
 from race_dist.training.weights import save_weights
 
 
@@ -67,6 +67,29 @@ def test_folders_of_files_and_private_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="is no folder"):
         check_output_folder(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="is a symbolic link"):
+        check_output_folder(tmp_path / "link")
+    check_output_folder(tmp_path / "link", follow=True)
+    with pytest.raises(OSError, match="is no folder"):
+        check_output_folder(tmp_path / "file", follow=True)
     made = write_private(tmp_path / "a" / "b", "ä")
     assert (made.read_text(encoding="utf-8"), stat.S_IMODE(made.stat().st_mode)) == ("ä", 0o600)
     assert [p.name for p in made.parent.iterdir()] == ["b"]
+    with pytest.raises(OSError, match="make the folder first"):
+        check_output_file(tmp_path / "none" / "file", make_folder=False)
+
+
+def test_private_files_are_private_before_they_are_complete(tmp_path: Path) -> None:
+    with replacing(tmp_path / "file", mode=0o600) as partial:
+        assert (stat.S_IMODE(partial.stat().st_mode), partial.read_bytes()) == (0o600, b"")
+        partial.write_text("x")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 300, "nul\x00"])
+def test_names_that_no_file_can_have_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a\nb").mkdir()
+    with pytest.raises(OSError) as refused:
+        check_output_file(tmp_path / name)
+    assert "\n" not in str(refused.value)

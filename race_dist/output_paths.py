@@ -1,0 +1,120 @@
+"""Paths that are written to: what may stand there, files that appear only when complete, and private files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from race_dist.strict_config import shown
+
+
+def check_output_file(file: Path, what: str = "the output", *, make_folder: bool = True) -> None:
+    """Refuse a path for a file where writing would do something else: a link (to whatever it points to), a folder, a device,
+    or a path below something that is no folder.
+
+    Args:
+        file: to be written, or written anew.
+        what: the option, named in the error. Empty: the path alone is named.
+        make_folder: whether whoever writes makes the folder of the file, where there is none.
+
+    Raises:
+        OSError: it cannot be written as a file of its own; one sentence with the path.
+    """
+    _check(file, what, folder=False, make=make_folder)
+
+
+def check_output_folder(folder: Path, what: str = "the output", *, follow: bool = False) -> None:
+    """The same for a folder of files: refuses a link, and everything that is there and no folder. OSError, one sentence.
+
+    With ``follow`` a link to a folder is that folder: where files are stored, but none is replaced as a whole.
+    """
+    _check(folder.resolve() if follow and os.path.isdir(folder) else folder, what, folder=True, make=True)
+
+
+def _check(path: Path, what: str, *, folder: bool, make: bool) -> None:
+    trouble = _trouble(path, folder=folder, make=make)
+    if trouble is not None:
+        raise type(trouble)(f"{what} {shown(str(path))} {trouble}".strip())
+
+
+def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
+    """Why nothing can be written there, in words that follow its name."""
+    try:
+        found = path.lstat().st_mode
+    except FileNotFoundError:
+        found = 0
+    except NotADirectoryError:
+        return NotADirectoryError("lies in something that is no folder; choose another path")
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        return OSError(f"cannot be used: {getattr(error, 'strerror', None) or error}")
+    if stat.S_ISLNK(found):
+        return FileExistsError(f"is a symbolic link to {shown(os.readlink(path))}: it is neither written through nor replaced; "
+                               "remove the link or name the file itself")
+    if found and not folder and not stat.S_ISREG(found):
+        kind = "a folder" if stat.S_ISDIR(found) else "no ordinary file but a device, pipe or socket"
+        return FileExistsError(f"is {kind}; give the name of a file")
+    if found and folder and not stat.S_ISDIR(found):
+        return FileExistsError("is there and is no folder; choose another path")
+    if found and not os.access(path, os.W_OK):
+        return PermissionError(f"may not be written: its mode is {stat.S_IMODE(found):o}")
+    parent = path.absolute().parent
+    while make and not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        return NotADirectoryError(f"lies in {shown(str(parent))}, which is no folder; choose another path"
+                                  if os.path.lexists(parent) else
+                                  f"lies in {shown(str(parent))}, which is not there; make the folder first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return PermissionError(f"lies in {shown(str(parent))}, which may not be written into")
+    return None
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when the block ends, once its bytes are on disk.
+
+    After an error ``path`` is as it was, and what was half written is removed.
+
+    Args:
+        path: of the file, in a folder that is there.
+        mode: permissions, which the file has from the moment that it is made; it is then there, and empty, for the block to
+            write into. None: as the process makes files.
+
+    Raises:
+        OSError: it cannot be written; the message names ``path``.
+    """
+    trouble = _trouble(path, folder=False, make=False)
+    if trouble is not None:
+        raise type(trouble)(f"{path} could not be written: it {trouble}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        if mode is not None:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode & 0o700))
+            partial.chmod(mode)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        failed = OSError(f"{path} could not be written: {error.strerror or error}")
+        failed.errno = error.errno
+        raise failed from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_private(file: Path, text: str, *, executable: bool = False, what: str = "the output") -> Path:
+    """Write a text file that only its owner can read (mode 0600, or 0700); it appears when it is complete.
+
+    Raises:
+        OSError: as :func:`check_output_file`, or the disk is full.
+    """
+    check_output_file(file, what)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file, mode=0o700 if executable else 0o600) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return file
