@@ -32,7 +32,7 @@ check: lint
 	$(PYTEST) -m "not slow and not gpu" -k "not wheel" $(CORE)
 
 test: lint .venv/.installed-cluster .venv/.installed-browser
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" --durations 20
 
 test-all: lint .venv/.installed-cluster .venv/.installed-browser
 	$(PYTEST) -m "not gpu"

@@ -160,8 +160,8 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
     """
     checks.instance("model", model, DecoderLM)
     if isinstance(prompt_ids, Context) and key_mask is not None:
-        raise ValueError("key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to read(model, ids, "
-                         "before, key_mask=...)")
+        raise ValueError("key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to "
+                         "read(model, ids, before, key_mask=...)")
     if not isinstance(prompt_ids, Context):
         checks.tensor("prompt_ids", prompt_ids, dtypes=checks.INTEGERS)
         prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids

@@ -143,8 +143,8 @@ def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int, gro
 
 def _refuse_mask(key_mask: object) -> None:
     if key_mask is not None:
-        raise ValueError("key_mask: streamed steps take no padding; lay the texts one after the other in one row and give their "
-                         "boundaries as cu_seqlens")
+        raise ValueError("key_mask: streamed steps take no padding; lay the texts one after the other in one row and give "
+                         "their boundaries as cu_seqlens")
 
 
 class _Stream:

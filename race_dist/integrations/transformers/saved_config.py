@@ -155,8 +155,8 @@ def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> 
     with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
         entries = json.loads(stored.read_text(encoding="utf-8"))
     if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
-        raise ValueError(f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so that '
-                         "it would become softmax: leave config out, or say which by attn_implementation=...")
+        raise ValueError(f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so '
+                         "that it would become softmax: leave config out, or say which by attn_implementation=...")
 
 
 def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
