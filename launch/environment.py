@@ -17,6 +17,7 @@ _SECRET_WORDS = frozenset({
 _SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS")
 _SECRET_PARTS = ("SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "APIKEY")
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_ASSIGNMENT = re.compile(r"(?:^|[=,\s])([A-Za-z_][A-Za-z0-9_]*)=([^,\s]*)")
 _LOGIN_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
@@ -45,6 +46,24 @@ def is_secret(name: str, value: str = "") -> bool:
     words = name.upper().split("_")
     return (not _SECRET_WORDS.isdisjoint(words) or any(word.endswith(_SECRET_ENDS) for word in words)
             or any(part in name.upper() for part in _SECRET_PARTS) or _LOGIN_IN_URL.search(value) is not None)
+
+
+def no_secret(text: str) -> str:
+    """The text, where it holds no secret: neither ``NAME=VALUE`` of one, as in ``--export=HF_TOKEN=...``, nor a password in an
+    address.
+
+    Raises:
+        ValueError: it holds one, which would stand in the job's file. The message does not show it.
+    """
+    name = next((name for name, value in _ASSIGNMENT.findall(text) if value and not value.startswith("$") and is_secret(name)),
+                None)
+    if name is not None:
+        raise ValueError(f"the value of {name} would stand in the job's file: give env.{name} instead, which is passed by "
+                         "reference")
+    if _LOGIN_IN_URL.search(text):
+        raise ValueError("there is an address with a password in it, which would stand in the job's file: log in to the "
+                         "registry, or keep the password where the program looks for it")
+    return text
 
 
 class EnvironmentReference(StrictConfig):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from race_dist.launch.environment import EnvironmentReference, is_secret, one_line, read_environment
+from race_dist.launch.environment import EnvironmentReference, is_secret, no_secret, one_line, read_environment
 from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig, read_toml, set_key
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -82,6 +82,8 @@ def _inner_path(text: str) -> str:
 Seconds = Annotated[int, BeforeValidator(parse_time)]
 Text = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(one_line)]  # may be empty
 Line = Annotated[Text, AfterValidator(_filled)]
+PublicText = Annotated[Text, AfterValidator(no_secret)]  # it stands in files and on screens
+PublicLine = Annotated[Line, AfterValidator(no_secret)]
 Mount = Annotated[str, AfterValidator(one_line), AfterValidator(_mount)]
 InnerPath = Annotated[str, AfterValidator(one_line), AfterValidator(_inner_path)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+:@/=,-]*$")]
@@ -99,7 +101,7 @@ class ContainerConfig(StrictConfig):
         workdir: the folder inside to run in.
     """
 
-    image: Line
+    image: PublicLine
     runtime: Literal["pyxis", "edf", "apptainer", "podman", "docker"] = "pyxis"
     workdir: InnerPath | None = None
 
@@ -124,8 +126,8 @@ class SlurmConfig(StrictConfig):
     gpu_request: Literal["gpus-per-node", "gpus-per-task", "gres", "none"] = "gpus-per-node"
     exclusive: bool = True
     signal: Literal["USR1", "USR2", "TERM"] = "USR2"
-    directives: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], Text] = {}
-    srun: tuple[Line, ...] = ()
+    directives: dict[Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")], PublicText] = {}
+    srun: tuple[PublicLine, ...] = ()
 
     @field_validator("directives", mode="after")
     @classmethod

@@ -288,3 +288,19 @@ def test_lines_are_lines() -> None:
     assert one_line("ä b\u00a0c 'd' $e") == "ä b\u00a0c 'd' $e"
     references = load_job(None, ['env.A={from_env="B"}']).references()
     assert show(["x"], {"C": "d e"}, references) == "C='d e' A=\"$B\" x"
+
+
+@pytest.mark.parametrize("change", [
+    f'slurm.srun=["--export=ALL,HF_TOKEN={SECRET}"]', f'slurm.srun=["--verbose", "--export=HF_TOKEN={SECRET},A=b"]',
+    f'slurm.directives.export="HF_TOKEN={SECRET}"', f'slurm.directives.export="ALL,A=b,WANDB_API_KEY={SECRET}"',
+    f'container.image="docker://me:{SECRET}@registry.example/image"', f'slurm.directives.comment="https://me:{SECRET}@host"'])
+def test_options_that_reach_a_file_hold_no_secret(change: str) -> None:
+    with pytest.raises(ValueError, match=r"would stand in the job's file") as refused:
+        load_job(None, [change])
+    assert SECRET not in str(refused.value)
+
+
+def test_options_without_a_secret_are_taken() -> None:
+    job = load_job(None, ['slurm.srun=["--export=ALL,A=b", "--mpi=pmix"]', 'slurm.directives.export="ALL,HF_TOKEN"',
+                          'container.image="docker://registry.example:5000/me/image@sha256:00"'])
+    assert job.slurm.srun == ("--export=ALL,A=b", "--mpi=pmix")
