@@ -38,20 +38,21 @@ def open_run(directory: RunDirectory, config: TrainConfig, group: ProcessGroup |
         What holds the folder: enter it for as long as the run goes on.
 
     Raises:
-        OSError: on every rank, in the same sentence: another process works on the folder, or it cannot be used.
+        OSError, ValueError: on every rank, in the same sentence: another process works on the folder, or it cannot be used.
     """
-    problem, lock = None, directory.lock()
+    problem: list[str] | None = None  # the other ranks wait for it, whatever it is
+    lock = directory.lock()
     if group_rank(group) == 0:
         try:
             directory.check_resumable() if resume else directory.check_free(overwrite=overwrite)
             lock.acquire()
             directory.reopen(config) if resume else directory.create(config, overwrite=overwrite)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             lock.release()
-            problem = str(error)
+            problem = ["OSError" if isinstance(error, OSError) else "ValueError", str(error)]
     problem = gather_objects(problem, group)[0]
     if problem is not None:
-        raise OSError(problem)
+        raise (OSError if problem[0] == "OSError" else ValueError)(problem[1])
     return lock if group_rank(group) == 0 else nullcontext()
 
 
@@ -133,9 +134,15 @@ class RunDirectory:
     def _is_empty(self) -> bool:
         return self.path.is_dir() and not any(path.name != LOCK for path in self.path.iterdir())
 
+    def _check_link(self) -> None:
+        if self.path.is_symlink() and not self.path.exists():
+            raise FileExistsError(f"{self.path} is a symbolic link to {self.path.readlink()}, which is not there; remove the "
+                                  "link or choose another name (--override name=...)")
+
     def check_free(self, *, overwrite: bool) -> None:
         """Raise FileExistsError where a run would write over files: another run's without ``overwrite``, or ones that
         no run has made."""
+        self._check_link()
         if not self.path.exists() or self._is_empty():
             return
         self.check_not_in_use()
@@ -165,6 +172,7 @@ class RunDirectory:
 
     def check_resumable(self) -> None:
         """Raise FileExistsError where the folder holds something, but no run."""
+        self._check_link()
         self.check_not_in_use()
         if self.path.exists() and not self.config.is_file() and not self._is_empty():
             raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")

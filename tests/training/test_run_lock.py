@@ -13,11 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from race_dist.training import run_lock
 from race_dist.training.config import parse_config
 from race_dist.training.run_lock import LOCK, Owner, RunInUse, RunLock, check_not_in_use
 from race_dist.training.rundir import RunDirectory, open_run
+from tests.distributed.harness import run_ranks
 
 CONFIG = parse_config({"name": "r", "model": {"dim": 8, "num_layers": 1, "num_heads": 1}})
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom race_dist.training.run_lock import RunLock\n" \
@@ -118,3 +120,30 @@ def test_a_run_that_begins_anew_removes_nothing_behind_a_link(tmp_path: Path, pa
     with pytest.raises(FileExistsError, match=r"is a symbolic link to .*scratch"):
         directory.create(CONFIG, overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def opened(group: dist.ProcessGroup, folder: str) -> list[str]:
+    said = []
+    for name, error in (("link", OSError), ("nul\x00", ValueError)):
+        with pytest.raises(error) as refused:
+            open_run(RunDirectory(Path(folder, name)), CONFIG, group, resume=True, overwrite=False)
+        said.append(str(refused.value))
+    with open_run(RunDirectory(Path(folder, "r")), CONFIG, group, resume=True, overwrite=False):
+        return said
+
+
+def test_whatever_keeps_rank_0_from_the_folder_ends_every_rank_in_the_same_sentence(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    found = run_ranks(2, opened, str(tmp_path))
+    assert found[0] == found[1]
+    assert "link is a symbolic link to" in found[0][0]
+    assert "which is not there" in found[0][0]
+    assert (tmp_path / "r" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_link_to_nothing_is_no_folder_of_a_run(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "none")
+    with pytest.raises(OSError, match=r"is a symbolic link to .*, which is not there; remove the link"):
+        open_run(RunDirectory(tmp_path / "link"), CONFIG, None, resume=resume, overwrite=not resume)
+    assert not (tmp_path / "none").exists()
