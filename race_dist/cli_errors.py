@@ -77,7 +77,7 @@ def _tell(error: Exception) -> int:
 def _print(sentence: str) -> None:
     rank = os.environ.get("RANK", "0")
     sentence = sentence.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
-    print(f"race-dist{'' if rank == '0' else f' (rank {rank})'}: "
+    print(f"race-dist{f' (rank {rank})' if rank.isdecimal() and rank != '0' else ''}: "
           + _LONG_WORD.sub(lambda word: f"{word[0][:100]}...", " ".join(sentence.split())), file=sys.stderr)
 
 
