@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from race_dist.training.run_lock import LOCK
+
 RACE_DIST = [sys.executable, "-m", "race_dist.cli"]
 
 _CONFIG = """
@@ -107,9 +109,9 @@ class TrainingJob:
         return hashlib.sha256((self.run / "model.safetensors").read_bytes()).hexdigest()
 
     def leftovers(self) -> list[str]:
-        """Half-written files and locks in the run's folder."""
+        """Half-written files and locks in the run's folder, but for the one whose owner is what counts, not its file."""
         return [str(p.relative_to(self.runs)) for p in self.run.rglob("*")
-                if re.search(r"partial|removed|lock|preflight|tmp", p.name)]
+                if p.name != LOCK and re.search(r"partial|removed|lock|preflight|tmp", p.name)]
 
     def processes(self) -> dict[int, list[str]]:
         """Command lines of the live processes that name this job's configuration, by process id."""

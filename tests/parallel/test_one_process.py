@@ -108,7 +108,7 @@ def test_a_plain_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_errors_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="timeout must be a positive number of seconds; got 0"):
+    with pytest.raises(ValueError, match="timeout must be a positive number of seconds of at most 1,000,000; got 0"):
         init_distributed(device="cpu", timeout=0)
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda'; got 'meta'"):
         init_distributed(device="meta")
