@@ -101,6 +101,7 @@ def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
              "parameters": sum(p.numel() for p in trainer.model.parameters()), "text": trainer.corpus.name,
              "training_tokens": len(trainer.train), "held_out_tokens": len(trainer.held_out),
              "text_digest": trainer.corpus.digest()}
+    directory.write_config(trainer.config)
     directory.describe(found, trainer.corpus.tokenizer)
 
 

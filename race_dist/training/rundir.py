@@ -168,7 +168,7 @@ class RunDirectory:
         for folder in folders:
             if folder.exists():
                 shutil.rmtree(folder)
-        self._write_config(config)
+        self.write_config(config)
 
     def check_resumable(self) -> None:
         """Raise FileExistsError where the folder holds something, but no run."""
@@ -178,12 +178,15 @@ class RunDirectory:
             raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")
 
     def reopen(self, config: TrainConfig) -> None:
-        """Make the folder, or go on in one that is there: everything in it stays, the configuration is written anew."""
+        """Make the folder, or go on in one that is there: everything in it stays, the configuration too until
+        :func:`race_dist.training.loop.run` has found that the checkpoint fits the new one."""
         self.check_resumable()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write_config(config)
+        if not self.config.exists():
+            self.write_config(config)
 
-    def _write_config(self, config: TrainConfig) -> None:
+    def write_config(self, config: TrainConfig) -> None:
+        """What the run is from now on."""
         write_text(self.config, config.to_json())
 
     def load_config(self) -> TrainConfig:

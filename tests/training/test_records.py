@@ -303,6 +303,20 @@ def test_the_same_text_at_another_path_resumes(tmp_path: Path) -> None:
         go(parse_config(tree | {"steps": 7, "data": tree["data"] | {"path": str(moved)}}), resume=True)
 
 
+def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    go(config)
+    directory = RunDirectory(config.directory)
+    before = {path.name: path.read_bytes() for path in directory.path.iterdir() if path.is_file()}
+    tree = json.loads(config.to_json())
+    for change in ({"model": tree["model"] | {"num_layers": 2}}, {"optim": tree["optim"] | {"weight_decay": 0.5}},
+                   {"data": tree["data"] | {"context": 16}}):
+        with pytest.raises(CheckpointError, match="was written with another"):
+            go(parse_config(tree | change), resume=True)
+    assert {path.name: path.read_bytes() for path in directory.path.iterdir() if path.is_file()} == before
+    assert directory.load_model() is not None
+
+
 def test_documents_that_begin_elsewhere_are_another_text(tmp_path: Path) -> None:
     def texts(name: str, sizes: list[int]) -> dict[str, Any]:
         text, start = "".join(f"line {n} of the text: {n * n}\n" for n in range(900)), 0
