@@ -270,8 +270,8 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None) -> Corpus:
             if left_out is None:
                 continue
             raise ValueError(f"data.path: {printable(file)} is not UTF-8 text; convert it (iconv -t UTF-8), pick other files "
-                             f"with data.pattern, or pack the folder without such files: race-dist data pack {path} --out CORPUS "
-                             "--skip-undecodable, then data.path = \"CORPUS\"")
+                             f"with data.pattern, or pack the folder without such files: race-dist data pack {path} --out "
+                             "CORPUS --skip-undecodable, then data.path = \"CORPUS\"")
         key = hashlib.sha256(text).digest()
         if text and key not in seen:
             seen[key] = text
