@@ -107,7 +107,7 @@ def test_text_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("gr\xfc\xdfe".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin is not UTF-8 text \(near byte 2\)"):
         load_corpus(str(tmp_path / "latin"))
-    with pytest.raises(ValueError, match=r"latin is not UTF-8 text; leave it out with data.pattern"):
+    with pytest.raises(ValueError, match=r"latin is not UTF-8 text; convert it"):
         load_corpus(str(tmp_path))
     (tmp_path / "cut").write_bytes("grü".encode()[:-1])
     with pytest.raises(ValueError, match="cut is not UTF-8 text"):
