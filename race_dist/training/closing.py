@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from race_dist.files import write_json, write_text
+from race_dist.files import write_record, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.corpus import Corpus, Split
@@ -107,7 +107,7 @@ def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corp
     text = "" if held_out else f"{re.sub(r'[^A-Za-z0-9._]+', '-', Path(corpus.name).name)[:40]}-{corpus.digest()[:8]}"
     file = directory.positions_of(found["context"], text=text, step=step)
     facts = {"text": corpus.name, "held_out": held_out, "step": step, "bytes_per_token": corpus.bytes_per_token}
-    write_json(file, {**facts, **found})
+    write_record(file, {**facts, **found})
     return file
 
 

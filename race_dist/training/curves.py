@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from race_dist.files import is_kind, read_object
+from race_dist.files import is_kind, read_record
 from race_dist.output_paths import replacing
 from race_dist.training.metrics import UNIFORM_BITS, bits
 
@@ -169,7 +169,7 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
     found = []
     for file in files:
         try:
-            stored = read_object(file, {"context": int, "buckets": list})
+            stored = read_record(file, {"context": int, "buckets": list}, required=False)
             whole = stored["context"] >= 1 and is_kind(stored.get("bytes_per_token", 1.0), float) and (
                 0 < stored.get("bytes_per_token", 1.0) < math.inf) and bool(stored["buckets"])
             whole = whole and all(_is_bucket(bucket) for bucket in stored["buckets"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from race_dist.files import check_file, file_digest, read_object, write_json, write_text
+from race_dist.files import check_file, file_digest, read_object, read_record, write_record, write_text
 from race_dist.models import DecoderLM
 from race_dist.output_paths import replacing
 from race_dist.parallel import gather_objects, group_rank
@@ -229,11 +229,12 @@ class RunDirectory:
         if tokenizer is not None:
             with replacing(self.tokenizer) as partial:
                 shutil.copyfile(tokenizer, partial)
-        write_json(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
+        write_record(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
 
     def read_machine(self) -> dict[str, Any]:
-        """What :meth:`describe` has written; nothing where there is no such file. Raises ValueError where it is damaged."""
-        return read_object(self.machine) if self.machine.is_file() else {}
+        """What :meth:`describe` has written; nothing where there is no such file. Raises ValueError where it is damaged, or was
+        changed (one that was written before it had a checksum is taken)."""
+        return read_record(self.machine, required=False) if self.machine.is_file() else {}
 
     def codec(self) -> Codec:
         """Of the tokens that the run was trained on.
