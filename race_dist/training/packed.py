@@ -134,6 +134,7 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
     Raises:
         FileExistsError: ``out`` exists.
         FileNotFoundError: there is nothing at ``path``.
+        OSError: a file cannot be read, or ``out`` cannot be written; the message names it.
         ValueError: no text there, or a file that is not UTF-8.
     """
     check_output_folder(out)
@@ -142,8 +143,8 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
     files, left_out = _sources(path, pattern)
     encode = ByteEncode() if tokenizer is None else TokenizerEncode(tokenizer)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         with (partial / TOKENS).open("wb") as file:
             writer = _Writer(file, encode, one_document)
             for source in files:
@@ -153,7 +154,7 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         bounds = writer.bounds()
         if not bounds[-1]:
             raise ValueError(f"no text was found in {path}: its files are empty{left_out.sentence('; left out')}")
-        bounds.tofile(partial / DOCUMENTS)
+        (partial / DOCUMENTS).write_bytes(bounds.tobytes())
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER)
         _write_index(partial, encode, len(bounds) - 1, writer.text_bytes, path)
@@ -164,6 +165,10 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
                 raise
             raise FileExistsError(f"{out} was made by another process while this one packed; choose another --out or remove "
                                   f"it ({error.strerror})") from None
+    except OSError as error:
+        if error.strerror is None or isinstance(error, FileExistsError):  # it is told already
+            raise
+        raise OSError(f"{out} could not be written: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return replace(open_packed(out), left_out=left_out if path != STDLIB else LeftOut())
@@ -173,7 +178,7 @@ def _sources(path: str, pattern: str) -> tuple[list[Path], LeftOut]:
     check_pattern(path, pattern)
     if path == STDLIB:
         return stdlib_texts(), LeftOut()
-    source = expand_home(path)
+    source = expand_home(path, "PATH")
     if is_packed(source):
         raise ValueError(f"{source} is a packed corpus already; give the text that it was packed from")
     if source.is_dir():
@@ -212,8 +217,8 @@ def _sha256(file: Path) -> str:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a folder looks like a packed corpus."""
-    return (path / INDEX).is_file()
+    """Whether a folder is a packed corpus, or one whose index is lost: its tokens must not be read as texts."""
+    return (path / INDEX).is_file() or all((path / name).is_file() for name in (TOKENS, DOCUMENTS))
 
 
 def open_packed(path: Path) -> Corpus:
@@ -268,6 +273,8 @@ def _check_sha256(path: Path, name: str, index: Mapping[str, Any]) -> None:
 
 def _read_index(path: Path) -> dict[str, Any]:
     file = path / INDEX
+    if not file.is_file():
+        raise DamagedFileError(f"{file} is {'no file' if os.path.lexists(file) else 'missing'}; pack the text again")
     try:
         index = read_object(file, _KINDS)
         wrong = [key for key in ("tokens", "documents", "vocab_size", "text_bytes") if index[key] < 1]

@@ -22,10 +22,12 @@ from race_dist.models import DecoderLM
 from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.corpus import load_corpus
 from race_dist.training.data import training_batch
 from race_dist.training.loop import run
 from race_dist.training.packed import open_packed, pack, verify_packed
 from race_dist.training.ranks import Ranks
+from race_dist.training.report import write_report
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import load_context, read_text, save_context
 from race_dist.training.trainer import Trainer
@@ -125,6 +127,38 @@ def test_another_tokenizer_than_the_runs_is_not_used(damage: Callable[[Path], An
         copy.codec()
 
 
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "old", "new", "says"), [
+    ("machine.json", '"tokenizer"', '"tokenizes"', r"machine\.json was changed"),  # the tokenizer would not be checked any more
+    ("machine.json", '"text_digest"', '"text_digesu"', r"machine\.json was changed"),
+    ("machine.json", '"cores": ', '"cores": 1', r"machine\.json was changed"),
+    ("positions-32.json", '"loss": ', '"loss": 1', r"positions-32\.json does not hold losses by position"),
+    ("positions-32.json", '"bytes_per_token": ', '"bytes_per_token": 1', r"positions-32\.json does not hold")])
+def test_a_figure_that_was_changed_is_not_reported(name: str, old: str, new: str, says: str, copy: RunDirectory,
+                                                   tmp_path: Path) -> None:
+    """One digit would be another result, one letter of a key a check less."""
+    write_report([copy.path], tmp_path / "out")
+    change(copy.path / name, old, new)
+    with pytest.raises(ValueError, match=says):
+        write_report([copy.path], tmp_path / "out")
+    if name == "machine.json":
+        with pytest.raises(ValueError, match=says):
+            copy.codec()
+
+
+def test_figures_of_before_there_were_checksums_are_read(copy: RunDirectory, tmp_path: Path) -> None:
+    for file in (copy.machine, *copy.positions):
+        tree = json.loads(file.read_text())
+        del tree["digest"]
+        file.write_text(json.dumps(tree))
+    assert write_report([copy.path], tmp_path / "out").is_file()
+
+
 def test_a_context_that_lacks_a_tensor_or_a_bit_is_named(copy: RunDirectory, tmp_path: Path) -> None:
     model, file = copy.load_model(), tmp_path / "kept"
     context, count = read_text(model, [b"a text"], copy.codec())
@@ -183,7 +217,9 @@ def test_a_manifest_that_is_none_is_passed_over(content: str, copy: RunDirectory
     (lambda p: edit(p, text_bytes="x"), r"corpus\.json is damaged: text_bytes is a string"),
     (lambda p: edit(p, vocab_size=True), r"vocab_size is true or false"), (lambda p: edit(p, sha256=[]), "sha256 is a list"),
     (lambda p: edit(p, tokens=0), "tokens cannot be right"), (lambda p: (p / "corpus.json").write_text("[]"), "got list"),
-    (lambda p: (p / "corpus.json").write_text("\0" * 99), r"corpus\.json is damaged")])
+    (lambda p: (p / "corpus.json").write_text("\0" * 99), r"corpus\.json is damaged"),
+    (lambda p: (p / "corpus.json").unlink(), r"corpus\.json is missing; pack the text again"),
+    (lambda p: ((p / "corpus.json").unlink(), (p / "corpus.json").mkdir()), r"corpus\.json is no file")])
 def test_a_corpus_that_was_changed_is_named(damage: Callable[[Path], Any], says: str, finished: RunDirectory,
                                             tmp_path: Path) -> None:
     packed = tmp_path / "packed"
@@ -192,6 +228,8 @@ def test_a_corpus_that_was_changed_is_named(damage: Callable[[Path], Any], says:
     damage(packed)
     with pytest.raises(ValueError, match=says):
         open_packed(packed)
+    with pytest.raises(ValueError, match=says):  # its files are no texts, whatever has become of the index
+        load_corpus(str(packed))
 
 
 def edit(packed: Path, **changes: Any) -> None:

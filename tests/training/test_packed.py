@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,14 @@ def test_what_samples_miss_the_check_finds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokens.bin is not what was packed \(its SHA-256 differs\)"):
         verify_packed(tmp_path / "packed")
     assert json.loads((tmp_path / "packed" / INDEX).read_text())["tokens"] == 2**23
+
+
+def test_a_full_disk_is_told_by_the_name_of_what_is_packed(folder: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # bytes a file may have
+    try:
+        with pytest.raises(OSError, match=r"/packed could not be written: File too large"):
+            pack(str(folder), tmp_path / "packed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
