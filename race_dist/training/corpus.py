@@ -210,15 +210,15 @@ def _copied(tokens: Tokens, start: int, stop: int) -> Tokens:
     return copy
 
 
-def expand_home(path: str) -> Path:
-    """The path with ``~`` or ``~USER`` replaced. ValueError where there is no such home folder."""
+def expand_home(path: str, option: str = "data.path") -> Path:
+    """The path with ``~`` or ``~USER`` replaced. ValueError, which names ``option``, where there is no such home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"data.path: {path!r} begins with a home folder that is not there: write the whole path") from None
+        raise ValueError(f"{option}: {path!r} begins with a home folder that is not there: write the whole path") from None
 
 
-def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
+def load_corpus(path: str, pattern: str = "*", *, check: bool = True, option: str = "data.path") -> Corpus:
     """Read ``"python-stdlib"``, a text file, a folder of text files (UTF-8), or a corpus packed by ``race-dist data pack``.
 
     The files of a folder are its documents, in the order of their relative paths; linked folders are followed. Hidden files
@@ -229,6 +229,7 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
         path: where.
         pattern: of the names of a folder's files.
         check: whether a text file is read once to see that it is UTF-8.
+        option: the key or option that the path comes from, which errors name.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -239,39 +240,41 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True) -> Corpus:
 
     check_pattern(path, pattern)
     if path == STDLIB:
-        return _join(path, stdlib_texts(), None)
-    source = expand_home(path)
+        return _join(path, stdlib_texts(), None, option)
+    source = expand_home(path, option)
     if is_packed(source):
         if pattern != "*":
             raise ValueError(f"data.pattern = {pattern!r} picks files of a folder, but {path} is a packed corpus; leave it out")
         return open_packed(source)
     if source.is_dir():
         files, left_out = find_texts(source, pattern)
-        return _join(path, files, left_out)
+        return _join(path, files, left_out, option)
     if not source.is_file():
         what = f"{source} is no regular file" if source.exists() else f"there is no file or folder {source}"
-        raise FileNotFoundError(f"data.path: {what}")
+        raise FileNotFoundError(f"{option}: {what}")
     if source.stat().st_size == 0:
-        raise ValueError(f"data.path: {source} is empty")
+        raise ValueError(f"{option}: {source} is empty")
     if check:
         for _ in utf8_pieces(source):
             pass
     return Corpus(path, np.memmap(source, dtype=np.uint8, mode="r"))
 
 
-def _join(path: str, files: Iterable[Path], left_out: LeftOut | None) -> Corpus:
+def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: str) -> Corpus:
     """The files' texts one after the other, each content once. ``left_out`` gets those that are not read; None: files that
     are no text are expected."""
     seen: dict[bytes, bytes] = {}
     total = 0
+    packed = 'data.path = "CORPUS"' if option == "data.path" else f"{option} CORPUS"
     for file in files:
         text = read_utf8(file)
         if text is None:
             if left_out is None:
                 continue
-            raise ValueError(f"data.path: {printable(file)} is not UTF-8 text; convert it (iconv -t UTF-8), pick other files "
-                             f"with data.pattern, or pack the folder without such files: race-dist data pack {path} --out "
-                             "CORPUS --skip-undecodable, then data.path = \"CORPUS\"")
+            others = "pick other files with data.pattern, " if option == "data.path" else ""
+            raise ValueError(f"{option}: {printable(file)} is not UTF-8 text; convert it (iconv -t UTF-8), {others}or pack the "
+                             f"folder without such files: race-dist data pack {path} --out CORPUS --skip-undecodable, then "
+                             f"{packed}")
         key = hashlib.sha256(text).digest()
         if text and key not in seen:
             seen[key] = text
@@ -279,11 +282,10 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None) -> Corpus:
         elif text and left_out is not None:
             left_out.add(file, "has the content of another file")
         if total > LARGEST_IN_MEMORY:
-            raise ValueError(f"data.path: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
+            raise ValueError(f"{option}: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
                              "every rank would hold in memory; pack them first: race-dist data pack "
-                             f"{path} --out NAME, then data.path = \"NAME\"")
+                             f"{path} --out CORPUS, then {packed}")
     if not total:
-        raise ValueError(f"data.path: no text was found in {path}: its files are empty; give a text file, or a folder and "
-                         "data.pattern")
+        raise ValueError(f"{option}: no text was found in {path}: its files are empty; give a text file, or a folder of them")
     ends = np.cumsum([0, *map(len, seen.values())]).astype(np.int64)
     return Corpus(path, np.frombuffer(b"".join(seen.values()), dtype=np.uint8), ends, left_out=left_out or LeftOut())

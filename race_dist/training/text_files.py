@@ -110,8 +110,8 @@ def _entries(root: Path, pattern: str, left_out: LeftOut) -> Iterator[Path]:
         for entry in _listing(folder):
             path = folder / entry.name
             is_folder = _is_folder(entry)
-            if not is_folder and not path.match(pattern):
-                continue
+            if not is_folder and not path.match(pattern) and not (entry.is_symlink() and not os.path.exists(path)):
+                continue  # a link to nothing may have been a folder's: it is named whatever its name
             if entry.name.startswith("."):
                 left_out.add(path, "hidden")
             elif not is_folder:
@@ -159,7 +159,7 @@ def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(source) as file:
         while True:
-            data, held = file.read(piece), len(decoder.getstate()[0])
+            data, held = _read(source, file, piece), len(decoder.getstate()[0])
             try:
                 decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -178,10 +178,17 @@ def _open(source: Path) -> IO[bytes]:
         raise type(error)(f"{printable(source)} cannot be read: {error.strerror}") from None
 
 
+def _read(source: Path, file: IO[bytes], count: int = -1) -> bytes:
+    try:
+        return file.read(count)
+    except OSError as error:
+        raise type(error)(f"{printable(source)} cannot be read: {error.strerror}") from None
+
+
 def read_utf8(source: Path) -> bytes | None:
     """The file's bytes, None where they are not UTF-8 text."""
     with _open(source) as file:
-        text = file.read()
+        text = _read(source, file)
     try:
         text.decode()
     except UnicodeDecodeError:

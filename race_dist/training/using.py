@@ -93,7 +93,7 @@ def _other_corpus(directory: RunDirectory, path: str) -> Corpus:
     """A text in the run's tokens."""
     if not path.strip():
         raise ValueError("--data is empty; give the path of a text, or leave it out to measure on what the run held out")
-    corpus, tokenizer = load_corpus(path), directory.checked_tokenizer()
+    corpus, tokenizer = load_corpus(path, option="--data"), directory.checked_tokenizer()
     if corpus.tokenizer is not None:
         if tokenizer is None:
             raise ValueError(f"{corpus.name} was packed with a tokenizer, but the tokens of {directory.path} are bytes; give "

@@ -97,6 +97,18 @@ def test_an_empty_path_is_no_held_out_text(run: Path, path: str) -> None:
     assert invoke("eval", run, "--context", "0")[0] == 2
 
 
+def test_a_text_that_cannot_be_measured_on_is_told_by_the_option(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").touch()
+    for path, says in (("nowhere", "there is no file or folder"), ("empty.txt", "is empty"), ("texts", "then --data CORPUS")):
+        code, said = invoke("eval", run, "--data", tmp_path / path)
+        assert code == 2
+        assert "race-dist: --data: " in said
+        assert says in said
+        assert "data.path" not in said
+
+
 def test_a_held_out_text_that_has_changed_is_refused(tmp_path: Path) -> None:
     run = train(tmp_path)
     text = tmp_path / "text.txt"

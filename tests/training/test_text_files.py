@@ -82,6 +82,15 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     assert not load_corpus(str(make(tmp_path / "other", {"b.md": "b"})), "*.md").left_out
 
 
+def test_a_link_to_a_folder_that_is_gone_is_named_whatever_the_pattern(tmp_path: Path) -> None:
+    root = make(tmp_path / "data", {"a.txt": "a", "b.md": "b"})
+    (root / "more").symlink_to(tmp_path / "unmounted")
+    (root / "readme").symlink_to(root / "b.md")  # a file, of another name than those that are read
+    corpus = load_corpus(str(root), "*.txt")
+    assert documents(corpus) == [b"a"]
+    assert [(Path(name).name, why) for name, why in corpus.left_out.names] == [("more", "a link to nothing")]
+
+
 def test_hidden_files_and_folders_of_compiled_code_are_named_where_they_match(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"a.txt": "a", ".hidden.txt": "h", ".git/config": "g", "__pycache__/a.pyc": b"\xff",
                                     ".env": "x"})
