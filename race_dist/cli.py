@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from race_dist import __version__, cli_types
-from race_dist.cli_errors import Verbs, default_device, end_failed_rank, replace_unknown_characters, work
+from race_dist.cli_errors import Verbs, default_device, end_failed_rank, open_standard_streams, replace_unknown_characters, work
 from race_dist.cli_launch import launch, preflight
 from race_dist.cli_runs import runs
 
@@ -172,11 +172,10 @@ def bench_decode(
         metavar="FILE.json", help="Write the figures there.", make_folder=True)] = None,
 ) -> None:
     """Time one token through one attention layer, after contexts of any length."""
-    import json
-
     import torch
 
     from race_dist.benchmarks.decode import time_decode
+    from race_dist.files import write_json
     from race_dist.machine import machine
 
     place = torch.device(device or default_device())
@@ -186,7 +185,7 @@ def bench_decode(
         print(f"after {context:,} tokens: {row['p50']:.1f} us a step (p10 {row['p10']:.1f}, p90 {row['p90']:.1f})")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(out, report)
         print(f"written: {out}")
 
 
@@ -307,6 +306,7 @@ app.command()(preflight)
 
 def main() -> None:
     """The console script."""
+    open_standard_streams()
     replace_unknown_characters()
     try:
         app(prog_name="race-dist")

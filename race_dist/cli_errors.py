@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 _LONG_WORD = re.compile(r"\S{301,}")  # mostly a path, which is shown in part
 _PATHLIB = ("Symlink loop", "Could not determine home")  # how its RuntimeErrors about a path begin
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer has a copy of click, or click, by its version
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, RecursionError)  # what a user can mend
 
@@ -82,9 +84,13 @@ def _print(sentence: str) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """Of the system's errors the file and what is wrong with it, without a number."""
+    """Of the system's errors the file and what is wrong with it, without a number. Files of ours are named by whoever writes
+    them, so that what fails without a name for want of room is standard output."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None and len(error.args) > 1:
         return f"{os.fsdecode(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    if isinstance(error, OSError) and error.strerror and len(error.args) > 1:
+        reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
+        return f"standard output could not be written: {reason}" if error.errno in _NO_ROOM else reason
     if isinstance(error, RecursionError):
         return "the input is nested too deeply"
     return str(error) or type(error).__name__
@@ -138,6 +144,16 @@ def cleaned_up() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def open_standard_streams() -> None:
+    """Put the null device where the process was started without standard input, output or error: the next file that is
+    opened would else take that number, and what a library prints would go into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+
+
 def replace_unknown_characters() -> None:
     """Print ``?`` for characters that standard output and error cannot encode (an ASCII terminal): text that a model writes
     must not end a run."""
@@ -153,8 +169,9 @@ def end_failed_rank(code: object) -> None:
     if code not in (FAILED, USER_ERROR) or distributed is None or not distributed.is_initialized():
         return
     if distributed.get_world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, full, or none at all
+                stream.flush()
         os._exit(int(str(code)))
 
 

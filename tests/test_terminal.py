@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,30 @@ def test_a_stream_that_is_closed_or_not_there_takes_everything(monkeypatch: pyte
         plain_console().print("words")
         assert TolerantStream(stream).write("words") == 5
         assert not TolerantStream(stream).isatty()
+
+
+def test_standard_streams_that_are_not_there_are_no_files_of_the_run(tmp_path: Path) -> None:
+    """Else the next file that is opened is number 1, and what a library prints goes into it."""
+    program = """
+import os, sys
+from race_dist.cli_errors import end_failed_rank, open_standard_streams
+open_standard_streams()
+file = open(sys.argv[1], "w")
+os.write(1, b"a library's line")
+os.write(2, b"a library's line")
+sys.exit(0 if file.fileno() > 2 and os.read(0, 1) == b"" else 1)
+"""
+    words = [sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *words], check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_full_disk_under_standard_output_is_named(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # bytes a file may have
+
+    with (tmp_path / "out.txt").open("wb") as out:
+        done = subprocess.run([sys.executable, "-m", "race_dist.cli", "config"], stdout=out, stderr=subprocess.PIPE, text=True,
+                              check=False, preexec_fn=limit, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (2, "race-dist: standard output could not be written: file too large\n")
