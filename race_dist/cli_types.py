@@ -58,9 +58,10 @@ def number(*names: str, metavar: str, help: str, low: float, high: float, zero: 
             value = float(text)
         except ValueError:
             value = math.nan
-        if math.isnan(value) or "_" in text:
+        if math.isnan(value) or "_" in text or not text.isascii():  # digits of other scripts are none here, as in whole()
             raise typer.BadParameter(f"{shown(text)} is not a number")
-        if not (low <= value <= high or (zero and value == 0)):
+        too_small = value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0])  # 1e-400: it is not meant as 0
+        if too_small or not (low <= value <= high or (zero and value == 0)):
             raise typer.BadParameter(f"it must be {'0 or ' if zero else ''}from {low:g} to {high:g}; got {shown(text)}")
         return value
 

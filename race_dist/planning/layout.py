@@ -24,8 +24,9 @@ def parse_count(text: str, low: int = 0) -> int:
     Raises:
         ValueError: it is not one whole number of at least ``low``; it is longer than any text.
     """
-    match = re.fullmatch(r"([0-9_]{1,40}(?:\.[0-9]{1,40})?(?:E[0-9]{1,3})?)([KMB]?)", str(text).strip().upper())
-    number = Decimal(match[1].replace("_", "") or "NaN") * _SCALES[match[2]] if match else Decimal("NaN")
+    match = re.fullmatch(r"([0-9]{1,40}(?:_[0-9]{1,40}){0,20}(?:\.[0-9]{1,40})?(?:E[0-9]{1,3})?)([KMB]?)",
+                         str(text).strip().upper())
+    number = Decimal(match[1].replace("_", "")) * _SCALES[match[2]] if match else Decimal("NaN")
     if number.is_nan() or number != number.to_integral_value():
         raise ValueError(f"{shown(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
                          + (", without commas" if "," in str(text) else ""))

@@ -36,10 +36,11 @@ def values(*texts: str) -> list[Value]:
 # --- options ---------------------------------------------------------------------------------------------------------------
 EMPTY = ("", " ")
 HUGE = str(10**25)
-NUMBER = (*EMPTY, "x", "true", "nan", "inf", "-inf", "-1", "1e400", "1,2", "²", "0x10", "1 2", "--", "NaN", "None",
+NUMBER = (*EMPTY, "x", "true", "nan", "inf", "-inf", "-1", "1e400", "1,2", "²", "٣", "３", "1e-400",
+          "0x10", "1 2", "--", "NaN", "None",
           HUGE + "0" * 40)
 WHOLE = (*NUMBER, "1.5", "1e3", HUGE, "9" * 5000, "1K")
-COUNT = (*NUMBER, "1.5", HUGE, "1KK", "K", "1.0001K", "4 096 1", "-4K", "9" * 5000)
+COUNT = (*NUMBER, "1.5", "1__0", "_1", "1_", HUGE, "1KK", "K", "1.0001K", "4 096 1", "-4K", "9" * 5000)
 LOCKED = () if os.geteuid() == 0 else ("locked/x",)  # root may write anywhere
 KINDS: dict[str, tuple[str, ...]] = {
     "whole": WHOLE, "whole from 1": (*WHOLE, "0", "-0"), "number": NUMBER, "count": COUNT, "count from 1": (*COUNT, "0", "0K"),
