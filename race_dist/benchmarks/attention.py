@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor
 from race_dist.attention import race_attention
 from race_dist.benchmarks.peers import Peer, peers_of
 from race_dist.benchmarks.timing import Timing, time_in_turn
+from race_dist.files import write_json
 from race_dist.hashing import sample_planes
 from race_dist.machine import machine, peak_resident_bytes
 
@@ -170,7 +170,7 @@ def store(report: dict[str, Any], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report)
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()

@@ -6,7 +6,6 @@ chunks are streamed once, so that libraries, kernels and compiled graphs are the
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -320,7 +319,7 @@ def _line(row: dict[str, Any]) -> str:
 def store(report: dict[str, Any], path: Path) -> None:
     """Write the JSON and, where there are several lengths, a picture of memory and pace beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report)
     if len(report["rows"]) < 2:
         return
     import matplotlib as mpl

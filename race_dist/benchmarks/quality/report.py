@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from race_dist.files import write_text
+
 
 def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a variant, best first: at its best rate, mean and spread over seeds, parameters, state, time."""
@@ -85,7 +87,7 @@ def write_report(data: dict[str, Any], path: Path) -> list[Path]:
     """The page and the picture beside the results; returns their paths."""
     rows = summary(data)
     page = path.with_suffix(".md")
-    page.write_text(markdown(data), encoding="utf-8")
+    write_text(page, markdown(data))
     if not rows:
         return [page]
     picture = path.with_suffix(".png")
