@@ -9,7 +9,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from race_dist.strict_config import StrictConfig, shown
+from race_dist.messages import shown
+from race_dist.strict_config import StrictConfig
 
 _SECRET_WORDS = frozenset({
     "KEY", "KEYS", "APIKEY", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE", "PASS", "PWD",

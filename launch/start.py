@@ -17,9 +17,9 @@ from race_dist.launch.job import JobConfig, load_job
 from race_dist.launch.local import supervise
 from race_dist.launch.records import Record, recall
 from race_dist.launch.sbatch import render
+from race_dist.messages import shown
 from race_dist.output_paths import write_private
 from race_dist.rank_environment import without_rank_variables
-from race_dist.strict_config import shown
 from race_dist.training.config import load_config
 from race_dist.training.presets import find_config
 from race_dist.training.rundir import RunDirectory

@@ -18,7 +18,7 @@ from race_dist.ops.explain import warn_slow
 from race_dist.ops.functional import attend, get_backend, is_traced, refuse_transforms, unsupported
 from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
 from race_dist.parallel.comm import group_rank, group_size
-from race_dist.parallel.layout import Layout, check_layout
+from race_dist.parallel.layout import Layout, check_documents, check_layout
 from race_dist.sketch import SketchState
 
 BackendName = Literal["auto", "reference", "chunked", "triton"]
@@ -190,12 +190,13 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | flo
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     features = planes.shape[1] * 2 ** planes.shape[2]
     _check_initial(initial, (rows, heads, features, v.shape[3]), q)
-    betas, log_decay = _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask)
+    betas, rates = _check_beta(beta, heads, dtype, q), _check_decay(log_decay, causal, k, key_mask)
     if check_values:
-        _check_values(betas if isinstance(beta, Tensor) else None, log_decay, initial)
+        per_head = log_decay is not None and log_decay.dim() == 1  # looked at as given, not at every token
+        _check_values(betas if isinstance(beta, Tensor) else None, log_decay if per_head else rates, initial)
         if key_mask is not None:  # a user's padding may be memory that nobody has written: 0 * NaN is NaN
             q, k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (q, k, v))
-    return Problem(q, k, v, planes, betas, log_decay, key_mask, cu_seqlens, initial, causal, normalization)
+    return Problem(q, k, v, planes, betas, rates, key_mask, cu_seqlens, initial, causal, normalization)
 
 
 def _check_values(beta: Tensor | None, log_decay: Tensor | None, initial: SketchState | None) -> None:
@@ -308,19 +309,10 @@ def _check_documents(cu_seqlens: Tensor | None, batch: int, length: int | None, 
     """int64 ``[N + 1]``; ``length`` None when the tokens are sharded and only their sum over the ranks is known."""
     if cu_seqlens is None:
         return None
-    checks.tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
-                         f"{list(cu_seqlens.shape)}")
+    check_documents(cu_seqlens, length)
     if batch != 1:
         raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {batch}: pack them into one row")
     _same_device("cu_seqlens", cu_seqlens, q)
-    if readable(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:])):
-            raise ValueError(f"cu_seqlens must start at 0 and never fall; got {bounds if len(bounds) <= 20 else bounds[:20]}")
-        if length is not None and bounds[-1] != length:
-            raise ValueError(f"cu_seqlens must end at T = {length}; it ends at {bounds[-1]}")
     return cu_seqlens.long()
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from race_dist import messages
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that RACE Attention computes with
 INTEGERS = (torch.int64, torch.int32)  # of token ids and document boundaries
 MAX_SECONDS = 2_000_000  # three weeks; libraries count a timeout's milliseconds in 32 bits
@@ -34,13 +36,7 @@ def shown(value: object, limit: int = 80) -> str:
         return f"a tensor of {value.dtype} {list(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} {list(value.shape)}"
-    if isinstance(value, int) and value.bit_length() > 130:
-        return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # of somebody else's class, or of an integer too long to print
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+    return messages.shown(value, limit)
 
 
 def described(value: object) -> str:

@@ -65,7 +65,7 @@ def _tell(error: Exception) -> int:
         return INTERRUPTED
     if isinstance(error, _failures()):
         _print(str(error))
-        return FAILED
+        return _code_of(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
         _print(f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'make something smaller'}")
         return FAILED
@@ -101,6 +101,12 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
+def _code_of(error: Exception) -> int:
+    """Of a run that failed: 2 where starting it again cannot help, which launchers then do not try."""
+    checkpoint = sys.modules.get("race_dist.training.checkpoint")
+    return USER_ERROR if checkpoint is not None and isinstance(error, checkpoint.OtherRunError) else FAILED
+
+
 def _failures() -> tuple[type[Exception], ...]:
     """How a run fails. They are not looked for where nothing that could raise them was imported."""
     found: list[type[Exception]] = [FloatingPointError]
@@ -118,7 +124,7 @@ def work() -> Iterator[None]:
         yield
     except OSError as error:
         _print(_sentence(error))
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(_code_of(error)) from None
     except Exception as error:
         if isinstance(error, (*_failures(), MemoryError, RuntimeError)):  # typer.Exit is a RuntimeError
             raise

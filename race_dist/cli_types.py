@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import typer
 
+from race_dist.messages import shown
 from race_dist.output_paths import check_output_file, check_output_folder
-from race_dist.strict_config import COUNT_LIMIT, SIZE_LIMIT, shown
+from race_dist.strict_config import COUNT_LIMIT, SIZE_LIMIT
 
 T = TypeVar("T")
 MOST_RANKS = 1024  # of one machine

@@ -30,7 +30,8 @@ def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads:
 
     The draw is a counter-based generator (Philox) addressed by ``(seed, layer, global head)``, so a rank that holds
     heads 8 to 15 gets the rows that a rank holding all heads has there, whatever either drew before. Values are
-    rounded to bfloat16, so that every backend projects with the very same planes.
+    rounded to bfloat16, so that every backend projects with the very same planes. Whoever changes them in place does so under
+    ``torch.no_grad()``, not through ``.data``, which PyTorch does not count as a change.
 
     Args:
         num_tables: ``L >= 1``.
@@ -65,7 +66,7 @@ def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads:
     narrow = narrow.view(-1, num_tables, num_planes, head_dim)
     narrow = narrow if num_heads is not None else narrow[0]
     planes = narrow.to(dtype)
-    if planes is not narrow:
+    if planes is not narrow and not planes.is_inference():  # whose writes are not counted
         setattr(planes, _NARROW, (narrow, planes._version))
     return planes
 
@@ -76,10 +77,11 @@ _NARROW = "_race_dist_bfloat16"
 def as_bfloat16(planes: Tensor) -> Tensor:
     """The same planes in bfloat16, where :func:`sample_planes` made this very tensor, nobody has written to it since and it
     wants no gradient: then nothing is rounded, and kernels project once instead of twice. Else ``planes``."""
+    narrow: Tensor | None
     narrow, version = getattr(planes, _NARROW, (None, 0))
-    if narrow is None or version != planes._version or planes.requires_grad or narrow.shape != planes.shape:
+    if narrow is None or planes.is_inference() or planes.requires_grad:
         return planes
-    return narrow
+    return narrow if version == planes._version and narrow.shape == planes.shape else planes
 
 
 def _standard_normal(count: int, seed: int, layer: int, head: int) -> np.ndarray:

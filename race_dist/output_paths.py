@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from race_dist.strict_config import shown
+from race_dist.messages import shown
 
 
 def check_output_file(file: Path, what: str = "the output", *, make_folder: bool = True) -> None:

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from race_dist.messages import shown
+
 SIZE_LIMIT = 2**31 - 1  # of numbers that kernels and libraries index with 32 bits
 COUNT_LIMIT = 2**53  # of numbers that JSON keeps exactly
 SEED_LIMIT = 2**63 - 1  # of generators
 TIMEOUT_LIMIT = 10**6  # seconds; libraries hold milliseconds in a C int
 
 NonEmpty = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-_SHOWN = 120  # characters of a value in a message
 
 _EXPECTED = {
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
@@ -194,16 +195,6 @@ def _key(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, 
             continue  # the name of a kind
         parts += f".{part}" if parts else str(part)
     return parts, owner
-
-
-def shown(value: object) -> str:
-    """A value as messages show it: on one line, and not longer than a line."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integers of more than 4,300 digits
-        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
-    text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN - 20]}... ({len(text):,} characters)"
 
 
 def _got(value: object) -> str:

@@ -191,7 +191,7 @@ def test_bad_input_is_answered_in_one_sentence(arguments: dict[str, Any], error:
 
 
 @pytest.mark.parametrize(("bounds", "words"), [
-    ([1, T], "start at 0"), ([0, 50, 40, T], "never fall"), ([0, T - 1], "end at T = 90")])
+    ([1, T], "start at 0"), ([0, 50, 40, T], "never fall"), ([0, T - 1], "end at the sequence.s length, 90; it ends at 89")])
 def test_bad_documents_are_named(bounds: list[int], words: str) -> None:
     one_row = {n: x[:1] if n in ("q", "k", "v") else x for n, x in inputs().items()}
     with pytest.raises(ValueError, match=words):

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from race_dist import explain_plan, race_attention, sample_planes
+from race_dist import attention, explain_plan, race_attention, sample_planes
 from race_dist.hashing import as_bfloat16
 from race_dist.ops import explain
 
@@ -98,6 +98,26 @@ def test_sampled_planes_are_read_as_bfloat16() -> None:
     assert as_bfloat16(changed) is changed
     for other in (planes.clone(), planes[:1], torch.randn(2, 3, 16)):
         assert as_bfloat16(other) is other
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
+def test_kernels_get_the_planes_that_cost_least(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
+                                                expected: torch.dtype) -> None:
+    seen = []
+    monkeypatch.setattr(attention, "attend", lambda problem, backend: seen.append(problem) or (problem.v, None))
+    race_attention(*tensors(dtype=dtype), sample_planes(2, 3, 16, seed=0), 2.0)
+    assert [problem.planes.dtype for problem in seen] == [expected]
+
+
+def test_planes_are_sampled_in_inference_mode() -> None:
+    """Where PyTorch counts no changes of a tensor."""
+    q, k, v = tensors(dtype=torch.bfloat16)
+    expected = race_attention(q, k, v, sample_planes(2, 3, 16, seed=0), 2.0)
+    with torch.inference_mode():
+        planes = sample_planes(2, 3, 16, seed=0)
+        assert torch.equal(race_attention(q, k, v, planes, 2.0), expected)
+        planes.mul_(2)
+        assert as_bfloat16(planes) is planes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOORS = {"cli": 7, "cli_types": 7, "cli_launch": 7, "cli_runs": 7, "cli_errors": 7, "training": 6, "integrations": 6,
           "launch": 6, "benchmarks": 6, "models": 5, "streaming": 5, "planning": 5, "nn": 4, "explain": 4, "attention": 3,
           "parallel": 2, "ops": 1, "kernels": 0, "carry": 0, "sketch": 0, "hashing": 0, "machine": 0, "strict_config": 0,
-          "files": 0, "terminal": 0, "output_paths": 0, "checks": 0, "rank_environment": 0}
+          "files": 0, "terminal": 0, "output_paths": 0, "checks": 0, "messages": 0, "rank_environment": 0}
 SAME_FLOOR = {("models", "streaming"), ("streaming", "models"), ("planning", "models"), ("benchmarks", "training"),
               ("launch", "training"), ("benchmarks", "integrations"),
               ("integrations", "training"), ("cli", "cli_errors"), ("cli", "cli_launch"), ("cli_launch", "cli_errors"),

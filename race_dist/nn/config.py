@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from race_dist.hashing import MAX_PLANES
 from race_dist.nn.gate import GateActivation
@@ -20,6 +20,9 @@ def _conv_width(value: int) -> int:
     return value
 
 
+ConvWidth = Annotated[int, Field(le=2**16), AfterValidator(_conv_width)]
+
+
 def _check_conv_values(width: int, conv_values: bool) -> None:
     if conv_values and not width:
         raise ValueError("conv_values = True needs a convolution, but short_conv is 0: set short_conv=4, or conv_values=False")
@@ -32,16 +35,11 @@ class SoftmaxConfig(StrictConfig):
         ValueError: a field is out of its range or contradicts another one.
     """
 
-    short_conv: int = Field(default=0, le=2**16, description="Width of a causal depthwise convolution added to queries and "
+    short_conv: ConvWidth = Field(default=0, description="Width of a causal depthwise convolution added to queries and "
                                                      "keys before their positions; 0: none.")
     conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     output_gate: bool = Field(default=False, description="Multiply the output by a gate computed from the input.")
     gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
-
-    @field_validator("short_conv")
-    @classmethod
-    def _conv(cls, value: int) -> int:
-        return _conv_width(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -84,13 +82,13 @@ class RaceConfig(StrictConfig):
                                                   "checkpoint, otherwise seed and layer say what they are.")
     share_planes: bool = Field(default=False, description="Whether the heads of a layer share one set of hyperplanes.")
     seed: int = Field(default=0, ge=0, le=SEED_LIMIT,
-                      description="Of the hyperplanes, and of the initial weights of a layer that stands alone.")
+                      description="Seed of the hyperplanes, and of the initial weights of a layer outside a model.")
     normalization: Literal["global", "bucket", "none"] = Field(
         default="none", description="global: divide by the summed similarity, as the paper does. bucket: divide in each "
                             "bucket, as its released code does. none: divide by nothing and normalise each head's "
                             "output (RMS), best where decay is per token. Default: none if causal, else global.")
     qk_norm: bool = Field(default=True, description="Scale each query and key to a learned length per head before hashing.")
-    short_conv: int = Field(default=4, le=2**16, description="Width of a causal depthwise convolution added to queries and "
+    short_conv: ConvWidth = Field(default=4, description="Width of a causal depthwise convolution added to queries and "
                                                      "keys; 0: none.")
     conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     decay: Decay = Field(
@@ -131,11 +129,6 @@ class RaceConfig(StrictConfig):
             if not 1e-30 <= beta <= 1e30:
                 raise ValueError("must be positive and finite, from 1e-30 to 1e30")
         return value
-
-    @field_validator("short_conv")
-    @classmethod
-    def _conv(cls, value: int) -> int:
-        return _conv_width(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

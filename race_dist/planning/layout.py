@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, cast
 
+from race_dist.messages import shown
 from race_dist.models import ModelConfig
 from race_dist.planning.cluster import Cluster
-from race_dist.strict_config import COUNT_LIMIT, shown
+from race_dist.strict_config import COUNT_LIMIT
 
 Precision = Literal["bfloat16", "float32", "float64"]
 Sharding = Literal["none", "fsdp"]

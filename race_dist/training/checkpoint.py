@@ -60,6 +60,11 @@ class CheckpointError(OSError):
     """A checkpoint could not be written, or none can be read."""
 
 
+class OtherRunError(CheckpointError):
+    """A checkpoint is of a run with another model, text or optimizer than the one that would go on from it: whoever resumes can
+    mend it, and starting again does not help."""
+
+
 class Checkpoints:
     """The checkpoints of a run. Every rank makes one and calls the same methods in the same order.
 

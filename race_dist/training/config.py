@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from race_dist.files import read_object
+from race_dist.messages import shown
 from race_dist.models import ModelConfig
 from race_dist.strict_config import (
     COUNT_LIMIT,
@@ -19,7 +20,6 @@ from race_dist.strict_config import (
     StrictConfig,
     read_toml,
     set_key,
-    shown,
 )
 from race_dist.training.corpus import BYTE_VOCAB, HeldOut
 from race_dist.training.presets import find_config

@@ -16,7 +16,7 @@ import race_dist
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_sum, full_tensor
 from race_dist.training.agreement import check_same_run
-from race_dist.training.checkpoint import CheckpointError, Checkpoints, Saved
+from race_dist.training.checkpoint import Checkpoints, OtherRunError, Saved
 from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.corpus import Corpus, load_corpus
 from race_dist.training.data import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
@@ -185,16 +185,16 @@ class Trainer:
         """Go on from a checkpoint.
 
         Raises:
-            CheckpointError: it is of a run with another model, text or optimizer; the message names what differs.
+            OtherRunError: it is of a run with another model, text or optimizer; the message names what differs.
         """
         facts = saved.facts
         differing = [key for key in differing_keys(facts["config"], self.config.model_dump(mode="json"))
                      if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)]
         if differing:
-            raise CheckpointError(f"{saved.path} was written with another {', '.join(differing)}; put back what it was, or "
+            raise OtherRunError(f"{saved.path} was written with another {', '.join(differing)}; put back what it was, or "
                                   "begin a new run under another name")
         if facts["corpus"]["digest"] != self.corpus.digest() or not self._same_documents(facts["corpus"]):
-            raise CheckpointError(f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
+            raise OtherRunError(f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
                                   "back, or begin a new run under another name")
         self._load(store, saved)
         self.step, self.position = saved.step, facts["position"]

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
+from race_dist.cli_errors import work
 from race_dist.training import closing
-from race_dist.training.checkpoint import CheckpointError
+from race_dist.training.checkpoint import CheckpointError, OtherRunError
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.loop import Hooks, Outcome, run
 from race_dist.training.metrics import Metrics, read_metrics
@@ -347,3 +349,10 @@ def test_a_missing_tensorboard_is_said_before_anything_is_trained(tmp_path: Path
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'race-dist\[tensorboard\]'"):
         Trainer(settings(tmp_path, tensorboard=True), Ranks(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("error", "code"), [(OtherRunError("of another run"), 2), (CheckpointError("the disk is full"), 1)])
+def test_a_launcher_tries_again_only_what_may_end_otherwise(error: CheckpointError, code: int) -> None:
+    with pytest.raises(typer.Exit) as left, work():
+        raise error
+    assert left.value.exit_code == code

@@ -11,10 +11,10 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from race_dist.messages import shown
 from race_dist.nn import RaceConfig
 from race_dist.parallel import Layout
 from race_dist.parallel.layout import check_layout
-from race_dist.strict_config import shown
 
 PREFIX = "race_"
 # What a RaceConfig says that Megatron's own fields say already: widths, heads, the mask's type, rotary_base.

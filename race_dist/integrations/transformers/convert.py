@@ -17,8 +17,8 @@ from race_dist.integrations.transformers.attach import ATTENTIONS, attach, decod
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.projections import TAKEN, Projections
 from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
+from race_dist.messages import shown
 from race_dist.nn import RaceConfig, initialize
-from race_dist.strict_config import shown
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                "trust_remote_code")

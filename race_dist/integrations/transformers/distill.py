@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from race_dist.integrations.transformers.attach import attention_of, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.strict_config import shown
+from race_dist.messages import shown
 
 KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")  # of a teacher's call, what its student's layer is told too
 

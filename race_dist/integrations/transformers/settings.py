@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
+from race_dist.messages import shown
 from race_dist.nn import RaceConfig
-from race_dist.strict_config import StrictConfig, shown
+from race_dist.strict_config import StrictConfig
 
 IMPLEMENTATION = "race"
 ENTRY = "race_attention"

@@ -1,0 +1,16 @@
+"""How error messages show values: on one line, and not longer than a line."""
+
+from __future__ import annotations
+
+import math
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value on one line of at most ``limit`` characters, whatever its ``repr`` does."""
+    if isinstance(value, int) and value.bit_length() > 130:
+        return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of somebody else's class, or of a container of integers too long to print
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit - 3] + "..."
