@@ -65,8 +65,9 @@ def bits_per_byte(model: Any, text: Text, windows: int = 64) -> float:
     return total / (windows * text.length) / math.log(2)
 
 
-def fit(model: Any, loss_of: Callable[[Tensor], Tensor], text: Text, *, steps: int, rate: float, seed: int,
-        every: int, label: str) -> list[dict[str, Any]]:
+def fit(
+    model: Any, loss_of: Callable[[Tensor], Tensor], text: Text, *, steps: int, rate: float, seed: int, every: int, label: str
+) -> list[dict[str, Any]]:
     """AdamW over what the model lets be trained; a record each ``every`` steps."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -81,25 +82,32 @@ def fit(model: Any, loss_of: Callable[[Tensor], Tensor], text: Text, *, steps: i
         optimizer.step()
         if step % every == 0 or step in (1, steps):
             records.append({"step": step, "loss": float(loss.detach()), "bits_per_byte": bits_per_byte(model, text)})
-            print(f"{label:>12} {step:5d}/{steps}  loss {records[-1]['loss']:.4f}  held out "
-                  f"{records[-1]['bits_per_byte']:.3f} bits/byte  {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{label:>12} {step:5d}/{steps}  loss {records[-1]['loss']:.4f}  held out "
+                f"{records[-1]['bits_per_byte']:.3f} bits/byte  {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
     return records
 
 
 def language_loss(model: Any) -> Callable[[Tensor], Tensor]:
     """Cross-entropy on the text."""
+
     def loss(rows: Tensor) -> Tensor:
         logits = model(rows[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
     return loss
 
 
 def taught(student: Any, teacher: Any, share: float) -> Callable[[Tensor], Tensor]:
     """The teacher's predictions beside the text's."""
+
     def loss(rows: Tensor) -> Tensor:
         with torch.no_grad():
             target = teacher(rows[:, :-1], use_cache=False).logits
         return prediction_loss(student(rows[:, :-1], use_cache=False).logits, target, rows[:, 1:], share=share)
+
     return loss
 
 
@@ -107,28 +115,64 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything; returns the figures."""
     torch.manual_seed(0)
     text = Text(options.data, options.batch, options.length)
-    config = LlamaConfig(vocab_size=256, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                         num_key_value_heads=KV_HEADS, intermediate_size=352, max_position_embeddings=4 * options.length)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        intermediate_size=352,
+        max_position_embeddings=4 * options.length,
+    )
     teacher = LlamaForCausalLM(config).train()
-    report: dict[str, Any] = {"command": " ".join(["python examples/linearize.py", *sys.argv[1:]]), "torch": torch.__version__,
-                              "parameters": sum(p.numel() for p in teacher.parameters()), "options": vars(options) | {
-                                  "out": str(options.out)}, "phases": {}}
+    report: dict[str, Any] = {
+        "command": " ".join(["python examples/linearize.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in teacher.parameters()),
+        "options": vars(options) | {"out": str(options.out)},
+        "phases": {},
+    }
     phases, every = report["phases"], options.every
-    phases["teacher"] = fit(teacher, language_loss(teacher), text, steps=options.teacher_steps, rate=3e-3, seed=0, every=every,
-                            label="teacher")
+    phases["teacher"] = fit(
+        teacher, language_loss(teacher), text, steps=options.teacher_steps, rate=3e-3, seed=0, every=every, label="teacher"
+    )
     teacher.eval()
     layers = [n for n in range(LAYERS) if not options.softmax_every or (n + 1) % options.softmax_every]
     student = convert(copy.deepcopy(teacher), layers=layers).train()
     untaught = copy.deepcopy(student)
     report["converted, untrained"] = bits_per_byte(student, text)
     freeze_all_but(student, trained_parts(student))
-    phases["layers"] = fit(student, lambda rows: layer_loss(teacher, student, {"input_ids": rows[:, :-1]}), text,
-                           steps=options.layer_steps, rate=3e-3, seed=10**6, every=every, label="layers")
+    phases["layers"] = fit(
+        student,
+        lambda rows: layer_loss(teacher, student, {"input_ids": rows[:, :-1]}),
+        text,
+        steps=options.layer_steps,
+        rate=3e-3,
+        seed=10**6,
+        every=every,
+        label="layers",
+    )
     student.requires_grad_(True)
-    phases["predictions"] = fit(student, taught(student, teacher, options.share), text, steps=options.steps, rate=1e-3,
-                                seed=2 * 10**6, every=every, label="predictions")
-    phases["without a teacher"] = fit(untaught, language_loss(untaught), text, steps=options.layer_steps + options.steps,
-                                      rate=1e-3, seed=10**6, every=every, label="no teacher")
+    phases["predictions"] = fit(
+        student,
+        taught(student, teacher, options.share),
+        text,
+        steps=options.steps,
+        rate=1e-3,
+        seed=2 * 10**6,
+        every=every,
+        label="predictions",
+    )
+    phases["without a teacher"] = fit(
+        untaught,
+        language_loss(untaught),
+        text,
+        steps=options.layer_steps + options.steps,
+        rate=1e-3,
+        seed=10**6,
+        every=every,
+        label="no teacher",
+    )
     if options.save is not None:
         student.save_pretrained(options.save)
         again = from_pretrained(options.save)
@@ -146,13 +190,23 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     phases = report["phases"]
     start = phases["layers"][-1]["step"]
-    curves = (("layer outputs (MSE)", phases["layers"], 0, "#9bb8d3"), ("predictions (KL + CE)", phases["predictions"], start,
-              "#c8502d"), ("the same steps without a teacher", phases["without a teacher"], 0, "#8a8a8a"))
+    curves = (
+        ("layer outputs (MSE)", phases["layers"], 0, "#9bb8d3"),
+        ("predictions (KL + CE)", phases["predictions"], start, "#c8502d"),
+        ("the same steps without a teacher", phases["without a teacher"], 0, "#8a8a8a"),
+    )
     for label, records, offset, color in curves:
-        axes.plot([offset + r["step"] for r in records], [r["bits_per_byte"] for r in records], label=label, color=color,
-                  marker="o", markersize=3)
-    axes.axhline(phases["teacher"][-1]["bits_per_byte"], color="#444444", linewidth=0.9, linestyle="--",
-                 label="the softmax teacher")
+        axes.plot(
+            [offset + r["step"] for r in records],
+            [r["bits_per_byte"] for r in records],
+            label=label,
+            color=color,
+            marker="o",
+            markersize=3,
+        )
+    axes.axhline(
+        phases["teacher"][-1]["bits_per_byte"], color="#444444", linewidth=0.9, linestyle="--", label="the softmax teacher"
+    )
     axes.set(xlabel="step after conversion", ylabel="bits per byte, held out", title="From softmax to RACE by distillation")
     axes.legend(frameon=False)
     axes.grid(alpha=0.2)
@@ -176,8 +230,9 @@ def main() -> None:
     options = parser.parse_args()
     report = run(options)
     if options.out is not None:
-        options.out.write_text(json.dumps(report | {"options": report["options"] | {"save": str(options.save)}}, indent=1)
-                               + "\n", encoding="utf-8")
+        options.out.write_text(
+            json.dumps(report | {"options": report["options"] | {"save": str(options.save)}}, indent=1) + "\n", encoding="utf-8"
+        )
         draw(report, options.out.with_suffix(".png"))
         print(f"written: {options.out} and {options.out.with_suffix('.png')}")
 

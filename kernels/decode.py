@@ -36,8 +36,24 @@ def token_features(x, planes, h, beta, s0, c: tl.constexpr):
 
 
 @triton.jit
-def decode(q, k, v, out, den, planes, beta, log_decay, key_mask, initial_values, initial_mass, final_values, final_mass, H,
-           c: tl.constexpr, WIDTH: tl.constexpr):
+def decode(
+    q,
+    k,
+    v,
+    out,
+    den,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    initial_values,
+    initial_mass,
+    final_values,
+    final_mass,
+    H,
+    c: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Program (row, head, block of WIDTH value columns): writes out ``[B, 1, Hq, Dv]``, den and the final state."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (c.Dv + WIDTH - 1) // WIDTH

@@ -199,8 +199,9 @@ def work_bucket(work: int) -> int:
     return 1 << max(0, work.bit_length() - 1)
 
 
-def make_plan(spec: Spec, work: int, *, shared_limit: int, hopper: bool = False, chunk: int | None = None,
-              tile: int | None = None) -> Plan:
+def make_plan(
+    spec: Spec, work: int, *, shared_limit: int, hopper: bool = False, chunk: int | None = None, tile: int | None = None
+) -> Plan:
     """Choose for one call.
 
     Args:
@@ -240,20 +241,20 @@ def pipeline_obstacle(spec: Spec, shared_limit: int) -> str | None:
     most = 64 * (3 if spec.decay and spec.is_global else 4)  # features of which everything fits in PIPE_SHARED
     many = f"S = L * 2**P = {spec.S} features (beyond 64)"
     obstacles = {
-        f"q, k and v are {'float32' if spec.f32 else 'float16'}: give bfloat16, or call under torch.autocast":
-            spec.f32 or spec.half,
+        f"q, k and v are {'float32' if spec.f32 else 'float16'}: give bfloat16, or call under torch.autocast": spec.f32
+        or spec.half,
         'normalization is "bucket": "global" and "none" have pipelines': spec.is_bucket,
         f"heads are wider than 128 (D = {spec.D}, Dv = {spec.Dv}): use more heads of at most 128": max(spec.D, spec.Dv) > 128,
         "TMA cannot move these rows: make D and Dv multiples of 8 and give tensors whose last dimension is contiguous and "
         "whose strides are multiples of 8 elements": not spec.bulk,
         f"L * P = {spec.L * spec.P} planes: give at most 32": spec.LPB > 32,
         f"{many} have a pipeline for causal calls only: give at most 64": spec.NSB > 1 and not spec.causal,
-        f"{many} have no pipeline for grouped queries: give at most 64, or as many key/value heads as query heads":
-            spec.NSB > 1 and spec.G > 1,
+        f"{many} have no pipeline for grouped queries: give at most 64, or as many key/value heads as query heads": spec.NSB > 1
+        and spec.G > 1,
         f"{many} with L * P = {spec.L * spec.P} planes: give at most 16 planes": spec.NSB > 1 and spec.LPB > 16,
         f"S = L * 2**P = {spec.S} features: give at most {most}": most < spec.S,
-        f"a program may use {shared_limit} bytes of shared memory here, and a pipeline takes {PIPE_SHARED}":
-            shared_limit < PIPE_SHARED,
+        f"a program may use {shared_limit} bytes of shared memory here, and a pipeline takes {PIPE_SHARED}": shared_limit
+        < PIPE_SHARED,
         f"chunks are of {spec.C} tokens and {spec.SB} features, not of 64": spec.C != 64 or spec.SB != 64,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
@@ -277,10 +278,13 @@ def shared_bytes(kernel: str, spec: Spec) -> int:
     state = 2 * spec.SB * spec.BV * size
     planes = 2 * spec.BD * spec.LPB * size + 2 * spec.LPB * spec.SB * size
     flight = 1 if spec.stages == 1 else spec.G  # each query head's rows are in flight by themselves
-    held = {"sums": rows * spec.stages + features, "query_sums": rows * flight * spec.stages + features,
-            "out": (1 + flight) * rows * spec.stages + 2 * features + state // 2,
-            "queries": (1 + flight) * rows * spec.stages + 2 * features + state,
-            "keys": (1 + flight) * rows * spec.stages + 3 * features + state}
+    held = {
+        "sums": rows * spec.stages + features,
+        "query_sums": rows * flight * spec.stages + features,
+        "out": (1 + flight) * rows * spec.stages + 2 * features + state // 2,
+        "queries": (1 + flight) * rows * spec.stages + 2 * features + state,
+        "keys": (1 + flight) * rows * spec.stages + 3 * features + state,
+    }
     spare = held[kernel] // 4 if spec.f32 else 0  # to lay operands out anew
     decay = 12288 if spec.decay and spec.stages > 1 else 0
     return held[kernel] + spare + planes + decay + 8192

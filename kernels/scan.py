@@ -10,9 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
-def scan_tiles(sums, decays, initial_values, initial_mass, final_values, final_mass, totals, row_tiles, per_row, H,
-               c: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-               WRITE: tl.constexpr):
+def scan_tiles(
+    sums,
+    decays,
+    initial_values,
+    initial_mass,
+    final_values,
+    final_mass,
+    totals,
+    row_tiles,
+    per_row,
+    H,
+    c: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REVERSE: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    WRITE: tl.constexpr,
+):
     """Program (row, head, block of WIDTH elements) of ``sums [tile, H, E]``, E = S (Dv + 1): values, then mass.
 
     ``state <- exp(decay of tile) * state + sum of tile``, from the initial sketch to the final one (INITIAL, FINAL: if

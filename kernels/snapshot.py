@@ -13,10 +13,39 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    BUCKET_EPS, buckets, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving,
-    load_decay, load_keep, load_planes, load_scalars, load_state, locate, low, mm, mm_left, mm_right, open_rows, parts,
-    planes_gradient, read_rows, rounded, seen, seen_by, signs, soft_hash, store_planes_gradient, store_rows,
-    store_scalars, store_state, unproject,
+    BUCKET_EPS,
+    buckets,
+    corner_bits,
+    crossing,
+    entering,
+    hash_gradient,
+    inverse_den,
+    key_features,
+    leaving,
+    load_decay,
+    load_keep,
+    load_planes,
+    load_scalars,
+    load_state,
+    locate,
+    low,
+    mm,
+    mm_left,
+    mm_right,
+    open_rows,
+    parts,
+    planes_gradient,
+    read_rows,
+    rounded,
+    seen,
+    seen_by,
+    signs,
+    soft_hash,
+    store_planes_gradient,
+    store_rows,
+    store_scalars,
+    store_state,
+    unproject,
 )
 
 
@@ -100,8 +129,30 @@ def query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, 
 
 
 @triton.jit
-def snapshot_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states, suffix_sums, decays,
-                     dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
+def snapshot_queries(
+    q,
+    k,
+    v,
+    dout,
+    den,
+    dq,
+    h_out,
+    row_out,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    states,
+    suffix_sums,
+    decays,
+    dbeta,
+    dplanes,
+    tiles,
+    T,
+    TILE,
+    H,
+    c: tl.constexpr,
+):
     """Program (tile, head): what ``walk_queries`` does, for one chunk. "global" needs every block's e for h before the
     first block's gradient, so the blocks are passed twice."""
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -192,8 +243,33 @@ def add_planes_gradient(dplanes, part, index, s0, first: tl.constexpr, c: tl.con
 
 
 @triton.jit
-def snapshot_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta, log_decay, key_mask, states,
-                  final_values, final_mass, suffixes, dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
+def snapshot_keys(
+    q,
+    k,
+    v,
+    dout,
+    den,
+    h_in,
+    row_in,
+    dk,
+    dv,
+    dlog_decay,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    states,
+    final_values,
+    final_mass,
+    suffixes,
+    dbeta,
+    dplanes,
+    tiles,
+    T,
+    TILE,
+    H,
+    c: tl.constexpr,
+):
     """Program (tile, head): what ``walk_keys`` does, for one chunk."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H

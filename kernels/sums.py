@@ -12,8 +12,24 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    corner_bits, entering, inverse_den, leaving, load_decay, load_keep, load_planes, load_rows, load_scalars,
-    locate, low, mm, open_heads, open_rows, rounded, soft_hash, store_state, through,
+    corner_bits,
+    entering,
+    inverse_den,
+    leaving,
+    load_decay,
+    load_keep,
+    load_planes,
+    load_rows,
+    load_scalars,
+    locate,
+    low,
+    mm,
+    open_heads,
+    open_rows,
+    rounded,
+    soft_hash,
+    store_state,
+    through,
 )
 
 

@@ -14,8 +14,27 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    corner_bits, entering, inverse_den, key_features, leaving, load_decay, load_keep, load_planes, load_rows, load_state,
-    locate, low, mm, open_heads, open_rows, rounded, seen, soft_hash, store_rows, store_scalars, through,
+    corner_bits,
+    entering,
+    inverse_den,
+    key_features,
+    leaving,
+    load_decay,
+    load_keep,
+    load_planes,
+    load_rows,
+    load_state,
+    locate,
+    low,
+    mm,
+    open_heads,
+    open_rows,
+    rounded,
+    seen,
+    soft_hash,
+    store_rows,
+    store_scalars,
+    through,
 )
 
 

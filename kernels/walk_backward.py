@@ -16,16 +16,66 @@ import triton
 import triton.language as tl
 
 from race_dist.kernels.common import (
-    buckets, centred, corner_bits, crossing, entering, hash_gradient, inverse_den, key_features, leaving, load_decay,
-    load_keep, load_planes, load_rows, load_scalars, load_state, locate, low, mm, mm_left, mm_right, open_heads, open_rows,
-    parts, planes_gradient, rounded, seen, seen_by, signs, soft_hash, store_planes_gradient, store_rows,
-    store_scalars, through, unproject,
+    buckets,
+    centred,
+    corner_bits,
+    crossing,
+    entering,
+    hash_gradient,
+    inverse_den,
+    key_features,
+    leaving,
+    load_decay,
+    load_keep,
+    load_planes,
+    load_rows,
+    load_scalars,
+    load_state,
+    locate,
+    low,
+    mm,
+    mm_left,
+    mm_right,
+    open_heads,
+    open_rows,
+    parts,
+    planes_gradient,
+    rounded,
+    seen,
+    seen_by,
+    signs,
+    soft_hash,
+    store_planes_gradient,
+    store_rows,
+    store_scalars,
+    through,
+    unproject,
 )
 
 
 @triton.jit
-def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states,
-                 dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
+def walk_queries(
+    q,
+    k,
+    v,
+    dout,
+    den,
+    dq,
+    h_out,
+    row_out,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    states,
+    dbeta,
+    dplanes,
+    tiles,
+    T,
+    TILE,
+    H,
+    c: tl.constexpr,
+):
     """Program (tile, head), chunks in order: writes dq, ``h [B, T, Hq]`` ("global"), and the queries' part of
     dG ``[B, T, H]`` (decay, "none"). The tile's sums of C and c are made apart (``tile_query_sums``): kept here they would not
     fit in registers beside M."""
@@ -97,8 +147,33 @@ def walk_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
 
 
 @triton.jit
-def walk_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta, log_decay, key_mask, states,
-              final_values, final_mass, suffixes, dbeta, dplanes, tiles, T, TILE, H, c: tl.constexpr):
+def walk_keys(
+    q,
+    k,
+    v,
+    dout,
+    den,
+    h_in,
+    row_in,
+    dk,
+    dv,
+    dlog_decay,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    states,
+    final_values,
+    final_mass,
+    suffixes,
+    dbeta,
+    dplanes,
+    tiles,
+    T,
+    TILE,
+    H,
+    c: tl.constexpr,
+):
     """Program (tile, head), chunks in reverse: writes dk, dv and dlog_decay ``[B, T, H]``."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H

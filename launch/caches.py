@@ -55,8 +55,10 @@ def private_folder(root: Path) -> Path:
     try:
         made = Path(tempfile.mkdtemp(prefix=f"race-dist-cache-{user}-"))
     except OSError as error:
-        raise ValueError(f"no folder for compiled kernels can be made in RACE_DIST_CACHE={root} ({'; '.join(reasons)}; "
-                         f"{error}): set the job's cache to a folder of your own") from None
+        raise ValueError(
+            f"no folder for compiled kernels can be made in RACE_DIST_CACHE={root} ({'; '.join(reasons)}; "
+            f"{error}): set the job's cache to a folder of your own"
+        ) from None
     _say(f"compiled kernels are kept in {made} for this process alone: {reasons[0]}")
     return made
 

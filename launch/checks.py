@@ -28,15 +28,22 @@ _STATE_BYTES = 12  # a parameter in a checkpoint: itself and AdamW's two moments
 
 def facts(config: TrainConfig | None, device: torch.device) -> dict[str, str]:
     """What must be the same on every rank."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-             "race-dist code": code_digest()[:12]}
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "race-dist code": code_digest()[:12],
+    }
     if config is not None:
         found["configuration"] = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     if device.type == "cuda":
         from race_dist.training.telemetry import Nvml, device_uuid
 
-        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-                  "gpu type": torch.cuda.get_device_name(device)}
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "gpu type": torch.cuda.get_device_name(device),
+        }
         try:
             found["driver"] = Nvml(device_uuid(device)).system("GetDriverVersion") or "unknown"
         except (ImportError, OSError):
@@ -47,20 +54,36 @@ def facts(config: TrainConfig | None, device: torch.device) -> dict[str, str]:
 def node(device: torch.device) -> Iterator[Finding]:
     """Limits of this process and this node."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield Finding("open files", "warn" if 0 < files < 4096 else "ok", files,
-                  f"at most {files} open files: raise it with ulimit -n" if 0 < files < 4096 else "")
+    yield Finding(
+        "open files",
+        "warn" if 0 < files < 4096 else "ok",
+        files,
+        f"at most {files} open files: raise it with ulimit -n" if 0 < files < 4096 else "",
+    )
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     low = device.type == "cuda" and locked != resource.RLIM_INFINITY
-    yield Finding("locked memory", "warn" if low else "ok", None if locked == resource.RLIM_INFINITY else locked,
-                  f"at most {locked} bytes: RDMA needs ulimit -l unlimited" if low else "")
+    yield Finding(
+        "locked memory",
+        "warn" if low else "ok",
+        None if locked == resource.RLIM_INFINITY else locked,
+        f"at most {locked} bytes: RDMA needs ulimit -l unlimited" if low else "",
+    )
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    yield Finding("shared memory", "warn" if shm < _GIB else "ok", shm,
-                  f"/dev/shm has {shm / _MIB:.0f} MiB: NCCL wants 1 GiB (--ipc=host or --shm-size)" if shm < _GIB else "")
+    yield Finding(
+        "shared memory",
+        "warn" if shm < _GIB else "ok",
+        shm,
+        f"/dev/shm has {shm / _MIB:.0f} MiB: NCCL wants 1 GiB (--ipc=host or --shm-size)" if shm < _GIB else "",
+    )
     yield Finding("cores", "ok", len(os.sched_getaffinity(0)))
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
     kind = file_system(cache)
-    yield Finding("kernel cache", "warn" if kind else "ok", str(cache),
-                  f"{cache} lies on {kind}, which all nodes share: set TRITON_CACHE_DIR or the job's cache" if kind else "")
+    yield Finding(
+        "kernel cache",
+        "warn" if kind else "ok",
+        str(cache),
+        f"{cache} lies on {kind}, which all nodes share: set TRITON_CACHE_DIR or the job's cache" if kind else "",
+    )
 
 
 def file_system(path: Path) -> str | None:
@@ -96,9 +119,12 @@ def disk(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
         return
     finally:
         file.unlink(missing_ok=True)
-    yield Finding("disk", "ok" if good else "fail", {"write_mb_s": round(megabytes * 1.048576 / wrote, 1),
-                                                     "read_mb_s": round(megabytes * 1.048576 / read, 1)},
-                  "" if good else f"{folder} gives back other bytes than were written")
+    yield Finding(
+        "disk",
+        "ok" if good else "fail",
+        {"write_mb_s": round(megabytes * 1.048576 / wrote, 1), "read_mb_s": round(megabytes * 1.048576 / read, 1)},
+        "" if good else f"{folder} gives back other bytes than were written",
+    )
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
@@ -120,8 +146,12 @@ def space(folder: Path, config: TrainConfig | None) -> Iterator[Finding]:
     kept = getattr(getattr(config, "checkpoint", None), "keep", 1) + 1  # and the one being written
     need = kept * _STATE_BYTES * parameters * (2 if config.precision == "float64" else 1)
     detail = f"{folder} has {free / _GIB:.1f} GiB left, and {kept} checkpoints take {need / _GIB:.1f}"
-    yield Finding("free space", "fail" if free < need else "ok",
-                  {"free_gib": round(free / _GIB, 2), "needed_gib": round(need / _GIB, 4)}, detail if free < need else "")
+    yield Finding(
+        "free space",
+        "fail" if free < need else "ok",
+        {"free_gib": round(free / _GIB, 2), "needed_gib": round(need / _GIB, 4)},
+        detail if free < need else "",
+    )
 
 
 def speed(device: torch.device) -> Iterator[Finding]:
@@ -163,12 +193,21 @@ def all_reduce(group: ProcessGroup | None, device: torch.device) -> Iterator[Fin
     for size in (2**10, 2**20, 2**26 if device.type == "cuda" else 2**23):
         data = torch.ones(size // 4, device=device)
         seconds = median_time(lambda data=data: all_reduce_sum(data, group), device)  # type: ignore[misc]
-        yield Finding(f"all-reduce {_bytes(size)}", "ok", {
-            "microseconds": round(seconds * 1e6, 1), "bus_gb_s": round(2 * (world - 1) / world * size / seconds / 1e9, 3)})
+        yield Finding(
+            f"all-reduce {_bytes(size)}",
+            "ok",
+            {"microseconds": round(seconds * 1e6, 1), "bus_gb_s": round(2 * (world - 1) / world * size / seconds / 1e9, 3)},
+        )
 
 
-def scan(group: ProcessGroup | None, device: torch.device, *, heads: int = 16, features: int = 64, width: int = 128,
-         ) -> Iterator[Finding]:
+def scan(
+    group: ProcessGroup | None,
+    device: torch.device,
+    *,
+    heads: int = 16,
+    features: int = 64,
+    width: int = 128,
+) -> Iterator[Finding]:
     """The exclusive scan of sketches: against a plain sum of the earlier ranks' in float64, and how fast."""
     rank = group_rank(group)
     generator = torch.Generator().manual_seed(rank)
@@ -180,8 +219,12 @@ def scan(group: ProcessGroup | None, device: torch.device, *, heads: int = 16, f
         expected = every[:rank].double().sum(0)
         error = max(error, float((mine - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
     limit = 2.0**-22 * max(1, group_size(group))  # one rounding of float32 an addition
-    yield Finding("scan", "ok" if error <= limit else "fail", error,
-                  "" if error <= limit else f"differs from the sum of the earlier ranks' sketches by {error:.1e}")
+    yield Finding(
+        "scan",
+        "ok" if error <= limit else "fail",
+        error,
+        "" if error <= limit else f"differs from the sum of the earlier ranks' sketches by {error:.1e}",
+    )
     seconds = median_time(lambda: exclusive_scan(SketchState(mass, values), group), device)
     yield Finding("scan, microseconds", "ok", round(seconds * 1e6, 1))
 

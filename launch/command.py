@@ -40,8 +40,12 @@ class Run:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for what, text in (("the configuration's path", str(self.config)), ("name", self.name), ("runs", str(self.folder)),
-                           *(("--override", override) for override in self.overrides)):
+        for what, text in (
+            ("the configuration's path", str(self.config)),
+            ("name", self.name),
+            ("runs", str(self.folder)),
+            *(("--override", override) for override in self.overrides),
+        ):
             one_line(text, what)
 
     def arguments(self, job: JobConfig) -> list[str]:
@@ -72,8 +76,15 @@ def rank_command(job: JobConfig, words: Sequence[str]) -> list[str]:
     return [python(job), "-m", RANK_MODULE, *words]
 
 
-def torchrun_command(job: JobConfig, words: Sequence[str], *, endpoint: str, run_id: str, node_rank: str | None = None,
-                     local_address: str | None = None) -> list[str]:
+def torchrun_command(
+    job: JobConfig,
+    words: Sequence[str],
+    *,
+    endpoint: str,
+    run_id: str,
+    node_rank: str | None = None,
+    local_address: str | None = None,
+) -> list[str]:
     """torchrun on one node of ``job.nodes``, which meet at ``endpoint``.
 
     Args:
@@ -85,9 +96,18 @@ def torchrun_command(job: JobConfig, words: Sequence[str], *, endpoint: str, run
         local_address: the address under which the others reach this node; None is its host name.
     """
     nodes = f"{job.min_nodes}:{job.nodes}" if job.min_nodes is not None else str(job.nodes)
-    command = [python(job), "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={job.ranks_per_node}",
-               "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}",
-               f"--max-restarts={job.restarts}", "--monitor-interval=1"]
+    command = [
+        python(job),
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={job.ranks_per_node}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id={run_id}",
+        f"--max-restarts={job.restarts}",
+        "--monitor-interval=1",
+    ]
     if node_rank is not None:
         command.append(f"--node-rank={node_rank}")
     if local_address is not None:
@@ -110,8 +130,9 @@ def _is_first(endpoint: str, node_rank: str | None, local_address: str | None) -
     return None
 
 
-def deepspeed_command(job: JobConfig, words: Sequence[str], *, hostfile: Path | None = None,
-                      master_address: str | None = None) -> list[str]:
+def deepspeed_command(
+    job: JobConfig, words: Sequence[str], *, hostfile: Path | None = None, master_address: str | None = None
+) -> list[str]:
     """DeepSpeed's launcher. It passes ``--local_rank`` to each rank, which :mod:`race_dist.launch.rank` takes."""
     port = free_port_from(zlib.crc32(" ".join(words).encode()))  # its default is one port for all jobs of a machine
     command = [python(job), "-m", "deepspeed.launcher.runner", f"--num_gpus={job.ranks_per_node}", f"--master_port={port}"]
@@ -168,8 +189,11 @@ def srun_container(job: JobConfig, folder: Path) -> list[str]:
     return words
 
 
-def show(command: Sequence[str], environment: Mapping[str, str] | None = None,
-         references: Mapping[str, EnvironmentReference] | None = None) -> str:
+def show(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    references: Mapping[str, EnvironmentReference] | None = None,
+) -> str:
     """The command as one could type it, its environment in front; variables passed by reference stand as ``NAME="$OTHER"``."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()]
     settings += [f'{name}="${r.from_env or name}"' for name, r in (references or {}).items()]

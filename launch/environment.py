@@ -12,9 +12,31 @@ from pydantic import Field, model_validator
 from race_dist.messages import shown
 from race_dist.strict_config import StrictConfig
 
-_SECRET_WORDS = frozenset({
-    "KEY", "KEYS", "APIKEY", "TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE", "PASS", "PWD",
-    "CREDENTIAL", "CREDENTIALS", "CREDS", "AUTH", "AUTHORIZATION", "PAT", "COOKIE", "DSN", "SAS"})
+_SECRET_WORDS = frozenset(
+    {
+        "KEY",
+        "KEYS",
+        "APIKEY",
+        "TOKEN",
+        "SECRET",
+        "SECRETS",
+        "PASSWORD",
+        "PASSWORDS",
+        "PASSWD",
+        "PASSPHRASE",
+        "PASS",
+        "PWD",
+        "CREDENTIAL",
+        "CREDENTIALS",
+        "CREDS",
+        "AUTH",
+        "AUTHORIZATION",
+        "PAT",
+        "COOKIE",
+        "DSN",
+        "SAS",
+    }
+)
 _SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS")
 _SECRET_PARTS = ("SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "APIKEY")
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -36,8 +58,13 @@ def one_line(text: str, what: str = "") -> str:
     bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs")), None)
     if bad is None:
         return text
-    kind = ("a line break" if bad in "\n\r\x0b\x0c\x85\u2028\u2029" else
-            "bytes that are not UTF-8" if unicodedata.category(bad) == "Cs" else f"the control character {bad!r}")
+    kind = (
+        "a line break"
+        if bad in "\n\r\x0b\x0c\x85\u2028\u2029"
+        else "bytes that are not UTF-8"
+        if unicodedata.category(bad) == "Cs"
+        else f"the control character {bad!r}"
+    )
     raise ValueError(f"{what + ': ' if what else ''}control characters are not allowed in a job, and there is {kind} in it")
 
 
@@ -45,8 +72,12 @@ def is_secret(name: str, value: str = "") -> bool:
     """Whether a variable holds what others must not read: by its name (``HF_TOKEN``, ``WANDB_API_KEY``, ``DB_PASSWORD``,
     ``AWS_SECRET_ACCESS_KEY``), or as its value is an address with a password in it."""
     words = name.upper().split("_")
-    return (not _SECRET_WORDS.isdisjoint(words) or any(word.endswith(_SECRET_ENDS) for word in words)
-            or any(part in name.upper() for part in _SECRET_PARTS) or _LOGIN_IN_URL.search(value) is not None)
+    return (
+        not _SECRET_WORDS.isdisjoint(words)
+        or any(word.endswith(_SECRET_ENDS) for word in words)
+        or any(part in name.upper() for part in _SECRET_PARTS)
+        or _LOGIN_IN_URL.search(value) is not None
+    )
 
 
 def no_secret(text: str) -> str:
@@ -56,14 +87,18 @@ def no_secret(text: str) -> str:
     Raises:
         ValueError: it holds one, which would stand in the job's file. The message does not show it.
     """
-    name = next((name for name, value in _ASSIGNMENT.findall(text) if value and not value.startswith("$") and is_secret(name)),
-                None)
+    name = next(
+        (name for name, value in _ASSIGNMENT.findall(text) if value and not value.startswith("$") and is_secret(name)), None
+    )
     if name is not None:
-        raise ValueError(f"the value of {name} would stand in the job's file: give env.{name} instead, which is passed by "
-                         "reference")
+        raise ValueError(
+            f"the value of {name} would stand in the job's file: give env.{name} instead, which is passed by reference"
+        )
     if _LOGIN_IN_URL.search(text):
-        raise ValueError("there is an address with a password in it, which would stand in the job's file: log in to the "
-                         "registry, or keep the password where the program looks for it")
+        raise ValueError(
+            "there is an address with a password in it, which would stand in the job's file: log in to the "
+            "registry, or keep the password where the program looks for it"
+        )
     return text
 
 

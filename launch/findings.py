@@ -69,8 +69,9 @@ def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.
     if len(values) < 2:
         return []
     median = sorted(values.values())[len(values) // 2]
-    late = [f"{r.node} (rank {r.rank}) {values[r.rank]:.3g}" for r in reports
-            if r.rank in values and values[r.rank] < slow * median]
+    late = [
+        f"{r.node} (rank {r.rank}) {values[r.rank]:.3g}" for r in reports if r.rank in values and values[r.rank] < slow * median
+    ]
     if late:
         return [Finding(f"{name}, compared", "warn", median, f"slower than the others' {median:.3g}: {', '.join(late[:8])}")]
     return [Finding(f"{name}, compared", "ok", median)]
@@ -78,8 +79,9 @@ def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.
 
 def refusals(reports: Iterable[RankReport], shared: Iterable[Finding]) -> list[str]:
     """Why the job should not start here: a sentence each, with the node's name."""
-    found = [f"{r.node} (rank {r.rank}): {f.name}: {f.detail or f.value}" for r in reports for f in r.findings
-             if f.verdict == "fail"]
+    found = [
+        f"{r.node} (rank {r.rank}): {f.name}: {f.detail or f.value}" for r in reports for f in r.findings if f.verdict == "fail"
+    ]
     return found + [f"{f.name}: {f.detail or f.value}" for f in shared if f.verdict == "fail"]
 
 
@@ -91,8 +93,12 @@ def table(reports: Sequence[RankReport], shared: Sequence[Finding]) -> Any:
     for column in ("where", "what", "verdict", "found"):
         out.add_column(column, overflow="fold")
     colours: Mapping[str, str] = {"ok": "green", "warn": "yellow", "fail": "bold red", "unknown": "dim"}
-    rows = [(f"{r.node}/{r.rank}", f) for i, r in enumerate(reports) for f in r.findings
-            if i == 0 or f.verdict not in ("ok", "unknown")]
+    rows = [
+        (f"{r.node}/{r.rank}", f)
+        for i, r in enumerate(reports)
+        for f in r.findings
+        if i == 0 or f.verdict not in ("ok", "unknown")
+    ]
     for where, finding in [*rows, *(("all", f) for f in shared)]:
         found = finding.detail or ("" if finding.value is None else _short(finding.value))
         out.add_row(where, finding.name, f"[{colours[finding.verdict]}]{finding.verdict}[/]", found)

@@ -29,8 +29,11 @@ def inspect(device: torch.device) -> list[Finding]:
 
 def examine(gpu: Nvml) -> list[Finding]:
     """What the driver says about a GPU."""
-    return [finding for questions in (_memory, _errors, _links, _fabric, _clocks, _power, _pcie, _others)
-            for finding in questions(gpu)]
+    return [
+        finding
+        for questions in (_memory, _errors, _links, _fabric, _clocks, _power, _pcie, _others)
+        for finding in questions(gpu)
+    ]
 
 
 def _one(name: str, value: object, bad: bool, detail: str, verdict: Verdict = "fail") -> Finding:
@@ -49,12 +52,22 @@ def _memory(gpu: Nvml) -> Iterator[Finding]:
 
 def _errors(gpu: Nvml) -> Iterator[Finding]:
     mode = gpu.ask("GetEccMode")
-    yield _one("ecc", None if mode is None else {"current": mode[0], "pending": mode[1]},
-               mode is not None and mode[0] != mode[1], "ECC will change at the next reset", "warn")
+    yield _one(
+        "ecc",
+        None if mode is None else {"current": mode[0], "pending": mode[1]},
+        mode is not None and mode[0] != mode[1],
+        "ECC will change at the next reset",
+        "warn",
+    )
     for name, kind in (("uncorrected", "UNCORRECTED"), ("corrected", "CORRECTED")):
         count = gpu.ask("GetTotalEccErrors", gpu.constant(f"NVML_MEMORY_ERROR_TYPE_{kind}"), gpu.constant("NVML_VOLATILE_ECC"))
-        yield _one(f"ecc errors, {name}", count, bool(count), f"{count} {name} memory errors since the last reset",
-                   "fail" if name == "uncorrected" else "warn")
+        yield _one(
+            f"ecc errors, {name}",
+            count,
+            bool(count),
+            f"{count} {name} memory errors since the last reset",
+            "fail" if name == "uncorrected" else "warn",
+        )
     rows = gpu.ask("GetRemappedRows")
     if rows is None:
         yield Finding("remapped rows", "unknown")
@@ -65,8 +78,12 @@ def _errors(gpu: Nvml) -> Iterator[Finding]:
         detail = "a row could not be remapped: replace the GPU" if failure else "a remapping waits for a reset of the GPU"
         yield Finding("remapped rows", "fail", value, detail)
     else:
-        yield Finding("remapped rows", "warn" if uncorrected else "ok", value,
-                      f"{uncorrected} rows were remapped after uncorrectable errors" if uncorrected else "")
+        yield Finding(
+            "remapped rows",
+            "warn" if uncorrected else "ok",
+            value,
+            f"{uncorrected} rows were remapped after uncorrectable errors" if uncorrected else "",
+        )
 
 
 def _links(gpu: Nvml) -> Iterator[Finding]:
@@ -75,8 +92,13 @@ def _links(gpu: Nvml) -> Iterator[Finding]:
     value = {"active": sum(known), "inactive": len(known) - sum(known)} if known else None
     yield _one("nvlink", value, any(known) and not all(known), f"{len(known) - sum(known)} of {len(known)} links are down")
     c2c = gpu.ask("GetC2cModeInfoV")
-    yield _one("c2c", None if c2c is None else bool(c2c.isC2cEnabled), c2c is not None and not c2c.isC2cEnabled,
-               "the link between GPU and CPU (NVLink-C2C) is off", "warn")
+    yield _one(
+        "c2c",
+        None if c2c is None else bool(c2c.isC2cEnabled),
+        c2c is not None and not c2c.isC2cEnabled,
+        "the link between GPU and CPU (NVLink-C2C) is off",
+        "warn",
+    )
 
 
 def _fabric(gpu: Nvml) -> Iterator[Finding]:
@@ -85,8 +107,12 @@ def _fabric(gpu: Nvml) -> Iterator[Finding]:
         yield Finding("fabric", "unknown", None, "no NVLink fabric" if info is not None else "")
         return
     value = {"state": _FABRIC.get(info.state, info.state), "status": info.status}
-    yield _one("fabric", value, info.state != 3 or info.status != 0,
-               f"the NVLink fabric is {value['state']} (status {info.status}): look at the fabric manager")
+    yield _one(
+        "fabric",
+        value,
+        info.state != 3 or info.status != 0,
+        f"the NVLink fabric is {value['state']} (status {info.status}): look at the fabric manager",
+    )
 
 
 def _clocks(gpu: Nvml) -> Iterator[Finding]:
@@ -95,18 +121,28 @@ def _clocks(gpu: Nvml) -> Iterator[Finding]:
     yield _one("clocks", None if now is None else {"sm_mhz": now, "max_sm_mhz": most}, False, "")
     slowed = gpu.slowed()
     yield _one("clocks held down", slowed, bool(gpu.in_trouble()), f"by {', '.join(slowed or ())}")
-    heat, limit = gpu.ask("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")), gpu.ask(
-        "GetTemperatureThreshold", gpu.constant("NVML_TEMPERATURE_THRESHOLD_SLOWDOWN"))
+    heat, limit = (
+        gpu.ask("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
+        gpu.ask("GetTemperatureThreshold", gpu.constant("NVML_TEMPERATURE_THRESHOLD_SLOWDOWN")),
+    )
     near = heat is not None and limit is not None and heat > limit - 5
     yield _one("temperature", heat, near, f"{heat} C, and it slows down at {limit} C", "warn")
 
 
 def _power(gpu: Nvml) -> Iterator[Finding]:
     limit, default = gpu.ask("GetEnforcedPowerLimit"), gpu.ask("GetPowerManagementDefaultLimit")
-    value = None if limit is None else {"watts": gpu.watts(), "limit_watts": limit / 1e3,
-                                        "default_watts": None if default is None else default / 1e3}
-    yield _one("power", value, limit is not None and default is not None and limit < default,
-               f"the limit is {(limit or 0) / 1e3:g} W, below the usual {(default or 0) / 1e3:g} W", "warn")
+    value = (
+        None
+        if limit is None
+        else {"watts": gpu.watts(), "limit_watts": limit / 1e3, "default_watts": None if default is None else default / 1e3}
+    )
+    yield _one(
+        "power",
+        value,
+        limit is not None and default is not None and limit < default,
+        f"the limit is {(limit or 0) / 1e3:g} W, below the usual {(default or 0) / 1e3:g} W",
+        "warn",
+    )
     yield _one("energy counter", gpu.joules(), False, "")
 
 

@@ -18,9 +18,16 @@ TEMPLATES = Path(__file__).with_name("templates")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _LONGEST = 3650 * _DAY
 _OWN_DIRECTIVES = {  # and where they come from
-    "job-name": "set name", "nodes": "set nodes", "ntasks-per-node": "set ranks_per_node", "time": "set time",
-    "signal": "set slurm.signal and stop_before", "output": "set logs", "open-mode": "its logs are appended to",
-    "requeue": "set requeues", "no-requeue": "set requeues = 0"}
+    "job-name": "set name",
+    "nodes": "set nodes",
+    "ntasks-per-node": "set ranks_per_node",
+    "time": "set time",
+    "signal": "set slurm.signal and stop_before",
+    "output": "set logs",
+    "open-mode": "its logs are appended to",
+    "requeue": "set requeues",
+    "no-requeue": "set requeues = 0",
+}
 
 
 def parse_time(value: object) -> int:
@@ -68,8 +75,9 @@ def _filled(text: str) -> str:
 def _mount(text: str) -> str:
     parts = text.split(":") if "," not in text else []
     if len(parts) not in (2, 3) or not all(p.startswith("/") for p in parts[:2]) or parts[2:] not in ([], ["ro"], ["rw"]):
-        raise ValueError(f"a mount must be /host/path:/container/path, with :ro or :rw behind it where wanted, without "
-                         f"commas; got {text!r}")
+        raise ValueError(
+            f"a mount must be /host/path:/container/path, with :ro or :rw behind it where wanted, without commas; got {text!r}"
+        )
     return text
 
 
@@ -288,12 +296,15 @@ class JobConfig(StrictConfig):
                 found[name] = given
             elif reference.from_env is not None:
                 if reference.from_env not in environment:
-                    raise ValueError(f"env.{name} is taken from the environment variable {reference.from_env}, which is not "
-                                     "set")
+                    raise ValueError(
+                        f"env.{name} is taken from the environment variable {reference.from_env}, which is not set"
+                    )
                 found[name] = one_line(environment[reference.from_env], f"the environment variable {reference.from_env}")
             else:
-                raise ValueError(f"env.{name} is in a Secret of Kubernetes, which only race-dist launch kubernetes can read; "
-                                 f'give env.{name} = {{ from_env = "NAME" }}')
+                raise ValueError(
+                    f"env.{name} is in a Secret of Kubernetes, which only race-dist launch kubernetes can read; "
+                    f'give env.{name} = {{ from_env = "NAME" }}'
+                )
         return found
 
 
@@ -328,8 +339,10 @@ def load_job(source: str | Path | None, changes: Iterable[str] = ()) -> JobConfi
         path = TEMPLATES / f"{source}.toml" if str(source) in template_names() else Path(source)
         if not path.is_file():
             near = difflib.get_close_matches(str(source), template_names(), n=1)
-            raise FileNotFoundError(f"there is no job description {source}: give a TOML file or one of the templates "
-                                    f"{', '.join(template_names())}" + (f" (did you mean {near[0]}?)" if near else ""))
+            raise FileNotFoundError(
+                f"there is no job description {source}: give a TOML file or one of the templates "
+                f"{', '.join(template_names())}" + (f" (did you mean {near[0]}?)" if near else "")
+            )
         tree = read_toml(path)
     for change in changes:
         set_key(tree, change, option="--set", example="key=value, for example nodes=4 or slurm.account=abc")

@@ -41,9 +41,10 @@ def _secret_name(name: str) -> str:
 
 def _secret_variables(job: JobConfig, name: str) -> list[dict[str, Any]]:
     """The pod's variables that are passed by reference: each a key of a Secret."""
-    return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": r.secret or _secret_name(name),
-                                                              "key": r.key or variable}}}
-            for variable, r in job.references().items()]
+    return [
+        {"name": variable, "valueFrom": {"secretKeyRef": {"name": r.secret or _secret_name(name), "key": r.key or variable}}}
+        for variable, r in job.references().items()
+    ]
 
 
 def own_secrets(job: JobConfig) -> list[str]:
@@ -57,8 +58,14 @@ def secret_command(job: JobConfig, run: Run) -> str | None:
     if not variables:
         return None
     sources = {variable: job.references()[variable].from_env for variable in variables}
-    command = ["kubectl", "create", "secret", "generic", _secret_name(object_name(job.name or run.name)),
-               f"--namespace={job.kubernetes.namespace}"]
+    command = [
+        "kubectl",
+        "create",
+        "secret",
+        "generic",
+        _secret_name(object_name(job.name or run.name)),
+        f"--namespace={job.kubernetes.namespace}",
+    ]
     return " ".join([show(command), *(f'--from-literal={variable}="${source}"' for variable, source in sources.items())])
 
 
@@ -72,25 +79,44 @@ def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
         raise ValueError("a job in Kubernetes needs an image: give container.image")
     kept = [*job.kubernetes.claims.values(), *(m.split(":")[1] for m in job.mounts)]
     if not any(Path(job.kubernetes.runs).is_relative_to(path) for path in kept):
-        raise ValueError(f"kubernetes.runs is {job.kubernetes.runs}, which lies in none of the volumes {kept}: its checkpoints "
-                         "would be gone with the pod; name a claim for it, kubernetes.claims = { NAME = \"/runs\" }")
+        raise ValueError(
+            f"kubernetes.runs is {job.kubernetes.runs}, which lies in none of the volumes {kept}: its checkpoints "
+            'would be gone with the pod; name a claim for it, kubernetes.claims = { NAME = "/runs" }'
+        )
     name = object_name(job.name or run.name)
     labels = {"app.kubernetes.io/name": "race-dist", "app.kubernetes.io/instance": name}
     queue = {} if job.kubernetes.queue is None else {"kueue.x-k8s.io/queue-name": job.kubernetes.queue}
-    config = {"apiVersion": "v1", "kind": "ConfigMap",
-              "metadata": {"name": f"{name}-config", "namespace": job.kubernetes.namespace, "labels": labels},
-              "data": {"config.toml": run.config.read_text(encoding="utf-8")}}
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{name}-config", "namespace": job.kubernetes.namespace, "labels": labels},
+        "data": {"config.toml": run.config.read_text(encoding="utf-8")},
+    }
     template = {"metadata": {"labels": labels}, "spec": _pod(job, run, name)}
     jobset = {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet",
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
         "metadata": {"name": name, "namespace": job.kubernetes.namespace, "labels": {**labels, **queue}},
         "spec": {
             "failurePolicy": {"maxRestarts": job.requeues},  # pods that are gone (a node lost) start the whole set again
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "successPolicy": {"operator": "All"},
-            "replicatedJobs": [{"name": _NODES, "replicas": 1, "template": {"spec": {
-                "parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed", "backoffLimit": 0,
-                "activeDeadlineSeconds": job.time, "template": template}}}],
+            "replicatedJobs": [
+                {
+                    "name": _NODES,
+                    "replicas": 1,
+                    "template": {
+                        "spec": {
+                            "parallelism": job.nodes,
+                            "completions": job.nodes,
+                            "completionMode": "Indexed",
+                            "backoffLimit": 0,
+                            "activeDeadlineSeconds": job.time,
+                            "template": template,
+                        }
+                    },
+                }
+            ],
         },
     }
     return [config, jobset]
@@ -102,8 +128,14 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
     inside = replace(run, config=Path(_CONFIG), overrides=(*run.overrides, f"runs={k.runs}"))
     pod = f"{name}-{_NODES}-0"  # the pods' host names are this and their index, within the domain of the JobSet's name
     words = [literal(word) for word in inside.arguments(job)]
-    command = torchrun_command(job, words, endpoint=f"{pod}-0.{name}:{_PORT}", run_id=name,
-                               node_rank="$(JOB_COMPLETION_INDEX)", local_address=f"{pod}-$(JOB_COMPLETION_INDEX).{name}")
+    command = torchrun_command(
+        job,
+        words,
+        endpoint=f"{pod}-0.{name}:{_PORT}",
+        run_id=name,
+        node_rank="$(JOB_COMPLETION_INDEX)",
+        local_address=f"{pod}-$(JOB_COMPLETION_INDEX).{name}",
+    )
     resources: dict[str, str] = dict(k.resources)
     if job.device == "cuda":
         resources[k.gpu_resource] = str(job.ranks_per_node)
@@ -111,13 +143,18 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
         resources["cpu"] = str(job.cpus_per_rank * job.ranks_per_node)
     if job.memory is not None:
         resources["memory"] = job.memory
-    index = {"name": "JOB_COMPLETION_INDEX", "valueFrom": {"fieldRef": {
-        "fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}}
-    mounts = [{"name": "config", "mountPath": str(Path(_CONFIG).parent), "readOnly": True},
-              {"name": "shm", "mountPath": "/dev/shm"}]
+    index = {
+        "name": "JOB_COMPLETION_INDEX",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}},
+    }
+    mounts = [
+        {"name": "config", "mountPath": str(Path(_CONFIG).parent), "readOnly": True},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
     volumes: list[dict[str, Any]] = [
         {"name": "config", "configMap": {"name": f"{name}-config"}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": k.shared_memory}}]
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": k.shared_memory}},
+    ]
     for claim, path in k.claims.items():
         mounts.append({"name": claim, "mountPath": path})
         volumes.append({"name": claim, "persistentVolumeClaim": {"claimName": claim}})
@@ -125,17 +162,29 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
         mounts.append({"name": f"host-{number}", "mountPath": path, "readOnly": mode == ["ro"]})
         volumes.append({"name": f"host-{number}", "hostPath": {"path": host}})
     container: dict[str, Any] = {
-        "name": "ranks", "image": job.container.image, "imagePullPolicy": k.image_pull_policy, "command": command,
-        "env": [index, *({"name": n, "value": literal(v)} for n, v in job.environment().items()),
-                *_secret_variables(job, name)],
-        "ports": [{"containerPort": _PORT}], "volumeMounts": mounts,
-        "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
+        "name": "ranks",
+        "image": job.container.image,
+        "imagePullPolicy": k.image_pull_policy,
+        "command": command,
+        "env": [
+            index,
+            *({"name": n, "value": literal(v)} for n, v in job.environment().items()),
+            *_secret_variables(job, name),
+        ],
+        "ports": [{"containerPort": _PORT}],
+        "volumeMounts": mounts,
+        "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
+    }
     if job.container.workdir is not None:
         container["workingDir"] = job.container.workdir
     if resources:
         container["resources"] = {"requests": resources, "limits": resources}
-    spec: dict[str, Any] = {"restartPolicy": "Never", "terminationGracePeriodSeconds": k.grace, "containers": [container],
-                           "volumes": volumes}
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": k.grace,
+        "containers": [container],
+        "volumes": volumes,
+    }
     if k.tolerate:
         spec["tolerations"] = [{"key": key, "operator": "Exists"} for key in k.tolerate]
     if k.node_selector:
@@ -166,8 +215,13 @@ def submit(job: JobConfig, run: Run) -> Record:
     meta = objects[-1]["metadata"]
     if variables := own_secrets(job):
         values = job.model_copy(update={"env": {name: job.env[name] for name in variables}}).secrets(os.environ)
-        secret = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "stringData": values,
-                  "metadata": {k: meta[k] for k in ("namespace", "labels")} | {"name": _secret_name(meta["name"])}}
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "Opaque",
+            "stringData": values,
+            "metadata": {k: meta[k] for k in ("namespace", "labels")} | {"name": _secret_name(meta["name"])},
+        }
         # by the server's side: the client's would keep a copy of the values in an annotation
         kubectl(["apply", "--server-side", "--force-conflicts", "-f", "-"], to_text([secret]))
     kubectl(["apply", "-f", "-"], to_text(objects))
@@ -185,15 +239,28 @@ def state(record: Record) -> dict[str, str]:
         raise
     status = tree.get("status", {})
     done = [c for c in status.get("conditions", []) if c.get("status") == "True"]
-    return {"state": done[-1]["type"].upper() if done else "RUNNING", "reason": done[-1].get("message", "") if done else "",
-            "nodes": "", "restarts": str(status.get("restarts", 0))}
+    return {
+        "state": done[-1]["type"].upper() if done else "RUNNING",
+        "reason": done[-1].get("message", "") if done else "",
+        "nodes": "",
+        "restarts": str(status.get("restarts", 0)),
+    }
 
 
 def logs(record: Record, lines: int) -> str:
     """The last lines of every pod."""
     namespace, name = record.id.split("/")
-    return kubectl(["logs", "--namespace", namespace, "--selector", f"jobset.sigs.k8s.io/jobset-name={name}", "--prefix",
-                    f"--tail={lines}"])
+    return kubectl(
+        [
+            "logs",
+            "--namespace",
+            namespace,
+            "--selector",
+            f"jobset.sigs.k8s.io/jobset-name={name}",
+            "--prefix",
+            f"--tail={lines}",
+        ]
+    )
 
 
 def cancel(record: Record) -> None:

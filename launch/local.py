@@ -62,8 +62,14 @@ def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str])
     # Rank 0 takes over this socket: between choosing a port and rank 0's start nobody else can come to hold it.
     with socket.create_server((LOOPBACK, 0), backlog=_BACKLOG) as listener:
         port, number = listener.getsockname()[1], listener.fileno()
-        common = {**without_rank_variables(os.environ), **environment, "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port),
-                  "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        common = {
+            **without_rank_variables(os.environ),
+            **environment,
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+        }
         # One machine's cores are shared out: ranks that each start a thread per core only get in each other's way.
         common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
         ranks = []
@@ -78,8 +84,13 @@ def _spawn(command: Sequence[str], environment: Mapping[str, str], *, pass_fds: 
     """A child with this environment that the kernel ends with this process, in a process group of its own: an interrupt from
     the keyboard reaches it by way of this process only, and so once. (preexec_fn is safe here: launchers start no threads.)"""
     parent = os.getpid()
-    return subprocess.Popen(command, env=dict(environment), process_group=0, pass_fds=pass_fds,
-                            preexec_fn=lambda: die_with_parent(parent))  # noqa: PLW1509
+    return subprocess.Popen(
+        command,
+        env=dict(environment),
+        process_group=0,
+        pass_fds=pass_fds,
+        preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509
+    )
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
@@ -135,8 +146,15 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def supervise(words: Sequence[str], nproc: int, *, restarts: int, environment: Mapping[str, str],
-              progress: Callable[[], object], python: str = sys.executable) -> int:
+def supervise(
+    words: Sequence[str],
+    nproc: int,
+    *,
+    restarts: int,
+    environment: Mapping[str, str],
+    progress: Callable[[], object],
+    python: str = sys.executable,
+) -> int:
     """Keep a run going on this machine: start its launcher, and start it again when it or a rank of it fails.
 
     Args:

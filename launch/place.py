@@ -42,13 +42,18 @@ def rank_variables(environment: Mapping[str, str], local_rank: int | None = None
     if step:
         return _of_step(e)
     if "OMPI_COMM_WORLD_RANK" in e:
-        found = {"RANK": e["OMPI_COMM_WORLD_RANK"], "WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_SIZE")),
-                 "LOCAL_RANK": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_RANK")),
-                 "LOCAL_WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_SIZE"))}
+        found = {
+            "RANK": e["OMPI_COMM_WORLD_RANK"],
+            "WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_SIZE")),
+            "LOCAL_RANK": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_RANK")),
+            "LOCAL_WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_SIZE")),
+        }
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in e]
         if missing and int(found["WORLD_SIZE"]) > 1:
-            raise ValueError(f"mpirun started {found['WORLD_SIZE']} ranks, but {' and '.join(missing)} is not set: pass "
-                             "-x MASTER_ADDR=... -x MASTER_PORT=... with the first host and a free port")
+            raise ValueError(
+                f"mpirun started {found['WORLD_SIZE']} ranks, but {' and '.join(missing)} is not set: pass "
+                "-x MASTER_ADDR=... -x MASTER_PORT=... with the first host and a free port"
+            )
         return found
     return {}
 
@@ -58,8 +63,12 @@ def _of_step(e: Mapping[str, str]) -> dict[str, str]:
     world = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
     if world <= 1:
         return {}
-    found = {"RANK": str(_integer(e, "SLURM_PROCID")), "WORLD_SIZE": str(world),
-             "LOCAL_RANK": str(_integer(e, "SLURM_LOCALID")), "LOCAL_WORLD_SIZE": str(_tasks_here(e))}
+    found = {
+        "RANK": str(_integer(e, "SLURM_PROCID")),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(_integer(e, "SLURM_LOCALID")),
+        "LOCAL_WORLD_SIZE": str(_tasks_here(e)),
+    }
     if "MASTER_ADDR" not in e:
         found["MASTER_ADDR"] = expand_hosts(e["SLURM_STEP_NODELIST"])[0]
     if "MASTER_PORT" not in e:
@@ -72,8 +81,10 @@ def _check_against_step(e: Mapping[str, str]) -> None:
     """RANK and WORLD_SIZE that are left over in the shell would make every task of a step a rank of its own."""
     tasks = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
     if _integer(e, "WORLD_SIZE") == 1 < tasks:
-        raise ValueError(f"RANK={e['RANK']} and WORLD_SIZE={e['WORLD_SIZE']} are set in the environment, but srun started "
-                         f"{tasks} tasks: unset RANK and WORLD_SIZE, so that each task takes its place from Slurm")
+        raise ValueError(
+            f"RANK={e['RANK']} and WORLD_SIZE={e['WORLD_SIZE']} are set in the environment, but srun started "
+            f"{tasks} tasks: unset RANK and WORLD_SIZE, so that each task takes its place from Slurm"
+        )
 
 
 def _integer(e: Mapping[str, str], name: str) -> int:

@@ -47,8 +47,13 @@ class Report:
 
     def to_json(self, header: dict[str, Any]) -> str:
         """Everything, under a header about the machine."""
-        body = {"machine": header, "refused": self.refused, "seconds": round(self.seconds, 2),
-                "shared": [asdict(f) for f in self.shared], "ranks": [asdict(r) for r in self.ranks]}
+        body = {
+            "machine": header,
+            "refused": self.refused,
+            "seconds": round(self.seconds, 2),
+            "shared": [asdict(f) for f in self.shared],
+            "ranks": [asdict(r) for r in self.ranks],
+        }
         return json.dumps(body, indent=1) + "\n"
 
 
@@ -69,13 +74,24 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
     try:
         place = init_distributed(device=device, timeout=timeout)
         group = torch.distributed.group.WORLD if torch.distributed.get_world_size() > 1 else None
-        mine = RankReport(torch.distributed.get_rank(), local_rank() or 0, platform.node(),
-                          checks.facts(config, place), [*gpus.inspect(place), *checks.speed(place)])
+        mine = RankReport(
+            torch.distributed.get_rank(),
+            local_rank() or 0,
+            platform.node(),
+            checks.facts(config, place),
+            [*gpus.inspect(place), *checks.speed(place)],
+        )
         if mine.local_rank == 0:
             mine.findings += [*checks.node(place), *checks.disk(folder), *checks.space(folder, config)]
         skew = checks.clock_skew(group)
-        mine.findings.append(Finding("clock skew", "warn" if abs(skew) > _SKEW else "ok", round(skew, 4),
-                                     f"the clock is {skew:+.1f} s off rank 0's" if abs(skew) > _SKEW else ""))
+        mine.findings.append(
+            Finding(
+                "clock skew",
+                "warn" if abs(skew) > _SKEW else "ok",
+                round(skew, 4),
+                f"the clock is {skew:+.1f} s off rank 0's" if abs(skew) > _SKEW else "",
+            )
+        )
         shared = [*_visible(folder, group), *checks.all_reduce(group, place), *checks.scan(group, place)] if group else []
         reports = [RankReport.from_json(tree) for tree in gather_objects(asdict(mine), group)]
         shared = [Finding(**tree) for tree in gather_objects([asdict(f) for f in shared], group)[0]]
@@ -100,8 +116,12 @@ def _visible(folder: Path, group: ProcessGroup | None) -> Iterator[Finding]:
     if torch.distributed.get_rank() == 0:
         token.unlink()
     blind = sorted({name for found, name in seen if not found})
-    yield Finding("shared folder", "fail" if blind else "ok", not blind,
-                  f"{', '.join(blind)} does not see what rank 0 writes to {folder}" if blind else "")
+    yield Finding(
+        "shared folder",
+        "fail" if blind else "ok",
+        not blind,
+        f"{', '.join(blind)} does not see what rank 0 writes to {folder}" if blind else "",
+    )
 
 
 def _with_nodes(failure: RankFailure) -> str:

@@ -42,8 +42,9 @@ def job_folder(runs: Path, name: str) -> Path:
 
 def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -> Record:
     """Write down a job that was submitted."""
-    record = Record(job_id, name, scheduler, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), logs,
-                    str(runs / name))
+    record = Record(
+        job_id, name, scheduler, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), logs, str(runs / name)
+    )
     folder = job_folder(runs, name)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"job-{job_id.replace('/', '.')}.json"
@@ -63,8 +64,9 @@ def recall(runs: Path, which: str | None = None) -> list[Record]:
     found = [r for r in records if which in (r.id, r.name, r.id.split("_")[0])]
     if not found:
         known = ", ".join(sorted({r.name for r in records})) or "none"
-        raise ValueError(f"no job {which!r} was submitted with its runs in {runs}; known are {known} "
-                         "(--runs names another folder)")
+        raise ValueError(
+            f"no job {which!r} was submitted with its runs in {runs}; known are {known} (--runs names another folder)"
+        )
     return found
 
 

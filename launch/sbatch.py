@@ -115,8 +115,10 @@ def slurm_pattern(path: Path) -> str:
         ValueError: it holds a backslash, at which Slurm would fill in nothing at all, the job's number neither.
     """
     if "\\" in str(path):
-        raise ValueError("Slurm takes a backslash in the path of a log as an escape, and the folder of the job's logs is "
-                         f"{path}: give logs = another folder")
+        raise ValueError(
+            "Slurm takes a backslash in the path of a log as an escape, and the folder of the job's logs is "
+            f"{path}: give logs = another folder"
+        )
     return str(path).replace("%", "%%")
 
 
@@ -137,20 +139,34 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
     body = _BODY.format(
         stop_file=shlex.quote(str(job_folder(run.folder, run.name) / "stop")),
         checkpoints=shlex.quote(str(run.folder / run.name / "checkpoints")),
-        restarts=job.restarts, requeues=job.requeues, stopped=EXIT_STOPPED, user_error=USER_ERROR,
-        environment="\n".join([*(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-                               *(_export_reference(name, r.from_env or name) for name, r in references.items())]),
+        restarts=job.restarts,
+        requeues=job.requeues,
+        stopped=EXIT_STOPPED,
+        user_error=USER_ERROR,
+        environment="\n".join(
+            [
+                *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+                *(_export_reference(name, r.from_env or name) for name, r in references.items()),
+            ]
+        ),
         srun="".join(f" \\\n        {shlex.quote(o)}" for o in [*srun_container(job, folder), *job.slurm.srun]),
         preflight=_PREFLIGHT.format(command=_shell(check), stopped=EXIT_STOPPED) if job.preflight else "",
-        command=_shell(command))
+        command=_shell(command),
+    )
     head = f"#!/bin/bash\n# {run.name}: {job.ranks} ranks on {job.nodes} nodes, written by race-dist launch slurm\n"
     return head + "\n".join(lines) + "\n\nset -uo pipefail\n\n" + body
 
 
 def preflight_words(run: Run, job: JobConfig) -> list[str]:
     """``race-dist preflight`` for this run, with its checkpoints' disk and a JSON beside the run."""
-    words = ["preflight", str(run.config), "--device", job.device, "--json",
-             str(job_folder(run.folder, run.name) / "preflight.json")]
+    words = [
+        "preflight",
+        str(run.config),
+        "--device",
+        job.device,
+        "--json",
+        str(job_folder(run.folder, run.name) / "preflight.json"),
+    ]
     for change in run.overrides:
         words += ["--override", change]
     return words
@@ -176,5 +192,7 @@ def _directive(text: str) -> str:
 
 def _export_reference(name: str, source: str) -> str:
     """A variable from the environment that sbatch was called in, which is where secrets stay."""
-    return (f'export {name}="${{{source}:?is not in the job environment; set it where sbatch is called, '
-            'and let sbatch pass it on (--export=ALL)}"')
+    return (
+        f'export {name}="${{{source}:?is not in the job environment; set it where sbatch is called, '
+        'and let sbatch pass it on (--export=ALL)}"'
+    )

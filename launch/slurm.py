@@ -41,8 +41,10 @@ def slurm(command: Sequence[str], secrets: Mapping[str, str] | None = None) -> s
         OSError: it is not installed, or it failed; with its own words.
     """
     if shutil.which(command[0]) is None:
-        raise OSError(f"{command[0]} is not found: race-dist launch slurm is for a machine that submits to Slurm "
-                      "(--dry-run works anywhere)")
+        raise OSError(
+            f"{command[0]} is not found: race-dist launch slurm is for a machine that submits to Slurm "
+            "(--dry-run works anywhere)"
+        )
     done = subprocess.run(command, env={**os.environ, **(secrets or {})}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{show(command)} failed: {(done.stderr or done.stdout).strip()}")
@@ -88,8 +90,18 @@ class RankTask:
         requeues: how often the job goes back to the queue, in all.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], environment: Mapping[str, str], folder: str, *, records: str,
-                 checkpoints: str, restarts: int, requeues: int, references: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        environment: Mapping[str, str],
+        folder: str,
+        *,
+        records: str,
+        checkpoints: str,
+        restarts: int,
+        requeues: int,
+        references: Mapping[str, str] | None = None,
+    ) -> None:
         self.commands, self.environment, self.folder = [list(c) for c in commands], dict(environment), folder
         self.references = dict(references or {})
         self.records, self.checkpoints, self.restarts, self.requeues = records, checkpoints, restarts, requeues
@@ -103,8 +115,12 @@ class RankTask:
         missing = [source for source in self.references.values() if source not in os.environ]
         if missing:
             raise RuntimeError(f"{', '.join(missing)} is not in the job's environment: let sbatch pass it on (--export=ALL)")
-        environment = {**without_rank_variables(os.environ), **self.environment, "RACE_DIST_CHILD": "1",
-                       **{name: os.environ[source] for name, source in self.references.items()}}
+        environment = {
+            **without_rank_variables(os.environ),
+            **self.environment,
+            "RACE_DIST_CHILD": "1",
+            **{name: os.environ[source] for name, source in self.references.items()},
+        }
         environment |= rank_variables(environment)
         code, rank = 0, environment.get("RANK", "0")
         for command in self.commands:
@@ -164,17 +180,20 @@ def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
     try:
         import submitit
     except ImportError:
-        raise ImportError("race-dist launch slurm submits through submitit, which is not installed: pip install "
-                          "'race-dist[slurm]', or give --plain for a plain sbatch file") from None
+        raise ImportError(
+            "race-dist launch slurm submits through submitit, which is not installed: pip install "
+            "'race-dist[slurm]', or give --plain for a plain sbatch file"
+        ) from None
     first = runs[0]
     logs = Path(one_line(str(logs_folder(job, first)), "logs"))
     if any(c in str(logs) for c in "%\\"):
-        raise ValueError(f"submitit lets Slurm fill in % and backslashes in the folder of the job's logs, {logs}: give logs = "
-                         "another folder, or --plain")
+        raise ValueError(
+            f"submitit lets Slurm fill in % and backslashes in the folder of the job's logs, {logs}: give logs = "
+            "another folder, or --plain"
+        )
     secrets = job.secrets(os.environ)
     logs.mkdir(parents=True, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=str(logs / "%j"), max_num_timeout=job.requeues,
-                                      python=_submitit_python(job))
+    executor = submitit.SlurmExecutor(folder=str(logs / "%j"), max_num_timeout=job.requeues, python=_submitit_python(job))
     executor.update_parameters(**submitit_parameters(job, first.name, logs))
     environment = job.environment()
     tasks = [_task(job, run, environment) for run in runs]
@@ -187,8 +206,10 @@ def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
     for path in logs.rglob("*"):  # submitit's files say how the job runs
         if path.suffix in (".pkl", ".sh") and path.is_file():
             path.chmod(0o600)
-    return [remember(run.folder, job_id=j.job_id, name=run.name, scheduler="slurm",
-                     logs=f"{logs}/{j.job_id}/{j.job_id}_*_log.*") for run, j in zip(runs, jobs, strict=True)]
+    return [
+        remember(run.folder, job_id=j.job_id, name=run.name, scheduler="slurm", logs=f"{logs}/{j.job_id}/{j.job_id}_*_log.*")
+        for run, j in zip(runs, jobs, strict=True)
+    ]
 
 
 def _task(job: JobConfig, run: Run, environment: Mapping[str, str]) -> RankTask:
@@ -198,8 +219,16 @@ def _task(job: JobConfig, run: Run, environment: Mapping[str, str]) -> RankTask:
     commands = [in_container(job, rank_command(job, w), names, folder) for w in words]
     records = job_folder(run.folder, run.name)
     records.mkdir(parents=True, exist_ok=True)
-    return RankTask(commands, environment, str(folder), records=str(records), restarts=job.restarts, requeues=job.requeues,
-                    checkpoints=str(run.folder / run.name / "checkpoints"), references=references)
+    return RankTask(
+        commands,
+        environment,
+        str(folder),
+        records=str(records),
+        restarts=job.restarts,
+        requeues=job.requeues,
+        checkpoints=str(run.folder / run.name / "checkpoints"),
+        references=references,
+    )
 
 
 @contextlib.contextmanager
@@ -227,9 +256,16 @@ def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]
             extra[key.removeprefix("--")] = value if equals else True
     srun = ["--kill-on-bad-exit=1", "--distribution=block", *srun_container(job, working_folder()), *job.slurm.srun]
     setup = [] if job.cpus_per_rank is None else [f"export SRUN_CPUS_PER_TASK={job.cpus_per_rank}"]
-    return {"job_name": job.name or name, "nodes": job.nodes, "ntasks_per_node": job.ranks_per_node,
-            "time": -(-job.time // 60), "additional_parameters": extra,
-            "srun_args": srun, "setup": setup, "stderr_to_stdout": True}
+    return {
+        "job_name": job.name or name,
+        "nodes": job.nodes,
+        "ntasks_per_node": job.ranks_per_node,
+        "time": -(-job.time // 60),
+        "additional_parameters": extra,
+        "srun_args": srun,
+        "setup": setup,
+        "stderr_to_stdout": True,
+    }
 
 
 def _submitit_python(job: JobConfig) -> str | None:
@@ -255,9 +291,12 @@ def _from_scontrol(job_id: str) -> dict[str, str] | None:
             return None
         raise
     facts = dict(part.split("=", 1) for part in text.split() if "=" in part)
-    return {"state": facts.get("JobState", ""), "reason": "" if facts.get("Reason") == "None" else facts.get("Reason", ""),
-            "nodes": "" if facts.get("NodeList") == "(null)" else facts.get("NodeList", ""),
-            "restarts": facts.get("Restarts", "")}
+    return {
+        "state": facts.get("JobState", ""),
+        "reason": "" if facts.get("Reason") == "None" else facts.get("Reason", ""),
+        "nodes": "" if facts.get("NodeList") == "(null)" else facts.get("NodeList", ""),
+        "restarts": facts.get("Restarts", ""),
+    }
 
 
 def _from_sacct(job_id: str) -> dict[str, str] | None:

@@ -25,8 +25,9 @@ from race_dist.training.presets import find_config
 from race_dist.training.rundir import RunDirectory
 
 
-def describe(config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str], *,
-             here: bool = False) -> tuple[JobConfig, Run]:
+def describe(
+    config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str], *, here: bool = False
+) -> tuple[JobConfig, Run]:
     """The job and the run, checked together before anything is asked for.
 
     Args:
@@ -54,8 +55,10 @@ def _with_device(job: JobConfig, wanted: str, words: Sequence[str], *, here: boo
     if "device" in job.model_fields_set and not (overridden and wanted not in ("auto", job.device)):
         return job
     if "device" in job.model_fields_set:
-        raise ValueError(f"--override device={wanted} and the job's device = {job.device!r} differ: change the job's with "
-                         f"--set device={wanted}, or leave one out")
+        raise ValueError(
+            f"--override device={wanted} and the job's device = {job.device!r} differ: change the job's with "
+            f"--set device={wanted}, or leave one out"
+        )
     if wanted == "auto":
         wanted = "cpu" if here and not _has_gpu() else "cuda"
     return job.model_copy(update={"device": wanted})
@@ -112,12 +115,19 @@ def local(job: JobConfig, run: Run, *, dry_run: bool) -> int:
         return 0
     RunDirectory(run.folder / run.name).check_not_in_use()
     folder = run.folder / run.name / "checkpoints"
-    return supervise(words, job.ranks_per_node, restarts=job.restarts, environment=environment | job.secrets(os.environ),
-                     python=python(job), progress=lambda: sorted(p.name for p in folder.glob("*-step-*")))
+    return supervise(
+        words,
+        job.ranks_per_node,
+        restarts=job.restarts,
+        environment=environment | job.secrets(os.environ),
+        python=python(job),
+        progress=lambda: sorted(p.name for p in folder.glob("*-step-*")),
+    )
 
 
-def torchrun(job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int | None, local_address: str | None,
-             dry_run: bool) -> int:
+def torchrun(
+    job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int | None, local_address: str | None, dry_run: bool
+) -> int:
     """Run torchrun for this node; every node gets the same command. Returns its exit code."""
     if endpoint is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need a place to meet: --endpoint HOST:PORT, the same on each of them")
@@ -128,8 +138,14 @@ def torchrun(job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int |
     if local_address is not None and not re.fullmatch(r"[A-Za-z0-9._:%-]+", local_address):
         raise ValueError(f"--local-address must be a host's name or address; got {local_address!r}")
     run_id = run.name if job.nodes > 1 else uuid.uuid4().hex
-    command = torchrun_command(job, run.arguments(job), endpoint=endpoint or "localhost:0", run_id=run_id,
-                               node_rank=None if node_rank is None else str(node_rank), local_address=local_address)
+    command = torchrun_command(
+        job,
+        run.arguments(job),
+        endpoint=endpoint or "localhost:0",
+        run_id=run_id,
+        node_rank=None if node_rank is None else str(node_rank),
+        local_address=local_address,
+    )
     return _do(job, command, job.environment(), dry_run=dry_run)
 
 
@@ -137,8 +153,9 @@ def _check_endpoint(endpoint: str) -> None:
     host, colon, port = endpoint.rpartition(":")
     good = colon and re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]", host) and re.fullmatch(r"[0-9]{1,5}", port)
     if not good or not 0 < int(port) < 2**16:
-        raise ValueError("--endpoint must be HOST:PORT, with a port from 1 to 65535, for example node1:29400; got "
-                         f"{endpoint!r}")
+        raise ValueError(
+            f"--endpoint must be HOST:PORT, with a port from 1 to 65535, for example node1:29400; got {endpoint!r}"
+        )
 
 
 def deepspeed(job: JobConfig, run: Run, *, hostfile: Path | None, dry_run: bool) -> int:
@@ -159,14 +176,18 @@ def _check_hostfile(file: Path, job: JobConfig) -> None:
     hosts = [line for line in lines if line and not line.startswith("#")]
     wrong = next((line for line in hosts if not re.fullmatch(r"\S+\s+slots=[1-9][0-9]*(\s+#.*)?", line)), None)
     if wrong is not None or not hosts:
-        raise ValueError(f"--hostfile {file} " + ("names no host" if wrong is None else f"has the line {shown(wrong)}")
-                         + "; it wants a line 'HOST slots=N' for each host")
+        raise ValueError(
+            f"--hostfile {file} "
+            + ("names no host" if wrong is None else f"has the line {shown(wrong)}")
+            + "; it wants a line 'HOST slots=N' for each host"
+        )
     if len(hosts) < job.nodes:
         raise ValueError(f"--hostfile {file} names {len(hosts)} hosts, and nodes is {job.nodes}")
 
 
-def submit_slurm(job: JobConfig, run: Run, *, array: Sequence[str], plain: bool, write: Path | None,
-                 dry_run: bool) -> list[str]:
+def submit_slurm(
+    job: JobConfig, run: Run, *, array: Sequence[str], plain: bool, write: Path | None, dry_run: bool
+) -> list[str]:
     """Submit to Slurm, write the file, or with ``dry_run`` show it. Returns the lines to print."""
     runs = variants(run, array)
     if dry_run:
@@ -176,8 +197,11 @@ def submit_slurm(job: JobConfig, run: Run, *, array: Sequence[str], plain: bool,
             raise ValueError("--write writes one job; leave out --array")
         needed = sorted({r.from_env or name for name, r in job.references().items()})
         slurm.write_script(job, run, write, what="--write")
-        return [f"written: {write}", f"submit it with: {show(['sbatch', str(write)])}",
-                *([f"it takes from the environment of sbatch: {', '.join(needed)}"] if needed else [])]
+        return [
+            f"written: {write}",
+            f"submit it with: {show(['sbatch', str(write)])}",
+            *([f"it takes from the environment of sbatch: {', '.join(needed)}"] if needed else []),
+        ]
     records = [slurm.submit_script(job, each) for each in runs] if plain else slurm.submit_submitit(job, runs)
     return [_submitted(record) for record in records]
 
@@ -190,8 +214,11 @@ def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: 
     if write is not None:
         secret = kubernetes.secret_command(job, run)
         write_private(write, text, what="--write")
-        return [f"written: {write}", *([f"make its Secret with: {secret}"] if secret else []),
-                f"apply it with: {show(['kubectl', 'apply', '-f', str(write)])}"]
+        return [
+            f"written: {write}",
+            *([f"make its Secret with: {secret}"] if secret else []),
+            f"apply it with: {show(['kubectl', 'apply', '-f', str(write)])}",
+        ]
     return [_submitted(kubernetes.submit(job, run))]
 
 
@@ -238,7 +265,8 @@ def _do(job: JobConfig, command: Sequence[str], environment: dict[str, str], *, 
         print(show(command, environment, references))
         return 0
     try:
-        return subprocess.run(command, env={**without_rank_variables(os.environ), **environment, **job.secrets(os.environ)},
-                              check=False).returncode
+        return subprocess.run(
+            command, env={**without_rank_variables(os.environ), **environment, **job.secrets(os.environ)}, check=False
+        ).returncode
     except FileNotFoundError:
         raise OSError(f"{command[0]} is not found on this machine") from None

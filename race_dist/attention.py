@@ -27,29 +27,80 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 @overload
-def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = ...,
-                   normalization: Normalization = ..., cu_seqlens: Tensor | None = ..., key_mask: Tensor | None = ...,
-                   log_decay: Tensor | None = ..., initial_state: SketchState | None = ...,
-                   output_final_state: Literal[False] = ..., group: dist.ProcessGroup | None = ..., layout: Layout = ...,
-                   backend: BackendName = ...) -> Tensor: ...
+def race_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float,
+    *,
+    causal: bool = ...,
+    normalization: Normalization = ...,
+    cu_seqlens: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    log_decay: Tensor | None = ...,
+    initial_state: SketchState | None = ...,
+    output_final_state: Literal[False] = ...,
+    group: dist.ProcessGroup | None = ...,
+    layout: Layout = ...,
+    backend: BackendName = ...,
+) -> Tensor: ...
 @overload
-def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = ...,
-                   normalization: Normalization = ..., cu_seqlens: Tensor | None = ..., key_mask: Tensor | None = ...,
-                   log_decay: Tensor | None = ..., initial_state: SketchState | None = ...,
-                   output_final_state: Literal[True], group: dist.ProcessGroup | None = ..., layout: Layout = ...,
-                   backend: BackendName = ...) -> tuple[Tensor, SketchState]: ...
+def race_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float,
+    *,
+    causal: bool = ...,
+    normalization: Normalization = ...,
+    cu_seqlens: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    log_decay: Tensor | None = ...,
+    initial_state: SketchState | None = ...,
+    output_final_state: Literal[True],
+    group: dist.ProcessGroup | None = ...,
+    layout: Layout = ...,
+    backend: BackendName = ...,
+) -> tuple[Tensor, SketchState]: ...
 @overload
-def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = ...,
-                   normalization: Normalization = ..., cu_seqlens: Tensor | None = ..., key_mask: Tensor | None = ...,
-                   log_decay: Tensor | None = ..., initial_state: SketchState | None = ..., output_final_state: bool,
-                   group: dist.ProcessGroup | None = ..., layout: Layout = ...,
-                   backend: BackendName = ...) -> Tensor | tuple[Tensor, SketchState]: ...
-def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool = True,
-                   normalization: Normalization = "global", cu_seqlens: Tensor | None = None,
-                   key_mask: Tensor | None = None, log_decay: Tensor | None = None,
-                   initial_state: SketchState | None = None, output_final_state: bool = False,
-                   group: dist.ProcessGroup | None = None, layout: Layout = "contiguous",
-                   backend: BackendName = "auto") -> Tensor | tuple[Tensor, SketchState]:
+def race_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float,
+    *,
+    causal: bool = ...,
+    normalization: Normalization = ...,
+    cu_seqlens: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    log_decay: Tensor | None = ...,
+    initial_state: SketchState | None = ...,
+    output_final_state: bool,
+    group: dist.ProcessGroup | None = ...,
+    layout: Layout = ...,
+    backend: BackendName = ...,
+) -> Tensor | tuple[Tensor, SketchState]: ...
+def race_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float,
+    *,
+    causal: bool = True,
+    normalization: Normalization = "global",
+    cu_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: SketchState | None = None,
+    output_final_state: bool = False,
+    group: dist.ProcessGroup | None = None,
+    layout: Layout = "contiguous",
+    backend: BackendName = "auto",
+) -> Tensor | tuple[Tensor, SketchState]:
     """RACE Attention (arXiv 2510.04008, Algorithms 1 and 2), exact in linear time, differentiable.
 
     With ``phi`` the soft hash of :func:`race_dist.hashing.soft_hash` and ``k_ij = <phi(q_i), phi(k_j)>``,
@@ -92,17 +143,45 @@ def race_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor
         ImportError: backend="triton" without triton.
     """
     checks.flag("output_final_state", output_final_state)
-    return attention_of_layer(q, k, v, planes, beta, causal=causal, normalization=normalization, cu_seqlens=cu_seqlens,
-                              key_mask=key_mask, log_decay=log_decay, initial_state=initial_state,
-                              output_final_state=output_final_state, group=group, layout=layout, backend=backend,
-                              check_values=True)
+    return attention_of_layer(
+        q,
+        k,
+        v,
+        planes,
+        beta,
+        causal=causal,
+        normalization=normalization,
+        cu_seqlens=cu_seqlens,
+        key_mask=key_mask,
+        log_decay=log_decay,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        group=group,
+        layout=layout,
+        backend=backend,
+        check_values=True,
+    )
 
 
-def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, *, causal: bool,
-                       normalization: Normalization, cu_seqlens: Tensor | None, key_mask: Tensor | None,
-                       log_decay: Tensor | None, initial_state: SketchState | None, output_final_state: bool,
-                       group: dist.ProcessGroup | None, layout: Layout, backend: BackendName,
-                       check_values: bool = False) -> Tensor | tuple[Tensor, SketchState]:
+def attention_of_layer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float,
+    *,
+    causal: bool,
+    normalization: Normalization,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    log_decay: Tensor | None,
+    initial_state: SketchState | None,
+    output_final_state: bool,
+    group: dist.ProcessGroup | None,
+    layout: Layout,
+    backend: BackendName,
+    check_values: bool = False,
+) -> Tensor | tuple[Tensor, SketchState]:
     """:func:`race_attention` for a layer, which has computed its arguments itself: their values are not looked at, so that NaN
     and Inf of a run that diverges come out as they do on a device, and whoever trains decides."""
     check_backend(backend)
@@ -113,8 +192,21 @@ def attention_of_layer(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Te
     q, k, v = _autocast(q, k, v)
     group_rank(group)  # raises where it is no group, or this process no member
     sharded = group is not None and group_size(group) > 1
-    problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
-                       sharded=sharded, check_values=check_values)
+    problem = _problem(
+        q,
+        k,
+        v,
+        planes,
+        beta,
+        causal,
+        normalization,
+        cu_seqlens,
+        key_mask,
+        log_decay,
+        initial_state,
+        sharded=sharded,
+        check_values=check_values,
+    )
     check_layout(layout)
     name = _pick_backend(problem, backend)
     final: SketchState | None
@@ -169,9 +261,22 @@ def _pick_backend(p: Problem, backend: str) -> str:
 # --- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float, causal: bool,
-             normalization: Normalization, cu_seqlens: Tensor | None, key_mask: Tensor | None, log_decay: Tensor | None,
-             initial: SketchState | None, *, sharded: bool, check_values: bool = True) -> Problem:
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float,
+    causal: bool,
+    normalization: Normalization,
+    cu_seqlens: Tensor | None,
+    key_mask: Tensor | None,
+    log_decay: Tensor | None,
+    initial: SketchState | None,
+    *,
+    sharded: bool,
+    check_values: bool = True,
+) -> Problem:
     """The inputs, checked and brought to the form that backends take."""
     _check_qkv(q, k, v)
     checks.flag("causal", causal)
@@ -209,8 +314,9 @@ def _check_values(beta: Tensor | None, log_decay: Tensor | None, initial: Sketch
         return
     low, high = (bound.item() for bound in initial.mass.detach().aminmax())
     if not 0 <= low <= high < math.inf:
-        raise ValueError(f"initial_state.mass must be sums of positive features, finite and at least 0; it holds "
-                         f"{high if low >= 0 else low}")
+        raise ValueError(
+            f"initial_state.mass must be sums of positive features, finite and at least 0; it holds {high if low >= 0 else low}"
+        )
     if readable(initial.values) and not all(math.isfinite(bound.item()) for bound in initial.values.detach().aminmax()):
         raise ValueError("initial_state.values must be finite, but holds NaN or Inf")
 
@@ -245,8 +351,9 @@ def _check_planes(planes: Tensor, heads: int, dim: int, q: Tensor) -> Tensor:
     """``[Hkv, L, P, D]``."""
     checks.tensor("planes", planes)
     if planes.dim() not in (3, 4) or planes.shape[-1] != dim or (planes.dim() == 4 and planes.shape[0] != heads):
-        raise ValueError(f"planes must be [L, P, D] or [Hkv, L, P, D] with Hkv = {heads} and D = {dim}; got "
-                         f"{list(planes.shape)}")
+        raise ValueError(
+            f"planes must be [L, P, D] or [Hkv, L, P, D] with Hkv = {heads} and D = {dim}; got {list(planes.shape)}"
+        )
     if planes.dtype not in DTYPES:
         raise TypeError(f"planes must be float64, float32, bfloat16 or float16; got {planes.dtype}")
     check_hash(int(planes.shape[-3]), int(planes.shape[-2]))
@@ -294,8 +401,10 @@ def _check_decay(log_decay: Tensor | None, causal: bool, k: Tensor, key_mask: Te
     if not causal:
         raise ValueError("log_decay needs causal=True: without an order of the tokens nothing decays")
     if tuple(log_decay.shape) not in ((heads,), (batch, length, heads)) or log_decay.dtype not in DTYPES:
-        raise ValueError(f"log_decay must be [Hkv] = [{heads}] or [B, T, Hkv] = {[batch, length, heads]} in floating point; "
-                         f"got {log_decay.dtype} {list(log_decay.shape)}")
+        raise ValueError(
+            f"log_decay must be [Hkv] = [{heads}] or [B, T, Hkv] = {[batch, length, heads]} in floating point; "
+            f"got {log_decay.dtype} {list(log_decay.shape)}"
+        )
     _same_device("log_decay", log_decay, k)
     if key_mask is not None and log_decay.dim() == 3:
         log_decay = torch.where(key_mask[..., None], log_decay, 0)
@@ -322,8 +431,10 @@ def _check_initial(initial: SketchState | None, shape: tuple[int, int, int, int]
     if not isinstance(initial, SketchState):
         raise TypeError(f"initial_state must be a SketchState; got {checks.described(initial)}")
     if tuple(initial.values.shape) != shape:
-        raise ValueError(f"initial_state.values must be [rows, Hkv, S, Dv] = {list(shape)} (a row a batch row or document); "
-                         f"got {list(initial.values.shape)}")
+        raise ValueError(
+            f"initial_state.values must be [rows, Hkv, S, Dv] = {list(shape)} (a row a batch row or document); "
+            f"got {list(initial.values.shape)}"
+        )
     if q.dtype == torch.float64 and initial.mass.dtype != torch.float64:
         raise TypeError("initial_state is float32 but q is float64; convert it with .to(torch.float64)")
     _same_device("initial_state", initial.mass, q)

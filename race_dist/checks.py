@@ -74,8 +74,15 @@ def is_number(value: object) -> bool:
     return isinstance(value, (np.integer, np.floating))
 
 
-def number(name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None,
-           words: str | None = None) -> float:
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    words: str | None = None,
+) -> float:
     """A finite number in its range: an int, a float, or a NumPy number, but no bool and no tensor. ``words``: as above.
 
     Raises:
@@ -89,8 +96,12 @@ def number(name: str, value: Any, *, above: float | None = None, least: float | 
         found = float(value)
     except OverflowError:  # an integer beyond every float
         found = math.inf if value > 0 else -math.inf
-    right = (math.isfinite(found) and (above is None or found > above) and (least is None or found >= least)
-             and (most is None or found <= most))
+    right = (
+        math.isfinite(found)
+        and (above is None or found > above)
+        and (least is None or found >= least)
+        and (most is None or found <= most)
+    )
     if not right:
         raise ValueError(f"{name} must be {words}; got {shown(value)}")
     return found
@@ -151,8 +162,10 @@ def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = No
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {described(value)}")
     if value.layout is not torch.strided or value.is_nested:
-        raise ValueError(f"{name} must be a dense tensor, but is {'nested' if value.is_nested else value.layout}: convert it "
-                         f"with {'.to_padded_tensor(0)' if value.is_nested else '.to_dense()'}")
+        raise ValueError(
+            f"{name} must be a dense tensor, but is {'nested' if value.is_nested else value.layout}: convert it "
+            f"with {'.to_padded_tensor(0)' if value.is_nested else '.to_dense()'}"
+        )
     if value.is_meta:
         raise ValueError(f"{name} is on the meta device, which holds no values: make it on the device that computes")
     if dtypes is not None and value.dtype not in dtypes:
@@ -165,8 +178,13 @@ def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = No
 def readable(x: Tensor) -> bool:
     """Whether a tensor's values may be looked at: on a device that would wait for it; it would break a compiler's graph; a
     tracer's tensors have none."""
-    return (x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() > 0
-            and type(x) in (Tensor, torch.nn.Parameter) and not is_in_torch_dispatch_mode())
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and x.numel() > 0
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def rows(name: str, value: Any, count: int) -> slice | Tensor:
@@ -269,8 +287,9 @@ def folder(name: str, value: Any) -> Path:
         raise ValueError(f"{name} must be the path of a folder; got {shown(value)}")
     path = Path(text)
     if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise ValueError(f"{name} must be the path of a folder, and file systems hold no name of more than 255 bytes; got "
-                         f"{shown(value)}")
+        raise ValueError(
+            f"{name} must be the path of a folder, and file systems hold no name of more than 255 bytes; got {shown(value)}"
+        )
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
@@ -291,8 +310,9 @@ def _range(least: float | None, most: float | None, above: float | None = None) 
         most = None
     if least is not None and most is not None:
         return f" from {_bound(least)} to {_bound(most)}"
-    parts = ([f"above {_bound(above)}"] if above is not None else []) + ([f"of at least {_bound(least)}"] if least is not None
-                                                                         else [])
+    parts = ([f"above {_bound(above)}"] if above is not None else []) + (
+        [f"of at least {_bound(least)}"] if least is not None else []
+    )
     parts += [f"at most {_bound(most)}"] if most is not None else []
     return " " + " and ".join(parts) if parts else ""
 

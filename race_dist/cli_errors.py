@@ -79,8 +79,11 @@ def _tell(error: Exception) -> int:
 def _print(sentence: str) -> None:
     rank = os.environ.get("RANK", "0")
     sentence = sentence.encode(errors="backslashreplace").decode()  # names of files need not be Unicode
-    print(f"race-dist{f' (rank {rank})' if rank.isdecimal() and rank != '0' else ''}: "
-          + _LONG_WORD.sub(lambda word: f"{word[0][:100]}...", " ".join(sentence.split())), file=sys.stderr)
+    print(
+        f"race-dist{f' (rank {rank})' if rank.isdecimal() and rank != '0' else ''}: "
+        + _LONG_WORD.sub(lambda word: f"{word[0][:100]}...", " ".join(sentence.split())),
+        file=sys.stderr,
+    )
 
 
 def _sentence(error: Exception) -> str:
@@ -136,6 +139,7 @@ def work() -> Iterator[None]:
 def cleaned_up() -> Iterator[None]:
     """SIGTERM and SIGHUP end the block as an exception does, so that unfinished files are removed: by themselves they end
     the process where it stands."""
+
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 

@@ -15,20 +15,25 @@ from race_dist.strict_config import TIMEOUT_LIMIT
 launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")
 
 Config = Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG")]
-Override = Annotated[list[str] | None, typer.Option(
-    "--override", "-o", metavar="KEY=VALUE", help="Change one key of CONFIG. Repeatable.")]
-JobFile = Annotated[str | None, typer.Option(
-    "--job", "-j", metavar="NAME|FILE", help="The job: a template's name or a TOML file.")]
-Change = Annotated[list[str] | None, typer.Option(
-    "--set", "-s", metavar="KEY=VALUE", help="Change one key of the job, e.g. nodes=4. Repeatable.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Change one key of CONFIG. Repeatable.")
+]
+JobFile = Annotated[
+    str | None, typer.Option("--job", "-j", metavar="NAME|FILE", help="The job: a template's name or a TOML file.")
+]
+Change = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job, e.g. nodes=4. Repeatable."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and do nothing.")]
 Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of all runs.")]
 Write = Annotated[Path | None, cli_types.output_file(metavar="FILE", help="Write the file instead of submitting it.")]
 
 
 @launch.command("local")
-def launch_local(config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-                 dry_run: DryRun = False) -> None:
+def launch_local(
+    config: Config, override: Override = None, job: JobFile = None, change: Change = None, dry_run: DryRun = False
+) -> None:
     """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
     from race_dist.launch import start
 
@@ -38,9 +43,13 @@ def launch_local(config: Config, override: Override = None, job: JobFile = None,
 
 @launch.command("torchrun")
 def launch_torchrun(
-    config: Config, override: Override = None, job: JobFile = None, change: Change = None,
-    endpoint: Annotated[str | None, cli_types.endpoint(
-        metavar="HOST:PORT", help="Where the nodes meet: the first one.")] = None,
+    config: Config,
+    override: Override = None,
+    job: JobFile = None,
+    change: Change = None,
+    endpoint: Annotated[
+        str | None, cli_types.endpoint(metavar="HOST:PORT", help="Where the nodes meet: the first one.")
+    ] = None,
     node_rank: Annotated[int | None, cli_types.whole(metavar="N", help="This node's place.", low=0)] = None,
     local_address: Annotated[str | None, cli_types.host(metavar="HOST", help="How the others reach this node.")] = None,
     dry_run: DryRun = False,
@@ -48,49 +57,71 @@ def launch_torchrun(
     """Run torchrun on this node; give every node of the job the same command."""
     from race_dist.launch import start
 
-    code = start.torchrun(*start.describe(config, override or (), job, change or (), here=True), endpoint=endpoint,
-                          node_rank=node_rank, local_address=local_address, dry_run=dry_run)
+    code = start.torchrun(
+        *start.describe(config, override or (), job, change or (), here=True),
+        endpoint=endpoint,
+        node_rank=node_rank,
+        local_address=local_address,
+        dry_run=dry_run,
+    )
     raise typer.Exit(code)
 
 
 @launch.command("deepspeed")
 def launch_deepspeed(
-    config: Config, override: Override = None, job: JobFile = None, change: Change = None,
+    config: Config,
+    override: Override = None,
+    job: JobFile = None,
+    change: Change = None,
     hostfile: Annotated[Path | None, cli_types.input_file(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Run under DeepSpeed's launcher."""
     from race_dist.launch import start
 
-    code = start.deepspeed(*start.describe(config, override or (), job, change or (), here=True), hostfile=hostfile,
-                           dry_run=dry_run)
+    code = start.deepspeed(
+        *start.describe(config, override or (), job, change or (), here=True), hostfile=hostfile, dry_run=dry_run
+    )
     raise typer.Exit(code)
 
 
 @launch.command("slurm")
 def launch_slurm(
-    config: Config, override: Override = None, job: JobFile = "slurm", change: Change = None,
-    array: Annotated[list[str] | None, typer.Option(
-        metavar="KEY=V,V,...", help="One run for each value of a key of CONFIG. Repeatable.")] = None,
+    config: Config,
+    override: Override = None,
+    job: JobFile = "slurm",
+    change: Change = None,
+    array: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V,V,...", help="One run for each value of a key of CONFIG. Repeatable.")
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="A plain sbatch file instead of submitit.")] = False,
-    write: Write = None, dry_run: DryRun = False,
+    write: Write = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Submit to Slurm. The job saves before its time is up, goes back to the queue and goes on."""
     from race_dist.launch import start
 
-    for line in start.submit_slurm(*start.describe(config, override or (), job, change or ()), array=array or (),
-                                   plain=plain, write=write, dry_run=dry_run):
+    for line in start.submit_slurm(
+        *start.describe(config, override or (), job, change or ()), array=array or (), plain=plain, write=write, dry_run=dry_run
+    ):
         print(line)
 
 
 @launch.command("kubernetes")
-def launch_kubernetes(config: Config, override: Override = None, job: JobFile = "kubernetes", change: Change = None,
-                      write: Write = None, dry_run: DryRun = False) -> None:
+def launch_kubernetes(
+    config: Config,
+    override: Override = None,
+    job: JobFile = "kubernetes",
+    change: Change = None,
+    write: Write = None,
+    dry_run: DryRun = False,
+) -> None:
     """Submit to Kubernetes as a JobSet: one pod a node, torchrun in each."""
     from race_dist.launch import start
 
-    for line in start.submit_kubernetes(*start.describe(config, override or (), job, change or ()), write=write,
-                                        dry_run=dry_run):
+    for line in start.submit_kubernetes(
+        *start.describe(config, override or (), job, change or ()), write=write, dry_run=dry_run
+    ):
         print(line)
 
 
@@ -104,20 +135,33 @@ def launch_templates() -> None:
 
 
 @launch.command("status")
-def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")] = None,
-                  runs: Runs = Path("runs")) -> None:
+def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")] = None, runs: Runs = Path("runs")) -> None:
     """Say how submitted jobs stand."""
     from race_dist.launch import start
 
     for record, facts in start.status(runs, which):
-        print(f"{record.id:10} {record.name:24} {facts['state']:12} "
-              + ", ".join(filter(None, (facts["progress"], facts["nodes"], facts["reason"],
-                                        f"{facts['restarts']} requeues" if facts["restarts"] not in ("", "0") else ""))))
+        print(
+            f"{record.id:10} {record.name:24} {facts['state']:12} "
+            + ", ".join(
+                filter(
+                    None,
+                    (
+                        facts["progress"],
+                        facts["nodes"],
+                        facts["reason"],
+                        f"{facts['restarts']} requeues" if facts["restarts"] not in ("", "0") else "",
+                    ),
+                )
+            )
+        )
 
 
 @launch.command("logs")
-def launch_logs(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs"),
-                lines: Annotated[int, cli_types.whole("--lines", "-n", metavar="N", help="Of each file.")] = 40) -> None:
+def launch_logs(
+    which: Annotated[str, typer.Argument(metavar="NAME|ID")],
+    runs: Runs = Path("runs"),
+    lines: Annotated[int, cli_types.whole("--lines", "-n", metavar="N", help="Of each file.")] = 40,
+) -> None:
     """Show the end of what a submitted job has printed."""
     from race_dist.launch import start
 
@@ -135,15 +179,25 @@ def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs
 def preflight(
     config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="CONFIG")] = None,
     override: Override = None,
-    nproc: Annotated[int | None, cli_types.whole(
-        metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.", high=cli_types.MOST_RANKS)] = None,
-    folder: Annotated[Path | None, cli_types.output_folder(
-        metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.", follow=True)] = None,
+    nproc: Annotated[
+        int | None,
+        cli_types.whole(
+            metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.", high=cli_types.MOST_RANKS
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        cli_types.output_folder(
+            metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.", follow=True
+        ),
+    ] = None,
     device: Annotated[str | None, cli_types.device()] = None,
-    timeout: Annotated[float, cli_types.number(
-        metavar="S", help="Seconds that ranks wait for each other.", low=1, high=TIMEOUT_LIMIT)] = 120.0,
-    out: Annotated[Path | None, cli_types.output_file(
-        "--json", metavar="FILE", help="Write everything there.", make_folder=True)] = None,
+    timeout: Annotated[
+        float, cli_types.number(metavar="S", help="Seconds that ranks wait for each other.", low=1, high=TIMEOUT_LIMIT)
+    ] = 120.0,
+    out: Annotated[
+        Path | None, cli_types.output_file("--json", metavar="FILE", help="Write everything there.", make_folder=True)
+    ] = None,
 ) -> None:
     """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
 

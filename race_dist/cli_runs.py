@@ -26,16 +26,21 @@ def generate(
     prompt: Annotated[str | None, cli_types.text(metavar="TEXT", help="What the text goes on from.")] = None,
     prompt_file: Annotated[Path | None, cli_types.input_file(metavar="FILE", help="The same, from a file.")] = None,
     tokens: Annotated[int, cli_types.count(metavar="N", help="Tokens to write.", low=0)] = 400,
-    temperature: Annotated[float, cli_types.number(
-        metavar="T", help="0 always takes the likeliest token.", low=1e-4, high=1e4, zero=True)] = 0.8,
+    temperature: Annotated[
+        float, cli_types.number(metavar="T", help="0 always takes the likeliest token.", low=1e-4, high=1e4, zero=True)
+    ] = 0.8,
     top_k: Annotated[int | None, cli_types.whole(metavar="K", help="Draw from the K likeliest tokens only.")] = None,
-    top_p: Annotated[float | None, cli_types.number(
-        metavar="P", help="Draw from the likeliest tokens that together reach P.", low=1e-6, high=1)] = None,
+    top_p: Annotated[
+        float | None,
+        cli_types.number(metavar="P", help="Draw from the likeliest tokens that together reach P.", low=1e-6, high=1),
+    ] = None,
     seed: Annotated[int, cli_types.whole(metavar="N", help="Of the draws.", low=0, high=SEED_LIMIT)] = 0,
-    save_context: Annotated[Path | None, cli_types.output_file(
-        metavar="FILE", help="Keep what the model remembers of the prompt.")] = None,
-    context: Annotated[Path | None, cli_types.input_file(
-        metavar="FILE", help="Go on from what --save-context kept; a prompt comes after it.")] = None,
+    save_context: Annotated[
+        Path | None, cli_types.output_file(metavar="FILE", help="Keep what the model remembers of the prompt.")
+    ] = None,
+    context: Annotated[
+        Path | None, cli_types.input_file(metavar="FILE", help="Go on from what --save-context kept; a prompt comes after it.")
+    ] = None,
     step: Annotated[int | None, cli_types.step()] = None,
 ) -> None:
     """Write text with a trained model: the prompt, then what the model makes of it, as it comes.
@@ -63,8 +68,9 @@ def generate(
             print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
         if prompt is not None or (prompt_file is not None and head.whole):
             print(head.text if prompt is None else prompt, end="", flush=True)
-        for piece in sampling.write_text(model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k,
-                                         top_p=top_p, seed=seed):
+        for piece in sampling.write_text(
+            model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        ):
             print(piece, end="", flush=True)
     print()
 
@@ -72,10 +78,14 @@ def generate(
 @runs.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
-    path: Annotated[str | None, typer.Option(
-        "--data", metavar="PATH", help="Text to measure on, all of it. Left out: what the run held out.")] = None,
-    context: Annotated[int | None, cli_types.count(
-        metavar="T", help=f"Tokens a window: 64K, 1M. Left out: as in training. {cli_types.COUNT_WORDS}.")] = None,
+    path: Annotated[
+        str | None,
+        typer.Option("--data", metavar="PATH", help="Text to measure on, all of it. Left out: what the run held out."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        cli_types.count(metavar="T", help=f"Tokens a window: 64K, 1M. Left out: as in training. {cli_types.COUNT_WORDS}."),
+    ] = None,
     tokens: Annotated[int, cli_types.count(metavar="N", help="Tokens to measure on, about.")] = 1_000_000,
     step: Annotated[int | None, cli_types.step()] = None,
 ) -> None:
@@ -116,8 +126,9 @@ def export(
 @runs.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of runs, to be drawn over each other.", metavar="RUN...")],
-    out: Annotated[Path | None, cli_types.output_folder(
-        metavar="FOLDER", help="Where to. Left out: report in the first RUN.")] = None,
+    out: Annotated[
+        Path | None, cli_types.output_folder(metavar="FOLDER", help="Where to. Left out: report in the first RUN.")
+    ] = None,
 ) -> None:
     """Write a page about one run or several: curves, losses by position, what differed, machines.
 
@@ -135,8 +146,9 @@ def report(
 
 @runs.command()
 def config(
-    keys: Annotated[list[str] | None, typer.Argument(
-        help="Keys or tables: data optim.lr. Left out: all.", metavar="[KEY...]")] = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys or tables: data optim.lr. Left out: all.", metavar="[KEY...]")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="As a page, all keys.")] = False,
 ) -> None:
     """List the keys of a run's TOML: default, what the value may be, meaning."""
@@ -156,11 +168,13 @@ def data_pack(
     path: Annotated[str, typer.Argument(help="A text file, a folder, or python-stdlib.", metavar="PATH")],
     out: Annotated[Path, cli_types.output_folder(help="The folder to make; data.path of a run.", metavar="FOLDER")],
     pattern: Annotated[str, cli_types.text(metavar="GLOB", help='Which files of a folder, by name: "*.md".')] = "*",
-    tokenizer: Annotated[Path | None, cli_types.input_file(
-        metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")] = None,
+    tokenizer: Annotated[
+        Path | None, cli_types.input_file(metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")
+    ] = None,
     one_document: Annotated[bool, typer.Option("--one-document", help="All files are one long document.")] = False,
-    skip_undecodable: Annotated[bool, typer.Option(
-        "--skip-undecodable", help="Leave out files that are not UTF-8 instead of refusing them.")] = False,
+    skip_undecodable: Annotated[
+        bool, typer.Option("--skip-undecodable", help="Leave out files that are not UTF-8 instead of refusing them.")
+    ] = False,
 ) -> None:
     """Make one memory-mapped token file, with an index of documents, of any amount of text.
 
@@ -174,8 +188,15 @@ def data_pack(
 
     console = Console(stderr=True)
     with cleaned_up(), console.status("packing") as status:
-        corpus = pack(path, out, pattern=pattern, tokenizer=tokenizer, one_document=one_document,
-                      skip_undecodable=skip_undecodable, progress=lambda file: status.update(Text(f"packing {file}")))
+        corpus = pack(
+            path,
+            out,
+            pattern=pattern,
+            tokenizer=tokenizer,
+            one_document=one_document,
+            skip_undecodable=skip_undecodable,
+            progress=lambda file: status.update(Text(f"packing {file}")),
+        )
     _describe_corpus(corpus)
 
 
@@ -189,7 +210,9 @@ def data_check(folder: Annotated[Path, typer.Argument(help="A packed corpus.", m
 
 def _describe_corpus(corpus: Corpus) -> None:
     assert corpus.documents is not None
-    print(f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
-          f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents")
+    print(
+        f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
+        f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents"
+    )
     if corpus.left_out:
         print(corpus.left_out.sentence())

@@ -27,6 +27,7 @@ class Counts(tuple[int, ...]):
 
 def _option(parse: Callable[[str], T], names: tuple[str, ...], metavar: str, words: str) -> Any:
     """An option of typer whose text goes through ``parse``; a default, which is no text, does not."""
+
     def parser(value: Any) -> Any:
         return parse(value) if isinstance(value, str) else value
 
@@ -35,6 +36,7 @@ def _option(parse: Callable[[str], T], names: tuple[str, ...], metavar: str, wor
 
 def whole(*names: str, metavar: str, help: str, low: int = 1, high: int = SIZE_LIMIT) -> Any:
     """An option that takes a whole number from ``low`` to ``high``."""
+
     def parse(text: str) -> int:
         digits = text.strip()
         if not re.fullmatch(r"[+-]?[0-9]+", digits):
@@ -54,6 +56,7 @@ def step() -> Any:
 
 def number(*names: str, metavar: str, help: str, low: float, high: float, zero: bool = False) -> Any:
     """An option that takes a finite number from ``low`` to ``high``, or 0 where ``zero``."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -90,6 +93,7 @@ def counts(*names: str, metavar: str, help: str, low: int = 1) -> Any:
 
 def text(*names: str, metavar: str, help: str) -> Any:
     """An option that takes UTF-8 text, whatever the locale has made of its bytes."""
+
     def parse(value: str) -> str:
         try:
             return value.encode("utf-8", "surrogateescape").decode()
@@ -114,13 +118,16 @@ def parse_device(name: str) -> str:
 
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(match[1] or 0) >= there:
-            raise typer.BadParameter(f"{name} is not there: this machine has {there or 'no'} CUDA device{'s' * (there != 1)}"
-                                     + ("" if there else "; give cpu"))
+            raise typer.BadParameter(
+                f"{name} is not there: this machine has {there or 'no'} CUDA device{'s' * (there != 1)}"
+                + ("" if there else "; give cpu")
+            )
     return name
 
 
 def input_file(*names: str, metavar: str, help: str) -> Any:
     """An option that takes a file that is there."""
+
     def parse(name: str) -> Path:
         path = Path(name)
         if not _ask(path, Path.is_file):
@@ -132,6 +139,7 @@ def input_file(*names: str, metavar: str, help: str) -> Any:
 
 def output_file(*names: str, metavar: str, help: str, make_folder: bool = False) -> Any:
     """An option that takes a file to write; with ``make_folder`` its folder is made where it is not there."""
+
     def parse(name: str) -> Path:
         return _writable(name, lambda path: check_output_file(path, "", make_folder=make_folder))
 
@@ -140,6 +148,7 @@ def output_file(*names: str, metavar: str, help: str, make_folder: bool = False)
 
 def output_folder(*names: str, metavar: str, help: str, follow: bool = False) -> Any:
     """An option that takes a folder to write into, which is made where it is not there; ``follow``: or a link to one."""
+
     def parse(name: str) -> Path:
         return _writable(name, lambda path: check_output_folder(path, "", follow=follow))
 
@@ -168,6 +177,7 @@ def _ask(path: Path, question: Callable[[Path], bool]) -> bool:
 
 def endpoint(*names: str, metavar: str, help: str) -> Any:
     """An option that takes ``HOST:PORT``."""
+
     def parse(name: str) -> str:
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?):([0-9]{1,5})", name)
         if not match or not 1 <= int(match[3]) <= 65535:
@@ -179,6 +189,7 @@ def endpoint(*names: str, metavar: str, help: str) -> Any:
 
 def host(*names: str, metavar: str, help: str) -> Any:
     """An option that takes the name or the address of a host."""
+
     def parse(name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", name):
             raise typer.BadParameter(f"{shown(name)} is not the name or the address of a host")

@@ -13,10 +13,22 @@ from race_dist.ops.problem import Normalization
 from race_dist.sketch import SketchState
 
 
-def explain_plan(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor | float = 1.0, *, causal: bool = True,
-                 normalization: Normalization = "global", cu_seqlens: Tensor | None = None, key_mask: Tensor | None = None,
-                 log_decay: Tensor | None = None, initial_state: SketchState | None = None,
-                 group: dist.ProcessGroup | None = None, backend: BackendName = "auto") -> KernelPlan:
+def explain_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor | float = 1.0,
+    *,
+    causal: bool = True,
+    normalization: Normalization = "global",
+    cu_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: SketchState | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: BackendName = "auto",
+) -> KernelPlan:
     """Which kernels ``race_attention`` runs for these tensors on this rank, and why no faster ones. Nothing is computed.
 
     The arguments are those of the same call to :func:`race_dist.race_attention`; shapes, strides, dtypes, devices and whether
@@ -31,8 +43,9 @@ def explain_plan(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor |
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, x)
     q, k, v = _autocast(q, k, v)
-    problem = _problem(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state,
-                       sharded=group is not None)
+    problem = _problem(
+        q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state, sharded=group is not None
+    )
     check_backend(backend)
     chosen = _pick_backend(problem, backend)
     if chosen == "reference":
@@ -48,5 +61,5 @@ def explain_plan(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor |
     elif not HAS_TRITON:
         reason = 'triton is not installed: pip install "race-dist[triton]"'
     else:
-        reason = f"the GPU kernels do not fit: backend=\"triton\" {unsupported(problem, 'triton')}"
+        reason = f'the GPU kernels do not fit: backend="triton" {unsupported(problem, "triton")}'
     return KernelPlan("chunked", "PyTorch chunks", (), reason)

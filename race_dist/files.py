@@ -26,8 +26,15 @@ Kinds = Mapping[str, type | tuple[type, ...]]
 
 DIGEST = "digest"  # the key of a record's own checksum
 _HEADER = "race_dist"  # the one key of a safetensors header: several would be written in any order
-_WORDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number", bool: "true or false",
-          type(None): "null"}
+_WORDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 class DamagedFileError(ValueError):
@@ -58,8 +65,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header: dict[str, Any] = {"metadata": dict(metadata or {}),
-                              "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())}}
+    header: dict[str, Any] = {
+        "metadata": dict(metadata or {}),
+        "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())},
+    }
     header[DIGEST] = tree_digest(header)
     with replacing(path) as partial:
         try:
@@ -232,6 +241,8 @@ def _checked_kinds(path: Path, tree: dict[str, Any], kinds: Kinds) -> dict[str, 
         if key not in tree:
             raise DamagedFileError(f"{path} is damaged: {key} is missing")
         if not is_kind(tree[key], kind):
-            raise DamagedFileError(f"{path} is damaged: {key} is {_WORDS.get(type(tree[key]), 'something else')}, not "
-                                   f"{' or '.join(_WORDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))}")
+            raise DamagedFileError(
+                f"{path} is damaged: {key} is {_WORDS.get(type(tree[key]), 'something else')}, not "
+                f"{' or '.join(_WORDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))}"
+            )
     return tree

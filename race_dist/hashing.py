@@ -14,8 +14,7 @@ MAX_PLANES = 10  # 2**10 corners a table: past this a table is larger than what 
 MAX_NUMBERS = 2**31  # of the hyperplanes of one call, 16 GiB while they are drawn
 
 
-def corner_signs(num_planes: int, *, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str | None = None) -> Tensor:
+def corner_signs(num_planes: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """The corners of the ``P``-cube, ``c [R, P]`` with ``R = 2**P``: +1 where bit p of r, most significant first, is 1,
     -1 elsewhere."""
     r = torch.arange(2**num_planes, device=device)
@@ -23,9 +22,18 @@ def corner_signs(num_planes: int, *, dtype: torch.dtype = torch.float32,
     return (2 * bits - 1).to(dtype)
 
 
-def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads: int | None = None, seed: int,
-                  layer: int = 0, head_offset: int = 0, device: torch.device | str | None = None,
-                  dtype: torch.dtype = torch.float32) -> Tensor:
+def sample_planes(
+    num_tables: int,
+    num_planes: int,
+    head_dim: int,
+    *,
+    num_heads: int | None = None,
+    seed: int,
+    layer: int = 0,
+    head_offset: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Hyperplanes with rows drawn i.i.d. from N(0, I), the same on every device and rank.
 
     The draw is a counter-based generator (Philox) addressed by ``(seed, layer, global head)``, so a rank that holds
@@ -59,8 +67,10 @@ def sample_planes(num_tables: int, num_planes: int, head_dim: int, *, num_heads:
     dtype, place = checks.dtype("dtype", dtype), checks.device("device", device)
     count = num_tables * num_planes * head_dim
     if count * number > MAX_NUMBERS:
-        raise ValueError(f"num_tables = {checks.shown(num_tables)} times num_planes = {num_planes}, head_dim = {head_dim} and "
-                         f"num_heads = {number} are more than {MAX_NUMBERS:,} numbers of hyperplanes: make one smaller")
+        raise ValueError(
+            f"num_tables = {checks.shown(num_tables)} times num_planes = {num_planes}, head_dim = {head_dim} and "
+            f"num_heads = {number} are more than {MAX_NUMBERS:,} numbers of hyperplanes: make one smaller"
+        )
     heads = [_standard_normal(count, seed, layer, head_offset + h) for h in range(number)]
     narrow = torch.from_numpy(np.stack(heads)).to(torch.bfloat16).to(device=place)
     narrow = narrow.view(-1, num_tables, num_planes, head_dim)
@@ -97,8 +107,10 @@ def _standard_normal(count: int, seed: int, layer: int, head: int) -> np.ndarray
 
 def check_hash(num_tables: int, num_planes: int) -> tuple[int, int]:
     """``L`` and ``P``; ValueError or TypeError unless they are integers with ``L >= 1`` and ``1 <= P <= 10``."""
-    return (checks.integer("num_tables", num_tables, least=1),
-            checks.integer("num_planes", num_planes, least=1, most=MAX_PLANES))
+    return (
+        checks.integer("num_tables", num_tables, least=1),
+        checks.integer("num_planes", num_planes, least=1, most=MAX_PLANES),
+    )
 
 
 def soft_hash(x: Tensor, planes: Tensor, beta: Tensor | float) -> Tensor:

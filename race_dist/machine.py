@@ -23,9 +23,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     """The header of a benchmark's JSON: processor, accelerator, versions, threads, date."""
     header: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": _processor(), "cores": len(os.sched_getaffinity(0)), "memory_gib": _memory_gib(),
-        "system": platform.platform(), "python": platform.python_version(), "race_dist": __version__,
-        "torch_threads": torch.get_num_threads(), "command": f"{_program()} {shlex.join(sys.argv[1:])}".rstrip()}
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": _memory_gib(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "race_dist": __version__,
+        "torch_threads": torch.get_num_threads(),
+        "command": f"{_program()} {shlex.join(sys.argv[1:])}".rstrip(),
+    }
     for name in _LIBRARIES:
         try:
             header[name] = version(name)
@@ -33,8 +39,12 @@ def machine(device: torch.device) -> dict[str, Any]:
             header[name] = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        header |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-                   "gpu_multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}
+        header |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "gpu_multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
     return header
 
 

@@ -13,4 +13,4 @@ def shown(value: object, limit: int = 80) -> str:
         text = " ".join(repr(value).split())
     except Exception:  # of somebody else's class, or of a container of integers too long to print
         text = f"a {type(value).__name__}"
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -51,8 +51,10 @@ def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
     except (OSError, ValueError) as error:  # ValueError: a NUL
         return OSError(f"cannot be used: {getattr(error, 'strerror', None) or error}")
     if stat.S_ISLNK(found):
-        return FileExistsError(f"is a symbolic link to {shown(os.readlink(path))}: it is neither written through nor replaced; "
-                               "remove the link or name the file itself")
+        return FileExistsError(
+            f"is a symbolic link to {shown(os.readlink(path))}: it is neither written through nor replaced; "
+            "remove the link or name the file itself"
+        )
     if found and not folder and not stat.S_ISREG(found):
         kind = "a folder" if stat.S_ISDIR(found) else "no ordinary file but a device, pipe or socket"
         return FileExistsError(f"is {kind}; give the name of a file")
@@ -64,9 +66,11 @@ def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
     while make and not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        return NotADirectoryError(f"lies in {shown(str(parent))}, which is no folder; choose another path"
-                                  if os.path.lexists(parent) else
-                                  f"lies in {shown(str(parent))}, which is not there; make the folder first")
+        return NotADirectoryError(
+            f"lies in {shown(str(parent))}, which is no folder; choose another path"
+            if os.path.lexists(parent)
+            else f"lies in {shown(str(parent))}, which is not there; make the folder first"
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         return PermissionError(f"lies in {shown(str(parent))}, which may not be written into")
     return None

@@ -9,9 +9,22 @@ from dataclasses import dataclass
 
 LOOPBACK = "127.0.0.1"
 STORE_SOCKET = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
-RANK_VARIABLES = frozenset({
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE",
-    "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", STORE_SOCKET})
+RANK_VARIABLES = frozenset(
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_RANK",
+        "ROLE_NAME",
+        "ROLE_WORLD_SIZE",
+        STORE_SOCKET,
+    }
+)
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_")
 
 
@@ -51,20 +64,26 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
     rank, world = _integer(e, "RANK"), _integer(e, "WORLD_SIZE")
     rank, world = 0 if rank is None else rank, 1 if world is None else world
     if not 0 <= rank < world:
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: RANK counts from 0; unset both "
-                         "for one process, or start the ranks with a launcher")
+        raise ValueError(
+            f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: RANK counts from 0; unset both "
+            "for one process, or start the ranks with a launcher"
+        )
     mine, local_world = local_rank(e), _integer(e, "LOCAL_WORLD_SIZE")
     if local_world is not None and local_world < 1:
         raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment must be at least 1")
     if world == 1:
         return RankEnvironment(0, 1, mine, local_world)
     if local_world is not None and (local_world > world or (mine or 0) >= local_world):
-        raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment fits neither WORLD_SIZE={world} nor LOCAL_RANK="
-                         f"{mine or 0}: start the ranks with one launcher, or unset it")
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE={local_world} in the environment fits neither WORLD_SIZE={world} nor LOCAL_RANK="
+            f"{mine or 0}: start the ranks with one launcher, or unset it"
+        )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not e.get(name, "").strip():
-            raise ValueError(f"RANK={rank} and WORLD_SIZE={world} but {name} is not set: start the ranks with torchrun, set "
-                             "it to the host and port at which they meet, or unset RANK and WORLD_SIZE for one process")
+            raise ValueError(
+                f"RANK={rank} and WORLD_SIZE={world} but {name} is not set: start the ranks with torchrun, set "
+                "it to the host and port at which they meet, or unset RANK and WORLD_SIZE for one process"
+            )
     port = _integer(e, "MASTER_PORT") or 0
     if not 0 < port < 2**16:
         raise ValueError(f"MASTER_PORT={port} in the environment must be a port from 1 to 65535")
@@ -91,5 +110,8 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
 def without_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what a launcher has put there about its ranks (torchrun's TORCHELASTIC_*, RANK, MASTER_PORT and
     so on): ranks that are started anew must not take themselves for some of that launcher's."""
-    return {name: value for name, value in environment.items()
-            if name not in RANK_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in RANK_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }

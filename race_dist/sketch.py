@@ -46,25 +46,29 @@ class SketchState:
             if not isinstance(value, Tensor):
                 raise TypeError(f"SketchState.{name} must be a torch.Tensor; got {checks.described(value)}")
             if value.layout is not torch.strided:
-                raise ValueError(f"SketchState.{name} must be a dense tensor, but is {value.layout}: "
-                                 f"convert it with .to_dense()")
+                raise ValueError(
+                    f"SketchState.{name} must be a dense tensor, but is {value.layout}: convert it with .to_dense()"
+                )
             if value.dtype not in _DTYPES:
-                raise TypeError(f"SketchState.{name} is {value.dtype}; sketches are float32 or float64: "
-                                f"convert with .to(torch.float32)")
+                raise TypeError(
+                    f"SketchState.{name} is {value.dtype}; sketches are float32 or float64: convert with .to(torch.float32)"
+                )
             if value.dtype != self.mass.dtype:
                 raise TypeError(f"SketchState.mass is {self.mass.dtype} but {name} is {value.dtype}; convert one of them")
             if value.device != self.mass.device:
                 raise ValueError(f"SketchState.mass is on {self.mass.device} but {name} is on {value.device}; move one of them")
         shape, of_values = self.mass.shape, self.values.shape
         if len(shape) != 3 or len(of_values) != 4 or of_values[:3] != shape:
-            raise ValueError(f"SketchState needs mass [B, Hkv, S] and values [B, Hkv, S, Dv]; "
-                             f"got {list(shape)} and {list(of_values)}")
+            raise ValueError(
+                f"SketchState needs mass [B, Hkv, S] and values [B, Hkv, S, Dv]; got {list(shape)} and {list(of_values)}"
+            )
         decay = self.log_decay
         if decay is not None and decay.shape != shape[:2]:
             raise ValueError(f"SketchState.log_decay is [B, Hkv] = {list(shape[:2])} here; got {list(decay.shape)}")
         if decay is not None and checks.readable(decay) and not bool((decay <= 0).all()):
-            raise ValueError(f"SketchState.log_decay must be 0 or less (a weight of at most 1); its largest value is "
-                             f"{decay.max().item():g}")
+            raise ValueError(
+                f"SketchState.log_decay must be 0 or less (a weight of at most 1); its largest value is {decay.max().item():g}"
+            )
 
     @classmethod
     def unchecked(cls, mass: Tensor, values: Tensor, log_decay: Tensor | None = None) -> Self:
@@ -77,8 +81,17 @@ class SketchState:
         return made
 
     @classmethod
-    def empty(cls, batch: int, heads: int, features: int, value_dim: int, *, dtype: torch.dtype = torch.float32,
-              device: torch.device | str | None = None, decay: bool = False) -> SketchState:
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        features: int,
+        value_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        decay: bool = False,
+    ) -> SketchState:
         """The sketch of no tokens. ``dtype=torch.float64`` is the one to carry through token-by-token decoding:
         a float32 mass that is fed single tokens stops growing at 2**24.
 
@@ -93,9 +106,11 @@ class SketchState:
             checks.flag("decay", decay)
             batch, heads, features, value_dim = counts.values()
             device = checks.device("device", device)
-        return cls.unchecked(torch.zeros(batch, heads, features, dtype=dtype, device=device),
-                   torch.zeros(batch, heads, features, value_dim, dtype=dtype, device=device),
-                   torch.zeros(batch, heads, dtype=dtype, device=device) if decay else None)
+        return cls.unchecked(
+            torch.zeros(batch, heads, features, dtype=dtype, device=device),
+            torch.zeros(batch, heads, features, value_dim, dtype=dtype, device=device),
+            torch.zeros(batch, heads, dtype=dtype, device=device) if decay else None,
+        )
 
     def zero(self) -> Self:
         """The sketch of no tokens, shaped like this one."""
@@ -109,8 +124,9 @@ class SketchState:
         """
         checks.instance("later", later, SketchState)
         if self.values.shape != later.values.shape:
-            raise ValueError(f"sketches to combine must have one shape; got values {list(self.values.shape)} and "
-                             f"{list(later.values.shape)}")
+            raise ValueError(
+                f"sketches to combine must have one shape; got values {list(self.values.shape)} and {list(later.values.shape)}"
+            )
         if self.mass.dtype != later.mass.dtype:
             raise TypeError(f"sketches to combine must have one dtype; got {self.mass.dtype} and {later.mass.dtype}")
         mass, values, log_decay = self.mass, self.values, self.log_decay
@@ -143,8 +159,9 @@ class SketchState:
         except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
             given = ", ".join([*map(checks.shown, args), *(f"{name}={checks.shown(value)}" for name, value in kwargs.items())])
             reason = checks.shown((str(error).splitlines() or [""])[0], 200)
-            raise ValueError(f"SketchState.to takes the args of torch.Tensor.to: a device, a dtype or a tensor; got "
-                             f"({given}): {reason}") from None
+            raise ValueError(
+                f"SketchState.to takes the args of torch.Tensor.to: a device, a dtype or a tensor; got ({given}): {reason}"
+            ) from None
         return type(self)(*moved)
 
     def __getitem__(self, rows: slice | Tensor) -> Self:

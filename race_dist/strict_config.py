@@ -26,14 +26,30 @@ TIMEOUT_LIMIT = 10**6  # seconds; libraries hold milliseconds in a C int
 NonEmpty = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
 _EXPECTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number", "float_type": "a number", "float_parsing": "a number",
-    "finite_number": "a finite number", "bool_type": "true or false", "bool_parsing": "true or false",
-    "string_type": "text", "model_type": "a table", "model_attributes_type": "a table", "dict_type": "a table",
-    "mapping_type": "a table", "tuple_type": "a list", "list_type": "a list", "invalid_key": "a table whose keys are text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "dict_type": "a table",
+    "mapping_type": "a table",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "invalid_key": "a table whose keys are text",
 }
-_BOUNDS = {"greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "above"), "less_than_equal": ("le", "at most"),
-           "less_than": ("lt", "below")}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "above"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "below"),
+}
 _PREDICATES = ("must ", "is ")  # validators whose message begins like this leave the key and the value to the sentence
 
 
@@ -89,8 +105,10 @@ class StrictConfig(BaseModel):
         try:
             super().__setattr__(name, value)
         except ValidationError:
-            raise ValueError(f"{type(self).__name__}.{name} cannot be changed: a configuration is checked when it is made, so "
-                             "make another one") from None
+            raise ValueError(
+                f"{type(self).__name__}.{name} cannot be changed: a configuration is checked when it is made, so "
+                "make another one"
+            ) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -124,8 +142,11 @@ def describe_errors(model: type[BaseModel], error: ValidationError, prefix: str 
     if unknown:
         return "; ".join(dict.fromkeys(_unknown(model, each["loc"], prefix) for each in unknown))
     missing = [prefix + _key(model, each["loc"])[0] for each in found if each["type"] == "missing"]
-    sentences = [f"{' and '.join(filter(None, [', '.join(missing[:-1]), missing[-1]]))} "
-                 f"{'is' if len(missing) == 1 else 'are'} missing"] if missing else []
+    sentences = (
+        [f"{' and '.join(filter(None, [', '.join(missing[:-1]), missing[-1]]))} {'is' if len(missing) == 1 else 'are'} missing"]
+        if missing
+        else []
+    )
     by_key: dict[str, list[Any]] = {}
     for each in found:
         if each["type"] != "missing":
@@ -171,7 +192,7 @@ def _expected(error: Any) -> str:
 
 def _unknown(model: type[BaseModel], location: tuple[int | str, ...], prefix: str) -> str:
     key, owner = _key(model, location)
-    table = prefix + key[:len(key) - len(str(location[-1]))]
+    table = prefix + key[: len(key) - len(str(location[-1]))]
     near = difflib.get_close_matches(str(location[-1]), owner.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {table}{near[0]}?" if near else f"known are {', '.join(sorted(owner.model_fields))}"
     return f"unknown key {shown(prefix + key) if not key.isprintable() or not location[-1] else prefix + key}; {hint}"

@@ -31,10 +31,25 @@ tokens = 64
 [sample]
 tokens = 20
 """
-VERBS = [["train"], ["generate"], ["eval"], ["export"], ["report"], ["data"], ["data", "pack"], ["data", "check"],
-         ["bench"], ["bench", "attention"], ["bench", "decode"],
-         ["preflight"], ["launch"], *(["launch", verb] for verb in (
-             "local", "torchrun", "deepspeed", "slurm", "kubernetes", "templates", "status", "logs", "cancel"))]
+VERBS = [
+    ["train"],
+    ["generate"],
+    ["eval"],
+    ["export"],
+    ["report"],
+    ["data"],
+    ["data", "pack"],
+    ["data", "check"],
+    ["bench"],
+    ["bench", "attention"],
+    ["bench", "decode"],
+    ["preflight"],
+    ["launch"],
+    *(
+        ["launch", verb]
+        for verb in ("local", "torchrun", "deepspeed", "slurm", "kubernetes", "templates", "status", "logs", "cancel")
+    ),
+]
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:
@@ -49,8 +64,11 @@ def invoke(*arguments: str | Path) -> tuple[int, str]:
 def config(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("a line of text, and another one\n" * 500)
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY.format(runs=(tmp_path / "runs").as_posix())
-                    .replace("[data]", f'[data]\npath = "{(tmp_path / "text.txt").as_posix()}"'))
+    path.write_text(
+        TINY.format(runs=(tmp_path / "runs").as_posix()).replace(
+            "[data]", f'[data]\npath = "{(tmp_path / "text.txt").as_posix()}"'
+        )
+    )
     return path
 
 
@@ -77,13 +95,16 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("optim.rate=1", "unknown key optim.rate"),
-    ("data.path=/no/such/text", "there is no file or folder"),
-    ("data.context=100000", "lower data.context"),
-    ("parallel.sp=2", "makes 2 ranks, but 1 was started; start 2"),
-    ("model.num_heads=3", "num_heads"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optim.rate=1", "unknown key optim.rate"),
+        ("data.path=/no/such/text", "there is no file or folder"),
+        ("data.context=100000", "lower data.context"),
+        ("parallel.sp=2", "makes 2 ranks, but 1 was started; start 2"),
+        ("model.num_heads=3", "num_heads"),
+    ],
+)
 def test_a_mistake_is_one_sentence_and_exit_code_2(config: Path, change: str, message: str) -> None:
     code, text = invoke("train", config, "--override", change)
     assert code == 2
@@ -96,9 +117,17 @@ def test_train_then_generate(config: Path, tmp_path: Path) -> None:
     code, text = invoke("train", config, "--override", "name=first")
     assert code == 0, text
     run = tmp_path / "runs" / "first"
-    assert {f.name for f in run.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors", "curves.png",
-                                               "sample.txt", "checkpoints", "machine.json", "positions-32.json",
-                                               ".run.lock"}
+    assert {f.name for f in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "curves.png",
+        "sample.txt",
+        "checkpoints",
+        "machine.json",
+        "positions-32.json",
+        ".run.lock",
+    }
     assert "bits per byte over 64 bytes" in text
     code, text = invoke("generate", run, "--prompt", "a line", "--tokens", "30")
     assert code == 0
@@ -141,8 +170,14 @@ def test_generate_says_what_is_wrong_with_a_run(config: Path, tmp_path: Path) ->
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run([sys.executable, "-m", "race_dist.cli", *map(str, arguments)], capture_output=True, text=True,
-                          check=False, env=environment, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-m", "race_dist.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=200,
+    )
 
 
 def test_nproc_starts_ranks_that_share_the_sequence(config: Path, tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ def test_the_planning_page_shows_what_its_command_prints() -> None:
     arguments = words[1].split()
     arguments[1] = str(ROOT / arguments[1])
     env = {"COLUMNS": "80", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run([sys.executable, "-m", "race_dist.cli", *arguments], env=env, capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "race_dist.cli", *arguments], env=env, capture_output=True, text=True, check=True
+    )
     assert blocks("docs/planning.md", "")[0] == done.stdout
 
 
@@ -117,9 +118,18 @@ def planned_row(size: str, context: str, gpus: str) -> str:
         missing = f"does not fit ({memory.peak / 2**30:.0f} of {memory.capacity / 2**30:.0f} GiB)"
         return f"| {size} | {context} | {gpus} | {missing} | | | | | | |"
     chunk = layout.chunk_size or -(-job.context // layout.sp)  # not streamed: the whole shard
-    cells = [size, context, gpus, f"{layout.dp} x {layout.sp}", f"{chunk:,}", "yes" if layout.checkpointing else "no",
-             "fsdp" if layout.sharding == "fsdp" else "whole", f"{memory.peak / 2**30:.0f} GiB", seconds(plan.step),
-             f"{float(f'{job.context / plan.step:.3g}'):,.0f}"]
+    cells = [
+        size,
+        context,
+        gpus,
+        f"{layout.dp} x {layout.sp}",
+        f"{chunk:,}",
+        "yes" if layout.checkpointing else "no",
+        "fsdp" if layout.sharding == "fsdp" else "whole",
+        f"{memory.peak / 2**30:.0f} GiB",
+        seconds(plan.step),
+        f"{float(f'{job.context / plan.step:.3g}'):,.0f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -181,7 +191,8 @@ def test_the_page_of_layers_names_every_default_of_normalization() -> None:
         "convert(model)": STARTING_POINT["normalization"],
         'attn_implementation="race"': WITHOUT_PARAMETERS["normalization"],
         "SketchAttention": DEFAULTS["normalization"],
-        "RaceTransformerConfig": RaceConfig().normalization}
+        "RaceTransformerConfig": RaceConfig().normalization,
+    }
 
 
 # snippets
@@ -209,9 +220,16 @@ def test_the_snippets_with_labels_run(name: str) -> None:
 
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=256, dim=16, num_layers=1, num_heads=2)
-    names: dict[str, Any] = {"input_ids": torch.randint(256, (1, 64)), "model": DecoderLM(config), "torch": torch,
-                             "generate": generate, "DecoderLM": DecoderLM, "ModelConfig": ModelConfig,
-                             "prompt_ids": torch.tensor([1, 2]), "optimizer": torch.optim.SGD([torch.zeros(1)])}
+    names: dict[str, Any] = {
+        "input_ids": torch.randint(256, (1, 64)),
+        "model": DecoderLM(config),
+        "torch": torch,
+        "generate": generate,
+        "DecoderLM": DecoderLM,
+        "ModelConfig": ModelConfig,
+        "prompt_ids": torch.tensor([1, 2]),
+        "optimizer": torch.optim.SGD([torch.zeros(1)]),
+    }
     chosen = [block for block in blocks(name) if "labels" in block]
     assert chosen
     for block in chosen:
@@ -223,8 +241,15 @@ def test_the_megatron_script_runs_with_what_pip_gives(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     (script,) = [block for block in blocks("docs/megatron.md") if "init_process_group" in block]
     file = tmp_path / "script.py"
-    file.write_text(script + "\nassert abs(float(loss.detach()) - torch.log(torch.tensor(256.0))) < 0.5\n"
-                    "assert all(p.grad is not None for p in model.parameters())\n")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                           "1", str(file)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    file.write_text(
+        script + "\nassert abs(float(loss.detach()) - torch.log(torch.tensor(256.0))) < 0.5\n"
+        "assert all(p.grad is not None for p in model.parameters())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -39,8 +39,12 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     from race_dist.kernels.plan import Spec
     from race_dist.ops import triton as backend
 
-    for name, value in {"_has_pipes": lambda device: True, "_bulk": lambda *tensors: tensors[0].shape[3] % 8 == 0,
-                        "_processors": lambda device: 132, "unsupported": lambda p: None}.items():
+    for name, value in {
+        "_has_pipes": lambda device: True,
+        "_bulk": lambda *tensors: tensors[0].shape[3] % 8 == 0,
+        "_processors": lambda device: 132,
+        "unsupported": lambda p: None,
+    }.items():
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(Spec, "least", 64)
     monkeypatch.setattr(explain, "_said", set())
@@ -48,17 +52,23 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("change", "family", "words"), [
-    ({}, "pipeline", "fastest"), ({"trained": True}, "pipeline", "unproject_shares"),
-    ({"dtype": torch.float32}, "chunk recurrence", "q, k and v are float32: give bfloat16"),
-    ({"dtype": torch.float16}, "chunk recurrence", "q, k and v are float16: give bfloat16"),
-    ({"normalization": "bucket"}, "materialized states", '"global" and "none" have pipelines'),
-    ({"dim": 12}, "chunk recurrence", "make D and Dv multiples of 8"), ({"dim": 160}, "materialized states", "at most 128"),
-    ({"hash": (1, 8)}, "pipeline", "tile_query_sums"), ({"hash": (1, 8), "heads": 4}, "materialized states", "grouped queries"),
-    ({"hash": (1, 8), "causal": False}, "materialized states", "causal calls only"),
-    ({"hash": (16, 4)}, "materialized states", "L * P = 64 planes: give at most 32"),
-    ({"hash": (1, 9)}, "materialized states", "S = L * 2**P = 512 features: give at most 256"),
-])
+@pytest.mark.parametrize(
+    ("change", "family", "words"),
+    [
+        ({}, "pipeline", "fastest"),
+        ({"trained": True}, "pipeline", "unproject_shares"),
+        ({"dtype": torch.float32}, "chunk recurrence", "q, k and v are float32: give bfloat16"),
+        ({"dtype": torch.float16}, "chunk recurrence", "q, k and v are float16: give bfloat16"),
+        ({"normalization": "bucket"}, "materialized states", '"global" and "none" have pipelines'),
+        ({"dim": 12}, "chunk recurrence", "make D and Dv multiples of 8"),
+        ({"dim": 160}, "materialized states", "at most 128"),
+        ({"hash": (1, 8)}, "pipeline", "tile_query_sums"),
+        ({"hash": (1, 8), "heads": 4}, "materialized states", "grouped queries"),
+        ({"hash": (1, 8), "causal": False}, "materialized states", "causal calls only"),
+        ({"hash": (16, 4)}, "materialized states", "L * P = 64 planes: give at most 32"),
+        ({"hash": (1, 9)}, "materialized states", "S = L * 2**P = 512 features: give at most 256"),
+    ],
+)
 def test_each_family_says_why(change: dict[str, object], family: str, words: str) -> None:
     options = dict(change)
     dim = int(options.pop("dim", 64))  # type: ignore[call-overload]
@@ -101,8 +111,9 @@ def test_sampled_planes_are_read_as_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
-def test_kernels_get_the_planes_that_cost_least(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
-                                                expected: torch.dtype) -> None:
+def test_kernels_get_the_planes_that_cost_least(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, expected: torch.dtype
+) -> None:
     seen = []
     monkeypatch.setattr(attention, "attend", lambda problem, backend: seen.append(problem) or (problem.v, None))
     race_attention(*tensors(dtype=dtype), sample_planes(2, 3, 16, seed=0), 2.0)

@@ -36,8 +36,14 @@ TREE = {"step": 12, "loss": 0.5, "name": "ä", "flags": [True, None], "files": {
 def tensors() -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
     wide = torch.randn(3, 5, generator=draw)
-    return {"a": wide, "narrow": wide.bfloat16(), "flags": wide > 0, "one": torch.tensor(7.5, dtype=torch.float64),
-            "none": torch.zeros(0, 4), "whole": torch.arange(6)[::2]}
+    return {
+        "a": wide,
+        "narrow": wide.bfloat16(),
+        "flags": wide > 0,
+        "one": torch.tensor(7.5, dtype=torch.float64),
+        "none": torch.zeros(0, 4),
+        "whole": torch.arange(6)[::2],
+    }
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -76,8 +82,16 @@ def test_no_flipped_bit_of_a_tensor_file_is_taken(tmp_path: Path) -> None:
     assert wrong > 290
 
 
-@pytest.mark.parametrize("change", [lambda t: t.pop("a"), lambda t: t.update(b=t["a"] + 1), lambda t: t.update(a=t["a"] + 1),
-                                    lambda t: t.update(a=t["a"].reshape(5, 3)), lambda t: t.update(narrow=t["narrow"].float())])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("a"),
+        lambda t: t.update(b=t["a"] + 1),
+        lambda t: t.update(a=t["a"] + 1),
+        lambda t: t.update(a=t["a"].reshape(5, 3)),
+        lambda t: t.update(narrow=t["narrow"].float()),
+    ],
+)
 def test_tensors_that_were_exchanged_under_their_checksums_are_not_taken(change: Callable[[Any], Any], tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -104,12 +118,25 @@ def test_tensors_from_elsewhere_need_no_checksums(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize(("data", "says"), [
-    (b"[]", "must hold a JSON object; got list"), (b"5", "got int"), (b"null", "got null"), (b'"x"', "got str"),
-    (b"", "is not valid JSON"), (b"\0" * 20, "is not valid JSON"), (b'{"step": 1', "is not valid JSON"),
-    (b"[" * 10**6, "is not valid JSON"), (b'{"step": "\xff"}', "is not UTF-8 text"), (b"{}", "step is missing"),
-    (b'{"step": "1"}', "step is a string, not an integer"), (b'{"step": true}', "step is true or false, not an integer"),
-    (b'{"step": 1.5}', "step is a number, not an integer"), (b'{"step": [1]}', "step is a list, not an integer")])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"[]", "must hold a JSON object; got list"),
+        (b"5", "got int"),
+        (b"null", "got null"),
+        (b'"x"', "got str"),
+        (b"", "is not valid JSON"),
+        (b"\0" * 20, "is not valid JSON"),
+        (b'{"step": 1', "is not valid JSON"),
+        (b"[" * 10**6, "is not valid JSON"),
+        (b'{"step": "\xff"}', "is not UTF-8 text"),
+        (b"{}", "step is missing"),
+        (b'{"step": "1"}', "step is a string, not an integer"),
+        (b'{"step": true}', "step is true or false, not an integer"),
+        (b'{"step": 1.5}', "step is a number, not an integer"),
+        (b'{"step": [1]}', "step is a list, not an integer"),
+    ],
+)
 def test_json_that_is_not_what_it_should_be_is_one_sentence(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(DamagedFileError, match=says) as caught:
@@ -160,8 +187,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     write_text(file, "before")
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes a file may have
     try:
-        for write in (lambda: write_text(file, "after " * 100), lambda: save_tensors(file, {"a": torch.ones(99)}),
-                      lambda: write_record(file, {"a": "after " * 100})):
+        for write in (
+            lambda: write_text(file, "after " * 100),
+            lambda: save_tensors(file, {"a": torch.ones(99)}),
+            lambda: write_record(file, {"a": "after " * 100}),
+        ):
             with pytest.raises(OSError, match=r"x could not be written: .*[Ff]ile too large"):
                 write()
     finally:

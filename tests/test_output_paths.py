@@ -46,10 +46,19 @@ def test_a_file_is_not_written_there(unusable: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "target").is_file() or (tmp_path / "target").read_text() == "kept"
 
 
-@pytest.mark.parametrize("words", [
-    ["export", "RUN", "--out"], ["generate", "RUN", "--prompt", "a", "--save-context"], ["bench", "attention", "--out"],
-    ["bench", "decode", "--out"], ["bench", "streaming", "RUN", "--out"], ["preflight", "--device", "cpu", "--json"],
-    ["report", "RUN", "--out"], ["data", "pack", "RUN", "--out"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "RUN", "--out"],
+        ["generate", "RUN", "--prompt", "a", "--save-context"],
+        ["bench", "attention", "--out"],
+        ["bench", "decode", "--out"],
+        ["bench", "streaming", "RUN", "--out"],
+        ["preflight", "--device", "cpu", "--json"],
+        ["report", "RUN", "--out"],
+        ["data", "pack", "RUN", "--out"],
+    ],
+)
 def test_every_command_refuses_a_link_as_its_output_before_it_works(words: list[str], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "target")

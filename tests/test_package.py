@@ -18,20 +18,62 @@ import race_dist
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"race_dist": ROOT / "race_dist", "race_dist.kernels": ROOT / "kernels", "race_dist.launch": ROOT / "launch"}
-DATA = {"race_dist.configs": ROOT / "configs", "race_dist.configs.quality": ROOT / "configs/quality",
-        "race_dist.launch.templates": ROOT / "launch/templates"}  # no modules there
+DATA = {
+    "race_dist.configs": ROOT / "configs",
+    "race_dist.configs.quality": ROOT / "configs/quality",
+    "race_dist.launch.templates": ROOT / "launch/templates",
+}  # no modules there
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # docs/architecture.md; the first name that a module starts with counts
-FLOORS = {"cli": 7, "cli_types": 7, "cli_launch": 7, "cli_runs": 7, "cli_errors": 7, "training": 6, "integrations": 6,
-          "launch": 6, "benchmarks": 6, "models": 5, "streaming": 5, "planning": 5, "nn": 4, "explain": 4, "attention": 3,
-          "parallel": 2, "ops": 1, "kernels": 0, "carry": 0, "sketch": 0, "hashing": 0, "machine": 0, "strict_config": 0,
-          "files": 0, "terminal": 0, "output_paths": 0, "checks": 0, "messages": 0, "rank_environment": 0}
-SAME_FLOOR = {("models", "streaming"), ("streaming", "models"), ("planning", "models"), ("benchmarks", "training"),
-              ("launch", "training"), ("benchmarks", "integrations"),
-              ("integrations", "training"), ("cli", "cli_errors"), ("cli", "cli_launch"), ("cli_launch", "cli_errors"),
-              ("cli", "cli_runs"), ("cli_runs", "cli_errors"), ("cli", "cli_types"), ("cli_launch", "cli_types"),
-              ("cli_runs", "cli_types")}
+FLOORS = {
+    "cli": 7,
+    "cli_types": 7,
+    "cli_launch": 7,
+    "cli_runs": 7,
+    "cli_errors": 7,
+    "training": 6,
+    "integrations": 6,
+    "launch": 6,
+    "benchmarks": 6,
+    "models": 5,
+    "streaming": 5,
+    "planning": 5,
+    "nn": 4,
+    "explain": 4,
+    "attention": 3,
+    "parallel": 2,
+    "ops": 1,
+    "kernels": 0,
+    "carry": 0,
+    "sketch": 0,
+    "hashing": 0,
+    "machine": 0,
+    "strict_config": 0,
+    "files": 0,
+    "terminal": 0,
+    "output_paths": 0,
+    "checks": 0,
+    "messages": 0,
+    "rank_environment": 0,
+}
+SAME_FLOOR = {
+    ("models", "streaming"),
+    ("streaming", "models"),
+    ("planning", "models"),
+    ("benchmarks", "training"),
+    ("launch", "training"),
+    ("benchmarks", "integrations"),
+    ("integrations", "training"),
+    ("cli", "cli_errors"),
+    ("cli", "cli_launch"),
+    ("cli_launch", "cli_errors"),
+    ("cli", "cli_runs"),
+    ("cli_runs", "cli_errors"),
+    ("cli", "cli_types"),
+    ("cli_launch", "cli_types"),
+    ("cli_runs", "cli_types"),
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -88,8 +130,12 @@ def test_kernels_know_nothing_of_groups_and_modules() -> None:
 def imports(file: Path) -> Iterator[str]:
     """Modules of this package that a file imports, at its top or inside its functions; type checking does not count."""
     tree = ast.parse(file.read_text())
-    typing = {id(child) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-              for child in ast.walk(node)}
+    typing = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if id(node) in typing:
             continue
@@ -129,8 +175,10 @@ def quietly(command: list[str], **options: object) -> str:
 
 
 def test_a_wheel_holds_every_module_and_nothing_else(installed: Path) -> None:
-    expected = {Path(*name.split("."), "__init__.py") if file.name == "__init__.py"
-                else Path(*name.split(".")).with_suffix(".py") for name, file in modules()}
+    expected = {
+        Path(*name.split("."), "__init__.py") if file.name == "__init__.py" else Path(*name.split(".")).with_suffix(".py")
+        for name, file in modules()
+    }
     assert {file.relative_to(installed) for file in installed.rglob("*.py")} == expected
     assert (installed / "race_dist" / "py.typed").is_file()
     for name, folder in DATA.items():

@@ -143,8 +143,10 @@ def peak_bytes(config: ModelConfig, length: int, chunk: int, narrow: bool) -> in
     return top
 
 
-@pytest.mark.parametrize(("pattern", "narrow", "checkpointing", "chunk"), [
-    ("R", False, False, 512), ("R", True, True, 256), ("W", True, False, 512), ("W", False, True, 256)])
+@pytest.mark.parametrize(
+    ("pattern", "narrow", "checkpointing", "chunk"),
+    [("R", False, False, 512), ("R", True, True, 256), ("W", True, False, 512), ("W", False, True, 256)],
+)
 def test_peak_of_a_streamed_step(pattern: str, narrow: bool, checkpointing: bool, chunk: int) -> None:
     config = model_of(layer_pattern=pattern, activation_checkpointing=checkpointing)
     job = Job(config, 4 * chunk, 1, "bfloat16" if narrow else "float32")
@@ -284,8 +286,17 @@ def test_dividing_weights_saves_memory_and_sends_more() -> None:
     assert machine_bytes[1] > machine_bytes[0]
 
 
-@pytest.mark.parametrize(("name", "found"), [("H100", "h100-80gb"), ("gh200", "gh200-96gb"), ("GH200-144", "gh200-144gb"),
-                                              ("b200", "b200"), ("A100-80GB", "a100-80gb"), ("cpu", "cpu")])
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("H100", "h100-80gb"),
+        ("gh200", "gh200-96gb"),
+        ("GH200-144", "gh200-144gb"),
+        ("b200", "b200"),
+        ("A100-80GB", "a100-80gb"),
+        ("cpu", "cpu"),
+    ],
+)
 def test_gpus_are_found_by_name(name: str, found: str) -> None:
     assert find_gpu(name).name == found
 
@@ -295,25 +306,37 @@ def test_counts_are_read_as_people_write_them(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize(("make", "sentence"), [
-    (lambda: find_gpu("h101"), r"unknown GPU type 'h101': did you mean h100-80gb\? known are a100-80gb, "),
-    (lambda: Cluster(GPUS["b200"], 0), "the number of GPUs must be at least 1; got 0"),
-    (lambda: Job(model_of(), 0), "context must be at least 1; got 0"),
-    (lambda: Job(model_of(), 8, precision="fp8"), 'precision must be "bfloat16", "float32" or "float64"; got \'fp8\''),  # type: ignore
-    (lambda: Layout(1, 1, 0), "chunk_size must be at least 1; got 0"),
-    (lambda: Layout(1, 1, sharding="zero"), 'sharding must be "none" or "fsdp"; got \'zero\''),  # type: ignore
-    (lambda: Layout(1, 1, keep="disk"), 'keep must be "device" or "host"; got \'disk\''),  # type: ignore
-    (lambda: parse_count("many"), "'many' is no number of tokens: write for example 131072, 128K, 75M or 1B"),
-    (lambda: parse_count("1.5"), "'1.5' is no number of tokens"),
-    (lambda: make_plan(Job(model_of(), 64), Layout(1, 2), CPU), "makes 2 ranks, but the cluster has 1 GPUs"),
-    (lambda: make_plan(Job(model_of(), 64), Layout(2, 1), Cluster(GPUS["cpu"], 2)), "batch = 1 does not divide over dp = 2"),
-    (lambda: make_plan(Job(model_of(layer_pattern="RS"), 64), Layout(1, 1, 8), CPU), "a full-softmax layer cannot be streamed"),
-    (lambda: recommend(Job(model_of(), 64), Cluster(GPUS["cpu"], 4), None, Choices(dp=3)), "dp = 3 times sp = 1 makes 3 ranks"),
-    (lambda: Choices.checked(None, None, "-1", None, None, None), "'-1' is no number of tokens"),
-    (lambda: Rates(matmul=1.5), "rate matmul must be above 0 and at most 1; got 1.5"),
-    (lambda: Rates(host_forward=-1), "rate host_forward must be a finite number of at least 0; got -1"),
-    (lambda: Rates(attention={}), "rate attention maps a number of features to two positive numbers"),
-])
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: find_gpu("h101"), r"unknown GPU type 'h101': did you mean h100-80gb\? known are a100-80gb, "),
+        (lambda: Cluster(GPUS["b200"], 0), "the number of GPUs must be at least 1; got 0"),
+        (lambda: Job(model_of(), 0), "context must be at least 1; got 0"),
+        (lambda: Job(model_of(), 8, precision="fp8"), 'precision must be "bfloat16", "float32" or "float64"; got \'fp8\''),  # type: ignore
+        (lambda: Layout(1, 1, 0), "chunk_size must be at least 1; got 0"),
+        (lambda: Layout(1, 1, sharding="zero"), 'sharding must be "none" or "fsdp"; got \'zero\''),  # type: ignore
+        (lambda: Layout(1, 1, keep="disk"), 'keep must be "device" or "host"; got \'disk\''),  # type: ignore
+        (lambda: parse_count("many"), "'many' is no number of tokens: write for example 131072, 128K, 75M or 1B"),
+        (lambda: parse_count("1.5"), "'1.5' is no number of tokens"),
+        (lambda: make_plan(Job(model_of(), 64), Layout(1, 2), CPU), "makes 2 ranks, but the cluster has 1 GPUs"),
+        (
+            lambda: make_plan(Job(model_of(), 64), Layout(2, 1), Cluster(GPUS["cpu"], 2)),
+            "batch = 1 does not divide over dp = 2",
+        ),
+        (
+            lambda: make_plan(Job(model_of(layer_pattern="RS"), 64), Layout(1, 1, 8), CPU),
+            "a full-softmax layer cannot be streamed",
+        ),
+        (
+            lambda: recommend(Job(model_of(), 64), Cluster(GPUS["cpu"], 4), None, Choices(dp=3)),
+            "dp = 3 times sp = 1 makes 3 ranks",
+        ),
+        (lambda: Choices.checked(None, None, "-1", None, None, None), "'-1' is no number of tokens"),
+        (lambda: Rates(matmul=1.5), "rate matmul must be above 0 and at most 1; got 1.5"),
+        (lambda: Rates(host_forward=-1), "rate host_forward must be a finite number of at least 0; got -1"),
+        (lambda: Rates(attention={}), "rate attention maps a number of features to two positive numbers"),
+    ],
+)
 def test_mistakes_are_named(make: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
@@ -326,9 +349,13 @@ def test_rates_are_read_from_a_file(tmp_path: Path) -> None:
     assert (rates.matmul, rates.attention, rates.bandwidth) == (0.5, {256: (3.0, 4.0)}, Rates().bandwidth)
     assert rates.source == str(path)
     assert rates.attention_slowdown(64) == (3.0, 4.0)
-    for text, sentence in (("{", "is not valid JSON"), ('{"matmull": 1}', "rates are an object with the fields source, matmul"),
-                           ('{"matmul": 2}', r"rates.json: rate matmul must be above 0"), ("[1]", "got list"),
-                           ('{"attention": {"64": 1}}', "rates.json: ")):
+    for text, sentence in (
+        ("{", "is not valid JSON"),
+        ('{"matmull": 1}', "rates are an object with the fields source, matmul"),
+        ('{"matmul": 2}', r"rates.json: rate matmul must be above 0"),
+        ("[1]", "got list"),
+        ('{"attention": {"64": 1}}', "rates.json: "),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=sentence):
             load_rates(path)
@@ -375,12 +402,17 @@ def test_json_holds_everything() -> None:
     assert any(sentence.startswith("It fits: ") for sentence in report["words"])
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--gpu", "h1000"], "unknown GPU type 'h1000'"), (["--context", "x"], "'x' is no number of tokens"),
-    (["--gpus", "0"], "'--gpus': it must be from 1 to 1,000,000; got '0'"),
-    (["--keep", "disk"], "'--keep': 'disk' is not one of"),
-    (["--rates", "none.json"], "'--rates': there is no file 'none.json'"),
-    (["--precision", "fp8"], "'--precision': 'fp8' is not one of")])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu", "h1000"], "unknown GPU type 'h1000'"),
+        (["--context", "x"], "'x' is no number of tokens"),
+        (["--gpus", "0"], "'--gpus': it must be from 1 to 1,000,000; got '0'"),
+        (["--keep", "disk"], "'--keep': 'disk' is not one of"),
+        (["--rates", "none.json"], "'--rates': there is no file 'none.json'"),
+        (["--precision", "fp8"], "'--precision': 'fp8' is not one of"),
+    ],
+)
 def test_mistakes_on_the_command_line_are_one_sentence(arguments: list[str], sentence: str) -> None:
     code, text = invoke(PRESETS[0], *arguments)
     assert code == 2

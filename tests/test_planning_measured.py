@@ -51,8 +51,9 @@ def test_the_time_of_a_long_step_on_a_cpu() -> None:
     assert plan_of(report, row, profiled_rates("cpu-profile")).step == pytest.approx(row["seconds"], rel=0.2)
 
 
-@pytest.mark.parametrize(("name", "rows"), [
-    ("h100-75m", 1), ("h100-1b", 1), ("h100-memory", 4), ("cpu-75m", 1), ("memory-cpu", 4)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("h100-75m", 1), ("h100-1b", 1), ("h100-memory", 4), ("cpu-75m", 1), ("memory-cpu", 4)]
+)
 def test_the_memory_of_measured_steps(name: str, rows: int) -> None:
     report = load(name)
     assert len(report["rows"]) == rows
@@ -71,8 +72,11 @@ def test_a_long_step_on_two_gpus() -> None:
 
 def test_the_table_of_the_planning_page_is_made_of_these() -> None:
     page, streaming = ((FOLDER.parent / name).read_text(encoding="utf-8") for name in ("planning.md", "streaming.md"))
-    for name, rates, unit, width in (("h100-75m", None, 1e9, ".2f"), ("h100-1b", None, 1e9, ".2f"),
-                                     ("cpu-75m", profiled_rates("cpu-profile"), 2**20, ".1f")):
+    for name, rates, unit, width in (
+        ("h100-75m", None, 1e9, ".2f"),
+        ("h100-1b", None, 1e9, ".2f"),
+        ("cpu-75m", profiled_rates("cpu-profile"), 2**20, ".1f"),
+    ):
         report = load(name)
         row = report["rows"][0]
         plan = plan_of(report, row, rates)

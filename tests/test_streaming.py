@@ -19,8 +19,17 @@ VOCAB = 17
 
 def model(pattern: str = "R", **race: Any) -> DecoderLM:
     options = {"num_tables": 2, "num_planes": 2, "short_conv": 3, "decay": "token", **race}
-    config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, window=9, ffn_dim=24,
-                         layer_pattern=pattern, race=RaceConfig(**options))
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        window=9,
+        ffn_dim=24,
+        layer_pattern=pattern,
+        race=RaceConfig(**options),
+    )
     return DecoderLM(config).double()
 
 
@@ -55,9 +64,15 @@ def test_gradients_are_those_of_the_whole(pattern: str, length: int, chunk_size:
     assert abs(float(streamed_loss(net, ids, labels, chunk_size=chunk_size) - wanted_loss.detach())) <= 1e-12
 
 
-@pytest.mark.parametrize("race", [
-    {"decay": "none", "normalization": "global"}, {"decay": "multiscale", "normalization": "bucket"},
-    {"decay": "token", "normalization": "global"}, {"short_conv": 0, "decay": "multiscale", "normalization": "none"}])
+@pytest.mark.parametrize(
+    "race",
+    [
+        {"decay": "none", "normalization": "global"},
+        {"decay": "multiscale", "normalization": "bucket"},
+        {"decay": "token", "normalization": "global"},
+        {"short_conv": 0, "decay": "multiscale", "normalization": "none"},
+    ],
+)
 def test_every_kind_of_carry_hands_its_gradient_back(race: dict[str, Any]) -> None:
     net = model(**race)
     ids, labels = text(1, 45)
@@ -116,8 +131,13 @@ def test_progress_counts_every_chunk_of_both_phases() -> None:
     seen: list[Progress] = []
     ids, labels = text(2, 25)
     streamed_backward(model(), ids, labels, chunk_size=10, progress=seen.append)
-    assert [(p.phase, p.chunk) for p in seen] == [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2),
-                                                 ("backward", 3)]
+    assert [(p.phase, p.chunk) for p in seen] == [
+        ("forward", 1),
+        ("forward", 2),
+        ("backward", 1),
+        ("backward", 2),
+        ("backward", 3),
+    ]
     assert [p.tokens for p in seen] == [20, 40, 10, 30, 50]  # of both rows; the ragged chunk comes first on the way back
     assert seen[-1].remaining == 0
     assert all(p.memory > 0 and p.tokens_per_second > 0 for p in seen)
@@ -138,25 +158,33 @@ def test_an_interrupted_step_leaves_gradients_as_they_were() -> None:
     assert_same(gradients(net), before, 0.0)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"chunk_size": 0}, "chunk_size must be an integer of at least 1; got 0"),
-    ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"),
-    ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"),
-    ({"keep": "disk"}, "keep must be one of 'device', 'host', 'subtract'; got 'disk'"),
-    ({"reduce": "max"}, "reduce must be one of 'mean', 'sum', 'none'; got 'max'"),
-    ({"keep": "subtract"}, "needs race.decay = \"none\", but it is 'token'"),
-    ({"input_ids": torch.full((1, 20), 17)}, "input_ids must be from 0 to vocab_size - 1 = 16; got 17"),
-    ({"labels": torch.full((1, 20), -1)}, "labels must be from 0 to vocab_size - 1 = 16 \\(or -100\\); got -1")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1; got 0"),
+        ({"labels": torch.zeros(1, 5, dtype=torch.int64)}, "must both be"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "must end at T = 20"),
+        ({"keep": "disk"}, "keep must be one of 'device', 'host', 'subtract'; got 'disk'"),
+        ({"reduce": "max"}, "reduce must be one of 'mean', 'sum', 'none'; got 'max'"),
+        ({"keep": "subtract"}, "needs race.decay = \"none\", but it is 'token'"),
+        ({"input_ids": torch.full((1, 20), 17)}, "input_ids must be from 0 to vocab_size - 1 = 16; got 17"),
+        ({"labels": torch.full((1, 20), -1)}, "labels must be from 0 to vocab_size - 1 = 16 \\(or -100\\); got -1"),
+    ],
+)
 def test_bad_input_is_named(change: dict[str, Any], words: str) -> None:
     ids, labels = text(1, 20)
     with pytest.raises(ValueError, match=words):
         streamed_backward(model(), **{"input_ids": ids, "labels": labels, "chunk_size": 4, **change})
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"input_ids": torch.rand(1, 20)}, "input_ids must be integers; got torch.float32"),
-    ({"labels": [[1]]}, "labels must be a torch.Tensor or a NumPy array; got list"),
-    ({"model": torch.nn.Linear(2, 2)}, "model must be a race_dist.models.DecoderLM; got Linear")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_ids": torch.rand(1, 20)}, "input_ids must be integers; got torch.float32"),
+        ({"labels": [[1]]}, "labels must be a torch.Tensor or a NumPy array; got list"),
+        ({"model": torch.nn.Linear(2, 2)}, "model must be a race_dist.models.DecoderLM; got Linear"),
+    ],
+)
 def test_other_types_are_named(change: dict[str, Any], words: str) -> None:
     ids, labels = text(1, 20)
     with pytest.raises(TypeError, match=words):

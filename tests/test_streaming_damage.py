@@ -20,19 +20,30 @@ CHUNKS = 4
 FORWARD, BACKWARD = 3, 6  # chunks done (3 forward, then 4 backward) where the step is stopped
 
 
-def step(folder: Path | None, *, stop_at: int | None = None, seen: list[Progress] | None = None, text: Any = None,
-         **options: Any) -> Tensor:
+def step(
+    folder: Path | None, *, stop_at: int | None = None, seen: list[Progress] | None = None, text: Any = None, **options: Any
+) -> Tensor:
     """The gradients of one step in one vector; with ``folder`` stored after every chunk, or resumed."""
     torch.manual_seed(0)
-    net = DecoderLM(ModelConfig(vocab_size=17, dim=8, num_layers=2, num_heads=2, layer_pattern="RW", window=5, ffn_dim=8),
-                    dtype=torch.float64)
+    net = DecoderLM(
+        ModelConfig(vocab_size=17, dim=8, num_layers=2, num_heads=2, layer_pattern="RW", window=5, ffn_dim=8),
+        dtype=torch.float64,
+    )
     draw = torch.Generator().manual_seed(1)
     ids, labels = torch.randint(0, 17, (2, 1, 8 * CHUNKS), generator=draw)
     asked = iter(range(1, 100))
-    checkpoint = None if folder is None else StepCheckpoint(
-        folder, every=0.0 if stop_at else 1e9, stop=lambda: next(asked) == stop_at)
-    streamed_backward(net, ids if text is None else text(ids), labels, chunk_size=8, checkpoint=checkpoint,
-                      progress=None if seen is None else seen.append, **options)
+    checkpoint = (
+        None if folder is None else StepCheckpoint(folder, every=0.0 if stop_at else 1e9, stop=lambda: next(asked) == stop_at)
+    )
+    streamed_backward(
+        net,
+        ids if text is None else text(ids),
+        labels,
+        chunk_size=8,
+        checkpoint=checkpoint,
+        progress=None if seen is None else seen.append,
+        **options,
+    )
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
@@ -75,8 +86,10 @@ def damages(folder: Path, draw: random.Random) -> Iterator[tuple[str, Callable[[
         yield f"{file}: longer", lambda copy, file=file, size=size: cut(copy / file, size, 7)
         for other in files:
             if other != file:
-                yield f"{file}: {other} in its place", lambda copy, file=file, other=other: shutil.copy(
-                    folder / other, copy / file)
+                yield (
+                    f"{file}: {other} in its place",
+                    lambda copy, file=file, other=other: shutil.copy(folder / other, copy / file),
+                )
 
 
 def flip(file: Path, bit: int) -> None:
@@ -90,8 +103,9 @@ def cut(file: Path, length: int, zeros: int = 0) -> None:
 
 
 @pytest.mark.parametrize("moment", [FORWARD, BACKWARD])
-def test_no_damage_changes_a_gradient_silently(moment: int, stored: dict[int, Path], wanted: Tensor, tmp_path: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_damage_changes_a_gradient_silently(
+    moment: int, stored: dict[int, Path], wanted: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw, folder = random.Random(moment), tmp_path / "step"
     count = recovered = 0
     older = min(int(file.stem) for file in stored[moment].glob("rank-0/[0-9]*.json"))
@@ -114,8 +128,9 @@ def test_no_damage_changes_a_gradient_silently(moment: int, stored: dict[int, Pa
     assert recovered > count // 2, "the older generation is to be used"
 
 
-def test_a_damaged_generation_costs_what_was_done_since_the_one_before(stored: dict[int, Path], wanted: Tensor,
-                                                                       tmp_path: Path) -> None:
+def test_a_damaged_generation_costs_what_was_done_since_the_one_before(
+    stored: dict[int, Path], wanted: Tensor, tmp_path: Path
+) -> None:
     folder = tmp_path / "step"
     shutil.copytree(stored[BACKWARD], folder)
     newest = max(int(file.stem) for file in folder.glob("rank-0/[0-9]*.json"))
@@ -146,8 +161,9 @@ def test_where_nothing_is_whole_a_sentence_names_the_file(stored: dict[int, Path
 
 
 @pytest.mark.parametrize("moment", [FORWARD, BACKWARD])
-def test_a_full_disk_does_not_end_the_step(moment: int, wanted: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_does_not_end_the_step(
+    moment: int, wanted: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from race_dist import files
 
     full, fsync = [False], files.os.fsync
@@ -189,16 +205,29 @@ def test_a_step_of_one_chunk_is_made_again_as_often_as_one_likes(chunk_size: int
         torch.manual_seed(0)
         net = DecoderLM(ModelConfig(vocab_size=17, dim=8, num_layers=1, num_heads=2, layer_pattern="R"))
         ids = torch.arange(40)[None] % 17
-        found.append((float(streamed_backward(net, ids, ids.roll(-1), chunk_size=chunk_size,
-                                              checkpoint=StepCheckpoint(tmp_path, every=0.0))), net.norm.weight.grad))
+        found.append(
+            (
+                float(
+                    streamed_backward(
+                        net, ids, ids.roll(-1), chunk_size=chunk_size, checkpoint=StepCheckpoint(tmp_path, every=0.0)
+                    )
+                ),
+                net.norm.weight.grad,
+            )
+        )
     assert found[0][0] == found[1][0] == found[2][0] > 0
     assert all(torch.equal(found[0][1], grad) for _, grad in found)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"cu_seqlens": torch.tensor([0, 12, 32])}, "another set of documents"), ({"num_targets": 7}, "another number of targets"),
-    ({"text": lambda ids: ids.roll(1)}, "another text"),
-    ({"text": lambda ids: np.flip(ids.numpy(), 1).copy()}, "another text")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 12, 32])}, "another set of documents"),
+        ({"num_targets": 7}, "another number of targets"),
+        ({"text": lambda ids: ids.roll(1)}, "another text"),
+        ({"text": lambda ids: np.flip(ids.numpy(), 1).copy()}, "another text"),
+    ],
+)
 def test_what_is_stored_of_another_call_is_refused(change: dict[str, Any], words: str, stored: dict[int, Path]) -> None:
     with pytest.raises(ValueError, match=f"holds a step in progress of {words}: make it the same again"):
         step(stored[FORWARD], **change)

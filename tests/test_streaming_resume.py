@@ -95,9 +95,15 @@ def test_another_key_is_another_step(tmp_path: Path) -> None:
     assert len(seen) == 9
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ("weights", "another set of weights"), ("text", "another text"), ("chunk", "another chunk size"),
-    ("model", "another model and another set of weights")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("weights", "another set of weights"),
+        ("text", "another text"),
+        ("chunk", "another chunk size"),
+        ("model", "another model and another set of weights"),
+    ],
+)
 def test_what_is_stored_must_be_of_this_step(change: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(StepInterrupted):
         step(model(), checkpoint=StepCheckpoint(tmp_path, stop=after(4)))
@@ -146,8 +152,14 @@ except StepInterrupted as error:
 
 def test_ctrl_c_stores_the_step_and_says_so(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
     assert process.stdout is not None
     assert process.stdin is not None
     for line in process.stdout:

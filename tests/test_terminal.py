@@ -24,8 +24,15 @@ for n in range(3):
 
 def run(stdout: int | None, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", PROGRAM], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
-                          cwd=root, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(root)})
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=root,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(root)},
+    )
 
 
 def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
@@ -86,6 +93,13 @@ def test_a_full_disk_under_standard_output_is_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # bytes a file may have
 
     with (tmp_path / "out.txt").open("wb") as out:
-        done = subprocess.run([sys.executable, "-m", "race_dist.cli", "config"], stdout=out, stderr=subprocess.PIPE, text=True,
-                              check=False, preexec_fn=limit, cwd=Path(__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "race_dist.cli", "config"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=limit,
+            cwd=Path(__file__).parents[1],
+        )
     assert (done.returncode, done.stderr) == (2, "race-dist: standard output could not be written: file too large\n")

@@ -19,8 +19,9 @@ def _add_keys(M, m, Fk, v_c, ones, weights, at, c: gl.constexpr):
     M, m = pass_block(M, m, weights, at, c)
     M = warpgroup_mma(Fk, v_c, M, is_async=True)
     if c.is_global:
-        mass = warpgroup_mma(Fk, ones.permute((1, 0)), gl.zeros([c.SB, 16], gl.float32, product(16)), use_acc=False,
-                             is_async=True)
+        mass = warpgroup_mma(
+            Fk, ones.permute((1, 0)), gl.zeros([c.SB, 16], gl.float32, product(16)), use_acc=False, is_async=True
+        )
         M, mass = warpgroup_mma_wait(0, (M, mass))
         m += gl.sum(mass, 1)
     else:

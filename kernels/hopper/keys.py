@@ -13,24 +13,84 @@ from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma,
 
 from race_dist.kernels.common import locate
 from race_dist.kernels.hopper.features import (
-    add_block, add_corners, add_table, hash_gradient, load_inverse_den, load_keep, no_corners, no_table, one_part, put_features,
-    put_planes, take_signs, unproject,
+    add_block,
+    add_corners,
+    add_table,
+    hash_gradient,
+    load_inverse_den,
+    load_keep,
+    no_corners,
+    no_table,
+    one_part,
+    put_features,
+    put_planes,
+    take_signs,
+    unproject,
 )
 from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, each_time, fetch, load_scalars, make_ring, next_full, numbers, open_heads, open_rows,
-    operands, send, set_empty, set_full, store_scalars, store_share, vectors,
+    await_empty,
+    await_full,
+    each_time,
+    fetch,
+    load_scalars,
+    make_ring,
+    next_full,
+    numbers,
+    open_heads,
+    open_rows,
+    operands,
+    send,
+    set_empty,
+    set_full,
+    store_scalars,
+    store_share,
+    vectors,
 )
 from race_dist.kernels.hopper.states import crossing, load_blocks, load_state, publish, put_pair
 from race_dist.kernels.hopper.weights import (
-    ENTER, LINE, await_weights, free_weights, leave_rows, make_weights, pass_block, pass_through, put_weights, reverse_sums,
-    seen_by, transposed,
+    ENTER,
+    LINE,
+    await_weights,
+    free_weights,
+    leave_rows,
+    make_weights,
+    pass_block,
+    pass_through,
+    put_weights,
+    reverse_sums,
+    seen_by,
+    transposed,
 )
 
 
 @gluon.jit
-def pipe_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta, log_decay, key_mask, states,
-              final_values, final_mass, suffixes, dbeta, tiles, T, TILE, H, c: gl.constexpr):
+def pipe_keys(
+    q,
+    k,
+    v,
+    dout,
+    den,
+    h_in,
+    row_in,
+    dk,
+    dv,
+    dlog_decay,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    states,
+    final_values,
+    final_mass,
+    suffixes,
+    dbeta,
+    tiles,
+    T,
+    TILE,
+    H,
+    c: gl.constexpr,
+):
     """Program (tile, head, block of value columns): writes dk, dv and dlog_decay ``[B, T, H]``; of several blocks of features,
     shares of dk and dlog_decay, whose heads are ``NVB`` times as many, block by block, as those of h and row_in."""
     part = gl.program_id(0) % c.NVB
@@ -69,13 +129,43 @@ def pipe_keys(q, k, v, dout, den, h_in, row_in, dk, dv, dlog_decay, planes, beta
         flow = crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, part, c)
     # of threads of the hash and of the state
     registers: gl.constexpr = (104, 208) if c.NSB == 1 else (104, 248)
-    gl.warp_specialize([
-        (_rows, (dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay,
-                 flow, dbeta + index * c.NVB + part, c)),
-        (_features, (k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask, c)),
-        (_state, (dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index if c.causal else row * H + h, c)),
-        (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
-    ], [4, 4, 1], [registers[0], registers[1], 24])
+    gl.warp_specialize(
+        [
+            (
+                _rows,
+                (
+                    dk_rows,
+                    v_s,
+                    do_s,
+                    keys,
+                    tanhs,
+                    queries,
+                    state,
+                    weights,
+                    place,
+                    planes_s,
+                    beta,
+                    h_in,
+                    row_in,
+                    dlog_decay,
+                    flow,
+                    dbeta + index * c.NVB + part,
+                    c,
+                ),
+            ),
+            (
+                _features,
+                (k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask, c),
+            ),
+            (
+                _state,
+                (dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index if c.causal else row * H + h, c),
+            ),
+            (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
+        ],
+        [4, 4, 1],
+        [registers[0], registers[1], 24],
+    )
 
 
 @gluon.jit
@@ -91,8 +181,9 @@ def _loader(k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c: gl.c
 
 
 @gluon.jit
-def _features(k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask,
-              c: gl.constexpr):
+def _features(
+    k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask, c: gl.constexpr
+):
     b, h, start, end, chunks, part, H = place
     sharp = gl.load(beta + h).to(gl.float32)
     for i in range(chunks):
@@ -320,8 +411,25 @@ def _block(A, v_c, turn, keys, queries, state, weights, at, c: gl.constexpr):
 
 
 @gluon.jit
-def _rows(dk_rows, v_s, do_s, keys, tanhs, queries, state, weights, place, planes_s, beta, h_in, row_in, dlog_decay, flow,
-          dbeta, c: gl.constexpr):
+def _rows(
+    dk_rows,
+    v_s,
+    do_s,
+    keys,
+    tanhs,
+    queries,
+    state,
+    weights,
+    place,
+    planes_s,
+    beta,
+    h_in,
+    row_in,
+    dlog_decay,
+    flow,
+    dbeta,
+    c: gl.constexpr,
+):
     b, h, start, end, chunks, part, H = place
     sharp = gl.load(beta + h).to(gl.float32)
     if not c.SHARES:

@@ -11,11 +11,29 @@ from race_dist.kernels.hopper.blocks import walk_blocks
 from race_dist.kernels.hopper.features import load_keep, one_part, put_features, put_planes, take_signs
 from race_dist.kernels.hopper.layouts import left, product, rounded, tile
 from race_dist.kernels.hopper.rings import (
-    await_full, fetch, make_ring, next_full, open_heads, open_rows, operands, send, set_empty, store_scalars, vectors,
+    await_full,
+    fetch,
+    make_ring,
+    next_full,
+    open_heads,
+    open_rows,
+    operands,
+    send,
+    set_empty,
+    store_scalars,
+    vectors,
 )
 from race_dist.kernels.hopper.states import load_state, publish, put_ones
 from race_dist.kernels.hopper.weights import (
-    LEAVE, await_weights, enter_rows, enter_vector, free_weights, make_weights, pass_through, put_weights, seen,
+    LEAVE,
+    await_weights,
+    enter_rows,
+    enter_vector,
+    free_weights,
+    make_weights,
+    pass_through,
+    put_weights,
+    seen,
     transposed,
 )
 
@@ -44,12 +62,16 @@ def pipe_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles
     weights = make_weights(c)
     # of threads of the hash and of the state
     registers: gl.constexpr = (128, 176) if c.NSB == 1 else (96, 208)
-    gl.warp_specialize([
-        (_rows, (out_rows, v_s, keys, queries, state, weights, place, den, c)),
-        (_features, (k_s, q_s, keys, queries, weights, place, planes_s, beta, log_decay, key_mask, c)),
-        (_state, (v_s, keys, state, weights, place, put_ones(c), states, index, c)),
-        (_loader, (k_rows, v_rows, q_rows, k_s, v_s, q_s, place, c)),
-    ], [4, 4, 1], [registers[0], registers[1], 24])
+    gl.warp_specialize(
+        [
+            (_rows, (out_rows, v_s, keys, queries, state, weights, place, den, c)),
+            (_features, (k_s, q_s, keys, queries, weights, place, planes_s, beta, log_decay, key_mask, c)),
+            (_state, (v_s, keys, state, weights, place, put_ones(c), states, index, c)),
+            (_loader, (k_rows, v_rows, q_rows, k_s, v_s, q_s, place, c)),
+        ],
+        [4, 4, 1],
+        [registers[0], registers[1], 24],
+    )
 
 
 @gluon.jit

@@ -17,26 +17,87 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from race_dist.kernels.common import locate
 from race_dist.kernels.hopper.blocks import walk_blocks
 from race_dist.kernels.hopper.features import (
-    add_block, add_table, begin_corners, hash_gradient, load_inverse_den, load_keep, no_corners, no_table, one_part,
-    put_features, put_planes, take_signs, two_parts, unproject,
+    add_block,
+    add_table,
+    begin_corners,
+    hash_gradient,
+    load_inverse_den,
+    load_keep,
+    no_corners,
+    no_table,
+    one_part,
+    put_features,
+    put_planes,
+    take_signs,
+    two_parts,
+    unproject,
 )
 from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
 from race_dist.kernels.hopper.rings import (
-    await_empty, await_full, fetch, make_ring, next_full, numbers, open_heads, open_rows,
-    operands, send, set_empty, set_full, store_scalars, store_share, vectors,
+    await_empty,
+    await_full,
+    fetch,
+    make_ring,
+    next_full,
+    numbers,
+    open_heads,
+    open_rows,
+    operands,
+    send,
+    set_empty,
+    set_full,
+    store_scalars,
+    store_share,
+    vectors,
 )
 from race_dist.kernels.hopper.states import (
-    load_state, publish, put_parts, put_ones, put_pair, store_mass, store_values,
+    load_state,
+    publish,
+    put_parts,
+    put_ones,
+    put_pair,
+    store_mass,
+    store_values,
 )
 from race_dist.kernels.hopper.weights import (
-    LEAVE, SIGHT, await_weights, enter_rows, enter_sight, free_weights, make_weights, pass_through, put_weights, seen,
+    LEAVE,
+    SIGHT,
+    await_weights,
+    enter_rows,
+    enter_sight,
+    free_weights,
+    make_weights,
+    pass_through,
+    put_weights,
+    seen,
     transposed,
 )
 
 
 @gluon.jit
-def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay, key_mask, states, sums, decays, dbeta,
-                 tiles, T, TILE, H, c: gl.constexpr):
+def pipe_queries(
+    q,
+    k,
+    v,
+    dout,
+    den,
+    dq,
+    h_out,
+    row_out,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    states,
+    sums,
+    decays,
+    dbeta,
+    tiles,
+    T,
+    TILE,
+    H,
+    c: gl.constexpr,
+):
     """Program (tile, head, block of value columns): writes dq, ``h [B, T, Hq]`` ("global"), the queries' part of dG
     ``[B, T, H]`` (decay, "none"), and, of one block of features, its part of
     ``sums [tile, H, S (Dv + 1)]`` of the suffix state and the tile's log decay
@@ -72,14 +133,54 @@ def pipe_queries(q, k, v, dout, den, dq, h_out, row_out, planes, beta, log_decay
     weights = make_weights(c)
     # of threads of the hash and of the state
     registers: gl.constexpr = (96, 192) if c.NSB == 1 else (104, 208)
-    gl.warp_specialize([
-        (_rows, (dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, _put_seen(c), beta, h_out, row_out,
-                 sums, dbeta, H, c)),
-        (_features, (k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays, c)),
-        (_state, (v_s, do_s, keys, queries, state, weights, place, put_ones(c), states, index if c.causal else row * H + h,
-                  sums, c)),
-        (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
-    ], [4, 4, 1], [registers[0], registers[1], 24])
+    gl.warp_specialize(
+        [
+            (
+                _rows,
+                (
+                    dq_rows,
+                    v_s,
+                    do_s,
+                    keys,
+                    queries,
+                    tanhs,
+                    state,
+                    weights,
+                    place,
+                    planes_s,
+                    _put_seen(c),
+                    beta,
+                    h_out,
+                    row_out,
+                    sums,
+                    dbeta,
+                    H,
+                    c,
+                ),
+            ),
+            (_features, (k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays, c)),
+            (
+                _state,
+                (
+                    v_s,
+                    do_s,
+                    keys,
+                    queries,
+                    state,
+                    weights,
+                    place,
+                    put_ones(c),
+                    states,
+                    index if c.causal else row * H + h,
+                    sums,
+                    c,
+                ),
+            ),
+            (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
+        ],
+        [4, 4, 1],
+        [registers[0], registers[1], 24],
+    )
 
 
 @gluon.jit
@@ -96,8 +197,9 @@ def _loader(k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c: gl.c
 
 
 @gluon.jit
-def _features(k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays,
-              c: gl.constexpr):
+def _features(
+    k_s, q_s, keys, queries, tanhs, weights, place, planes_s, beta, den, log_decay, key_mask, decays, c: gl.constexpr
+):
     b, h, start, end, chunks, index, _ = place
     sharp = gl.load(beta + h).to(gl.float32)
     reach = (start * 0).to(gl.float64)
@@ -255,8 +357,26 @@ def _one_of_group(v_s, do_s, keys, queries, state, every, i, g, weights, at, c: 
 
 
 @gluon.jit
-def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, planes_s, every, beta, h_out, row_out, sums, dbeta,
-          H, c: gl.constexpr):
+def _rows(
+    dq_rows,
+    v_s,
+    do_s,
+    keys,
+    queries,
+    tanhs,
+    state,
+    weights,
+    place,
+    planes_s,
+    every,
+    beta,
+    h_out,
+    row_out,
+    sums,
+    dbeta,
+    H,
+    c: gl.constexpr,
+):
     b, h, start, end, chunks, index, part = place
     sharp = gl.load(beta + h).to(gl.float32)
     if not c.SHARES:
@@ -308,8 +428,9 @@ def _rows(dq_rows, v_s, do_s, keys, queries, tanhs, state, weights, place, plane
                 for table in range(c.NSB // c.BLOCKS):
                     of_values, of_masses = no_table(c), no_table(c)
                     for n in range(c.BLOCKS):
-                        w, e, m = _block(do, A_parts, i * c.NSB + table * c.BLOCKS + n, keys, queries, state, every, weights,
-                                         at, c)
+                        w, e, m = _block(
+                            do, A_parts, i * c.NSB + table * c.BLOCKS + n, keys, queries, state, every, weights, at, c
+                        )
                         of_values = add_block(of_values, w * e, n, c)
                         if c.is_global:
                             of_masses = add_block(of_masses, w * m, n, c)

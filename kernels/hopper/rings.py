@@ -87,8 +87,9 @@ def next_full(ring, j):
 @gluon.jit
 def open_rows(x, b, h, end, X: gl.constexpr, BX: gl.constexpr, c: gl.constexpr):
     """A copy descriptor of head h of row b of ``x [B, T, H, X]``, tokens before ``end``, C at a time."""
-    return tma.make_tensor_descriptor(x[0] + b * x[1] + h * x[3], [end.to(gl.int32), X], [x[2].to(gl.int64), 1], [c.C, BX],
-                                      tile(c.C, BX))
+    return tma.make_tensor_descriptor(
+        x[0] + b * x[1] + h * x[3], [end.to(gl.int32), X], [x[2].to(gl.int64), 1], [c.C, BX], tile(c.C, BX)
+    )
 
 
 @gluon.jit

@@ -51,8 +51,12 @@ class Row:
 
     def json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {"name": self.name, **asdict(self.shape), "forward_ms": self.forward.json(),
-                "forward_backward_ms": self.forward_backward.json()}
+        return {
+            "name": self.name,
+            **asdict(self.shape),
+            "forward_ms": self.forward.json(),
+            "forward_backward_ms": self.forward_backward.json(),
+        }
 
 
 def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
@@ -71,8 +75,7 @@ def race(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor
     return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal)
 
 
-def compare(shape: Shape, device: torch.device, *, repeats: int, slowest: float,
-            skip: set[str]) -> Iterator[Row]:
+def compare(shape: Shape, device: torch.device, *, repeats: int, slowest: float, skip: set[str]) -> Iterator[Row]:
     """Rows of RACE and of every peer, timed in turn.
 
     Args:
@@ -90,6 +93,7 @@ def compare(shape: Shape, device: torch.device, *, repeats: int, slowest: float,
         def run() -> None:
             with torch.no_grad():
                 call(q, k, v)
+
         return run
 
     def both(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
@@ -126,8 +130,16 @@ def _peak(shape: Shape) -> int:
     return peak_resident_bytes() - before
 
 
-def run(base: Shape, lengths: list[int], device: torch.device, *, repeats: int = 5, slowest: float = 5.0,
-        memory_length: int | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    base: Shape,
+    lengths: list[int],
+    device: torch.device,
+    *,
+    repeats: int = 5,
+    slowest: float = 5.0,
+    memory_length: int | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
     """The whole comparison, as the JSON that is stored.
 
     Args:
@@ -153,10 +165,16 @@ def run(base: Shape, lengths: list[int], device: torch.device, *, repeats: int =
     if memory_length is not None:
         shape = replace(base, length=memory_length)
         added = peak_added_bytes(shape)
-        report["memory"] = {**asdict(shape), "tensor_bytes": shape.tensor_bytes, "peak_added_bytes": added,
-                            "ratio": round(added / shape.tensor_bytes, 3)}
-        say(f"memory at T = {memory_length}: q, k, v, out and gradients {shape.tensor_bytes / 2**20:.0f} MiB, "
-            f"peak added {added / 2**20:.0f} MiB ({added / shape.tensor_bytes:.2f} times)")
+        report["memory"] = {
+            **asdict(shape),
+            "tensor_bytes": shape.tensor_bytes,
+            "peak_added_bytes": added,
+            "ratio": round(added / shape.tensor_bytes, 3),
+        }
+        say(
+            f"memory at T = {memory_length}: q, k, v, out and gradients {shape.tensor_bytes / 2**20:.0f} MiB, "
+            f"peak added {added / 2**20:.0f} MiB ({added / shape.tensor_bytes:.2f} times)"
+        )
     return report
 
 
@@ -176,12 +194,18 @@ def store(report: dict[str, Any], path: Path) -> Path:
         axes = figure.subplots()
         for name in dict.fromkeys(row["name"] for row in report["rows"]):
             mine = [row for row in report["rows"] if row["name"] == name]
-            axes.plot([row["length"] for row in mine], [row["forward_backward_ms"]["p50"] for row in mine], marker="o",
-                      label=name)
+            axes.plot(
+                [row["length"] for row in mine], [row["forward_backward_ms"]["p50"] for row in mine], marker="o", label=name
+            )
         first = report["rows"][0]
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms (median)",
-                 title=f"{report['machine'].get('gpu') or report['machine']['processor']}, {first['dtype']}, "
-                       f"H = {first['heads']}, D = {first['head_dim']}, L = {first['tables']}, P = {first['planes']}")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens",
+            ylabel="forward + backward, ms (median)",
+            title=f"{report['machine'].get('gpu') or report['machine']['processor']}, {first['dtype']}, "
+            f"H = {first['heads']}, D = {first['head_dim']}, L = {first['tables']}, P = {first['planes']}",
+        )
         axes.grid(visible=True, which="both", alpha=0.2)
         axes.legend()
         picture = path.with_suffix(".png")

@@ -13,8 +13,16 @@ from race_dist.hashing import sample_planes
 from race_dist.sketch import SketchState
 
 
-def time_decode(device: torch.device, *, heads: int = 64, head_dim: int = 128, tables: int = 4, planes: int = 4,
-                contexts: tuple[int, ...] = (1_000, 1_000_000, 1_000_000_000), steps: int = 50) -> dict[str, Any]:
+def time_decode(
+    device: torch.device,
+    *,
+    heads: int = 64,
+    head_dim: int = 128,
+    tables: int = 4,
+    planes: int = 4,
+    contexts: tuple[int, ...] = (1_000, 1_000_000, 1_000_000_000),
+    steps: int = 50,
+) -> dict[str, Any]:
     """Microseconds of one decode step after each context: on a GPU device time, replays of a CUDA graph of ``steps`` steps.
 
     The state of a context of n tokens is that of random features: its mass sums to n in every table.

@@ -58,8 +58,9 @@ class FusedSoftmax(nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def build_step(name: str, model: ModelConfig, length: int, dtype: torch.dtype, recompute: bool,
-               device: torch.device) -> Callable[[], None]:
+def build_step(
+    name: str, model: ModelConfig, length: int, dtype: torch.dtype, recompute: bool, device: torch.device
+) -> Callable[[], None]:
     """One training step of the model with that attention over one sequence, as megatron-core trains: its
     DistributedDataParallel, mixed precision and Adam."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -71,17 +72,27 @@ def build_step(name: str, model: ModelConfig, length: int, dtype: torch.dtype, r
     from race_dist.integrations.megatron.model import transformer_config
 
     more: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    config = transformer_config(model, dtype=dtype, **(more if recompute else {}),
-                                **({} if name == "race" else {"linear_attention_freq": 1}))
+    config = transformer_config(
+        model, dtype=dtype, **(more if recompute else {}), **({} if name == "race" else {"linear_attention_freq": 1})
+    )
     spec = get_race_block_spec(config)
     if name == "softmax (fused)":
         spec = replace(spec, layer_specs=[_with_core(layer, FusedSoftmax) for layer in spec.layer_specs])
-    gpt = GPTModel(config, spec, vocab_size=model.vocab_size, max_sequence_length=length, position_embedding_type="none",
-                   share_embeddings_and_output_weights=False).to(device)
+    gpt = GPTModel(
+        config,
+        spec,
+        vocab_size=model.vocab_size,
+        max_sequence_length=length,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+    ).to(device)
     narrow = Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), narrow)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, bf16=dtype == torch.bfloat16,
-                                                       params_dtype=dtype, clip_grad=1.0), [ddp], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-4, bf16=dtype == torch.bfloat16, params_dtype=dtype, clip_grad=1.0),
+        [ddp],
+        use_gloo_process_groups=False,
+    )
     ids = torch.randint(model.vocab_size, (1, length), device=device, generator=torch.Generator(device).manual_seed(0))
     positions, labels = torch.arange(length, device=device)[None], ids.roll(-1, 1)
 
@@ -102,8 +113,17 @@ def _with_core(layer: Any, core: type[nn.Module]) -> Any:
     return replace(layer, submodules=replace(parts, self_attention=replace(attention, submodules=inside)))
 
 
-def time_steps(base: dict[str, int], lengths: tuple[int, ...], *, dtype: torch.dtype, recompute: bool, repeats: int,
-               slowest: float, device: torch.device, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+def time_steps(
+    base: dict[str, int],
+    lengths: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    recompute: bool,
+    repeats: int,
+    slowest: float,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+) -> Iterator[dict[str, Any]]:
     """A row for every attention at every length; an attention leaves once it is out of memory or a step takes more than
     ``slowest`` seconds."""
     model, left = model_config(base), list(ATTENTIONS)
@@ -123,8 +143,9 @@ def time_steps(base: dict[str, int], lengths: tuple[int, ...], *, dtype: torch.d
             yield row
 
 
-def _time_one(name: str, model: ModelConfig, length: int, dtype: torch.dtype, recompute: bool, repeats: int,
-              device: torch.device) -> dict[str, Any]:
+def _time_one(
+    name: str, model: ModelConfig, length: int, dtype: torch.dtype, recompute: bool, repeats: int, device: torch.device
+) -> dict[str, Any]:
     step = build_step(name, model, length, dtype, recompute, device)
     step()
     if device.type == "cuda":
@@ -149,8 +170,9 @@ def bytes_of_race(model: ModelConfig, length: int, cp: int) -> int:
 
     layer = RaceCoreAttention(transformer_config(model, cp=cp), 1, AttnMaskType.causal)
     local, width = length // cp, model.head_width
-    q, k, v = (torch.randn(local, 1, heads, width, requires_grad=True)
-               for heads in (model.num_heads, model.kv_heads, model.kv_heads))
+    q, k, v = (
+        torch.randn(local, 1, heads, width, requires_grad=True) for heads in (model.num_heads, model.kv_heads, model.kv_heads)
+    )
     decay = -torch.rand(local, 1, model.kv_heads)
     with count_bytes() as count:
         layer(q, k, v, None, attention_bias=decay.requires_grad_(True)).sum().backward()
@@ -192,8 +214,15 @@ def _counting_all_to_all() -> Iterator[list[int]]:
 def count_exchanges(base: dict[str, int], lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     """A row a length: bytes that this rank hands on for one layer, float32."""
     model, cp = model_config(base), dist.get_world_size()
-    return [{"length": length, "ranks": cp, "race_bytes": bytes_of_race(model, length, cp),
-             "all_to_all_bytes": bytes_of_all_to_all(model, length, cp)} for length in lengths]
+    return [
+        {
+            "length": length,
+            "ranks": cp,
+            "race_bytes": bytes_of_race(model, length, cp),
+            "all_to_all_bytes": bytes_of_all_to_all(model, length, cp),
+        }
+        for length in lengths
+    ]
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
@@ -212,15 +241,23 @@ def main(arguments: list[str] | None = None) -> None:
     device = init_distributed(device=None if options.what == "step" else "cpu")
     with without_cuda():
         parallel_state.initialize_model_parallel(
-            context_parallel_size=dist.get_world_size() if options.what == "bytes" else 1, create_gloo_process_groups=False)
+            context_parallel_size=dist.get_world_size() if options.what == "bytes" else 1, create_gloo_process_groups=False
+        )
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         report: dict[str, Any] = {"machine": machine(device), "model": base}
         if options.what == "bytes":
             report["rows"] = count_exchanges(base, tuple(options.lengths))
         else:
             report |= {"dtype": options.dtype, "recompute": options.recompute, "rows": []}
-            for row in time_steps(base, tuple(options.lengths), dtype=getattr(torch, options.dtype), device=device,
-                                  recompute=options.recompute, repeats=options.repeats, slowest=options.slowest):
+            for row in time_steps(
+                base,
+                tuple(options.lengths),
+                dtype=getattr(torch, options.dtype),
+                device=device,
+                recompute=options.recompute,
+                repeats=options.repeats,
+                slowest=options.slowest,
+            ):
                 report["rows"].append(row)
                 _write(report, options.out)  # a run that is cut short keeps what it has
         _write(report, options.out)
@@ -239,8 +276,11 @@ def _write(report: dict[str, Any], out: Path | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m race_dist.benchmarks.megatron", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m race_dist.benchmarks.megatron",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=["step", "bytes"])
     parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], default=list(LENGTHS))
     for name, default in (("dim", 768), ("layers", 12), ("heads", 12), ("ffn", 2048), ("repeats", 3)):

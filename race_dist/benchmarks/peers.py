@@ -31,9 +31,13 @@ def peers_of(shape: Shape, device: torch.device) -> list[Peer]:
     """Every peer, present or absent, for one problem."""
     if device.type != "cuda":
         return [Peer("sdpa", _sdpa(shape)), Peer("elu linear attention", _elu_linear(shape))]
-    return [Peer("sdpa cudnn", _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
-            Peer("sdpa flash", _sdpa(shape, SDPBackend.FLASH_ATTENTION)), _flash_attention_3(shape),
-            Peer("race, eager PyTorch", _chunked_race(shape, device)), _linear_attention(shape, device)]
+    return [
+        Peer("sdpa cudnn", _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
+        Peer("sdpa flash", _sdpa(shape, SDPBackend.FLASH_ATTENTION)),
+        _flash_attention_3(shape),
+        Peer("race, eager PyTorch", _chunked_race(shape, device)),
+        _linear_attention(shape, device),
+    ]
 
 
 def _flash_attention_3(shape: Shape) -> Peer:
@@ -46,6 +50,7 @@ def _flash_attention_3(shape: Shape) -> Peer:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_func(q, k, v, causal=shape.causal)
         return out[0] if isinstance(out, tuple) else out
+
     return Peer(name, call)
 
 
@@ -70,17 +75,20 @@ def _linear_attention(shape: Shape, device: torch.device) -> Peer:
 
 def _sdpa(shape: Shape, backend: SDPBackend | None = None) -> Call:
     """PyTorch's softmax attention."""
+
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if backend is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal).transpose(1, 2)
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal).transpose(1, 2)
+
     return call
 
 
 def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
     """elu + 1 linear attention in chunks of plain PyTorch: the same order of work, another feature map (D features)."""
+
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0)))
         if not shape.causal:
@@ -93,6 +101,7 @@ def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
             sums = k.mT @ v
             num = (q @ (sums.cumsum(2) - sums) + (q @ k.mT).tril() @ v).flatten(2, 3)[:, :, :length]
         return (num[..., :-1] / num[..., -1:]).transpose(1, 2)
+
     return call
 
 
@@ -113,4 +122,5 @@ def linear_attention_peer(shape: Shape, device: torch.device) -> Call:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return chunk_linear_attn(features(q), features(k), v, scale=1.0, normalize=True)[0]
+
     return call

@@ -32,8 +32,11 @@ def profile(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 
 def _device_kernels(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    return [{"name": event.key[:120], "calls": event.count, "ms": event.self_device_time_total / 1e3}
-            for event in profiler.key_averages() if event.self_device_time_total and "CUDA" in str(event.device_type)]
+    return [
+        {"name": event.key[:120], "calls": event.count, "ms": event.self_device_time_total / 1e3}
+        for event in profiler.key_averages()
+        if event.self_device_time_total and "CUDA" in str(event.device_type)
+    ]
 
 
 def _operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:

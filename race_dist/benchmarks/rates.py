@@ -12,12 +12,19 @@ from race_dist.planning.costs import Machine, attention_seconds, elementwise_sec
 
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm")  # cuBLAS's names; PyTorch's on a CPU
 LEAST = 1e-3  # of a rate: a profile without such kernels is not the end of a benchmark
-ATTENTION = ("tile_sums", "tile_query_sums", "scan_tiles", "walk_", "snapshot_", "pipe_",
-             "race_dist::attention")  # race_dist.kernels; the operator, on a CPU
+ATTENTION = (
+    "tile_sums",
+    "tile_query_sums",
+    "scan_tiles",
+    "walk_",
+    "snapshot_",
+    "pipe_",
+    "race_dist::attention",
+)  # race_dist.kernels; the operator, on a CPU
 
 
 def kind_of(kernel: str) -> str:
-    """"products", "attention" or "element-wise" of a kernel's name; copies between host and device are none ("")."""
+    """ "products", "attention" or "element-wise" of a kernel's name; copies between host and device are none ("")."""
     name = kernel.lower()
     if name.startswith(("memcpy htod", "memcpy dtoh", "memset")):
         return ""
@@ -57,8 +64,15 @@ def measured_rates(job: Job, chunk_size: int, gpu: GPU, kernels: Sequence[Mappin
     rest = spent["element-wise"] / elementwise_seconds(job, layout, ideal)
     names = ("compiled_forward", "compiled_backward") if job.compiled else ("elementwise_forward", "elementwise_backward")
     scaled = {name: round(getattr(defaults, name) * rest, 3) for name in names}
-    return Rates(**{**asdict(defaults), **scaled, "source": source, "matmul": round(matmul, 3),
-                    "attention": {features: (round(slower, 3), round(slower, 3))}})
+    return Rates(
+        **{
+            **asdict(defaults),
+            **scaled,
+            "source": source,
+            "matmul": round(matmul, 3),
+            "attention": {features: (round(slower, 3), round(slower, 3))},
+        }
+    )
 
 
 def _product_rate(job: Job, layout: Layout, gpu: GPU, seconds: float) -> float:

@@ -64,8 +64,9 @@ class Options:
     profile: bool = False
 
 
-def run(config: TrainConfig, lengths: list[int], options: Options, *, out: Path | None = None,
-        say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    config: TrainConfig, lengths: list[int], options: Options, *, out: Path | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """One step at each length, as the JSON that is stored.
 
     Args:
@@ -78,8 +79,14 @@ def run(config: TrainConfig, lengths: list[int], options: Options, *, out: Path 
     header = machine(torch.device(options.device))
     if options.threads is not None:
         header["torch_threads"] = options.threads
-    report: dict[str, Any] = {"machine": header, **asdict(options), "precision": config.precision, "text": config.data.path,
-                              "model": config.model.model_dump(mode="json"), "rows": []}
+    report: dict[str, Any] = {
+        "machine": header,
+        **asdict(options),
+        "precision": config.precision,
+        "text": config.data.path,
+        "model": config.model.model_dump(mode="json"),
+        "rows": [],
+    }
     for length in lengths:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             row = pool.submit(measure, config, length, options).result()
@@ -113,15 +120,26 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
             part.compile(dynamic=False)
     optimizer = build_optimizer(model, config.optim)
     carry = sum(t.numel() * t.element_size() for t in model.zero_carry(1, state_dtype=torch.float64).tensors())
-    row: dict[str, Any] = {"tokens": length, "text_tokens": min(unique, length), "chunk_size": options.chunk_size,
-                           "parameters": sum(p.numel() for p in model.parameters()),
-                           "state_bytes": carry * -(-length // (options.chunk_size * group_size(group)))}
+    row: dict[str, Any] = {
+        "tokens": length,
+        "text_tokens": min(unique, length),
+        "chunk_size": options.chunk_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "state_bytes": carry * -(-length // (options.chunk_size * group_size(group))),
+    }
 
     def stream(count: int, watch: _Watch | None = None) -> torch.Tensor:
         with _autocast(config, device):
-            return streamed_backward(model, tokens[None, :count], tokens[None, 1:count + 1], chunk_size=options.chunk_size,
-                                     keep=options.keep, group=group, progress=watch,
-                                     checkpoint=None if watch is None else watch.checkpoint)
+            return streamed_backward(
+                model,
+                tokens[None, :count],
+                tokens[None, 1 : count + 1],
+                chunk_size=options.chunk_size,
+                keep=options.keep,
+                group=group,
+                progress=watch,
+                checkpoint=None if watch is None else watch.checkpoint,
+            )
 
     step = options.chunk_size * group_size(group)
     warm = min(length, WARM_CHUNKS * step + length % step)  # a ragged last chunk has a graph of its own
@@ -275,8 +293,13 @@ class _Watch:
         at = self._progress
         result: dict[str, Any] = {"pieces": self._pieces, **{f"{k}_seconds": v for k, v in self._spent.items() if v}}
         if at is not None:
-            result["reached"] = {"phase": at.phase, "chunk": at.chunk, "chunks": at.chunks, "tokens": at.tokens,
-                                 "tokens_per_second": at.tokens_per_second}
+            result["reached"] = {
+                "phase": at.phase,
+                "chunk": at.chunk,
+                "chunks": at.chunks,
+                "tokens": at.tokens,
+                "tokens_per_second": at.tokens_per_second,
+            }
         if at is not None and at.phase == "backward" and self._spent["forward"]:
             result["projected_seconds"] = self._spent["forward"] + self._spent["backward"] * self._length / at.tokens
         return result
@@ -302,8 +325,10 @@ def _peak(device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return {"peak_bytes": peak_resident_bytes()}
     torch.cuda.synchronize(device)
-    return {"peak_bytes": torch.cuda.max_memory_allocated(device),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(device)}
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -331,11 +356,20 @@ def store(report: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(tokens, [row["peak_bytes"] / 2**20 for row in rows], marker="o", label="peak")
-        axes.plot(tokens, [(row["peak_bytes"] - _on_device(report, row)) / 2**20 for row in rows], marker="o",
-                  label="without the carries at chunk starts")
+        axes.plot(
+            tokens,
+            [(row["peak_bytes"] - _on_device(report, row)) / 2**20 for row in rows],
+            marker="o",
+            label="without the carries at chunk starts",
+        )
         title = f"one exact optimizer step, {rows[0]['parameters']:,} parameters, {where.get('gpu') or where['processor']}"
-        axes.set(xscale="log", xlabel="tokens of one sequence", ylabel="MiB", title=title,
-                 ylim=(0, 1.2 * max(row["peak_bytes"] for row in rows) / 2**20))
+        axes.set(
+            xscale="log",
+            xlabel="tokens of one sequence",
+            ylabel="MiB",
+            title=title,
+            ylim=(0, 1.2 * max(row["peak_bytes"] for row in rows) / 2**20),
+        )
         axes.grid(visible=True, alpha=0.2)
         axes.legend()
         figure.savefig(path.with_suffix(".png"), dpi=150)

@@ -32,8 +32,14 @@ BASE = Shape(length=2**20, heads=8, head_dim=128, tables=4, planes=4, dtype="bfl
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention_call(shape: Shape, device: torch.device, *, normalization: Normalization = "global", decay: bool = False,
-                   planes: Tensor | None = None) -> Call:
+def attention_call(
+    shape: Shape,
+    device: torch.device,
+    *,
+    normalization: Normalization = "global",
+    decay: bool = False,
+    planes: Tensor | None = None,
+) -> Call:
     """The attention as README calls it: planes as ``sample_planes`` returns them, unless given."""
     if planes is None:
         planes = sampled(shape, device)
@@ -41,8 +47,9 @@ def attention_call(shape: Shape, device: torch.device, *, normalization: Normali
     if decay:
         generator = torch.Generator(device).manual_seed(1)
         log_decay = -0.01 * torch.rand(1, shape.length, shape.heads, device=device, generator=generator)
-    return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal, log_decay=log_decay,
-                                          normalization=normalization)
+    return lambda q, k, v: race_attention(
+        q, k, v, planes, 2.0, causal=shape.causal, log_decay=log_decay, normalization=normalization
+    )
 
 
 def sampled(shape: Shape, device: torch.device, **options: Any) -> Tensor:
@@ -50,8 +57,9 @@ def sampled(shape: Shape, device: torch.device, **options: Any) -> Tensor:
     return sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, **options)
 
 
-def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5,
-            also: tuple[Tensor, ...] = ()) -> dict[str, Any]:
+def measure(
+    shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5, also: tuple[Tensor, ...] = ()
+) -> dict[str, Any]:
     """Forward, and forward + backward, of each call in turn; peak memory of the first over q, k, v, o and gradients.
     ``also``: what else gets a gradient."""
     q, k, v = inputs(shape, device)
@@ -61,6 +69,7 @@ def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repea
         def run() -> None:
             with torch.no_grad():
                 call(q, k, v)
+
         return run
 
     def both(call: Call) -> Callable[[], object]:
@@ -68,8 +77,11 @@ def measure(shape: Shape, calls: dict[str, Call], device: torch.device, *, repea
 
     forwards = time_in_turn({n: forward(c) for n, c in calls.items()}, device, repeats=repeats)
     whole = time_in_turn({n: both(c) for n, c in calls.items()}, device, repeats=repeats)
-    result: dict[str, Any] = {**asdict(shape), "tensor_bytes": shape.tensor_bytes, "rows": {
-        name: {"forward_ms": forwards[name].json(), "forward_backward_ms": whole[name].json()} for name in calls}}
+    result: dict[str, Any] = {
+        **asdict(shape),
+        "tensor_bytes": shape.tensor_bytes,
+        "rows": {name: {"forward_ms": forwards[name].json(), "forward_backward_ms": whole[name].json()} for name in calls},
+    }
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     both(next(iter(calls.values())))()
@@ -87,12 +99,19 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     everywhere, four = replace(BASE, causal=False), replace(BASE, length=2**22, heads=4)
     longest = replace(BASE, length=8_912_896, heads=4)
     result: dict[str, Callable[[], dict[str, Any]]] = {
-        "P=4 L=4": lambda: measure(BASE, {**mine(BASE), "race, bfloat16 planes": attention_call(
-            BASE, device, planes=sampled(BASE, device, dtype=torch.bfloat16))}, device),
+        "P=4 L=4": lambda: measure(
+            BASE,
+            {
+                **mine(BASE),
+                "race, bfloat16 planes": attention_call(BASE, device, planes=sampled(BASE, device, dtype=torch.bfloat16)),
+            },
+            device,
+        ),
         "trained planes": partial(_trained, device),
         "P=2 L=2": lambda: measure(small, mine(small), device),
-        "decay per token, none": lambda: measure(BASE, {
-            "race none decay": attention_call(BASE, device, normalization="none", decay=True), **mine(BASE)}, device),
+        "decay per token, none": lambda: measure(
+            BASE, {"race none decay": attention_call(BASE, device, normalization="none", decay=True), **mine(BASE)}, device
+        ),
         "not causal": lambda: measure(everywhere, mine(everywhere), device),
         "decode, 64 heads": lambda: time_decode(device),
         "4 heads, T = 2**22": lambda: measure(four, mine(four), device, repeats=3),
@@ -101,17 +120,23 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     for length in (4096, 8192, 16384, 131072):
         result[f"softmax, T = {length}"] = partial(_beside_softmax, replace(BASE, length=length), device)
     result["linear attention, T = 2**20"] = lambda: measure(
-        BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3)
+        BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3
+    )
     result["P=8 L=1"] = lambda: measure(wide, mine(wide), device, repeats=3)
     grouped = replace(BASE, kv_heads=2)
     result["grouped 4:1"] = lambda: measure(grouped, mine(grouped), device)
     # Families without a pipeline: what they cost today.
-    for name, shape in {**tables, "P=8 L=1, not causal": replace(wide, causal=False), "P=8 L=1, grouped 4:1":
-                        replace(wide, kv_heads=2), "float16": replace(BASE, dtype="float16"),
-                        "D = 256": replace(BASE, heads=4, head_dim=256)}.items():
+    for name, shape in {
+        **tables,
+        "P=8 L=1, not causal": replace(wide, causal=False),
+        "P=8 L=1, grouped 4:1": replace(wide, kv_heads=2),
+        "float16": replace(BASE, dtype="float16"),
+        "D = 256": replace(BASE, heads=4, head_dim=256),
+    }.items():
         result[name] = partial(_plain, shape, device)
-    result["bucket"] = lambda: measure(BASE, {"race, bucket": attention_call(BASE, device, normalization="bucket")}, device,
-                                       repeats=1)
+    result["bucket"] = lambda: measure(
+        BASE, {"race, bucket": attention_call(BASE, device, normalization="bucket")}, device, repeats=1
+    )
     return result
 
 
@@ -127,8 +152,11 @@ def _plain(shape: Shape, device: torch.device) -> dict[str, Any]:
 def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Of one call at a time, whose host begins when the device is idle; and of the same calls captured in CUDA graphs, where
     the device's time is left."""
-    peers = {peer.name: peer.call for peer in peers_of(shape, device)
-             if peer.call is not None and peer.name.startswith(("sdpa", "flash"))}
+    peers = {
+        peer.name: peer.call
+        for peer in peers_of(shape, device)
+        if peer.call is not None and peer.name.startswith(("sdpa", "flash"))
+    }
     calls, repeats = {"race": attention_call(shape, device), **peers}, 10 if shape.length < 2**17 else 2
     result = measure(shape, calls, device, repeats=repeats)
     graphs = {name: _captured(call, shape, device) for name, call in calls.items()}
@@ -189,8 +217,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for candidate, points in lines.items():
         axes.loglog(*zip(*sorted(points)), marker="o", label=candidate)
-    axes.set(xlabel="tokens", ylabel="forward + backward, ms (median)",
-             title=f"{report['machine'].get('gpu', '')}, bfloat16, H = {BASE.heads}, D = {BASE.head_dim}, L = 4, P = 4, causal")
+    axes.set(
+        xlabel="tokens",
+        ylabel="forward + backward, ms (median)",
+        title=f"{report['machine'].get('gpu', '')}, bfloat16, H = {BASE.heads}, D = {BASE.head_dim}, L = 4, P = 4, causal",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -199,8 +230,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _summary(result: dict[str, Any]) -> str:
     if "rows" not in result:
         return str(result)
-    rows = (f"{name}: forward {row['forward_ms']['p50']:.2f}, both {row['forward_backward_ms']['p50']:.2f} ms"
-            for name, row in result["rows"].items())
+    rows = (
+        f"{name}: forward {row['forward_ms']['p50']:.2f}, both {row['forward_backward_ms']['p50']:.2f} ms"
+        for name, row in result["rows"].items()
+    )
     return "; ".join(rows) + f"; peak {result['peak_ratio']}"
 
 

@@ -31,8 +31,9 @@ class Timing:
         return asdict(self)
 
 
-def time_in_turn(candidates: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 5,
-                 warmup: int = 1) -> dict[str, Timing]:
+def time_in_turn(
+    candidates: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 5, warmup: int = 1
+) -> dict[str, Timing]:
     """Each candidate ``repeats`` times, A B C A B C ..., after ``warmup`` rounds. CUDA is timed by device events."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):

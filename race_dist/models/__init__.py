@@ -7,5 +7,17 @@ from race_dist.models.generate import Context, generate, read, sample
 from race_dist.models.language import DecoderLM, LanguageModel, MaskedLM
 from race_dist.models.loss import linear_cross_entropy
 
-__all__ = ["Backbone", "Context", "DecoderLM", "LanguageModel", "MaskedLM", "ModelCarry", "ModelConfig", "SequenceClassifier",
-           "generate", "linear_cross_entropy", "read", "sample"]
+__all__ = [
+    "Backbone",
+    "Context",
+    "DecoderLM",
+    "LanguageModel",
+    "MaskedLM",
+    "ModelCarry",
+    "ModelConfig",
+    "SequenceClassifier",
+    "generate",
+    "linear_cross_entropy",
+    "read",
+    "sample",
+]

@@ -37,8 +37,14 @@ def build_mixer(config: ModelConfig, layer: int, *, causal: bool, **where: Any) 
     if kind == "R":
         return RaceAttention(config.race, layer, output_gain=gain, draw=False, **where)
     widths = (config.dim, config.num_heads, config.kv_heads)
-    options = {"head_dim": config.head_dim, "rope_base": config.rope_base, "config": config.softmax, "output_gain": gain,
-               "draw": False, **where}
+    options = {
+        "head_dim": config.head_dim,
+        "rope_base": config.rope_base,
+        "config": config.softmax,
+        "output_gain": gain,
+        "draw": False,
+        **where,
+    }
     if kind == "W":
         return WindowAttention(*widths, config.window, **options)
     return FullAttention(*widths, causal=causal, **options)
@@ -105,9 +111,12 @@ def _from_leaves(leaves: tuple[Any, ...]) -> ModelCarry:
     return ModelCarry(leaves[:-1], leaves[-1])
 
 
-pytree.register_pytree_node(ModelCarry, lambda c: ([*c.layers, c.position], None),
-                            lambda leaves, _: _from_leaves(tuple(leaves)),
-                            serialized_type_name="race_dist.ModelCarry")
+pytree.register_pytree_node(
+    ModelCarry,
+    lambda c: ([*c.layers, c.position], None),
+    lambda leaves, _: _from_leaves(tuple(leaves)),
+    serialized_type_name="race_dist.ModelCarry",
+)
 
 
 class Backbone(nn.Module):
@@ -122,16 +131,19 @@ class Backbone(nn.Module):
         ValueError: the RACE layers are causal and the model is not, or the other way round.
     """
 
-    def __init__(self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         checks.instance("config", config, ModelConfig, f"{name}(ModelConfig(...))")
         if "R" in config.layer_kinds and config.race.causal != causal:
             raise ValueError(f"{name} needs race.causal = {causal}: make it with race=RaceConfig(causal={causal}, ...)")
         if "W" in config.layer_kinds and not causal:
-            raise ValueError(f"{name} reads in both directions, but a W layer is causal: "
-                             f"layer_pattern = {config.layer_pattern!r} may hold R and S")
+            raise ValueError(
+                f"{name} reads in both directions, but a W layer is causal: "
+                f"layer_pattern = {config.layer_pattern!r} may hold R and S"
+            )
         where = checks.placement(device, dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim, std=0.02, **where)
@@ -142,8 +154,7 @@ class Backbone(nn.Module):
         """Fill the weights from ``seed`` (None: the config's) and their names alone: the same on every rank."""
         initialize(self, self.config.seed if seed is None else seed)
 
-    def zero_carry(self, batch: int, *, dtype: torch.dtype | None = None,
-                   state_dtype: torch.dtype | None = None) -> ModelCarry:
+    def zero_carry(self, batch: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None) -> ModelCarry:
         """The carry of no tokens.
 
         Args:
@@ -159,9 +170,17 @@ class Backbone(nn.Module):
         layers = tuple(block.mixer.zero_carry(batch, **options) for block in self._blocks())
         return ModelCarry(layers, torch.zeros((), dtype=torch.int64, device=weight.device))
 
-    def hidden(self, input_ids: Tensor, carry: ModelCarry | None = None, *, cu_seqlens: Tensor | None = None,
-               key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
-               final: bool = True) -> tuple[Tensor, ModelCarry | None]:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        carry: ModelCarry | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        layout: str = "contiguous",
+        final: bool = True,
+    ) -> tuple[Tensor, ModelCarry | None]:
         """The hidden states after the last norm, and the carry.
 
         Args:
@@ -183,8 +202,15 @@ class Backbone(nn.Module):
             checks.instance("carry", carry, ModelCarry, "make it with zero_carry")
             if len(carry.layers) != len(self.blocks):
                 raise ValueError(f"carry is of a model of {len(carry.layers)} layers; this one has {len(self.blocks)}")
-        x, sequence = self.enter(input_ids, 0 if carry is None else carry.position, cu_seqlens=cu_seqlens, key_mask=key_mask,
-                                 group=group, layout=layout, final=final)
+        x, sequence = self.enter(
+            input_ids,
+            0 if carry is None else carry.position,
+            cu_seqlens=cu_seqlens,
+            key_mask=key_mask,
+            group=group,
+            layout=layout,
+            final=final,
+        )
         layers = []
         for i, block in enumerate(self._blocks()):
             before = None if carry is None else carry.layers[i]
@@ -200,17 +226,33 @@ class Backbone(nn.Module):
             return h, None
         return h, ModelCarry(tuple(layers), sequence.end_position(None if carry is None else carry.position))
 
-    def enter(self, input_ids: Tensor, position: Tensor | int = 0, *, cu_seqlens: Tensor | None = None,
-              key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
-              final: bool = True) -> tuple[Tensor, Sequence]:
+    def enter(
+        self,
+        input_ids: Tensor,
+        position: Tensor | int = 0,
+        *,
+        cu_seqlens: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        layout: str = "contiguous",
+        final: bool = True,
+    ) -> tuple[Tensor, Sequence]:
         """What :meth:`hidden` gives its first block: embedded tokens ``[B, T, dim]``, and where they stand. ``position``: of
         the first token; the rest as there."""
         self._check_shapes(input_ids, key_mask, cu_seqlens)
         if key_mask is not None:
             input_ids = torch.where(key_mask, input_ids, 0)  # whatever stands there
         check_ids("input_ids", input_ids, self.config.vocab_size)
-        sequence = Sequence.of(input_ids.shape[1], cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout,
-                               position=position, final=final, device=input_ids.device)
+        sequence = Sequence.of(
+            input_ids.shape[1],
+            cu_seqlens=cu_seqlens,
+            key_mask=key_mask,
+            group=group,
+            layout=layout,
+            position=position,
+            final=final,
+            device=input_ids.device,
+        )
         x = self.embed(input_ids)
         return x, sequence.with_rotations(self._rotation_kinds(), compute_dtype(x))
 
@@ -228,8 +270,10 @@ class Backbone(nn.Module):
     def _check_shapes(self, input_ids: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         checks.tensor("input_ids", input_ids)
         if self.embed.weight.is_meta:
-            raise ValueError("the model is on the meta device, where its weights have no values: give them some with "
-                             "model.to_empty(device=...) and model.initialize()")
+            raise ValueError(
+                "the model is on the meta device, where its weights have no values: give them some with "
+                "model.to_empty(device=...) and model.initialize()"
+            )
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
         if cu_seqlens is not None:
@@ -237,11 +281,13 @@ class Backbone(nn.Module):
         if key_mask is not None:
             checks.tensor("key_mask", key_mask)
         if cu_seqlens is not None and input_ids.shape[0] != 1:
-            raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {input_ids.shape[0]}: "
-                             "pack them into one row")
+            raise ValueError(
+                f"packed documents (cu_seqlens) need a batch of 1; got B = {input_ids.shape[0]}: pack them into one row"
+            )
         if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != input_ids.shape):
-            raise ValueError(f"key_mask must be bool {list(input_ids.shape)} like input_ids; "
-                             f"got {key_mask.dtype} {list(key_mask.shape)}")
+            raise ValueError(
+                f"key_mask must be bool {list(input_ids.shape)} like input_ids; got {key_mask.dtype} {list(key_mask.shape)}"
+            )
         if key_mask is not None and key_mask.device != input_ids.device:
             raise ValueError(f"key_mask is on {key_mask.device} but input_ids is on {input_ids.device}: move one of them")
 

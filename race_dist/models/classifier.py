@@ -25,16 +25,29 @@ class SequenceClassifier(Backbone):
         device, dtype: of the parameters.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int, *, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if checks.integer("num_classes", num_classes, most=2**31 - 1) < 2:
             raise ValueError(f"num_classes must be at least 2; got {num_classes}")
         super().__init__(config, causal=False, device=device, dtype=dtype)
         self.classify = Linear(config.dim, num_classes, device=device, dtype=dtype)
         self.initialize()
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, key_mask: Tensor | None = None,
-                group: ProcessGroup | None = None, layout: str = "contiguous") -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        layout: str = "contiguous",
+    ) -> Tensor:
         """Logits ``[B, classes]``, or the mean loss when ``labels [B]`` are given.
 
         Under a group the logits are those of the whole sequence, on every rank, and each rank's loss is its equal

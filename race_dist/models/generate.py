@@ -14,8 +14,15 @@ from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 
 
-def sample(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           generator: torch.Generator | None = None, allowed: Tensor | None = None) -> Tensor:
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """One token id a row, ``[B]``, of logits ``[B, vocab]``.
 
     Args:
@@ -46,8 +53,14 @@ def _check_choice(temperature: float, top_k: int | None, top_p: float | None) ->
         raise ValueError(f"top_p must be at least {SMALLEST:g} (temperature=0 takes the most likely token); got {top_p}")
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
-          generator: torch.Generator | None, allowed: Tensor | None = None) -> Tensor:
+def _draw(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+    allowed: Tensor | None = None,
+) -> Tensor:
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     if temperature == 0:
@@ -79,8 +92,9 @@ class Context:
 
 
 @torch.no_grad()
-def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk: int = 8192,
-         key_mask: Tensor | None = None) -> Context:
+def read(
+    model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk: int = 8192, key_mask: Tensor | None = None
+) -> Context:
     """Go through a text, ``chunk`` tokens at a time. Texts of several lengths go in one batch, padded anywhere: ``generate``
     goes on from what this returns.
 
@@ -108,8 +122,8 @@ def read(model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk:
     carry = model.zero_carry(ids.shape[0], state_dtype=torch.float64) if before is None else before.carry
     hidden = None if before is None else before.hidden
     for start in range(0, ids.shape[1], chunk):
-        real = None if key_mask is None else key_mask[:, start:start + chunk]
-        h, after = model.hidden(ids[:, start:start + chunk], carry, key_mask=real)
+        real = None if key_mask is None else key_mask[:, start : start + chunk]
+        h, after = model.hidden(ids[:, start : start + chunk], carry, key_mask=real)
         assert after is not None
         carry, hidden = after, h[:, -1] if real is None else _last_real(h, real, hidden)
     assert hidden is not None
@@ -133,10 +147,19 @@ def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
     return last if before is None else torch.where(place[:, None] > 0, last, before)
 
 
-def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int, *, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-             prefill_chunk: int = 8192, allowed: Tensor | int | None = None,
-             key_mask: Tensor | None = None) -> Iterator[Tensor]:
+def generate(
+    model: DecoderLM,
+    prompt_ids: Tensor | Context,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    prefill_chunk: int = 8192,
+    allowed: Tensor | int | None = None,
+    key_mask: Tensor | None = None,
+) -> Iterator[Tensor]:
     """Yield ``max_new_tokens`` times the next token of each row, ``[B]`` int64.
 
     The prompt goes through the model ``prefill_chunk`` tokens at a time; after it every token costs the same time and no
@@ -160,8 +183,10 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
     """
     checks.instance("model", model, DecoderLM)
     if isinstance(prompt_ids, Context) and key_mask is not None:
-        raise ValueError("key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to "
-                         "read(model, ids, before, key_mask=...)")
+        raise ValueError(
+            "key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to "
+            "read(model, ids, before, key_mask=...)"
+        )
     if not isinstance(prompt_ids, Context):
         checks.tensor("prompt_ids", prompt_ids, dtypes=checks.INTEGERS)
         prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
@@ -174,9 +199,20 @@ def generate(model: DecoderLM, prompt_ids: Tensor | Context, max_new_tokens: int
     _check_choice(temperature, top_k, top_p)
     seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
     prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, least=1, most=2**62, words="at least 1")
-    return _steps(model, prompt_ids, key_mask, max_new_tokens, prefill_chunk, seed,
-                  {"temperature": temperature, "top_k": top_k, "top_p": top_p,
-                   "allowed": None if allowed is None else _mask(allowed, model)})
+    return _steps(
+        model,
+        prompt_ids,
+        key_mask,
+        max_new_tokens,
+        prefill_chunk,
+        seed,
+        {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "allowed": None if allowed is None else _mask(allowed, model),
+        },
+    )
 
 
 def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
@@ -196,8 +232,15 @@ def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
     return mask.to(model.embed.weight.device)
 
 
-def _steps(model: DecoderLM, prompt: Tensor | Context, key_mask: Tensor | None, max_new_tokens: int, prefill_chunk: int,
-           seed: int, choice: dict[str, Any]) -> Iterator[Tensor]:
+def _steps(
+    model: DecoderLM,
+    prompt: Tensor | Context,
+    key_mask: Tensor | None,
+    max_new_tokens: int,
+    prefill_chunk: int,
+    seed: int,
+    choice: dict[str, Any],
+) -> Iterator[Tensor]:
     context = read(model, prompt, chunk=prefill_chunk, key_mask=key_mask) if isinstance(prompt, Tensor) else prompt
     generator = torch.Generator(context.hidden.device).manual_seed(seed)
     for step in range(max_new_tokens):

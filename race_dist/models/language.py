@@ -40,8 +40,9 @@ def _check_num_targets(num_targets: Tensor | float | None) -> None:
 class LanguageModel(Backbone):
     """A backbone and a linear head over the vocabulary (tied to the embedding, if the config says so)."""
 
-    def __init__(self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(config, causal=causal, device=device, dtype=dtype)
         self.causal = causal
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, device=device, dtype=dtype)
@@ -57,8 +58,9 @@ class LanguageModel(Backbone):
         logits = torch.nn.functional.linear(h, self.head_weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def loss(self, h: Tensor, labels: Tensor, *, num_targets: Tensor | float | None = None,
-             group: ProcessGroup | None = None) -> Tensor:
+    def loss(
+        self, h: Tensor, labels: Tensor, *, num_targets: Tensor | float | None = None, group: ProcessGroup | None = None
+    ) -> Tensor:
         """This rank's summed cross-entropy over the global count of targets.
 
         Args:
@@ -77,9 +79,17 @@ class LanguageModel(Backbone):
         count = torch.as_tensor(num_targets, device=total.device)
         return total / torch.where(count > 0, count, 1)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cu_seqlens: Tensor | None = None,
-                key_mask: Tensor | None = None, group: ProcessGroup | None = None, layout: str = "contiguous",
-                num_targets: Tensor | float | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        layout: str = "contiguous",
+        num_targets: Tensor | float | None = None,
+    ) -> Tensor:
         """Logits ``[B, T, vocab]``, or the mean loss when labels are given.
 
         Args:
@@ -118,8 +128,9 @@ class DecoderLM(LanguageModel):
     Weights depend on ``config.seed`` and their names alone. :meth:`hidden` with a carry runs it piece by piece.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(config, causal=True, device=device, dtype=dtype)
 
 
@@ -129,6 +140,7 @@ class MaskedLM(LanguageModel):
     Needs ``race=RaceConfig(causal=False)`` and layers R and S. ``key_mask`` marks padding, wherever it stands.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(config, causal=False, device=device, dtype=dtype)

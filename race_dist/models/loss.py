@@ -17,8 +17,9 @@ _LARGE_VOCABULARY = 8192  # below it a few plain kernels do as well
 _ELEMENTS = {"cpu": 2**21}  # logits that exist at a time; elsewhere 2**26
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None,
-                         fused: bool | None = None) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None, fused: bool | None = None
+) -> Tensor:
     """The sum of ``-log softmax(h @ weight.T)[label]`` over rows whose label is not -100.
 
     The gradients are computed with the values, so that the logits of ``chunk`` rows exist once and never again.
@@ -54,8 +55,10 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, fused: 
     checks.tensor("weight", weight, dtypes=checks.DTYPES, dim=2)
     checks.tensor("labels", labels, dtypes=(torch.int64,), dim=1)
     if weight.shape[1] != h.shape[1] or weight.shape[0] == 0 or labels.shape != h.shape[:1]:
-        raise ValueError(f"h, weight and labels must be [N, D], [V, D] and [N]; got {list(h.shape)}, {list(weight.shape)} and "
-                         f"{list(labels.shape)}")
+        raise ValueError(
+            f"h, weight and labels must be [N, D], [V, D] and [N]; got {list(h.shape)}, {list(weight.shape)} and "
+            f"{list(labels.shape)}"
+        )
     for name, x in (("weight", weight), ("labels", labels)):
         if x.device != h.device:
             raise ValueError(f"{name} is on {x.device} but h is on {h.device}: move one of them")
@@ -67,8 +70,9 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, fused: 
 
 
 @torch.library.custom_op("race_dist::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool,
-                          need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_cross_entropy(
+    h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sum and its gradients; matrix products in ``dtype``, logits and sums in at least float32. ``chunk`` 0: fused."""
     if not chunk:
         return _by_liger(h, weight, labels, dtype, need_h, need_weight)
@@ -78,7 +82,7 @@ def _linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, dtype: torc
     dweight = torch.zeros_like(weight, dtype=wide) if need_weight else weight.new_empty(0)
     w = weight.to(dtype)
     for start in range(0, h.shape[0], chunk):
-        rows, target = h[start:start + chunk].to(dtype), labels[start:start + chunk, None]
+        rows, target = h[start : start + chunk].to(dtype), labels[start : start + chunk, None]
         counts = target != IGNORE
         target = target.clamp(min=0)
         logits = (rows @ w.mT).to(wide)
@@ -90,14 +94,15 @@ def _linear_cross_entropy(h: Tensor, weight: Tensor, labels: Tensor, dtype: torc
         dlogits.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
         dlogits = (dlogits * counts).to(dtype)
         if need_h:
-            dh[start:start + chunk] = dlogits @ w
+            dh[start : start + chunk] = dlogits @ w
         if need_weight:
             dweight += dlogits.mT @ rows
     return total.to(wide), dh, dweight.to(weight.dtype)
 
 
-def _by_liger(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, need_h: bool,
-              need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _by_liger(
+    h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, need_h: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same; the weight's gradient is added up in float32."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
@@ -105,18 +110,28 @@ def _by_liger(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, nee
         raise ImportError(f'the fused loss needs liger-kernel ({error}): pip install "race-dist[liger]"') from error
     with torch.autocast(h.device.type, dtype, enabled=dtype != h.dtype):
         total, *_, dh, dweight, _ = fused_linear_cross_entropy_forward(
-            h, weight, labels, ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32,
-            compute_gradients=need_h or need_weight, weight_requires_grad=need_weight)
-    return (total.float(), dh if need_h else h.new_empty(0),
-            dweight.to(weight.dtype) if need_weight else weight.new_empty(0))
+            h,
+            weight,
+            labels,
+            ignore_index=IGNORE,
+            reduction="sum",
+            accum_dtype=torch.float32,
+            compute_gradients=need_h or need_weight,
+            weight_requires_grad=need_weight,
+        )
+    return (total.float(), dh if need_h else h.new_empty(0), dweight.to(weight.dtype) if need_weight else weight.new_empty(0))
 
 
 @_linear_cross_entropy.register_fake
-def _(h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool,
-      need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    return (h.new_empty((), dtype=wide), torch.empty_like(h) if need_h else h.new_empty(0),
-            torch.empty_like(weight) if need_weight else weight.new_empty(0))
+    return (
+        h.new_empty((), dtype=wide),
+        torch.empty_like(h) if need_h else h.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -15,8 +15,15 @@ SHIFTED = "labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1
 _FIRST = 2**16  # tokens of a long text that are compared
 
 
-def check_shifted(input_ids: Tensor, labels: Tensor, *, key_mask: Tensor | None = None, layout: str = "contiguous",
-                  cu_seqlens: Tensor | None = None, world: int = 1) -> None:
+def check_shifted(
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    layout: str = "contiguous",
+    cu_seqlens: Tensor | None = None,
+    world: int = 1,
+) -> None:
     """Refuse labels of a causal model that are its input and not what follows it.
 
     The same memory is refused on every device. On the CPU equal numbers are too, unless they are right: a text may repeat one
@@ -49,8 +56,9 @@ def check_shifted(input_ids: Tensor, labels: Tensor, *, key_mask: Tensor | None 
     if layout == "zigzag":  # what follows a piece is on another rank
         unlike_next[:, _last_of_pieces(labels.shape[1], cu_seqlens, world)] = False
     if bool(unlike_next.any()):
-        raise ValueError(f"labels equal input_ids wherever they count, so that the model would learn to copy its input; "
-                         f"{_meaning()}")
+        raise ValueError(
+            f"labels equal input_ids wherever they count, so that the model would learn to copy its input; {_meaning()}"
+        )
 
 
 def _last_of_pieces(length: int, cu_seqlens: Tensor | None, world: int) -> Tensor:
@@ -68,8 +76,10 @@ def warn_unshifted_text(input_ids: Any, labels: Any) -> None:
     try:
         if _same_memory(input_ids, labels):
             raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
-        head = [torch.from_numpy(np.asarray(x[:, :size]).astype(np.int64)) if isinstance(x, np.ndarray) else x[:, :size]
-                for x in (input_ids, labels)]
+        head = [
+            torch.from_numpy(np.asarray(x[:, :size]).astype(np.int64)) if isinstance(x, np.ndarray) else x[:, :size]
+            for x in (input_ids, labels)
+        ]
         check_shifted(head[0], head[1])
     except ValueError as error:
         warnings.warn(str(error), stacklevel=3)
@@ -79,8 +89,10 @@ def check_masked(input_ids: Tensor, labels: Tensor) -> None:
     """Refuse labels of a bidirectional model that are its input. Labels that repeat single tokens of it are right: of the
     tokens that are predicted some may be left unmasked."""
     if _same_memory(input_ids, labels):
-        raise ValueError("labels are input_ids, so that the model would learn to copy its input; labels of a MaskedLM are the "
-                         "tokens under the masks and -100 elsewhere: labels = torch.where(masked, original_ids, -100)")
+        raise ValueError(
+            "labels are input_ids, so that the model would learn to copy its input; labels of a MaskedLM are the "
+            "tokens under the masks and -100 elsewhere: labels = torch.where(masked, original_ids, -100)"
+        )
 
 
 def _meaning() -> str:

@@ -13,6 +13,25 @@ from race_dist.nn.softmax import FullAttention, HistoryCarry
 from race_dist.nn.tail import TailCarry
 from race_dist.nn.window import WindowAttention
 
-__all__ = ["ConvolvedCarry", "Drawn", "Embedding", "FullAttention", "HistoryCarry", "Linear", "RMSNorm", "RaceAttention",
-           "RaceCarry", "RaceConfig", "RaceCore", "Sequence", "ShortConv", "SoftmaxConfig", "Span", "TailCarry",
-           "WindowAttention", "initialize", "rotate", "rotation"]
+__all__ = [
+    "ConvolvedCarry",
+    "Drawn",
+    "Embedding",
+    "FullAttention",
+    "HistoryCarry",
+    "Linear",
+    "RMSNorm",
+    "RaceAttention",
+    "RaceCarry",
+    "RaceConfig",
+    "RaceCore",
+    "Sequence",
+    "ShortConv",
+    "SoftmaxConfig",
+    "Span",
+    "TailCarry",
+    "WindowAttention",
+    "initialize",
+    "rotate",
+    "rotation",
+]

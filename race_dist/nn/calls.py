@@ -10,8 +10,9 @@ from race_dist.carry import Carry
 from race_dist.nn.sequence import Sequence
 
 
-def check_layer_call(layer: nn.Module, x: Tensor, carry: object, sequence: object, *, dim: int, like: Tensor,
-                     kind: type) -> None:
+def check_layer_call(
+    layer: nn.Module, x: Tensor, carry: object, sequence: object, *, dim: int, like: Tensor, kind: type
+) -> None:
     """Raise unless ``layer(x, carry, sequence)`` can be meant.
 
     Shapes, classes, dtypes and devices are looked at, values only where the layer is called by itself (no ``sequence``) on the
@@ -48,8 +49,7 @@ def check_layer_call(layer: nn.Module, x: Tensor, carry: object, sequence: objec
         _check_carry(layer, checks.instance("carry", carry, kind, f"make it with {name}.zero_carry"), x.shape[0])
 
 
-def check_zero_carry(batch: int, device: torch.device | str | None, dtype: torch.dtype,
-                     state_dtype: torch.dtype | None) -> int:
+def check_zero_carry(batch: int, device: torch.device | str | None, dtype: torch.dtype, state_dtype: torch.dtype | None) -> int:
     """The batch of a carry of no tokens; TypeError or ValueError where one of the arguments cannot be right."""
     if not torch.compiler.is_compiling():
         checks.device("device", device)
@@ -67,8 +67,9 @@ def _check_carry(layer: nn.Module, carry: Carry, batch: int) -> None:
         found, rows = _shapes(carry), carry.tensors()[0].shape[0]
     except (AttributeError, IndexError, TypeError):
         raise TypeError(f"carry is no carry of {name}: it holds something else than tensors") from None
-    if len(found) != len(wanted) or any(a != b and a is not None and b is not None
-                                        for ours, theirs in zip(wanted, found) for a, b in zip(ours, theirs)):
+    if len(found) != len(wanted) or any(
+        a != b and a is not None and b is not None for ours, theirs in zip(wanted, found) for a, b in zip(ours, theirs)
+    ):
         raise ValueError(f"carry is of another layer: its tensors are {found} behind the batch, those of this {name} {wanted}")
     if rows != batch:
         raise ValueError(f"carry is of {rows} rows but x has {batch}: carry the rows of one batch")
@@ -77,6 +78,6 @@ def _check_carry(layer: nn.Module, carry: Carry, batch: int) -> None:
 def _shapes(carry: Carry) -> list[tuple[int | None, ...]]:
     """Of a carry's tensors, behind the batch; None for a length that grows. Without a sketch's log decay: documents add one."""
     sketch = getattr(carry, "sketch", None)
-    tensors = carry.tensors() if sketch is None else (sketch.mass, sketch.values, *carry.tensors()[len(sketch.tensors()):])
+    tensors = carry.tensors() if sketch is None else (sketch.mass, sketch.values, *carry.tensors()[len(sketch.tensors()) :])
     grows = sketch is None and not hasattr(getattr(carry, "inner", carry), "reset")
     return [tuple(None if grows and n == 0 else size for n, size in enumerate(t.shape[1:])) for t in tensors]

@@ -35,8 +35,10 @@ class SoftmaxConfig(StrictConfig):
         ValueError: a field is out of its range or contradicts another one.
     """
 
-    short_conv: ConvWidth = Field(default=0, description="Width of a causal depthwise convolution added to queries and "
-                                                     "keys before their positions; 0: none.")
+    short_conv: ConvWidth = Field(
+        default=0,
+        description="Width of a causal depthwise convolution added to queries and keys before their positions; 0: none.",
+    )
     conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     output_gate: bool = Field(default=False, description="Multiply the output by a gate computed from the input.")
     gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
@@ -62,49 +64,73 @@ class RaceConfig(StrictConfig):
     """
 
     dim: int | None = Field(
-        default=None, ge=1, le=WIDTH_LIMIT, description="Width of the layer's input and output. A model fills it in.")
+        default=None, ge=1, le=WIDTH_LIMIT, description="Width of the layer's input and output. A model fills it in."
+    )
     num_heads: int | None = Field(default=None, ge=1, le=WIDTH_LIMIT, description="Query heads. A model fills it in.")
     num_kv_heads: int | None = Field(
-        default=None, ge=1, le=WIDTH_LIMIT,
-        description="Key and value heads, a divisor of num_heads; None: as many. A model fills it in.")
+        default=None,
+        ge=1,
+        le=WIDTH_LIMIT,
+        description="Key and value heads, a divisor of num_heads; None: as many. A model fills it in.",
+    )
     head_dim: int | None = Field(default=None, ge=1, le=WIDTH_LIMIT, description="Width of one head; None: dim // num_heads.")
     causal: bool = Field(default=True, description="Whether a token reads only itself and what came before it.")
 
     num_tables: int = Field(
-        default=4, ge=1, le=2**16, description="Hash tables L: independent sets of buckets whose similarities add.")
-    num_planes: int = Field(default=4, description="Hyperplanes P of a table, 1 to 10: a table has 2**P buckets. More planes "
-                                           "are sharper than more tables, and cost 2**P.")
+        default=4, ge=1, le=2**16, description="Hash tables L: independent sets of buckets whose similarities add."
+    )
+    num_planes: int = Field(
+        default=4,
+        description="Hyperplanes P of a table, 1 to 10: a table has 2**P buckets. More planes "
+        "are sharper than more tables, and cost 2**P.",
+    )
     beta_init: float | tuple[float, ...] = Field(
-        default=2.0, description="Sharpness of the soft hash at the start, one number or one per key/value head. 2 suits 4 "
-                         "planes, 4 suits 8.")
+        default=2.0,
+        description="Sharpness of the soft hash at the start, one number or one per key/value head. 2 suits 4 "
+        "planes, 4 suits 8.",
+    )
     train_beta: bool = Field(default=True, description="Whether the sharpness is trained, one number per key/value head.")
-    train_planes: bool = Field(default=False, description="Whether the hyperplanes are trained; they then belong to the "
-                                                  "checkpoint, otherwise seed and layer say what they are.")
+    train_planes: bool = Field(
+        default=False,
+        description="Whether the hyperplanes are trained; they then belong to the "
+        "checkpoint, otherwise seed and layer say what they are.",
+    )
     share_planes: bool = Field(default=False, description="Whether the heads of a layer share one set of hyperplanes.")
-    seed: int = Field(default=0, ge=0, le=SEED_LIMIT,
-                      description="Seed of the hyperplanes, and of the initial weights of a layer outside a model.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=SEED_LIMIT,
+        description="Seed of the hyperplanes, and of the initial weights of a layer outside a model.",
+    )
     normalization: Literal["global", "bucket", "none"] = Field(
-        default="none", description="global: divide by the summed similarity, as the paper does. bucket: divide in each "
-                            "bucket, as its released code does. none: divide by nothing and normalise each head's "
-                            "output (RMS), best where decay is per token. Default: none if causal, else global.")
+        default="none",
+        description="global: divide by the summed similarity, as the paper does. bucket: divide in each "
+        "bucket, as its released code does. none: divide by nothing and normalise each head's "
+        "output (RMS), best where decay is per token. Default: none if causal, else global.",
+    )
     qk_norm: bool = Field(default=True, description="Scale each query and key to a learned length per head before hashing.")
-    short_conv: ConvWidth = Field(default=4, description="Width of a causal depthwise convolution added to queries and "
-                                                     "keys; 0: none.")
+    short_conv: ConvWidth = Field(
+        default=4, description="Width of a causal depthwise convolution added to queries and keys; 0: none."
+    )
     conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     decay: Decay = Field(
-        default="token", description="How a layer forgets. none: never. multiscale: at a fixed rate per head, from fast to "
-                             "never. token: at a rate per head and token that is computed from the input. Default: "
-                             "token if causal, else none.")
+        default="token",
+        description="How a layer forgets. none: never. multiscale: at a fixed rate per head, from fast to "
+        "never. token: at a rate per head and token that is computed from the input. Default: "
+        "token if causal, else none.",
+    )
     output_gate: bool = Field(default=True, description="Multiply the output by a gate computed from the input.")
     gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
     rope_base: Annotated[float, Field(gt=1, le=1e30)] | Literal["auto"] | None = Field(
-        default="auto", description="Base of the rotary positions; None: no positions. auto: the model's base (10000 in "
-                                    "a layer that stands alone) without decay, none with it: decay and convolution say "
-                                    "where a token stands, and turned queries and keys hash worse.")
-    norm_eps: float = Field(
-        default=1e-6, ge=1e-30, le=1, description="Added to the mean square in the RMS norm of the output.")
+        default="auto",
+        description="Base of the rotary positions; None: no positions. auto: the model's base (10000 in "
+        "a layer that stands alone) without decay, none with it: decay and convolution say "
+        "where a token stands, and turned queries and keys hash worse.",
+    )
+    norm_eps: float = Field(default=1e-6, ge=1e-30, le=1, description="Added to the mean square in the RMS norm of the output.")
     backend: Literal["auto", "reference", "chunked", "triton"] = Field(
-        default="auto", description="What computes the attention. auto: the fastest one that runs here.")
+        default="auto", description="What computes the attention. auto: the fastest one that runs here."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -143,11 +169,12 @@ class RaceConfig(StrictConfig):
         if self.dim is not None and heads is not None and self.head_dim is None and self.dim % heads:
             raise ValueError(f"dim = {self.dim} is no multiple of num_heads = {heads}: change one or set head_dim")
         if self.resolved_rope_base() is not None and self.dim is not None and heads is not None and self.width % 2:
-            raise ValueError(f"rotary positions need an even head_dim; got {self.width}: "
-                             "change it or set rope_base=None")
+            raise ValueError(f"rotary positions need an even head_dim; got {self.width}: change it or set rope_base=None")
         if isinstance(self.beta_init, tuple) and heads is not None and len(self.beta_init) != (kv_heads or heads):
-            raise ValueError(f"beta_init has {len(self.beta_init)} numbers for {kv_heads or heads} key/value heads: "
-                             "give one number, or one per head")
+            raise ValueError(
+                f"beta_init has {len(self.beta_init)} numbers for {kv_heads or heads} key/value heads: "
+                "give one number, or one per head"
+            )
         return self
 
     @property
@@ -170,8 +197,9 @@ class RaceConfig(StrictConfig):
         """``S = L * 2**P``: buckets of all tables."""
         return self.num_tables * 2**self.num_planes
 
-    def filled(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None,
-               rope_base: float | None = None) -> RaceConfig:
+    def filled(
+        self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None, rope_base: float | None = None
+    ) -> RaceConfig:
         """This config with a model's widths; what was already set must agree. ``rope_base`` is the model's.
 
         Raises:
@@ -183,6 +211,7 @@ class RaceConfig(StrictConfig):
         for name, value in model.items():
             mine = getattr(self, name)
             if mine not in (None, value):
-                raise ValueError(f"race.{name} = {mine} but the model's {name} = {value}: "
-                                 f"leave race.{name} out or make them equal")
+                raise ValueError(
+                    f"race.{name} = {mine} but the model's {name} = {value}: leave race.{name} out or make them equal"
+                )
         return RaceConfig.model_validate(self.model_dump() | model | {"rope_base": self.resolved_rope_base(rope_base)})

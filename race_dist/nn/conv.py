@@ -17,8 +17,9 @@ class ShortConv(Drawn):
         width: taps, the last of which is the token itself; its carry is the ``width - 1`` tokens before.
     """
 
-    def __init__(self, channels: int, width: int, *, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, channels: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         channels, width = checks.integer("channels", channels, least=1), checks.integer("width", width, least=1)
         checks.size(2, channels=channels, width=width)
@@ -47,11 +48,11 @@ def short_conv(extended: Tensor, weight: Tensor, documents: Tensor | None = None
     """:meth:`ShortConv.forward` with taps ``weight [width, channels]``."""
     width = weight.shape[0]
     length = extended.shape[1] - width + 1
-    y = weight[-1] * extended[:, width - 1:]
+    y = weight[-1] * extended[:, width - 1 :]
     for tap in range(width - 1):
-        x = extended[:, tap:tap + length]
+        x = extended[:, tap : tap + length]
         if documents is not None:
-            same = documents[tap:tap + length] == documents[width - 1:]
+            same = documents[tap : tap + length] == documents[width - 1 :]
             x = torch.where(same[:, None], x, 0)
         y = y + weight[tap] * x
     return y

@@ -15,8 +15,9 @@ from race_dist.nn.tail import Extended, TailCarry, through_tails
 CarryT = TypeVar("CarryT", bound=Any)
 
 
-def convolve(tensors: tuple[Tensor, ...], convs: tuple[ShortConv | None, ...], tail: TailCarry | None,
-             sequence: Sequence) -> tuple[tuple[Tensor, ...], TailCarry | None]:
+def convolve(
+    tensors: tuple[Tensor, ...], convs: tuple[ShortConv | None, ...], tail: TailCarry | None, sequence: Sequence
+) -> tuple[tuple[Tensor, ...], TailCarry | None]:
     """Each tensor plus its short convolution; padding is left out.
 
     Args:
@@ -65,5 +66,9 @@ class ConvolvedCarry(Generic[CarryT]):
         return type(self)(self.inner.with_tensors(tuple(tensors[:split])), self.tail.with_tensors(tuple(tensors[split:])))
 
 
-pytree.register_pytree_node(ConvolvedCarry, lambda c: ([c.inner, c.tail], None),
-                            lambda leaves, _: ConvolvedCarry(*leaves), serialized_type_name="race_dist.ConvolvedCarry")
+pytree.register_pytree_node(
+    ConvolvedCarry,
+    lambda c: ([c.inner, c.tail], None),
+    lambda leaves, _: ConvolvedCarry(*leaves),
+    serialized_type_name="race_dist.ConvolvedCarry",
+)

@@ -71,8 +71,15 @@ class RaceCore(Drawn):
     beta: Tensor | None
     log_decay: Tensor | None
 
-    def __init__(self, config: RaceConfig, layer: int = 0, *, draw: bool = True,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: RaceConfig,
+        layer: int = 0,
+        *,
+        draw: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         checks.instance("config", config, RaceConfig)
         layer = checks.integer("layer", layer, least=0, most=2**63 - 1)
@@ -83,8 +90,9 @@ class RaceCore(Drawn):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
         self.head_dim, self.rope_base = config.width, config.resolved_rope_base()
         where = checks.placement(device, dtype)
-        self.out_norm = (RMSNorm(self.num_heads, self.head_dim, eps=config.norm_eps, **where)
-                         if config.normalization == "none" else None)
+        self.out_norm = (
+            RMSNorm(self.num_heads, self.head_dim, eps=config.norm_eps, **where) if config.normalization == "none" else None
+        )
         self._build_hash(where)
         if draw:
             initialize(self, config.seed, f"race.{layer}")
@@ -107,8 +115,15 @@ class RaceCore(Drawn):
 
     def _draw_planes(self, **where: Any) -> Tensor:
         config = self.config
-        return sample_planes(config.num_tables, config.num_planes, self.head_dim, seed=config.seed, layer=self.layer,
-                             num_heads=None if config.share_planes else self.num_kv_heads, **where)
+        return sample_planes(
+            config.num_tables,
+            config.num_planes,
+            self.head_dim,
+            seed=config.seed,
+            layer=self.layer,
+            num_heads=None if config.share_planes else self.num_kv_heads,
+            **where,
+        )
 
     def _constants(self) -> dict[str, Tensor]:
         """What the config alone says: never rounded to a narrow dtype, never in a checkpoint."""
@@ -119,8 +134,9 @@ class RaceCore(Drawn):
         if not self.config.train_beta:
             constants["beta"] = self._betas().to(**where)
         if self.config.decay == "multiscale":
-            constants["log_decay"] = torch.tensor([-1 / n for n in memory_lengths(self.num_kv_heads)],
-                                                  dtype=torch.float64).to(**where)
+            constants["log_decay"] = torch.tensor([-1 / n for n in memory_lengths(self.num_kv_heads)], dtype=torch.float64).to(
+                **where
+            )
         return constants
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -146,15 +162,31 @@ class RaceCore(Drawn):
             values["planes"] = self._draw_planes()
         return values
 
-    def zero_sketch(self, batch: int, *, device: torch.device | str | None = None,
-                    state_dtype: torch.dtype = torch.float32) -> SketchState:
+    def zero_sketch(
+        self, batch: int, *, device: torch.device | str | None = None, state_dtype: torch.dtype = torch.float32
+    ) -> SketchState:
         """The sketch of no tokens. Token-by-token decoding wants float64: a float32 mass that is fed single tokens stops
         growing at 2**24."""
-        return SketchState.empty(batch, self.num_kv_heads, self.config.num_features, self.head_dim, dtype=state_dtype,
-                                 device=device, decay=self.config.decay != "none")
+        return SketchState.empty(
+            batch,
+            self.num_kv_heads,
+            self.config.num_features,
+            self.head_dim,
+            dtype=state_dtype,
+            device=device,
+            decay=self.config.decay != "none",
+        )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sketch: SketchState | None = None,
-                sequence: Sequence | None = None, *, log_decay: Tensor | None = None) -> tuple[Tensor, Any]:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sketch: SketchState | None = None,
+        sequence: Sequence | None = None,
+        *,
+        log_decay: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
         """One piece of a sequence.
 
         Args:
@@ -206,15 +238,30 @@ def with_length(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms(x, eps) * (scale.to(compute_dtype(x)) * x.shape[-1] ** -0.5)
 
 
-def attend(config: RaceConfig, q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
-           sketch: SketchState | None, sequence: Sequence) -> tuple[Tensor, SketchState | None]:
+def attend(
+    config: RaceConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    sketch: SketchState | None,
+    sequence: Sequence,
+) -> tuple[Tensor, SketchState | None]:
     """The attention of a layer's heads over a piece of a sequence: output, and the outgoing sketch where it is wanted."""
     documents = sequence.num_documents
     options: AttentionOptions = {
-        "causal": config.causal, "normalization": config.normalization, "backend": config.backend,
-        "cu_seqlens": sequence.cu_seqlens, "key_mask": sequence.key_mask, "log_decay": log_decay,
+        "causal": config.causal,
+        "normalization": config.normalization,
+        "backend": config.backend,
+        "cu_seqlens": sequence.cu_seqlens,
+        "key_mask": sequence.key_mask,
+        "log_decay": log_decay,
         "initial_state": None if sketch is None else _first_row_of(sketch, documents),
-        "group": sequence.group, "layout": sequence.layout}
+        "group": sequence.group,
+        "layout": sequence.layout,
+    }
     # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
     sampled = v.dtype == torch.bfloat16 and not config.train_planes
     planes = planes.to(torch.bfloat16) if sampled else planes

@@ -67,8 +67,7 @@ def write_part(parameter: Tensor, values: Tensor) -> None:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         if isinstance(parameter, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh,
-                                                                  parameter.placements)
+            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
             values = values[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
             parameter = parameter.to_local()
     parameter.copy_(values)
@@ -77,8 +76,15 @@ def write_part(parameter: Tensor, values: Tensor) -> None:
 class Linear(nn.Linear, Drawn):
     """``nn.Linear`` without a bias whose weight starts normal with standard deviation ``in_features**-0.5 * gain``."""
 
-    def __init__(self, in_features: int, out_features: int, *, gain: float = 1.0,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        gain: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.gain = checks.number("gain", gain, least=0)
         in_features = checks.integer("in_features", in_features, least=1, most=2**40)
         out_features = checks.integer("out_features", out_features, least=1, most=2**40)
@@ -96,8 +102,15 @@ class Linear(nn.Linear, Drawn):
 class Embedding(nn.Embedding, Drawn):
     """``nn.Embedding`` whose weight starts normal with standard deviation ``std``."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, std: float,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.std = checks.number("std", std, least=0)
         num_embeddings = checks.integer("num_embeddings", num_embeddings, least=1, most=2**40)
         embedding_dim = checks.integer("embedding_dim", embedding_dim, least=1, most=2**40)

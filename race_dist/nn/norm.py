@@ -28,8 +28,9 @@ class RMSNorm(Drawn):
         eps: added to the mean square.
     """
 
-    def __init__(self, *shape: int, eps: float = 1e-6, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, *shape: int, eps: float = 1e-6, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         if not shape:
             raise ValueError("RMSNorm needs the shape of its weight, at least one number; got none")

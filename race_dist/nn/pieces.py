@@ -20,8 +20,9 @@ from race_dist.parallel.collectives import attach, broadcast
 from race_dist.parallel.scan import carries_in
 
 
-def across_ranks(own: list[CarryT], before: CarryT, group: ProcessGroup | None, layout: Layout, *,
-                 final: bool) -> tuple[list[CarryT], CarryT | None]:
+def across_ranks(
+    own: list[CarryT], before: CarryT, group: ProcessGroup | None, layout: Layout, *, final: bool
+) -> tuple[list[CarryT], CarryT | None]:
     """The carry that enters each of this rank's spans, and the one that leaves the sequence. Every rank calls it.
 
     Args:
@@ -127,8 +128,9 @@ class Compaction(NamedTuple):
         order = (key if documents is None else key + 2 * documents).argsort(dim=1, stable=True)
         rows = torch.arange(real.shape[1], device=real.device).expand_as(order)
         stop = TokenCount.of(real, begin).count
-        return cls(real, order, torch.empty_like(order).scatter_(1, order, rows),
-                   stop if begin is None else stop + begin.clamp(min=0))
+        return cls(
+            real, order, torch.empty_like(order).scatter_(1, order, rows), stop if begin is None else stop + begin.clamp(min=0)
+        )
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows ``x [B, n, ...]``, compacted."""

@@ -52,8 +52,12 @@ class RaceCarry:
         return type(self)(self.sketch.with_tensors(tuple(tensors[:split])), tail)
 
 
-pytree.register_pytree_node(RaceCarry, lambda c: ([c.sketch, c.tail], None), lambda leaves, _: RaceCarry(*leaves),
-                            serialized_type_name="race_dist.RaceCarry")
+pytree.register_pytree_node(
+    RaceCarry,
+    lambda c: ([c.sketch, c.tail], None),
+    lambda leaves, _: RaceCarry(*leaves),
+    serialized_type_name="race_dist.RaceCarry",
+)
 
 
 class RaceAttention(RaceCore):
@@ -71,14 +75,21 @@ class RaceAttention(RaceCore):
         ValueError: dim or num_heads are not set.
     """
 
-    def __init__(self, config: RaceConfig, layer: int = 0, *, output_gain: float = 1.0, draw: bool = True,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: RaceConfig,
+        layer: int = 0,
+        *,
+        output_gain: float = 1.0,
+        draw: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         checks.instance("config", config, RaceConfig)
         checks.number("output_gain", output_gain, least=0)
         checks.flag("draw", draw)
         if config.dim is None or config.num_heads is None:
-            raise ValueError("RaceAttention needs RaceConfig.dim and num_heads: give both "
-                             "(a ModelConfig fills them in)")
+            raise ValueError("RaceAttention needs RaceConfig.dim and num_heads: give both (a ModelConfig fills them in)")
         super().__init__(config, layer, draw=False, device=device, dtype=dtype)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self._build_projections(config.dim, output_gain, where)
@@ -104,8 +115,14 @@ class RaceAttention(RaceCore):
             values["decay_bias"] = (1 / memory).expm1().log()  # softplus of it is the rate of forgetting
         return values
 
-    def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
-                   state_dtype: torch.dtype | None = None) -> RaceCarry:
+    def zero_carry(
+        self,
+        batch: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
+    ) -> RaceCarry:
         """The carry of no tokens.
 
         Args:
@@ -124,8 +141,12 @@ class RaceAttention(RaceCore):
         inputs = tuple(torch.zeros(batch, 0, heads * self.head_dim, device=device, dtype=dtype) for heads in convolved)
         return RaceCarry(sketch, TailCarry.empty(inputs, self.config.short_conv - 1))
 
-    def forward(self, x: Tensor, carry: RaceCarry | None = None,  # type: ignore[override]
-                sequence: Sequence | None = None) -> tuple[Tensor, RaceCarry | None]:
+    def forward(
+        self,
+        x: Tensor,
+        carry: RaceCarry | None = None,  # type: ignore[override]
+        sequence: Sequence | None = None,
+    ) -> tuple[Tensor, RaceCarry | None]:
         """One piece of a sequence.
 
         Args:
@@ -139,8 +160,9 @@ class RaceAttention(RaceCore):
         check_layer_call(self, x, carry, sequence, dim=self.config.dim or 0, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         x = sequence.real(x)
-        (q, k, v), tail = convolve(self.project(x), (self.q_conv, self.k_conv, self.v_conv),
-                                   None if carry is None else carry.tail, sequence)
+        (q, k, v), tail = convolve(
+            self.project(x), (self.q_conv, self.k_conv, self.v_conv), None if carry is None else carry.tail, sequence
+        )
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         out, sketch = super().forward(q, k, v, None if carry is None else carry.sketch, sequence, log_decay=self._decay(x))
         y = out.flatten(2)

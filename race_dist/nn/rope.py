@@ -36,8 +36,7 @@ def _turns_per_token(head_dim: int, base: float) -> tuple[int, ...]:
     return tuple(u - 2**64 if u >= 2**63 else u for u in units)
 
 
-def rotation(positions: Tensor, head_dim: int, base: float,
-             dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles ``positions * base**(-2i / D)``.
 
     Args:
@@ -81,8 +80,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     for name, given in (("x", x), ("cos", cos), ("sin", sin)):
         checks.tensor(name, given, dtypes=checks.DTYPES)
     if x.dim() != 4 or cos.dim() not in (2, 3) or x.shape[-1] != 2 * cos.shape[-1] or cos.shape != sin.shape:
-        raise ValueError(f"x, cos and sin must be [B, T, H, D] and twice [T, D/2] or [B, T, D/2]; got {list(x.shape)}, "
-                         f"{list(cos.shape)} and {list(sin.shape)}")
+        raise ValueError(
+            f"x, cos and sin must be [B, T, H, D] and twice [T, D/2] or [B, T, D/2]; got {list(x.shape)}, "
+            f"{list(cos.shape)} and {list(sin.shape)}"
+        )
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -85,9 +85,18 @@ class Sequence:
             raise ValueError("a Sequence gets its key_mask from Sequence.of(length, key_mask=...), which counts its real rows")
 
     @classmethod
-    def of(cls, length: int, *, cu_seqlens: Tensor | None = None, key_mask: Tensor | None = None,
-           group: ProcessGroup | None = None, layout: str = "contiguous", position: Tensor | int = 0,
-           final: bool = True, device: torch.device | str | None = None) -> Sequence:
+    def of(
+        cls,
+        length: int,
+        *,
+        cu_seqlens: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        layout: str = "contiguous",
+        position: Tensor | int = 0,
+        final: bool = True,
+        device: torch.device | str | None = None,
+    ) -> Sequence:
         """The sequence of a call.
 
         Args:
@@ -144,11 +153,18 @@ class Sequence:
         own = [TokenCount.of(*piece) for piece in zip(real, begins, strict=True)]
         before = TokenCount(position.expand(key_mask.shape[0]), torch.zeros_like(own[0].reset))
         entering, after = across_ranks(own, before, self.group, self.layout, final=self.final)
-        positions = [real_positions(mask, count.count, self._starts(span, document))
-                     for mask, count, span, document in zip(real, entering, spans, documents, strict=True)]
+        positions = [
+            real_positions(mask, count.count, self._starts(span, document))
+            for mask, count, span, document in zip(real, entering, spans, documents, strict=True)
+        ]
         compactions = tuple(Compaction.of(*piece) for piece in zip(real, begins, documents, strict=True))
-        return replace(self, positions=torch.cat(positions, 1), key_mask=key_mask, compactions=compactions,
-                       end=None if after is None else after.count)
+        return replace(
+            self,
+            positions=torch.cat(positions, 1),
+            key_mask=key_mask,
+            compactions=compactions,
+            end=None if after is None else after.count,
+        )
 
     def _starts(self, span: Span, documents: Tensor | None) -> Tensor | None:
         """``[length]``: row of the span at which each row's document begins; negative where it goes on from before the span,
@@ -165,8 +181,10 @@ class Sequence:
             ValueError: there is a carry and the layer has rotary positions, so that it matters where the carry ends.
         """
         if carry is not None and rope_base is not None:
-            raise ValueError("a layer with rotary positions that continues a carry must be told where it stands: give "
-                             "sequence=Sequence.of(T, position=tokens seen so far)")
+            raise ValueError(
+                "a layer with rotary positions that continues a carry must be told where it stands: give "
+                "sequence=Sequence.of(T, position=tokens seen so far)"
+            )
         return cls.of(x.shape[1], device=x.device)
 
     @property
@@ -190,8 +208,14 @@ class Sequence:
         if self.layout == "contiguous":
             return self.offset + arange
         world = group_size(self.group)
-        return shard_rows(self.length * world, group_rank(self.group), world, layout=self.layout,
-                          cu_seqlens=self.cu_seqlens, device=arange.device)
+        return shard_rows(
+            self.length * world,
+            group_rank(self.group),
+            world,
+            layout=self.layout,
+            cu_seqlens=self.cu_seqlens,
+            device=arange.device,
+        )
 
     def real(self, x: Tensor) -> Tensor:
         """``x [B, T, dim]`` with 0 where a row is padding: whatever stands there, NaN too, then changes nothing."""
@@ -213,8 +237,10 @@ class Sequence:
             return [Span(0, half, rank * half), Span(half, half, (2 * world - 1 - rank) * half)]
         runs = local_segments(self.length, rank, world, layout=self.layout, cu_seqlens=self.cu_seqlens)
         first = runs.cu_seqlens.tolist()
-        return [Span(a, b - a, start, document) for a, b, start, document in
-                zip(first[:-1], first[1:], runs.starts.tolist(), runs.documents.tolist(), strict=True)]
+        return [
+            Span(a, b - a, start, document)
+            for a, b, start, document in zip(first[:-1], first[1:], runs.starts.tolist(), runs.documents.tolist(), strict=True)
+        ]
 
     def documents(self, span: Span, before: int) -> Tensor | None:
         """``[before + length]``: document of each token of a span and of ``before`` tokens carried into it.

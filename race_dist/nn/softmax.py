@@ -53,10 +53,21 @@ class SoftmaxAttention(nn.Module):
         device, dtype: of the parameters.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, head_dim: int | None = None,
-                 rope_base: float | None = 10000.0, config: SoftmaxConfig | None = None, output_gain: float = 1.0,
-                 draw: bool = True, seed: int = 0, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        head_dim: int | None = None,
+        rope_base: float | None = 10000.0,
+        config: SoftmaxConfig | None = None,
+        output_gain: float = 1.0,
+        draw: bool = True,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         dim, num_heads = checks.integer("dim", dim, least=1, most=WIDEST), checks.integer("num_heads", num_heads, least=1)
         num_kv_heads = checks.integer("num_kv_heads", num_kv_heads, least=1)
@@ -71,12 +82,16 @@ class SoftmaxAttention(nn.Module):
         if head_dim is None and dim % num_heads:
             raise ValueError(f"dim = {dim} is no multiple of num_heads = {num_heads}: change one or set head_dim")
         if rope_base is not None and (head_dim or dim // num_heads) % 2:
-            raise ValueError(f"rotary positions need an even head_dim; got {head_dim or dim // num_heads}: change it or set "
-                             "rope_base=None")
+            raise ValueError(
+                f"rotary positions need an even head_dim; got {head_dim or dim // num_heads}: change it or set rope_base=None"
+            )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim or dim // num_heads
         self.rope_base = rope_base
-        self.config = SoftmaxConfig() if config is None else checks.instance("config", config, SoftmaxConfig, "make it with "
-                                                                             "SoftmaxConfig(...)")
+        self.config = (
+            SoftmaxConfig()
+            if config is None
+            else checks.instance("config", config, SoftmaxConfig, "make it with SoftmaxConfig(...)")
+        )
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = Linear(dim, width, device=device, dtype=dtype)
         self.k_proj = Linear(dim, kv_width, device=device, dtype=dtype)
@@ -117,11 +132,13 @@ class SoftmaxAttention(nn.Module):
         inputs = tuple(torch.zeros(batch, 0, heads * self.head_dim, device=device, dtype=dtype) for heads in convolved)
         return TailCarry.empty(inputs, self.config.short_conv - 1)
 
-    def _heads(self, x: Tensor, tail: TailCarry | None,
-               sequence: Sequence) -> tuple[tuple[Tensor, Tensor, Tensor], TailCarry | None]:
+    def _heads(
+        self, x: Tensor, tail: TailCarry | None, sequence: Sequence
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], TailCarry | None]:
         """:meth:`heads` of a piece that continues ``tail``, and the outgoing tail."""
-        flat, tail = convolve((self.q_proj(x), self.k_proj(x), self.v_proj(x)), (self.q_conv, self.k_conv, self.v_conv), tail,
-                              sequence)
+        flat, tail = convolve(
+            (self.q_proj(x), self.k_proj(x), self.v_proj(x)), (self.q_conv, self.k_conv, self.v_conv), tail, sequence
+        )
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in flat)
         if self.rope_base is not None:
             cos, sin = sequence.rotation(self.head_dim, self.rope_base, compute_dtype(x))
@@ -161,8 +178,12 @@ class HistoryCarry:
         return type(self)(*tensors)
 
 
-pytree.register_pytree_node(HistoryCarry, lambda h: ([h.keys, h.values, h.visible], None),
-                            lambda leaves, _: HistoryCarry(*leaves), serialized_type_name="race_dist.HistoryCarry")
+pytree.register_pytree_node(
+    HistoryCarry,
+    lambda h: ([h.keys, h.values, h.visible], None),
+    lambda leaves, _: HistoryCarry(*leaves),
+    serialized_type_name="race_dist.HistoryCarry",
+)
 
 
 FullCarry = HistoryCarry | ConvolvedCarry[HistoryCarry]
@@ -174,13 +195,20 @@ class FullAttention(SoftmaxAttention):
     Under a group every rank gathers the keys and values of all.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, *, causal: bool = True,
-                 **options: Unpack[SoftmaxOptions]) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, num_kv_heads: int, *, causal: bool = True, **options: Unpack[SoftmaxOptions]
+    ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
         self.causal = checks.flag("causal", causal)
 
-    def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
-                   state_dtype: torch.dtype | None = None) -> FullCarry:
+    def zero_carry(
+        self,
+        batch: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
+    ) -> FullCarry:
         """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
         batch = check_zero_carry(batch, device, dtype, state_dtype)
         carry: FullCarry = self._joined(self._no_history(batch, device, dtype), self._zero_tail(batch, device, dtype))
@@ -190,11 +218,19 @@ class FullAttention(SoftmaxAttention):
         k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
         return HistoryCarry(k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool))
 
-    def forward(self, x: Tensor, carry: FullCarry | None = None,
-                sequence: Sequence | None = None) -> tuple[Tensor, FullCarry | None]:
+    def forward(
+        self, x: Tensor, carry: FullCarry | None = None, sequence: Sequence | None = None
+    ) -> tuple[Tensor, FullCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
-        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight,
-                         kind=ConvolvedCarry if self.config.short_conv else HistoryCarry)
+        check_layer_call(
+            self,
+            x,
+            carry,
+            sequence,
+            dim=self.q_proj.in_features,
+            like=self.q_proj.weight,
+            kind=ConvolvedCarry if self.config.short_conv else HistoryCarry,
+        )
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         x = sequence.real(x)
         history, tail = self._parted(carry)
@@ -205,8 +241,13 @@ class FullAttention(SoftmaxAttention):
         whole = history.combine(HistoryCarry(*(sequence.gather(t) for t in (k, v, real))))
         queries, keys, values = (t.transpose(1, 2) for t in (q, whole.keys, whole.values))
         out = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=None if plain else self._mask(sequence, history, whole),
-            is_causal=plain and self.causal, enable_gqa=self.num_heads != self.num_kv_heads)
+            queries,
+            keys,
+            values,
+            attn_mask=None if plain else self._mask(sequence, history, whole),
+            is_causal=plain and self.causal,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
         out = out.transpose(1, 2)
         if sequence.key_mask is not None:
             out = torch.where(sequence.key_mask[..., None, None], out, 0)  # padding gets nothing and has no gradient

@@ -35,13 +35,14 @@ class TailCarry:
     def empty(cls, like: tuple[Tensor, ...], width: int) -> TailCarry:
         """The tail, ``width`` slots, of no tokens of tensors like these (``[B, T, ...]``)."""
         batch, device = like[0].shape[0], like[0].device
-        return cls(tuple(x.new_zeros(batch, width, *x.shape[2:]) for x in like),
-                   torch.zeros(batch, dtype=torch.int64, device=device),
-                   torch.zeros(batch, dtype=torch.bool, device=device))
+        return cls(
+            tuple(x.new_zeros(batch, width, *x.shape[2:]) for x in like),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, dtype=torch.bool, device=device),
+        )
 
     @classmethod
-    def of(cls, tensors: tuple[Tensor, ...], width: int, begin: Tensor | None = None,
-           stop: Tensor | None = None) -> TailCarry:
+    def of(cls, tensors: tuple[Tensor, ...], width: int, begin: Tensor | None = None, stop: Tensor | None = None) -> TailCarry:
         """The tail of a piece.
 
         Args:
@@ -54,7 +55,7 @@ class TailCarry:
         batch, length = tensors[0].shape[:2]
         device = tensors[0].device
         if stop is None or not length:
-            tails = tuple(_pad_front(x[:, max(0, length - width):], width) for x in tensors)
+            tails = tuple(_pad_front(x[:, max(0, length - width) :], width) for x in tensors)
             count = torch.full((batch,), min(length, width), dtype=torch.int64, device=device)
         else:
             source = (stop[:, None] + torch.arange(-width, 0, device=device)).clamp(min=0)
@@ -89,8 +90,10 @@ class TailCarry:
         slot = torch.arange(self.width, device=self.count.device)
         source = (slot + later.count[:, None]).clamp(max=self.width - 1)  # of a slot that later does not fill
         seen = later.held | ~later.reset[:, None]
-        tails = tuple(_keep(seen, torch.where(_like(later.held, b), b, a.take_along_dim(_like(source, a), 1)))
-                      for a, b in zip(self.tails, later.tails, strict=True))
+        tails = tuple(
+            _keep(seen, torch.where(_like(later.held, b), b, a.take_along_dim(_like(source, a), 1)))
+            for a, b in zip(self.tails, later.tails, strict=True)
+        )
         count = torch.where(later.reset, later.count, (self.count + later.count).clamp(max=self.width))
         return type(self)(tails, count, self.reset | later.reset)
 
@@ -151,8 +154,13 @@ class Extended(NamedTuple):
         return rows if self.compaction is None else self.compaction.gather(rows)
 
 
-def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | None, sequence: Sequence,
-                  mix: Callable[[Extended], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], TailCarry | None]:
+def through_tails(
+    tensors: tuple[Tensor, ...],
+    width: int,
+    carry: TailCarry | None,
+    sequence: Sequence,
+    mix: Callable[[Extended], tuple[Tensor, ...]],
+) -> tuple[tuple[Tensor, ...], TailCarry | None]:
     """Run a layer that looks back ``width`` tokens over this rank's rows, wherever the tokens before them are.
 
     It looks back at real tokens: where the sequence has a key_mask, ``mix`` gets the span's real tokens first and padding
@@ -188,15 +196,18 @@ def through_tails(tensors: tuple[Tensor, ...], width: int, carry: TailCarry | No
     return tuple(torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)), outgoing
 
 
-def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry,
-           sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
+def _enter(
+    pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry, sequence: Sequence
+) -> tuple[list[TailCarry], TailCarry | None]:
     """The tail that enters each span, and the one that leaves the sequence."""
     if torch.compiler.is_compiling() and _in_graph(pieces, carry, sequence):
         enter = _enter_in_graph if sequence.compactions is None else _enter_masked_in_graph
         return enter(pieces[0], carry, sequence)
     stops = [None] * len(spans) if sequence.compactions is None else [compact.stop for compact in sequence.compactions]
-    tails = [TailCarry.of(piece, carry.width, sequence.begin(span), stop)
-             for piece, span, stop in zip(pieces, spans, stops, strict=True)]
+    tails = [
+        TailCarry.of(piece, carry.width, sequence.begin(span), stop)
+        for piece, span, stop in zip(pieces, spans, stops, strict=True)
+    ]
     entering, outgoing = across_ranks(tails, carry, sequence.group, sequence.layout, final=sequence.final)
     if outgoing is not None and len(spans) > 2:  # documents that were cut one by one: the last began inside the sequence
         outgoing = replace(outgoing, reset=torch.ones_like(outgoing.reset))
@@ -209,17 +220,22 @@ def _enter(pieces: list[tuple[Tensor, ...]], spans: list[Span], carry: TailCarry
 def _in_graph(pieces: list[tuple[Tensor, ...]], carry: TailCarry, sequence: Sequence) -> bool:
     """Whether there is a way that keeps the graph whole: one document, contiguous shards, which without padding are so long (on
     every rank: they are of about one length) that only the neighbour's last tokens matter."""
-    return (sequence.group is not None and sequence.layout == "contiguous" and sequence.cu_seqlens is None
-            and (sequence.key_mask is not None or pieces[0][0].shape[1] >= 4 * carry.width))
+    return (
+        sequence.group is not None
+        and sequence.layout == "contiguous"
+        and sequence.cu_seqlens is None
+        and (sequence.key_mask is not None or pieces[0][0].shape[1] >= 4 * carry.width)
+    )
 
 
-def _enter_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
-                    sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
+def _enter_in_graph(
+    piece: tuple[Tensor, ...], carry: TailCarry, sequence: Sequence
+) -> tuple[list[TailCarry], TailCarry | None]:
     """:func:`_enter` there, by one opaque operator."""
     from race_dist.parallel.graphs import edges_in_graph
 
     assert sequence.group is not None
-    own = [x[:, x.shape[1] - carry.width:] for x in piece]
+    own = [x[:, x.shape[1] - carry.width :] for x in piece]
     wide = lambda tensors: [t if t.is_floating_point() else t.float() for t in tensors]
     entering, leaving = edges_in_graph(wide(own), wide(carry.tails), sequence.group)
     narrow = lambda tensors: tuple(t if x.is_floating_point() else t > 0.5 for t, x in zip(tensors, own, strict=True))
@@ -228,8 +244,9 @@ def _enter_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
     return [first], TailCarry(narrow(leaving), full, carry.reset) if sequence.final else None
 
 
-def _enter_masked_in_graph(piece: tuple[Tensor, ...], carry: TailCarry,
-                           sequence: Sequence) -> tuple[list[TailCarry], TailCarry | None]:
+def _enter_masked_in_graph(
+    piece: tuple[Tensor, ...], carry: TailCarry, sequence: Sequence
+) -> tuple[list[TailCarry], TailCarry | None]:
     """:func:`_enter` there, where padding leaves a shard fewer tokens than a tail holds, or none: every rank's tail comes to
     every rank. Tails of slot numbers say which of all slots each slot holds."""
     from race_dist.parallel.graphs import gather_in_graph

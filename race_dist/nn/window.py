@@ -26,15 +26,20 @@ class WindowAttention(SoftmaxAttention):
     tail of that one's inputs.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int,
-                 **options: Unpack[SoftmaxOptions]) -> None:
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int, **options: Unpack[SoftmaxOptions]) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
         if checks.integer("window", window, most=2**40) < 2:
             raise ValueError(f"window must be at least 2 (a token and the one before it); got {window}")
         self.window = window
 
-    def zero_carry(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
-                   state_dtype: torch.dtype | None = None) -> WindowCarry:
+    def zero_carry(
+        self,
+        batch: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
+    ) -> WindowCarry:
         """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
         batch = check_zero_carry(batch, device, dtype, state_dtype)
         k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
@@ -42,11 +47,19 @@ class WindowAttention(SoftmaxAttention):
         carry: WindowCarry = self._joined(seen, self._zero_tail(batch, device, dtype))
         return carry
 
-    def forward(self, x: Tensor, carry: WindowCarry | None = None,
-                sequence: Sequence | None = None) -> tuple[Tensor, WindowCarry | None]:
+    def forward(
+        self, x: Tensor, carry: WindowCarry | None = None, sequence: Sequence | None = None
+    ) -> tuple[Tensor, WindowCarry | None]:
         """``x [B, T, dim]`` to the same, and the outgoing carry."""
-        check_layer_call(self, x, carry, sequence, dim=self.q_proj.in_features, like=self.q_proj.weight,
-                         kind=ConvolvedCarry if self.config.short_conv else TailCarry)
+        check_layer_call(
+            self,
+            x,
+            carry,
+            sequence,
+            dim=self.q_proj.in_features,
+            like=self.q_proj.weight,
+            kind=ConvolvedCarry if self.config.short_conv else TailCarry,
+        )
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         x = sequence.real(x)
         seen, tail = self._parted(carry)
@@ -57,14 +70,15 @@ class WindowAttention(SoftmaxAttention):
         def attend(piece: Extended) -> tuple[Tensor]:
             keys, values, kept = piece.tensors
             plain = piece.documents is None and masked is None
-            return window_attention(piece.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),
+            return (window_attention(piece.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),)
 
         (out,), seen = through_tails((k, v, real), self.window - 1, seen, sequence, attend)
         return self.output(out, x), self._joined(seen, tail)
 
 
-def window_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, documents: Tensor | None = None, *,
-                     plain: bool = False) -> Tensor:
+def window_attention(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, documents: Tensor | None = None, *, plain: bool = False
+) -> Tensor:
     """Softmax attention in which query t sees keys t to t + n.
 
     Queries go in blocks of up to ``n + 1``, each with the keys of its own block and the ``n`` before it. A query always
@@ -87,11 +101,11 @@ def window_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, d
     q = F.pad(q, (0, 0, 0, 0, 0, padding))
     keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (keys, values))
     head = block if plain and length > block else q.shape[1]
-    visible = F.pad(visible, (0, padding))[:, :head + before]
+    visible = F.pad(visible, (0, padding))[:, : head + before]
     if documents is not None:
         documents = F.pad(documents, (0, padding), value=-1)
     mask = _block_masks(visible, documents, block, before)
-    out = _attend_blocks(q[:, :head], keys[:, :head + before], values[:, :head + before], mask, block, before)
+    out = _attend_blocks(q[:, :head], keys[:, : head + before], values[:, : head + before], mask, block, before)
     if head < q.shape[1]:
         mask = _band(block, before, q.device)
         out = torch.cat([out, _attend_blocks(q[:, head:], keys[:, head:], values[:, head:], mask, block, before)], 1)

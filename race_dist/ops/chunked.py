@@ -53,8 +53,17 @@ def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
     return Begun(_sketch(p, _walk(p, Tiling(p))[1]), None)
 
 
-def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-             need_beta: bool = True, into: Into | None = None, begun: Begun | None = None) -> Gradients:
+def backward(
+    p: Problem,
+    saved: Forward,
+    dout: Tensor,
+    dfinal: SketchState | None,
+    *,
+    need_planes: bool,
+    need_beta: bool = True,
+    into: Into | None = None,
+    begun: Begun | None = None,
+) -> Gradients:
     """Gradients of every input (those of q, k, v ``into`` tensors if given), from those of the output and final state."""
     arriving = _augmented(p, dfinal)  # [rows, H, S, E] float64
     totals = _Totals(p, need_planes, need_beta, into or Into(*(torch.empty_like(x) for x in (p.q, p.k, p.v))))
@@ -387,8 +396,9 @@ def _numerator_gradient(p: Problem, work: _Work, before: Tensor, saved: Forward,
     return torch.cat([g, -(g * o).sum(-1, keepdim=True)], -1)
 
 
-def _pull(p: Problem, work: _Work, state: _States, dstate: Tensor, running: Tensor, arriving: Tensor,
-          dinitial: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pull(
+    p: Problem, work: _Work, state: _States, dstate: Tensor, running: Tensor, arriving: Tensor, dinitial: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One tile of the suffix walk.
 
     Args:
@@ -486,8 +496,15 @@ class _Totals:
         if self.decay is not None and last is not None and p.log_decay is not None:
             log_decay = _decay_gradient(p, self.decay, last).to(p.log_decay.dtype)
         initial = None if p.initial is None else _sketch(p, dinitial)
-        return Gradients(self.q, self.k, self.v, None if self.planes is None else self.planes.to(p.planes.dtype),
-                         None if self.beta is None else self.beta.to(p.beta.dtype), log_decay, initial)
+        return Gradients(
+            self.q,
+            self.k,
+            self.v,
+            None if self.planes is None else self.planes.to(p.planes.dtype),
+            None if self.beta is None else self.beta.to(p.beta.dtype),
+            log_decay,
+            initial,
+        )
 
 
 def _decay_gradient(p: Problem, decay: Tensor, last: Tensor) -> Tensor:

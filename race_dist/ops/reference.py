@@ -18,8 +18,10 @@ def attention(p: Problem) -> tuple[Tensor, SketchState]:
     if p.cu_seqlens is None:
         return _one_sequence(p, slice(0, p.q.shape[1]), p.initial)
     bounds = p.cu_seqlens.tolist()
-    parts = [_one_sequence(p, slice(start, end), None if p.initial is None else p.initial[n:n + 1])
-             for n, (start, end) in enumerate(zip(bounds, bounds[1:]))]
+    parts = [
+        _one_sequence(p, slice(start, end), None if p.initial is None else p.initial[n : n + 1])
+        for n, (start, end) in enumerate(zip(bounds, bounds[1:]))
+    ]
     final = [torch.cat(field) for field in zip(*(state.tensors() for _, state in parts))]
     return torch.cat([out for out, _ in parts], 1), SketchState.unchecked(*final)
 
@@ -53,13 +55,15 @@ def _one_sequence(p: Problem, tokens: slice, initial: SketchState | None) -> tup
     return out, _final_state(p, phi_k, v, weight, total, initial)
 
 
-def _final_state(p: Problem, phi_k: Tensor, v: Tensor, weight: Tensor, total: Tensor | None,
-                 initial: SketchState | None) -> SketchState:
+def _final_state(
+    p: Problem, phi_k: Tensor, v: Tensor, weight: Tensor, total: Tensor | None, initial: SketchState | None
+) -> SketchState:
     """``sum_j exp(G_last - G_j) phi(k_j) [1 | v_j] + exp(G_last) * initial``."""
     last = weight[:, :, -1, :, None] if weight.shape[2] else weight.new_zeros(*weight.shape[:2], 0, 1)
     phi_k = (phi_k * last).to(p.state_dtype)
-    tokens = SketchState.unchecked(phi_k.sum(2), phi_k.mT @ v.to(p.state_dtype),
-                                   None if total is None else total.to(p.state_dtype))
+    tokens = SketchState.unchecked(
+        phi_k.sum(2), phi_k.mT @ v.to(p.state_dtype), None if total is None else total.to(p.state_dtype)
+    )
     if initial is None:
         return tokens
     return SketchState.unchecked(*initial.tensors()[:2]).combine(tokens)

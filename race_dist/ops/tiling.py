@@ -53,7 +53,7 @@ class Tile:
         if self.rows is not None:
             part = x[:, self.rows]
         else:
-            part = x[:, self.start:self.start + self.length]
+            part = x[:, self.start : self.start + self.length]
             if self.length < n * c:
                 part = F.pad(part, (0, 0) * (x.dim() - 2) + (0, n * c - self.length))
             part = part.unflatten(1, (n, c))
@@ -65,7 +65,7 @@ class Tile:
         if self.rows is not None:
             target[:, self.rows[self.valid]] = part[:, self.valid].to(target.dtype)
         else:
-            target[:, self.start:self.start + self.length] = part.flatten(1, 2)[:, :self.length].to(target.dtype)
+            target[:, self.start : self.start + self.length] = part.flatten(1, 2)[:, : self.length].to(target.dtype)
 
 
 class Tiling:
@@ -113,8 +113,17 @@ class Tiling:
         valid = offset < lengths[document, None]
         rows = torch.where(valid, starts[document, None] + offset, 0)
         held = valid[:, 0]
-        return Tile(index, 0, 0, shape, rows, valid, document, begins=held & (number == 0),
-                    ends=held & (chunk == last_chunk[document] - 1))
+        return Tile(
+            index,
+            0,
+            0,
+            shape,
+            rows,
+            valid,
+            document,
+            begins=held & (number == 0),
+            ends=held & (chunk == last_chunk[document] - 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,12 @@ def links(p: Problem, tile: Tile) -> Links:
 
     sources = weights(before[..., :, None] - before[..., None, :], seen)
     begin = None if seen_begin is None else weights(before[..., :, None] - before[..., None, :-1], seen_begin)
-    return Links(weights(inside[..., :, None] - inside[..., None, :], lower), inside[..., None].exp().to(dtype),
-                 (total - inside)[..., None].exp().to(dtype), total[..., None].exp().to(dtype), sources, begin,
-                 (before[..., -1:].exp() * seen[-1, 0])[..., None])
+    return Links(
+        weights(inside[..., :, None] - inside[..., None, :], lower),
+        inside[..., None].exp().to(dtype),
+        (total - inside)[..., None].exp().to(dtype),
+        total[..., None].exp().to(dtype),
+        sources,
+        begin,
+        (before[..., -1:].exp() * seen[-1, 0])[..., None],
+    )

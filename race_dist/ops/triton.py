@@ -52,8 +52,19 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
         return call.decode(out)
     states, final = call.prefix_states(parts)
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
-    call.launch("out", call.kernel("out"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *call.hash,
-                *call.extras, states, programs=call.plan["out"].spec.NVB)
+    call.launch(
+        "out",
+        call.kernel("out"),
+        _rows(p.q),
+        _rows(p.k),
+        _rows(p.v),
+        _rows(out),
+        _scalars(den),
+        *call.hash,
+        *call.extras,
+        states,
+        programs=call.plan["out"].spec.NVB,
+    )
     if states.shape != call.kind.announced:  # these rows cannot take the plan that was announced: backward makes its own
         states = states.new_empty(call.kind.announced)
     return Forward(out, den, states, final)
@@ -66,19 +77,50 @@ def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
     return Begun(call.total(parts, p.initial, reverse=False), (call, parts))
 
 
-def backward(p: Problem, saved: Forward, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool,
-             need_beta: bool = True, into: Into | None = None, begun: Begun | None = None) -> Gradients:
+def backward(
+    p: Problem,
+    saved: Forward,
+    dout: Tensor,
+    dfinal: SketchState | None,
+    *,
+    need_planes: bool,
+    need_beta: bool = True,
+    into: Into | None = None,
+    begun: Begun | None = None,
+) -> Gradients:
     """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
     call, saved, into, h, row, parts = _query_side(p, saved, dout, need_planes, into) if begun is None else begun.rest
     suffixes, dinitial = call.scan(parts, dfinal, p.initial is not None, reverse=True)
     blocks = call.plan["keys"].spec.NVB
-    dlog_decay = None if p.log_decay is None else torch.empty(*p.k.shape[:2], blocks * call.heads, dtype=torch.float32,
-                                                              device=p.q.device)
+    dlog_decay = (
+        None
+        if p.log_decay is None
+        else torch.empty(*p.k.shape[:2], blocks * call.heads, dtype=torch.float32, device=p.q.device)
+    )
     target = call.gradient_target(into.k)
-    call.launch("keys", call.kernel("keys"), _rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den),
-                _scalars(h), _scalars(row), _rows(target), _rows(into.v), _scalars(dlog_decay), *call.hash, *call.extras,
-                saved.states, saved.final.values, saved.final.mass, suffixes, call.dbeta[1], *call.last_part(1),
-                programs=blocks)
+    call.launch(
+        "keys",
+        call.kernel("keys"),
+        _rows(p.q),
+        _rows(p.k),
+        _rows(p.v),
+        _rows(dout),
+        _scalars(saved.den),
+        _scalars(h),
+        _scalars(row),
+        _rows(target),
+        _rows(into.v),
+        _scalars(dlog_decay),
+        *call.hash,
+        *call.extras,
+        saved.states,
+        saved.final.values,
+        saved.final.mass,
+        suffixes,
+        call.dbeta[1],
+        *call.last_part(1),
+        programs=blocks,
+    )
     call.finish_gradient(target, into.k, p.k, 1)
     dlog_decay = call.summed(dlog_decay)
     dbeta = call.dbeta.sum((0, 1, 3)) if need_beta else None
@@ -145,8 +187,12 @@ def explain(p: Problem) -> KernelPlan:
         return KernelPlan("triton", "decode", ("decode",), None)
     if plan.pipe:
         return KernelPlan("triton", plan.family, plan.kernels, None)
-    return KernelPlan("triton", plan.family, plan.kernels, plan.obstacle or
-                      f"the pipelines need compute capability 9.0 and Triton 3.6; this is {p.q.device}")
+    return KernelPlan(
+        "triton",
+        plan.family,
+        plan.kernels,
+        plan.obstacle or f"the pipelines need compute capability 9.0 and Triton 3.6; this is {p.q.device}",
+    )
 
 
 def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
@@ -159,23 +205,61 @@ def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
     if p.q.dtype == torch.bfloat16 and hopper:  # also where other kernels run: one's states are another's
         blocks = 1 if tables * 2**number <= PIPE_BLOCK else -(-value_dim // PIPE_BLOCK)
         tile = fitted_tile(length, batch * heads * blocks, _processors(device))
-    return _make_plan((dim, value_dim, tables, number, int(p.q.shape[2]) // heads), p.causal, p.normalization,
-                      (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None), p.q.dtype,
-                      p.planes.dtype != p.q.dtype, bulk, need_planes, work_bucket(batch * heads * length),
-                      _shared_limit(device), hopper, tile)
+    return _make_plan(
+        (dim, value_dim, tables, number, int(p.q.shape[2]) // heads),
+        p.causal,
+        p.normalization,
+        (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None),
+        p.q.dtype,
+        p.planes.dtype != p.q.dtype,
+        bulk,
+        need_planes,
+        work_bucket(batch * heads * length),
+        _shared_limit(device),
+        hopper,
+        tile,
+    )
 
 
 @lru_cache(maxsize=256)
-def _make_plan(sizes: tuple[int, int, int, int, int], causal: bool, normalization: str, extras: tuple[bool, bool, bool],
-               dtype: torch.dtype, split_planes: bool, bulk: bool, need_planes: bool, work: int, shared_limit: int,
-               hopper: bool, tile: int | None) -> Plan:
+def _make_plan(
+    sizes: tuple[int, int, int, int, int],
+    causal: bool,
+    normalization: str,
+    extras: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    split_planes: bool,
+    bulk: bool,
+    need_planes: bool,
+    work: int,
+    shared_limit: int,
+    hopper: bool,
+    tile: int | None,
+) -> Plan:
     """``tile``: on a GPU that has the pipelines, and for a dtype that they take, tokens per tile."""
     dim, value_dim, tables, number, group = sizes
     decay, masked, packed = extras
-    spec = Spec(D=dim, Dv=value_dim, L=tables, P=number, G=group, C=0, SB=0, stages=0, causal=causal,
-                is_global=normalization == "global", is_bucket=normalization == "bucket", decay=decay, masked=masked,
-                packed=packed, f32=dtype == torch.float32, half=dtype == torch.float16, split_planes=split_planes, bulk=bulk,
-                need_planes=need_planes)
+    spec = Spec(
+        D=dim,
+        Dv=value_dim,
+        L=tables,
+        P=number,
+        G=group,
+        C=0,
+        SB=0,
+        stages=0,
+        causal=causal,
+        is_global=normalization == "global",
+        is_bucket=normalization == "bucket",
+        decay=decay,
+        masked=masked,
+        packed=packed,
+        f32=dtype == torch.float32,
+        half=dtype == torch.float16,
+        split_planes=split_planes,
+        bulk=bulk,
+        need_planes=need_planes,
+    )
     return make_plan(spec, work, shared_limit=shared_limit, hopper=hopper, tile=tile)
 
 
@@ -250,8 +334,9 @@ class _Kind:
         self.announced = states_shape(p)
         self.compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
-    def run(self, label: tuple[object, ...], kernel: object, programs: int, *args: object, plain: bool = False,
-            **options: int) -> None:
+    def run(
+        self, label: tuple[object, ...], kernel: object, programs: int, *args: object, plain: bool = False, **options: int
+    ) -> None:
         """Run ``kernel``; calls of one kind that say the same ``label`` give it arguments that lie alike."""
         compiled = self.compiled.get(label)
         if compiled is not None:
@@ -276,8 +361,15 @@ def forget_plans() -> None:
 
 def _kind(p: Problem, need_planes: bool, moved: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> _Kind:
     given = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *moved, *read)
-    key = (p.q.device, p.causal, p.normalization, need_planes, len(moved), p.state_dtype,
-           *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in given])
+    key = (
+        p.q.device,
+        p.causal,
+        p.normalization,
+        need_planes,
+        len(moved),
+        p.state_dtype,
+        *[None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in given],
+    )
     kind = _kinds.get(key)
     if kind is None:
         if len(_kinds) == MOST_KINDS:
@@ -289,8 +381,9 @@ def _kind(p: Problem, need_planes: bool, moved: tuple[Tensor, ...], read: tuple[
 class _Call:
     """One call: its plan, its tiles and the arguments that every kernel takes."""
 
-    def __init__(self, p: Problem, need_planes: bool = False, moved: tuple[Tensor, ...] = (),
-                 read: tuple[Tensor, ...] = ()) -> None:
+    def __init__(
+        self, p: Problem, need_planes: bool = False, moved: tuple[Tensor, ...] = (), read: tuple[Tensor, ...] = ()
+    ) -> None:
         """``moved``: tensors that the kernels read or write by rows, besides q, k and v; ``read``: others that were saved."""
         self.p = p
         self.kind = _kind(p, need_planes, moved, read)
@@ -307,8 +400,9 @@ class _Call:
         if need_planes:
             spec = self.plan["keys"].spec
             blocks = (spec.G, 1) if spec.pipe else (spec.NSB, spec.NSB)  # of the pass over the queries, and over the keys
-            self.dplanes = [p.q.new_empty(self.num_tiles, self.heads, n, spec.LPB, spec.BD, dtype=torch.float32)
-                            for n in blocks]
+            self.dplanes = [
+                p.q.new_empty(self.num_tiles, self.heads, n, spec.LPB, spec.BD, dtype=torch.float32) for n in blocks
+            ]
 
     @cached_property
     def dbeta(self) -> Tensor:
@@ -335,8 +429,18 @@ class _Call:
         if target is dx:
             return
         group = x.shape[2] // self.heads
-        self.launch("keys", shares.unproject_shares, _rows(target), _rows(dx), _rows(x), self.hash[0], self.dplanes[half],
-                    group, programs=group, of="qk"[half])
+        self.launch(
+            "keys",
+            shares.unproject_shares,
+            _rows(target),
+            _rows(dx),
+            _rows(x),
+            self.hash[0],
+            self.dplanes[half],
+            group,
+            programs=group,
+            of="qk"[half],
+        )
 
     def summed(self, x: Tensor | None) -> Tensor | None:
         """One number a token and head, of the shares ``[B, T, NVB H]`` of blocks of value columns."""
@@ -364,9 +468,21 @@ class _Call:
         count = self.num_tiles * self.heads * programs
         if not count:
             return
-        self.kind.run((name, of), kernel, count, *args, self.tiles.table, self.p.q.shape[1], self.plan.tile, self.heads,
-                      choice.constants, plain=not (choice.spec.f32 or choice.maxnreg), num_warps=choice.num_warps,
-                      num_stages=choice.spec.stages, **choice.options)
+        self.kind.run(
+            (name, of),
+            kernel,
+            count,
+            *args,
+            self.tiles.table,
+            self.p.q.shape[1],
+            self.plan.tile,
+            self.heads,
+            choice.constants,
+            plain=not (choice.spec.f32 or choice.maxnreg),
+            num_warps=choice.num_warps,
+            num_stages=choice.spec.stages,
+            **choice.options,
+        )
 
     def decode(self, out: Tensor) -> Forward:
         """The forward pass of one token a row."""
@@ -375,17 +491,42 @@ class _Call:
         den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
         final = self._new_sketch()
         into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
-        self.kind.run(("decode", *map(_placed, into)), decode.decode, batch * self.heads * -(-value_dim // DECODE_WIDTH),
-                      _rows(p.q), _rows(p.k), _rows(p.v), _rows(out), _scalars(den), *self.hash, *self.extras, *into,
-                      final.values, final.mass, self.heads, self.plan["sums"].constants, DECODE_WIDTH, num_warps=4)
+        self.kind.run(
+            ("decode", *map(_placed, into)),
+            decode.decode,
+            batch * self.heads * -(-value_dim // DECODE_WIDTH),
+            _rows(p.q),
+            _rows(p.k),
+            _rows(p.v),
+            _rows(out),
+            _scalars(den),
+            *self.hash,
+            *self.extras,
+            *into,
+            final.values,
+            final.mass,
+            self.heads,
+            self.plan["sums"].constants,
+            DECODE_WIDTH,
+            num_warps=4,
+        )
         states = p.q.new_empty(states_shape(p), dtype=torch.float32)
         return Forward(out, den, states, _with_decay(final, p))
 
     def key_sums(self) -> Tensor:
         """What each tile's keys and values add to the state."""
         p, parts = self.p, self._new_states(self.num_tiles)
-        self.launch("sums", sums.tile_sums, _rows(p.k), _rows(p.v), *self.hash, *self.extras, parts, self.decays,
-                    programs=self.plan["sums"].spec.NSB)
+        self.launch(
+            "sums",
+            sums.tile_sums,
+            _rows(p.k),
+            _rows(p.v),
+            *self.hash,
+            *self.extras,
+            parts,
+            self.decays,
+            programs=self.plan["sums"].spec.NSB,
+        )
         return parts
 
     def prefix_states(self, parts: Tensor | None = None) -> tuple[Tensor, SketchState]:
@@ -411,17 +552,39 @@ class _Call:
         target = self.gradient_target(dq)
         rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(target), _scalars(h), _scalars(row))
         fused = (parts, self.decays) if self.plan.pipe or not self.plan.walk else ()
-        self.launch("queries", self.kernel("queries"), *rows, *self.hash, *self.extras, saved.states, *fused, self.dbeta[0],
-                    *self.last_part(0), programs=blocks)
+        self.launch(
+            "queries",
+            self.kernel("queries"),
+            *rows,
+            *self.hash,
+            *self.extras,
+            saved.states,
+            *fused,
+            self.dbeta[0],
+            *self.last_part(0),
+            programs=blocks,
+        )
         self.finish_gradient(target, dq, p.q, 0)
         blocks = self.plan["query_sums"].spec.NSB
         if self.plan.walk and (blocks > 1 or not self.plan.pipe):
-            self.launch("query_sums", sums.tile_query_sums, _rows(p.q), _rows(dout), _scalars(saved.den),
-                        _scalars(self.summed(h)), *self.hash, self.extras[0], parts, self.decays, programs=blocks)
+            self.launch(
+                "query_sums",
+                sums.tile_query_sums,
+                _rows(p.q),
+                _rows(dout),
+                _scalars(saved.den),
+                _scalars(self.summed(h)),
+                *self.hash,
+                self.extras[0],
+                parts,
+                self.decays,
+                programs=blocks,
+            )
         return h, row, parts
 
-    def scan(self, parts: Tensor, entering: SketchState | None, wanted: bool, *, reverse: bool
-             ) -> tuple[Tensor, SketchState | None]:
+    def scan(
+        self, parts: Tensor, entering: SketchState | None, wanted: bool, *, reverse: bool
+    ) -> tuple[Tensor, SketchState | None]:
         """Scan tile sums, in place, from the state ``entering``: the states before each tile (``reverse``: behind it; not
         causal: the totals), and the state that leaves if ``wanted``."""
         totals = None if self.p.causal else self._new_states(self.p.num_states)
@@ -429,8 +592,16 @@ class _Call:
         self._scan(parts, entering, leaving, totals, reverse=reverse, write=True)
         return (parts if totals is None else totals), leaving
 
-    def _scan(self, parts: Tensor, entering: SketchState | None, leaving: SketchT, totals: Tensor | None, *,
-              reverse: bool, write: bool) -> SketchT:
+    def _scan(
+        self,
+        parts: Tensor,
+        entering: SketchState | None,
+        leaving: SketchT,
+        totals: Tensor | None,
+        *,
+        reverse: bool,
+        write: bool,
+    ) -> SketchT:
         p = self.p
         into: tuple[Tensor | None, ...] = (None, None)
         if entering is not None:
@@ -440,9 +611,23 @@ class _Call:
         programs = p.num_states * self.heads * -(-parts.shape[-1] // SCAN_WIDTH)
         if programs:
             flags: tuple[bool, ...] = (reverse, entering is not None, leaving is not None, write)
-            self.kind.run(("scan", *flags, *map(_placed, into)), scan.scan_tiles, programs, parts, self.decays, *into,
-                          *outof, totals, self.tiles.row_tiles, per_row, self.heads, self.plan["sums"].constants, SCAN_WIDTH,
-                          *flags, num_warps=2)
+            self.kind.run(
+                ("scan", *flags, *map(_placed, into)),
+                scan.scan_tiles,
+                programs,
+                parts,
+                self.decays,
+                *into,
+                *outof,
+                totals,
+                self.tiles.row_tiles,
+                per_row,
+                self.heads,
+                self.plan["sums"].constants,
+                SCAN_WIDTH,
+                *flags,
+                num_warps=2,
+            )
         return leaving
 
     def planes_gradient(self) -> Tensor:
@@ -452,10 +637,10 @@ class _Call:
         halves = [part.sum(0, dtype=torch.float64) for part in self.dplanes if part is not None]
         if spec.pipe:  # all planes in one block; a block for each query head of the group
             both = halves[0].sum(1) + halves[1].sum(1)
-            return both[:, :tables * number, :dim].unflatten(1, (tables, number)).to(p.planes.dtype)
+            return both[:, : tables * number, :dim].unflatten(1, (tables, number)).to(p.planes.dtype)
         parts = torch.stack(halves).sum(0)
         # [H, block, LPB, BD] -> [H, block, tables of a block, P, D]
-        parts = parts[:, :, :min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))
+        parts = parts[:, :, : min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))
         if spec.R > spec.SB:  # several blocks share a table
             parts = parts.unflatten(1, (tables, -1)).sum(2)
         return parts.flatten(1, 2)[:, :tables].to(p.planes.dtype)
@@ -463,8 +648,9 @@ class _Call:
     def _new_sketch(self) -> SketchState:
         p = self.p
         shape = (p.num_states, self.heads, p.features)
-        return SketchState.unchecked(p.q.new_empty(shape, dtype=p.state_dtype),
-                                     p.q.new_empty(*shape, p.v.shape[3], dtype=p.state_dtype))
+        return SketchState.unchecked(
+            p.q.new_empty(shape, dtype=p.state_dtype), p.q.new_empty(*shape, p.v.shape[3], dtype=p.state_dtype)
+        )
 
     def _new_states(self, count: int) -> Tensor:
         return self.p.q.new_empty(count, self.heads, self.p.features * (self.p.v.shape[3] + 1), dtype=torch.float32)

@@ -43,8 +43,15 @@ def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *
 _agreed: set[tuple[str, ...]] = set()  # (group, call, facts) that a CUDA group has compared already
 
 
-def agree_on_call(op: str, facts: Mapping[str, object], group: ProcessGroup, device: torch.device, *,
-                  length: int = 0, need_lengths: bool = False) -> Tensor | None:
+def agree_on_call(
+    op: str,
+    facts: Mapping[str, object],
+    group: ProcessGroup,
+    device: torch.device,
+    *,
+    length: int = 0,
+    need_lengths: bool = False,
+) -> Tensor | None:
     """Make sure that every rank of ``group`` is making this very call, before any data moves.
 
     On the CPU the ranks compare a header of fixed size at each call. On CUDA that would wait for the device, so they
@@ -76,8 +83,9 @@ def agree_on_call(op: str, facts: Mapping[str, object], group: ProcessGroup, dev
     return start_all_gather(torch.full((1,), length, device=device), group).wait().view(-1)
 
 
-def exchange_lengths(length: int, group: ProcessGroup, device: torch.device | str | None, op: str,
-                     facts: Mapping[str, object]) -> Tensor:
+def exchange_lengths(
+    length: int, group: ProcessGroup, device: torch.device | str | None, op: str, facts: Mapping[str, object]
+) -> Tensor:
     """``[W]`` int64 numbers of rows of the ranks, on the group's own device."""
     place = torch.device(device) if device is not None else torch.device("cpu")
     if place.type not in _backends(group):
@@ -125,11 +133,16 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
         if odd:
             rest = [ranks[i] for i, value in enumerate(values) if value == common]
             usual = name_ranks(rest) if len(rest) <= _FEW else f"{len(rest)} ranks"
-            parts.append(f"{name} is {common} on {usual}, but "
-                         + ", ".join(f"{value} on rank {rank}" for rank, value in odd[:_FEW])
-                         + (f" and so on for {len(odd)} ranks" if len(odd) > _FEW else ""))
-    return (f"the ranks do not agree on {what} (this is rank {ranks[group_rank(group)]}): " + "; ".join(parts)
-            + ". Every rank must make the same call with the same settings.")
+            parts.append(
+                f"{name} is {common} on {usual}, but "
+                + ", ".join(f"{value} on rank {rank}" for rank, value in odd[:_FEW])
+                + (f" and so on for {len(odd)} ranks" if len(odd) > _FEW else "")
+            )
+    return (
+        f"the ranks do not agree on {what} (this is rank {ranks[group_rank(group)]}): "
+        + "; ".join(parts)
+        + ". Every rank must make the same call with the same settings."
+    )
 
 
 def agree_on_least(value: int, group: ProcessGroup | None) -> int:

@@ -90,8 +90,11 @@ class _Broadcast(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gathered = unpack(start_all_gather(pack(grads), ctx.group).wait(), grads)
         mine = group_rank(ctx.group) == ctx.source
-        return None, None, *((tree_sum(g) if mine else torch.zeros_like(g[0])) if g.is_floating_point() else None
-                             for g in gathered)
+        return (
+            None,
+            None,
+            *((tree_sum(g) if mine else torch.zeros_like(g[0])) if g.is_floating_point() else None for g in gathered),
+        )
 
 
 class _SumOfOthers(torch.autograd.Function):

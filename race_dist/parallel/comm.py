@@ -75,9 +75,9 @@ _counters: list[ByteCount] = []  # backward passes run on autograd's threads, so
 def count_bytes() -> Iterator[ByteCount]:
     """Count what this rank hands to this package's collectives inside the block.
 
-        with count_bytes() as count:
-            step()
-        print(count.bytes, count.calls, count.by_op)     # by_op: {collective: (calls, bytes)}
+    with count_bytes() as count:
+        step()
+    print(count.bytes, count.calls, count.by_op)     # by_op: {collective: (calls, bytes)}
     """
     counter = ByteCount()
     _counters.append(counter)
@@ -90,8 +90,9 @@ def count_bytes() -> Iterator[ByteCount]:
 class Pending:
     """A collective under way. :meth:`wait` gives its result; the buffers live until then."""
 
-    def __init__(self, op: str, group: ProcessGroup, works: Sequence[Work | None], result: Tensor,
-                 inputs: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, op: str, group: ProcessGroup, works: Sequence[Work | None], result: Tensor, inputs: Sequence[Tensor] = ()
+    ) -> None:
         self._op, self._group, self._works, self._result, self._inputs = op, group, works, result, inputs
 
     def wait(self) -> Tensor:
@@ -244,8 +245,10 @@ def _to_json(value: object) -> bytes:
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError) as error:
-        raise TypeError(f"values between ranks must be of JSON types (None, bool, int, float, str, lists and mappings of "
-                        f"them); got a {type(value).__name__}: {error}") from None
+        raise TypeError(
+            f"values between ranks must be of JSON types (None, bool, int, float, str, lists and mappings of "
+            f"them); got a {type(value).__name__}: {error}"
+        ) from None
 
 
 def _all_gather_into(out: Tensor, x: Tensor, group: ProcessGroup) -> None:

@@ -37,8 +37,10 @@ class Cut:
         """The local calls, without an initial state. q, k and v are not copied."""
         decays = [None, None] if p.log_decay is None else self.of(p.log_decay)
         masks = [None, None] if p.key_mask is None else self.of(p.key_mask)
-        return [replace(p, q=q, k=k, v=v, log_decay=decay, key_mask=mask, cu_seqlens=self.cu_seqlens, initial=None)
-                for q, k, v, decay, mask in zip(self.of(p.q), self.of(p.k), self.of(p.v), decays, masks)]
+        return [
+            replace(p, q=q, k=k, v=v, log_decay=decay, key_mask=mask, cu_seqlens=self.cu_seqlens, initial=None)
+            for q, k, v, decay, mask in zip(self.of(p.q), self.of(p.k), self.of(p.v), decays, masks)
+        ]
 
     def of(self, x: Tensor) -> list[Tensor]:
         """Each call's part of x ``[B, T, ...]``."""
@@ -64,8 +66,11 @@ class Cut:
         if not self.alternate:
             return list(pieces)
         first, second = pieces
-        return [first.with_tensors(tuple(torch.stack(pair, 1).flatten(0, 1)
-                                         for pair in zip(first.tensors(), second.tensors(), strict=True)))]
+        return [
+            first.with_tensors(
+                tuple(torch.stack(pair, 1).flatten(0, 1) for pair in zip(first.tensors(), second.tensors(), strict=True))
+            )
+        ]
 
 
 def _halves_are_rows(x: Tensor) -> bool:

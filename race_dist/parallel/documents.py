@@ -81,8 +81,9 @@ class Documents:
     def _scan(self, carry: SketchState, *, reverse: bool = False) -> ScanHandle[SketchState]:
         return start_scan([carry], self.group, reverse=reverse, algorithm=self.algorithm)
 
-    def _entering(self, outside: SketchState, right: ScanHandle[SketchState] | None,
-                  left: ScanHandle[SketchState] | None) -> SketchState:
+    def _entering(
+        self, outside: SketchState, right: ScanHandle[SketchState] | None, left: ScanHandle[SketchState] | None
+    ) -> SketchState:
         """``[N, ...]``: the states from outside, and what the neighbours sent for the shard's first and last document."""
         mass, values = outside.mass, outside.values
         for scan, document in ((right, self.from_left), (left, self.to_right)):
@@ -103,5 +104,3 @@ def _with_reset(state: SketchState, reset: Tensor) -> SketchState:
     """The carry that lets nothing through if ``reset``."""
     decay = state.mass.new_zeros(state.mass.shape[:2]) if state.log_decay is None else state.log_decay
     return SketchState.unchecked(state.mass, state.values, torch.where(reset, -torch.inf, decay))
-
-

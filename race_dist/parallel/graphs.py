@@ -26,15 +26,29 @@ from race_dist.sketch import SketchState
 KEPT = 6  # tensors that the backward pass wants of each half of the heads
 
 
-def group_attention_in_graph(p: Problem, group: ProcessGroup, backend: str, *,
-                             output_final: bool) -> tuple[Tensor, SketchState | None]:
+def group_attention_in_graph(
+    p: Problem, group: ProcessGroup, backend: str, *, output_final: bool
+) -> tuple[Tensor, SketchState | None]:
     """:func:`race_dist.parallel.passes.group_attention`, contiguous, without documents."""
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    out, *rest = _group_attention(p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, *initial, p.causal,
-                                  p.normalization, backend, group.group_name, output_final)
+    out, *rest = _group_attention(
+        p.q,
+        p.k,
+        p.v,
+        p.planes,
+        p.beta,
+        p.log_decay,
+        p.key_mask,
+        *initial,
+        p.causal,
+        p.normalization,
+        backend,
+        group.group_name,
+        output_final,
+    )
     if not output_final:
         return out, None
-    return out, SketchState.unchecked(*rest[:2 if p.log_decay is None else 3])
+    return out, SketchState.unchecked(*rest[: 2 if p.log_decay is None else 3])
 
 
 def _group(name: str) -> ProcessGroup:
@@ -46,17 +60,40 @@ def _call(p: Problem, backend: str, group: ProcessGroup, output_final: bool) -> 
     return Call(group, "contiguous", get_backend(backend), 0, output_final, "auto", p.causal, p.normalization)
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
-             key_mask: Tensor | None, mass: Tensor | None, values: Tensor | None, causal: bool,
-             normalization: str) -> Problem:
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    mass: Tensor | None,
+    values: Tensor | None,
+    causal: bool,
+    normalization: str,
+) -> Problem:
     initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
     return Problem(q, k, v, planes, beta, log_decay, key_mask, None, initial, causal, cast(Normalization, normalization))
 
 
 @torch.library.custom_op("race_dist::group_attention", mutates_args=())
-def _group_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
-                     key_mask: Tensor | None, mass: Tensor | None, values: Tensor | None, causal: bool, normalization: str,
-                     backend: str, group: str, output_final: bool) -> list[Tensor]:
+def _group_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    mass: Tensor | None,
+    values: Tensor | None,
+    causal: bool,
+    normalization: str,
+    backend: str,
+    group: str,
+    output_final: bool,
+) -> list[Tensor]:
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
     call = _call(p, backend, _group(group), output_final)
     agree_on_attention(p, call.group, call.layout, call.backend, output_final, call.algorithm)
@@ -66,33 +103,78 @@ def _group_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tens
 
 
 def _inputs(p: Problem) -> list[Tensor | None]:
-    return [p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, None,
-            *((None, None) if p.initial is None else (p.initial.mass, p.initial.values))]
+    return [
+        p.q,
+        p.k,
+        p.v,
+        p.planes,
+        p.beta,
+        p.log_decay,
+        p.key_mask,
+        None,
+        *((None, None) if p.initial is None else (p.initial.mass, p.initial.values)),
+    ]
 
 
 @_group_attention.register_fake
-def _(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization, backend, group,  # type: ignore[no-untyped-def]
-      output_final):
+def _(
+    q,
+    k,
+    v,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    mass,
+    values,
+    causal,
+    normalization,
+    backend,
+    group,  # type: ignore[no-untyped-def]
+    output_final,
+):
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
     rows, heads, features, width = p.num_states, k.shape[2], p.features, v.shape[3]
-    state = lambda count: [q.new_empty(rows, count, features, dtype=p.state_dtype),
-                           q.new_empty(rows, count, features, width, dtype=p.state_dtype)]
+    state = lambda count: [
+        q.new_empty(rows, count, features, dtype=p.state_dtype),
+        q.new_empty(rows, count, features, width, dtype=p.state_dtype),
+    ]
     results = [q.new_empty(*q.shape[:3], width)]
     if output_final:
         results += state(heads) + ([] if log_decay is None else [q.new_empty(rows, heads, dtype=p.state_dtype)])
     for half in head_halves(p, _group(group)):
         den = half.q.shape[:3] if normalization == "global" else (0,)
-        results += [q.new_empty(den, dtype=p.compute_dtype),
-                    q.new_empty(get_backend(backend).states_shape(half), dtype=p.compute_dtype),
-                    *state(half.k.shape[2]), *state(half.k.shape[2])]
+        results += [
+            q.new_empty(den, dtype=p.compute_dtype),
+            q.new_empty(get_backend(backend).states_shape(half), dtype=p.compute_dtype),
+            *state(half.k.shape[2]),
+            *state(half.k.shape[2]),
+        ]
     return results
 
 
 @torch.library.custom_op("race_dist::group_attention_backward", mutates_args=())
-def _group_attention_backward(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, beta: Tensor, log_decay: Tensor | None,
-                              key_mask: Tensor | None, mass: Tensor | None, values: Tensor | None, out: Tensor,
-                              kept: list[Tensor], dout: Tensor, dfinal: list[Tensor], causal: bool, normalization: str,
-                              backend: str, group: str, output_final: bool, need_planes: bool) -> list[Tensor]:
+def _group_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    planes: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    key_mask: Tensor | None,
+    mass: Tensor | None,
+    values: Tensor | None,
+    out: Tensor,
+    kept: list[Tensor],
+    dout: Tensor,
+    dfinal: list[Tensor],
+    causal: bool,
+    normalization: str,
+    backend: str,
+    group: str,
+    output_final: bool,
+    need_planes: bool,
+) -> list[Tensor]:
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
     call = _call(p, backend, _group(group), output_final)
     grads = backward_pass(call, _inputs(p), out, kept, dout, dfinal, need_planes=need_planes)
@@ -102,8 +184,27 @@ def _group_attention_backward(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, b
 
 
 @_group_attention_backward.register_fake
-def _(q, k, v, planes, beta, log_decay, key_mask, mass, values, out, kept, dout, dfinal, causal,  # type: ignore[no-untyped-def]
-      normalization, backend, group, output_final, need_planes):
+def _(
+    q,
+    k,
+    v,
+    planes,
+    beta,
+    log_decay,
+    key_mask,
+    mass,
+    values,
+    out,
+    kept,
+    dout,
+    dfinal,
+    causal,  # type: ignore[no-untyped-def]
+    normalization,
+    backend,
+    group,
+    output_final,
+    need_planes,
+):
     like = (q, k, v, planes if need_planes else None, beta, log_decay, mass, values)
     return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in like]
 
@@ -117,9 +218,10 @@ def _attention_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor |
     *_, output_final = ctx.options
     inputs, results = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     finals = 0 if not output_final else 2 if inputs[5] is None else 3
-    dout, *dfinal = (torch.zeros_like(t) if g is None else g for g, t in zip(grads[:1 + finals], results))
-    found = _group_attention_backward(*inputs, results[0], list(results[1 + finals:]), dout, dfinal, *ctx.options,
-                                      ctx.needs_input_grad[3])
+    dout, *dfinal = (torch.zeros_like(t) if g is None else g for g, t in zip(grads[: 1 + finals], results))
+    found = _group_attention_backward(
+        *inputs, results[0], list(results[1 + finals :]), dout, dfinal, *ctx.options, ctx.needs_input_grad[3]
+    )
     every = (*found[:6], None, *found[6:])
     return *(g if need else None for g, need in zip(every, ctx.needs_input_grad)), None, None, None, None, None
 
@@ -139,7 +241,7 @@ def edges_in_graph(own: Sequence[Tensor], before: Sequence[Tensor], group: Proce
         before: like them, the same on every rank.
     """
     result = _edges(list(own), list(before), group.group_name)
-    return result[:len(own)], result[len(own):]
+    return result[: len(own)], result[len(own) :]
 
 
 @torch.library.custom_op("race_dist::edges", mutates_args=())
@@ -165,8 +267,10 @@ def _edges_backward(dentering: list[Tensor], dleaving: list[Tensor], group: str)
     rank, world, count = group_rank(ranks), group_size(ranks), len(dentering)
     every = unpack(start_all_gather(pack([*dentering, *dleaving]), ranks).wait(), [*dentering, *dleaving])
     last = rank == world - 1
-    own = [tree_sum(leaving) if last else entering[rank + 1].clone()
-           for entering, leaving in zip(every[:count], every[count:], strict=True)]
+    own = [
+        tree_sum(leaving) if last else entering[rank + 1].clone()
+        for entering, leaving in zip(every[:count], every[count:], strict=True)
+    ]
     return own + [g.clone() if rank == 0 else torch.zeros_like(g) for g in dentering]
 
 
@@ -182,8 +286,8 @@ def _save_edges(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 
 def _edges_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     whole = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors)]
-    found = _edges_backward(whole[:ctx.count], whole[ctx.count:], ctx.group)
-    return found[:ctx.count], found[ctx.count:], None
+    found = _edges_backward(whole[: ctx.count], whole[ctx.count :], ctx.group)
+    return found[: ctx.count], found[ctx.count :], None
 
 
 cast(Callable[..., None], _edges.register_autograd)(_edges_gradients, setup_context=_save_edges)
@@ -229,8 +333,9 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> Non
 
 
 def _gather_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    whole = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors)
-             if t.is_floating_point()]
+    whole = [
+        torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors) if t.is_floating_point()
+    ]
     found = iter(_gather_backward(whole, ctx.group))
     return [next(found) if t.is_floating_point() else None for t in ctx.saved_tensors], None
 

@@ -44,8 +44,9 @@ def check_documents(cu_seqlens: Tensor | None, total: int | None = None) -> None
         return
     checks.tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in checks.INTEGERS:
-        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} "
-                         f"{list(cu_seqlens.shape)}")
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
     if not checks.readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
@@ -68,16 +69,20 @@ def check_zigzag(total: int, world: int, cu_seqlens: Tensor | None = None) -> No
     Document lengths are read only where ``cu_seqlens`` is on the CPU.
     """
     if total % (2 * world):
-        raise ValueError(f"the zigzag layout cuts the sequence into 2 * {world} equal slices, but {total} rows do not "
-                         f"divide by {2 * world}: pad the sequence or use layout='contiguous'")
+        raise ValueError(
+            f"the zigzag layout cuts the sequence into 2 * {world} equal slices, but {total} rows do not "
+            f"divide by {2 * world}: pad the sequence or use layout='contiguous'"
+        )
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         uneven = (cu_seqlens.diff() % (2 * world)).nonzero()
         if len(uneven):
             document = int(uneven[0])
             length = int(cu_seqlens[document + 1] - cu_seqlens[document])
-            raise ValueError(f"the zigzag layout cuts each document into 2 * {world} equal slices, but document "
-                             f"{document} has {length} rows, which do not divide by {2 * world}: pad it or use "
-                             "layout='contiguous'")
+            raise ValueError(
+                f"the zigzag layout cuts each document into 2 * {world} equal slices, but document "
+                f"{document} has {length} rows, which do not divide by {2 * world}: pad it or use "
+                "layout='contiguous'"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,16 @@ class Segments:
         return row - self.cu_seqlens[run] + self.starts[run]
 
 
-def local_segments(length: int, rank: int, world: int, *, layout: Layout = "contiguous",
-                   cu_seqlens: Tensor | None = None, offset: int | Tensor = 0,
-                   device: torch.device | str | None = None) -> Segments:
+def local_segments(
+    length: int,
+    rank: int,
+    world: int,
+    *,
+    layout: Layout = "contiguous",
+    cu_seqlens: Tensor | None = None,
+    offset: int | Tensor = 0,
+    device: torch.device | str | None = None,
+) -> Segments:
     """How ``length`` rows of ``rank`` fall into documents. No communication, no synchronisation with the device.
 
     Args:
@@ -141,8 +153,15 @@ def local_segments(length: int, rank: int, world: int, *, layout: Layout = "cont
     return Segments(torch.cat([begins, cu[-1:] // world]), documents.repeat_interleave(2), starts)
 
 
-def shard_rows(total: int, rank: int, world: int, *, layout: Layout = "contiguous", cu_seqlens: Tensor | None = None,
-               device: torch.device | str | None = None) -> Tensor:
+def shard_rows(
+    total: int,
+    rank: int,
+    world: int,
+    *,
+    layout: Layout = "contiguous",
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """``[T_r]`` rows of the whole sequence that ``rank`` of ``world`` holds, in its order.
 
     Raises:
@@ -187,9 +206,15 @@ def shard_offset(length: int, group: ProcessGroup | None, device: torch.device |
 
 
 @eager
-def shard_positions(length: int, group: ProcessGroup | None, *, layout: str = "contiguous",
-                    cu_seqlens: Tensor | None = None, total: int | None = None,
-                    device: torch.device | str | None = None) -> Tensor:
+def shard_positions(
+    length: int,
+    group: ProcessGroup | None,
+    *,
+    layout: str = "contiguous",
+    cu_seqlens: Tensor | None = None,
+    total: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """``[length]`` int64 positions of this rank's rows in the whole sequence, restarting at each document.
 
     What a rotary embedding needs. Under the contiguous layout every rank of the group calls it (the ranks exchange
@@ -219,20 +244,24 @@ def shard_positions(length: int, group: ProcessGroup | None, *, layout: str = "c
     else:
         lengths = _expect_length(length, total, rank, world)
         offset = sum(lengths[:rank])
-    return local_segments(length, rank, world, layout=layout, cu_seqlens=cu_seqlens, offset=offset,
-                          device=device).positions(length)
+    return local_segments(length, rank, world, layout=layout, cu_seqlens=cu_seqlens, offset=offset, device=device).positions(
+        length
+    )
 
 
 def _expect_length(length: int, total: int, rank: int, world: int) -> list[int]:
     lengths = shard_lengths(total, world)
     if lengths[rank] != length:
-        raise ValueError(f"rank {rank} of {world} holds {lengths[rank]} of {total} rows under the contiguous layout, "
-                         f"but was given {length}; leave total out for shards of other lengths")
+        raise ValueError(
+            f"rank {rank} of {world} holds {lengths[rank]} of {total} rows under the contiguous layout, "
+            f"but was given {length}; leave total out for shards of other lengths"
+        )
     return lengths
 
 
-def shard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: str = "contiguous",
-                   cu_seqlens: Tensor | None = None) -> Tensor:
+def shard_sequence(
+    x: Tensor, group: ProcessGroup | None, *, dim: int, layout: str = "contiguous", cu_seqlens: Tensor | None = None
+) -> Tensor:
     """This rank's rows of a sequence that every rank holds. No communication.
 
     Differentiable: the gradient is this rank's share of x's, zero outside its rows; the shares add up over the ranks.
@@ -273,8 +302,15 @@ def _check_dim(x: Tensor, dim: int) -> int:
 
 
 @eager
-def unshard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout: str = "contiguous",
-                     cu_seqlens: Tensor | None = None, total: int | None = None) -> Tensor:
+def unshard_sequence(
+    x: Tensor,
+    group: ProcessGroup | None,
+    *,
+    dim: int,
+    layout: str = "contiguous",
+    cu_seqlens: Tensor | None = None,
+    total: int | None = None,
+) -> Tensor:
     """The whole sequence on every rank, from the ranks' shards: the inverse of :func:`shard_sequence`.
 
     Differentiable: each rank's loss may read all of it, and the gradient of a shard is the sum over the ranks.
@@ -304,10 +340,17 @@ def unshard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout:
     if total is not None and layout == "contiguous":
         _expect_length(length, total, rank, world)
     shape = [n for i, n in enumerate(x.shape) if i != dim % x.dim()]
-    facts = {"layout": layout, "dim": dim % x.dim(), "other dimensions": shape, "dtype": x.dtype, "total": total,
-             "requires_grad": torch.is_grad_enabled() and x.requires_grad}
-    exchanged = agree_on_call("unshard_sequence", facts, group, x.device, length=length,
-                              need_lengths=layout == "contiguous" and total is None)
+    facts = {
+        "layout": layout,
+        "dim": dim % x.dim(),
+        "other dimensions": shape,
+        "dtype": x.dtype,
+        "total": total,
+        "requires_grad": torch.is_grad_enabled() and x.requires_grad,
+    }
+    exchanged = agree_on_call(
+        "unshard_sequence", facts, group, x.device, length=length, need_lengths=layout == "contiguous" and total is None
+    )
     if layout == "zigzag":
         check_zigzag(length * world, world, cu_seqlens)
         lengths = [length] * world
@@ -315,7 +358,8 @@ def unshard_sequence(x: Tensor, group: ProcessGroup | None, *, dim: int, layout:
         lengths = shard_lengths(total, world) if total is not None else cast(Tensor, exchanged).tolist()
     gathered = gather_rows(x.movedim(dim, 0), lengths, group)
     if layout == "zigzag":
-        rows = torch.cat([shard_rows(sum(lengths), r, world, layout=layout, cu_seqlens=cu_seqlens, device=x.device)
-                          for r in range(world)])
+        rows = torch.cat(
+            [shard_rows(sum(lengths), r, world, layout=layout, cu_seqlens=cu_seqlens, device=x.device) for r in range(world)]
+        )
         gathered = gathered.index_select(0, rows.argsort().to(x.device))
     return gathered.movedim(0, dim)

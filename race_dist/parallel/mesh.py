@@ -47,8 +47,14 @@ def init_distributed(*, device: str | torch.device | None = None, timeout: float
     if ranks.all_local and any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's ports, too, are open to this machine only
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, store=store, timeout=seconds,
-                            device_id=place if place.type == "cuda" else None)
+    dist.init_process_group(
+        backend,
+        rank=ranks.rank,
+        world_size=ranks.world,
+        store=store,
+        timeout=seconds,
+        device_id=place if place.type == "cuda" else None,
+    )
     if ranks.world > 1:
         watch()
     return place
@@ -90,8 +96,10 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
         checks.integer(name, value, least=1, most=2**31 - 1, words="an integer of at least 1")
     seconds = _job_timeout() if timeout is None else datetime.timedelta(seconds=checks.seconds("timeout", timeout))
     if dp * sp != world:
-        raise ValueError(f"dp * sp must be the number of ranks: dp={dp} times sp={sp} is {dp * sp}, but there "
-                         f"{'is 1 rank' if world == 1 else f'are {world} ranks'}; start {dp * sp} or change dp or sp")
+        raise ValueError(
+            f"dp * sp must be the number of ranks: dp={dp} times sp={sp} is {dp * sp}, but there "
+            f"{'is 1 rank' if world == 1 else f'are {world} ranks'}; start {dp * sp} or change dp or sp"
+        )
     ranks, mine = torch.arange(world).view(dp, sp), {}
     for name, rows in (("dp", ranks.T), ("sp", ranks)):
         for row in rows.tolist():  # every rank takes part in making every group; a mesh's own have no timeout of the job's
@@ -129,8 +137,10 @@ def _device(device: object, place: RankEnvironment) -> torch.device:
         raise ValueError(f"device is {str(device)!r}, but PyTorch finds no GPU on this host: pass device='cpu'")
     local = (place.local_rank or 0) if found.index is None else found.index
     if local >= torch.cuda.device_count():
-        raise ValueError(f"LOCAL_RANK={local} asks for CUDA device {local}, but this host has {torch.cuda.device_count()}: "
-                         "start one rank a device, or pass device='cpu'")
+        raise ValueError(
+            f"LOCAL_RANK={local} asks for CUDA device {local}, but this host has {torch.cuda.device_count()}: "
+            "start one rank a device, or pass device='cpu'"
+        )
     return torch.device("cuda", local)
 
 

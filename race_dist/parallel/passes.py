@@ -33,8 +33,15 @@ from race_dist.sketch import SketchState
 
 
 @eager
-def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend: Backend, *,
-                    output_final: bool = True, algorithm: Algorithm = "auto") -> tuple[Tensor, SketchState | None]:
+def group_attention(
+    problem: Problem,
+    group: ProcessGroup,
+    layout: str,
+    backend: Backend,
+    *,
+    output_final: bool = True,
+    algorithm: Algorithm = "auto",
+) -> tuple[Tensor, SketchState | None]:
     """The attention over a sequence that the ranks of ``group`` share.
 
     Differentiable in q, k, v, planes, beta, log_decay and the initial state. The loss is the sum of the ranks' losses:
@@ -62,13 +69,13 @@ def group_attention(problem: Problem, group: ProcessGroup, layout: str, backend:
     p = problem
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
     call = Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
-    out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
-                                        *initial)
+    out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial)
     return out, SketchState.unchecked(*final) if final else None
 
 
-def agree_on_attention(p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool,
-           algorithm: Algorithm) -> int | Tensor:
+def agree_on_attention(
+    p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool, algorithm: Algorithm
+) -> int | Tensor:
     """Compare the ranks' calls; the number of rows on earlier ranks where documents are packed, 0 otherwise."""
     length, on_cpu = p.q.shape[1], p.q.device.type == "cpu"
     documents: object = None
@@ -77,13 +84,23 @@ def agree_on_attention(p: Problem, group: ProcessGroup, layout: Layout, backend:
         if on_cpu:
             documents = f"{documents} (digest {hashlib.sha256(p.cu_seqlens.numpy().tobytes()).hexdigest()[:12]})"
     asked = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, *(() if p.initial is None else p.initial.tensors()))
-    facts = {"q": [p.q.shape[0], "T", *p.q.shape[2:]], "k": [p.k.shape[0], "T", *p.k.shape[2:]],
-             "v": [p.v.shape[0], "T", *p.v.shape[2:]], "dtype": p.q.dtype, "planes": list(p.planes.shape),
-             "causal": p.causal, "normalization": p.normalization, "layout": layout, "documents": documents,
-             "log_decay": p.log_decay is not None, "initial_state": None if p.initial is None else p.state_dtype,
-             "backend": getattr(backend, "__name__", type(backend).__name__), "output_final_state": output_final,
-             "algorithm": algorithm,
-             "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked)}
+    facts = {
+        "q": [p.q.shape[0], "T", *p.q.shape[2:]],
+        "k": [p.k.shape[0], "T", *p.k.shape[2:]],
+        "v": [p.v.shape[0], "T", *p.v.shape[2:]],
+        "dtype": p.q.dtype,
+        "planes": list(p.planes.shape),
+        "causal": p.causal,
+        "normalization": p.normalization,
+        "layout": layout,
+        "documents": documents,
+        "log_decay": p.log_decay is not None,
+        "initial_state": None if p.initial is None else p.state_dtype,
+        "backend": getattr(backend, "__name__", type(backend).__name__),
+        "output_final_state": output_final,
+        "algorithm": algorithm,
+        "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked),
+    }
     need_offset = layout == "contiguous" and p.cu_seqlens is not None
     lengths = agree_on_call("race_attention", facts, group, p.q.device, length=length, need_lengths=need_offset)
     if on_cpu and lengths is not None:
@@ -105,8 +122,10 @@ def _check_lengths(lengths: list[int], layout: Layout, cu_seqlens: Tensor | None
             raise ValueError(f"zigzag shards must have equal lengths; the ranks hold {lengths} rows")
         check_zigzag(total, world, cu_seqlens)
     if cu_seqlens is not None and total != cu_seqlens[-1]:
-        raise ValueError(f"cu_seqlens must be that of the whole sequence: it ends at {int(cu_seqlens[-1])}, but the ranks "
-                         f"hold {lengths}, together {total} rows")
+        raise ValueError(
+            f"cu_seqlens must be that of the whole sequence: it ends at {int(cu_seqlens[-1])}, but the ranks "
+            f"hold {lengths}, together {total} rows"
+        )
 
 
 @dataclass(frozen=True)
@@ -166,13 +185,18 @@ def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Te
         begun, finishes = [], []
         for half, each, place in zip(halves, calls, places):
             initial = _initial(half)
-            begun.append([backend.begin_forward(replace(one, initial=state), o)
-                          for one, state, o in zip(each, route.known(initial), place)])
+            begun.append(
+                [
+                    backend.begin_forward(replace(one, initial=state), o)
+                    for one, state, o in zip(each, route.known(initial), place)
+                ]
+            )
             finishes.append(route.start_forward([b.state for b in begun[-1]], initial))
         for each, place, begins, finish in zip(calls, places, begun, finishes):
             entering = finish()
-            done = [backend.forward(replace(one, initial=state), o, b)
-                    for one, state, o, b in zip(each, entering, place, begins)]
+            done = [
+                backend.forward(replace(one, initial=state), o, b) for one, state, o, b in zip(each, entering, place, begins)
+            ]
             if call.output_final:
                 finals.append(_StateSum(route.final([f.final for f in done]), call.group))
             for f, state in zip(done, entering):
@@ -181,8 +205,16 @@ def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Te
     return (out, *(_join(parts, 1) for parts in zip(*states))), kept
 
 
-def backward_pass(call: Call, tensors: Sequence[Tensor | None], out: Tensor, kept: list[Tensor], dout: Tensor,
-                  dfinal: Sequence[Tensor], *, need_planes: bool) -> tuple[Tensor | None, ...]:
+def backward_pass(
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+    kept: list[Tensor],
+    dout: Tensor,
+    dfinal: Sequence[Tensor],
+    *,
+    need_planes: bool,
+) -> tuple[Tensor | None, ...]:
     """A gradient of each tensor of a problem, None where there can be none."""
     p = call.problem(tensors)
     route, backend, halves = call.route(p), call.backend, head_halves(p, call.group)
@@ -193,12 +225,20 @@ def backward_pass(call: Call, tensors: Sequence[Tensor | None], out: Tensor, kep
     with full_precision(p.q):
         begun, finishes = [], []
         for i, (half, each, place) in enumerate(zip(halves, work, places)):
-            begun.append([backend.begin_backward(one, saved, d, need_planes=need_planes, into=into)
-                          for one, saved, d, into in zip(each.calls, each.saved, each.douts, place)])
+            begun.append(
+                [
+                    backend.begin_backward(one, saved, d, need_planes=need_planes, into=into)
+                    for one, saved, d, into in zip(each.calls, each.saved, each.douts, place)
+                ]
+            )
             finishes.append(route.start_backward([b.state for b in begun[-1]], _arriving(arriving, half, p, i)))
-        grads = [[backend.backward(one, saved, d, state, need_planes=need_planes, into=into, begun=b)
-                  for one, saved, d, state, into, b in zip(each.calls, each.saved, each.douts, finish(), place, begins)]
-                 for each, place, begins, finish in zip(work, places, begun, finishes)]
+        grads = [
+            [
+                backend.backward(one, saved, d, state, need_planes=need_planes, into=into, begun=b)
+                for one, saved, d, state, into, b in zip(each.calls, each.saved, each.douts, finish(), place, begins)
+            ]
+            for each, place, begins, finish in zip(work, places, begun, finishes)
+        ]
     merged = _merge(route, gradients, grads)
     if merged.log_decay is not None and arriving is not None:
         dtotal = arriving.wait().log_decay
@@ -233,8 +273,9 @@ class _Work(NamedTuple):
     douts: list[Tensor]
 
 
-def _backward_calls(p: Problem, route: Route, halves: Sequence[Problem], out: Tensor, dout: Tensor,
-                    kept: list[Tensor]) -> list[_Work]:
+def _backward_calls(
+    p: Problem, route: Route, halves: Sequence[Problem], out: Tensor, dout: Tensor, kept: list[Tensor]
+) -> list[_Work]:
     """The local calls with their initial states, outputs and saved states."""
     work = []
     for half, *parts in zip(halves, *(_split_heads(x, halves, queries=True) for x in (out, dout))):
@@ -267,8 +308,15 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
     some = grads[0][0]
     initials = [route.dinitial([g.initial for g in half if g.initial is not None]).tensors() for half in grads]
     initial = SketchState.unchecked(*(_join(parts, 1) for parts in zip(*initials)))
-    return Gradients(qkv[0], qkv[1], qkv[2], None if some.planes is None else shares("planes"), shares("beta"),
-                     None if some.log_decay is None else decays(), initial)
+    return Gradients(
+        qkv[0],
+        qkv[1],
+        qkv[2],
+        None if some.planes is None else shares("planes"),
+        shares("beta"),
+        None if some.log_decay is None else decays(),
+        initial,
+    )
 
 
 NODE = 8  # GPUs
@@ -292,10 +340,16 @@ def _split_heads(x: Tensor, halves: Sequence[Problem], *, queries: bool) -> tupl
 
 
 def _heads(p: Problem, a: int, b: int, repeats: int) -> Problem:
-    return replace(p, q=p.q[:, :, a * repeats : b * repeats], k=p.k[:, :, a:b], v=p.v[:, :, a:b], planes=p.planes[a:b],
-                   beta=p.beta[a:b], log_decay=None if p.log_decay is None else p.log_decay[:, :, a:b],
-                   initial=None if p.initial is None else p.initial.with_tensors(
-                       tuple(t[:, a:b] for t in p.initial.tensors())))
+    return replace(
+        p,
+        q=p.q[:, :, a * repeats : b * repeats],
+        k=p.k[:, :, a:b],
+        v=p.v[:, :, a:b],
+        planes=p.planes[a:b],
+        beta=p.beta[a:b],
+        log_decay=None if p.log_decay is None else p.log_decay[:, :, a:b],
+        initial=None if p.initial is None else p.initial.with_tensors(tuple(t[:, a:b] for t in p.initial.tensors())),
+    )
 
 
 def _initial(p: Problem) -> SketchState:

@@ -34,8 +34,7 @@ def check_timeout(timeout: object, name: str = "timeout") -> datetime.timedelta:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):
         raise TypeError(f"{name} must be a number of seconds; got {timeout!r}")
     if not 0 < timeout <= TIMEOUT_LIMIT or math.isnan(timeout):
-        raise ValueError(f"{name} must be a positive number of seconds of at most {TIMEOUT_LIMIT:,}; got "
-                         f"{timeout!r}")
+        raise ValueError(f"{name} must be a positive number of seconds of at most {TIMEOUT_LIMIT:,}; got {timeout!r}")
     return datetime.timedelta(seconds=timeout)
 
 
@@ -58,17 +57,26 @@ def meet(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
         lobby = PrefixStore("race_dist/job", store)
         answer = _within(max(0.1, deadline - time.monotonic()) + _EXTRA, lambda: _enter(lobby, rank, place.world, deadline))
     except _PortInUse as error:
-        raise RankFailure(f"rank {rank}: the port of {where} is in use by another program of this machine, so the job cannot "
-                          f"meet there: choose another MASTER_PORT [{error}]") from None
+        raise RankFailure(
+            f"rank {rank}: the port of {where} is in use by another program of this machine, so the job cannot "
+            f"meet there: choose another MASTER_PORT [{error}]"
+        ) from None
     except (RuntimeError, OSError) as error:
-        hint = ("is TORCHELASTIC_USE_AGENT_STORE left over from a torchrun that has ended?" if agent else
-                "does rank 0 run there, and is the port free?")
-        raise RankFailure(f"rank {rank}: no job found at {where} within {seconds:g} s; {hint} [{_first_line(error)}]",
-                          [0] if rank else []) from error
+        hint = (
+            "is TORCHELASTIC_USE_AGENT_STORE left over from a torchrun that has ended?"
+            if agent
+            else "does rank 0 run there, and is the port free?"
+        )
+        raise RankFailure(
+            f"rank {rank}: no job found at {where} within {seconds:g} s; {hint} [{_first_line(error)}]", [0] if rank else []
+        ) from error
     job, missing = answer
     if missing:
-        raise RankFailure(f"rank {rank}: {name_ranks(missing)} of {place.world} did not join the job at {place.host}:"
-                          f"{place.port} within {seconds:g} s", missing)
+        raise RankFailure(
+            f"rank {rank}: {name_ranks(missing)} of {place.world} did not join the job at {place.host}:"
+            f"{place.port} within {seconds:g} s",
+            missing,
+        )
     return job
 
 
@@ -111,8 +119,15 @@ def _own_store(place: RankEnvironment, timeout: datetime.timedelta) -> TCPStore:
         return TCPStore(host, place.port, place.world, is_master=False, timeout=_left(deadline), wait_for_workers=False)
     listener = _listening(host, place.port)
     address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
-    return TCPStore(LOOPBACK if address.is_unspecified else str(address), place.port, place.world, is_master=True,
-                    timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+    return TCPStore(
+        LOOPBACK if address.is_unspecified else str(address),
+        place.port,
+        place.world,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _await_listener(host: str, port: int, deadline: float) -> None:

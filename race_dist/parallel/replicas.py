@@ -124,8 +124,7 @@ class Replica:
         return cls(model, group, is_sharded=False)
 
     @classmethod
-    def sharded(cls, model: nn.Module, group: ProcessGroup | None, units: Iterable[nn.Module], *,
-                device_type: str) -> Replica:
+    def sharded(cls, model: nn.Module, group: ProcessGroup | None, units: Iterable[nn.Module], *, device_type: str) -> Replica:
         """Parameters, gradients and optimizer states divided over the ranks; each unit's are gathered while it runs.
 
         The model may be on the meta device: ``to_empty`` and initialisation come afterwards.

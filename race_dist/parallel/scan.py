@@ -55,8 +55,7 @@ def fold(carries: Sequence[CarryT]) -> CarryT:
 
 
 @eager
-def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool = False,
-                   algorithm: str = "auto") -> CarryT:
+def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool = False, algorithm: str = "auto") -> CarryT:
     """The combination of the carries of all ranks before this one, in rank order; ``carry.zero()`` on the first.
 
     Differentiable, for any carry. Every rank of the group calls it, forward and backward.
@@ -76,8 +75,14 @@ def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool =
 
 
 @eager
-def carries_in(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str = "contiguous", *,
-               reverse: bool = False, algorithm: str = "auto") -> list[CarryT]:
+def carries_in(
+    pieces: Sequence[CarryT],
+    group: ProcessGroup | None,
+    layout: str = "contiguous",
+    *,
+    reverse: bool = False,
+    algorithm: str = "auto",
+) -> list[CarryT]:
     """What enters each of this rank's pieces of the sequence: :func:`exclusive_scan` for any shard layout.
 
     Args:
@@ -99,9 +104,15 @@ def carries_in(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str
     tensors = [t for piece in pieces for t in piece.tensors()]
     if world > 1:
         assert group is not None
-        facts = {"carry": type(pieces[0]).__name__, "shapes": [list(t.shape) for t in tensors],
-                 "dtypes": [t.dtype for t in tensors], "layout": layout, "reverse": reverse, "algorithm": algorithm,
-                 "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors)}
+        facts = {
+            "carry": type(pieces[0]).__name__,
+            "shapes": [list(t.shape) for t in tensors],
+            "dtypes": [t.dtype for t in tensors],
+            "layout": layout,
+            "reverse": reverse,
+            "algorithm": algorithm,
+            "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        }
         agree_on_call("exclusive_scan", facts, group, tensors[0].device)
     wire = _Differentiable(group)
     scan = _scan(pieces, wire, group, layout, reverse, _pick(algorithm, tensors, world))
@@ -126,8 +137,12 @@ def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
     if group_size(group) == 1:
         return carry.zero()
     assert group is not None
-    facts = {"carry": type(carry).__name__, "shapes": [list(t.shape) for t in tensors], "dtype": tensors[0].dtype,
-             "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors)}
+    facts = {
+        "carry": type(carry).__name__,
+        "shapes": [list(t.shape) for t in tensors],
+        "dtype": tensors[0].dtype,
+        "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+    }
     agree_on_call("exclusive_total", facts, group, tensors[0].device)
     return carry.with_tensors(differentiable_sum_of_others(tensors, group))
 
@@ -169,8 +184,14 @@ class ScanHandle(Generic[CarryT]):
 
 
 @torch.no_grad()
-def start_scan(pieces: Sequence[CarryT], group: ProcessGroup | None, layout: str = "contiguous", *,
-               reverse: bool = False, algorithm: str = "auto") -> ScanHandle[CarryT]:
+def start_scan(
+    pieces: Sequence[CarryT],
+    group: ProcessGroup | None,
+    layout: str = "contiguous",
+    *,
+    reverse: bool = False,
+    algorithm: str = "auto",
+) -> ScanHandle[CarryT]:
     """:func:`carries_in` without gradients and without waiting: the exchange runs beside what the caller does next.
 
     On CUDA all of it runs on a stream of its own; on the CPU the first round does, so "all_gather" overlaps whole.
@@ -239,8 +260,9 @@ class _Differentiable:
         return self._keep(*collectives.broadcast(tensors, source, self.group))
 
 
-def _scan(pieces: Sequence[CarryT], wire: _Wire, group: ProcessGroup | None, layout: Layout, reverse: bool,
-          algorithm: str) -> Steps[CarryT]:
+def _scan(
+    pieces: Sequence[CarryT], wire: _Wire, group: ProcessGroup | None, layout: Layout, reverse: bool, algorithm: str
+) -> Steps[CarryT]:
     if group_size(group) == 1:
         return _on_one_rank(pieces, reverse)
     assert group is not None
@@ -328,15 +350,19 @@ def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout
         _check_carry(piece, "pieces")
     expected = 2 if layout == "zigzag" else 1
     if len(pieces) != expected:
-        raise ValueError(f"a rank holds {expected} piece{'s' if expected > 1 else ''} of the sequence under the {layout} "
-                         f"layout; got {len(pieces)} carries")
+        raise ValueError(
+            f"a rank holds {expected} piece{'s' if expected > 1 else ''} of the sequence under the {layout} "
+            f"layout; got {len(pieces)} carries"
+        )
     return layout, checks.choice("algorithm", algorithm, ALGORITHMS)
 
 
 def _check_carry(carry: Any, name: str) -> None:
     if isinstance(carry, type) or not _is_carry(cast(type[Carry], type(carry))):
-        raise TypeError(f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
-                        f"got {checks.described(carry)} for {name}")
+        raise TypeError(
+            f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
+            f"got {checks.described(carry)} for {name}"
+        )
 
 
 def _pick(algorithm: Algorithm, tensors: Sequence[Tensor], world: int) -> Algorithm:

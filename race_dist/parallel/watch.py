@@ -193,9 +193,11 @@ class Watch:
         if self.store_lost:
             of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             host = "the launcher's agent" if of_launcher else "rank 0"
-            return RankFailure(f"{head}: {host} died, has already ended or stands still, and with it the store through which "
-                               f"ranks find each other [{_first_line(error)}]",
-                               [0] if self.rank and not of_launcher else [])
+            return RankFailure(
+                f"{head}: {host} died, has already ended or stands still, and with it the store through which "
+                f"ranks find each other [{_first_line(error)}]",
+                [0] if self.rank and not of_launcher else [],
+            )
         return RankFailure(f"{head}, although every rank of its group lives and has come to it [{_first_line(error)}]")
 
     def _judge(self, group: ProcessGroup, op: str) -> None:

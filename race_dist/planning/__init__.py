@@ -1,7 +1,7 @@
 """Memory, bytes and time of a training run, on paper: before any GPU is asked for.
 
-    from race_dist.planning import Cluster, Job, find_gpu, recommend
-    plan = recommend(Job(model_config, context=75_000_000), Cluster(find_gpu("gh200"), 8))
+from race_dist.planning import Cluster, Job, find_gpu, recommend
+plan = recommend(Job(model_config, context=75_000_000), Cluster(find_gpu("gh200"), 8))
 """
 
 from race_dist.planning.cluster import GPUS, Cluster, find_gpu
@@ -11,5 +11,23 @@ from race_dist.planning.plan import Choices, Plan, largest_context, make_plan, r
 from race_dist.planning.rates import Rates, load_rates
 from race_dist.planning.report import limits, print_report, to_json
 
-__all__ = ["GPUS", "Choices", "Cluster", "Job", "Layout", "Memory", "Plan", "Rates", "find_gpu", "largest_context", "limits",
-           "load_rates", "make_plan", "memory", "parse_count", "print_report", "recommend", "to_json"]
+__all__ = [
+    "GPUS",
+    "Choices",
+    "Cluster",
+    "Job",
+    "Layout",
+    "Memory",
+    "Plan",
+    "Rates",
+    "find_gpu",
+    "largest_context",
+    "limits",
+    "load_rates",
+    "make_plan",
+    "memory",
+    "parse_count",
+    "print_report",
+    "recommend",
+    "to_json",
+]

@@ -45,14 +45,34 @@ class GPU:
     reserve: int
 
 
-def _gpu(name: str, gib: float, bandwidth: float, bf16: float, fp32: float, fp64: float, per_node: int, inside: float,
-         between: float, host: float, host_gib: int) -> GPU:
+def _gpu(
+    name: str,
+    gib: float,
+    bandwidth: float,
+    bf16: float,
+    fp32: float,
+    fp64: float,
+    per_node: int,
+    inside: float,
+    between: float,
+    host: float,
+    host_gib: int,
+) -> GPU:
     """Table row: bandwidths in GB/s, peaks in TFLOP/s. Links: achieved bandwidth; 15 and 25 microseconds to start, about
     what NCCL needs for a small message inside a node and between nodes. Reserve: 1 GiB of context and libraries, and 4%
     of the memory in the allocator's gaps."""
-    return GPU(name, int(gib * GIB), bandwidth * 1e9, {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12, "float64": fp64 * 1e12},
-               per_node, Link(15e-6, inside * 1e9), Link(25e-6, between * 1e9), host * 1e9, host_gib * GIB,
-               GIB + int(0.04 * gib * GIB))
+    return GPU(
+        name,
+        int(gib * GIB),
+        bandwidth * 1e9,
+        {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12, "float64": fp64 * 1e12},
+        per_node,
+        Link(15e-6, inside * 1e9),
+        Link(25e-6, between * 1e9),
+        host * 1e9,
+        host_gib * GIB,
+        GIB + int(0.04 * gib * GIB),
+    )
 
 
 # Memory: what the driver lists. Peaks and memory bandwidth: vendors' data sheets (SXM forms). Links: two thirds of
@@ -68,11 +88,28 @@ _TABLE = (
     _gpu("b200", 179.0, 8000, 2250, 75, 37, 8, 600, 45, 50, 192),
 )
 # Two cores of a server with AVX-512, as a run on a laptop or in a test sees them; a rates file says it better.
-_CPU = GPU("cpu", 4 * GIB, 10e9, {"bfloat16": 0.1e12, "float32": 0.1e12, "float64": 0.05e12}, 1, Link(50e-6, 2e9),
-           Link(100e-6, 1e9), 10e9, 4 * GIB, 0)
+_CPU = GPU(
+    "cpu",
+    4 * GIB,
+    10e9,
+    {"bfloat16": 0.1e12, "float32": 0.1e12, "float64": 0.05e12},
+    1,
+    Link(50e-6, 2e9),
+    Link(100e-6, 1e9),
+    10e9,
+    4 * GIB,
+    0,
+)
 GPUS = {gpu.name: gpu for gpu in (*_TABLE, _CPU)}
-_SHORT = {"a100": "a100-80gb", "h100": "h100-80gb", "h200": "h200-141gb", "gh200": "gh200-96gb", "gh200-96": "gh200-96gb",
-          "gh200-144": "gh200-144gb", "b200-180gb": "b200"}
+_SHORT = {
+    "a100": "a100-80gb",
+    "h100": "h100-80gb",
+    "h200": "h200-141gb",
+    "gh200": "gh200-96gb",
+    "gh200-96": "gh200-96gb",
+    "gh200-144": "gh200-144gb",
+    "b200-180gb": "b200",
+}
 
 
 def find_gpu(name: str) -> GPU:

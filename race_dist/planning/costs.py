@@ -159,8 +159,11 @@ def product_seconds(job: Job, layout: Layout, machine: Machine) -> float:
     """Matrix products of this GPU's tokens: blocks by their passes, the head 3 times a forward product."""
     tokens = layout.rows(job) * layout.shard(job)
     each = passes(job, layout).products
-    seconds = sum(count * machine.products(map_work(job, one) * each) for kind, count in layers(job.model).items()
-                  for one in linear_maps(job.model, kind))
+    seconds = sum(
+        count * machine.products(map_work(job, one) * each)
+        for kind, count in layers(job.model).items()
+        for one in linear_maps(job.model, kind)
+    )
     return tokens * (seconds + machine.products(map_work(job, Map(job.model.dim, job.model.vocab_size)) * 3))
 
 

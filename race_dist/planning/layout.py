@@ -25,12 +25,15 @@ def parse_count(text: str, low: int = 0) -> int:
     Raises:
         ValueError: it is not one whole number of at least ``low``; it is longer than any text.
     """
-    match = re.fullmatch(r"([0-9]{1,40}(?:_[0-9]{1,40}){0,20}(?:\.[0-9]{1,40})?(?:E[0-9]{1,3})?)([KMB]?)",
-                         str(text).strip().upper())
+    match = re.fullmatch(
+        r"([0-9]{1,40}(?:_[0-9]{1,40}){0,20}(?:\.[0-9]{1,40})?(?:E[0-9]{1,3})?)([KMB]?)", str(text).strip().upper()
+    )
     number = Decimal(match[1].replace("_", "")) * _SCALES[match[2]] if match else Decimal("NaN")
     if number.is_nan() or number != number.to_integral_value():
-        raise ValueError(f"{shown(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
-                         + (", without commas" if "," in str(text) else ""))
+        raise ValueError(
+            f"{shown(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
+            + (", without commas" if "," in str(text) else "")
+        )
     if not low <= number <= COUNT_LIMIT:
         raise ValueError(f"{shown(text)} is no number of tokens from {low} to {COUNT_LIMIT:,}")
     return int(number)
@@ -123,15 +126,19 @@ class Layout:
     def check(self, job: Job, cluster: Cluster) -> None:
         """Raise ValueError where the layout does not fit the job or the cluster."""
         if self.ranks != cluster.count:
-            raise ValueError(f"dp = {self.dp} times sp = {self.sp} makes {self.ranks} ranks, but the cluster has "
-                             f"{cluster.count} GPUs: change --dp, --sp or --gpus")
+            raise ValueError(
+                f"dp = {self.dp} times sp = {self.sp} makes {self.ranks} ranks, but the cluster has "
+                f"{cluster.count} GPUs: change --dp, --sp or --gpus"
+            )
         if job.batch % self.dp:
             raise ValueError(f"batch = {job.batch} does not divide over dp = {self.dp} groups of ranks: change one of them")
         if job.context < self.sp:
             raise ValueError(f"context = {job.context} is shorter than sp = {self.sp} ranks: lower --sp")
         if self.chunk_size is not None and "S" in job.model.layer_kinds:
-            raise ValueError("a full-softmax layer cannot be streamed: its carry is every key and value so far; take the S "
-                             f"out of layer_pattern = {job.model.layer_pattern!r} or plan without --chunk-size")
+            raise ValueError(
+                "a full-softmax layer cannot be streamed: its carry is every key and value so far; take the S "
+                f"out of layer_pattern = {job.model.layer_pattern!r} or plan without --chunk-size"
+            )
 
     def rows(self, job: Job) -> int:
         """Sequences a rank works on, ``B``."""

@@ -106,14 +106,28 @@ class Choices:
     keep: Keep | None = None
 
     @classmethod
-    def checked(cls, dp: int | None, sp: int | None, chunk_size: str | None, checkpointing: bool | None, sharding: str | None,
-                keep: str | None) -> Choices:
+    def checked(
+        cls,
+        dp: int | None,
+        sp: int | None,
+        chunk_size: str | None,
+        checkpointing: bool | None,
+        sharding: str | None,
+        keep: str | None,
+    ) -> Choices:
         """Choices from words, as the command line has them. Raises ValueError where one is none."""
         chunk = None if chunk_size is None else parse_count(chunk_size)
-        tried = Layout(1 if dp is None else dp, 1 if sp is None else sp, chunk or None, False,
-                       cast(Sharding, sharding or "none"), cast(Keep, keep or "device"))
-        return cls(dp, sp, chunk, checkpointing, None if sharding is None else tried.sharding,
-                   None if keep is None else tried.keep)
+        tried = Layout(
+            1 if dp is None else dp,
+            1 if sp is None else sp,
+            chunk or None,
+            False,
+            cast(Sharding, sharding or "none"),
+            cast(Keep, keep or "device"),
+        )
+        return cls(
+            dp, sp, chunk, checkpointing, None if sharding is None else tried.sharding, None if keep is None else tried.keep
+        )
 
     def layouts(self, job: Job, cluster: Cluster) -> Iterator[Layout]:
         """Every layout that is allowed, those that divide as they must."""
@@ -127,8 +141,11 @@ class Choices:
                             yield Layout(dp, sp, chunk, checkpointing, sharding, keep)
 
     def _meshes(self, job: Job, cluster: Cluster) -> list[tuple[int, int]]:
-        meshes = [(dp, cluster.count // dp) for dp in range(1, min(cluster.count, job.batch) + 1)
-                  if cluster.count % dp == 0 and job.batch % dp == 0 and job.context >= cluster.count // dp]
+        meshes = [
+            (dp, cluster.count // dp)
+            for dp in range(1, min(cluster.count, job.batch) + 1)
+            if cluster.count % dp == 0 and job.batch % dp == 0 and job.context >= cluster.count // dp
+        ]
         meshes = [(dp, sp) for dp, sp in meshes if self.dp in (None, dp) and self.sp in (None, sp)]
         if not meshes:
             dp = self.dp or (max(1, cluster.count // self.sp) if self.sp else 1)
@@ -157,12 +174,23 @@ def recommend(job: Job, cluster: Cluster, rates: Rates | None = None, choices: C
     plans = [make_plan(job, layout, cluster, rates) for layout in (choices or Choices()).layouts(job, cluster)]
     fitting = [plan for plan in plans if plan.memory.fits]
     if not fitting:
-        return min(plans, key=lambda plan: (plan.memory.peak / plan.memory.capacity
-                                            + max(0.0, plan.memory.host / plan.memory.host_capacity - 1)))
+        return min(
+            plans,
+            key=lambda plan: (
+                plan.memory.peak / plan.memory.capacity + max(0.0, plan.memory.host / plan.memory.host_capacity - 1)
+            ),
+        )
     fastest = min(plan.step for plan in fitting)
     close = [plan for plan in fitting if plan.step <= 1.02 * fastest]
-    return min(close, key=lambda plan: (plan.layout.sharding == "fsdp", plan.layout.checkpointing, plan.layout.keep == "host",
-                                        plan.memory.peak))
+    return min(
+        close,
+        key=lambda plan: (
+            plan.layout.sharding == "fsdp",
+            plan.layout.checkpointing,
+            plan.layout.keep == "host",
+            plan.memory.peak,
+        ),
+    )
 
 
 def largest_context(plan: Plan, choices: Choices | None = None, *, seconds: float | None = None) -> int:

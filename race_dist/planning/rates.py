@@ -59,8 +59,10 @@ class Rates:
             if not (_is_number(value) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"rate {name} must be a finite number of at least 0; got {value!r}")
         if not self.attention or not all(s > 0 and f > 0 and b > 0 for s, (f, b) in self.attention.items()):
-            raise ValueError("rate attention maps a number of features to two positive numbers (forward, backward), for "
-                             f'example {{"64": [2.1, 2.1]}}; got {self.attention!r}')
+            raise ValueError(
+                "rate attention maps a number of features to two positive numbers (forward, backward), for "
+                f'example {{"64": [2.1, 2.1]}}; got {self.attention!r}'
+            )
 
     def attention_slowdown(self, features: int) -> tuple[float, float]:
         """``attention`` of the nearest number of features, by ratio."""

@@ -26,12 +26,28 @@ def to_json(plan: Plan, largest: Limits, budget: float) -> dict[str, Any]:
     return {
         "model": {"parameters": parameters(job.model), **job.model.model_dump(mode="json", exclude_defaults=True)},
         "job": {"context": job.context, "batch": job.batch, "precision": job.precision, "compiled": job.compiled},
-        "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.count, "gpus_per_node": cluster.per_node,
-                    "memory": cluster.gpu.memory},
-        "layout": {"dp": layout.dp, "sp": layout.sp, "chunk_size": layout.chunk_size, "chunks": layout.chunks(job),
-                   "checkpointing": layout.checkpointing, "sharding": layout.sharding, "keep": layout.keep},
-        "memory": {**plan.memory.kinds, "peak": plan.memory.peak, "available": plan.memory.capacity,
-                   "host": plan.memory.host, "fits": plan.memory.fits},
+        "cluster": {
+            "gpu": cluster.gpu.name,
+            "gpus": cluster.count,
+            "gpus_per_node": cluster.per_node,
+            "memory": cluster.gpu.memory,
+        },
+        "layout": {
+            "dp": layout.dp,
+            "sp": layout.sp,
+            "chunk_size": layout.chunk_size,
+            "chunks": layout.chunks(job),
+            "checkpointing": layout.checkpointing,
+            "sharding": layout.sharding,
+            "keep": layout.keep,
+        },
+        "memory": {
+            **plan.memory.kinds,
+            "peak": plan.memory.peak,
+            "available": plan.memory.capacity,
+            "host": plan.memory.host,
+            "fits": plan.memory.fits,
+        },
         "exchange": plan.exchange.bytes,
         "seconds": {**plan.seconds, "step": plan.step},
         "tokens_per_second": plan.tokens_per_second,
@@ -46,8 +62,11 @@ def print_report(plan: Plan, largest: Limits, budget: float, console: Console | 
     """Tables of memory, time and exchange, then the words."""
     console = console or Console()
     job, cluster, layout = plan.job, plan.cluster, plan.layout
-    console.print(f"{parameters(job.model):,} parameters, {job.batch} x {job.context:,} tokens a step, {job.precision}, on "
-                  f"{cluster.count} x {cluster.gpu.name}", highlight=False)
+    console.print(
+        f"{parameters(job.model):,} parameters, {job.batch} x {job.context:,} tokens a step, {job.precision}, on "
+        f"{cluster.count} x {cluster.gpu.name}",
+        highlight=False,
+    )
     console.print("layout: " + _layout_words(plan).replace("GPU", cluster.unit), highlight=False)
     console.print(_memory_table(plan))
     console.print(_time_table(plan))
@@ -72,8 +91,10 @@ def _sentences(plan: Plan, largest: Limits, budget: float) -> Iterator[str]:
     yield from _reasons(plan)
     yield _bound_words(plan)
     if largest["memory"]:
-        yield (f"The longest context that fits these GPUs is {_tokens(largest['memory'])}; within a step of "
-               f"{_seconds(budget)} it is {_tokens(largest['time']) if largest['time'] else 'none'}.")
+        yield (
+            f"The longest context that fits these GPUs is {_tokens(largest['memory'])}; within a step of "
+            f"{_seconds(budget)} it is {_tokens(largest['time']) if largest['time'] else 'none'}."
+        )
     yield f"Rates: {plan.rates.source}. Measured ones (--rates FILE) make the times better; memory does not depend on them."
 
 
@@ -82,13 +103,19 @@ def _fit_words(plan: Plan) -> str:
     kinds = {k: v for k, v in m.kinds.items() if k != "optimizer buffers"}
     most = max(kinds, key=lambda k: kinds[k])
     if m.fits:
-        return (f"It fits: {_bytes(m.peak)} of {_bytes(m.capacity)} a GPU at the highest moment; most of it is {most} "
-                f"({_bytes(kinds[most])}).")
+        return (
+            f"It fits: {_bytes(m.peak)} of {_bytes(m.capacity)} a GPU at the highest moment; most of it is {most} "
+            f"({_bytes(kinds[most])})."
+        )
     if m.peak <= m.capacity:
-        return (f"It does not fit: chunk-start states take {_bytes(m.host)} of host memory a GPU, which has "
-                f"{_bytes(m.host_capacity)}. Larger chunks leave fewer of them; so do more GPUs or fewer tables.")
-    return (f"It does not fit: {_bytes(m.peak)} a GPU where {_bytes(m.capacity)} are available; most of it is {most} "
-            f"({_bytes(kinds[most])}). {_remedy(most, plan)}")
+        return (
+            f"It does not fit: chunk-start states take {_bytes(m.host)} of host memory a GPU, which has "
+            f"{_bytes(m.host_capacity)}. Larger chunks leave fewer of them; so do more GPUs or fewer tables."
+        )
+    return (
+        f"It does not fit: {_bytes(m.peak)} a GPU where {_bytes(m.capacity)} are available; most of it is {most} "
+        f"({_bytes(kinds[most])}). {_remedy(most, plan)}"
+    )
 
 
 def _remedy(most: str, plan: Plan) -> str:
@@ -107,8 +134,10 @@ def _remedy(most: str, plan: Plan) -> str:
 def _reasons(plan: Plan) -> Iterator[str]:
     job, layout = plan.job, plan.layout
     if layout.chunk_size is not None:
-        yield (f"Streamed in {layout.chunks(job):,} chunks of {layout.chunk(job):,} tokens a rank: activations take the same "
-               "memory at any context, gradients are exact, and the blocks' forward pass is computed twice.")
+        yield (
+            f"Streamed in {layout.chunks(job):,} chunks of {layout.chunk(job):,} tokens a rank: activations take the same "
+            "memory at any context, gradients are exact, and the blocks' forward pass is computed twice."
+        )
     elif layout.checkpointing:
         yield "Not streamed: with each block computed again in the backward pass, the activations fit at once."
     else:
@@ -117,8 +146,10 @@ def _reasons(plan: Plan) -> Iterator[str]:
         yield "Checkpointing on top allows larger chunks, for one more forward pass."
     if layout.sp > 1:
         link = plan.cluster.link_name(layout.sp)
-        yield (f"{layout.sp} ranks share each sequence: what they exchange ({link}) depends on the sketches and not on the "
-               "context" + (f"; {layout.dp} such groups share the batch." if layout.dp > 1 else "."))
+        yield (
+            f"{layout.sp} ranks share each sequence: what they exchange ({link}) depends on the sketches and not on the "
+            "context" + (f"; {layout.dp} such groups share the batch." if layout.dp > 1 else ".")
+        )
     if layout.sharding == "fsdp":
         yield "Weights and optimizer states are divided over the GPUs; each pass over a chunk gathers the weights again."
     if layout.keep == "host" and layout.chunk_size is not None:
@@ -138,8 +169,10 @@ def _bound_words(plan: Plan) -> str:
         "waiting for the host": "the host binds, which queues kernels too slowly for so small a chunk: larger chunks help",
     }[part]
     again = f", {plan.repeats:.2f} times that with what is computed again" if plan.repeats > 1 else ""
-    return (f"{_seconds(plan.step)} a step, {plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.0%} of the peak in useful "
-            f"operations{again}. {share:.0%} of the time is {part}: {meaning}.")
+    return (
+        f"{_seconds(plan.step)} a step, {plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.0%} of the peak in useful "
+        f"operations{again}. {share:.0%} of the time is {part}: {meaning}."
+    )
 
 
 def _layout_words(plan: Plan) -> str:

@@ -95,8 +95,9 @@ def parameters(m: ModelConfig) -> int:
 
 def matrix_parameters(m: ModelConfig) -> int:
     """Numbers that are multiplied with every token: those of the linear maps and of the head (not the embedding's)."""
-    return m.vocab_size * m.dim + sum(count * each.weights for kind, count in layers(m).items()
-                                      for each in linear_maps(m, kind))
+    return m.vocab_size * m.dim + sum(
+        count * each.weights for kind, count in layers(m).items() for each in linear_maps(m, kind)
+    )
 
 
 # --- what autograd saves of a forward pass -------------------------------------------------------------------------------
@@ -215,8 +216,11 @@ def saved_by_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
     """One block: mixing layer and SwiGLU."""
     if job.compiled:
         return saved_by_compiled_block(job, kind, rows, tile)
-    mixer = {"R": lambda: saved_by_race(job, rows, tile), "W": lambda: saved_by_window(job, rows),
-             "S": lambda: saved_by_full(job)}[kind]()
+    mixer = {
+        "R": lambda: saved_by_race(job, rows, tile),
+        "W": lambda: saved_by_window(job, rows),
+        "S": lambda: saved_by_full(job),
+    }[kind]()
     return mixer + Saved(saved_by_ffn(job))
 
 
@@ -234,8 +238,15 @@ def saved_weights(job: Job) -> int:
     """Narrow copies of the weights that autocast keeps for the backward pass."""
     if job.narrow == job.wide:
         return 0
-    return sum(count * each.weights for kind, count in layers(job.model).items()
-               for each in linear_maps(job.model, kind) if not each.always_wide) * job.narrow
+    return (
+        sum(
+            count * each.weights
+            for kind, count in layers(job.model).items()
+            for each in linear_maps(job.model, kind)
+            if not each.always_wide
+        )
+        * job.narrow
+    )
 
 
 def state_tile(m: ModelConfig, rows: int, *, cpu: bool, chunk: int) -> int:

@@ -6,5 +6,15 @@ from race_dist.streaming.progress import Progress, StepInterrupted
 from race_dist.streaming.step import streamed_backward, streamed_loss, streamed_prompt
 from race_dist.streaming.text import Tokens
 
-__all__ = ["DamagedStepError", "Keep", "OtherStepError", "Progress", "StepCheckpoint", "StepInterrupted", "Tokens",
-           "streamed_backward", "streamed_loss", "streamed_prompt"]
+__all__ = [
+    "DamagedStepError",
+    "Keep",
+    "OtherStepError",
+    "Progress",
+    "StepCheckpoint",
+    "StepInterrupted",
+    "Tokens",
+    "streamed_backward",
+    "streamed_loss",
+    "streamed_prompt",
+]

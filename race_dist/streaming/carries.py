@@ -73,7 +73,7 @@ class Carries:
         if self._stream is not None:
             self._stream.synchronize()
         begins = range(0, self._count, self._rows)  # of the slabs
-        parts = [slab[max(0, first - begin):self._count - begin] for slab, begin in zip(self._slabs, begins, strict=True)]
+        parts = [slab[max(0, first - begin) : self._count - begin] for slab, begin in zip(self._slabs, begins, strict=True)]
         return torch.cat([part.cpu() for part in parts if len(part)])
 
     def restore(self, rows: Tensor) -> None:
@@ -83,8 +83,10 @@ class Carries:
             ValueError: a row has another size.
         """
         if rows.shape[1:] != (self._row,):
-            raise ValueError(f"the stored carries have {rows.shape[1]} bytes each, this step's {self._row}: they are of "
-                             "another model or batch")
+            raise ValueError(
+                f"the stored carries have {rows.shape[1]} bytes each, this step's {self._row}: they are of "
+                "another model or batch"
+            )
         for row in rows:
             self._push(row.to(self._device))
 
@@ -138,8 +140,7 @@ def _kept(carry: ModelCarry, *, sketches: bool) -> list[bool]:
 
 
 @torch.no_grad()
-def subtract(model: LanguageModel, ids: Tensor, after: ModelCarry, rest: ModelCarry,
-             group: ProcessGroup | None) -> ModelCarry:
+def subtract(model: LanguageModel, ids: Tensor, after: ModelCarry, rest: ModelCarry, group: ProcessGroup | None) -> ModelCarry:
     """The carry at a chunk's start, from the one behind the chunk: without decay, sketches of disjoint tokens add.
 
     Layer by layer: what the chunk adds to a layer's sketch is known once the layers below are run from theirs.

@@ -87,8 +87,9 @@ class StepCheckpoint:
     def __post_init__(self) -> None:
         checks.folder("folder", self.folder)
         if not checks.is_number(self.every) or not (0 <= self.every <= checks.MAX_BYTES or self.every == float("inf")):
-            raise ValueError(f"every must be a number of seconds, 0 or more (inf: only at the end); got "
-                             f"{checks.described(self.every)}")
+            raise ValueError(
+                f"every must be a number of seconds, 0 or more (inf: only at the end); got {checks.described(self.every)}"
+            )
         checks.instance("key", self.key, str)
         checks.callback("stop", self.stop)
 
@@ -183,20 +184,25 @@ class Store:
             found = {position: g for position, g in found.items() if position < newest}
         if newest == _ANOTHER_STEP:
             others = others or "something else, as another rank has found"
-            raise OtherStepError(f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
-                                 "folder to begin the step anew")
+            raise OtherStepError(
+                f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
+                "folder to begin the step anew"
+            )
         if chosen is None and agree_on_greatest([len(trouble)], self.group)[0]:
             damage = trouble[0] if trouble else "another rank has found a damaged file"
-            raise DamagedStepError(f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to "
-                                   "begin the step anew")
+            raise DamagedStepError(
+                f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to begin the step anew"
+            )
         if chosen is None:
             if own:
                 tell(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         if trouble:
-            tell(f"{'; '.join(trouble)}: the step goes on from what was stored after {chosen.about['done']} chunks of the "
-                 f"{chosen.about['phase']} phase")
+            tell(
+                f"{'; '.join(trouble)}: the step goes on from what was stored after {chosen.about['done']} chunks of the "
+                f"{chosen.about['phase']} phase"
+            )
         self._kept = [chosen]
         return self._read(chosen)
 
@@ -213,8 +219,9 @@ class Store:
                 if about["generation"] != number:
                     raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {about['generation']}")
             except (OSError, DamagedFileError) as error:
-                trouble.append(f"{self.folder / f'{number}.json'} is missing" if isinstance(error, FileNotFoundError) else
-                               str(error))
+                trouble.append(
+                    f"{self.folder / f'{number}.json'} is missing" if isinstance(error, FileNotFoundError) else str(error)
+                )
                 continue
             if about["key"] != self.checkpoint.key or about["phase"] not in PHASES:
                 over = True
@@ -253,7 +260,7 @@ class Store:
     def _read(self, generation: _Generation) -> Saved:
         about = generation.about
         parts = [load_file(self.folder / name)["rows"] for name in about["carries"]]
-        carries = torch.cat(parts)[:about["rows"]] if parts else None
+        carries = torch.cat(parts)[: about["rows"]] if parts else None
         return Saved(about["phase"], about["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
 
     # --- writing -------------------------------------------------------------------------------------------------------
@@ -287,8 +294,9 @@ class Store:
             self._write_words()
         self._remove_others()
 
-    def _write(self, phase: str, done: int, tensors: Mapping[str, Tensor], rows: Tensor | None,
-               before: Mapping[str, Any]) -> _Generation:
+    def _write(
+        self, phase: str, done: int, tensors: Mapping[str, Tensor], rows: Tensor | None, before: Mapping[str, Any]
+    ) -> _Generation:
         self.folder.mkdir(parents=True, exist_ok=True)
         number = max(self._numbers("json") | self._numbers("safetensors"), default=0) + 1
         carries, count = list(before["carries"]), before["rows"]
@@ -299,8 +307,16 @@ class Store:
             count += len(rows)
         name = f"{number}.safetensors"
         files[name] = self._write_tensors(name, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-        about = {"generation": number, "key": self.checkpoint.key, "step": tree_digest(self.facts), "phase": phase,
-                 "done": done, "rows": count, "carries": carries, "files": files}
+        about = {
+            "generation": number,
+            "key": self.checkpoint.key,
+            "step": tree_digest(self.facts),
+            "phase": phase,
+            "done": done,
+            "rows": count,
+            "carries": carries,
+            "files": files,
+        }
         write_record(self.folder / f"{number}.json", about)
         return _Generation(number, about)
 
@@ -341,7 +357,7 @@ def digest_of_tokens(tokens: Tokens) -> str:
     digest = hashlib.blake2b(str(tuple(tokens.shape)).encode(), digest_size=16)
     for n in range(PIECES):
         start = n * max(0, length - PIECE) // max(1, PIECES - 1)
-        piece = tokens[:, start:start + PIECE]
+        piece = tokens[:, start : start + PIECE]
         piece = piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()
         digest.update(np.ascontiguousarray(piece, dtype=np.int64).tobytes())
     return digest.hexdigest()

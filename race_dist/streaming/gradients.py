@@ -132,5 +132,6 @@ class Gradients:
         if sharing <= mesh:
             return cast(DTensor, gradient * len(sharing)) if self._reduce == "mean" else gradient
         local = all_reduce_sum(gradient.to_local(), self._group)
-        return DTensor.from_local(local, gradient.device_mesh, gradient.placements, shape=gradient.shape,
-                                  stride=gradient.stride())
+        return DTensor.from_local(
+            local, gradient.device_mesh, gradient.placements, shape=gradient.shape, stride=gradient.stride()
+        )

@@ -46,8 +46,10 @@ class Progress:
     memory: int
 
     def __str__(self) -> str:
-        return (f"{self.phase} {self.chunk}/{self.chunks}, {self.tokens_per_second:,.0f} tokens/s, "
-                f"{self.memory / 2**30:.2f} GiB, {self.seconds:.0f} s, {self.remaining:.0f} s left")
+        return (
+            f"{self.phase} {self.chunk}/{self.chunks}, {self.tokens_per_second:,.0f} tokens/s, "
+            f"{self.memory / 2**30:.2f} GiB, {self.seconds:.0f} s, {self.remaining:.0f} s left"
+        )
 
 
 class StepInterrupted(KeyboardInterrupt):
@@ -76,8 +78,16 @@ class Pace:
         seconds = now - self._began
         left = 3 * self._chunks + self._chunks - 1 - done if phase == "forward" else 3 * (self._chunks - done)
         pace = (self._tokens(phase, done) - self._tokens(phase, self._phase_first)) / max(now - self._phase_began, 1e-9)
-        return Progress(phase, done, self._chunks, self._tokens(phase, done), seconds, seconds * left / self._units, pace,
-                        memory_in_use(self._device))
+        return Progress(
+            phase,
+            done,
+            self._chunks,
+            self._tokens(phase, done),
+            seconds,
+            seconds * left / self._units,
+            pace,
+            memory_in_use(self._device),
+        )
 
     def _tokens(self, phase: str, done: int) -> int:
         """Tokens of the first ``done`` chunks, counted from the end in the backward phase, where the ragged one comes first."""

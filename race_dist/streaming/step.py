@@ -34,11 +34,22 @@ from race_dist.streaming.progress import Interrupts, Pace, Progress, StepInterru
 from race_dist.streaming.text import Chunk, Text, Tokens
 
 
-def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
-                      group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
-                      reduce: Reduce = "mean", keep: Keep = "device", checkpoint: StepCheckpoint | None = None,
-                      world: ProcessGroup | None = None, progress: Callable[[Progress], None] | None = None,
-                      key_mask: None = None) -> Tensor:
+def streamed_backward(
+    model: nn.Module,
+    input_ids: Tokens,
+    labels: Tokens,
+    *,
+    chunk_size: int,
+    group: ProcessGroup | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_targets: int | None = None,
+    reduce: Reduce = "mean",
+    keep: Keep = "device",
+    checkpoint: StepCheckpoint | None = None,
+    world: ProcessGroup | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    key_mask: None = None,
+) -> Tensor:
     """The mean loss over the whole sequence; adds its exact gradients to every parameter's ``.grad``.
 
     Blocks that are compiled run one graph in both phases, so that they round alike; a last chunk shorter than the others
@@ -95,9 +106,18 @@ def streamed_backward(model: nn.Module, input_ids: Tokens, labels: Tokens, *, ch
 
 
 @torch.no_grad()
-def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_size: int,
-                  group: ProcessGroup | None = None, cu_seqlens: Tensor | None = None, num_targets: int | None = None,
-                  progress: Callable[[Progress], None] | None = None, key_mask: None = None) -> Tensor:
+def streamed_loss(
+    model: nn.Module,
+    input_ids: Tokens,
+    labels: Tokens,
+    *,
+    chunk_size: int,
+    group: ProcessGroup | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_targets: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    key_mask: None = None,
+) -> Tensor:
     """The mean loss of :func:`streamed_backward` without gradients: evaluation over any length. Same arguments."""
     _refuse_mask(key_mask)
     checks.callback("progress", progress)
@@ -114,8 +134,9 @@ def streamed_loss(model: nn.Module, input_ids: Tokens, labels: Tokens, *, chunk_
 
 
 @torch.no_grad()
-def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int, group: ProcessGroup | None = None,
-                    key_mask: None = None) -> tuple[Tensor, ModelCarry]:
+def streamed_prompt(
+    model: nn.Module, input_ids: Tokens, *, chunk_size: int, group: ProcessGroup | None = None, key_mask: None = None
+) -> tuple[Tensor, ModelCarry]:
     """Read a prompt of any length: the logits of the token that follows it, and the carry to go on from.
 
     Args:
@@ -127,8 +148,10 @@ def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int, gro
         ``[B, vocab]``, and the carry behind the last token (for ``model.hidden``), both on every rank.
     """
     if key_mask is not None:
-        raise ValueError("streamed_prompt takes no key_mask: read prompts of several lengths with "
-                         "race_dist.models.read(model, ids, key_mask=...)")
+        raise ValueError(
+            "streamed_prompt takes no key_mask: read prompts of several lengths with "
+            "race_dist.models.read(model, ids, key_mask=...)"
+        )
     stream = _Stream(model, input_ids, input_ids, chunk_size, group, None)
     carry = stream.first_carry()
     for chunk, ids, _ in stream.text.read(range(stream.text.count)):
@@ -143,30 +166,44 @@ def streamed_prompt(model: nn.Module, input_ids: Tokens, *, chunk_size: int, gro
 
 def _refuse_mask(key_mask: object) -> None:
     if key_mask is not None:
-        raise ValueError("key_mask: streamed steps take no padding; lay the texts one after the other in one row and give "
-                         "their boundaries as cu_seqlens")
+        raise ValueError(
+            "key_mask: streamed steps take no padding; lay the texts one after the other in one row and give "
+            "their boundaries as cu_seqlens"
+        )
 
 
 class _Stream:
     """One sequence, cut into chunks, and the model that runs over them."""
 
-    def __init__(self, model: nn.Module, input_ids: Tokens, labels: Tokens, chunk_size: int, group: ProcessGroup | None,
-                 cu_seqlens: Tensor | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: Tokens,
+        labels: Tokens,
+        chunk_size: int,
+        group: ProcessGroup | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a race_dist.models.DecoderLM; got {checks.described(model)}")
         inner = unwrapped(model)
         if not isinstance(inner, DecoderLM):
             raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(inner).__name__}")
         if "S" in inner.config.layer_kinds:
-            raise ValueError(f"a full-softmax layer cannot be streamed: its carry is every key and value so far; "
-                             f"layer_pattern = {inner.config.layer_pattern!r} may hold R and W")
+            raise ValueError(
+                f"a full-softmax layer cannot be streamed: its carry is every key and value so far; "
+                f"layer_pattern = {inner.config.layer_pattern!r} may hold R and W"
+            )
         if inner.norm.weight.is_meta:
-            raise ValueError("model is on the meta device, where its weights have no values: give them some with "
-                             "model.to_empty(device=...) and model.initialize()")
+            raise ValueError(
+                "model is on the meta device, where its weights have no values: give them some with "
+                "model.to_empty(device=...) and model.initialize()"
+            )
         self.model, self.device = inner, inner.norm.weight.device
         self.group = group if group_size(group) > 1 else None
-        self.text = Text(input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size,
-                         device=self.device)
+        self.text = Text(
+            input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size, device=self.device
+        )
         self.packed = cu_seqlens is not None
         self.documents = "one" if cu_seqlens is None else tree_digest({"cu_seqlens": cu_seqlens.tolist()})
         self.compiled = any(m._compiled_call_impl is not None for m in inner.modules())
@@ -184,8 +221,9 @@ class _Stream:
         """No tokens yet. The sketches are float64: theirs are sums over the whole sequence."""
         kind, weights = self.device.type, self.model.norm.weight.dtype
         narrow = torch.is_autocast_enabled(kind) and weights != torch.float64
-        return self.model.zero_carry(self.text.batch, dtype=torch.get_autocast_dtype(kind) if narrow else weights,
-                                     state_dtype=torch.float64)
+        return self.model.zero_carry(
+            self.text.batch, dtype=torch.get_autocast_dtype(kind) if narrow else weights, state_dtype=torch.float64
+        )
 
     def hidden(self, ids: Tensor, carry: ModelCarry, chunk: Chunk) -> tuple[Tensor, ModelCarry]:
         """The chunk's hidden states and the carry behind it."""
@@ -204,8 +242,16 @@ class _Step:
         total: this rank's share of the mean loss, float64.
     """
 
-    def __init__(self, stream: _Stream, gradients: Gradients, interrupts: Interrupts, keep: Keep, num_targets: int | None,
-                 progress: Callable[[Progress], None] | None, world: ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        stream: _Stream,
+        gradients: Gradients,
+        interrupts: Interrupts,
+        keep: Keep,
+        num_targets: int | None,
+        progress: Callable[[Progress], None] | None,
+        world: ProcessGroup | None,
+    ) -> None:
         _check_keep(keep, stream)
         checks.callback("progress", progress)
         self.world = world
@@ -292,16 +338,23 @@ class _Step:
     def resume(self, checkpoint: StepCheckpoint) -> None:
         """Store the step from now on; first go on from what is stored of it."""
         if self.gradients.sharded:
-            raise ValueError("a step under FSDP2 cannot be stored in its middle: FSDP2 holds the gradients of chunks itself; "
-                             "leave out checkpoint=, or use DDP or no wrapper")
+            raise ValueError(
+                "a step under FSDP2 cannot be stored in its middle: FSDP2 holds the gradients of chunks itself; "
+                "leave out checkpoint=, or use DDP or no wrapper"
+            )
         text = self.stream.text
         facts: Mapping[str, str] = {
-            "text": digest_of_tokens(text.ids), "labels": digest_of_tokens(text.labels), "chunk size": str(text.step),
+            "text": digest_of_tokens(text.ids),
+            "labels": digest_of_tokens(text.labels),
+            "chunk size": str(text.step),
             "number of ranks": f"{group_size(self.stream.group)} of {group_size(self.world)}",
             "model": self.stream.model.config.model_dump_json(),
-            "set of weights": digest_of_weights(self.stream.model), "number of targets": str(int(self.targets)),
+            "set of weights": digest_of_weights(self.stream.model),
+            "number of targets": str(int(self.targets)),
             "set of documents": self.stream.documents,
-            "way to keep carries": self.keep, "precision": str(self.carry.tensors()[-2].dtype)}
+            "way to keep carries": self.keep,
+            "precision": str(self.carry.tensors()[-2].dtype),
+        }
         self.store = Store(checkpoint, facts, self.world)
         saved = self.store.load()
         if saved is not None:
@@ -317,8 +370,9 @@ class _Step:
         self.phase, self.done = saved.phase, saved.done
         self.total = tensors["total"].to(device)
         self.carry = self.carry.with_tensors(unpack(tensors["carry"].to(device), self.carry.tensors()))
-        self.incoming = [tensors[f"incoming.{i}"].to(device) if f"incoming.{i}" in tensors else None
-                         for i in range(len(self.incoming))]
+        self.incoming = [
+            tensors[f"incoming.{i}"].to(device) if f"incoming.{i}" in tensors else None for i in range(len(self.incoming))
+        ]
         self.gradients.restore(tensors)
         self.carries = Carries(self.keep, self.carry, self.stream.text.count)
         left = saved.done + 1 if saved.phase == "forward" else self.stream.text.count - saved.done
@@ -332,9 +386,13 @@ def _check_keep(keep: str, stream: _Stream) -> None:
     if keep != "subtract":
         return
     if stream.packed:
-        raise ValueError('keep="subtract" does not go with cu_seqlens: where a document begins, nothing of the state before '
-                         'it is left to subtract from; use keep="host"')
+        raise ValueError(
+            'keep="subtract" does not go with cu_seqlens: where a document begins, nothing of the state before '
+            'it is left to subtract from; use keep="host"'
+        )
     config = stream.model.config
     if "R" in config.layer_kinds and config.race.decay != "none":
-        raise ValueError(f'keep="subtract" needs race.decay = "none", but it is {config.race.decay!r}: what has decayed '
-                         'cannot be brought back; use keep="host"')
+        raise ValueError(
+            f'keep="subtract" needs race.decay = "none", but it is {config.race.decay!r}: what has decayed '
+            'cannot be brought back; use keep="host"'
+        )

@@ -49,20 +49,30 @@ class Text:
         count: chunks.
     """
 
-    def __init__(self, input_ids: Tokens, labels: Tokens, chunk_size: int, group: ProcessGroup | None,
-                 cu_seqlens: Tensor | None, *, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        input_ids: Tokens,
+        labels: Tokens,
+        chunk_size: int,
+        group: ProcessGroup | None,
+        cu_seqlens: Tensor | None,
+        *,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
         for name, tokens in (("input_ids", input_ids), ("labels", labels)):
             _check_tokens(name, tokens)
         chunk_size = checks.integer("chunk_size", chunk_size, least=1, most=2**62)
         if input_ids.ndim != 2 or tuple(input_ids.shape) != tuple(labels.shape):
-            raise ValueError(f"input_ids and labels must both be [B, T]; got {list(input_ids.shape)} and "
-                             f"{list(labels.shape)}")
+            raise ValueError(f"input_ids and labels must both be [B, T]; got {list(input_ids.shape)} and {list(labels.shape)}")
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids holds no tokens: [B, T] needs T of at least 1")
         check_documents(cu_seqlens)
         if cu_seqlens is not None and (input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]):
-            raise ValueError(f"cu_seqlens must end at T = {input_ids.shape[1]} with B = 1; it ends at {int(cu_seqlens[-1])} "
-                             f"with B = {input_ids.shape[0]}")
+            raise ValueError(
+                f"cu_seqlens must end at T = {input_ids.shape[1]} with B = 1; it ends at {int(cu_seqlens[-1])} "
+                f"with B = {input_ids.shape[0]}"
+            )
         self.ids, self.labels, self._group, self._device = input_ids, labels, group, device
         self._vocab_size = vocab_size
         self._boundaries = None if cu_seqlens is None else cu_seqlens[1:-1].unique().tolist()
@@ -90,7 +100,7 @@ class Text:
         if isinstance(self.labels, np.ndarray) and self.labels.dtype.kind == "u":
             return self.batch * self.length
         step = max(self.step, 2**22)
-        pieces = (self.labels[:, start:start + step] for start in range(0, self.length, step))
+        pieces = (self.labels[:, start : start + step] for start in range(0, self.length, step))
         return sum(int((piece != IGNORE).sum()) for piece in pieces)
 
     def read(self, indices: Iterable[int]) -> Iterator[Loaded]:
@@ -152,8 +162,9 @@ class Text:
         low, high = (int(bound) for bound in part.aminmax())
         if low < 0 or high >= self._vocab_size:
             also = f" (or {IGNORE})" if name == "labels" else ""
-            raise ValueError(f"{name} must be from 0 to vocab_size - 1 = {self._vocab_size - 1}{also}; "
-                             f"got {low if low < 0 else high}")
+            raise ValueError(
+                f"{name} must be from 0 to vocab_size - 1 = {self._vocab_size - 1}{also}; got {low if low < 0 else high}"
+            )
 
 
 def _check_tokens(name: str, x: Tokens) -> None:

@@ -24,14 +24,18 @@ def check_same_run(config: TrainConfig, corpus: Corpus, model: nn.Module, group:
     """Raise ValueError on every rank, naming the ranks and what differs, unless all are about to do the same run."""
     if group is None:
         return
-    check_ranks_agree({
-        "the code": f"race-dist {race_dist.__version__} ({code_digest()[:12]})",
-        "torch": torch.__version__,
-        "the configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
-        "the text": corpus.digest()[:12],
-        "the initial weights": tensors_digest(model.named_parameters())[:12],
-        "the planes": tensors_digest(model.named_buffers())[:12],
-    }, group, what="the run")
+    check_ranks_agree(
+        {
+            "the code": f"race-dist {race_dist.__version__} ({code_digest()[:12]})",
+            "torch": torch.__version__,
+            "the configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
+            "the text": corpus.digest()[:12],
+            "the initial weights": tensors_digest(model.named_parameters())[:12],
+            "the planes": tensors_digest(model.named_buffers())[:12],
+        },
+        group,
+        what="the run",
+    )
 
 
 def code_digest() -> str:

@@ -76,8 +76,9 @@ class Checkpoints:
         read_only: for looking into the folder of a run that may be going on: nothing in it is touched.
     """
 
-    def __init__(self, folder: Path, group: ProcessGroup | None, *, keep: int = 3, keep_every: int = 0,
-                 read_only: bool = False) -> None:
+    def __init__(
+        self, folder: Path, group: ProcessGroup | None, *, keep: int = 3, keep_every: int = 0, read_only: bool = False
+    ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.rank, self.world = group_rank(group), group_size(group)
         self.problems: list[str] = []  # sentences about checkpoints that were damaged or failed, for the user
@@ -99,8 +100,10 @@ class Checkpoints:
             from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
             from torch.distributed.checkpoint.state_dict_saver import async_save
         except ImportError:
-            raise ImportError("checkpoints need torch 2.9 or newer: pip install -U torch, or set checkpoint.every = 0 and "
-                              "checkpoint.minutes = 0") from None
+            raise ImportError(
+                "checkpoints need torch 2.9 or newer: pip install -U torch, or set checkpoint.every = 0 and "
+                "checkpoint.minutes = 0"
+            ) from None
         partial, body = self._begin(step, facts)
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         future = async_save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
@@ -139,8 +142,11 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        wanted = [str(path) for path in reversed(self._complete()) if step in (None, int(_parse(path)[1]))
-                  and (before is None or int(_parse(path)[0]) < before)]
+        wanted = [
+            str(path)
+            for path in reversed(self._complete())
+            if step in (None, int(_parse(path)[1])) and (before is None or int(_parse(path)[0]) < before)
+        ]
         paths = gather_objects(wanted, self._group)[0]
         for path in map(Path, paths):
             try:
@@ -210,7 +216,7 @@ class Checkpoints:
         return None
 
     def _prune(self) -> None:
-        for path in self._complete()[:-self.keep]:
+        for path in self._complete()[: -self.keep]:
             step = int(_parse(path)[1])
             if not (self.keep_every and step % self.keep_every == 0):
                 _remove(path)
@@ -238,7 +244,7 @@ class Checkpoints:
     def _mine(self, path: Path) -> Iterator[str]:
         """The files of a checkpoint that this rank reads for their checksums."""
         names = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
-        return iter(names[self.rank::self.world])
+        return iter(names[self.rank :: self.world])
 
     def _check(self, path: Path) -> Saved:
         """Raise unless the manifest and this rank's share of the files are what was written."""
@@ -248,7 +254,7 @@ class Checkpoints:
         missing = set(body["files"]) - {file.name for file in path.iterdir()}
         if missing:
             raise ValueError(f"{min(missing)} is missing")
-        for name in list(body["files"])[self.rank::self.world]:
+        for name in list(body["files"])[self.rank :: self.world]:
             check_file(path / name, body["files"][name])
         return Saved(path, body["serial"], body["step"], body["facts"], tuple(body["files"]))
 

@@ -67,13 +67,21 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
     if directory.curves.is_file():
         metrics.say([f"curves:   {directory.curves}"])
     if failed is None:
-        metrics.say([f"weights:  {directory.weights}",
-                     f"go on:    {command()} generate {shlex.quote(str(directory.path))} "
-                     f"--prompt {shlex.quote(_prompt(trainer))}"])
+        metrics.say(
+            [
+                f"weights:  {directory.weights}",
+                f"go on:    {command()} generate {shlex.quote(str(directory.path))} --prompt {shlex.quote(_prompt(trainer))}",
+            ]
+        )
     if failed is not None:
-        raise CheckpointError(f"the trained weights were not kept: {failed}; " + (
-            f"make room and go on with --resume from the checkpoints in {directory.checkpoints}" if
-            any(directory.checkpoints.glob("*-step-*")) else "there is no checkpoint, so the run has to be made again"))
+        raise CheckpointError(
+            f"the trained weights were not kept: {failed}; "
+            + (
+                f"make room and go on with --resume from the checkpoints in {directory.checkpoints}"
+                if any(directory.checkpoints.glob("*-step-*"))
+                else "there is no checkpoint, so the run has to be made again"
+            )
+        )
 
 
 def _whole_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> DecoderLM:
@@ -93,8 +101,9 @@ def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory
     write_positions(directory, found, trainer.corpus)
 
 
-def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corpus, *, held_out: bool = True,
-                    step: int | None = None) -> Path:
+def write_positions(
+    directory: RunDirectory, found: dict[str, Any], corpus: Corpus, *, held_out: bool = True, step: int | None = None
+) -> Path:
     """Store losses by position in the run's folder, where the report finds them.
 
     Args:
@@ -114,8 +123,16 @@ def write_positions(directory: RunDirectory, found: dict[str, Any], corpus: Corp
 def _write_sample(trainer: Trainer, model: DecoderLM, directory: RunDirectory, metrics: Metrics) -> None:
     config = trainer.config
     prompt = _prompt(trainer)
-    text = prompt + "".join(stream_text(model, prompt, codec=codec_for(trainer.corpus.tokenizer), tokens=config.sample.tokens,
-                                        temperature=config.sample.temperature, seed=config.seed))
+    text = prompt + "".join(
+        stream_text(
+            model,
+            prompt,
+            codec=codec_for(trainer.corpus.tokenizer),
+            tokens=config.sample.tokens,
+            temperature=config.sample.temperature,
+            seed=config.seed,
+        )
+    )
     metrics.say(["", "sample:", *(f"    {line}" for line in text.splitlines()), ""])
     write_text(directory.sample, text)
 
@@ -134,7 +151,7 @@ def first_words(split: Split, codec: Codec) -> str:
     text = "".join(decode(int(token)) for token in tokens)
     lines = [line.strip() for line in text.split("\n")[1:-1]]
     line = next((line for line in lines if " " in line and line.isprintable() and "\ufffd" not in line), "")
-    words = line[:_PROMPT_CHARACTERS + 1].rpartition(" ")[0] if len(line) > _PROMPT_CHARACTERS else line
+    words = line[: _PROMPT_CHARACTERS + 1].rpartition(" ")[0] if len(line) > _PROMPT_CHARACTERS else line
     return words or text.strip("\ufffd")[:_PROMPT_CHARACTERS] or " "
 
 

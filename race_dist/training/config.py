@@ -102,8 +102,10 @@ class ParallelConfig(StrictConfig):
         """``(dp, sp)`` for that many ranks. Raises ValueError where they (and tp) do not multiply to it."""
         started, tp = world_size, self.tp
         if started % tp:
-            raise ValueError(f"parallel.tp = {tp} does not divide the {started} ranks that were started; start a multiple of "
-                             f"{tp} or change parallel.tp")
+            raise ValueError(
+                f"parallel.tp = {tp} does not divide the {started} ranks that were started; start a multiple of "
+                f"{tp} or change parallel.tp"
+            )
         world_size //= tp
         if self.dp is not None and self.sp is not None:
             dp, sp = self.dp, self.sp
@@ -114,9 +116,11 @@ class ParallelConfig(StrictConfig):
             dp = max(1, world_size // sp)
         if dp * sp != world_size:
             needed = dp * sp * tp
-            raise ValueError(f"parallel.dp = {dp} times parallel.sp = {sp}{f' times parallel.tp = {tp}' if tp > 1 else ''} "
-                             f"makes {needed} ranks, but {started} {'was' if started == 1 else 'were'} started; start {needed} "
-                             f"(race-dist train ... --nproc {needed}) or change parallel.dp or parallel.sp")
+            raise ValueError(
+                f"parallel.dp = {dp} times parallel.sp = {sp}{f' times parallel.tp = {tp}' if tp > 1 else ''} "
+                f"makes {needed} ranks, but {started} {'was' if started == 1 else 'were'} started; start {needed} "
+                f"(race-dist train ... --nproc {needed}) or change parallel.dp or parallel.sp"
+            )
         return dp, sp
 
 
@@ -283,16 +287,19 @@ class TrainConfig(StrictConfig):
         if "R" in self.model.layer_kinds and not self.model.race.causal:
             raise ValueError("model.race.causal must be true: a language model reads only what came before; got false")
         if self.deepspeed and self.engine != "deepspeed":
-            raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it '
-                             "out")
+            raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it out')
         if self.engine != "megatron" and self.parallel.tp > 1:
-            raise ValueError(f'parallel.tp is {self.parallel.tp}, but only engine = "megatron" divides heads over ranks; '
-                             'make it 1 or choose that engine')
+            raise ValueError(
+                f'parallel.tp is {self.parallel.tp}, but only engine = "megatron" divides heads over ranks; '
+                "make it 1 or choose that engine"
+            )
         if self.optim.planes_lr is not None:
             self._check_planes_rate()
         if self.optim.warmup_steps >= self.steps:
-            raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
-                             "steps; lower it or raise steps")
+            raise ValueError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
+                "steps; lower it or raise steps"
+            )
         if self.stream.chunk_size:
             self._check_streamed()
         return self
@@ -301,23 +308,31 @@ class TrainConfig(StrictConfig):
         if self.engine != "native":
             raise ValueError(f'optim.planes_lr needs engine = "native"; it is "{self.engine}": leave it out')
         if not (self.model.race.train_planes and "R" in self.model.layer_kinds):
-            raise ValueError(f"optim.planes_lr is {self.optim.planes_lr}, but no layer trains its planes: set "
-                             "model.race.train_planes = true or leave it out")
+            raise ValueError(
+                f"optim.planes_lr is {self.optim.planes_lr}, but no layer trains its planes: set "
+                "model.race.train_planes = true or leave it out"
+            )
 
     def _check_streamed(self) -> None:
         if self.engine != "native":
             raise ValueError(f'stream.chunk_size needs engine = "native"; it is "{self.engine}"')
         if "S" in self.model.layer_kinds:
-            raise ValueError(f"stream.chunk_size does not go with the full-softmax layers of model.layer_pattern = "
-                             f"{self.model.layer_pattern!r}: they carry every key and value so far; use R and W")
+            raise ValueError(
+                f"stream.chunk_size does not go with the full-softmax layers of model.layer_pattern = "
+                f"{self.model.layer_pattern!r}: they carry every key and value so far; use R and W"
+            )
         if self.parallel.layout == "zigzag":
             raise ValueError('stream.chunk_size shares each chunk out in order: leave parallel.layout = "contiguous"')
         if self.stream.keep == "subtract" and "R" in self.model.layer_kinds and self.model.race.decay != "none":
-            raise ValueError(f'stream.keep = "subtract" needs model.race.decay = "none", but it is '
-                             f'"{self.model.race.decay}": what has decayed cannot be brought back; use "host"')
+            raise ValueError(
+                f'stream.keep = "subtract" needs model.race.decay = "none", but it is '
+                f'"{self.model.race.decay}": what has decayed cannot be brought back; use "host"'
+            )
         if self.stream.keep == "subtract" and self.data.documents == "separate":
-            raise ValueError('stream.keep = "subtract" does not go with data.documents = "separate": nothing of the state '
-                             'before a document is left to subtract from; use "host"')
+            raise ValueError(
+                'stream.keep = "subtract" does not go with data.documents = "separate": nothing of the state '
+                'before a document is left to subtract from; use "host"'
+            )
 
     @property
     def directory(self) -> Path:

@@ -65,7 +65,7 @@ class Split:
     def view(self, start: int, length: int) -> Tokens:
         """The same without a copy where it lies in one piece: then nothing is read until it is used."""
         runs = self._runs(start, length)
-        return self.tokens[runs[0][0]:runs[0][1]] if len(runs) == 1 else self.read(start, length)
+        return self.tokens[runs[0][0] : runs[0][1]] if len(runs) == 1 else self.read(start, length)
 
     def inside(self, start: int, stop: int) -> NDArray[np.int64]:
         """Boundaries b of documents with ``start <= b < stop``."""
@@ -143,8 +143,9 @@ class Corpus:
         size = len(self.tokens)
         if (separate or held_out == "documents") and (self.documents is None or len(self.documents) < 3):
             key = 'data.documents = "separate"' if separate else 'data.held_out = "documents"'
-            raise ValueError(f"{key} needs several documents, but {self.name} is one; leave it out, or give a folder or a "
-                             "packed corpus")
+            raise ValueError(
+                f"{key} needs several documents, but {self.name} is one; leave it out, or give a folder or a packed corpus"
+            )
         if held_out == "tail":
             bounds = np.array([0, size - size // HELD_OUT_EVERY, size], np.int64)
             out = np.array([False, True])
@@ -272,9 +273,11 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: st
             if left_out is None:
                 continue
             others = "pick other files with data.pattern, " if option == "data.path" else ""
-            raise ValueError(f"{option}: {printable(file)} is not UTF-8 text; convert it (iconv -t UTF-8), {others}or pack the "
-                             f"folder without such files: race-dist data pack {path} --out CORPUS --skip-undecodable, then "
-                             f"{packed}")
+            raise ValueError(
+                f"{option}: {printable(file)} is not UTF-8 text; convert it (iconv -t UTF-8), {others}or pack the "
+                f"folder without such files: race-dist data pack {path} --out CORPUS --skip-undecodable, then "
+                f"{packed}"
+            )
         key = hashlib.sha256(text).digest()
         if text and key not in seen:
             seen[key] = text
@@ -282,9 +285,11 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: st
         elif text and left_out is not None:
             left_out.add(file, "has the content of another file")
         if total > LARGEST_IN_MEMORY:
-            raise ValueError(f"{option}: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
-                             "every rank would hold in memory; pack them first: race-dist data pack "
-                             f"{path} --out CORPUS, then {packed}")
+            raise ValueError(
+                f"{option}: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
+                "every rank would hold in memory; pack them first: race-dist data pack "
+                f"{path} --out CORPUS, then {packed}"
+            )
     if not total:
         raise ValueError(f"{option}: no text was found in {path}: its files are empty; give a text file, or a folder of them")
     ends = np.cumsum([0, *map(len, seen.values())]).astype(np.int64)

@@ -56,16 +56,24 @@ def draw_loss(runs: Sequence[Curves], title: str = "") -> Figure:
         top.plot(*run.of("train", "bpb"), color=colour, alpha=FADED, linewidth=1)
         steps, values = run.of("eval", "bpb")
         several = f": {values[-1]:.3f}" if steps and len(runs) > 1 else ""
-        lines.append((top.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=2)[0],
-                      f"{run.name}, held out{several}"))
+        lines.append(
+            (top.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=2)[0], f"{run.name}, held out{several}")
+        )
         if steps and len(runs) == 1:
-            top.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(0, 9),
-                         ha="right", color=colour, fontsize=10, fontweight="bold")
+            top.annotate(
+                f"{values[-1]:.3f}",
+                (steps[-1], values[-1]),
+                textcoords="offset points",
+                xytext=(0, 9),
+                ha="right",
+                color=colour,
+                fontsize=10,
+                fontweight="bold",
+            )
         bottom.plot(*run.of("train", "lr"), color=colour)
     lines.append((top.plot([], [], color=QUIET, alpha=FADED)[0], "training batches"))
     top.axhline(UNIFORM_BITS, color=QUIET, linewidth=0.8, linestyle=":")
-    top.text(1.0, UNIFORM_BITS, "uniform ", color=QUIET, fontsize=8, ha="right", va="top",
-             transform=top.get_yaxis_transform())
+    top.text(1.0, UNIFORM_BITS, "uniform ", color=QUIET, fontsize=8, ha="right", va="top", transform=top.get_yaxis_transform())
     top.set(ylabel="bits per byte", ylim=(0, None))
     _title(top, title)
     _legend(top, lines, loc="upper right", bbox_to_anchor=(1, 0.8))
@@ -101,8 +109,12 @@ def _text_measured(found: dict[str, Any]) -> str:
 
 def draw_progress(runs: Sequence[Curves], title: str = "") -> Figure:
     """Gradient norm, speed, and where they are known utilisation and memory, over the steps."""
-    wanted = [("grad_norm", "gradient norm", 1.0), ("tokens_per_second", "tokens a second", 1.0),
-              ("mfu", "of the peak, %", 100.0), ("peak_bytes", "memory, GiB", 2.0**-30)]
+    wanted = [
+        ("grad_norm", "gradient norm", 1.0),
+        ("tokens_per_second", "tokens a second", 1.0),
+        ("mfu", "of the peak, %", 100.0),
+        ("peak_bytes", "memory, GiB", 2.0**-30),
+    ]
     shown = [w for w in wanted if any(run.of("train", w[0])[0] for run in runs)] or wanted[:1]
     figure = _figure(1.6 * len(shown) + 0.6)
     rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -161,7 +173,7 @@ def to_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "race-dist"}), _any_glyph():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg"):]
+    return text[text.index("<svg") :]
 
 
 def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -170,11 +182,17 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
     for file in files:
         try:
             stored = read_record(file, {"context": int, "buckets": list}, required=False)
-            whole = stored["context"] >= 1 and is_kind(stored.get("bytes_per_token", 1.0), float) and (
-                0 < stored.get("bytes_per_token", 1.0) < math.inf) and bool(stored["buckets"])
+            whole = (
+                stored["context"] >= 1
+                and is_kind(stored.get("bytes_per_token", 1.0), float)
+                and (0 < stored.get("bytes_per_token", 1.0) < math.inf)
+                and bool(stored["buckets"])
+            )
             whole = whole and all(_is_bucket(bucket) for bucket in stored["buckets"])
-            whole = whole and all(is_kind(stored.get(key, none), (kind, type(None))) for key, kind, none in (
-                ("text", str, ""), ("held_out", bool, True), ("step", int, None)))
+            whole = whole and all(
+                is_kind(stored.get(key, none), (kind, type(None)))
+                for key, kind, none in (("text", str, ""), ("held_out", bool, True), ("step", int, None))
+            )
         except (ValueError, OverflowError):
             whole = False
         if not whole:

@@ -31,7 +31,7 @@ class Shard:
         """The rank's rows of a sequence of that length, as runs ``(start, stop)`` in its order."""
         if self.layout == "contiguous":
             lengths = shard_lengths(length, self.world)
-            start = sum(lengths[:self.rank])
+            start = sum(lengths[: self.rank])
             return [(start, start + lengths[self.rank])]
         size = length // (2 * self.world)
         return [(n * size, (n + 1) * size) for n in (self.rank, 2 * self.world - 1 - self.rank)]
@@ -71,7 +71,7 @@ class Batch:
     @property
     def targets(self) -> int:
         """Targets that count, over all rows. The first token of a document is nobody's target."""
-        starts = self.starts[:self.count]
+        starts = self.starts[: self.count]
         return self.count * self.context - sum(len(self.split.inside(s + 1, s + self.context + 1)) for s in starts)
 
     def rows_of(self, group: int, groups: int) -> range:
@@ -120,8 +120,10 @@ class Batch:
         bounds = [np.array([len(rows) * self.context], np.int64)]
         for n, row in enumerate(rows):
             start = self.starts[row]
-            bounds += [np.array([n * self.context], np.int64),
-                       self.split.inside(start + 1, start + self.context) - start + n * self.context]
+            bounds += [
+                np.array([n * self.context], np.int64),
+                self.split.inside(start + 1, start + self.context) - start + n * self.context,
+            ]
         return torch.from_numpy(np.unique(np.concatenate(bounds)))
 
 
@@ -142,7 +144,7 @@ def evaluation_batches(split: Split, *, tokens: int, batch_size: int, context: i
     count = max(1, min(fit, tokens // context))
     starts = [n * fit // count * context for n in range(count)]
     for first in range(0, count, batch_size):
-        rows = starts[first:first + batch_size]
+        rows = starts[first : first + batch_size]
         yield Batch(split, tuple(rows + rows[:1] * (batch_size - len(rows))), context, len(rows))
 
 
@@ -150,18 +152,24 @@ def check_fits(train: Split, held_out: Split, context: int, name: str) -> None:
     """Raise ValueError where a side of the corpus is too short for one sequence of ``context`` tokens."""
     for split, side in ((train, "training"), (held_out, "held-out")):
         if len(split) < context + 1:
-            raise ValueError(f"the {side} part of {name} has {len(split)} tokens, too few for one sequence of "
-                             f"data.context + 1 = {context + 1}; lower data.context or give more text")
+            raise ValueError(
+                f"the {side} part of {name} has {len(split)} tokens, too few for one sequence of "
+                f"data.context + 1 = {context + 1}; lower data.context or give more text"
+            )
 
 
 def check_shards(context: int, rows: int, shard: Shard, *, separate: bool) -> None:
     """Raise ValueError where sequences do not divide by the layout."""
     if shard.layout == "zigzag" and shard.world > 1:
         if separate:
-            raise ValueError('parallel.layout = "zigzag" cuts every document into equal slices, which documents of all '
-                             'lengths do not allow; use "contiguous" with data.documents = "separate"')
+            raise ValueError(
+                'parallel.layout = "zigzag" cuts every document into equal slices, which documents of all '
+                'lengths do not allow; use "contiguous" with data.documents = "separate"'
+            )
         if context % (2 * shard.world):
-            raise ValueError(f"data.context = {context} does not divide into the 2 * {shard.world} slices of the zigzag "
-                             f"layout; make it a multiple of {2 * shard.world} or use parallel.layout = \"contiguous\"")
+            raise ValueError(
+                f"data.context = {context} does not divide into the 2 * {shard.world} slices of the zigzag "
+                f'layout; make it a multiple of {2 * shard.world} or use parallel.layout = "contiguous"'
+            )
     elif rows * context < shard.world:
         raise ValueError(f"data.context = {context} gives some of the {shard.world} ranks no token")

@@ -67,8 +67,12 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, of JSON types."""
-        return {"losses": list(self.losses), "norms": list(self.norms), "bad_in_a_row": self.bad_in_a_row,
-                "rollbacks": self.rollbacks}
+        return {
+            "losses": list(self.losses),
+            "norms": list(self.norms),
+            "bad_in_a_row": self.bad_in_a_row,
+            "rollbacks": self.rollbacks,
+        }
 
     @classmethod
     def of(cls, config: GuardConfig, state: Mapping[str, Any]) -> Guard:
@@ -79,14 +83,20 @@ class Guard:
         config = self.config
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return Verdict(f"the loss is {loss:g} and the gradient's norm {norm:g}")
-        for what, value, before, factor in (("loss", loss, self.losses, config.loss_spike),
-                                            ("gradient's norm", norm, self.norms, config.norm_spike)):
+        for what, value, before, factor in (
+            ("loss", loss, self.losses, config.loss_spike),
+            ("gradient's norm", norm, self.norms, config.norm_spike),
+        ):
             if _exceeds(value, before, factor):
-                return Verdict(f"the {what} is {value:.4g}, more than {factor:g} times the median of the last {len(before)} "
-                               f"steps, {statistics.median(before):.4g}")
+                return Verdict(
+                    f"the {what} is {value:.4g}, more than {factor:g} times the median of the last {len(before)} "
+                    f"steps, {statistics.median(before):.4g}"
+                )
         if _exceeds(norm, self.norms, config.norm_alarm):
-            return Verdict(alarm=f"the gradient's norm is {norm:.4g}; the median of the last {len(self.norms)} steps is "
-                                 f"{statistics.median(self.norms):.4g}")
+            return Verdict(
+                alarm=f"the gradient's norm is {norm:.4g}; the median of the last {len(self.norms)} steps is "
+                f"{statistics.median(self.norms):.4g}"
+            )
         return Verdict()
 
 

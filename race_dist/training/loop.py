@@ -89,18 +89,30 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
         with metrics.troubles.survive(str(directory.machine)):
             _describe_run(trainer, directory)
         if resume:
-            metrics.say([f"resuming {directory.path} after step {trainer.step:,}" if saved is not None else
-                         f"{directory.path} has no checkpoint yet: starting from the beginning"])
+            metrics.say(
+                [
+                    f"resuming {directory.path} after step {trainer.step:,}"
+                    if saved is not None
+                    else f"{directory.path} has no checkpoint yet: starting from the beginning"
+                ]
+            )
         return _Run(trainer, directory, store, metrics, hooks or Hooks()).go()
 
 
 def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
     """What the folder needs so that the run can be used and judged without its text and its machine."""
     ranks = trainer.ranks
-    found = {**machine(ranks.device), "ranks": ranks.dp * ranks.sp, "dp": ranks.dp, "sp": ranks.sp,
-             "parameters": sum(p.numel() for p in trainer.model.parameters()), "text": trainer.corpus.name,
-             "training_tokens": len(trainer.train), "held_out_tokens": len(trainer.held_out),
-             "text_digest": trainer.corpus.digest()}
+    found = {
+        **machine(ranks.device),
+        "ranks": ranks.dp * ranks.sp,
+        "dp": ranks.dp,
+        "sp": ranks.sp,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "text": trainer.corpus.name,
+        "training_tokens": len(trainer.train),
+        "held_out_tokens": len(trainer.held_out),
+        "text_digest": trainer.corpus.digest(),
+    }
     directory.write_config(trainer.config)
     directory.describe(found, trainer.corpus.tokenizer)
 
@@ -129,8 +141,9 @@ class _Run:
         self.since = 0
         evaluation = Evaluation(math.nan, 0)
         saved_step = trainer.step
-        trainer.method.begin(self.directory.path / "step-in-progress" if config.checkpoint.on else None,
-                             self.hooks.stop_requested)
+        trainer.method.begin(
+            self.directory.path / "step-in-progress" if config.checkpoint.on else None, self.hooks.stop_requested
+        )
         while trainer.step < config.steps:
             asked = self.hooks.stop_requested()
             try:
@@ -154,8 +167,10 @@ class _Run:
         self.store.wait()
         self._tell_problems()
         if not trainer.weights_are_finite():
-            raise FloatingPointError(f"the weights are not finite after step {trainer.step}; go on from a checkpoint before "
-                                     "it, or begin anew, with a lower optim.lr")
+            raise FloatingPointError(
+                f"the weights are not finite after step {trainer.step}; go on from a checkpoint before "
+                "it, or begin anew, with a lower optim.lr"
+            )
         trainer.method.end()
         finish(trainer, self.directory, self.metrics, evaluation)
         return Outcome(evaluation)
@@ -171,8 +186,10 @@ class _Run:
         self._tell("skipped", verdict.bad)
         if not guard.exhausted:
             return True
-        why = (f"step {trainer.step}: {verdict.bad}, and {guard.config.skips} steps before it were skipped; try a lower "
-               "optim.lr or a longer optim.warmup_steps")
+        why = (
+            f"step {trainer.step}: {verdict.bad}, and {guard.config.skips} steps before it were skipped; try a lower "
+            "optim.lr or a longer optim.warmup_steps"
+        )
         if guard.rollbacks >= guard.config.rollbacks or not self.trainer.config.checkpoint.on:
             raise FloatingPointError(why)
         self.store.wait()
@@ -192,8 +209,7 @@ class _Run:
         """Whether this rank wants a checkpoint after the step that comes: rank 0's clock counts."""
         config = self.trainer.config.checkpoint
         by_steps = config.every > 0 and (self.trainer.step + 1) % config.every == 0
-        by_time = (self.trainer.ranks.rank == 0 and config.minutes > 0
-                   and time.perf_counter() - self.saved > 60 * config.minutes)
+        by_time = self.trainer.ranks.rank == 0 and config.minutes > 0 and time.perf_counter() - self.saved > 60 * config.minutes
         return by_steps or by_time
 
     def _save(self, *, wait: bool = False) -> bool:
@@ -220,9 +236,15 @@ class _Run:
         now = time.perf_counter()
         if self.metrics is not None:
             tokens = self.since * config.data.batch_size * config.data.context
-            record = {"loss": loss, "bpb": bits(loss) / trainer.corpus.bytes_per_token, "grad_norm": norm,
-                      "lr": trainer.optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / (now - self.logged),
-                      "seconds": now - self.began, "peak_bytes": float(peak_bytes(trainer.ranks.device))}
+            record = {
+                "loss": loss,
+                "bpb": bits(loss) / trainer.corpus.bytes_per_token,
+                "grad_norm": norm,
+                "lr": trainer.optimizer.param_groups[0]["lr"],
+                "tokens_per_second": tokens / (now - self.logged),
+                "seconds": now - self.began,
+                "peak_bytes": float(peak_bytes(trainer.ranks.device)),
+            }
             if self.peak_flops is not None:
                 record["mfu"] = self.since * self.step_flops / (now - self.logged) / self.peak_flops
             for probe in self.hooks.probes:
@@ -236,9 +258,15 @@ class _Run:
         evaluation = self.trainer.evaluate()
         self.logged += time.perf_counter() - started
         if self.metrics is not None:
-            self.metrics.evaluation(self.trainer.step, {
-                "loss": evaluation.loss, "bpb": bits(evaluation.loss) / self.trainer.corpus.bytes_per_token,
-                "tokens": evaluation.tokens, "seconds": time.perf_counter() - self.began})
+            self.metrics.evaluation(
+                self.trainer.step,
+                {
+                    "loss": evaluation.loss,
+                    "bpb": bits(evaluation.loss) / self.trainer.corpus.bytes_per_token,
+                    "tokens": evaluation.tokens,
+                    "seconds": time.perf_counter() - self.began,
+                },
+            )
         return evaluation
 
     def _leave(self, saved_step: int, evaluation: Evaluation) -> Outcome:

@@ -42,8 +42,9 @@ class Metrics:
         board: a folder for TensorBoard, or None.
     """
 
-    def __init__(self, path: Path, steps: int, console: Console | None = None, *, after: int = 0,
-                 board: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, steps: int, console: Console | None = None, *, after: int = 0, board: Path | None = None
+    ) -> None:
         self.console = console or plain_console()
         self.troubles = Troubles(lambda sentence: self.say([sentence]))
         self._board = None if board is None else Board(board, after, self.troubles)
@@ -55,17 +56,22 @@ class Metrics:
         self._file = RecordFile(path, self.troubles)
         self._held_out = math.nan
         self._steps = steps
-        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-                             TextColumn("{task.description}"), console=self.console,
-                             disable=not self.console.is_terminal)
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self._task = self._bar.add_task("", total=steps)
 
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
         self._file.close()
         if self._board is not None:

@@ -18,18 +18,25 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a tied head is one
     trained = [p for p in model.parameters() if p.requires_grad]
-    planes = set() if config.planes_lr is None else {id(p) for name, p in model.named_parameters()
-                                                     if name.rpartition(".")[2] == "planes"}
+    planes = (
+        set()
+        if config.planes_lr is None
+        else {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "planes"}
+    )
     decayed = [p for p in trained if id(p) in linear - embedded]
     kept = [p for p in trained if id(p) not in (linear - embedded) | planes]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay},
-                                    {"params": kept, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     if config.planes_lr is not None:
         scale = config.planes_lr / config.lr
-        groups.append({"params": [p for p in trained if id(p) in planes], "weight_decay": 0.0, "lr": config.planes_lr,
-                       "scale": scale})
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2),
-                             eps=config.eps)
+        groups.append(
+            {"params": [p for p in trained if id(p) in planes], "weight_decay": 0.0, "lr": config.planes_lr, "scale": scale}
+        )
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+    )
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -38,8 +38,16 @@ __all__ = ["is_packed", "load_tokenizer", "open_packed", "pack", "verify_packed"
 
 FORMAT = 1
 INDEX, TOKENS, DOCUMENTS, TOKENIZER = "corpus.json", "tokens.bin", "documents.bin", "tokenizer.json"
-_KINDS = {"format": int, "tokens": int, "documents": int, "dtype": str, "vocab_size": int, "text_bytes": int, "sample": str,
-          "sha256": dict}
+_KINDS = {
+    "format": int,
+    "tokens": int,
+    "documents": int,
+    "dtype": str,
+    "vocab_size": int,
+    "text_bytes": int,
+    "sample": str,
+    "sha256": dict,
+}
 _PIECE = 2**22
 
 
@@ -118,8 +126,16 @@ class _Writer:
         return np.array([0, self.starts[-1]] if self.one_document else self.starts, dtype="<i8")
 
 
-def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = None, one_document: bool = False,
-         skip_undecodable: bool = False, progress: Callable[[Path], None] | None = None) -> Corpus:
+def pack(
+    path: str,
+    out: Path,
+    *,
+    pattern: str = "*",
+    tokenizer: Path | None = None,
+    one_document: bool = False,
+    skip_undecodable: bool = False,
+    progress: Callable[[Path], None] | None = None,
+) -> Corpus:
     """Pack a text file, a folder or ``"python-stdlib"`` into the folder ``out``, which appears when it is complete.
 
     Args:
@@ -163,8 +179,9 @@ def pack(path: str, out: Path, *, pattern: str = "*", tokenizer: Path | None = N
         except OSError as error:
             if not out.exists():
                 raise
-            raise FileExistsError(f"{out} was made by another process while this one packed; choose another --out or remove "
-                                  f"it ({error.strerror})") from None
+            raise FileExistsError(
+                f"{out} was made by another process while this one packed; choose another --out or remove it ({error.strerror})"
+            ) from None
     except OSError as error:
         if error.strerror is None or isinstance(error, FileExistsError):  # it is told already
             raise
@@ -204,10 +221,17 @@ def _add(writer: _Writer, source: Path, skip: bool, left_out: LeftOut) -> None:
 
 def _write_index(folder: Path, encode: Encode, documents: int, text_bytes: int, source: str) -> None:
     tokens = np.memmap(folder / TOKENS, dtype=encode.dtype, mode="r")
-    index = {"format": FORMAT, "tokens": len(tokens), "documents": documents, "dtype": encode.dtype,
-             "vocab_size": encode.vocab_size, "text_bytes": text_bytes, "source": source,
-             "sample": sample_digest(tokens),
-             "sha256": {name: _sha256(folder / name) for name in (TOKENS, DOCUMENTS, TOKENIZER) if (folder / name).is_file()}}
+    index = {
+        "format": FORMAT,
+        "tokens": len(tokens),
+        "documents": documents,
+        "dtype": encode.dtype,
+        "vocab_size": encode.vocab_size,
+        "text_bytes": text_bytes,
+        "source": source,
+        "sample": sample_digest(tokens),
+        "sha256": {name: _sha256(folder / name) for name in (TOKENS, DOCUMENTS, TOKENIZER) if (folder / name).is_file()},
+    }
     write_record(folder / INDEX, index)
 
 
@@ -233,13 +257,16 @@ def open_packed(path: Path) -> Corpus:
     for name, wanted in ((TOKENS, size * index["tokens"]), (DOCUMENTS, 8 * (index["documents"] + 1))):
         found = (path / name).stat().st_size if (path / name).is_file() else 0
         if found != wanted:
-            raise ValueError(f"{path / name} has {found:,} bytes, but {wanted:,} were packed: "
-                             f"{'it was cut short' if found < wanted else 'it was changed'}; pack the text again")
+            raise ValueError(
+                f"{path / name} has {found:,} bytes, but {wanted:,} were packed: "
+                f"{'it was cut short' if found < wanted else 'it was changed'}; pack the text again"
+            )
     tokens = np.memmap(path / TOKENS, dtype=index["dtype"], mode="r")
     documents = np.fromfile(path / DOCUMENTS, dtype="<i8")
     if documents[0] != 0 or documents[-1] != len(tokens) or (np.diff(documents) < 1).any():
-        raise ValueError(f"{path / DOCUMENTS} is damaged: documents do not follow each other from 0 to {len(tokens):,}; "
-                         "pack the text again")
+        raise ValueError(
+            f"{path / DOCUMENTS} is damaged: documents do not follow each other from 0 to {len(tokens):,}; pack the text again"
+        )
     if sample_digest(tokens) != index["sample"]:
         raise ValueError(f"{path / TOKENS} is not what was packed (samples of it differ); pack the text again")
     for name in (DOCUMENTS, TOKENIZER):  # small beside the tokens, and read whole anyway
@@ -257,10 +284,12 @@ def verify_packed(path: Path) -> Corpus:
     for name in index["sha256"]:
         _check_sha256(path, name, index)
     pieces = range(0, len(corpus.tokens), _PIECE)
-    largest = max(int(corpus.tokens[start:start + _PIECE].max()) for start in pieces)
+    largest = max(int(corpus.tokens[start : start + _PIECE].max()) for start in pieces)
     if largest >= corpus.vocab_size:
-        raise ValueError(f"{path / TOKENS} has the token {largest}, but {path / INDEX} says that tokens are below "
-                         f"{corpus.vocab_size}; pack the text again")
+        raise ValueError(
+            f"{path / TOKENS} has the token {largest}, but {path / INDEX} says that tokens are below "
+            f"{corpus.vocab_size}; pack the text again"
+        )
     return corpus
 
 

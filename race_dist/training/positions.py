@@ -24,8 +24,15 @@ def bucket_edges(context: int) -> list[int]:
 
 
 @torch.no_grad()
-def loss_by_position(model: DecoderLM, split: Split, *, context: int, tokens: int, chunk: int = CHUNK,
-                     progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+def loss_by_position(
+    model: DecoderLM,
+    split: Split,
+    *,
+    context: int,
+    tokens: int,
+    chunk: int = CHUNK,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """Run windows of a text through the model, a chunk at a time, on one process.
 
     Args:
@@ -47,13 +54,23 @@ def loss_by_position(model: DecoderLM, split: Split, *, context: int, tokens: in
     for batch in evaluation_batches(split, tokens=tokens, batch_size=1, context=context):
         _window(model, batch, edges, sums, counts, chunk, progress or (lambda _: None))
     model.train(training)
-    buckets = [{"start": a, "stop": b, "loss": float(s / n), "targets": int(n)}
-               for a, b, s, n in zip(edges, edges[1:], sums, counts) if n]
+    buckets = [
+        {"start": a, "stop": b, "loss": float(s / n), "targets": int(n)}
+        for a, b, s, n in zip(edges, edges[1:], sums, counts)
+        if n
+    ]
     return {"context": context, "tokens": int(counts.sum()), "loss": float(sums.sum() / counts.sum()), "buckets": buckets}
 
 
-def _window(model: DecoderLM, batch: Batch, edges: list[int], sums: torch.Tensor, counts: torch.Tensor, chunk: int,
-            progress: Callable[[int], None]) -> None:
+def _window(
+    model: DecoderLM,
+    batch: Batch,
+    edges: list[int],
+    sums: torch.Tensor,
+    counts: torch.Tensor,
+    chunk: int,
+    progress: Callable[[int], None],
+) -> None:
     device = model.embed.weight.device
     carry: ModelCarry | None = model.zero_carry(1, state_dtype=torch.float64)
     boundaries = [int(b) - batch.starts[0] for b in batch.split.inside(batch.starts[0] + 1, batch.starts[0] + batch.context)]

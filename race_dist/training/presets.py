@@ -35,5 +35,6 @@ def find_config(path: str | Path, suffix: str = ".toml") -> Path:
     preset = preset_folder() / f"{path.name.removesuffix(suffix)}{suffix}"
     if path.parent == Path() and preset.is_file():
         return preset
-    raise FileNotFoundError(f"there is no configuration file {path}; give a path, or the name of a preset: "
-                            f"{', '.join(preset_names(suffix))}")
+    raise FileNotFoundError(
+        f"there is no configuration file {path}; give a path, or the name of a preset: {', '.join(preset_names(suffix))}"
+    )

@@ -40,8 +40,7 @@ class Ranks:
             ValueError: the mesh of the configuration does not fit the number of ranks, or there is no such device.
         """
         dp, sp = config.parallel.mesh(rank_environment().world)
-        device = init_distributed(device=None if config.device == "auto" else config.device,
-                                  timeout=config.parallel.timeout)
+        device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)
         if dp * sp == 1:
             return cls(device)
         mesh = build_mesh(dp, sp)

@@ -22,8 +22,9 @@ from race_dist.training.trainer import Trainer
 def estimate(config: TrainConfig, ranks: Ranks) -> tuple[Memory, GPU | None]:
     """Memory of one rank on paper, and the table's entry for its device (None: unknown, judged as a CPU)."""
     gpu = match_gpu(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else find_gpu("cpu")
-    job = Job.checked(config.model, config.data.context, max(ranks.dp, config.data.batch_size // config.optim.accumulate),
-                      config.precision)
+    job = Job.checked(
+        config.model, config.data.context, max(ranks.dp, config.data.batch_size // config.optim.accumulate), config.precision
+    )
     layout = Layout(ranks.dp, ranks.sp, None, config.model.activation_checkpointing, config.parallel.sharding)
     return memory(job, layout, Cluster(gpu or find_gpu("cpu"), ranks.dp * ranks.sp)), gpu
 
@@ -55,11 +56,14 @@ def rehearse(trainer: Trainer) -> Iterator[str]:
         if result.verdict.bad is not None:
             raise FloatingPointError(f"on made-up text {result.verdict.bad}{_remedy(config)}")
     tokens = config.data.batch_size * config.data.context
-    yield (f"a step on made-up text: loss {result.loss:.3f}, gradient norm {result.grad_norm:.3g}, {seconds:.2f} s "
-           f"({tokens / seconds:,.0f} tokens/s), memory at most {peak_bytes(ranks.device) / 2**20:,.0f} MiB "
-           f"({before / 2**20:,.0f} before)")
-    yield (f"all {config.steps:,} steps at this pace: {_duration(seconds * config.steps)}, and the measuring; nothing was "
-           "written")
+    yield (
+        f"a step on made-up text: loss {result.loss:.3f}, gradient norm {result.grad_norm:.3g}, {seconds:.2f} s "
+        f"({tokens / seconds:,.0f} tokens/s), memory at most {peak_bytes(ranks.device) / 2**20:,.0f} MiB "
+        f"({before / 2**20:,.0f} before)"
+    )
+    yield (
+        f"all {config.steps:,} steps at this pace: {_duration(seconds * config.steps)}, and the measuring; nothing was written"
+    )
 
 
 def _remedy(config: TrainConfig) -> str:

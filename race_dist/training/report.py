@@ -110,20 +110,33 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 def _page(runs: Sequence[_Run], pictures: Mapping[str, str]) -> str:
     title = "race-dist: " + ", ".join(run.name for run in runs)
-    body = [f"<h1>{escape(title)}</h1>",
-            "<p class=note>Bits per byte of held-out text, lower is better. Uniform guessing: 8.</p>",
-            _summary(runs), _figure("Loss", pictures["loss"], "Faint: batches in training. Strong: held out. Below: the "
-                                                             "learning rate.")]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        "<p class=note>Bits per byte of held-out text, lower is better. Uniform guessing: 8.</p>",
+        _summary(runs),
+        _figure("Loss", pictures["loss"], "Faint: batches in training. Strong: held out. Below: the learning rate."),
+    ]
     if "positions" in pictures:
-        body.append(_figure("Loss by position in the context", pictures["positions"],
-                            "What more context is worth: at positions that far into a window of the text in the legend."))
+        body.append(
+            _figure(
+                "Loss by position in the context",
+                pictures["positions"],
+                "What more context is worth: at positions that far into a window of the text in the legend.",
+            )
+        )
         body.append(_measurements(runs))
-    body += [_figure("How it went", pictures["progress"], "Before clipping; over all ranks together."), _events(runs),
-             _configuration(runs), _machines(runs), *_samples(runs)]
-    return ("<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
-            "<meta name=viewport content=\"width=device-width\">\n"
-            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-            + "\n".join(body) + "\n</body>\n</html>\n")
+    body += [
+        _figure("How it went", pictures["progress"], "Before clipping; over all ranks together."),
+        _events(runs),
+        _configuration(runs),
+        _machines(runs),
+        *_samples(runs),
+    ]
+    return (
+        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
+        '<meta name=viewport content="width=device-width">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
 
 
 def _measurements(runs: Sequence[_Run]) -> str:
@@ -134,8 +147,14 @@ def _measurements(runs: Sequence[_Run]) -> str:
             targets = sum(int(bucket.get("targets", 0)) for bucket in found["buckets"])
             nats = sum(bucket["loss"] * bucket.get("targets", 0) for bucket in found["buckets"]) / max(1, targets)
             text = str(found.get("text", "?")) + (" (held out)" if found.get("held_out", True) else "")
-            cells = [run.name, text, f"{found['context']:,}", "" if found.get("step") is None else f"{found['step']:,}",
-                     f"{targets:,}", f"{bits(nats) / found.get('bytes_per_token', 1.0):.3f}" if targets else "?"]
+            cells = [
+                run.name,
+                text,
+                f"{found['context']:,}",
+                "" if found.get("step") is None else f"{found['step']:,}",
+                f"{targets:,}",
+                f"{bits(nats) / found.get('bytes_per_token', 1.0):.3f}" if targets else "?",
+            ]
             rows.append(_row(cells[0], cells[1:]))
     return _table(("run", "text", "tokens per window", "checkpoint of step", "targets", "bits per byte"), rows)
 
@@ -151,11 +170,17 @@ def _summary(runs: Sequence[_Run]) -> str:
         data, step = run.config.data, max(run.curves.of("train", "loss")[0], default=0)
         mfu, memory, seconds = run.last("train", "mfu"), run.last("train", "peak_bytes"), run.last("train", "seconds")
         dot = f'<span class=dot style="background:{COLOURS[n % len(COLOURS)]}"></span>'
-        cells = (f"{step:,} of {run.config.steps:,}", _number(run.last("eval", "bpb"), ".3f"),
-                 _number(run.machine.get("parameters"), ",.0f"),
-                 f"dp {run.machine['dp']} x sp {run.machine.get('sp', '?')}" if "dp" in run.machine else "?",
-                 f"{data.batch_size:,} x {data.context:,}", _number(run.last("train", "tokens_per_second"), ",.0f"),
-                 _number(mfu, ".1%"), "?" if memory is None else f"{memory / 2**30:.2f} GiB", _number(seconds, ",.0f", " s"))
+        cells = (
+            f"{step:,} of {run.config.steps:,}",
+            _number(run.last("eval", "bpb"), ".3f"),
+            _number(run.machine.get("parameters"), ",.0f"),
+            f"dp {run.machine['dp']} x sp {run.machine.get('sp', '?')}" if "dp" in run.machine else "?",
+            f"{data.batch_size:,} x {data.context:,}",
+            _number(run.last("train", "tokens_per_second"), ",.0f"),
+            _number(mfu, ".1%"),
+            "?" if memory is None else f"{memory / 2**30:.2f} GiB",
+            _number(seconds, ",.0f", " s"),
+        )
         numbers = "".join(f"<td class=n>{escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr><td>{dot}{escape(run.name)}</td>{numbers}</tr>")
     return _table(head, rows).replace("<table>", "<table class=numbers>")
@@ -169,13 +194,23 @@ def _number(value: Any, form: str, unit: str = "") -> str:
 
 
 def _events(runs: Sequence[_Run]) -> str:
-    rows = [f"<tr><td>{escape(run.name)}</td><td class=n>{r['step']:,}</td><td>{escape(r['what'])}</td>"
-            f"<td>{escape(r.get('text', ''))}</td></tr>"
-            for run in runs for r in run.curves.records if r["kind"] == "event" and r["what"] != "checkpoint"]
-    rows += [f"<tr><td>{escape(run.name)}</td><td></td><td>damaged metrics</td><td>{run.damaged} lines left out</td></tr>"
-             for run in runs if run.damaged]
-    return "<h2>Events</h2>\n" + (_table(("run", "after step", "what", ""), rows) if rows else
-                                   "<p class=note>Nothing was skipped, rolled back or alarmed.</p>")
+    rows = [
+        f"<tr><td>{escape(run.name)}</td><td class=n>{r['step']:,}</td><td>{escape(r['what'])}</td>"
+        f"<td>{escape(r.get('text', ''))}</td></tr>"
+        for run in runs
+        for r in run.curves.records
+        if r["kind"] == "event" and r["what"] != "checkpoint"
+    ]
+    rows += [
+        f"<tr><td>{escape(run.name)}</td><td></td><td>damaged metrics</td><td>{run.damaged} lines left out</td></tr>"
+        for run in runs
+        if run.damaged
+    ]
+    return "<h2>Events</h2>\n" + (
+        _table(("run", "after step", "what", ""), rows)
+        if rows
+        else "<p class=note>Nothing was skipped, rolled back or alarmed.</p>"
+    )
 
 
 def _configuration(runs: Sequence[_Run]) -> str:
@@ -187,16 +222,19 @@ def _configuration(runs: Sequence[_Run]) -> str:
         rows = [_row(key, [each.get(key, "") for each in flat], " class=differs") for key in differing]
         parts.append(_table(("key", *(run.name for run in runs)), rows))
     same = [_row(key, [flat[0][key]]) for key in keys if key not in differing]
-    parts.append(f"<details{'' if len(runs) > 1 else ' open'}><summary>{'the same in all' if len(runs) > 1 else 'all keys'}"
-                 f"</summary>{_table(('key', 'value'), same)}</details>")
+    parts.append(
+        f"<details{'' if len(runs) > 1 else ' open'}><summary>{'the same in all' if len(runs) > 1 else 'all keys'}"
+        f"</summary>{_table(('key', 'value'), same)}</details>"
+    )
     return "\n".join(parts)
 
 
 def _machines(runs: Sequence[_Run]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.machine))
     rows = [_row(key, [str(run.machine.get(key, "")) for run in runs]) for key in keys]
-    return "<h2>Machine</h2>\n" + (_table(("", *(run.name for run in runs)), rows) if rows else
-                                    "<p class=note>Not recorded.</p>")
+    return "<h2>Machine</h2>\n" + (
+        _table(("", *(run.name for run in runs)), rows) if rows else "<p class=note>Not recorded.</p>"
+    )
 
 
 def _samples(runs: Sequence[_Run]) -> list[str]:

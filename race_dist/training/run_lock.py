@@ -26,8 +26,11 @@ _BEAT = 5.0  # seconds between two touches where the kernel's lock does not reac
 _RETRIES = 1.0  # seconds: somebody may just be looking whether the folder is in use
 _DYING = 30.0  # seconds in which a process of this host that has died may still be taken down
 _LEASE = 100.0  # seconds after which a file server lets go of what a node that is gone had locked
-_LOCAL_LOCKS = {"nfs": ("nolock", "local_lock=all", "local_lock=flock"), "nfs4": ("local_lock=all", "local_lock=flock"),
-                "lustre": ("localflock", "noflock")}
+_LOCAL_LOCKS = {
+    "nfs": ("nolock", "local_lock=all", "local_lock=flock"),
+    "nfs4": ("local_lock=all", "local_lock=flock"),
+    "lustre": ("localflock", "noflock"),
+}
 
 
 class RunInUse(OSError):

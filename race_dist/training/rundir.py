@@ -23,8 +23,9 @@ from race_dist.training.sampling import Codec, codec_for
 from race_dist.training.weights import WEIGHTS, check_same_model, load_weights
 
 
-def open_run(directory: RunDirectory, config: TrainConfig, group: ProcessGroup | None, *, resume: bool,
-             overwrite: bool) -> AbstractContextManager[object]:
+def open_run(
+    directory: RunDirectory, config: TrainConfig, group: ProcessGroup | None, *, resume: bool, overwrite: bool
+) -> AbstractContextManager[object]:
     """Take the folder of a run and make it ready, by rank 0 alone; every rank of the group calls it.
 
     Args:
@@ -136,8 +137,10 @@ class RunDirectory:
 
     def _check_link(self) -> None:
         if self.path.is_symlink() and not self.path.exists():
-            raise FileExistsError(f"{self.path} is a symbolic link to {self.path.readlink()}, which is not there; remove the "
-                                  "link or choose another name (--override name=...)")
+            raise FileExistsError(
+                f"{self.path} is a symbolic link to {self.path.readlink()}, which is not there; remove the "
+                "link or choose another name (--override name=...)"
+            )
 
     def check_free(self, *, overwrite: bool) -> None:
         """Raise FileExistsError where a run would write over files: another run's without ``overwrite``, or ones that
@@ -149,8 +152,9 @@ class RunDirectory:
         if not self.config.is_file():
             raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")
         if not overwrite:
-            raise FileExistsError(f"{self.path} holds a run already; choose another name (--override name=...) or give "
-                                  "--overwrite")
+            raise FileExistsError(
+                f"{self.path} holds a run already; choose another name (--override name=...) or give --overwrite"
+            )
 
     def create(self, config: TrainConfig, *, overwrite: bool) -> None:
         """Make the folder and write the configuration; with ``overwrite`` the files of the run before are removed."""
@@ -160,9 +164,11 @@ class RunDirectory:
         folders = (self.checkpoints, self.tensorboard)
         for path in (self.path, self.config, *files, *folders):
             if path.is_symlink():
-                raise FileExistsError(f"{path} is a symbolic link to {path.readlink()}, and a run that begins anew does not "
-                                      "remove what lies behind a link: remove it, or choose another name "
-                                      "(--override name=...)")
+                raise FileExistsError(
+                    f"{path} is a symbolic link to {path.readlink()}, and a run that begins anew does not "
+                    "remove what lies behind a link: remove it, or choose another name "
+                    "(--override name=...)"
+                )
         for file in files:
             file.unlink(missing_ok=True)
         for folder in folders:
@@ -216,8 +222,11 @@ class RunDirectory:
         store = Checkpoints(self.checkpoints, None, read_only=True)
         saved = store.newest(step)
         if saved is None:
-            what = f"no checkpoint of step {step}" if step is not None else (
-                f"no {self.weights.name} and no checkpoint: the run has not come so far yet, or has failed")
+            what = (
+                f"no checkpoint of step {step}"
+                if step is not None
+                else (f"no {self.weights.name} and no checkpoint: the run has not come so far yet, or has failed")
+            )
             raise FileNotFoundError(f"{self.path} has {what}")
         check_same_model(saved.facts["config"]["model"], config.model.model_dump(mode="json"), str(saved.path))
         model = DecoderLM(config.model, dtype=dtype)

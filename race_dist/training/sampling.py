@@ -94,8 +94,10 @@ def read_text(model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: C
     device, context, count = model.embed.weight.device, before, 0
     for ids in _chunks(codec.encode(pieces)):
         if int(ids.max()) >= model.config.vocab_size:
-            raise ValueError(f"the prompt has the token {int(ids.max())}, but the model knows {model.config.vocab_size} "
-                             "tokens: its tokenizer is not the one that the model was trained with")
+            raise ValueError(
+                f"the prompt has the token {int(ids.max())}, but the model knows {model.config.vocab_size} "
+                "tokens: its tokenizer is not the one that the model was trained with"
+            )
         context = read(model, ids[None].to(device), context, chunk=CHUNK)
         count += len(ids)
     if context is None:
@@ -142,8 +144,17 @@ def _chunks(tokens: Iterable[Tensor]) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
-def write_text(model: DecoderLM, context: Context, codec: Codec, *, tokens: int, temperature: float = 1.0,
-               top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Iterator[str]:
+def write_text(
+    model: DecoderLM,
+    context: Context,
+    codec: Codec,
+    *,
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
     """Yield what the model writes after a context, ``tokens`` tokens of it, as whole characters come.
 
     Ids that the codec does not know (of a padded vocabulary) are never drawn.
@@ -202,11 +213,17 @@ def load_context(file: Path, model: DecoderLM) -> tuple[Context, int]:
     empty = model.zero_carry(1, state_dtype=torch.float64)
     wanted = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
     position = f"carry.{len(empty.tensors()) - 1}"  # one for all rows, or [B] behind a padded text
-    odd = [name for name in wanted.keys() | tensors.keys() if name not in tensors or name not in wanted
-           or (tensors[name].dim() != wanted[name].dim() and (name != position or tensors[name].dim() > 1))]
+    odd = [
+        name
+        for name in wanted.keys() | tensors.keys()
+        if name not in tensors
+        or name not in wanted
+        or (tensors[name].dim() != wanted[name].dim() and (name != position or tensors[name].dim() > 1))
+    ]
     if odd or not metadata.get("tokens", "").isdecimal():
-        raise DamagedFileError(f"{file} is damaged: {min(odd, default='the number of tokens')} is missing or of another shape; "
-                               "read the text again")
+        raise DamagedFileError(
+            f"{file} is damaged: {min(odd, default='the number of tokens')} is missing or of another shape; read the text again"
+        )
     carry = empty.with_tensors(tuple(tensors[f"carry.{n}"].to(device) for n in range(len(tensors) - 1)))
     return Context(carry, tensors["hidden"].to(device)), int(metadata["tokens"])
 

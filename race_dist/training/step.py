@@ -127,9 +127,14 @@ def loss_of(model: Replica | nn.Module, part: Part, targets: int, config: TrainC
     """A part's summed loss over the global count of targets."""
     device = ranks.device
     with autocast(config, device):
-        loss: Tensor = model(part.inputs.to(device), part.labels.to(device), group=ranks.sp_group, layout=ranks.layout,
-                             cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device),
-                             num_targets=max(1, targets))
+        loss: Tensor = model(
+            part.inputs.to(device),
+            part.labels.to(device),
+            group=ranks.sp_group,
+            layout=ranks.layout,
+            cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device),
+            num_targets=max(1, targets),
+        )
     return loss
 
 
@@ -146,4 +151,4 @@ def shard_of(ranks: Ranks) -> Shard:
 def rows_in_parts(rows: range, parts: int) -> Iterator[range]:
     """The rows in that many parts of equal size."""
     size = len(rows) // parts
-    return (rows[n * size:(n + 1) * size] for n in range(parts))
+    return (rows[n * size : (n + 1) * size] for n in range(parts))

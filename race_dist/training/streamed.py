@@ -92,10 +92,19 @@ class StreamedStep:
         config, ranks = self.config, self.ranks
         with autocast(config, ranks.device):
             return streamed_backward(
-                self.replica.model, sequences.inputs, sequences.labels, chunk_size=config.stream.chunk_size,
-                group=ranks.sp_group, cu_seqlens=sequences.cu_seqlens, num_targets=max(1, targets), reduce=reduce,
-                keep=config.stream.keep, checkpoint=checkpoint, world=ranks.world,
-                progress=self._tell if ranks.rank == 0 else None)
+                self.replica.model,
+                sequences.inputs,
+                sequences.labels,
+                chunk_size=config.stream.chunk_size,
+                group=ranks.sp_group,
+                cu_seqlens=sequences.cu_seqlens,
+                num_targets=max(1, targets),
+                reduce=reduce,
+                keep=config.stream.keep,
+                checkpoint=checkpoint,
+                world=ranks.world,
+                progress=self._tell if ranks.rank == 0 else None,
+            )
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
@@ -104,9 +113,15 @@ class StreamedStep:
         for rows in self._parts(batch):
             sequences = _read(batch, rows)
             with autocast(self.config, self.ranks.device):
-                total += streamed_loss(self.replica.model, sequences.inputs, sequences.labels, num_targets=1,
-                                       chunk_size=self.config.stream.chunk_size, group=self.ranks.sp_group,
-                                       cu_seqlens=sequences.cu_seqlens)
+                total += streamed_loss(
+                    self.replica.model,
+                    sequences.inputs,
+                    sequences.labels,
+                    num_targets=1,
+                    chunk_size=self.config.stream.chunk_size,
+                    group=self.ranks.sp_group,
+                    cu_seqlens=sequences.cu_seqlens,
+                )
         return self._share(total)
 
     def end(self) -> None:

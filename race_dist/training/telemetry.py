@@ -16,8 +16,14 @@ import torch
 from race_dist.parallel.watch import post, posted
 
 # What keeps a clock down, by NVML's bits; idle and settings of the user's own are no trouble.
-_REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost", 0x20: "software thermal",
-            0x40: "hardware thermal", 0x80: "power brake"}
+_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+}
 _TROUBLE = 0x8 | 0x20 | 0x40 | 0x80
 
 
@@ -87,7 +93,6 @@ class Nvml:
             bits = self.ask("GetCurrentClocksThrottleReasons")
         return None if bits is None else bool(bits & _TROUBLE)
 
-
     def others(self) -> list[dict[str, Any]] | None:
         """Processes on the GPU beside this one: ``pid`` and ``bytes`` (None where not told)."""
         running = self.ask("GetComputeRunningProcesses")
@@ -153,10 +158,14 @@ class Telemetry:
         if gpu is None:
             return Reading()
         memory, trouble = gpu.ask("GetMemoryInfo"), gpu.in_trouble()
-        return Reading(joules=gpu.joules(), watts=gpu.watts(), used=None if memory is None else int(memory.used),
-                       clock=gpu.ask("GetClockInfo", gpu.constant("NVML_CLOCK_SM")),
-                       celsius=gpu.ask("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
-                       slowed=None if trouble is None else int(trouble))
+        return Reading(
+            joules=gpu.joules(),
+            watts=gpu.watts(),
+            used=None if memory is None else int(memory.used),
+            clock=gpu.ask("GetClockInfo", gpu.constant("NVML_CLOCK_SM")),
+            celsius=gpu.ask("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
+            slowed=None if trouble is None else int(trouble),
+        )
 
     def _post(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self.read()).items() if value is not None}
@@ -167,8 +176,13 @@ class Telemetry:
         ``peak_memory_gib`` (of its tensors; on a CPU of the process). What is unknown is left out."""
         found: dict[str, float] = {"peak_memory_gib": round(self._peak() / 2**30, 4)}
         readings = [r for r in posted("gpu").values() if r]
-        for name, key, over in (("power_w", "watts", sum), ("gpu_memory_gib", "used", max), ("gpu_clock_mhz", "clock", min),
-                                ("gpu_celsius", "celsius", max), ("gpus_slowed", "slowed", sum)):
+        for name, key, over in (
+            ("power_w", "watts", sum),
+            ("gpu_memory_gib", "used", max),
+            ("gpu_clock_mhz", "clock", min),
+            ("gpu_celsius", "celsius", max),
+            ("gpus_slowed", "slowed", sum),
+        ):
             values = [r[key] for r in readings if key in r]
             if values:
                 found[name] = round(over(values) / 2**30, 3) if key == "used" else round(float(over(values)), 3)
@@ -185,5 +199,3 @@ class Telemetry:
             return torch.cuda.max_memory_allocated(self._device)
         with open("/proc/self/status", encoding="ascii") as status:
             return 1024 * next((int(line.split()[1]) for line in status if line.startswith("VmHWM")), 0)
-
-

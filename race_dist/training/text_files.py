@@ -88,10 +88,14 @@ def find_texts(root: Path, pattern: str) -> tuple[list[Path], LeftOut]:
         else:
             left_out.add(file, why)
     if not files:
-        none = f"no file in {printable(root)} matches the pattern {pattern!r}" if pattern != "*" else \
-            f"there is no file in {printable(root)}"
-        raise ValueError(f"no text was found: {none}{left_out.sentence('; left out')}; give a text file, or a folder and a "
-                         "pattern")
+        none = (
+            f"no file in {printable(root)} matches the pattern {pattern!r}"
+            if pattern != "*"
+            else f"there is no file in {printable(root)}"
+        )
+        raise ValueError(
+            f"no text was found: {none}{left_out.sentence('; left out')}; give a text file, or a folder and a pattern"
+        )
     return sorted(files, key=lambda file: file.relative_to(root).as_posix()), left_out
 
 
@@ -127,8 +131,10 @@ def _listing(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as listing:
             return list(listing)
     except OSError as error:
-        raise PermissionError(f"the folder {printable(folder)} cannot be listed ({error.strerror}); make it readable, or "
-                              "move it out of the text's folder") from None
+        raise PermissionError(
+            f"the folder {printable(folder)} cannot be listed ({error.strerror}); make it readable, or "
+            "move it out of the text's folder"
+        ) from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -163,8 +169,10 @@ def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
             try:
                 decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                raise Undecodable(f"{printable(source)} is not UTF-8 text (near byte {start - held + error.start}): "
-                                  "convert it, for example with iconv") from None
+                raise Undecodable(
+                    f"{printable(source)} is not UTF-8 text (near byte {start - held + error.start}): "
+                    "convert it, for example with iconv"
+                ) from None
             if not data:
                 return
             start += len(data)

@@ -109,7 +109,7 @@ class TextTokenizer:
         source = _Characters(pieces)
         left = self._encode(source.take(self._window))
         emitted = 0  # tokens of the window that were handed out
-        while (fresh := source.take(self._window - self._overlap)):
+        while fresh := source.take(self._window - self._overlap):
             right, low, high = self._join(left, fresh, emitted)
             yield left.ids[emitted:low]
             left, emitted = right, high
@@ -137,18 +137,24 @@ class TextTokenizer:
         grown = self._encode(left.text + fresh)
         before = max(0, emitted - _FEWEST_EQUAL)
         if not _equal(left, (before, emitted), grown, (before, emitted), 0, fewest=0):
-            raise ValueError(f"the tokenizer {self._file} encodes a text of more than {self._window:,} characters otherwise "
-                             "wherever it is cut; split the text into documents")
+            raise ValueError(
+                f"the tokenizer {self._file} encodes a text of more than {self._window:,} characters otherwise "
+                "wherever it is cut; split the text into documents"
+            )
         return grown, emitted, emitted
 
 
-def _equal(left: _Window, a: tuple[int, int], right: _Window, b: tuple[int, int], shift: int,
-           fewest: int = _FEWEST_EQUAL) -> bool:
+def _equal(
+    left: _Window, a: tuple[int, int], right: _Window, b: tuple[int, int], shift: int, fewest: int = _FEWEST_EQUAL
+) -> bool:
     """Whether two windows have the same tokens in the same places, ``fewest`` of them or more."""
     x, y = slice(*a), slice(*b)
-    return (a[1] - a[0] >= fewest and np.array_equal(left.ids[x], right.ids[y])
-            and np.array_equal(left.starts[x] - shift, right.starts[y])
-            and np.array_equal(left.ends[x] - shift, right.ends[y]))
+    return (
+        a[1] - a[0] >= fewest
+        and np.array_equal(left.ids[x], right.ids[y])
+        and np.array_equal(left.starts[x] - shift, right.starts[y])
+        and np.array_equal(left.ends[x] - shift, right.ends[y])
+    )
 
 
 class _Characters:

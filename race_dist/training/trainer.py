@@ -27,9 +27,28 @@ from race_dist.training.records import summary_writer
 from race_dist.training.step import StepMethod, build_step
 
 # what a run may be resumed with although it was begun with another value
-FREE_ON_RESUME = ("name", "runs", "device", "compile", "log_every", "tensorboard", "steps", "parallel", "stream", "eval",
-                  "sample", "checkpoint", "guard", "data.path", "data.pattern", "engine", "deepspeed",
-                  "model.activation_checkpointing", "model.loss_chunk", "optim.accumulate")
+FREE_ON_RESUME = (
+    "name",
+    "runs",
+    "device",
+    "compile",
+    "log_every",
+    "tensorboard",
+    "steps",
+    "parallel",
+    "stream",
+    "eval",
+    "sample",
+    "checkpoint",
+    "guard",
+    "data.path",
+    "data.pattern",
+    "engine",
+    "deepspeed",
+    "model.activation_checkpointing",
+    "model.loss_chunk",
+    "optim.accumulate",
+)
 
 
 @dataclass(frozen=True)
@@ -112,8 +131,9 @@ class Trainer:
         """
         config, data = self.config, self.config.data
         if batch is None:
-            batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
-                                   context=data.context)
+            batch = training_batch(
+                self.train, seed=config.seed, position=self.position, batch_size=data.batch_size, context=data.context
+            )
         self.optimizer.zero_grad(set_to_none=True)
         share = self.method.gradients(batch)
         shared = torch.stack([share.double(), *(share.new_tensor(float(f), dtype=torch.float64) for f in flags)])
@@ -145,8 +165,9 @@ class Trainer:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         tokens = 0
-        for batch in evaluation_batches(self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size,
-                                        context=data.context):
+        for batch in evaluation_batches(
+            self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size, context=data.context
+        ):
             total += self.method.loss(batch).double()
             tokens += batch.targets
         self.model.train()
@@ -167,12 +188,26 @@ class Trainer:
 
     def save(self, store: Checkpoints) -> None:
         """Begin a checkpoint of this moment."""
-        store.save(self.step, self.tensors(), {
-            "position": self.position, "guard": self.guard.state(), "config": self.config.model_dump(mode="json"),
-            "corpus": {"tokens": len(self.corpus.tokens), "digest": self.corpus.digest(),
-                       "documents": self.corpus.documents_digest()},
-            "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
-            "versions": {"race-dist": race_dist.__version__, "torch": torch.__version__, "python": platform.python_version()}})
+        store.save(
+            self.step,
+            self.tensors(),
+            {
+                "position": self.position,
+                "guard": self.guard.state(),
+                "config": self.config.model_dump(mode="json"),
+                "corpus": {
+                    "tokens": len(self.corpus.tokens),
+                    "digest": self.corpus.digest(),
+                    "documents": self.corpus.documents_digest(),
+                },
+                "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
+                "versions": {
+                    "race-dist": race_dist.__version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+        )
 
     def roll_back(self, store: Checkpoints, saved: Saved) -> None:
         """Go back to a checkpoint of this run, but on with the data that comes now."""
@@ -188,14 +223,21 @@ class Trainer:
             OtherRunError: it is of a run with another model, text or optimizer; the message names what differs.
         """
         facts = saved.facts
-        differing = [key for key in differing_keys(facts["config"], self.config.model_dump(mode="json"))
-                     if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)]
+        differing = [
+            key
+            for key in differing_keys(facts["config"], self.config.model_dump(mode="json"))
+            if not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+        ]
         if differing:
-            raise OtherRunError(f"{saved.path} was written with another {', '.join(differing)}; put back what it was, or "
-                                  "begin a new run under another name")
+            raise OtherRunError(
+                f"{saved.path} was written with another {', '.join(differing)}; put back what it was, or "
+                "begin a new run under another name"
+            )
         if facts["corpus"]["digest"] != self.corpus.digest() or not self._same_documents(facts["corpus"]):
-            raise OtherRunError(f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
-                                  "back, or begin a new run under another name")
+            raise OtherRunError(
+                f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
+                "back, or begin a new run under another name"
+            )
         self._load(store, saved)
         self.step, self.position = saved.step, facts["position"]
         self.guard = Guard.of(self.config.guard, facts["guard"])
@@ -214,11 +256,15 @@ class Trainer:
         config, ranks, corpus = self.config, self.ranks, self.corpus
         parameters = sum(p.numel() for p in self.model.parameters())
         unit = "bytes" if corpus.tokenizer is None else "tokens"
-        yield (f"{config.name}: {parameters:,} parameters, {ranks.dp * ranks.sp} "
-               f"rank{'s' if ranks.dp * ranks.sp > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}"
-               f"{', parameters sharded' if self.method.replica.is_sharded else ''}) on {ranks.device.type}")
-        yield (f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
-               f"held out; {config.data.batch_size} x {config.data.context} {unit} a step")
+        yield (
+            f"{config.name}: {parameters:,} parameters, {ranks.dp * ranks.sp} "
+            f"rank{'s' if ranks.dp * ranks.sp > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}"
+            f"{', parameters sharded' if self.method.replica.is_sharded else ''}) on {ranks.device.type}"
+        )
+        yield (
+            f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
+            f"held out; {config.data.batch_size} x {config.data.context} {unit} a step"
+        )
         if corpus.left_out:
             yield corpus.left_out.sentence(f"left out of {corpus.name}")
 
@@ -228,17 +274,27 @@ def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True
     cannot. One rank's ``check`` that a text file is UTF-8 is enough: ranks compare samples of the text later."""
     data, parts = config.data, config.optim.accumulate
     if data.batch_size % dp:
-        raise ValueError(f"data.batch_size is {data.batch_size}, which does not divide over parallel.dp = {dp} "
-                         "groups of ranks; change one of them")
+        raise ValueError(
+            f"data.batch_size is {data.batch_size}, which does not divide over parallel.dp = {dp} "
+            "groups of ranks; change one of them"
+        )
     if data.batch_size // dp % parts:
-        raise ValueError(f"data.batch_size = {data.batch_size} over parallel.dp = {dp} leaves {data.batch_size // dp} rows a "
-                         f"rank, which do not divide into optim.accumulate = {parts} parts; change one of them")
-    check_shards(data.context, data.batch_size // dp // parts, Shard(0, sp, config.parallel.layout),
-                 separate=data.documents == "separate")
+        raise ValueError(
+            f"data.batch_size = {data.batch_size} over parallel.dp = {dp} leaves {data.batch_size // dp} rows a "
+            f"rank, which do not divide into optim.accumulate = {parts} parts; change one of them"
+        )
+    check_shards(
+        data.context,
+        data.batch_size // dp // parts,
+        Shard(0, sp, config.parallel.layout),
+        separate=data.documents == "separate",
+    )
     corpus = load_corpus(data.path, data.pattern, check=check)
     if corpus.vocab_size > config.model.vocab_size:
-        raise ValueError(f"model.vocab_size is {config.model.vocab_size}, but the tokens of {corpus.name} need "
-                         f"{corpus.vocab_size}: make it {corpus.vocab_size} or more")
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size}, but the tokens of {corpus.name} need "
+            f"{corpus.vocab_size}: make it {corpus.vocab_size} or more"
+        )
     check_fits(*_sides(config, corpus), data.context, corpus.name)
     return corpus
 

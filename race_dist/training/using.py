@@ -23,8 +23,9 @@ from race_dist.training.step import autocast
 from race_dist.training.tokenizing import TextTokenizer
 
 
-def evaluate(directory: RunDirectory, *, path: str | None, context: int | None, tokens: int, step: int | None,
-             device: str) -> None:
+def evaluate(
+    directory: RunDirectory, *, path: str | None, context: int | None, tokens: int, step: int | None, device: str
+) -> None:
     """Print the loss by position in windows of ``context`` tokens and store it in the run's folder.
 
     Args:
@@ -46,12 +47,15 @@ def evaluate(directory: RunDirectory, *, path: str | None, context: int | None, 
     if corpus.vocab_size > config.model.vocab_size:
         raise ValueError(f"the tokens of {corpus.name} go up to {corpus.vocab_size}, the model knows {config.model.vocab_size}")
     separate = config.data.documents == "separate" and corpus.documents is not None and len(corpus.documents) > 2
-    split: Split = corpus.whole(separate=separate) if path is not None else corpus.split(config.data.held_out,
-                                                                                        separate=separate)[1]
+    split: Split = (
+        corpus.whole(separate=separate) if path is not None else corpus.split(config.data.held_out, separate=separate)[1]
+    )
     context = context or config.data.context
     if len(split) < context + 1:
-        raise ValueError(f"{corpus.name} has {len(split):,} tokens to measure on, too few for one window of {context:,}; "
-                         "lower --context or give more text")
+        raise ValueError(
+            f"{corpus.name} has {len(split):,} tokens to measure on, too few for one window of {context:,}; "
+            "lower --context or give more text"
+        )
     model = directory.load_model(device, step=step)
     total = sum(b.targets for b in evaluation_batches(split, tokens=tokens, batch_size=1, context=context))
     console = plain_console()
@@ -64,11 +68,16 @@ def evaluate(directory: RunDirectory, *, path: str | None, context: int | None, 
     for column in ("position", "targets", "bits per byte"):
         table.add_column(column, justify="right")
     for bucket in found["buckets"]:
-        table.add_row(f"{bucket['start']:,} to {bucket['stop'] - 1:,}", f"{bucket['targets']:,}",
-                      f"{bits(bucket['loss']) / corpus.bytes_per_token:.3f}")
+        table.add_row(
+            f"{bucket['start']:,} to {bucket['stop'] - 1:,}",
+            f"{bucket['targets']:,}",
+            f"{bits(bucket['loss']) / corpus.bytes_per_token:.3f}",
+        )
     console.print(table)
-    console.print(f"all: {bits(found['loss']) / corpus.bytes_per_token:.3f} bits per byte over {found['tokens']:,} tokens",
-                  highlight=False)
+    console.print(
+        f"all: {bits(found['loss']) / corpus.bytes_per_token:.3f} bits per byte over {found['tokens']:,} tokens",
+        highlight=False,
+    )
     if corpus.left_out:
         console.print(corpus.left_out.sentence(f"left out of {corpus.name}"), soft_wrap=True)
     try:
@@ -84,8 +93,10 @@ def _held_out_corpus(directory: RunDirectory, config: TrainConfig) -> Corpus:
     corpus = load_corpus(config.data.path, config.data.pattern)
     digest = corpus.digest()
     if directory.read_machine().get("text_digest", digest) != digest:
-        raise ValueError(f"the text {corpus.name} is not the one that {directory.path} was trained on, so that what it held "
-                         "out is not known; put that text back, or measure on this one with --data")
+        raise ValueError(
+            f"the text {corpus.name} is not the one that {directory.path} was trained on, so that what it held "
+            "out is not known; put that text back, or measure on this one with --data"
+        )
     return corpus
 
 
@@ -96,25 +107,37 @@ def _other_corpus(directory: RunDirectory, path: str) -> Corpus:
     corpus, tokenizer = load_corpus(path, option="--data"), directory.checked_tokenizer()
     if corpus.tokenizer is not None:
         if tokenizer is None:
-            raise ValueError(f"{corpus.name} was packed with a tokenizer, but the tokens of {directory.path} are bytes; give "
-                             "the text itself")
+            raise ValueError(
+                f"{corpus.name} was packed with a tokenizer, but the tokens of {directory.path} are bytes; give the text itself"
+            )
         if file_digest(corpus.tokenizer) != file_digest(tokenizer):
-            raise ValueError(f"{corpus.name} was packed with another tokenizer than that of {directory.path}; give the text "
-                             f"itself, or pack it with --tokenizer {tokenizer}")
+            raise ValueError(
+                f"{corpus.name} was packed with another tokenizer than that of {directory.path}; give the text "
+                f"itself, or pack it with --tokenizer {tokenizer}"
+            )
         return corpus
     if tokenizer is None:
         return corpus
     if len(corpus.tokens) > LARGEST_IN_MEMORY:
-        raise ValueError(f"{corpus.name} has more than {LARGEST_IN_MEMORY // 2**30} GiB of text; pack it first: race-dist data "
-                         f"pack {path} --out NAME --tokenizer {tokenizer}, then --data NAME")
+        raise ValueError(
+            f"{corpus.name} has more than {LARGEST_IN_MEMORY // 2**30} GiB of text; pack it first: race-dist data "
+            f"pack {path} --out NAME --tokenizer {tokenizer}, then --data NAME"
+        )
     return _in_tokens(corpus, tokenizer)
 
 
 def _in_tokens(corpus: Corpus, tokenizer: Path) -> Corpus:
     """A corpus of bytes as tokens of a tokenizer, each document by itself."""
     encoder, bounds = TextTokenizer(tokenizer), [0, len(corpus.tokens)] if corpus.documents is None else corpus.documents
-    documents = [np.concatenate(list(encoder.encode([corpus.tokens[start:stop].tobytes()])))
-                 for start, stop in zip(bounds, bounds[1:])]
+    documents = [
+        np.concatenate(list(encoder.encode([corpus.tokens[start:stop].tobytes()]))) for start, stop in zip(bounds, bounds[1:])
+    ]
     ends = np.cumsum([0, *(len(ids) for ids in documents if len(ids))])
-    return replace(corpus, tokens=np.concatenate(documents).astype(np.uint32), vocab_size=encoder.vocab_size,
-                   tokenizer=tokenizer, documents=ends.astype(np.int64), text_bytes=len(corpus.tokens))
+    return replace(
+        corpus,
+        tokens=np.concatenate(documents).astype(np.uint32),
+        vocab_size=encoder.vocab_size,
+        tokenizer=tokenizer,
+        documents=ends.astype(np.int64),
+        text_bytes=len(corpus.tokens),
+    )

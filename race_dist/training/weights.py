@@ -54,8 +54,10 @@ def check_same_model(trained: Mapping[str, Any], config: Mapping[str, Any], sour
     """Raise ValueError unless a model's configuration, as a tree, is the one that its weights were trained with."""
     differing = sorted(key for key in trained if key not in NOT_OF_WEIGHTS and key in config and trained[key] != config[key])
     if differing:
-        raise ValueError(f"{source} was trained with another {', '.join(f'model.{key}' for key in differing)} than the run's "
-                         "config.json says: one of the two files was changed")
+        raise ValueError(
+            f"{source} was trained with another {', '.join(f'model.{key}' for key in differing)} than the run's "
+            "config.json says: one of the two files was changed"
+        )
 
 
 def _config_of(stored: CheckedTensors) -> dict[str, Any]:
@@ -71,11 +73,15 @@ def _fill(model: nn.Module, stored: CheckedTensors, file: Path) -> None:
     missing, surplus = sorted(set(parameters) - names), sorted(names - set(parameters))
     for kind, odd in (("lacks", missing), ("has, but the model lacks,", surplus)):
         if odd:
-            raise ValueError(f"{file} does not fit the model: it {kind} {odd[0]} ({len(odd)} in all); "
-                             "use the configuration it was trained with")
+            raise ValueError(
+                f"{file} does not fit the model: it {kind} {odd[0]} ({len(odd)} in all); "
+                "use the configuration it was trained with"
+            )
     for name, parameter in parameters.items():
         shape = stored.shape(name)
         if shape != list(parameter.shape):
-            raise ValueError(f"{file} does not fit the model: {name} is {shape} there and {list(parameter.shape)} here; "
-                             "use the configuration it was trained with")
+            raise ValueError(
+                f"{file} does not fit the model: {name} is {shape} there and {list(parameter.shape)} here; "
+                "use the configuration it was trained with"
+            )
         write_part(parameter, stored[name].to(torch.promote_types(parameter.dtype, torch.float32)))

@@ -27,8 +27,14 @@ def test_a_report_holds_every_candidate_at_every_length(tmp_path: Path) -> None:
 
 
 def test_a_slow_peer_leaves_at_longer_sequences() -> None:
-    report = run(Shape(0, heads=1, head_dim=8, tables=1, planes=2), [64, 128], torch.device("cpu"), repeats=1, slowest=0.0,
-                 say=lambda line: None)
+    report = run(
+        Shape(0, heads=1, head_dim=8, tables=1, planes=2),
+        [64, 128],
+        torch.device("cpu"),
+        repeats=1,
+        slowest=0.0,
+        say=lambda line: None,
+    )
     assert [row["name"] for row in report["rows"] if row["length"] == 128] == ["race"]
 
 

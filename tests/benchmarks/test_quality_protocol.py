@@ -17,9 +17,15 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "quality").glob("*.tom
 
 def protocol(**changes: object) -> Protocol:
     base: dict[str, object] = {
-        "name": "p", "steps": 4, "seeds": [3, 4], "rates": [1e-3, 2e-3], "optim": {"warmup_steps": 1}, "language": {},
+        "name": "p",
+        "steps": 4,
+        "seeds": [3, 4],
+        "rates": [1e-3, 2e-3],
+        "optim": {"warmup_steps": 1},
+        "language": {},
         "model": {"dim": 16, "num_layers": 2, "num_heads": 2},
-        "variant": [{"name": "a"}, {"name": "b", "rates": [5e-3], "model": {"layer_pattern": "W", "window": 4}}]}
+        "variant": [{"name": "a"}, {"name": "b", "rates": [5e-3], "model": {"layer_pattern": "W", "window": 4}}],
+    }
     return Protocol.check(base | changes)
 
 
@@ -35,15 +41,18 @@ def test_every_protocol_of_the_repository_builds_its_models(config: Path) -> Non
             assert count == pytest.approx(loaded.parameters, rel=0.01), variant.name
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"recall": {"train": [{"length": 64, "pairs": 4}], "test": [{"length": 64, "pairs": 4}]}}, "give one task"),
-    ({"language": None}, "give one task"),
-    ({"variant": [{"name": "a"}, {"name": "a"}]}, "a is there twice"),
-    ({"steps": 2, "optim": {"warmup_steps": 2}}, "leaves none of the 2 steps"),
-    ({"rates": [0.0]}, "rates"),
-    ({"seeds": [-1]}, "seeds"),
-    ({"variants": []}, "unknown key"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recall": {"train": [{"length": 64, "pairs": 4}], "test": [{"length": 64, "pairs": 4}]}}, "give one task"),
+        ({"language": None}, "give one task"),
+        ({"variant": [{"name": "a"}, {"name": "a"}]}, "a is there twice"),
+        ({"steps": 2, "optim": {"warmup_steps": 2}}, "leaves none of the 2 steps"),
+        ({"rates": [0.0]}, "rates"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"variants": []}, "unknown key"),
+    ],
+)
 def test_a_protocol_that_makes_no_sense_is_one_sentence(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         protocol(**changes)
@@ -104,8 +113,10 @@ def test_the_digest_depends_on_what_decides_a_run() -> None:
 
 
 def test_feed_forwards_even_the_parameters_out() -> None:
-    p = protocol(parameters=40_000, variant=[{"name": "R"}, {"name": "S", "model": {"layer_pattern": "S"}},
-                                             {"name": "delta", "mixer": "gated_delta"}])
+    p = protocol(
+        parameters=40_000,
+        variant=[{"name": "R"}, {"name": "S", "model": {"layer_pattern": "S"}}, {"name": "delta", "mixer": "gated_delta"}],
+    )
     counts = [parameter_count(build_model(p, v, 0)) for v in p.variant]
     assert all(count == pytest.approx(40_000, abs=3 * 16 * 16 * 2) for count in counts)
     small = protocol(parameters=1000)
@@ -113,12 +124,18 @@ def test_feed_forwards_even_the_parameters_out() -> None:
         build_model(small, small.variant[0], 0)
 
 
-@pytest.mark.parametrize(("pattern", "numbers"), [
-    ("R", 2 * (2 * (32 * 9 + 1) + 3 * 32)),  # mass and values of 32 buckets and the decay a head; tails of q and k
-    ("W", 2 * (3 * 2 * 16)), ("S", 2 * (2 * 10 * 16))])
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [
+        ("R", 2 * (2 * (32 * 9 + 1) + 3 * 32)),  # mass and values of 32 buckets and the decay a head; tails of q and k
+        ("W", 2 * (3 * 2 * 16)),
+        ("S", 2 * (2 * 10 * 16)),
+    ],
+)
 def test_bytes_of_state(pattern: str, numbers: int) -> None:
-    p = protocol(variant=[{"name": "m", "model": {"layer_pattern": pattern, "window": 4,
-                                                  "race": {"num_tables": 2, "num_planes": 4}}}])
+    p = protocol(
+        variant=[{"name": "m", "model": {"layer_pattern": pattern, "window": 4, "race": {"num_tables": 2, "num_planes": 4}}}]
+    )
     assert state_bytes(build_model(p, p.variant[0], 0), 10) == 2 * numbers
 
 

@@ -109,13 +109,24 @@ def text(tmp_path: Path) -> Path:
 
 
 def tiny(text: Path, **changes: object) -> Protocol:
-    return Protocol.check({
-        "name": "tiny", "steps": 30, "batch_size": 4, "precision": "float32", "optim": {"warmup_steps": 3}, "rates": [1e-2],
-        "language": {"path": str(text), "context": 32, "eval_tokens": 256, "positions": 4},
-        "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "window": 8},
-        "variant": [{"name": "RW, conv", "model": {"layer_pattern": "RW", "softmax": {"short_conv": 3, "output_gate": True}}},
-                    {"name": "planes", "model": {"race": {"train_planes": True, "num_planes": 2}}, "planes_lr": 0.1},
-                    {"name": "delta", "mixer": "gated_delta"}]} | changes)
+    return Protocol.check(
+        {
+            "name": "tiny",
+            "steps": 30,
+            "batch_size": 4,
+            "precision": "float32",
+            "optim": {"warmup_steps": 3},
+            "rates": [1e-2],
+            "language": {"path": str(text), "context": 32, "eval_tokens": 256, "positions": 4},
+            "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "window": 8},
+            "variant": [
+                {"name": "RW, conv", "model": {"layer_pattern": "RW", "softmax": {"short_conv": 3, "output_gate": True}}},
+                {"name": "planes", "model": {"race": {"train_planes": True, "num_planes": 2}}, "planes_lr": 0.1},
+                {"name": "delta", "mixer": "gated_delta"},
+            ],
+        }
+        | changes
+    )
 
 
 def test_bits_per_byte_are_those_of_the_model(text: Path) -> None:
@@ -125,8 +136,9 @@ def test_bits_per_byte_are_those_of_the_model(text: Path) -> None:
     windows = task.batch(0)[0]
     expected = model(windows[:, :-1], windows[:, 1:].contiguous()) / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(bits_by_token(model, windows).mean().float(), expected.detach())
-    torch.testing.assert_close(hidden(model, windows[:, :-1], Sequence.of(32, final=False)),
-                               model.hidden(windows[:, :-1], final=False)[0])
+    torch.testing.assert_close(
+        hidden(model, windows[:, :-1], Sequence.of(32, final=False)), model.hidden(windows[:, :-1], final=False)[0]
+    )
     measured = task.measure(model)
     assert measured["bits_per_byte"] == pytest.approx(sum(measured["by_position"]) / 4, abs=1e-3)
 
@@ -147,10 +159,12 @@ def test_a_loss_that_is_no_number_is_a_failure(text: Path) -> None:
 
 def test_the_command_goes_on_where_it_was(text: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "tiny.toml", tmp_path / "out" / "tiny.json"
-    config.write_text(f'name = "tiny"\nsteps = 3\nbatch_size = 2\nprecision = "float32"\noptim = {{ warmup_steps = 1 }}\n'
-                      f'language = {{ path = "{text}", context = 16, eval_tokens = 64 }}\n'
-                      "model = { dim = 16, num_layers = 2, num_heads = 2, ffn_dim = 16, window = 4 }\n"
-                      '[[variant]]\nname = "R"\n[[variant]]\nname = "delta, conv"\nmixer = "gated_delta"\n')
+    config.write_text(
+        f'name = "tiny"\nsteps = 3\nbatch_size = 2\nprecision = "float32"\noptim = {{ warmup_steps = 1 }}\n'
+        f'language = {{ path = "{text}", context = 16, eval_tokens = 64 }}\n'
+        "model = { dim = 16, num_layers = 2, num_heads = 2, ffn_dim = 16, window = 4 }\n"
+        '[[variant]]\nname = "R"\n[[variant]]\nname = "delta, conv"\nmixer = "gated_delta"\n'
+    )
     command = ["bench", "quality", str(config), "--out", str(out), "--device", "cpu", "--threads", "1"]
     first = CliRunner().invoke(app, [*command, "--variant", "R"])
     assert first.exit_code == 0, first.output
@@ -168,10 +182,12 @@ def test_the_command_goes_on_where_it_was(text: Path, tmp_path: Path) -> None:
 
 def test_a_failed_run_ends_no_other(text: Path, tmp_path: Path) -> None:
     config, out = tmp_path / "p.toml", tmp_path / "p.json"
-    config.write_text(f'name = "p"\nsteps = 2\nbatch_size = 2\nprecision = "float32"\noptim = {{ warmup_steps = 1 }}\n'
-                      f'parameters = 20000\nlanguage = {{ path = "{text}", context = 16, eval_tokens = 64 }}\n'
-                      "model = { dim = 16, num_layers = 1, num_heads = 2 }\n"
-                      '[[variant]]\nname = "too large"\nmodel = { dim = 64 }\n[[variant]]\nname = "fits"\n')
+    config.write_text(
+        f'name = "p"\nsteps = 2\nbatch_size = 2\nprecision = "float32"\noptim = {{ warmup_steps = 1 }}\n'
+        f'parameters = 20000\nlanguage = {{ path = "{text}", context = 16, eval_tokens = 64 }}\n'
+        "model = { dim = 16, num_layers = 1, num_heads = 2 }\n"
+        '[[variant]]\nname = "too large"\nmodel = { dim = 64 }\n[[variant]]\nname = "fits"\n'
+    )
     done = CliRunner().invoke(app, ["bench", "quality", str(config), "--out", str(out), "--device", "cpu"])
     assert done.exit_code == 0, done.output
     rows = {row["variant"]: row for row in json.loads(out.read_text())["runs"]}

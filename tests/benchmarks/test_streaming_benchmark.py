@@ -65,8 +65,15 @@ def test_a_step_in_pieces_is_one_step(config: TrainConfig, tmp_path: Path) -> No
     assert not any((tmp_path / "store").iterdir())
 
 
-@pytest.mark.parametrize(("driver", "table"), [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA H200", "h200-141gb"),
-                                               ("NVIDIA GH200 480GB", "gh200"), ("NVIDIA A100-SXM4-80GB", "a100-80gb")])
+@pytest.mark.parametrize(
+    ("driver", "table"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H200", "h200-141gb"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+    ],
+)
 def test_a_drivers_name_finds_its_peak(driver: str, table: str) -> None:
     gpu = match_gpu(driver)
     assert gpu is not None
@@ -82,14 +89,15 @@ def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
     """Kernel times made by the planner at known rates give those rates back, and with them the step's time."""
     model = ModelConfig(vocab_size=256, dim=1024, num_layers=4, num_heads=8)
     job, gpu, chunk = Job(model, 3 * 65536, 1, compiled=True), find_gpu("h100"), 65536
-    true = Rates(matmul=0.57, attention={64: (1.4, 1.4)}, compiled_forward=1.3, compiled_backward=1.3,
-                 host_forward=0.0)
+    true = Rates(matmul=0.57, attention={64: (1.4, 1.4)}, compiled_forward=1.3, compiled_backward=1.3, host_forward=0.0)
     plan = make_plan(job, Layout(1, 1, chunk), Cluster(gpu, 1), true)
-    kernels = [{"name": "nvjet_tst_256x128_64x4_2x1", "ms": 1e3 * plan.seconds["matrix products"]},
-               {"name": "walk_queries", "ms": 5e2 * plan.seconds["attention"]},
-               {"name": "scan_tiles", "ms": 5e2 * plan.seconds["attention"]},
-               {"name": "triton_per_fused_add_mul_0", "ms": 1e3 * plan.seconds["element-wise"]},
-               {"name": "Memcpy HtoD (Pinned -> Device)", "ms": 50.0}]
+    kernels = [
+        {"name": "nvjet_tst_256x128_64x4_2x1", "ms": 1e3 * plan.seconds["matrix products"]},
+        {"name": "walk_queries", "ms": 5e2 * plan.seconds["attention"]},
+        {"name": "scan_tiles", "ms": 5e2 * plan.seconds["attention"]},
+        {"name": "triton_per_fused_add_mul_0", "ms": 1e3 * plan.seconds["element-wise"]},
+        {"name": "Memcpy HtoD (Pinned -> Device)", "ms": 50.0},
+    ]
     rates = measured_rates(job, chunk, gpu, kernels, source="made up")
     assert rates.matmul == pytest.approx(true.matmul, rel=0.02)
     assert rates.attention[64] == pytest.approx(true.attention[64], rel=0.01)
@@ -100,12 +108,34 @@ def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
 def test_a_million_tokens_take_the_memory_of_a_hundred_thousand(tmp_path: Path) -> None:
     """One exact optimizer step of a whole model; resident memory within 3%, carries at chunk starts apart."""
     tiny, out = tmp_path / "tiny.toml", tmp_path / "figures.json"
-    tiny.write_text("[model]\ndim = 16\nnum_layers = 1\nnum_heads = 1\nffn_dim = 32\ntie_embeddings = true\n"
-                    '[model.race]\nnum_tables = 1\nnum_planes = 2\noutput_gate = false\ndecay = "multiscale"\n')
-    command = [sys.executable, "-m", "race_dist.cli", "bench", "streaming", str(tiny), "--lengths", "131072,1048576",
-               "--chunk", "16384", "--threads", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=290,
-                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"})
+    tiny.write_text(
+        "[model]\ndim = 16\nnum_layers = 1\nnum_heads = 1\nffn_dim = 32\ntie_embeddings = true\n"
+        '[model.race]\nnum_tables = 1\nnum_planes = 2\noutput_gate = false\ndecay = "multiscale"\n'
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "race_dist.cli",
+        "bench",
+        "streaming",
+        str(tiny),
+        "--lengths",
+        "131072,1048576",
+        "--chunk",
+        "16384",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=290,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     short, long = json.loads(out.read_text())["rows"]
     assert long["tokens"] == 2**20

@@ -61,8 +61,13 @@ class Chaos:
         self.log = folder / "disturbed.log"
         self.job.checkpoints.mkdir(parents=True)
         (self.job.run / "config.json").write_text("{}")  # a run's folder is recognised by it
-        self.disk = os.geteuid() == 0 and subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(self.job.checkpoints)], check=False).returncode == 0
+        self.disk = (
+            os.geteuid() == 0
+            and subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(self.job.checkpoints)], check=False
+            ).returncode
+            == 0
+        )
         self.supervisor: subprocess.Popen[bytes] | None = None
         self.outcomes: list[Outcome] = []
         self.said = 0
@@ -77,12 +82,26 @@ class Chaos:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.supervisor = subprocess.Popen(
-                [*RACE_DIST, "launch", "local", str(self.job.config), "--set", f"ranks_per_node={RANKS}", "--set", "device=cpu",
-                 "--set", "restarts=5"], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                [
+                    *RACE_DIST,
+                    "launch",
+                    "local",
+                    str(self.job.config),
+                    "--set",
+                    f"ranks_per_node={RANKS}",
+                    "--set",
+                    "device=cpu",
+                    "--set",
+                    "restarts=5",
+                ],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
 
     def text(self) -> str:
         """What the run has printed since the last fault."""
-        return self.log.read_bytes()[self.said:].decode(errors="replace") if self.log.exists() else ""
+        return self.log.read_bytes()[self.said :].decode(errors="replace") if self.log.exists() else ""
 
     def ranks(self) -> list[int]:
         """All ranks' process ids, once they are there."""
@@ -102,8 +121,10 @@ class Chaos:
         began, step, saved = time.monotonic(), self.job.step(), self.job.saved_step()
         interrupts = FAULTS[name](self)
         if interrupts:
-            match = wait_for(lambda: re.search(r"resuming \S+ after step ([\d,]+)|has no checkpoint yet", self.text()),
-                             f"{name} at step {step}: the run goes on\n{self.text()[-2000:]}")
+            match = wait_for(
+                lambda: re.search(r"resuming \S+ after step ([\d,]+)|has no checkpoint yet", self.text()),
+                f"{name} at step {step}: the run goes on\n{self.text()[-2000:]}",
+            )
             resumed = int((match[1] or "0").replace(",", ""))
         else:
             resumed = step
@@ -203,8 +224,7 @@ def hung_rank(chaos: Chaos) -> bool:
     ranks = chaos.ranks()
     victim = chaos.random.randrange(RANKS)
     os.kill(ranks[victim], signal.SIGSTOP)
-    wait_for(lambda: re.search(rf"rank {victim} (died|did not come)", chaos.text()), f"rank {victim} is named",
-             30 + TIMEOUT)
+    wait_for(lambda: re.search(rf"rank {victim} (died|did not come)", chaos.text()), f"rank {victim} is named", 30 + TIMEOUT)
     return True
 
 
@@ -221,11 +241,31 @@ def another_configuration(chaos: Chaos) -> bool:
         port = s.getsockname()[1]
     ranks = []
     for rank in range(RANKS):
-        variables = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-                     "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen([*RACE_DIST, "train", str(chaos.job.config), "--resume", "-o", f"optim.lr={1 + rank}e-2",
-                                       "-o", "parallel.timeout=60"],
-                                      env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(RANKS),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        ranks.append(
+            subprocess.Popen(
+                [
+                    *RACE_DIST,
+                    "train",
+                    str(chaos.job.config),
+                    "--resume",
+                    "-o",
+                    f"optim.lr={1 + rank}e-2",
+                    "-o",
+                    "parallel.timeout=60",
+                ],
+                env={**os.environ, **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     for rank in ranks:
         printed = rank.communicate(timeout=90)[0].decode()
         assert rank.returncode == 2, printed
@@ -236,9 +276,22 @@ def another_configuration(chaos: Chaos) -> bool:
     return terminate
 
 
-FAULTS = {f.__name__.replace("_", " "): f for f in (
-    kill_rank, kill_launcher, terminate_run, full_disk, truncated_checkpoint, hung_rank, kill_rank_while_saving,
-    kill_everything, terminate_rank, slow_rank, another_configuration)}
+FAULTS = {
+    f.__name__.replace("_", " "): f
+    for f in (
+        kill_rank,
+        kill_launcher,
+        terminate_run,
+        full_disk,
+        truncated_checkpoint,
+        hung_rank,
+        kill_rank_while_saving,
+        kill_everything,
+        terminate_rank,
+        slow_rank,
+        another_configuration,
+    )
+}
 FIRST = ["kill rank", "kill launcher", "terminate run", "full disk", "truncated checkpoint", "hung rank"]
 
 
@@ -256,8 +309,13 @@ def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any
     did not come through."""
     steps = (count + 1) * pace
     calm = TrainingJob(folder, "calm", steps=steps, every=10, timeout=TIMEOUT * 10)
-    quiet = subprocess.run([*RACE_DIST, "train", str(calm.config), "--nproc", str(RANKS)], capture_output=True, text=True,
-                           check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    quiet = subprocess.run(
+        [*RACE_DIST, "train", str(calm.config), "--nproc", str(RANKS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert quiet.returncode == 0, quiet.stderr
     chaos = Chaos(folder, seed, steps)
     try:
@@ -284,8 +342,7 @@ def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any
 
 def table(report: dict[str, Any]) -> str:
     """Markdown: for each kind of fault, and for all, how often, the most steps computed again, the seconds to get further."""
-    lines = ["| fault | times | steps done again, at most | seconds to get further, median | 90% | at most |",
-             "|---" * 6 + "|"]
+    lines = ["| fault | times | steps done again, at most | seconds to get further, median | 90% | at most |", "|---" * 6 + "|"]
     for name in [*FAULTS, "all"]:
         mine = [o for o in report["faults"] if name in (o["fault"], "all")]
         if mine:
@@ -313,8 +370,10 @@ def main() -> None:
     before = os.getloadavg()[0]  # recoveries are mostly the start of Python and PyTorch: other work shows in them
     with tempfile.TemporaryDirectory() as folder:
         report = run(Path(folder), options.faults, options.seed)
-    header = machine(torch.device("cpu")) | {"command": f"python tests/cluster/chaos.py {' '.join(sys.argv[1:])}",
-                                             "load_average": [round(before, 2), round(os.getloadavg()[0], 2)]}
+    header = machine(torch.device("cpu")) | {
+        "command": f"python tests/cluster/chaos.py {' '.join(sys.argv[1:])}",
+        "load_average": [round(before, 2), round(os.getloadavg()[0], 2)],
+    }
     report = {"machine": header, **report}
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -79,8 +79,9 @@ class Hosts:
         """Start a command on a host, its output in a file."""
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         with log.open("ab") as out:
-            self.started.append(subprocess.Popen(["ip", "netns", "exec", self.name(index), *command], stdout=out, stderr=out,
-                                                 env=environment))
+            self.started.append(
+                subprocess.Popen(["ip", "netns", "exec", self.name(index), *command], stdout=out, stderr=out, env=environment)
+            )
         return self.started[-1]
 
     def cut(self, index: int) -> None:

@@ -119,8 +119,9 @@ class Slurm:
             if job["JobState"] in states:
                 return job
             if time.monotonic() > deadline:
-                raise AssertionError(f"job {job_id} is {job['JobState']} ({job.get('Reason')}), not {' or '.join(states)}, "
-                                     f"after {timeout:g} s")
+                raise AssertionError(
+                    f"job {job_id} is {job['JobState']} ({job.get('Reason')}), not {' or '.join(states)}, after {timeout:g} s"
+                )
             time.sleep(0.3)
 
     def _start(self) -> None:
@@ -133,18 +134,35 @@ class Slurm:
         key.chmod(0o600)
         host = socket.gethostname().split(".")[0]
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-        (self.folder / "slurm.conf").write_text(_CONF.format(
-            host=host, folder=self.folder, ctld_port=_free_port(), slurmd_port=_free_port(), cpus=max(2, os.cpu_count() or 2),
-            memory=memory - 512, kill_wait=self._kill_wait))
-        self._spawn("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={self.folder}/munge.socket",
-                    f"--pid-file={self.folder}/munged.pid", f"--log-file={self.folder}/munged.log",
-                    f"--seed-file={self.folder}/munged.seed", "--num-threads=2")
+        (self.folder / "slurm.conf").write_text(
+            _CONF.format(
+                host=host,
+                folder=self.folder,
+                ctld_port=_free_port(),
+                slurmd_port=_free_port(),
+                cpus=max(2, os.cpu_count() or 2),
+                memory=memory - 512,
+                kill_wait=self._kill_wait,
+            )
+        )
+        self._spawn(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={self.folder}/munge.socket",
+            f"--pid-file={self.folder}/munged.pid",
+            f"--log-file={self.folder}/munged.log",
+            f"--seed-file={self.folder}/munged.seed",
+            "--num-threads=2",
+        )
         self._await((self.folder / "munge.socket").exists, "munged made no socket")
         self._spawn("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf"))
         self._await(lambda: bool(self.run("scontrol", "ping", check=False).count("UP")), "slurmctld does not answer")
         self._spawn("slurmd", "-D", "-N", host, "-f", str(self.folder / "slurm.conf"))
-        self._await(lambda: self.run("sinfo", "-h", "-p", "test", "-o", "%t", check=False).strip() == "idle",
-                    "slurmd did not register")
+        self._await(
+            lambda: self.run("sinfo", "-h", "-p", "test", "-o", "%t", check=False).strip() == "idle", "slurmd did not register"
+        )
 
     def _spawn(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("wb") as log:
@@ -154,8 +172,10 @@ class Slurm:
         deadline = time.monotonic() + timeout
         while not done():
             if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
-                logs = "\n".join(f"--- {f.name}\n" + "\n".join(f.read_text(errors="replace").splitlines()[-15:])
-                                 for f in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")]))
+                logs = "\n".join(
+                    f"--- {f.name}\n" + "\n".join(f.read_text(errors="replace").splitlines()[-15:])
+                    for f in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
+                )
                 raise AssertionError(f"{message}\n{logs}")
             time.sleep(0.1)
 

@@ -26,8 +26,12 @@ def test_hosts_name_the_one_that_is_lost_and_go_on_without_it(tmp_path: Path) ->
         words = [*RACE_DIST, "launch", "torchrun", str(job.config)]
         for change in ("nodes=3", "min_nodes=2", "device=cpu", "restarts=3"):
             words += ["--set", change]
-        agents = [network.start(i, [*words, "--endpoint", f"{network.address(0)}:29400", "--local-address", network.address(i)],
-                                logs[i]) for i in range(3)]
+        agents = [
+            network.start(
+                i, [*words, "--endpoint", f"{network.address(0)}:29400", "--local-address", network.address(i)], logs[i]
+            )
+            for i in range(3)
+        ]
 
         def printed(index: int) -> str:
             return logs[index].read_text(errors="replace")
@@ -36,8 +40,9 @@ def test_hosts_name_the_one_that_is_lost_and_go_on_without_it(tmp_path: Path) ->
         there = network.processes(2)
         lost = next(rank for rank, pid in job.places().items() if pid in there)
         network.cut(2)
-        wait_for(lambda: all(f"rank {lost}" in refusal(printed(i)) for i in (0, 1)),
-                 f"hosts 0 and 1 name rank {lost}", TIMEOUT + 20)
+        wait_for(
+            lambda: all(f"rank {lost}" in refusal(printed(i)) for i in (0, 1)), f"hosts 0 and 1 name rank {lost}", TIMEOUT + 20
+        )
         resumed = wait_for(lambda: re.search(r"resuming \S+ after step (\d+)", printed(0) + printed(1)), "the run goes on", 150)
         assert int(resumed[1]) >= 20
         assert [agent.wait(120) for agent in agents[:2]] == [0, 0], printed(0)[-3000:]
@@ -50,4 +55,3 @@ def test_hosts_name_the_one_that_is_lost_and_go_on_without_it(tmp_path: Path) ->
 def refusal(text: str) -> str:
     """The sentence with which a rank ended."""
     return "\n".join(line for line in text.splitlines() if "failed" in line and "race-dist" in line)
-

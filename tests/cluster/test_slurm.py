@@ -40,8 +40,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
 
 
 def race_dist(slurm: Slurm, job: TrainingJob, *words: str) -> str:
-    done = subprocess.run([*RACE_DIST, *words], env=slurm.environment, cwd=job.folder, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [*RACE_DIST, *words], env=slurm.environment, cwd=job.folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -145,8 +146,16 @@ def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: P
 @pytest.mark.slow
 def test_an_array_is_one_run_for_each_value(slurm: Slurm, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=6)
-    printed = race_dist(slurm, job, "launch", "slurm", str(job.config), "--array", "seed=3,4",
-                        *(w for change in ["ranks_per_node=1", *JOB[1:]] for w in ("--set", change)))
+    printed = race_dist(
+        slurm,
+        job,
+        "launch",
+        "slurm",
+        str(job.config),
+        "--array",
+        "seed=3,4",
+        *(w for change in ["ranks_per_node=1", *JOB[1:]] for w in ("--set", change)),
+    )
     ids = re.findall(r"submitted: (\d+_\d+) \((\S+)\)", printed)
     assert [name for _, name in ids] == ["run-seed-3", "run-seed-4"]
     for job_id, name in ids:
@@ -166,8 +175,9 @@ def test_every_template_passes_shellcheck_and_the_real_sbatch(slurm: Slurm, tmp_
     script.write_text(render(job, Run(tmp_path / "a b.toml", "run", tmp_path, ("data.path=it's here; rm -rf x",)), tmp_path))
     checked = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
-    planned = subprocess.run(["sbatch", "--test-only", str(script)], env=slurm.environment, capture_output=True, text=True,
-                             check=False)
+    planned = subprocess.run(
+        ["sbatch", "--test-only", str(script)], env=slurm.environment, capture_output=True, text=True, check=False
+    )
     assert planned.returncode == 0, planned.stderr
     assert re.search(r"to start at .* on nodes far\[", planned.stderr), planned.stderr
 
@@ -176,7 +186,8 @@ def test_the_check_of_templates_can_fail(slurm: Slurm, tmp_path: Path) -> None:
     too_much = load_job("dgx-h100", ["nodes=4", "ranks_per_node=9", "slurm.partition=far"])
     script = tmp_path / "job.sbatch"
     script.write_text(render(too_much, Run(tmp_path / "x.toml", "run", tmp_path), tmp_path))
-    planned = subprocess.run(["sbatch", "--test-only", str(script)], env=slurm.environment, capture_output=True, text=True,
-                             check=False)
+    planned = subprocess.run(
+        ["sbatch", "--test-only", str(script)], env=slurm.environment, capture_output=True, text=True, check=False
+    )
     assert planned.returncode != 0
     assert "not available" in planned.stderr

@@ -110,8 +110,11 @@ class TrainingJob:
 
     def leftovers(self) -> list[str]:
         """Half-written files and locks in the run's folder, but for the one whose owner is what counts, not its file."""
-        return [str(p.relative_to(self.runs)) for p in self.run.rglob("*")
-                if p.name != LOCK and re.search(r"partial|removed|lock|preflight|tmp", p.name)]
+        return [
+            str(p.relative_to(self.runs))
+            for p in self.run.rglob("*")
+            if p.name != LOCK and re.search(r"partial|removed|lock|preflight|tmp", p.name)
+        ]
 
     def processes(self) -> dict[int, list[str]]:
         """Command lines of the live processes that name this job's configuration, by process id."""

@@ -69,8 +69,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return [o.value for o in outcomes]
 
 
-def spawn_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 20.0,
-                cuda: bool = False) -> list[Outcome]:
+def spawn_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 20.0, cuda: bool = False) -> list[Outcome]:
     """Run ``fn(group, *args)`` in ``world`` fresh processes whose collectives time out after ``timeout`` seconds.
 
     With ``cuda`` each has a device of its own and groups talk over NCCL too.
@@ -150,8 +149,14 @@ class _Pool:
 
 
 def _worker(pipe: Connection, rank: int, world: int, port: int, timeout: float, cuda: bool) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
-                      WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+    )
     import torch
     import torch.distributed as dist
 

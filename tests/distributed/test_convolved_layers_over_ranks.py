@@ -13,10 +13,21 @@ from race_dist.parallel import shard_sequence
 
 
 def case(group: dist.ProcessGroup, layout: str, documents: list[int] | None) -> None:
-    model = DecoderLM(ModelConfig(
-        vocab_size=19, dim=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=16, layer_pattern="RWS", window=9,
-        softmax=SoftmaxConfig(short_conv=4, conv_values=True, output_gate=True, gate_activation="sigmoid"),
-        race=RaceConfig(num_tables=2, num_planes=2, conv_values=True, gate_activation="sigmoid")), dtype=torch.float64)
+    model = DecoderLM(
+        ModelConfig(
+            vocab_size=19,
+            dim=16,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            ffn_dim=16,
+            layer_pattern="RWS",
+            window=9,
+            softmax=SoftmaxConfig(short_conv=4, conv_values=True, output_gate=True, gate_activation="sigmoid"),
+            race=RaceConfig(num_tables=2, num_planes=2, conv_values=True, gate_activation="sigmoid"),
+        ),
+        dtype=torch.float64,
+    )
     generator = torch.Generator().manual_seed(1)
     ids, labels = torch.randint(0, 19, (2, 1 if documents else 2, 36), generator=generator).unbind()
     cu = None if documents is None else torch.tensor(documents)
@@ -35,7 +46,9 @@ def case(group: dist.ProcessGroup, layout: str, documents: list[int] | None) -> 
         torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("layout", "documents"), [
-    ("contiguous", None), ("zigzag", None), ("contiguous", [0, 9, 9, 22, 36]), ("zigzag", [0, 12, 12, 36])])
+@pytest.mark.parametrize(
+    ("layout", "documents"),
+    [("contiguous", None), ("zigzag", None), ("contiguous", [0, 9, 9, 22, 36]), ("zigzag", [0, 12, 12, 36])],
+)
 def test_a_decoder_over_three_ranks(layout: str, documents: list[int] | None) -> None:
     run_ranks(3, case, layout, documents)

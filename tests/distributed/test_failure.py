@@ -41,8 +41,9 @@ def steps(group, victim: int, how: str, timeout: float):
     return None
 
 
-@pytest.mark.parametrize(("victim", "how"), [(1, "kill"), (2, "exit"), (0, "kill"), (1, "sleep"),
-                                             pytest.param(0, "stop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("victim", "how"), [(1, "kill"), (2, "exit"), (0, "kill"), (1, "sleep"), pytest.param(0, "stop", marks=pytest.mark.slow)]
+)
 def test_survivors_name_the_rank(victim: int, how: str) -> None:
     timeout = 5.0
     outcomes = spawn_ranks(3, steps, victim, how, timeout, timeout=timeout)
@@ -83,6 +84,8 @@ def test_a_stalled_job_names_the_rank_shows_its_stack_and_ends(tmp_path: Path) -
     assert all(outcome.error for outcome in outcomes)  # ended by the guard, or by the error of a rank that ended before
     assert time.monotonic() - began < 100.0  # of 300 and 600 that the collective and the rank would have taken
     for rank in (0, 2):
-        assert f"rank {rank}: the job has stood still for 4 s: rank 1 did not come to the collective" in (
-            tmp_path / str(rank)).read_text()
+        assert (
+            f"rank {rank}: the job has stood still for 4 s: rank 1 did not come to the collective"
+            in (tmp_path / str(rank)).read_text()
+        )
     assert "in lost_in_thought" in (tmp_path / "1").read_text()

@@ -15,9 +15,14 @@ from tests.ops.cases import relative_error
 pytest.importorskip("triton")
 LENGTHS = (37, 13)
 CALLS = {
-    "global": {}, "decay": {"decay": True, "normalization": "none"}, "decay, global": {"decay": True},
-    "zigzag": {"layout": "zigzag"}, "bucket": {"normalization": "bucket"}, "not causal": {"causal": False},
-    "documents": {"documents": (20, 0, 30), "decay": True}, "one row": {"lengths": (1, 49)},
+    "global": {},
+    "decay": {"decay": True, "normalization": "none"},
+    "decay, global": {"decay": True},
+    "zigzag": {"layout": "zigzag"},
+    "bucket": {"normalization": "bucket"},
+    "not causal": {"causal": False},
+    "documents": {"documents": (20, 0, 30), "decay": True},
+    "one row": {"lengths": (1, 49)},
 }
 
 
@@ -26,8 +31,13 @@ def attend(call: dict, rows: Tensor | None, group) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
     dtype, total = torch.float64 if group is None else torch.float32, 50
     normal = lambda *shape: torch.randn(*shape, generator=g)
-    q, k, v, do, rate = normal(1, total, 4, 16), normal(1, total, 2, 16), normal(1, total, 2, 16), normal(1, total, 4, 16), (
-        -0.1 * torch.rand(1, total, 2, generator=g))
+    q, k, v, do, rate = (
+        normal(1, total, 4, 16),
+        normal(1, total, 2, 16),
+        normal(1, total, 2, 16),
+        normal(1, total, 4, 16),
+        (-0.1 * torch.rand(1, total, 2, generator=g)),
+    )
     rows = torch.arange(total) if rows is None else rows
     take = lambda x: x[:, rows].to(dtype)
     leaves = {"q": take(q), "k": take(k), "v": take(v), "beta": torch.full((2,), 1.5, dtype=dtype)}
@@ -37,15 +47,31 @@ def attend(call: dict, rows: Tensor | None, group) -> dict[str, Tensor]:
         x.requires_grad_()
     cu_seqlens = torch.tensor([0, *call["documents"]]).cumsum(0) if "documents" in call else None
     planes = sample_planes(2, 2, 16, num_heads=2, seed=0, dtype=dtype)
-    where = {"backend": "chunked"} if group is None else {"backend": "triton", "group": group,
-                                                          "layout": call.get("layout", "contiguous")}
-    out, final = race_attention(leaves["q"], leaves["k"], leaves["v"], planes, leaves["beta"], causal=call.get("causal", True),
-                                normalization=call.get("normalization", "global"), log_decay=leaves.get("log_decay"),
-                                cu_seqlens=cu_seqlens, output_final_state=True, **where)
+    where = (
+        {"backend": "chunked"}
+        if group is None
+        else {"backend": "triton", "group": group, "layout": call.get("layout", "contiguous")}
+    )
+    out, final = race_attention(
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        planes,
+        leaves["beta"],
+        causal=call.get("causal", True),
+        normalization=call.get("normalization", "global"),
+        log_decay=leaves.get("log_decay"),
+        cu_seqlens=cu_seqlens,
+        output_final_state=True,
+        **where,
+    )
     share = 1 if group is None else 1 / dist.get_world_size(group)
     grads = torch.autograd.grad((out * take(do)).sum() + share * final.values.sum(), tuple(leaves.values()))
-    return {"out": out.detach(), "final": final.values.detach(),
-            **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    return {
+        "out": out.detach(),
+        "final": final.values.detach(),
+        **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)},
+    }
 
 
 def rows_of(call: dict, rank: int) -> Tensor:

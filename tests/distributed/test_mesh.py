@@ -39,8 +39,7 @@ def test_ranks_agree() -> None:
 
 def small_ones(group):
     x = torch.tensor([1.0, -2.0]) * (dist.get_rank(group) + 1)
-    return all_reduce_sum(x, group), all_reduce_max(x, group), broadcast_tensor(x, group, source=1), \
-        all_gather_tensor(x, group)
+    return all_reduce_sum(x, group), all_reduce_max(x, group), broadcast_tensor(x, group, source=1), all_gather_tensor(x, group)
 
 
 def test_small_collectives() -> None:

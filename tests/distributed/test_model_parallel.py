@@ -16,8 +16,17 @@ DOCUMENTS = {"contiguous": [0, 9, 9, 22, 36], "zigzag": [0, 12, 12, 36]}
 
 
 def config(pattern: str, **race: object) -> ModelConfig:
-    return ModelConfig(vocab_size=19, dim=16, num_layers=len(pattern), num_heads=4, num_kv_heads=2, ffn_dim=16,
-                       layer_pattern=pattern, window=9, race=RaceConfig(num_tables=2, num_planes=2, **race))
+    return ModelConfig(
+        vocab_size=19,
+        dim=16,
+        num_layers=len(pattern),
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=16,
+        layer_pattern=pattern,
+        window=9,
+        race=RaceConfig(num_tables=2, num_planes=2, **race),
+    )
 
 
 def tokens(batch: int, total: int) -> tuple[Tensor, Tensor]:
@@ -37,8 +46,14 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float =
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
-def decoder_case(group: dist.ProcessGroup, pattern: str, layout: str, lengths: list[int] | None, race: dict[str, object],
-                 documents: list[int] | None) -> None:
+def decoder_case(
+    group: dist.ProcessGroup,
+    pattern: str,
+    layout: str,
+    lengths: list[int] | None,
+    race: dict[str, object],
+    documents: list[int] | None,
+) -> None:
     """Losses and gradients of the ranks add up to those of one process."""
     total = 36
     ids, labels = tokens(1 if documents else 2, total)
@@ -64,8 +79,11 @@ def decoder_case(group: dist.ProcessGroup, pattern: str, layout: str, lengths: l
 
 
 RACE: dict[str, dict[str, object]] = {
-    "token": {}, "plain": {"decay": "none", "normalization": "global", "output_gate": False},
-        "bucket": {"decay": "none", "normalization": "bucket", "qk_norm": False}, "multiscale": {"decay": "multiscale"}}
+    "token": {},
+    "plain": {"decay": "none", "normalization": "global", "output_gate": False},
+    "bucket": {"decay": "none", "normalization": "bucket", "qk_norm": False},
+    "multiscale": {"decay": "multiscale"},
+}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -97,7 +115,7 @@ def chunks_case(group: dist.ProcessGroup, pattern: str, layout: str, documents: 
         cu = None if documents is None else torch.tensor(documents[i])
         shard = lambda x: shard_sequence(x, group, dim=1, layout=layout, cu_seqlens=cu)
         h, carry = model.hidden(shard(piece), carry, cu_seqlens=cu, group=group, layout=layout)
-        torch.testing.assert_close(h, shard(expected[:, 12 * i:12 * i + 12]).detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(h, shard(expected[:, 12 * i : 12 * i + 12]).detach(), rtol=1e-9, atol=1e-9)
         total = total + (h * shard(weight)).sum()
     total.backward()
     actual = [p.grad for p in model.parameters() if p.grad is not None]
@@ -125,10 +143,16 @@ def encoder_case(group: dist.ProcessGroup, layout: str) -> None:
     classifier = SequenceClassifier(config("RS", causal=False), 3, dtype=torch.float64)
     classes = torch.tensor([2, 0])
     for model, whole, part in [
-        (masked, lambda: masked(ids, labels, key_mask=mask),
-         lambda: masked(shard(ids), shard(labels), key_mask=shard(mask), group=group, layout=layout)),
-        (classifier, lambda: classifier(ids, classes, key_mask=mask),
-         lambda: classifier(shard(ids), classes, key_mask=shard(mask), group=group, layout=layout)),
+        (
+            masked,
+            lambda: masked(ids, labels, key_mask=mask),
+            lambda: masked(shard(ids), shard(labels), key_mask=shard(mask), group=group, layout=layout),
+        ),
+        (
+            classifier,
+            lambda: classifier(ids, classes, key_mask=mask),
+            lambda: classifier(shard(ids), classes, key_mask=shard(mask), group=group, layout=layout),
+        ),
     ]:
         expected = whole()
         expected.backward()

@@ -54,10 +54,26 @@ def order_of_events(group):
 
 def test_one_half_is_sent_while_the_other_computes() -> None:
     for forward, backward in run_ranks(2, order_of_events):
-        assert forward == ["begin_forward", "send", "begin_forward", "send", "wait all_gather", "forward", "wait all_gather",
-                           "forward"]
-        assert backward == ["begin_backward", "send", "begin_backward", "send", "wait all_gather", "backward",
-                            "wait all_gather", "backward"]
+        assert forward == [
+            "begin_forward",
+            "send",
+            "begin_forward",
+            "send",
+            "wait all_gather",
+            "forward",
+            "wait all_gather",
+            "forward",
+        ]
+        assert backward == [
+            "begin_backward",
+            "send",
+            "begin_backward",
+            "send",
+            "wait all_gather",
+            "backward",
+            "wait all_gather",
+            "backward",
+        ]
 
 
 def arrives_without_waiting(group):

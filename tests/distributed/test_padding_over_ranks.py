@@ -16,19 +16,30 @@ from race_dist.parallel import shard_sequence
 TOTAL = 36
 DOCUMENTS = {"contiguous": [0, 9, 9, 22, 36], "zigzag": [0, 12, 12, 36]}
 RACE: dict[str, dict[str, object]] = {
-    "token": {"rope_base": 50.0}, "multiscale": {"decay": "multiscale", "normalization": "global"},
-    "bucket": {"decay": "none", "normalization": "bucket", "qk_norm": False}}
+    "token": {"rope_base": 50.0},
+    "multiscale": {"decay": "multiscale", "normalization": "global"},
+    "bucket": {"decay": "none", "normalization": "bucket", "qk_norm": False},
+}
 
 
 def config(pattern: str, **race: object) -> ModelConfig:
-    return ModelConfig(vocab_size=19, dim=16, num_layers=len(pattern), num_heads=4, num_kv_heads=2, ffn_dim=16,
-                       layer_pattern=pattern, window=5, race=RaceConfig(num_tables=2, num_planes=2, **race))
+    return ModelConfig(
+        vocab_size=19,
+        dim=16,
+        num_layers=len(pattern),
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=16,
+        layer_pattern=pattern,
+        window=5,
+        race=RaceConfig(num_tables=2, num_planes=2, **race),
+    )
 
 
 def padding(batch: int, total: int = TOTAL, seed: int = 0) -> Tensor:
     """Padding inside each row; the second begins with so much of it that a shard has nothing else, the third is all padding."""
     mask = torch.rand(batch, total, generator=torch.Generator().manual_seed(seed)) > 0.4
-    mask[1:2, :total // 2] = False
+    mask[1:2, : total // 2] = False
     mask[2:] = False
     return mask
 
@@ -56,8 +67,9 @@ def summed(group: dist.ProcessGroup, tensors: list[Tensor]) -> list[Tensor]:
     return result
 
 
-def decoder_case(group: dist.ProcessGroup, pattern: str, layout: str, lengths: list[int] | None, race: str,
-                 documents: list[int] | None) -> None:
+def decoder_case(
+    group: dist.ProcessGroup, pattern: str, layout: str, lengths: list[int] | None, race: str, documents: list[int] | None
+) -> None:
     ids, labels = tokens(1 if documents else 3)
     mask, cu = padding(ids.shape[0]), None if documents is None else torch.tensor(documents)
     model = DecoderLM(config(pattern, **RACE[race]), dtype=torch.float64)
@@ -69,8 +81,10 @@ def decoder_case(group: dist.ProcessGroup, pattern: str, layout: str, lengths: l
     count, expected_loss = int((labels[mask] != -100).sum()), torch.zeros((), dtype=torch.float64)
     for b, real in enumerate(mask):
         inside = None if cu is None else torch.cat([torch.zeros(1, dtype=torch.int64), real.cumsum(0)])[cu]
-        expected_logits[b, real] = model(ids[b:b + 1, real], cu_seqlens=inside)[0].detach()
-        expected_loss = expected_loss + model(ids[b:b + 1, real], labels[b:b + 1, real], cu_seqlens=inside, num_targets=count)
+        expected_logits[b, real] = model(ids[b : b + 1, real], cu_seqlens=inside)[0].detach()
+        expected_loss = expected_loss + model(
+            ids[b : b + 1, real], labels[b : b + 1, real], cu_seqlens=inside, num_targets=count
+        )
     expected = gradients(model, expected_loss)
     options = {"cu_seqlens": cu, "key_mask": shard(mask), "group": group, "layout": layout}
     logits = model(shard(ids), **options)
@@ -106,8 +120,8 @@ def turns_case(group: dist.ProcessGroup, pattern: str, layout: str) -> None:
     assert carry is not None
     expected = torch.zeros((), dtype=torch.float64)
     for b, real in enumerate(mask):
-        alone, last = model.hidden(ids[b:b + 1, real])
-        expected = expected + (alone * weight[b:b + 1, real]).sum()
+        alone, last = model.hidden(ids[b : b + 1, real])
+        expected = expected + (alone * weight[b : b + 1, real]).sum()
         assert last is not None
         assert int(carry.position[b]) == int(last.position)
         for mine, theirs in zip(carry.layers, last.layers, strict=True):
@@ -127,7 +141,7 @@ def encoder_case(group: dist.ProcessGroup, layout: str) -> None:
     shard = lambda x: shard_sequence(x, group, dim=1, layout=layout)
     model = MaskedLM(config("RS", causal=False), dtype=torch.float64)
     classifier = SequenceClassifier(config("RS", causal=False), 3, dtype=torch.float64)
-    rows = [(ids[b:b + 1, real], labels[b:b + 1, real]) for b, real in enumerate(mask)]
+    rows = [(ids[b : b + 1, real], labels[b : b + 1, real]) for b, real in enumerate(mask)]
     count = int((labels[mask] != -100).sum())
     expected = sum(model(x, y, num_targets=count) for x, y in rows)
     options = {"key_mask": shard(mask), "group": group, "layout": layout}
@@ -197,7 +211,7 @@ def compiled_inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_compiled_blocks_stay_one_graph() -> None:
     ids, mask, weight = compiled_inputs()
     model = DecoderLM(config("RW"), dtype=torch.float64)
-    expected = sum((model.hidden(ids[b:b + 1, real])[0] * weight[b:b + 1, real]).sum() for b, real in enumerate(mask))
+    expected = sum((model.hidden(ids[b : b + 1, real])[0] * weight[b : b + 1, real]).sum() for b, real in enumerate(mask))
     right = [expected.detach(), *gradients(model, expected)]
     for found, graphs in run_ranks(2, compiled_case, "RW"):
         close(found, right)

@@ -80,9 +80,18 @@ def make(case: Case) -> Inputs:
     mask = torch.rand(batch, total, generator=generator) > 0.3 if case.masked else None
     initial = SketchState(draw(rows, hkv, features).abs(), draw(rows, hkv, features, dv)) if case.initial else None
     weights = [[draw(rows, hkv, features), draw(rows, hkv, features, dv), draw(rows, hkv)] for _ in range(case.world)]
-    return Inputs(draw(batch, total, hq, dim), draw(batch, total, hkv, dim), draw(batch, total, hkv, dv) + 1.0,
-                  draw(hkv, tables, number, dim), torch.full((hkv,), case.beta, dtype=torch.float64), decay, mask, initial,
-                  draw(batch, total, hq, dv), weights)
+    return Inputs(
+        draw(batch, total, hq, dim),
+        draw(batch, total, hkv, dim),
+        draw(batch, total, hkv, dv) + 1.0,
+        draw(hkv, tables, number, dim),
+        torch.full((hkv,), case.beta, dtype=torch.float64),
+        decay,
+        mask,
+        initial,
+        draw(batch, total, hq, dv),
+        weights,
+    )
 
 
 def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) -> dict[str, Tensor]:
@@ -94,8 +103,13 @@ def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) ->
             part = part.transpose(0, 1).contiguous().transpose(0, 1)
         return part.requires_grad_(t.is_floating_point())
 
-    leaves = {"q": take(x.q), "k": take(x.k), "v": take(x.v), "planes": x.planes.clone().requires_grad_(),
-              "beta": x.beta.clone().requires_grad_()}
+    leaves = {
+        "q": take(x.q),
+        "k": take(x.k),
+        "v": take(x.v),
+        "planes": x.planes.clone().requires_grad_(),
+        "beta": x.beta.clone().requires_grad_(),
+    }
     decay, initial = x.log_decay, x.initial
     if case.decay == "token":
         decay = leaves["log_decay"] = take(x.log_decay)
@@ -106,10 +120,21 @@ def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) ->
     options = {"backend": "reference"} if group is None else {"group": group, "layout": case.layout}
     if group is not None and case.algorithm != "auto":
         options["attend"] = partial(group_attention, algorithm=case.algorithm)
-    result = through(leaves["q"], leaves["k"], leaves["v"], leaves["planes"], leaves["beta"], causal=case.causal,
-                            normalization=case.normalization, cu_seqlens=cu_seqlens, log_decay=decay,
-                            key_mask=None if x.key_mask is None else take(x.key_mask), initial_state=initial,
-                            output_final_state=case.final, **options)
+    result = through(
+        leaves["q"],
+        leaves["k"],
+        leaves["v"],
+        leaves["planes"],
+        leaves["beta"],
+        causal=case.causal,
+        normalization=case.normalization,
+        cu_seqlens=cu_seqlens,
+        log_decay=decay,
+        key_mask=None if x.key_mask is None else take(x.key_mask),
+        initial_state=initial,
+        output_final_state=case.final,
+        **options,
+    )
     out, final = result if case.final else (result, None)
     loss = (out * x.out_weight[:, rows]).sum()
     got = {"out": out.detach()}
@@ -190,12 +215,24 @@ def random_case(world: int, seed: int) -> Case:
     else:
         edges = sorted(pick.randint(0, total) for _ in range(world - 1))
         lengths = tuple(b - a for a, b in zip([0, *edges], [*edges, total]))
-    return Case(world, lengths, layout, documents, 1 if packed else pick.choice([1, 2]),
-                pick.choice([(1, 1), (2, 2), (4, 2), (2, 1), (3, 3), (6, 3)]), causal,
-                pick.choice(["global", "bucket", "none" if causal else "global"]),
-                pick.choice(["none", "head", "token"]) if causal else "none",
-                pick.random() < 0.3, pick.random() < 0.5, pick.random() < 0.5, pick.choice([0.5, 1.3, 3.0]),
-                pick.random() < 0.3, pick.choice(["all_gather", "recursive_doubling"]), seed)
+    return Case(
+        world,
+        lengths,
+        layout,
+        documents,
+        1 if packed else pick.choice([1, 2]),
+        pick.choice([(1, 1), (2, 2), (4, 2), (2, 1), (3, 3), (6, 3)]),
+        causal,
+        pick.choice(["global", "bucket", "none" if causal else "global"]),
+        pick.choice(["none", "head", "token"]) if causal else "none",
+        pick.random() < 0.3,
+        pick.random() < 0.5,
+        pick.random() < 0.5,
+        pick.choice([0.5, 1.3, 3.0]),
+        pick.random() < 0.3,
+        pick.choice(["all_gather", "recursive_doubling"]),
+        seed,
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
@@ -207,8 +244,13 @@ def edge_cases(world: int) -> list[Case]:
     """Boundaries at the edges of shards, documents longer than a shard, documents and shards without tokens."""
     every = {"initial": True, "final": True, "algorithm": "recursive_doubling"}
     cases = []
-    for causal, normalization, decay in [(True, "global", "none"), (True, "none", "token"), (True, "bucket", "head"),
-                                         (False, "global", "none"), (False, "bucket", "none")]:
+    for causal, normalization, decay in [
+        (True, "global", "none"),
+        (True, "none", "token"),
+        (True, "bucket", "head"),
+        (False, "global", "none"),
+        (False, "bucket", "none"),
+    ]:
         rest = {"causal": causal, "normalization": normalization, "decay": decay, **every}
         three = (3,) * world
         cases += [
@@ -236,17 +278,20 @@ def test_edges(world: int) -> None:
 
 def test_many_tokens_decay_and_underflow() -> None:
     lengths = (150, 90, 0)
-    check([Case(3, lengths, documents=(20, 150, 70), decay="token", normalization="none", final=True),
-           Case(3, lengths, beta=20.0, final=True),  # features underflow
-           Case(3, (96,) * 3, "zigzag", batch=2, strided=True, decay="head", final=True)])
+    check(
+        [
+            Case(3, lengths, documents=(20, 150, 70), decay="token", normalization="none", final=True),
+            Case(3, lengths, beta=20.0, final=True),  # features underflow
+            Case(3, (96,) * 3, "zigzag", batch=2, strided=True, decay="head", final=True),
+        ]
+    )
 
 
 def half_precision(group, dtype, layout):
     x = make(Case(dist.get_world_size(group), (12,) * dist.get_world_size(group), layout))
     rows = Case(dist.get_world_size(group), (12,) * dist.get_world_size(group), layout).rows(dist.get_rank(group))
     q, k, v = (t[:, rows].to(dtype).requires_grad_() for t in (x.q, x.k, x.v))
-    out, final = race_attention(q, k, v, x.planes.bfloat16().float(), 1.0, group=group, layout=layout,
-                                output_final_state=True)
+    out, final = race_attention(q, k, v, x.planes.bfloat16().float(), 1.0, group=group, layout=layout, output_final_state=True)
     out.float().square().sum().backward()
     return out.detach(), final, q.grad
 
@@ -273,14 +318,17 @@ def bytes_of(group, total, layout, causal, documents, final):
     cu = torch.tensor([0, total // 2, total]) if documents else None
     planes = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
     with count_bytes() as count:
-        result = race_attention(q, k, v, planes, 1.0, causal=causal, group=group, layout=layout, cu_seqlens=cu,
-                                output_final_state=final)
+        result = race_attention(
+            q, k, v, planes, 1.0, causal=causal, group=group, layout=layout, cu_seqlens=cu, output_final_state=final
+        )
         (result[0] if final else result).sum().backward()
     return count
 
 
-@pytest.mark.parametrize(("layout", "causal", "documents"), [
-    ("contiguous", True, False), ("zigzag", True, False), ("contiguous", True, True), ("contiguous", False, False)])
+@pytest.mark.parametrize(
+    ("layout", "causal", "documents"),
+    [("contiguous", True, False), ("zigzag", True, False), ("contiguous", True, True), ("contiguous", False, False)],
+)
 def test_bytes_do_not_depend_on_the_length(layout: str, causal: bool, documents: bool) -> None:
     short, long = (run_ranks(2, bytes_of, total, layout, causal, documents, False) for total in (4096, 262144))
     assert short == long
@@ -290,9 +338,11 @@ def test_bytes_do_not_depend_on_the_length(layout: str, causal: bool, documents:
 def mismatch(group, what):
     odd = dist.get_rank(group) == 2
     q = torch.randn(1, 6, 2, 4, dtype=torch.float32)
-    options = {"layout": "zigzag" if odd and what == "layout" else "contiguous",
-               "normalization": "none" if odd and what == "normalization" else "global",
-               "cu_seqlens": torch.tensor([0, 5, 18] if odd else [0, 4, 18]) if what == "documents" else None}
+    options = {
+        "layout": "zigzag" if odd and what == "layout" else "contiguous",
+        "normalization": "none" if odd and what == "normalization" else "global",
+        "cu_seqlens": torch.tensor([0, 5, 18] if odd else [0, 4, 18]) if what == "documents" else None,
+    }
     if what == "cu_seqlens":
         options["cu_seqlens"] = torch.tensor([0, 6])
     if what == "odd":
@@ -302,14 +352,17 @@ def mismatch(group, what):
     race_attention(q, q, q, torch.ones(1, 1, 4), 1.0, group=group, **options)
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("layout", "layout is contiguous on ranks 0, 1, but zigzag on rank 2"),
-    ("normalization", "normalization is global on ranks 0, 1, but none on rank 2"),
-    ("documents", r"documents is 2 \(digest \w+\) on ranks 0, 1, but 2 \(digest \w+\) on rank 2"),
-    ("cu_seqlens", r"it ends at 6, but the ranks hold \[6, 6, 6\], together 18 rows"),
-    ("odd", "15 rows do not divide by 6"),
-    ("unequal", r"zigzag shards must have equal lengths; the ranks hold \[6, 6, 4\] rows"),
-])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("layout", "layout is contiguous on ranks 0, 1, but zigzag on rank 2"),
+        ("normalization", "normalization is global on ranks 0, 1, but none on rank 2"),
+        ("documents", r"documents is 2 \(digest \w+\) on ranks 0, 1, but 2 \(digest \w+\) on rank 2"),
+        ("cu_seqlens", r"it ends at 6, but the ranks hold \[6, 6, 6\], together 18 rows"),
+        ("odd", "15 rows do not divide by 6"),
+        ("unequal", r"zigzag shards must have equal lengths; the ranks hold \[6, 6, 4\] rows"),
+    ],
+)
 def test_calls_that_do_not_fit_name_the_rank(what: str, message: str) -> None:
     with pytest.raises(RankError, match=message) as error:
         run_ranks(3, mismatch, what)

@@ -31,13 +31,28 @@ def snippets_case(group: dist.ProcessGroup) -> None:
     q, k, v = (torch.randn(1, 30, 4, 8, dtype=torch.float64, generator=generator) for _ in range(3))
     planes = sample_planes(num_tables=4, num_planes=4, head_dim=8, seed=0).double()
     expected = shard_sequence(race_attention(q, k, v, planes, beta=2.0), group, dim=1)
-    names: dict[str, Any] = {"torch": torch, "q": q, "k": k, "v": v, "planes": planes, "group": group,
-                             "race_attention": race_attention}
+    names: dict[str, Any] = {
+        "torch": torch,
+        "q": q,
+        "k": k,
+        "v": v,
+        "planes": planes,
+        "group": group,
+        "race_attention": race_attention,
+    }
     run_block(attention, names)
     torch.testing.assert_close(names["out"], expected, rtol=1e-9, atol=1e-9)
 
-    config = ModelConfig(vocab_size=19, dim=16, num_layers=2, num_heads=4, ffn_dim=16, layer_pattern="RW", window=9,
-                         race=RaceConfig(num_tables=2, num_planes=2))
+    config = ModelConfig(
+        vocab_size=19,
+        dim=16,
+        num_layers=2,
+        num_heads=4,
+        ffn_dim=16,
+        layer_pattern="RW",
+        window=9,
+        race=RaceConfig(num_tables=2, num_planes=2),
+    )
     ids = torch.randint(0, 19, (2, 31), generator=generator)
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
     whole = DecoderLM(config, dtype=torch.float64)

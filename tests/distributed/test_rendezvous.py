@@ -24,16 +24,29 @@ ROOT = Path(__file__).parents[2]
 MEETING = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"RANK": ""}, "RANK in the environment must be an integer; got ''"), ({"RANK": "x"}, "RANK .*'x'"),
-    ({"WORLD_SIZE": ""}, "WORLD_SIZE .*''"), ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE .*'2.0'"),
-    ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=2"), ({"RANK": "-1"}, "RANK=-1"), ({"RANK": "1_0"}, "RANK .*'1_0'"),
-    ({"WORLD_SIZE": "0"}, "RANK=1 and WORLD_SIZE=0"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
-    ({"LOCAL_RANK": " "}, "LOCAL_RANK .*' '"), ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
-    ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4 .*WORLD_SIZE=2"), ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
-    ({"MASTER_PORT": ""}, "MASTER_PORT is not set"), ({"MASTER_PORT": "-1"}, "MASTER_PORT=-1"),
-    ({"MASTER_PORT": "0"}, "MASTER_PORT=0"), ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
-    ({"MASTER_PORT": "http"}, "MASTER_PORT .*'http'")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": ""}, "RANK in the environment must be an integer; got ''"),
+        ({"RANK": "x"}, "RANK .*'x'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE .*''"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE .*'2.0'"),
+        ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "1_0"}, "RANK .*'1_0'"),
+        ({"WORLD_SIZE": "0"}, "RANK=1 and WORLD_SIZE=0"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"LOCAL_RANK": " "}, "LOCAL_RANK .*' '"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4 .*WORLD_SIZE=2"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT is not set"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT=-1"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT .*'http'"),
+    ],
+)
 def test_variables_that_do_not_make_sense_are_named(changes: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rank_environment(MEETING | changes)
@@ -45,13 +58,29 @@ def test_variables_of_launchers_are_read_and_left_out_for_new_ranks() -> None:
     assert rank_environment(MEETING) == RankEnvironment(1, 2, None, None, "localhost", 29500)
     assert rank_environment(MEETING | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}).all_local
     ours = {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
-    assert without_rank_variables(MEETING | ours | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x",
-                                                    "GROUP_RANK": "0", STORE_SOCKET: "3"}) == ours
+    assert (
+        without_rank_variables(
+            MEETING
+            | ours
+            | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", STORE_SOCKET: "3"}
+        )
+        == ours
+    )
 
 
-@pytest.mark.parametrize(("timeout", "error"), [
-    ("x", TypeError), (True, TypeError), (None, TypeError), (0, ValueError), (-1.0, ValueError), (float("inf"), ValueError),
-    (float("nan"), ValueError), (1e300, ValueError)])
+@pytest.mark.parametrize(
+    ("timeout", "error"),
+    [
+        ("x", TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        (0, ValueError),
+        (-1.0, ValueError),
+        (float("inf"), ValueError),
+        (float("nan"), ValueError),
+        (1e300, ValueError),
+    ],
+)
 def test_a_timeout_is_a_number_of_seconds_that_can_be_waited(timeout: object, error: type[Exception]) -> None:
     with pytest.raises(error, match="timeout"):
         check_timeout(timeout)
@@ -132,22 +161,29 @@ def test_rank_0_names_the_rank_that_does_not_come() -> None:
     assert seconds < 4.0
 
 
-@pytest.mark.parametrize(("host", "local", "loopback"), [
-    ("127.0.0.1", None, True), ("localhost", None, True), ("localhost", 2, True), (socket.gethostname(), 2, True)])
+@pytest.mark.parametrize(
+    ("host", "local", "loopback"),
+    [("127.0.0.1", None, True), ("localhost", None, True), ("localhost", 2, True), (socket.gethostname(), 2, True)],
+)
 def test_the_store_listens_where_it_was_told_to(host: str, local: int | None, loopback: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     stores: list[object] = []
-    ranks = [threading.Thread(target=lambda r=r: stores.append(meet(place(r, port, host, local), check_timeout(20.0))))
-             for r in range(2)]
+    ranks = [
+        threading.Thread(target=lambda r=r: stores.append(meet(place(r, port, host, local), check_timeout(20.0))))
+        for r in range(2)
+    ]
     for thread in ranks:
         thread.start()
     for thread in ranks:
         thread.join()
     assert len(stores) == 2
-    addresses = {words[1].rpartition(":")[0] for table in ("tcp", "tcp6")
-                 for words in (line.split() for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:])
-                 if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port}
+    addresses = {
+        words[1].rpartition(":")[0]
+        for table in ("tcp", "tcp6")
+        for words in (line.split() for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:])
+        if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port
+    }
     assert addresses == ({"0100007F"} if loopback else set())
 
 
@@ -191,18 +227,33 @@ def test_values_between_ranks_are_of_json_types(value: object) -> None:
 
 def test_nothing_in_the_tree_pickles() -> None:
     """Objects of torch.distributed are pickles, and so is what torch.load reads without weights_only."""
-    forbidden = {"all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list", "send_object_list",
-                 "recv_object_list"}
+    forbidden = {
+        "all_gather_object",
+        "gather_object",
+        "scatter_object_list",
+        "broadcast_object_list",
+        "send_object_list",
+        "recv_object_list",
+    }
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     found = []
     for place in ("race_dist", "launch", "kernels", "examples"):
         for file in (ROOT / place).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = ({a.name.partition(".")[0] for a in node.names} if isinstance(node, ast.Import) else
-                         {(node.module or "").partition(".")[0]} if isinstance(node, ast.ImportFrom) else set())
+                names = (
+                    {a.name.partition(".")[0] for a in node.names}
+                    if isinstance(node, ast.Import)
+                    else {(node.module or "").partition(".")[0]}
+                    if isinstance(node, ast.ImportFrom)
+                    else set()
+                )
                 name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-                loads = (isinstance(node, ast.Attribute) and node.attr in ("load", "save") and isinstance(node.value, ast.Name)
-                         and node.value.id == "torch")
+                loads = (
+                    isinstance(node, ast.Attribute)
+                    and node.attr in ("load", "save")
+                    and isinstance(node.value, ast.Name)
+                    and node.value.id == "torch"
+                )
                 if names & modules or name in forbidden or loads:
                     found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert found == []

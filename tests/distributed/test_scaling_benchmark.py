@@ -22,11 +22,33 @@ ROOT = Path(__file__).parents[2]
 
 def scaling(out: Path, *options: str) -> dict[str, Any]:
     """The script on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "race_dist.benchmarks.scaling",
-               "--device", "cpu", "--out", str(out), "--config", str(ROOT / "configs/streaming-cpu.toml"), "--tokens", "4000",
-               "--chunk", "512", "-o", "model.dim=32", "-o", "model.ffn_dim=64", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "race_dist.benchmarks.scaling",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--config",
+        str(ROOT / "configs/streaming-cpu.toml"),
+        "--tokens",
+        "4000",
+        "--chunk",
+        "512",
+        "-o",
+        "model.dim=32",
+        "-o",
+        "model.ffn_dim=64",
+        *options,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=200, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
@@ -68,9 +90,16 @@ def peers(group: ProcessGroup, length: int, heads: int, name: str, layout: Layou
     return tuple(float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize(("world", "length", "heads", "name", "layout"), [
-    (2, 32, 2, "ring", "zigzag"), (3, 48, 2, "ring", "zigzag"), (4, 64, 1, "ring", "zigzag"),
-    (2, 30, 4, "ulysses", "contiguous"), (3, 33, 3, "ulysses", "contiguous")])
+@pytest.mark.parametrize(
+    ("world", "length", "heads", "name", "layout"),
+    [
+        (2, 32, 2, "ring", "zigzag"),
+        (3, 48, 2, "ring", "zigzag"),
+        (4, 64, 1, "ring", "zigzag"),
+        (2, 30, 4, "ulysses", "contiguous"),
+        (3, 33, 3, "ulysses", "contiguous"),
+    ],
+)
 def test_softmax_peers_are_exact(world: int, length: int, heads: int, name: str, layout: Layout) -> None:
     for errors in run_ranks(world, peers, length, heads, name, layout):
         assert max(errors) <= 1e-6  # the ring adds its parts in float32

@@ -27,8 +27,9 @@ class Affine:
     count: Tensor
 
     def zero(self) -> Self:
-        return self.with_tensors((torch.eye(self.a.shape[-1], dtype=self.a.dtype), torch.zeros_like(self.b),
-                                  torch.zeros_like(self.count)))
+        return self.with_tensors(
+            (torch.eye(self.a.shape[-1], dtype=self.a.dtype), torch.zeros_like(self.b), torch.zeros_like(self.count))
+        )
 
     def combine(self, later: Self) -> Self:
         return self.with_tensors((later.a @ self.a, later.b + (later.a @ self.b[:, None])[:, 0], self.count + later.count))
@@ -96,8 +97,10 @@ def on_one_rank(world, kind, layout, reverse):
     loss = sum(weighted([entering[r, p] for p in range(pieces)], r) for r in range(world))
     if loss.requires_grad:
         loss.backward()
-    return [([entering[r, p].tensors() for p in range(pieces)],
-             [t.grad for p in range(pieces) for t in every[r, p].tensors()]) for r in range(world)]
+    return [
+        ([entering[r, p].tensors() for p in range(pieces)], [t.grad for p in range(pieces) for t in every[r, p].tensors()])
+        for r in range(world)
+    ]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -179,11 +182,14 @@ def mismatch(group, what):
         exclusive_scan(SketchState.empty(1, 2, 4, 3), group)
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("shape", r"shapes is \[\[1, 2, 4\], \[1, 2, 4, 3\]\] on ranks 0, 2, but \[\[1, 2, 8\].*on rank 1"),
-    ("algorithm", "algorithm is all_gather on ranks 0, 2, but recursive_doubling on rank 1"),
-    ("call", "call is exclusive_scan on ranks 0, 2, but exclusive_total on rank 1"),
-])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("shape", r"shapes is \[\[1, 2, 4\], \[1, 2, 4, 3\]\] on ranks 0, 2, but \[\[1, 2, 8\].*on rank 1"),
+        ("algorithm", "algorithm is all_gather on ranks 0, 2, but recursive_doubling on rank 1"),
+        ("call", "call is exclusive_scan on ranks 0, 2, but exclusive_total on rank 1"),
+    ],
+)
 def test_a_mismatch_names_the_rank(what: str, message: str) -> None:
     with pytest.raises(RankError, match=message) as error:
         run_ranks(3, mismatch, what)

@@ -30,9 +30,16 @@ def step(group: ProcessGroup, pattern: str, length: int, chunk_size: int, bounds
     return float(loss), gradients(net)
 
 
-@pytest.mark.parametrize(("world", "pattern", "length", "chunk_size", "bounds"), [
-    (2, "RW", 41, 8, None), (3, "R", 40, 5, None), (4, "W", 37, 4, None), (3, "RW", 41, 5, [0, 4, 15, 30, 41]),
-    (4, "R", 3, 5, None)])
+@pytest.mark.parametrize(
+    ("world", "pattern", "length", "chunk_size", "bounds"),
+    [
+        (2, "RW", 41, 8, None),
+        (3, "R", 40, 5, None),
+        (4, "W", 37, 4, None),
+        (3, "RW", 41, 5, [0, 4, 15, 30, 41]),
+        (4, "R", 3, 5, None),
+    ],
+)
 def test_equals_one_rank(world: int, pattern: str, length: int, chunk_size: int, bounds: list[int] | None) -> None:
     net, (ids, labels) = model(pattern), text(1, length)
     wanted_loss: Tensor = net(ids, labels, cu_seqlens=None if bounds is None else torch.tensor(bounds))
@@ -88,8 +95,15 @@ def one_rank_lost(group: ProcessGroup, folder: str) -> list[str]:
                     net.norm.weight += 1
         try:
             count: list[int] = []
-            streamed_backward(net, ids, labels, chunk_size=5, group=group, checkpoint=StepCheckpoint(folder, key=change),
-                              progress=lambda p: count.append(p.chunk))
+            streamed_backward(
+                net,
+                ids,
+                labels,
+                chunk_size=5,
+                group=group,
+                checkpoint=StepCheckpoint(folder, key=change),
+                progress=lambda p: count.append(p.chunk),
+            )
             seen.append(f"{len(count)} chunks")
         except ValueError as error:
             seen.append(str(error).split("in progress of ")[1].split(":")[0])
@@ -123,8 +137,9 @@ def damaged(group: ProcessGroup, folder: str, how: str) -> tuple[Any, ...]:
     mine = Path(folder) / f"rank-{rank}"
     if how == "an attempt before":  # whole, of the same step, with the same numbers, but stopped elsewhere
         with pytest.raises(StepInterrupted):
-            streamed_backward(model("RW"), ids, labels, **options,
-                              checkpoint=StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 3))
+            streamed_backward(
+                model("RW"), ids, labels, **options, checkpoint=StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 3)
+            )
         if rank == 1:
             shutil.copytree(mine, mine.with_name("kept"))
         asked = iter(range(1, 100))
@@ -169,8 +184,15 @@ def full_on_one(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
 
     said = ""
     try:
-        streamed_backward(model("RW"), ids, labels, chunk_size=5, group=group, progress=fill,
-                          checkpoint=StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 6))
+        streamed_backward(
+            model("RW"),
+            ids,
+            labels,
+            chunk_size=5,
+            group=group,
+            progress=fill,
+            checkpoint=StepCheckpoint(folder, every=0, stop=lambda: next(asked) == 6),
+        )
     except StepInterrupted as error:
         said = str(error)
     mock.patch.stopall()
@@ -247,9 +269,15 @@ def compiled(group: ProcessGroup, pattern: str, race: dict[str, Any], length: in
     return gradients(net), counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("world", "pattern", "race"), [
-    (2, "R", {}), (3, "R", {"decay": "none", "normalization": "global"}),
-    (2, "R", {"short_conv": 0, "normalization": "bucket"}), (2, "W", {})])
+@pytest.mark.parametrize(
+    ("world", "pattern", "race"),
+    [
+        (2, "R", {}),
+        (3, "R", {"decay": "none", "normalization": "global"}),
+        (2, "R", {"short_conv": 0, "normalization": "bucket"}),
+        (2, "W", {}),
+    ],
+)
 def test_compiled_blocks_stay_one_graph_under_a_group(world: int, pattern: str, race: dict[str, Any]) -> None:
     length = 3 * 36 * world
     net, (ids, labels) = model(pattern, **race), text(1, length)

@@ -31,12 +31,24 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     if not text.exists():
         text.write_text(" ".join(f"{n} squared is {n * n}." for n in range(3000)))
     tree: dict[str, Any] = {
-        "runs": str(folder), "steps": STEPS, "log_every": 1,
-        "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "layer_pattern": "RW", "window": 8,
-                  "race": {"num_tables": 2, "num_planes": 2}},
+        "runs": str(folder),
+        "steps": STEPS,
+        "log_every": 1,
+        "model": {
+            "dim": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "layer_pattern": "RW",
+            "window": 8,
+            "race": {"num_tables": 2, "num_planes": 2},
+        },
         "data": {"path": str(text), "context": 24, "batch_size": 24},
-        "optim": {"lr": 3e-3, "warmup_steps": 5}, "eval": {"tokens": 480, "every": 1000},
-        "checkpoint": {"minutes": 1000}, "sample": {"tokens": 0}}
+        "optim": {"lr": 3e-3, "warmup_steps": 5},
+        "eval": {"tokens": 480, "every": 1000},
+        "checkpoint": {"minutes": 1000},
+        "sample": {"tokens": 0},
+    }
     return tree | changes
 
 
@@ -67,8 +79,12 @@ def curves(group: ProcessGroup | None, tree: dict[str, Any], cases: list[Case]) 
 
 
 def changed(tree: dict[str, Any], sharding: str, parts: int, again: bool) -> dict[str, Any]:
-    return {**tree, "parallel": {"sharding": sharding}, "optim": {**tree["optim"], "accumulate": parts},
-            "model": {**tree["model"], "activation_checkpointing": again}}
+    return {
+        **tree,
+        "parallel": {"sharding": sharding},
+        "optim": {**tree["optim"], "accumulate": parts},
+        "model": {**tree["model"], "activation_checkpointing": again},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +105,9 @@ SOME = [ALL[8 * n + (5 * n + 3) % 8] for n in range(len(LAYOUTS))]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("chosen", [SOME, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
-                         ids=["some", "all"])
+@pytest.mark.parametrize(
+    "chosen", [SOME, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["some", "all"]
+)
 def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], chosen: list[Case], world: int) -> None:
     cases = [case for case in chosen if case[0] * case[1] == world]
     assert cases

@@ -20,9 +20,17 @@ STEPS = 20
 def settings(text: Path, **changes: Any) -> dict[str, Any]:
     """A tiny model with every kind of layer, trained fast enough that a wrong gradient shows at once."""
     tree: dict[str, Any] = {
-        "steps": STEPS, "precision": "float64",
-        "model": {"dim": 16, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "layer_pattern": "RWS", "window": 8,
-                  "race": {"num_tables": 2, "num_planes": 3}},
+        "steps": STEPS,
+        "precision": "float64",
+        "model": {
+            "dim": 16,
+            "num_layers": 3,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "layer_pattern": "RWS",
+            "window": 8,
+            "race": {"num_tables": 2, "num_planes": 3},
+        },
         "data": {"path": str(text), "context": 48, "batch_size": 4},
         "optim": {"lr": 1e-2, "warmup_steps": 5, "clip": 0.5},
         "eval": {"tokens": 500},
@@ -45,9 +53,12 @@ def place(group: ProcessGroup | None, dp: int, layout: str) -> Ranks:
 def losses(config: TrainConfig, ranks: Ranks) -> dict[str, list[float]]:
     trainer = Trainer(config, ranks)
     steps = [trainer.train_step() for _ in range(config.steps)]
-    return {"loss": [s.loss for s in steps], "norm": [s.grad_norm for s in steps],
-            "held out": [trainer.evaluate().loss],
-            "weights": [float(p.detach().double().norm()) for p in trainer.model.parameters()]}
+    return {
+        "loss": [s.loss for s in steps],
+        "norm": [s.grad_norm for s in steps],
+        "held out": [trainer.evaluate().loss],
+        "weights": [float(p.detach().double().norm()) for p in trainer.model.parameters()],
+    }
 
 
 def case(group: ProcessGroup, tree: dict[str, Any], dp: int, layout: str) -> dict[str, list[float]]:
@@ -64,10 +75,20 @@ def test_one_process_learns(alone: dict[str, list[float]]) -> None:
     assert alone["held out"][0] < alone["loss"][0] - 1.5
 
 
-@pytest.mark.parametrize(("dp", "sp", "layout"), [(1, 2, "contiguous"), (1, 2, "zigzag"), (1, 3, "zigzag"),
-                                                  (1, 5, "contiguous"), (2, 1, "contiguous"), (4, 1, "contiguous")])
-def test_every_arrangement_has_the_losses_of_one_process(text: Path, alone: dict[str, list[float]], dp: int, sp: int,
-                                                        layout: str) -> None:
+@pytest.mark.parametrize(
+    ("dp", "sp", "layout"),
+    [
+        (1, 2, "contiguous"),
+        (1, 2, "zigzag"),
+        (1, 3, "zigzag"),
+        (1, 5, "contiguous"),
+        (2, 1, "contiguous"),
+        (4, 1, "contiguous"),
+    ],
+)
+def test_every_arrangement_has_the_losses_of_one_process(
+    text: Path, alone: dict[str, list[float]], dp: int, sp: int, layout: str
+) -> None:
     for rank in run_ranks(dp * sp, case, settings(text), dp, layout):
         for name, values in alone.items():
             assert rank[name] == pytest.approx(values, abs=1e-9, rel=1e-9), name

@@ -23,12 +23,24 @@ STEPS = 4
 
 def settings(text: Path, **changes: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
-        "steps": STEPS, "precision": "float64", "log_every": 1, "runs": str(text.parent / "runs"),
-        "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW", "window": 8, "ffn_dim": 24,
-                  "race": {"num_tables": 2, "num_planes": 2}},
+        "steps": STEPS,
+        "precision": "float64",
+        "log_every": 1,
+        "runs": str(text.parent / "runs"),
+        "model": {
+            "dim": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "layer_pattern": "RW",
+            "window": 8,
+            "ffn_dim": 24,
+            "race": {"num_tables": 2, "num_planes": 2},
+        },
         "data": {"path": str(text), "context": 50, "batch_size": 4},
-        "optim": {"lr": 1e-2, "warmup_steps": 1, "clip": 0.5}, "eval": {"tokens": 400, "every": 100},
-        "sample": {"tokens": 0}}
+        "optim": {"lr": 1e-2, "warmup_steps": 1, "clip": 0.5},
+        "eval": {"tokens": 400, "every": 100},
+        "sample": {"tokens": 0},
+    }
     for key, value in changes.items():
         table, _, name = key.partition("__")
         tree[table] = {**tree.get(table, {}), name: value} if name else value
@@ -48,14 +60,19 @@ def losses(tree: dict[str, Any], ranks: Ranks) -> list[float]:
     return [*(s.loss for s in steps), *(s.grad_norm for s in steps), trainer.evaluate().loss]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"optim__accumulate": 2},
-    {"model__race": {"num_tables": 2, "num_planes": 2, "decay": "none"}, "stream__keep": "subtract"},
-    {"data__documents": "separate", "data__held_out": "documents"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optim__accumulate": 2},
+        {"model__race": {"num_tables": 2, "num_planes": 2, "decay": "none"}, "stream__keep": "subtract"},
+        {"data__documents": "separate", "data__held_out": "documents"},
+    ],
+)
 def test_streamed_is_whole(text: Path, changes: dict[str, Any], tmp_path: Path) -> None:
     if "data__documents" in changes:  # a folder of files that are shorter than a window
         for n in range(40):
-            (tmp_path / f"{n:02}.txt").write_text(text.read_text()[90 * n:90 * n + 20 + 3 * n])
+            (tmp_path / f"{n:02}.txt").write_text(text.read_text()[90 * n : 90 * n + 20 + 3 * n])
         changes = {**changes, "data__path": str(tmp_path)}
     alone = Ranks(torch.device("cpu"))
     whole = {key: value for key, value in changes.items() if not key.startswith("stream")}
@@ -90,8 +107,15 @@ def stopped_run(world: ProcessGroup, tree: dict[str, Any], moment: int) -> list[
         outcome = loop.run(trainer, directory, resume=resume, hooks=loop.Hooks(stop))
         weights = [float(p.detach().norm()) for p in trainer.model.parameters()]
         dist.barrier(world)  # each rank stores, and removes, its own
-        results.append((outcome.stopped, trainer.step, outcome.evaluation.loss, weights,
-                        [p.name for p in (config.directory / "step-in-progress").glob("rank-*")]))
+        results.append(
+            (
+                outcome.stopped,
+                trainer.step,
+                outcome.evaluation.loss,
+                weights,
+                [p.name for p in (config.directory / "step-in-progress").glob("rank-*")],
+            )
+        )
     return results
 
 
@@ -112,12 +136,18 @@ def test_a_run_stopped_inside_a_step_resumes_inside_it(text: Path) -> None:
         assert weights == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"model__layer_pattern": "RS"}, "does not go with the full-softmax layers"),
-    ({"parallel__layout": "zigzag"}, 'leave parallel.layout = "contiguous"'),
-    ({"stream__keep": "subtract"}, 'needs model.race.decay = "none", but it is "token"'),
-    ({"stream__keep": "subtract", "data__documents": "separate",
-      "model__race": {"decay": "none"}}, 'does not go with data.documents = "separate"')])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__layer_pattern": "RS"}, "does not go with the full-softmax layers"),
+        ({"parallel__layout": "zigzag"}, 'leave parallel.layout = "contiguous"'),
+        ({"stream__keep": "subtract"}, 'needs model.race.decay = "none", but it is "token"'),
+        (
+            {"stream__keep": "subtract", "data__documents": "separate", "model__race": {"decay": "none"}},
+            'does not go with data.documents = "separate"',
+        ),
+    ],
+)
 def test_what_cannot_be_streamed_is_refused(text: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         parse_config(settings(text, **{"stream__chunk_size": 16, **changes}))

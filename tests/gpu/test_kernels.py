@@ -20,8 +20,20 @@ triton_backend = pytest.importorskip("race_dist.ops.triton")
 LIMITS = Limits(length=300, heads=3, repeats=2, dim=140, tables=3, planes=7)
 # bfloat16 features, states' operands and outputs round at 2**-9 = 2e-3 each; sums that cancel (beta, a decay's flow,
 # gradients with respect to a state's mass) lose a factor of ten more.
-BFLOAT16 = {"out": 4e-3, "final.mass": 4e-3, "final.values": 4e-3, "final.log_decay": 1e-5, "dq": 1.5e-2, "dk": 1.5e-2,
-            "dv": 1e-2, "dplanes": 2e-2, "dbeta": 5e-2, "dlog_decay": 4e-2, "dinitial.mass": 2e-2, "dinitial.values": 1e-2}
+BFLOAT16 = {
+    "out": 4e-3,
+    "final.mass": 4e-3,
+    "final.values": 4e-3,
+    "final.log_decay": 1e-5,
+    "dq": 1.5e-2,
+    "dk": 1.5e-2,
+    "dv": 1e-2,
+    "dplanes": 2e-2,
+    "dbeta": 5e-2,
+    "dlog_decay": 4e-2,
+    "dinitial.mass": 2e-2,
+    "dinitial.values": 1e-2,
+}
 
 
 def on(x: object, device: str) -> object:
@@ -60,11 +72,20 @@ def test_float16_is_right_to_its_rounding(seed: int) -> None:
 
 
 SHAPES: dict[str, dict[str, object]] = {
-    "plain": {}, "mean 1": {"mean": 1.0}, "mean 3": {"mean": 3.0}, "beta 16": {"beta": 16.0},
-    "decay": {"decay": True, "normalization": "none"}, "not causal": {"causal": False}, "few": {"tables": 2, "planes": 2},
-    "many": {"tables": 1, "planes": 8, "length": 2048}, "grouped": {"repeats": 2, "heads": 2},
-    "bucket": {"normalization": "bucket", "length": 1024}, "wide": {"dim": 256, "length": 512},
-    "most": {"tables": 1, "planes": 10, "dim": 64, "length": 512}, "float32": {"dtype": torch.float32, "length": 1024}}
+    "plain": {},
+    "mean 1": {"mean": 1.0},
+    "mean 3": {"mean": 3.0},
+    "beta 16": {"beta": 16.0},
+    "decay": {"decay": True, "normalization": "none"},
+    "not causal": {"causal": False},
+    "few": {"tables": 2, "planes": 2},
+    "many": {"tables": 1, "planes": 8, "length": 2048},
+    "grouped": {"repeats": 2, "heads": 2},
+    "bucket": {"normalization": "bucket", "length": 1024},
+    "wide": {"dim": 256, "length": 512},
+    "most": {"tables": 1, "planes": 10, "dim": 64, "length": 512},
+    "float32": {"dtype": torch.float32, "length": 1024},
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -76,8 +97,10 @@ def test_usual_shapes_agree_with_float64(name: str) -> None:
     right = chunked.forward(double(p))
     right_gradients = chunked.backward(double(p), right, dout.double(), None, need_planes=False)
     exact = p.q.dtype == torch.float32
-    found = {"out": relative_error(forward.out, right.out),
-             **{n: relative_error(getattr(gradients, n), getattr(right_gradients, n)) for n in ("q", "k", "v")}}
+    found = {
+        "out": relative_error(forward.out, right.out),
+        **{n: relative_error(getattr(gradients, n), getattr(right_gradients, n)) for n in ("q", "k", "v")},
+    }
     assert found["out"] <= (1e-5 if exact else 4e-3), found
     assert max(found.values()) <= (1e-4 if exact else 1e-2), found
 
@@ -138,9 +161,9 @@ def test_decoding_token_by_token_is_the_whole() -> None:
     whole = triton_backend.forward(p)
     state: SketchState | None = None
     for t in range(40):
-        token = replace(p, q=p.q[:, t:t + 1], k=p.k[:, t:t + 1], v=p.v[:, t:t + 1], initial=state)
+        token = replace(p, q=p.q[:, t : t + 1], k=p.k[:, t : t + 1], v=p.v[:, t : t + 1], initial=state)
         step = triton_backend.forward(token)
         state = step.final
-        assert relative_error(step.out, whole.out[:, t:t + 1]) <= 1e-2
+        assert relative_error(step.out, whole.out[:, t : t + 1]) <= 1e-2
     assert state is not None
     assert relative_error(state.values, whole.final.values) <= 4e-3

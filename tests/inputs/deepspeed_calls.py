@@ -16,8 +16,21 @@ def initialize(**arguments: Any) -> object:
     """Keys of the configuration are arguments too."""
     from race_dist.integrations.deepspeed import initialize as call
 
-    options = {key: arguments.pop(key) for key in ("config", "model", "timeout", "mpu", "mesh_param", "shared", "optimizer",
-                                                   "lr_scheduler", "model_parameters") if key in arguments}
+    options = {
+        key: arguments.pop(key)
+        for key in (
+            "config",
+            "model",
+            "timeout",
+            "mpu",
+            "mesh_param",
+            "shared",
+            "optimizer",
+            "lr_scheduler",
+            "model_parameters",
+        )
+        if key in arguments
+    }
     model = options.pop("model", None) if "model" in options else nn.Linear(1, 1)
     return call(model=model, config=options.pop("config", OK | arguments), **options)
 
@@ -38,23 +51,55 @@ def objects() -> list[Value]:
 
 
 SUBJECTS = [
-    Subject("deepspeed.initialize", initialize, lambda: {"model": None}, {
-        "model": [*v.common(), *v.wrong(("without parameters", nn.Identity), ("class", lambda: nn.Linear))]}, complete=False),
-    Subject("deepspeed.initialize()", initialize, lambda: {"timeout": 0}, {
-        "timeout": [*v.numbers(above=0), v.value("1e300", 1e300)]}, complete=False),
-    Subject("deepspeed.initialize(...)", initialize, lambda: {"config": 3}, {
-        "shared": v.common(optional=True), "mpu": v.common(optional=True),
-        "optimizer": v.common(optional=True, but=("int",)), "lr_scheduler": v.common(optional=True, but=("int",)),
-        "mesh_param": v.common(optional=True, but=("array",)),
-        "model_parameters": v.common(optional=True, but=("[]", "()", "array")),
-        "config": [*v.common("None", "1.5", "True", "[]", "[1]", "()", "object", "Stranger", "3", "nan")]},
-        names={"config": ("configuration",)}, complete=False),
-    Subject("deepspeed.initialize(config=...)", read, dict, {
-        **{key: v.integers(least=1, most=None if key == "sequence_parallel_size" else 2**31 - 1,
-                           huge=key != "sequence_parallel_size") for key in COUNTS},
-        **{key: objects() for key in SECTIONS},
-        "race_attention": [*v.common(but=("{}", "None"))], "gradient_clipping": v.numbers(least=0, right=1.0),
-        "prescale_gradients": v.flags(), "zero_allow_untested_optimizer": v.flags(), "wall_clock_breakdown": v.flags(),
-        "gradient_predivide_factor": v.numbers(above=0), "steps_per_print": [
-            *(one for one in v.numbers(above=0, optional=True) if one.label not in {"inf", "10**400"})]}),
+    Subject(
+        "deepspeed.initialize",
+        initialize,
+        lambda: {"model": None},
+        {"model": [*v.common(), *v.wrong(("without parameters", nn.Identity), ("class", lambda: nn.Linear))]},
+        complete=False,
+    ),
+    Subject(
+        "deepspeed.initialize()",
+        initialize,
+        lambda: {"timeout": 0},
+        {"timeout": [*v.numbers(above=0), v.value("1e300", 1e300)]},
+        complete=False,
+    ),
+    Subject(
+        "deepspeed.initialize(...)",
+        initialize,
+        lambda: {"config": 3},
+        {
+            "shared": v.common(optional=True),
+            "mpu": v.common(optional=True),
+            "optimizer": v.common(optional=True, but=("int",)),
+            "lr_scheduler": v.common(optional=True, but=("int",)),
+            "mesh_param": v.common(optional=True, but=("array",)),
+            "model_parameters": v.common(optional=True, but=("[]", "()", "array")),
+            "config": [*v.common("None", "1.5", "True", "[]", "[1]", "()", "object", "Stranger", "3", "nan")],
+        },
+        names={"config": ("configuration",)},
+        complete=False,
+    ),
+    Subject(
+        "deepspeed.initialize(config=...)",
+        read,
+        dict,
+        {
+            **{
+                key: v.integers(
+                    least=1, most=None if key == "sequence_parallel_size" else 2**31 - 1, huge=key != "sequence_parallel_size"
+                )
+                for key in COUNTS
+            },
+            **{key: objects() for key in SECTIONS},
+            "race_attention": [*v.common(but=("{}", "None"))],
+            "gradient_clipping": v.numbers(least=0, right=1.0),
+            "prescale_gradients": v.flags(),
+            "zero_allow_untested_optimizer": v.flags(),
+            "wall_clock_breakdown": v.flags(),
+            "gradient_predivide_factor": v.numbers(above=0),
+            "steps_per_print": [*(one for one in v.numbers(above=0, optional=True) if one.label not in {"inf", "10**400"})],
+        },
+    ),
 ]

@@ -91,8 +91,11 @@ def inputs(subject: Subject) -> Iterator[Input]:
 def oddities(page: Path = PAGE) -> list[Oddity]:
     """The rows of the page's table "Accepted": call, argument, value, and why."""
     section = page.read_text(encoding="utf-8").split("\n## Accepted", 1)[1].split("\n## ", 1)[0]
-    rows = [[cell.strip().replace("`", "") for cell in line.strip().strip("|").split(" | ")]
-            for line in section.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip().replace("`", "") for cell in line.strip().strip("|").split(" | ")]
+        for line in section.splitlines()
+        if line.startswith("| ")
+    ]
     return [Oddity(*row[:3]) for row in rows if row[0] != "call" and set(row[0]) != {"-"}]
 
 

@@ -9,8 +9,13 @@ import pytest
 from tests.inputs import attention_calls, deepspeed_calls, layer_calls, model_calls, rank_calls, streaming_calls
 from tests.inputs.table import Subject, inputs, judge, oddities, report
 
-SUBJECTS: list[Subject] = [*attention_calls.SUBJECTS, *layer_calls.SUBJECTS, *model_calls.SUBJECTS, *rank_calls.SUBJECTS,
-                           *streaming_calls.SUBJECTS]
+SUBJECTS: list[Subject] = [
+    *attention_calls.SUBJECTS,
+    *layer_calls.SUBJECTS,
+    *model_calls.SUBJECTS,
+    *rank_calls.SUBJECTS,
+    *streaming_calls.SUBJECTS,
+]
 if find_spec("deepspeed") is not None:
     SUBJECTS += deepspeed_calls.SUBJECTS
 ACCEPTED = oddities()

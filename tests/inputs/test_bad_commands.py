@@ -21,7 +21,7 @@ from race_dist.training.config import TrainConfig, load_config
 from tests.inputs.table import Subject, Value, inputs, judge, oddities, report
 
 COMMAND = typer.main.get_command(app)
-TOML = '[model]\ndim = 16\nnum_layers = 1\nnum_heads = 2\nwindow = 8\n[optim]\nwarmup_steps = 1\n'
+TOML = "[model]\ndim = 16\nnum_layers = 1\nnum_heads = 2\nwindow = 8\n[optim]\nwarmup_steps = 1\n"
 
 
 def value(text: str) -> Value:
@@ -36,61 +36,206 @@ def values(*texts: str) -> list[Value]:
 # --- options ---------------------------------------------------------------------------------------------------------------
 EMPTY = ("", " ")
 HUGE = str(10**25)
-NUMBER = (*EMPTY, "x", "true", "nan", "inf", "-inf", "-1", "1e400", "1,2", "²", "٣", "３", "1e-400",
-          "0x10", "1 2", "--", "NaN", "None",
-          HUGE + "0" * 40)
+NUMBER = (
+    *EMPTY,
+    "x",
+    "true",
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "1e400",
+    "1,2",
+    "²",
+    "٣",
+    "３",
+    "1e-400",
+    "0x10",
+    "1 2",
+    "--",
+    "NaN",
+    "None",
+    HUGE + "0" * 40,
+)
 WHOLE = (*NUMBER, "1.5", "1e3", HUGE, "9" * 5000, "1K")
 COUNT = (*NUMBER, "1.5", "1__0", "_1", "1_", HUGE, "1KK", "K", "1.0001K", "4 096 1", "-4K", "9" * 5000)
 LOCKED = () if os.geteuid() == 0 else ("locked/x",)  # root may write anywhere
 KINDS: dict[str, tuple[str, ...]] = {
-    "whole": WHOLE, "whole from 1": (*WHOLE, "0", "-0"), "number": NUMBER, "count": COUNT, "count from 1": (*COUNT, "0", "0K"),
+    "whole": WHOLE,
+    "whole from 1": (*WHOLE, "0", "-0"),
+    "number": NUMBER,
+    "count": COUNT,
+    "count from 1": (*COUNT, "0", "0K"),
     "counts": (*(text for text in COUNT if text != "1,2"), "0", "1,", ",1", "1,,2", "1;2", "1,x", "1,-2", "[1,2]"),
-    "device": (*EMPTY, "foo", "-1", "1.5", "²", "meta", "1e3", "cuda:99", "cuda:x", "cuda:-1", "cuda:", "tpu", "CPU", "cpu:0",
-               "0", "cuda:" + "9" * 50),
+    "device": (
+        *EMPTY,
+        "foo",
+        "-1",
+        "1.5",
+        "²",
+        "meta",
+        "1e3",
+        "cuda:99",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:",
+        "tpu",
+        "CPU",
+        "cpu:0",
+        "0",
+        "cuda:" + "9" * 50,
+    ),
     "choice": (*EMPTY, "nope", "5", "true", "Device ", "none,fsdp"),
-    "text": (*EMPTY, "\udcff"), "change": (*EMPTY, "x", "=5", "a b", ".=1"),
-    "array": (*EMPTY, "x", "=5", "seed=", "seed=1,,2"), "name": EMPTY,
+    "text": (*EMPTY, "\udcff"),
+    "change": (*EMPTY, "x", "=5", "a b", ".=1"),
+    "array": (*EMPTY, "x", "=5", "seed=", "seed=1,,2"),
+    "name": EMPTY,
     "input file": (*EMPTY, "nowhere", "folder", "text.txt/x", "y" * 5000, "loop"),
     "output file": (*EMPTY, "folder", "text.txt/x", "y" * 5000, "nowhere/x", "loop/x", "loop", "link", "pipe", *LOCKED),
-    "output file in a new folder": (*EMPTY, "folder", "text.txt/x", "text.txt/x/y", "y" * 5000, "loop/x", "link", "pipe",
-                                    *LOCKED),
+    "output file in a new folder": (
+        *EMPTY,
+        "folder",
+        "text.txt/x",
+        "text.txt/x/y",
+        "y" * 5000,
+        "loop/x",
+        "link",
+        "pipe",
+        *LOCKED,
+    ),
     "output folder": (*EMPTY, "text.txt", "text.txt/x", "y" * 5000, "loop/x", *LOCKED),
-    "endpoint": (*EMPTY, "x", "host:x", ":1", "a b:1", "host:", "host:0", "host:99999", "host:-1", "1:2:3", "host:1.5",
-                 "host:1 ", "-x:1", "host;x:1", "$(x):1"),
+    "endpoint": (
+        *EMPTY,
+        "x",
+        "host:x",
+        ":1",
+        "a b:1",
+        "host:",
+        "host:0",
+        "host:99999",
+        "host:-1",
+        "1:2:3",
+        "host:1.5",
+        "host:1 ",
+        "-x:1",
+        "host;x:1",
+        "$(x):1",
+    ),
     "host": (*EMPTY, "a b", "-x", "a;b", "$(x)", "a/b"),
     "flag": ("1", "true", "no"),
 }
 RUN, MODEL = ["nowhere"], ["tiny.toml"]
 LAUNCH = {"--override": "change", "--job": "name", "--set": "change", "--dry-run": "flag"}
 COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "train": (MODEL, {"--override": "change", "--nproc": "whole from 1", "--engine": "choice", "--overwrite": "flag",
-                                 "--resume": "flag", "--dry-run": "flag"}),
-    "generate": (RUN, {"--prompt": "text", "--prompt-file": "input file", "--tokens": "count", "--temperature": "number",
-                       "--top-k": "whole from 1", "--top-p": "number", "--seed": "whole", "--save-context": "output file",
-                       "--context": "input file", "--step": "whole"}),
+    "train": (
+        MODEL,
+        {
+            "--override": "change",
+            "--nproc": "whole from 1",
+            "--engine": "choice",
+            "--overwrite": "flag",
+            "--resume": "flag",
+            "--dry-run": "flag",
+        },
+    ),
+    "generate": (
+        RUN,
+        {
+            "--prompt": "text",
+            "--prompt-file": "input file",
+            "--tokens": "count",
+            "--temperature": "number",
+            "--top-k": "whole from 1",
+            "--top-p": "number",
+            "--seed": "whole",
+            "--save-context": "output file",
+            "--context": "input file",
+            "--step": "whole",
+        },
+    ),
     "eval": (RUN, {"--data": "name", "--context": "count from 1", "--tokens": "count from 1", "--step": "whole"}),
     "export": (RUN, {"--out": "output file", "--step": "whole"}),
     "report": (RUN, {"--out": "output folder"}),
-    "data pack": (["nowhere.txt"], {"--out": "output folder", "--pattern": "text", "--tokenizer": "input file",
-                                                       "--one-document": "flag", "--skip-undecodable": "flag"}),
-    "bench attention": (["--repeats", "0"], {
-        "--lengths": "counts", "--heads": "whole from 1", "--head-dim": "whole from 1", "--tables": "whole from 1",
-        "--planes": "whole from 1", "--non-causal": "flag", "--dtype": "choice", "--device": "device",
-        "--memory": "count from 1", "--out": "output file in a new folder"}),
-    "bench decode": (["--planes", "0"], {
-        "--heads": "whole from 1", "--head-dim": "whole from 1", "--tables": "whole from 1", "--contexts": "counts",
-        "--device": "device", "--out": "output file in a new folder"}),
-    "bench streaming": (MODEL, {
-        "--lengths": "counts", "--chunk": "count from 1", "--override": "change", "--keep": "choice", "--compile": "flag",
-        "--threads": "whole from 1", "--device": "device", "--limit-seconds": "number", "--store": "output folder",
-        "--profile": "flag", "--out": "output file in a new folder"}),
-    "bench quality": ([*MODEL, "--out", "x.json"], {
-        "--override": "change", "--jobs": "whole from 1", "--threads": "whole from 1", "--device": "device",
-        "--limit-seconds": "number"}),
-    "plan": (["missing.toml"], {
-        "--gpus": "whole from 1", "--per-node": "whole", "--context": "count from 1", "--batch": "whole from 1",
-        "--dp": "whole from 1", "--sp": "whole from 1", "--chunk-size": "count", "--sharding": "choice", "--keep": "choice",
-        "--precision": "choice", "--budget": "number", "--rates": "input file", "--json": "flag"}),
+    "data pack": (
+        ["nowhere.txt"],
+        {
+            "--out": "output folder",
+            "--pattern": "text",
+            "--tokenizer": "input file",
+            "--one-document": "flag",
+            "--skip-undecodable": "flag",
+        },
+    ),
+    "bench attention": (
+        ["--repeats", "0"],
+        {
+            "--lengths": "counts",
+            "--heads": "whole from 1",
+            "--head-dim": "whole from 1",
+            "--tables": "whole from 1",
+            "--planes": "whole from 1",
+            "--non-causal": "flag",
+            "--dtype": "choice",
+            "--device": "device",
+            "--memory": "count from 1",
+            "--out": "output file in a new folder",
+        },
+    ),
+    "bench decode": (
+        ["--planes", "0"],
+        {
+            "--heads": "whole from 1",
+            "--head-dim": "whole from 1",
+            "--tables": "whole from 1",
+            "--contexts": "counts",
+            "--device": "device",
+            "--out": "output file in a new folder",
+        },
+    ),
+    "bench streaming": (
+        MODEL,
+        {
+            "--lengths": "counts",
+            "--chunk": "count from 1",
+            "--override": "change",
+            "--keep": "choice",
+            "--compile": "flag",
+            "--threads": "whole from 1",
+            "--device": "device",
+            "--limit-seconds": "number",
+            "--store": "output folder",
+            "--profile": "flag",
+            "--out": "output file in a new folder",
+        },
+    ),
+    "bench quality": (
+        [*MODEL, "--out", "x.json"],
+        {
+            "--override": "change",
+            "--jobs": "whole from 1",
+            "--threads": "whole from 1",
+            "--device": "device",
+            "--limit-seconds": "number",
+        },
+    ),
+    "plan": (
+        ["missing.toml"],
+        {
+            "--gpus": "whole from 1",
+            "--per-node": "whole",
+            "--context": "count from 1",
+            "--batch": "whole from 1",
+            "--dp": "whole from 1",
+            "--sp": "whole from 1",
+            "--chunk-size": "count",
+            "--sharding": "choice",
+            "--keep": "choice",
+            "--precision": "choice",
+            "--budget": "number",
+            "--rates": "input file",
+            "--json": "flag",
+        },
+    ),
     "launch local": (MODEL, {**LAUNCH}),
     "launch torchrun": (MODEL, {**LAUNCH, "--endpoint": "endpoint", "--node-rank": "whole", "--local-address": "host"}),
     "launch deepspeed": (MODEL, {**LAUNCH, "--hostfile": "input file"}),
@@ -99,20 +244,35 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
     "launch status": ([], {"--runs": "name"}),
     "launch logs": (["job"], {"--runs": "name", "--lines": "whole from 1"}),
     "launch cancel": (["job"], {"--runs": "name"}),
-    "preflight": (MODEL, {
-        "--override": "change", "--nproc": "whole from 1", "--folder": "output folder", "--device": "device",
-        "--timeout": "number", "--json": "output file in a new folder"}),
+    "preflight": (
+        MODEL,
+        {
+            "--override": "change",
+            "--nproc": "whole from 1",
+            "--folder": "output folder",
+            "--device": "device",
+            "--timeout": "number",
+            "--json": "output file in a new folder",
+        },
+    ),
 }
 ELSEWHERE = {  # options that stand beside the one under test to keep a benchmark from running, and those another test holds
-    ("bench attention", "--repeats"), ("bench decode", "--planes"), ("plan", "--gpu"), ("plan", "--checkpointing"),
-    ("plan", "--override"), ("bench quality", "--out"), ("bench quality", "--variant"),
-    ("config", "--markdown")}
+    ("bench attention", "--repeats"),
+    ("bench decode", "--planes"),
+    ("plan", "--gpu"),
+    ("plan", "--checkpointing"),
+    ("plan", "--override"),
+    ("bench quality", "--out"),
+    ("bench quality", "--variant"),
+    ("config", "--markdown"),
+}
 # Values that a kind has and one option takes: a number of 0 where 0 means something, and the like.
 TAKEN = {("bench streaming", "--limit-seconds", "0"), ("bench quality", "--limit-seconds", "0")}
 
 
 def run_command(verb: str, words: list[str]) -> Callable[..., None]:
     """``race-dist VERB --option=value``: ValueError of what it prints where it ends with 2, as the table wants it."""
+
     def run(**options: str) -> None:
         flat = [f"{name}={text}" for name, text in options.items()]
         code, text = invoke([*verb.split(), *flat, *words])  # options are read in the order of the words
@@ -120,6 +280,7 @@ def run_command(verb: str, words: list[str]) -> Callable[..., None]:
             raise ValueError(text)
         if code:
             raise RuntimeError(f"exit code {code}: {text}")
+
     return run
 
 
@@ -135,25 +296,43 @@ def invoke(arguments: list[str]) -> tuple[int, str]:
 
 def command_subjects() -> Iterator[Subject]:
     for verb, (words, options) in COMMANDS.items():
-        yield Subject(f"race-dist {verb}", run_command(verb, words), dict,
-                      {name: [value(text) for text in KINDS[kind] if (verb, name, text) not in TAKEN]
-                       for name, kind in options.items()})
+        yield Subject(
+            f"race-dist {verb}",
+            run_command(verb, words),
+            dict,
+            {name: [value(text) for text in KINDS[kind] if (verb, name, text) not in TAKEN] for name, kind in options.items()},
+        )
 
 
 def argument_subjects() -> Iterator[Subject]:
     """Files and folders that stand without an option's name: they are named themselves."""
-    for verb, name, words in (("train", "CONFIG", []), ("plan", "CONFIG", []), ("preflight", "CONFIG", []),
-                              ("bench streaming", "CONFIG", []), ("launch local", "CONFIG", []),
-                              ("generate", "RUN", ["--prompt", "x"]), ("eval", "RUN", []),
-                              ("export", "RUN", ["--out", "x"]), ("report", "RUN", []),
-                              ("data check", "FOLDER", []), ("data pack", "PATH", ["--out", "packed"])):
+    for verb, name, words in (
+        ("train", "CONFIG", []),
+        ("plan", "CONFIG", []),
+        ("preflight", "CONFIG", []),
+        ("bench streaming", "CONFIG", []),
+        ("launch local", "CONFIG", []),
+        ("generate", "RUN", ["--prompt", "x"]),
+        ("eval", "RUN", []),
+        ("export", "RUN", ["--out", "x"]),
+        ("report", "RUN", []),
+        ("data check", "FOLDER", []),
+        ("data pack", "PATH", ["--out", "packed"]),
+    ):
+
         def run(verb: str = verb, words: list[str] = words, **given: str) -> None:
             run_command(verb, [*words, "--", *given.values()])()
 
         texts = ("", " ", "nowhere", "text.txt/x", "y" * 5000, "loop", "\udcff") + (
-            ("text.txt", "utf16.toml", "folder", "-x") if name == "CONFIG" else ("text.txt",) if name != "PATH" else ())
-        yield Subject(f"race-dist {verb} {name}", run, dict, {name: values(*texts)},
-                      {name: ("argument", "nowhere", "text", "too long", "loop", "Symlink", "folder", "utf16", "udcff", "-x")})
+            ("text.txt", "utf16.toml", "folder", "-x") if name == "CONFIG" else ("text.txt",) if name != "PATH" else ()
+        )
+        yield Subject(
+            f"race-dist {verb} {name}",
+            run,
+            dict,
+            {name: values(*texts)},
+            {name: ("argument", "nowhere", "text", "too long", "loop", "Symlink", "folder", "utf16", "udcff", "-x")},
+        )
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------------
@@ -191,6 +370,7 @@ def keys(model: type[StrictConfig], prefix: str = "") -> Iterator[tuple[str, str
 def load(path: Path) -> Callable[..., None]:
     def run(**changes: str) -> None:
         load_config(path, [f"{key}={text}" for key, text in changes.items()])
+
     return run
 
 
@@ -199,7 +379,8 @@ def key_subjects(path: Path) -> Iterator[Subject]:
     yield Subject("load_config", load(path), dict, found, dict.fromkeys(found, ("zz",)))
     tables = [key for key, _, kind in keys(TrainConfig) if kind == "table"]
     unknown = {f"{table}.{word}": values("1") for table in tables for word in ("zz", "Dim", "lrr", "1")} | {
-        word: values("1") for word in ("zz", "Model", "step", "-", "seeds")}
+        word: values("1") for word in ("zz", "Model", "step", "-", "seeds")
+    }
     yield Subject("load_config of an unknown key", load(path), dict, unknown)
 
 
@@ -211,11 +392,16 @@ PYTHON_VALUES: dict[object, list[Any]] = {
     Literal: ["", "nope", 5, True, [], {}, b"auto", object()],
     "table": [5, True, "", "text", [1], object(), {"zz": 1}],
 }
-SECTIONS = [field.annotation for field in TrainConfig.model_fields.values()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig)]
+SECTIONS = [
+    field.annotation
+    for field in TrainConfig.model_fields.values()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig)
+]
 MADE: dict[type[StrictConfig], dict[str, Any]] = {
-    **{kind: {} for kind in SECTIONS}, RaceConfig: {"dim": 16, "num_heads": 2},
-    ModelConfig: {"vocab_size": 9, "dim": 16, "num_layers": 2, "num_heads": 2}}
+    **{kind: {} for kind in SECTIONS},
+    RaceConfig: {"dim": 16, "num_heads": 2},
+    ModelConfig: {"vocab_size": 9, "dim": 16, "num_layers": 2, "num_heads": 2},
+}
 
 
 def python_subjects() -> Iterator[Subject]:
@@ -224,9 +410,16 @@ def python_subjects() -> Iterator[Subject]:
         for name, field in model.model_fields.items():
             kind = next(k for k in kinds_of(field.annotation) if k is not type(None))
             kind = "table" if isinstance(kind, type) and issubclass(kind, StrictConfig) else kind
-            found[name] = [Value(f"{type(one).__name__} {one!r}"[:40] if not isinstance(one, int) or abs(one) < 10**99 else
-                                 f"{one.bit_length()} bits", lambda one=one: one) for one in PYTHON_VALUES[kind]  # type: ignore
-                           if one is not None or model.model_fields[name].default is not None]
+            found[name] = [
+                Value(
+                    f"{type(one).__name__} {one!r}"[:40]
+                    if not isinstance(one, int) or abs(one) < 10**99
+                    else f"{one.bit_length()} bits",
+                    lambda one=one: one,
+                )
+                for one in PYTHON_VALUES[kind]  # type: ignore
+                if one is not None or model.model_fields[name].default is not None
+            ]
         yield Subject(model.__name__, model, lambda base=base: dict(base), found, dict.fromkeys(found, ("zz",)))  # type: ignore
 
 
@@ -282,5 +475,15 @@ def test_every_option_of_every_verb_is_in_the_table() -> None:
 
 
 def test_every_section_of_a_run_is_made_in_python_too() -> None:
-    assert {kind.__name__ for kind in MADE} >= {"RaceConfig", "ModelConfig", "DataConfig", "OptimConfig", "ParallelConfig",
-                                                "StreamConfig", "EvalConfig", "CheckpointConfig", "GuardConfig", "SampleConfig"}
+    assert {kind.__name__ for kind in MADE} >= {
+        "RaceConfig",
+        "ModelConfig",
+        "DataConfig",
+        "OptimConfig",
+        "ParallelConfig",
+        "StreamConfig",
+        "EvalConfig",
+        "CheckpointConfig",
+        "GuardConfig",
+        "SampleConfig",
+    }

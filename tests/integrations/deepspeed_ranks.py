@@ -33,8 +33,13 @@ def everything(group: Any, folder: str) -> dict[str, Any]:
 
 
 def settings(stage: int, **more: Any) -> dict[str, Any]:
-    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "sequence_parallel_size": 2,
-            "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0} | more
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "sequence_parallel_size": 2,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    } | more
 
 
 def world() -> Any:
@@ -98,8 +103,11 @@ def swap_ulysses(folder: str) -> dict[str, Any]:
     alone.attention = SketchAttention(RaceConfig(num_heads=4, head_dim=8))
     alone(x).backward()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    engine, *_ = initialize(model=model, config=settings(1, race_attention={"num_planes": 4}),
-                            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    engine, *_ = initialize(
+        model=model,
+        config=settings(1, race_attention={"num_planes": 4}),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+    )
     engine.backward(engine(engine.race.shard(x, dim=0)))
     engine.step()
     kind = type(model.attention).__name__
@@ -129,8 +137,9 @@ def resume(folder: str) -> dict[int, tuple[list[float], list[float]]]:
     found = {}
     for stage in range(4):
         start = lambda stage=stage: initialize(
-            model=language_model(), config=settings(stage, optimizer={"type": "AdamW", "params": {
-                "lr": 1e-2, "torch_adam": True}}))[0]
+            model=language_model(),
+            config=settings(stage, optimizer={"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}),
+        )[0]
         engine = start()
         whole = train(engine, range(6))
         engine.destroy()
@@ -199,8 +208,11 @@ def transformers(folder: str) -> dict[str, float]:
                 sequence_parallel(model, world(), layout=section["race_attention"]["layout"])
                 tile(model)
                 handed, section = _WithSketch(TiledModel(model)), {}
-            engine, *_ = initialize(model=handed, config=settings(stage, **section),
-                                    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=2.0**10))
+            engine, *_ = initialize(
+                model=handed,
+                config=settings(stage, **section),
+                optimizer=lambda parameters: torch.optim.SGD(parameters, lr=2.0**10),
+            )
             batch = shard_batch(whole, engine.race.sp_group, layout="zigzag" if stage == 3 else "contiguous")
             out = engine(**batch) if tiled else engine(**batch, use_cache=False).loss
             engine.backward(out)
@@ -230,17 +242,24 @@ class _WithSketch(nn.Module):
 def refusals(folder: str) -> dict[str, str]:
     """What initialize says to wirings that train wrongly."""
     said = {}
+
     class Mpu:
         def get_data_parallel_group(self) -> Any:
             return world()
 
     attempts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "mpu": ({}, {"mpu": Mpu()}), "mesh": ({"data_parallel_size": 1}, {}), "mesh_param": ({}, {"mesh_param": (1, 2)}),
-        "one bit": ({"optimizer": {"type": "OneBitAdam"}}, {}), "predivide": ({"gradient_predivide_factor": 2.0}, {}),
-        "prescale": ({"prescale_gradients": True}, {}), "mics": ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, {}),
+        "mpu": ({}, {"mpu": Mpu()}),
+        "mesh": ({"data_parallel_size": 1}, {}),
+        "mesh_param": ({}, {"mesh_param": (1, 2)}),
+        "one bit": ({"optimizer": {"type": "OneBitAdam"}}, {}),
+        "predivide": ({"gradient_predivide_factor": 2.0}, {}),
+        "prescale": ({"prescale_gradients": True}, {}),
+        "mics": ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, {}),
         "hpz": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {}),
-        "indivisible": ({"sequence_parallel_size": 3}, {}), "size": ({"sequence_parallel_size": "2"}, {}),
-        "section": ({"race_attention": {"num_plane": 4}}, {}), "layout": ({"race_attention": {"layout": "ring"}}, {}),
+        "indivisible": ({"sequence_parallel_size": 3}, {}),
+        "size": ({"sequence_parallel_size": "2"}, {}),
+        "section": ({"race_attention": {"num_plane": 4}}, {}),
+        "layout": ({"race_attention": {"layout": "ring"}}, {}),
     }
     for name, (config, options) in attempts.items():
         try:
@@ -296,14 +315,17 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
     true(ids, labels).backward()
     found = {}
     wirings: dict[str, tuple[int, Any, dict[str, Any]]] = {
-        "mesh": (1, None, {"data_parallel_size": 1}), "reduce-scatter": (3, SequenceGroups(world()), {}),
-        "mpu": (3, DataParallel(world()), {})}
+        "mesh": (1, None, {"data_parallel_size": 1}),
+        "reduce-scatter": (3, SequenceGroups(world()), {}),
+        "mpu": (3, DataParallel(world()), {}),
+    }
     for name, (stage, mpu, more) in wirings.items():
         groups.mpu = None
         model = language_model()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        engine, *_ = deepspeed.initialize(model=model, config=settings(stage, **more), mpu=mpu,
-                                          optimizer=torch.optim.SGD(model.parameters(), lr=2.0**10))
+        engine, *_ = deepspeed.initialize(
+            model=model, config=settings(stage, **more), mpu=mpu, optimizer=torch.optim.SGD(model.parameters(), lr=2.0**10)
+        )
         x, y = (shard_sequence(t, world(), dim=1).contiguous() for t in (ids, labels))
         engine.backward(engine(x, y, group=world()))
         engine.step()
@@ -311,8 +333,9 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
         for n, p in model.named_parameters():
             with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
                 applied[n] = (before[n] - p.detach()) / 2.0**10
-        step, goal = (torch.cat([g[n].flatten() for n in before]) for g in (applied, {
-            n: p.grad for n, p in true.named_parameters()}))
+        step, goal = (
+            torch.cat([g[n].flatten() for n in before]) for g in (applied, {n: p.grad for n, p in true.named_parameters()})
+        )
         highest, lowest = step.clone(), step.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         dist.all_reduce(lowest, op=dist.ReduceOp.MIN)

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 import transformers as hf
 
-SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                         "intermediate_size": 48, "max_position_embeddings": 512, "attention_dropout": 0.0}
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+    "attention_dropout": 0.0,
+}
 GROUPED = {"num_key_value_heads": 2}
 KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, GROUPED),

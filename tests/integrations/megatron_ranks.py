@@ -33,8 +33,15 @@ VOCAB, LENGTH, ROWS = 32, 48, 4
 def model_config(**race: Any) -> ModelConfig:
     """Tiny, with everything on; ``race_`` options as keywords, others with a leading underscore."""
     own = {name[1:]: race.pop(name) for name in list(race) if name.startswith("_")}
-    defaults: dict[str, Any] = {"vocab_size": VOCAB, "dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-                                "ffn_dim": 48, "loss_chunk": 64}
+    defaults: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_dim": 48,
+        "loss_chunk": 64,
+    }
     return ModelConfig(**(defaults | own), race=RaceConfig(**({"num_tables": 2, "num_planes": 3} | race)))
 
 
@@ -84,8 +91,9 @@ def layout(tp: int, cp: int) -> Iterator[None]:
     """All ranks of the job as tp x cp x dp."""
     with without_cuda():
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp,
-                                                 create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp, context_parallel_size=cp, create_gloo_process_groups=False
+        )
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         try:
             yield
@@ -116,8 +124,9 @@ class Packed:
         padded = torch.arange(len(real) + 1, dtype=torch.int32) * LENGTH
         padding = {} if set(self.real) == {LENGTH} else {"cu_seqlens_q_padded": padded, "cu_seqlens_kv_padded": padded}
         own = {"cp_group": group, "local_cp_size": self.dynamic} if self.dynamic else {}
-        return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=LENGTH, max_seqlen_kv=LENGTH,
-                               **padding, **own)
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=LENGTH, max_seqlen_kv=LENGTH, **padding, **own
+        )
 
 
 def own_zigzag(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -161,8 +170,9 @@ def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = N
     place = Place.of(packed.dynamic if packed else 0)
     tokens, labels = batch(packed.real if packed else None)
     count = int((labels != -100).sum())
-    ids, labels, positions = (place.part(x, order, packed is not None)
-                              for x in (tokens, labels, torch.arange(LENGTH).expand(ROWS, -1)))
+    ids, labels, positions = (
+        place.part(x, order, packed is not None) for x in (tokens, labels, torch.arange(LENGTH).expand(ROWS, -1))
+    )
     params = packed and packed.params(place.rows, place.group)
     losses = model(ids, positions, None, labels=labels.clamp(min=0), packed_seq_params=params)
     loss = (losses * (labels != -100)).sum() / count
@@ -177,10 +187,14 @@ def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = N
 def losses_of_training(config: ModelConfig, steps: int, *, use_distributed_optimizer: bool) -> list[float]:
     """Mean losses of some optimizer steps on the same batch."""
     model = build(config)
-    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(
-        use_distributed_optimizer=use_distributed_optimizer), model)
-    optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=1e-2, use_distributed_optimizer=use_distributed_optimizer), [ddp], use_gloo_process_groups=False)
+    ddp = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer), model
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=use_distributed_optimizer),
+        [ddp],
+        use_gloo_process_groups=False,
+    )
     place, (tokens, labels) = Place.of(), batch()
     count = int((labels != -100).sum())
     ids, labels = (place.part(x, "zigzag", False) for x in (tokens, labels))

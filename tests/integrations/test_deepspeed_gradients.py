@@ -21,6 +21,7 @@ def measure_all(group: Any, world: int) -> dict[Case, Ratio]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[Case, Ratio]]]:
     """What each rank of a world found: one launch a world."""
+
     def launch(world: int) -> list[dict[Case, Ratio]]:
         outcomes = spawn_ranks(world, measure_all, world, timeout=60.0)
         assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
@@ -37,8 +38,11 @@ def test_the_grid_is_the_whole_one(world: int) -> None:
     assert grid == {(stage, mesh, clipped) for stage in range(4) for mesh in meshes for clipped in (False, True)}
 
 
-@pytest.mark.parametrize("case", [c for world in (2, 4) for c in cases(world)], ids=lambda c: "-".join(
-    f"{name}{value}" for name, value in c._asdict().items() if value != Case._field_defaults.get(name)))
+@pytest.mark.parametrize(
+    "case",
+    [c for world in (2, 4) for c in cases(world)],
+    ids=lambda c: "-".join(f"{name}{value}" for name, value in c._asdict().items() if value != Case._field_defaults.get(name)),
+)
 def test_the_applied_gradient_is_the_true_one(measured: Callable[[int], list[dict[Case, Ratio]]], case: Case) -> None:
     for found in measured(case.sp * case.dp):
         ratio = found[case]

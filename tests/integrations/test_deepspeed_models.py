@@ -14,6 +14,7 @@ from tests.integrations.once import once
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the two ranks found, in one launch; they must have found the same."""
+
     def launch() -> dict[str, Any]:
         outcomes = spawn_ranks(2, deepspeed_ranks.everything, str(tmp_path_factory.mktemp("deepspeed")), timeout=60.0)
         assert not any(o.error for o in outcomes), "\n".join(o.error or "" for o in outcomes)
@@ -59,22 +60,27 @@ def test_transformers_models_train_as_on_one_rank(found: dict[str, Any]) -> None
     assert max(errors.values()) < 2e-5, errors
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("mpu", "leaves the ranks of a sequence with different weights under ZeRO-3: leave mpu out"),
-    ("mesh", "gradients are not summed over the ranks that share a sequence: leave it out"),
-    ("mesh_param", "gradients are not summed over the ranks that share a sequence: leave it out"),
-    ("one bit", 'exchanges compressed momenta and not gradients'),
-    ("predivide", "change the scale"), ("prescale", "change the scale"),
-    ("mics", '"zero_optimization.mics_shard_size" reduces over groups of its own'),
-    ("hpz", '"zero_optimization.zero_hpz_partition_size" reduces over groups of its own'),
-    ("indivisible", "3 does not divide the 2 ranks that were started"),
-    ("size", 'must be an integer of at least 1, or "auto"; got \'2\''),
-    ("section", '"race_attention": unknown key num_plane; did you mean num_planes?'), ("layout", '"race_attention": layout'),
-    ("softmax", "layers [0, 1] are softmax attention and would see their own shard only"),
-    ("linear", "Linear has no attention that could share sequences"),
-    ("late", "the optimizer was made before the attention was replaced and lacks 14 new parameters"),
-    ("ulysses", 'give "race_attention" in the DeepSpeed configuration to replace it'),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mpu", "leaves the ranks of a sequence with different weights under ZeRO-3: leave mpu out"),
+        ("mesh", "gradients are not summed over the ranks that share a sequence: leave it out"),
+        ("mesh_param", "gradients are not summed over the ranks that share a sequence: leave it out"),
+        ("one bit", "exchanges compressed momenta and not gradients"),
+        ("predivide", "change the scale"),
+        ("prescale", "change the scale"),
+        ("mics", '"zero_optimization.mics_shard_size" reduces over groups of its own'),
+        ("hpz", '"zero_optimization.zero_hpz_partition_size" reduces over groups of its own'),
+        ("indivisible", "3 does not divide the 2 ranks that were started"),
+        ("size", "must be an integer of at least 1, or \"auto\"; got '2'"),
+        ("section", '"race_attention": unknown key num_plane; did you mean num_planes?'),
+        ("layout", '"race_attention": layout'),
+        ("softmax", "layers [0, 1] are softmax attention and would see their own shard only"),
+        ("linear", "Linear has no attention that could share sequences"),
+        ("late", "the optimizer was made before the attention was replaced and lacks 14 new parameters"),
+        ("ulysses", 'give "race_attention" in the DeepSpeed configuration to replace it'),
+    ],
+)
 def test_what_would_train_wrongly_is_refused(found: dict[str, Any], name: str, message: str) -> None:
     assert message in job(found, "refusals")[name]
 

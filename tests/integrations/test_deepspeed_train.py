@@ -24,11 +24,13 @@ STEPS = 6
 
 def settings(text: str, **changes: Any) -> dict[str, Any]:
     return {
-        "steps": STEPS, "log_every": 1,
+        "steps": STEPS,
+        "log_every": 1,
         "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "layer_pattern": "RW", "window": 8},
         "data": {"path": text, "context": 47, "batch_size": 4},
         "optim": {"lr": 1e-2, "warmup_steps": 2, "clip": 0.5},
-        "eval": {"tokens": 500}, "sample": {"tokens": 0},
+        "eval": {"tokens": 500},
+        "sample": {"tokens": 0},
     } | changes
 
 
@@ -139,12 +141,13 @@ def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
 
     alone = Ranks(torch.device("cpu"))
     for deepspeed, changes, message in (
-            ({"train_batch_size": 8}, {}, r"train_batch_size = 8 but the run's configuration makes it 4"),
-            ({"optimizer": {"type": "AdamW"}}, {}, "deepspeed.optimizer is not read"),
-            ({"race_attention": {"layout": "zigzag"}}, {}, "layout = 'zigzag' but parallel.layout = 'contiguous'"),
-            ({}, {"precision": "float64"}, 'precision = "float64" is not known to DeepSpeed'),
-            ({"zero_optimization": {"stage": 3}}, {"compile": True}, "traces blocks whose weights ZeRO-3 has taken apart"),
-            ({}, {"parallel": {"sharding": "fsdp"}}, "set deepspeed.zero_optimization.stage")):
+        ({"train_batch_size": 8}, {}, r"train_batch_size = 8 but the run's configuration makes it 4"),
+        ({"optimizer": {"type": "AdamW"}}, {}, "deepspeed.optimizer is not read"),
+        ({"race_attention": {"layout": "zigzag"}}, {}, "layout = 'zigzag' but parallel.layout = 'contiguous'"),
+        ({}, {"precision": "float64"}, 'precision = "float64" is not known to DeepSpeed'),
+        ({"zero_optimization": {"stage": 3}}, {"compile": True}, "traces blocks whose weights ZeRO-3 has taken apart"),
+        ({}, {"parallel": {"sharding": "fsdp"}}, "set deepspeed.zero_optimization.stage"),
+    ):
         config = parse_config(settings(text, engine="deepspeed", deepspeed=deepspeed, **changes))
         with pytest.raises(ValueError, match=message):
             deepspeed_config(config, alone)
@@ -169,8 +172,15 @@ def test_presets_are_read_by_the_trainer_and_by_initialize(preset: Path, text: s
 def start(command: list[str], folder: Path) -> list[float]:
     """Run a command in ``folder`` and return the losses that it has written."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=200,
-                          env=environment | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (metrics,) = (folder / "runs").glob("*/metrics.jsonl")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -184,9 +194,11 @@ def test_three_launchers_start_the_same_training(text: str, tmp_path: Path) -> N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rank = ["race_dist.launch.rank", "train", "config.toml"]
-    ways = {"deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port), "--module", *rank],
-            "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *rank],
-            "plain": ["-m", "race_dist.cli", "train", "config.toml"]}
+    ways = {
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port), "--module", *rank],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *rank],
+        "plain": ["-m", "race_dist.cli", "train", "config.toml"],
+    }
     losses = {}
     for name, words in ways.items():
         folder = tmp_path / name

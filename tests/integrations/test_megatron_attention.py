@@ -31,9 +31,21 @@ GRID = [(4, False, 1), (4, True, 1), (1, False, 4), (2, False, 2), (2, True, 2)]
 def attention(tp: int, sp: bool, cp: int, **options: Any) -> nn.Module:
     torch.manual_seed(123)
     config = RaceTransformerConfig(
-        num_layers=1, hidden_size=WIDTH, num_attention_heads=4, normalization="RMSNorm", hidden_dropout=0.0,
-        transformer_impl="local", use_cpu_initialization=True, params_dtype=torch.float64, tensor_model_parallel_size=tp,
-        context_parallel_size=cp, sequence_parallel=sp, race_num_tables=2, race_num_planes=3, **options)
+        num_layers=1,
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        params_dtype=torch.float64,
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        sequence_parallel=sp,
+        race_num_tables=2,
+        race_num_planes=3,
+        **options,
+    )
     layer: nn.Module = build_module(get_race_layer_spec(config).submodules.self_attention, config=config, layer_number=1)
     return layer
 
@@ -86,9 +98,12 @@ VARIANTS = [
     Variant("defaults", {}, GRID),
     Variant("bare", {"race_output_gate": False, "race_decay": "none", "race_normalization": "global"}, GRID),
     # megatron-core's layer norm without extensions has no sequence parallelism, and its gate is float32 whatever comes in
-    Variant("megatron's gate, layer norms, fewer groups than ranks",
-            {"num_query_groups": 2, "qk_layernorm": True, "attention_output_gate": True, "race_output_gate": False},
-            [each for each in GRID if not each[1]], 1e-5),
+    Variant(
+        "megatron's gate, layer norms, fewer groups than ranks",
+        {"num_query_groups": 2, "qk_layernorm": True, "attention_output_gate": True, "race_output_gate": False},
+        [each for each in GRID if not each[1]],
+        1e-5,
+    ),
 ]
 
 

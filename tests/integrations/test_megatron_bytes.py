@@ -38,10 +38,32 @@ def test_bytes_do_not_grow_with_the_sequence_where_all_to_all_does() -> None:
 
 def test_the_benchmark_times_every_attention(tmp_path: Path) -> None:
     out = tmp_path / "docs" / "megatron.json"
-    command = [sys.executable, "-m", "race_dist.benchmarks.megatron", "step", "--lengths", "64,128", "--dim", "32", "--layers",
-               "1", "--heads", "2", "--ffn", "32", "--repeats", "1", "--recompute", "--slowest", "1e9", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "race_dist.benchmarks.megatron",
+        "step",
+        "--lengths",
+        "64,128",
+        "--dim",
+        "32",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--ffn",
+        "32",
+        "--repeats",
+        "1",
+        "--recompute",
+        "--slowest",
+        "1e9",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert [(row["attention"], row["length"]) for row in report["rows"]] == [(n, t) for t in (64, 128) for n in ATTENTIONS]

@@ -38,14 +38,28 @@ from race_dist.integrations.megatron.context import Rows
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.weights import from_megatron, load_weights, to_megatron
 
-BARE = {"race_qk_norm": False, "race_short_conv": 0, "race_decay": "none", "race_normalization": "global",
-        "race_output_gate": False}
+BARE = {
+    "race_qk_norm": False,
+    "race_short_conv": 0,
+    "race_decay": "none",
+    "race_normalization": "global",
+    "race_output_gate": False,
+}
 
 
 def config(**options: Any) -> RaceTransformerConfig:
-    base: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
-                            "use_cpu_initialization": True, "hidden_dropout": 0.0, "normalization": "RMSNorm",
-                            "transformer_impl": "local", "race_num_tables": 2, "race_num_planes": 3}
+    base: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "normalization": "RMSNorm",
+        "transformer_impl": "local",
+        "race_num_tables": 2,
+        "race_num_planes": 3,
+    }
     return RaceTransformerConfig(**(base | options))
 
 
@@ -80,20 +94,23 @@ def test_every_choice_of_race_config_is_a_field_with_its_default() -> None:
             assert own[PREFIX + name] == field.default, name
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"race_num_planes": 11}, r"race_num_planes must be from 1 to 10"),
-    ({"race_beta_init": -1.0}, r"race_beta_init must be positive"),
-    ({"race_beta_init": (1.0, 2.0, 3.0)}, r"race_beta_init has 3 numbers for 2 key/value heads"),
-    ({"race_decay": "fast"}, r"race_decay must be 'none', 'multiscale' or 'token'; got 'fast'"),
-    ({"race_layout": "diagonal"}, r"layout must be one of"),
-    ({"race_rope": "sometimes"}, r"race_rope must be"),
-    ({"linear_attention_freq": [1, 0]}, r"linear_attention_freq is None, N .* or a list of 4"),
-    ({"attention_dropout": 0.1}, r"attention_dropout is 0.1, but a RACE layer has no attention weights"),
-    ({"window_size": (8, 0)}, r"window_size is \(8, 0\), but every layer is RACE"),
-    ({"qk_clip": True}, r"qk_clip does not go with RACE layers: it clips logits"),
-    ({"attention_backend": AttnBackend.local}, r"leave --attention-backend out"),
-    ({"linear_attention_freq": 2, "context_parallel_size": 2, "race_layout": "contiguous"}, r"take zigzag shards"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"race_num_planes": 11}, r"race_num_planes must be from 1 to 10"),
+        ({"race_beta_init": -1.0}, r"race_beta_init must be positive"),
+        ({"race_beta_init": (1.0, 2.0, 3.0)}, r"race_beta_init has 3 numbers for 2 key/value heads"),
+        ({"race_decay": "fast"}, r"race_decay must be 'none', 'multiscale' or 'token'; got 'fast'"),
+        ({"race_layout": "diagonal"}, r"layout must be one of"),
+        ({"race_rope": "sometimes"}, r"race_rope must be"),
+        ({"linear_attention_freq": [1, 0]}, r"linear_attention_freq is None, N .* or a list of 4"),
+        ({"attention_dropout": 0.1}, r"attention_dropout is 0.1, but a RACE layer has no attention weights"),
+        ({"window_size": (8, 0)}, r"window_size is \(8, 0\), but every layer is RACE"),
+        ({"qk_clip": True}, r"qk_clip does not go with RACE layers: it clips logits"),
+        ({"attention_backend": AttnBackend.local}, r"leave --attention-backend out"),
+        ({"linear_attention_freq": 2, "context_parallel_size": 2, "race_layout": "contiguous"}, r"take zigzag shards"),
+    ],
+)
 def test_what_cannot_be_is_refused_with_the_reason(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**options)
@@ -118,12 +135,26 @@ def test_a_plain_config_is_refused_and_a_copy_taken() -> None:
 def test_arguments_make_the_config() -> None:
     parser = add_race_args(ArgumentParser())
     assert vars(parser.parse_args([])).items() <= {f.name: f.default for f in fields(RaceTransformerConfig)}.items()
-    asked = ["--race-num-tables", "3", "--race-beta-init", "1", "2.5", "--no-race-train-beta", "--race-decay", "multiscale",
-             "--race-layout", "contiguous"]
+    asked = [
+        "--race-num-tables",
+        "3",
+        "--race-beta-init",
+        "1",
+        "2.5",
+        "--no-race-train-beta",
+        "--race-decay",
+        "multiscale",
+        "--race-layout",
+        "contiguous",
+    ]
     args = vars(parser.parse_args(asked))
     made = config(**{f.name: args[f.name] for f in fields(RaceTransformerConfig) if f.name in args})  # as Megatron-LM does
-    assert made.race() == config(race_num_tables=3, race_beta_init=(1.0, 2.5), race_train_beta=False, race_num_planes=4,
-                                 race_decay="multiscale").race()
+    assert (
+        made.race()
+        == config(
+            race_num_tables=3, race_beta_init=(1.0, 2.5), race_train_beta=False, race_num_planes=4, race_decay="multiscale"
+        ).race()
+    )
     assert made.layout == "contiguous"
     assert parser.parse_args(["--race-beta-init", "2"]).race_beta_init == 2.0
     with pytest.raises(SystemExit):
@@ -137,8 +168,9 @@ def test_arguments_make_the_config() -> None:
 def test_the_slot_alone_is_race_attention() -> None:
     layer, (q, k, v) = core(**BARE, race_beta_init=(1.0, 3.0)), qkv()
     out = layer(q, k, v, None, attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
-    expected = race_attention(*(x.transpose(0, 1) for x in (q, k, v)), sample_planes(2, 3, 8, seed=0, num_heads=2),
-                              torch.tensor([1.0, 3.0]))
+    expected = race_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), sample_planes(2, 3, 8, seed=0, num_heads=2), torch.tensor([1.0, 3.0])
+    )
     torch.testing.assert_close(out, expected.transpose(0, 1).flatten(2))
 
 
@@ -151,9 +183,13 @@ def test_padding_masks_and_no_mask() -> None:
     for mask_type in (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.no_mask):
         mask = None if mask_type == AttnMaskType.no_mask else hidden
         out = core(mask_type=mask_type, **bare)(q, k, v, mask)
-        expected = race_attention(*(x.transpose(0, 1) for x in (q, k, v)), planes, 2.0,
-                                  causal=mask_type == AttnMaskType.padding_causal,
-                                  key_mask=None if mask is None else ~hidden.view(2, 12))
+        expected = race_attention(
+            *(x.transpose(0, 1) for x in (q, k, v)),
+            planes,
+            2.0,
+            causal=mask_type == AttnMaskType.padding_causal,
+            key_mask=None if mask is None else ~hidden.view(2, 12),
+        )
         torch.testing.assert_close(out, expected.transpose(0, 1).flatten(2))
     with pytest.raises(ValueError, match=r"takes a bool mask \[B, 1, 1, T\] = \[2, 1, 1, 12\]"):
         core(mask_type=AttnMaskType.padding, **bare)(q, k, v, hidden.expand(-1, -1, 12, -1))
@@ -171,17 +207,23 @@ def test_a_causal_mask_is_looked_at() -> None:
         layer(q, k, v, causal[..., :5])
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda q, k, v: core(mask_type=AttnMaskType.arbitrary, **BARE), "attn_mask_type is arbitrary"),
-    (lambda q, k, v: core(mask_type=AttnMaskType.no_mask), "needs an order of the tokens"),
-    (lambda q, k, v: core(**BARE)(q, k, v, attn_mask_type=AttnMaskType.no_mask), "decodes from a sketch"),
-    (lambda q, k, v: core(**BARE)(q[-1:], k, v), "1 queries came with 12 keys"),
-    (lambda q, k, v: core(**BARE)(q, k, v, attention_bias=torch.zeros(12, 2, 2)), "no logits to add it to"),
-    (lambda *each: core()(*each, None), "get_race_layer_spec"),
-    (lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, softmax_scale=0.1), "the sharpness is race_beta_init"),
-    (lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, "cross"), "their own sequence only"),
-    (lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, attention_dropout=0.1), "no attention weights"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, k, v: core(mask_type=AttnMaskType.arbitrary, **BARE), "attn_mask_type is arbitrary"),
+        (lambda q, k, v: core(mask_type=AttnMaskType.no_mask), "needs an order of the tokens"),
+        (lambda q, k, v: core(**BARE)(q, k, v, attn_mask_type=AttnMaskType.no_mask), "decodes from a sketch"),
+        (lambda q, k, v: core(**BARE)(q[-1:], k, v), "1 queries came with 12 keys"),
+        (lambda q, k, v: core(**BARE)(q, k, v, attention_bias=torch.zeros(12, 2, 2)), "no logits to add it to"),
+        (lambda *each: core()(*each, None), "get_race_layer_spec"),
+        (
+            lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, softmax_scale=0.1),
+            "the sharpness is race_beta_init",
+        ),
+        (lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, "cross"), "their own sequence only"),
+        (lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, attention_dropout=0.1), "no attention weights"),
+    ],
+)
 def test_the_slot_refuses_what_it_cannot_do(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(*qkv())
@@ -248,12 +290,15 @@ def test_a_non_causal_layer_does_not_read_padding() -> None:
     assert not torch.equal(layer(q, k, v, None, packed_seq_params=packed([6, 6]))[real], out[real])
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    (packed([3, 40]), "cu_seqlens end at 43, but there are 12 rows"),
-    (PackedSeqParams(qkv_format="thd"), "no cu_seqlens_q"),
-    (PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=torch.tensor([0, 12])), 'packed documents come as "thd"'),
-    (packed([12], local_cp_size=2), "there is no cp_group"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (packed([3, 40]), "cu_seqlens end at 43, but there are 12 rows"),
+        (PackedSeqParams(qkv_format="thd"), "no cu_seqlens_q"),
+        (PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=torch.tensor([0, 12])), 'packed documents come as "thd"'),
+        (packed([12], local_cp_size=2), "there is no cp_group"),
+    ],
+)
 def test_packing_that_makes_no_sense_is_refused(params: PackedSeqParams, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rows.of(12, params, None, "zigzag", torch.device("cpu"))
@@ -285,7 +330,9 @@ def test_a_pipeline_stage_gets_its_layers() -> None:
     settings = config(linear_attention_freq=[1, 0, 1, 1], pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     stages = [get_race_block_spec(settings, pp_rank=rank).layer_specs for rank in (0, 1)]
     assert [[layer.submodules.self_attention.module is RaceSelfAttention for layer in stage] for stage in stages] == [
-        [True, False], [True, True]]
+        [True, False],
+        [True, True],
+    ]
 
 
 def test_specs_are_called_with_a_models_config_too() -> None:
@@ -313,10 +360,12 @@ def test_self_attention_refuses_what_it_cannot_do() -> None:
     layer = build_module(get_race_layer_spec(settings).submodules.self_attention, config=settings, layer_number=1)
     x = torch.randn(12, 2, 32)
     dynamic = SimpleNamespace(is_dynamic_batching=lambda: True, is_static_batching=lambda: False)
-    for kwargs, message in (({"inference_context": dynamic}, "do not decode inside Megatron's inference contexts"),
-                            ({"inference_params": dynamic}, "do not decode inside Megatron's inference contexts"),
-                            ({"key_value_states": x}, "their own sequence only"),
-                            ({"attention_bias": torch.zeros(1)}, "no logits to add it to")):
+    for kwargs, message in (
+        ({"inference_context": dynamic}, "do not decode inside Megatron's inference contexts"),
+        ({"inference_params": dynamic}, "do not decode inside Megatron's inference contexts"),
+        ({"key_value_states": x}, "their own sequence only"),
+        ({"attention_bias": torch.zeros(1)}, "no logits to add it to"),
+    ):
         with pytest.raises(ValueError, match=message):
             layer(x, None, **kwargs)
 
@@ -324,8 +373,12 @@ def test_self_attention_refuses_what_it_cannot_do() -> None:
 def test_groups_given_by_hand_do() -> None:
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
     q, k, v = qkv()
-    torch.testing.assert_close(RaceCoreAttention(config(**BARE), 1, AttnMaskType.causal, pg_collection=groups)(q, k, v),
-                               core(**BARE)(q, k, v), rtol=0, atol=0)
+    torch.testing.assert_close(
+        RaceCoreAttention(config(**BARE), 1, AttnMaskType.causal, pg_collection=groups)(q, k, v),
+        core(**BARE)(q, k, v),
+        rtol=0,
+        atol=0,
+    )
 
 
 # --- the same model ------------------------------------------------------------------------------------------------------

@@ -73,25 +73,42 @@ def test_the_distributed_optimizer_steps_alike() -> None:
 
 def test_four_ranks() -> None:
     """tp x cp x dp, both orders of shards, fewer key/value heads than ranks, and every option that has parameters."""
-    run_cases(4, [
-        Case(1, 1), Case(1, 2), Case(1, 4), Case(1, 4, options={"order": "contiguous"}),
-        Case(2, 1), Case(2, 1, {"_layer_pattern": "RS", "_rope_base": None}),
-        Case(4, 1), Case(4, 1, {"train_planes": True, "normalization": "bucket"}),
-        Case(2, 2), Case(2, 2, BARE), Case(2, 2, BARE | {"rope_base": 10000.0}),
-        Case(2, 2, {"decay": "multiscale", "train_beta": False, "beta_init": (1.0, 3.0), "output_gate": False}),
-        Case(2, 2, {"train_planes": True, "share_planes": True, "normalization": "bucket"}),
-        Case(2, 2, {"conv_values": True, "gate_activation": "sigmoid"}),
-    ])
+    run_cases(
+        4,
+        [
+            Case(1, 1),
+            Case(1, 2),
+            Case(1, 4),
+            Case(1, 4, options={"order": "contiguous"}),
+            Case(2, 1),
+            Case(2, 1, {"_layer_pattern": "RS", "_rope_base": None}),
+            Case(4, 1),
+            Case(4, 1, {"train_planes": True, "normalization": "bucket"}),
+            Case(2, 2),
+            Case(2, 2, BARE),
+            Case(2, 2, BARE | {"rope_base": 10000.0}),
+            Case(2, 2, {"decay": "multiscale", "train_beta": False, "beta_init": (1.0, 3.0), "output_gate": False}),
+            Case(2, 2, {"train_planes": True, "share_planes": True, "normalization": "bucket"}),
+            Case(2, 2, {"conv_values": True, "gate_activation": "sigmoid"}),
+        ],
+    )
 
 
 def test_packed_documents_are_rows() -> None:
     """THD is SBHD: the same documents one after the other, padded or not, also in groups that the batch brings itself."""
     ragged = (LENGTH, LENGTH - 9, LENGTH // 2 + 1, 3)
     assert len(ragged) == ROWS
-    run_cases(4, [Case(1, 4, options={"packed": Packed(), "order": "contiguous"}),
-                  *[Case(tp, cp, options={"packed": packed})
-                    for tp, cp, more in [(1, 4, [Packed(dynamic=2)]), (2, 2, []), (1, 1, [Packed(dynamic=2)])]
-                    for packed in [Packed(), Packed(ragged), *more]]])
+    run_cases(
+        4,
+        [
+            Case(1, 4, options={"packed": Packed(), "order": "contiguous"}),
+            *[
+                Case(tp, cp, options={"packed": packed})
+                for tp, cp, more in [(1, 4, [Packed(dynamic=2)]), (2, 2, []), (1, 1, [Packed(dynamic=2)])]
+                for packed in [Packed(), Packed(ragged), *more]
+            ],
+        ],
+    )
 
 
 def test_recompute_and_determinism() -> None:
@@ -99,8 +116,9 @@ def test_recompute_and_determinism() -> None:
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     fixed = {"deterministic_mode": True}
-    for _, _, once, twice in run_cases(4, [Case(2, 2, options=full), Case(2, 2, options=selective),
-                                           Case(2, 2, options=fixed), Case(2, 2, options=fixed)]):
+    for _, _, once, twice in run_cases(
+        4, [Case(2, 2, options=full), Case(2, 2, options=selective), Case(2, 2, options=fixed), Case(2, 2, options=fixed)]
+    ):
         assert once.loss == twice.loss
         for name, g in once.grads.items():
             assert np.array_equal(g, twice.grads[name]), name

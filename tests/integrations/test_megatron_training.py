@@ -64,8 +64,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(folder: Path, *arguments: str) -> str:
     """Run ``race-dist train`` with the engine, and return what it printed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "race_dist.cli", "train", str(folder / "tiny.toml"), "-o", "engine=megatron",
-                           *arguments], capture_output=True, text=True, check=False, env=environment, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", "race_dist.cli", "train", str(folder / "tiny.toml"), "-o", "engine=megatron", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -117,13 +123,16 @@ def test_bfloat16_learns_as_the_trainer_does(folder: Path) -> None:
         assert got[key]["loss"] == pytest.approx(line["loss"], rel=0.02), key  # bfloat16 has three digits
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("precision=float64", "does not go with precision"),
-    ("parallel.sharding=fsdp", "parameters are divided by parallel.tp"),
-    ("compile=true", "does not go with compile"),
-    ("model.layer_pattern=RW", "no sliding-window layers"),
-    ("model.race.rope_base=10000.0", "set race.short_conv=0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("precision=float64", "does not go with precision"),
+        ("parallel.sharding=fsdp", "parameters are divided by parallel.tp"),
+        ("compile=true", "does not go with compile"),
+        ("model.layer_pattern=RW", "no sliding-window layers"),
+        ("model.race.rope_base=10000.0", "set race.short_conv=0"),
+    ],
+)
 def test_what_the_engine_does_not_do_is_said(folder: Path, change: str, message: str) -> None:
     arguments = ["train", str(folder / "tiny.toml"), "-o", "engine=megatron", "-o", "name=no", "-o", change]
     result = CliRunner().invoke(app, arguments)

@@ -50,9 +50,13 @@ def test_every_way_to_load_gives_the_model_that_was_saved(kind: str, saved: Any,
     folder, model = saved[kind]
     expected = logits(model)
     assert (expected - logits(build("llama"))).abs().max() > 1e-2  # softmax would be noticed
-    ways = {"auto": lambda: hf.AutoModelForCausalLM.from_pretrained(folder), "ours": lambda: from_pretrained(folder),
-            "class": lambda: hf.LlamaForCausalLM.from_pretrained(folder), "copy": lambda: copy.deepcopy(model),
-            "info": lambda: hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[0]}
+    ways = {
+        "auto": lambda: hf.AutoModelForCausalLM.from_pretrained(folder),
+        "ours": lambda: from_pretrained(folder),
+        "class": lambda: hf.LlamaForCausalLM.from_pretrained(folder),
+        "copy": lambda: copy.deepcopy(model),
+        "info": lambda: hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[0],
+    }
     for name, way in ways.items():
         again = way().eval()
         assert torch.equal(logits(again), expected), name
@@ -69,10 +73,13 @@ def test_other_heads_and_new_models_have_the_attention_of_the_configuration(kind
     folder, model = saved[kind]
     count = sum(isinstance(m, RaceSelfAttention) for m in model.modules())
     config = hf.AutoConfig.from_pretrained(folder)
-    made = {"head": hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3),
-            "new": hf.AutoModelForCausalLM.from_config(config), "constructor": hf.LlamaForCausalLM(copy.deepcopy(config)),
-            "round trip": hf.LlamaForCausalLM(hf.LlamaConfig.from_dict(model.config.to_dict())),
-            "JSON": hf.LlamaForCausalLM(hf.LlamaConfig.from_json_file(str(folder / "config.json")))}
+    made = {
+        "head": hf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3),
+        "new": hf.AutoModelForCausalLM.from_config(config),
+        "constructor": hf.LlamaForCausalLM(copy.deepcopy(config)),
+        "round trip": hf.LlamaForCausalLM(hf.LlamaConfig.from_dict(model.config.to_dict())),
+        "JSON": hf.LlamaForCausalLM(hf.LlamaConfig.from_json_file(str(folder / "config.json"))),
+    }
     for name, other in made.items():
         assert sum(isinstance(m, RaceSelfAttention) for m in other.modules()) == count, name
         assert other.config._attn_implementation == model.config._attn_implementation, name
@@ -99,16 +106,25 @@ def test_a_run_is_not_resumed_with_another_attention(tmp_path: Path) -> None:
     rows = [{"input_ids": x, "labels": x} for x in tokens(2, 8)]
 
     def trainer(model: Any) -> Any:
-        arguments = hf.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1,
-                                         save_steps=1, per_device_train_batch_size=2)
+        arguments = hf.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            max_steps=1,
+            save_steps=1,
+            per_device_train_batch_size=2,
+        )
         return hf.Trainer(model, arguments, train_dataset=rows)
 
     trainer(make("race")).train()
     checkpoint = str(tmp_path / "checkpoint-1")
     trainer(make("race")).train(resume_from_checkpoint=checkpoint)
-    for other, message in ((build("llama"), "attention race, but the model has softmax"),
-                           (make("options"), "with other settings: .*'seed': 0.*'seed': 5"),
-                           (make("bare"), "attention race, but the model has race_converted")):
+    for other, message in (
+        (build("llama"), "attention race, but the model has softmax"),
+        (make("options"), "with other settings: .*'seed': 0.*'seed': 5"),
+        (make("bare"), "attention race, but the model has race_converted"),
+    ):
         with pytest.raises(ValueError, match=message):
             trainer(other).train(resume_from_checkpoint=checkpoint)
 
@@ -177,8 +193,9 @@ def test_a_model_made_of_the_same_configuration_stays_softmax(tmp_path: Path) ->
 def test_a_part_of_a_model_comes_back_too(tmp_path: Path) -> None:
     """Vision and text, of which only the text is RACE."""
     text = hf.LlamaConfig(**SIZES | GROUPED)
-    vision = hf.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                 image_size=16, patch_size=8)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
     config = hf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=96)
     torch.manual_seed(0)
     model = hf.LlavaForConditionalGeneration(config).eval()
@@ -191,13 +208,20 @@ def test_a_part_of_a_model_comes_back_too(tmp_path: Path) -> None:
     assert torch.equal(logits(again), expected)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"seed": 4}, "seed 3 there and 4 here"), ({"num_tables": 2}, "num_tables 4 there and 2 here"),
-    ({"normalization": "bucket"}, "normalization 'global' there and 'bucket' here"),
-    ({"num_planes": True}, r"config\.race_attention\.options: num_planes must be a whole number; got True"),
-    ({"planes": 3}, "unknown key planes"), ({"backend": "reference"}, None)])
-def test_settings_that_are_not_those_of_the_weights_are_refused(change: dict[str, Any], message: str | None, saved: Any,
-                                                                tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "seed 3 there and 4 here"),
+        ({"num_tables": 2}, "num_tables 4 there and 2 here"),
+        ({"normalization": "bucket"}, "normalization 'global' there and 'bucket' here"),
+        ({"num_planes": True}, r"config\.race_attention\.options: num_planes must be a whole number; got True"),
+        ({"planes": 3}, "unknown key planes"),
+        ({"backend": "reference"}, None),
+    ],
+)
+def test_settings_that_are_not_those_of_the_weights_are_refused(
+    change: dict[str, Any], message: str | None, saved: Any, tmp_path: Path
+) -> None:
     folder, model = saved["converted"]
     data = json.loads((folder / "config.json").read_text())
     data["race_attention"]["options"] |= change
@@ -258,8 +282,9 @@ def test_a_configuration_that_names_layers_of_another_model_is_refused(saved: An
     config.num_hidden_layers = 1
     with pytest.raises(ValueError, match=r"layers must be among 0 to 0"):
         hf.AutoModelForCausalLM.from_config(config)
-    bert = hf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-                         race_attention={"layers": [0]})
+    bert = hf.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, race_attention={"layers": [0]}
+    )
     with pytest.raises(ValueError, match=r"race_attention says that layers \[0\] are RACE layers: BertModel has no list"):
         hf.BertModel(bert)
 
@@ -273,8 +298,11 @@ def test_a_path_that_is_no_model_is_told_in_one_sentence(path: Any, tmp_path: Pa
 
 
 def test_options_are_checked_when_a_model_is_made() -> None:
-    for options, message in (({"num_planes": 0}, "num_planes must be from 1 to 10"),
-                             ({"decay": "token"}, "decay need parameters"), ({"betas": 2}, "unknown key betas")):
+    for options, message in (
+        ({"num_planes": 0}, "num_planes must be from 1 to 10"),
+        ({"decay": "token"}, "decay need parameters"),
+        ({"betas": 2}, "unknown key betas"),
+    ):
         with pytest.raises(ValueError, match=message):
             build("llama", implementation="race", race_attention={"options": options})
         model = build("llama", race_attention={"options": options})
@@ -283,8 +311,16 @@ def test_options_are_checked_when_a_model_is_made() -> None:
 
 
 def test_a_model_with_cross_attention_is_refused_for_it() -> None:
-    sizes = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-             "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes = {
+        "vocab_size": 97,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+    }
     model = hf.BartForConditionalGeneration(hf.BartConfig(**sizes))
     with pytest.raises(ValueError, match="has cross attention"):
         model.set_attn_implementation("race")

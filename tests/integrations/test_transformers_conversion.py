@@ -74,8 +74,9 @@ def layer_norm_of_heads(x: Tensor, norm: Any) -> Tensor:
 
 def norm_per_head(x: Tensor, norm: Any) -> Tensor:
     """StableLM: a LayerNorm for each head."""
-    return torch.stack([F.layer_norm(x[..., 8 * i:8 * i + 8], (8,), n.weight, n.bias, n.eps)
-                        for i, n in enumerate(norm.norms)], 2)
+    return torch.stack(
+        [F.layer_norm(x[..., 8 * i : 8 * i + 8], (8,), n.weight, n.bias, n.eps) for i, n in enumerate(norm.norms)], 2
+    )
 
 
 def scaled(x: Tensor, norm: Any) -> Tensor:
@@ -85,15 +86,19 @@ def scaled(x: Tensor, norm: Any) -> Tensor:
 
 
 NORMS: list[tuple[str, str, dict[str, Any], Callable[[Tensor, Any], Tensor]]] = [
-    ("Olmo2", "q_norm", {}, over_all_heads), ("Olmo3", "q_norm", {"layer_types": ["full_attention"] * 2}, over_all_heads),
-    ("Qwen3", "q_norm", {}, per_head), ("Cohere", "q_norm", {"use_qk_norm": True}, layer_norm_of_heads),
+    ("Olmo2", "q_norm", {}, over_all_heads),
+    ("Olmo3", "q_norm", {"layer_types": ["full_attention"] * 2}, over_all_heads),
+    ("Qwen3", "q_norm", {}, per_head),
+    ("Cohere", "q_norm", {"use_qk_norm": True}, layer_norm_of_heads),
     ("StableLm", "q_layernorm", {"qk_layernorm": True}, norm_per_head),
-    ("Gemma3Text", "q_norm", {"layer_types": ["full_attention"] * 2}, scaled)][:4 if OLD else 6]
+    ("Gemma3Text", "q_norm", {"layer_types": ["full_attention"] * 2}, scaled),
+][: 4 if OLD else 6]
 
 
 @pytest.mark.parametrize(("name", "norm", "changes", "independent"), NORMS, ids=[n[0] for n in NORMS])
-def test_norms_of_queries_and_keys_are_applied_as_the_model_does(name: str, norm: str, changes: dict[str, Any],
-                                                                independent: Callable[[Tensor, Any], Tensor]) -> None:
+def test_norms_of_queries_and_keys_are_applied_as_the_model_does(
+    name: str, norm: str, changes: dict[str, Any], independent: Callable[[Tensor, Any], Tensor]
+) -> None:
     """A converted layer against all pairs, with the norms written out."""
     kind = getattr(hf, f"{name}ForCausalLM", None) or hf.Gemma3ForCausalLM
     model = tiny(name, **changes) if hasattr(hf, f"{name}ForCausalLM") else gemma3(**changes)
@@ -125,12 +130,20 @@ def bias_of_projections() -> Any:
     return tiny("Llama", attention_bias=True)
 
 
-@pytest.mark.parametrize("make", [bias_of_projections, lambda: tiny("Qwen2"),
-                                  pytest.param(lambda: tiny("NanoChat"), marks=newer),
-                                  lambda: tiny("Granite", attention_multiplier=0.1), lambda: tiny("Glm"),
-                                  pytest.param(lambda: tiny("Nemotron"), marks=newer), lambda: tiny("SmolLM3"),
-                                  pytest.param(lambda: tiny("Persimmon", qk_layernorm=True), marks=newer)],
-                         ids=["bias", "Qwen2", "NanoChat", "Granite", "Glm", "Nemotron", "SmolLM3", "Persimmon"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        bias_of_projections,
+        lambda: tiny("Qwen2"),
+        pytest.param(lambda: tiny("NanoChat"), marks=newer),
+        lambda: tiny("Granite", attention_multiplier=0.1),
+        lambda: tiny("Glm"),
+        pytest.param(lambda: tiny("Nemotron"), marks=newer),
+        lambda: tiny("SmolLM3"),
+        pytest.param(lambda: tiny("Persimmon", qk_layernorm=True), marks=newer),
+    ],
+    ids=["bias", "Qwen2", "NanoChat", "Granite", "Glm", "Nemotron", "SmolLM3", "Persimmon"],
+)
 def test_what_converts_keeps_every_parameter_and_runs(make: Callable[[], Any]) -> None:
     model = make()
     before = {name: p for name, p in model.named_parameters() if "self_attn" in name}
@@ -153,6 +166,7 @@ def with_(change: Callable[[Any], None], name: str = "Llama", **changes: Any) ->
         model = tiny(name, **changes)
         change(model.model.layers[1].self_attn)
         return model
+
     return make
 
 
@@ -166,6 +180,7 @@ def buffer(attention: Any) -> None:
 
 def doing(what: str) -> Callable[[Any], None]:
     """A module whose forward does more than its parameters say."""
+
     def change(attention: Any) -> None:
         forward = attention.forward
 
@@ -174,7 +189,9 @@ def doing(what: str) -> Callable[[Any], None]:
                 return forward(hidden_states * 1.5, *args, **kwargs)
             y, weights = forward(hidden_states, *args, **kwargs)
             return y * 0.5, weights
+
         attention.forward = more
+
     return change
 
 
@@ -193,8 +210,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "dropout": (lambda: tiny("Llama", attention_dropout=0.1), r"drops attention weights \(dropout = 0\.1\)"),
     "other projections": (lambda: tiny("Phi3"), "is of no known kind"),
     "not causal": (with_(lambda a: setattr(a, "is_causal", False)), "reads later tokens too"),
-    "no decoder": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).eval(),
-                   "has no list of decoder"),
+    "no decoder": (
+        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).eval(),
+        "has no list of decoder",
+    ),
 }
 
 
@@ -238,28 +257,40 @@ def test_positions_are_inherited_only_where_they_are_turned_alike() -> None:
         convert(tiny("StableLm"), inherit_rope=True, race=rope)
     with pytest.raises(ValueError, match=r"does not run with RACE layers|makes its queries otherwise"):
         convert(tiny("SmolLM3", no_rope_layers=[1, 0]), inherit_rope=True, race=rope)
-    model = tiny("Llama", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
-                                           "original_max_position_embeddings": 64})
+    model = tiny(
+        "Llama",
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64},
+    )
     convert(model, inherit_rope=True, race=rope)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"race": [1]}, r"race must be a RaceConfig or a dictionary of its fields; got \[1\]"), ({"race": 3}, "race must be"),
-    ({"race": {1: 2}}, "race must be a dictionary whose keys are fields"), ({"race": {"": 1}}, "unknown key ''"),
-    ({"race": {"num_plane": 1}}, "did you mean num_planes"),
-    ({"race": {"num_planes": True}}, "race: num_planes must be .*got True"),
-    ({"race": {"seed": True}}, "race: seed must be .*got True"), ({"race": {"short_conv": 10**30}}, "race: short_conv must be"),
-    ({"race": {"num_tables": 10**30}}, "race: num_tables must be"),
-    ({"race": {"beta_init": float("nan")}}, "beta_init must be"),
-    ({"race": {"beta_init": (1.0, 2.0, 3.0)}}, "beta_init has 3 numbers for 2 key/value heads"),
-    ({"race": {"num_heads": 3}}, "num_heads = 3 but the model's num_heads = 4"),
-    ({"race": {"causal": False}}, "race has causal"),
-    ({"layers": 3}, "layers must be indices of layers.*got 3"), ({"layers": ["a"]}, "layers must be .*got 'a'"),
-    ({"layers": [True]}, "layers must be .*got True"), ({"layers": "01"}, "layers must be .*got '01'"),
-    ({"layers": []}, "at least one"),
-    ({"layers": [1.0]}, "layers must be .*got 1.0"),
-    ({"layers": [-1]}, r"layers must be among 0 to 1, at least one; got \[-1\]"),
-    ({"inherit_rope": 1}, "inherit_rope must be True or False; got 1"), ({"inherit_rope": "no"}, "inherit_rope must be")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"race": [1]}, r"race must be a RaceConfig or a dictionary of its fields; got \[1\]"),
+        ({"race": 3}, "race must be"),
+        ({"race": {1: 2}}, "race must be a dictionary whose keys are fields"),
+        ({"race": {"": 1}}, "unknown key ''"),
+        ({"race": {"num_plane": 1}}, "did you mean num_planes"),
+        ({"race": {"num_planes": True}}, "race: num_planes must be .*got True"),
+        ({"race": {"seed": True}}, "race: seed must be .*got True"),
+        ({"race": {"short_conv": 10**30}}, "race: short_conv must be"),
+        ({"race": {"num_tables": 10**30}}, "race: num_tables must be"),
+        ({"race": {"beta_init": float("nan")}}, "beta_init must be"),
+        ({"race": {"beta_init": (1.0, 2.0, 3.0)}}, "beta_init has 3 numbers for 2 key/value heads"),
+        ({"race": {"num_heads": 3}}, "num_heads = 3 but the model's num_heads = 4"),
+        ({"race": {"causal": False}}, "race has causal"),
+        ({"layers": 3}, "layers must be indices of layers.*got 3"),
+        ({"layers": ["a"]}, "layers must be .*got 'a'"),
+        ({"layers": [True]}, "layers must be .*got True"),
+        ({"layers": "01"}, "layers must be .*got '01'"),
+        ({"layers": []}, "at least one"),
+        ({"layers": [1.0]}, "layers must be .*got 1.0"),
+        ({"layers": [-1]}, r"layers must be among 0 to 1, at least one; got \[-1\]"),
+        ({"inherit_rope": 1}, "inherit_rope must be True or False; got 1"),
+        ({"inherit_rope": "no"}, "inherit_rope must be"),
+    ],
+)
 def test_wrong_arguments_are_told_in_one_sentence(arguments: dict[str, Any], message: str) -> None:
     model = build("llama")
     text = repr(model)
@@ -269,26 +300,58 @@ def test_wrong_arguments_are_told_in_one_sentence(arguments: dict[str, Any], mes
     assert repr(model) == text
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: sequence_parallel(build("llama", implementation="race"), "x"), "group must be .*got str 'x'"),  # type: ignore[arg-type]
-    (lambda: sequence_parallel(3, None), "model: a transformers model is needed; got int"),  # type: ignore[arg-type]
-    (lambda: sequence_parallel(build("llama", implementation="race"), None, layout="q"), "layout must be one of"),
-    (lambda: shard_batch(None, None), "batch must be a dictionary with input_ids"),  # type: ignore[arg-type]
-    (lambda: shard_batch({"input_ids": tokens(1, 4)}, 3), "group must be .*got int 3"),  # type: ignore[arg-type]
-    (lambda: ShardedLoader([], "x"), "group must be"),  # type: ignore[arg-type]
-    (lambda: freeze_all_but(build("llama"), 3), "parameters must be a list"),  # type: ignore[arg-type]
-    (lambda: trained_parts(3), "model must be a torch.nn.Module"),  # type: ignore[arg-type]
-    (lambda: cached_bytes(3), "cache must be a cache of transformers"),  # type: ignore[arg-type]
-    (lambda: from_pretrained("x", config=3), "config must be a configuration of transformers")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sequence_parallel(build("llama", implementation="race"), "x"), "group must be .*got str 'x'"),  # type: ignore[arg-type]
+        (lambda: sequence_parallel(3, None), "model: a transformers model is needed; got int"),  # type: ignore[arg-type]
+        (lambda: sequence_parallel(build("llama", implementation="race"), None, layout="q"), "layout must be one of"),
+        (lambda: shard_batch(None, None), "batch must be a dictionary with input_ids"),  # type: ignore[arg-type]
+        (lambda: shard_batch({"input_ids": tokens(1, 4)}, 3), "group must be .*got int 3"),  # type: ignore[arg-type]
+        (lambda: ShardedLoader([], "x"), "group must be"),  # type: ignore[arg-type]
+        (lambda: freeze_all_but(build("llama"), 3), "parameters must be a list"),  # type: ignore[arg-type]
+        (lambda: trained_parts(3), "model must be a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: cached_bytes(3), "cache must be a cache of transformers"),  # type: ignore[arg-type]
+        (lambda: from_pretrained("x", config=3), "config must be a configuration of transformers"),
+    ],
+)
 def test_wrong_arguments_of_the_other_calls_are_told_too(call: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-MANY = ("Apertus", "Arcee", "Cohere2", "Cwm", "Ernie4_5", "Exaone4", "FlexOlmo", "Gemma", "Glm4", "GptOss", "Helium",
-        "HunYuanDenseV1", "Jais2", "MiniMaxM2", "Ministral", "Mixtral", "Olmoe", "Phimoe", "Qwen2Moe", "Qwen3Moe", "SeedOss",
-        "StableLm", "Starcoder2",        "BitNet", "DiffLlama", "Doge", "Lfm2", "Phi", "Phi3")
+MANY = (
+    "Apertus",
+    "Arcee",
+    "Cohere2",
+    "Cwm",
+    "Ernie4_5",
+    "Exaone4",
+    "FlexOlmo",
+    "Gemma",
+    "Glm4",
+    "GptOss",
+    "Helium",
+    "HunYuanDenseV1",
+    "Jais2",
+    "MiniMaxM2",
+    "Ministral",
+    "Mixtral",
+    "Olmoe",
+    "Phimoe",
+    "Qwen2Moe",
+    "Qwen3Moe",
+    "SeedOss",
+    "StableLm",
+    "Starcoder2",
+    "BitNet",
+    "DiffLlama",
+    "Doge",
+    "Lfm2",
+    "Phi",
+    "Phi3",
+)
 
 
 @pytest.mark.slow

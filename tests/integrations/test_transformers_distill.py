@@ -24,8 +24,12 @@ def test_a_silent_layer_has_a_loss_of_one_and_a_layer_like_the_teachers_of_zero(
     with torch.no_grad():
         layer.o_proj.weight.zero_()
     assert layer_loss(teacher, student, batch).item() == pytest.approx(1, abs=1e-6)
-    layer.forward = lambda x, **_: (teacher.model.layers[1].self_attn(  # type: ignore[method-assign]
-        x, position_embeddings=teacher.model.rotary_emb(x, torch.arange(12)[None]), attention_mask=None)[0], None)
+    layer.forward = lambda x, **_: (
+        teacher.model.layers[1].self_attn(  # type: ignore[method-assign]
+            x, position_embeddings=teacher.model.rotary_emb(x, torch.arange(12)[None]), attention_mask=None
+        )[0],
+        None,
+    )
     assert layer_loss(teacher, student, batch).item() == pytest.approx(0, abs=1e-10)
 
 
@@ -99,8 +103,26 @@ def test_a_model_without_race_layers_is_refused() -> None:
 @pytest.mark.slow
 def test_the_example_runs_and_reads_its_student_back(tmp_path: Path) -> None:
     out = tmp_path / "linearize.json"
-    command = [sys.executable, str(ROOT / "examples/linearize.py"), "--teacher-steps", "20", "--layer-steps", "20", "--steps",
-               "20", "--every", "20", "--length", "64", "--batch", "4", "--save", str(tmp_path / "student"), "--out", str(out)]
+    command = [
+        sys.executable,
+        str(ROOT / "examples/linearize.py"),
+        "--teacher-steps",
+        "20",
+        "--layer-steps",
+        "20",
+        "--steps",
+        "20",
+        "--every",
+        "20",
+        "--length",
+        "64",
+        "--batch",
+        "4",
+        "--save",
+        str(tmp_path / "student"),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())

@@ -73,7 +73,7 @@ def test_padding_on_either_side_adds_nothing(model: Any) -> None:
         out = logits(model, rows, attention_mask=mask, position_ids=positions)
         for row, length in enumerate(lengths):
             at = slice(11 - length, 11) if side == "left" else slice(0, length)
-            torch.testing.assert_close(out[row, at], logits(model, ids[row:row + 1, :length])[0], **CLOSE)
+            torch.testing.assert_close(out[row, at], logits(model, ids[row : row + 1, :length])[0], **CLOSE)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -92,8 +92,12 @@ def test_cu_seq_lens_say_the_same_as_positions() -> None:
         model, ids = make("llama", mode), tokens(1, 12)
         positions = torch.cat([torch.arange(4), torch.arange(8)])[None]
         cu = torch.tensor([0, 4, 12], dtype=torch.int32)
-        torch.testing.assert_close(logits(model, ids, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu),
-                                   logits(model, ids, position_ids=positions), atol=0, rtol=0)
+        torch.testing.assert_close(
+            logits(model, ids, position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu),
+            logits(model, ids, position_ids=positions),
+            atol=0,
+            rtol=0,
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -101,8 +105,16 @@ def test_generation_has_the_logits_of_a_whole_forward_pass(model: Any, padded: b
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     if padded:
         ids[1, :4], mask[1, :4] = PAD, 0
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, return_dict_in_generate=True,
-                          output_logits=True, pad_token_id=PAD, eos_token_id=None)
+    made = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=7,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=PAD,
+        eos_token_id=None,
+    )
     whole = torch.cat([mask, torch.ones(2, 7, dtype=torch.long)], 1)
     positions = (whole.cumsum(-1) - 1).clamp(min=0)
     expected = logits(model, made.sequences, attention_mask=whole, position_ids=positions)[:, 8:-1]
@@ -111,8 +123,17 @@ def test_generation_has_the_logits_of_a_whole_forward_pass(model: Any, padded: b
 
 def test_beams_keep_their_own_states() -> None:
     model = make("llama", "converted")
-    made = model.generate(tokens(2, 6), max_new_tokens=5, num_beams=3, do_sample=False, return_dict_in_generate=True,
-                          output_scores=True, pad_token_id=PAD, eos_token_id=None, length_penalty=0.0)
+    made = model.generate(
+        tokens(2, 6),
+        max_new_tokens=5,
+        num_beams=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        pad_token_id=PAD,
+        eos_token_id=None,
+        length_penalty=0.0,
+    )
     scores = logits(model, made.sequences).log_softmax(-1)[:, 5:-1].gather(-1, made.sequences[:, 6:, None]).sum((1, 2))
     torch.testing.assert_close(made.sequences_scores, scores, **CLOSE)
 
@@ -226,15 +247,22 @@ def test_a_bidirectional_layer_sees_both_ways_but_for_padding() -> None:
     mask[1, 6:] = False
     out, _ = race_attention_forward(module, q, k, v, mask)
     unit = lambda x: rms(x.transpose(1, 2), 1e-6) * 8**-0.5
-    expected = race_attention(unit(q), unit(k), v.transpose(1, 2), module.race_core.planes, 2.0, causal=False, key_mask=mask,
-                              backend="reference")
+    expected = race_attention(
+        unit(q), unit(k), v.transpose(1, 2), module.race_core.planes, 2.0, causal=False, key_mask=mask, backend="reference"
+    )
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("asked", "message"), [
-    ({"softcap": 30.0}, "caps its logits"), ({"s_aux": torch.zeros(4)}, "has attention sinks"),
-    ({"position_bias": torch.zeros(1, 4, 9, 9)}, "adds a position_bias to its logits"),
-    ({"dropout": 0.1}, "drops attention weights"), ({"sliding_window": 4}, "sliding window of 4 tokens and 9 keys")])
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"softcap": 30.0}, "caps its logits"),
+        ({"s_aux": torch.zeros(4)}, "has attention sinks"),
+        ({"position_bias": torch.zeros(1, 4, 9, 9)}, "adds a position_bias to its logits"),
+        ({"dropout": 0.1}, "drops attention weights"),
+        ({"sliding_window": 4}, "sliding window of 4 tokens and 9 keys"),
+    ],
+)
 def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, Any], message: str) -> None:
     from race_dist.integrations.transformers import race_attention_forward
 
@@ -244,11 +272,14 @@ def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, An
         race_attention_forward(module, q, k, v, None, **asked)
 
 
-@pytest.mark.parametrize(("changes", "call", "message"), [
-    ({"attention_dropout": 0.1}, {}, "attention_dropout = 0"),
-    ({}, {"attention_mask": torch.ones(1, 1, 10, 10)}, r"4-dimensional.*keep such layers softmax"),
-    ({}, {"output_attentions": True}, "output_attentions=True asks for weights"),
-])
+@pytest.mark.parametrize(
+    ("changes", "call", "message"),
+    [
+        ({"attention_dropout": 0.1}, {}, "attention_dropout = 0"),
+        ({}, {"attention_mask": torch.ones(1, 1, 10, 10)}, r"4-dimensional.*keep such layers softmax"),
+        ({}, {"output_attentions": True}, "output_attentions=True asks for weights"),
+    ],
+)
 def test_what_race_attention_has_not_is_refused(changes: dict[str, Any], call: dict[str, Any], message: str) -> None:
     model = build("llama", implementation="race", **changes).train()
     with pytest.raises(ValueError, match=message):
@@ -305,5 +336,7 @@ def test_only_the_new_parts_are_trained() -> None:
     model = convert(build("llama"), layers=[1])
     freeze_all_but(model, trained_parts(model, projections=False))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"model.layers.1.self_attn.{n}" for n in ("q_scale", "k_scale", "log_beta", "decay_bias",
-                                                                "decay_proj.weight", "q_conv.weight", "k_conv.weight")}
+    assert trained == {
+        f"model.layers.1.self_attn.{n}"
+        for n in ("q_scale", "k_scale", "log_beta", "decay_bias", "decay_proj.weight", "q_conv.weight", "k_conv.weight")
+    }

@@ -15,14 +15,26 @@ from tests.integrations.hf_models import build, tokens
 
 F64 = torch.float64
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
-ROWS = {"left": "0001111111", "right": "1111111000", "inside": "1110001111", "all over": "0101100110",
-        "one token": "0000010000", "none": "1111111111"}
+ROWS = {
+    "left": "0001111111",
+    "right": "1111111000",
+    "inside": "1110001111",
+    "all over": "0101100110",
+    "one token": "0000010000",
+    "none": "1111111111",
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "race": ("llama", {}), "race-qwen3": ("qwen3", {}), "race-neox": ("gpt_neox", {}), "converted": ("llama", {}),
-    "converted-bias": ("qwen2", {}), "converted-neox": ("gpt_neox", {"race": {"decay": "multiscale", "normalization": "none"}}),
+    "race": ("llama", {}),
+    "race-qwen3": ("qwen3", {}),
+    "race-neox": ("gpt_neox", {}),
+    "converted": ("llama", {}),
+    "converted-bias": ("qwen2", {}),
+    "converted-neox": ("gpt_neox", {"race": {"decay": "multiscale", "normalization": "none"}}),
     "converted-rope": ("llama", {"race": {"decay": "none", "short_conv": 0}}),
-    "converted-inherit": ("llama", {"race": {"decay": "none"}, "inherit_rope": True}), "hybrid": ("llama", {"layers": [0]}),
-    "hybrid-last": ("mistral", {"layers": [1]})}
+    "converted-inherit": ("llama", {"race": {"decay": "none"}, "inherit_rope": True}),
+    "hybrid": ("llama", {"layers": [0]}),
+    "hybrid-last": ("mistral", {"layers": [1]}),
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,7 +55,7 @@ def padded(mask: Tensor, ids: Tensor, pad: int = 55) -> Tensor:
     """``ids [B, n]`` at the real places of each row, as many as there are; ``pad`` elsewhere."""
     rows = torch.full(mask.shape, pad)
     for row, real, source in zip(rows, mask.bool(), ids, strict=True):
-        row[real] = source[:int(real.sum())]
+        row[real] = source[: int(real.sum())]
     return rows
 
 
@@ -69,7 +81,7 @@ def test_real_tokens_get_the_logits_of_the_row_without_padding(model: Any, given
     assert out.isfinite().all()
     for row, name in enumerate(ROWS):
         real = mask[row].bool()
-        alone = logits(model, ids[row:row + 1, :int(real.sum())])[0]
+        alone = logits(model, ids[row : row + 1, : int(real.sum())])[0]
         torch.testing.assert_close(out[row, real], alone, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(other[row, real], alone, **EXACT)
 
@@ -102,7 +114,7 @@ def test_gradients_are_those_of_the_row_without_padding(model: Any) -> None:
 @pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
 def test_a_turn_on_a_warm_cache_goes_on_from_real_tokens(model: Any, given: bool) -> None:
     """Three turns, padding in each."""
-    mask, ids = mask_of("00111" "1101" "01", "11011" "0110" "11"), tokens(2, 9)
+    mask, ids = mask_of("00111110101", "11011011011"), tokens(2, 9)
     rows = padded(mask, ids)
     positions, cache, outs = (mask.cumsum(-1) - 1).clamp(min=0), None, []
     for first, last in ((0, 5), (5, 9), (9, 11)):
@@ -114,7 +126,7 @@ def test_a_turn_on_a_warm_cache_goes_on_from_real_tokens(model: Any, given: bool
     whole = torch.cat(outs, 1)
     for row in range(2):
         real = mask[row].bool()
-        torch.testing.assert_close(whole[row, real], logits(model, ids[row:row + 1, :int(real.sum())])[0], **EXACT)
+        torch.testing.assert_close(whole[row, real], logits(model, ids[row : row + 1, : int(real.sum())])[0], **EXACT)
 
 
 def test_generation_goes_on_from_prompts_padded_anywhere(model: Any) -> None:
@@ -122,11 +134,11 @@ def test_generation_goes_on_from_prompts_padded_anywhere(model: Any) -> None:
     how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     made = model.generate(padded(mask, ids), attention_mask=mask, **how)[:, 6:]
     for row in range(3):
-        alone = ids[row:row + 1, :int(mask[row].sum())]
+        alone = ids[row : row + 1, : int(mask[row].sum())]
         assert torch.equal(made[row], model.generate(alone, attention_mask=torch.ones_like(alone), **how)[0, -5:])
     beams = model.generate(padded(mask, ids), attention_mask=mask, num_beams=2, **how)[:, 6:]
     for row in range(3):
-        alone = ids[row:row + 1, :int(mask[row].sum())]
+        alone = ids[row : row + 1, : int(mask[row].sum())]
         assert torch.equal(beams[row], model.generate(alone, attention_mask=torch.ones_like(alone), num_beams=2, **how)[0, -5:])
 
 

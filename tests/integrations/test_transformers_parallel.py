@@ -38,8 +38,11 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
     if kind == "padded":
         mask = torch.ones_like(ids)
         mask[1, :7] = 0
-        whole |= {"attention_mask": mask, "labels": whole["labels"].masked_fill(mask == 0, -100),
-                  "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        whole |= {
+            "attention_mask": mask,
+            "labels": whole["labels"].masked_fill(mask == 0, -100),
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        }
     return whole
 
 
@@ -61,18 +64,27 @@ def loss_and_gradients(group: Any, mode: str, kind: str, layout: str, checkpoint
     return found
 
 
-@pytest.mark.parametrize(("kind", "layout", "world"), [
-    ("plain", "contiguous", 2), ("plain", "zigzag", 3), ("packed", "contiguous", 3), ("packed", "zigzag", 2),
-    ("padded", "contiguous", 2), ("padded", "zigzag", 2), ("inside", "contiguous", 2), ("inside", "zigzag", 2),
-    ("short", "contiguous", 3)])
+@pytest.mark.parametrize(
+    ("kind", "layout", "world"),
+    [
+        ("plain", "contiguous", 2),
+        ("plain", "zigzag", 3),
+        ("packed", "contiguous", 3),
+        ("packed", "zigzag", 2),
+        ("padded", "contiguous", 2),
+        ("padded", "zigzag", 2),
+        ("inside", "contiguous", 2),
+        ("inside", "zigzag", 2),
+        ("short", "contiguous", 3),
+    ],
+)
 @pytest.mark.parametrize("mode", ["implementation", "converted", "inherited"])
 def test_shares_add_up_to_the_loss_and_gradients_of_one_rank(mode: str, kind: str, layout: str, world: int) -> None:
     expected = loss_and_gradients(None, mode, kind, "contiguous")
     for found in run_ranks(world, loss_and_gradients, mode, kind, layout, checkpointing=mode == "converted"):
         for name, value in expected.items():
             # transformers computes its loss in float32, whatever the model is in
-            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5,
-                                       msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_loss_of_one_rank_is_that_of_transformers() -> None:
@@ -127,12 +139,18 @@ def wrong(group: Any, what: str) -> None:
     model(**mine)
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("softmax", r"layers \[0, 1\] are softmax attention"), ("models", "the ranks do not agree on the model"),
-    ("labels", "labels of a shard need shift_labels"), ("rows", "need a batch of one row; got 2"),
-    ("positions", "position_ids start anew inside a shard"), ("switched", "has become 'sdpa' since sequences are shared"),
-    ("cache", "decoding over a shared sequence"),
-])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("softmax", r"layers \[0, 1\] are softmax attention"),
+        ("models", "the ranks do not agree on the model"),
+        ("labels", "labels of a shard need shift_labels"),
+        ("rows", "need a batch of one row; got 2"),
+        ("positions", "position_ids start anew inside a shard"),
+        ("switched", "has become 'sdpa' since sequences are shared"),
+        ("cache", "decoding over a shared sequence"),
+    ],
+)
 def test_what_cannot_be_shared_is_refused(what: str, message: str) -> None:
     with pytest.raises(RankError, match=message):
         run_ranks(2, wrong, what)
@@ -148,9 +166,19 @@ def train(group: Any, folder: str, sp: int) -> dict[str, Any]:
     rows = [{"input_ids": x, "labels": x.masked_fill(x < 5 + 3 * n, -100)} for n, x in enumerate(tokens(12, 24))]
     world = dist.get_world_size()
     arguments = TrainingArguments(
-        folder, per_device_train_batch_size=sp if world > 1 else 2, per_device_eval_batch_size=2, learning_rate=1e-2,
-        num_train_epochs=2, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, seed=3,
-        gradient_accumulation_steps=1)
+        folder,
+        per_device_train_batch_size=sp if world > 1 else 2,
+        per_device_eval_batch_size=2,
+        learning_rate=1e-2,
+        num_train_epochs=2,
+        use_cpu=True,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+        gradient_accumulation_steps=1,
+    )
     model = make("converted").float()
     options = {"train_dataset": rows, "eval_dataset": rows[:4], "data_collator": stack}
     if sp > 1:
@@ -159,9 +187,12 @@ def train(group: Any, folder: str, sp: int) -> dict[str, Any]:
         trainer = Trainer(model, arguments, **options)
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return {"losses": losses, "eval": trainer.evaluate()["eval_loss"],
-            "weights": [float(p.detach().double().norm()) for p in model.parameters()],
-            "accelerate": accelerated(rows, build_mesh(1, world)["sp"].get_group())}
+    return {
+        "losses": losses,
+        "eval": trainer.evaluate()["eval_loss"],
+        "weights": [float(p.detach().double().norm()) for p in model.parameters()],
+        "accelerate": accelerated(rows, build_mesh(1, world)["sp"].get_group()),
+    }
 
 
 def accelerated(rows: list[dict[str, torch.Tensor]], group: Any) -> list[float]:

@@ -25,8 +25,13 @@ from race_dist.kernels.plan import KERNELS, shared_bytes
 from race_dist.ops import triton as backend
 from race_dist.ops.problem import Problem
 
-WALKS = {"sums": "tile_sums", "out": "walk_out", "queries": "walk_queries", "query_sums": "tile_query_sums",
-         "keys": "walk_keys"}
+WALKS = {
+    "sums": "tile_sums",
+    "out": "walk_out",
+    "queries": "walk_queries",
+    "query_sums": "tile_query_sums",
+    "keys": "walk_keys",
+}
 PIPES = {"sums": "tile_sums", "out": "pipe_out", "queries": "pipe_queries", "keys": "pipe_keys"}
 
 
@@ -47,37 +52,74 @@ class NoCard:
 
 
 CALLS: dict[str, dict[str, object]] = {
-    "plain": {}, "decay": {"decay": True, "normalization": "none"}, "not causal": {"causal": False},
-    "packed, grouped": {"documents": 3, "queries": 8}, "many tables": {"tables": 32, "planes": 1, "decay": True},
-    "many features": {"tables": 1, "planes": 8}, "many features, decay": {"tables": 1, "planes": 7, "decay": True},
+    "plain": {},
+    "decay": {"decay": True, "normalization": "none"},
+    "not causal": {"causal": False},
+    "packed, grouped": {"documents": 3, "queries": 8},
+    "many tables": {"tables": 32, "planes": 1, "decay": True},
+    "many features": {"tables": 1, "planes": 8},
+    "many features, decay": {"tables": 1, "planes": 7, "decay": True},
     "most features, decay": {"tables": 1, "planes": 8, "decay": True, "normalization": "none"},
     "many features, narrow": {"tables": 3, "planes": 5, "value_dim": 64},
-    "float32 planes": {"wide": True}, "trained planes, grouped": {"wide": True, "trained": True, "queries": 8},
+    "float32 planes": {"wide": True},
+    "trained planes, grouped": {"wide": True, "trained": True, "queries": 8},
     "float32 planes, many tables": {"wide": True, "tables": 32, "planes": 1, "decay": True},
-    "trained planes, most features": {"wide": True, "trained": True, "tables": 1, "planes": 8, "decay": True,
-                                      "normalization": "none"},
+    "trained planes, most features": {
+        "wide": True,
+        "trained": True,
+        "tables": 1,
+        "planes": 8,
+        "decay": True,
+        "normalization": "none",
+    },
     "trained planes, many features": {"wide": True, "trained": True, "tables": 1, "planes": 7, "decay": True},
     "trained planes, not causal": {"wide": True, "trained": True, "causal": False},
 }
 
 
-def problem(*, decay: bool = False, normalization: str = "global", causal: bool = True, documents: int = 0, queries: int = 4,
-            dim: int = 128, tables: int = 4, planes: int = 4, value_dim: int = 128, wide: bool = False) -> Problem:
+def problem(
+    *,
+    decay: bool = False,
+    normalization: str = "global",
+    causal: bool = True,
+    documents: int = 0,
+    queries: int = 4,
+    dim: int = 128,
+    tables: int = 4,
+    planes: int = 4,
+    value_dim: int = 128,
+    wide: bool = False,
+) -> Problem:
     """A call's tensors, without their elements. ``wide``: float32 planes."""
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
     cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
     hyperplanes = make(4, tables, planes, dim, dtype=torch.float32 if wide else torch.bfloat16)
-    return Problem(make(1, 8192, queries, dim), make(1, 8192, 4, dim), make(1, 8192, 4, value_dim), hyperplanes,
-                   make(4, dtype=torch.float32), log_decay, None, cu_seqlens, None, causal, normalization)  # type: ignore[arg-type]
+    return Problem(
+        make(1, 8192, queries, dim),
+        make(1, 8192, 4, dim),
+        make(1, 8192, 4, value_dim),
+        hyperplanes,
+        make(4, dtype=torch.float32),
+        log_decay,
+        None,
+        cu_seqlens,
+        None,
+        causal,
+        normalization,
+    )  # type: ignore[arg-type]
 
 
 def assembled(ptx: str) -> dict[str, int | str]:
     """What ptxas says of a pipeline: bytes that its threads spill, and why it runs matrix products one by one, if it does."""
     with tempfile.TemporaryDirectory() as folder:
         (source := Path(folder) / "kernel.ptx").write_text(ptx, encoding="utf-8")
-        run = subprocess.run([knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"],
-                             capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{folder}/kernel.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     spills = re.search(r"(\d+) bytes spill stores", run.stderr)
     why = re.search(r"serialized due to (.*) in (the )?function", run.stderr)
     assert spills is not None, run.stderr
@@ -97,6 +139,7 @@ def main() -> None:
     def getitem(self: JITFunction, grid: object) -> object:
         def run(*args: object, **options: object) -> None:
             made[self.__name__] = self.warmup(*args, grid=grid, **options)
+
         return run
 
     JITFunction.__getitem__ = getitem
@@ -112,8 +155,11 @@ def main() -> None:
             kernel = PIPES.get(name, "") if plan.pipe else WALKS[name]
             if kernel:
                 bound = limit if plan.pipe and name in PIPES else shared_bytes(name, plan[name].spec)
-                found[f"{call}: {kernel}"] = {"shared": made[kernel].metadata.shared, "bound": bound,
-                                              **(assembled(made[kernel].asm["ptx"]) if kernel.startswith("pipe") else {})}
+                found[f"{call}: {kernel}"] = {
+                    "shared": made[kernel].metadata.shared,
+                    "bound": bound,
+                    **(assembled(made[kernel].asm["ptx"]) if kernel.startswith("pipe") else {}),
+                }
     print(json.dumps(found))
 
 

@@ -17,8 +17,10 @@ from tests.ops.cases import relative_error
 
 def double(p: Problem) -> Problem:
     """The same problem in float64."""
+
     def cast(x: object) -> object:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
     return Problem(**{f.name: cast(getattr(p, f.name)) for f in fields(Problem)})  # type: ignore[arg-type]
 
 
@@ -28,10 +30,24 @@ def both(p: Problem, dout: Tensor, dfinal: SketchState | None, *, need_planes: b
     return saved, triton_backend.backward(p, saved, dout, dfinal, need_planes=need_planes)
 
 
-def problem(*, length: int = 4096, heads: int = 4, repeats: int = 1, dim: int = 128, tables: int = 4, planes: int = 4,
-            mean: float = 0.0, decay: bool = False, dtype: torch.dtype = torch.bfloat16, beta: float = 2.0,
-            causal: bool = True, normalization: str = "global", device: str = "cuda",
-            plane_dtype: torch.dtype = torch.bfloat16, trained: bool = False) -> Problem:
+def problem(
+    *,
+    length: int = 4096,
+    heads: int = 4,
+    repeats: int = 1,
+    dim: int = 128,
+    tables: int = 4,
+    planes: int = 4,
+    mean: float = 0.0,
+    decay: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    beta: float = 2.0,
+    causal: bool = True,
+    normalization: str = "global",
+    device: str = "cuda",
+    plane_dtype: torch.dtype = torch.bfloat16,
+    trained: bool = False,
+) -> Problem:
     """Normal rows, values with a mean. ``trained``: planes that are no bfloat16 numbers."""
     g = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, length, n, dim, device=device, generator=g) for n in (heads * repeats, heads, heads))
@@ -39,13 +55,34 @@ def problem(*, length: int = 4096, heads: int = 4, repeats: int = 1, dim: int = 
     hyperplanes = sample_planes(tables, planes, dim, num_heads=heads, seed=0, device=device, dtype=plane_dtype)
     if trained:
         hyperplanes = hyperplanes * (1 + 0.01 * torch.randn(hyperplanes.shape, device=device, generator=g).to(plane_dtype))
-    return Problem(q.to(dtype), k.to(dtype), (v + mean).to(dtype), hyperplanes, torch.full((heads,), beta, device=device),
-                   log_decay, None, None, None, causal, normalization)  # type: ignore[arg-type]
+    return Problem(
+        q.to(dtype),
+        k.to(dtype),
+        (v + mean).to(dtype),
+        hyperplanes,
+        torch.full((heads,), beta, device=device),
+        log_decay,
+        None,
+        None,
+        None,
+        causal,
+        normalization,
+    )  # type: ignore[arg-type]
 
 
-def drawn(*, length: int = 1000, dim: int = 128, value_dim: int | None = None, batch: int = 1, decay: str = "",
-          documents: list[int] | None = None, masked: bool = False, states: bool = False, device: str = "cuda",
-          **options: object) -> tuple[Problem, Tensor, SketchState | None]:
+def drawn(
+    *,
+    length: int = 1000,
+    dim: int = 128,
+    value_dim: int | None = None,
+    batch: int = 1,
+    decay: str = "",
+    documents: list[int] | None = None,
+    masked: bool = False,
+    states: bool = False,
+    device: str = "cuda",
+    **options: object,
+) -> tuple[Problem, Tensor, SketchState | None]:
     """A problem with every option, and gradients of its output and final state. ``decay``: "", "token", or "hard", with
     resets; ``documents``: where they begin, and the end; ``states``: an initial state and a gradient of the final one."""
     g = torch.Generator(device).manual_seed(1)
@@ -71,16 +108,18 @@ def drawn(*, length: int = 1000, dim: int = 128, value_dim: int | None = None, b
     return replace(p, initial=initial), dout, SketchState(0.1 * normal(*shape), 0.1 * normal(*shape, p.v.shape[3]))
 
 
-def check_pipelines(p: Problem, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2, *,
-                    need_planes: bool = False) -> None:
+def check_pipelines(
+    p: Problem, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2, *, need_planes: bool = False
+) -> None:
     """The pipelines serve ``p``, and agree with the chunked pass in float64 to the rounding of their operands: gradients to
     ``most`` of their norms, which count as no smaller than 1e-5 of the output gradient's (where one token is alone, that of
     its query is 0)."""
     assert triton_backend._Call(p, need_planes, (dout,)).plan.pipe
     forward, gradients = both(p, dout, dfinal, need_planes=need_planes)
     right = chunked.forward(double(p))
-    right_gradients = chunked.backward(double(p), right, dout.double(), None if dfinal is None else dfinal.to(torch.float64),
-                                       need_planes=need_planes)
+    right_gradients = chunked.backward(
+        double(p), right, dout.double(), None if dfinal is None else dfinal.to(torch.float64), need_planes=need_planes
+    )
     floor = 1e-5 * float(dout.double().norm())
     found = {"out": relative_error(forward.out, right.out), "final": relative_error(forward.final.values, right.final.values)}
     for part in ("q", "k", "v", "beta", "log_decay", "planes"):
@@ -91,8 +130,9 @@ def check_pipelines(p: Problem, dout: Tensor, dfinal: SketchState | None, most: 
     if dfinal is not None:
         for part in ("mass", "values"):
             if p.normalization == "global" or part == "values":
-                found[f"dinitial.{part}"] = relative_error(getattr(gradients.initial, part),
-                                                           getattr(right_gradients.initial, part), floor)
+                found[f"dinitial.{part}"] = relative_error(
+                    getattr(gradients.initial, part), getattr(right_gradients.initial, part), floor
+                )
     assert max(found["out"], found["final"]) <= 4e-3, found
     assert found.pop("dbeta") <= 5e-2, found  # a sum over all tokens that nearly cancels
     assert max(found.values()) <= most, found

@@ -16,8 +16,14 @@ from tests.kernels.compile_only import CALLS, PIPES
 
 def figures(*arguments: object) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-m", "tests.kernels.compile_only", *map(str, arguments)], env=environment,
-                         capture_output=True, text=True, timeout=280, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_only", *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 

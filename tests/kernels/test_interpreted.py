@@ -26,8 +26,9 @@ SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, docume
 @pytest.fixture(autouse=True)
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 and tiles of 32 tokens, so that a few dozen tokens cross both."""
-    monkeypatch.setattr(backend, "make_plan", lambda spec, work, **limits: make_plan(
-        spec, work, **limits | {"chunk": 16, "tile": 32}))
+    monkeypatch.setattr(
+        backend, "make_plan", lambda spec, work, **limits: make_plan(spec, work, **limits | {"chunk": 16, "tile": 32})
+    )
     backend.forget_plans()
 
 
@@ -54,15 +55,24 @@ def test_bfloat16_rounds_as_on_a_card(seed: int) -> None:
 
 def test_many_features_go_in_blocks() -> None:
     """A table of 128 corners is two blocks that share their planes."""
-    case = next(c for c in (draw(seed, replace(SMALL, length=20, tables=1, planes=7, repeats=1, heads=1), dtype=torch.float32)
-                            for seed in range(200)) if c.problem.features == 128 and c.problem.normalization == "global")
+    case = next(
+        c
+        for c in (
+            draw(seed, replace(SMALL, length=20, tables=1, planes=7, repeats=1, heads=1), dtype=torch.float32)
+            for seed in range(200)
+        )
+        if c.problem.features == 128 and c.problem.normalization == "global"
+    )
     assert max(run(case).values()) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> None:
-    case = next(c for c in (draw(seed, replace(SMALL, length=1), dtype=torch.float32) for seed in range(200))
-                if backend._is_decoding(c.problem) and c.problem.initial is not None)
+    case = next(
+        c
+        for c in (draw(seed, replace(SMALL, length=1), dtype=torch.float32) for seed in range(200))
+        if backend._is_decoding(c.problem) and c.problem.initial is not None
+    )
     assert case.problem.initial is not None
     large = SketchState(case.problem.initial.mass.to(dtype) + 2.0**25, case.problem.initial.values.to(dtype))
     case = replace(case, problem=replace(case.problem, initial=large, log_decay=None))
@@ -76,8 +86,11 @@ def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> No
 
 def test_a_chain_of_pieces_is_the_whole() -> None:
     """What is begun: the final state without the read-out; the initial state's gradient."""
-    case = next(c for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
-                if c.problem.causal and c.problem.initial is not None and c.problem.q.shape[1] > 20)
+    case = next(
+        c
+        for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
+        if c.problem.causal and c.problem.initial is not None and c.problem.q.shape[1] > 20
+    )
     p = case.problem
     forward = backend.forward(p)
     final = backend.begin_forward(p).state
@@ -96,15 +109,30 @@ def test_a_chain_of_pieces_is_the_whole() -> None:
 
 def test_the_public_call_reaches_it() -> None:
     """One custom op for every backend: same results, and a shape of saved states that is known beforehand."""
-    case = next(c for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100)) if c.problem.cu_seqlens is not None
-                and c.problem.causal and c.problem.log_decay is not None and 0 < c.problem.q.shape[1] < 30)
+    case = next(
+        c
+        for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
+        if c.problem.cu_seqlens is not None
+        and c.problem.causal
+        and c.problem.log_decay is not None
+        and 0 < c.problem.q.shape[1] < 30
+    )
     p = case.problem
     assert tuple(backend.forward(p).states.shape) == backend.states_shape(p)
     results = []
     for name in ("triton", "chunked"):
         leaves = [x.clone().requires_grad_() for x in (p.q, p.k, p.v)]
-        out = race_attention(*leaves, p.planes, p.beta, normalization=p.normalization, cu_seqlens=p.cu_seqlens,
-                             key_mask=p.key_mask, log_decay=p.log_decay, initial_state=p.initial, backend=name)
+        out = race_attention(
+            *leaves,
+            p.planes,
+            p.beta,
+            normalization=p.normalization,
+            cu_seqlens=p.cu_seqlens,
+            key_mask=p.key_mask,
+            log_decay=p.log_decay,
+            initial_state=p.initial,
+            backend=name,
+        )
         results.append([out.detach(), *torch.autograd.grad(out, leaves, case.dout)])
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
@@ -120,8 +148,20 @@ def test_the_custom_op_is_registered_right_for_it() -> None:
     """With symbolic sizes too: the states' shape comes from a plan."""
     p = draw(4, replace(SMALL, length=40), dtype=torch.float32).problem
     initial = (None, None) if p.initial is None else p.initial.tensors()
-    arguments = (p.q.requires_grad_(), p.k.requires_grad_(), p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens,
-                 *initial, p.causal, p.normalization, "triton")
+    arguments = (
+        p.q.requires_grad_(),
+        p.k.requires_grad_(),
+        p.v,
+        p.planes,
+        p.beta,
+        p.log_decay,
+        p.key_mask,
+        p.cu_seqlens,
+        *initial,
+        p.causal,
+        p.normalization,
+        "triton",
+    )
     torch.library.opcheck(torch.ops.race_dist.attention.default, arguments)
 
 
@@ -143,8 +183,12 @@ def test_masked_tokens_are_absent(decay: str, normalization: str) -> None:
 
 
 def test_a_masked_token_is_decoded_past() -> None:
-    check(inputs("token", "global", length=1, dtype=torch.float32), torch.tensor([[True], [False], [False]]), 1e-5,
-          backend="triton")
+    check(
+        inputs("token", "global", length=1, dtype=torch.float32),
+        torch.tensor([[True], [False], [False]]),
+        1e-5,
+        backend="triton",
+    )
 
 
 def test_masked_tokens_in_packed_documents() -> None:

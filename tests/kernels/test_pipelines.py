@@ -24,31 +24,56 @@ MOST = 1.5e-2  # of gradients, as of the random problems on a card: few tokens, 
 def planned(spec: Spec, work: int, **options: object) -> Plan:
     """A card's plan; what is not a pipeline runs in Triton's interpreter, which has no copy engine."""
     plan = make_plan(spec, work, **options)  # type: ignore[arg-type]
-    return replace(plan, launches={name: launch if name in PIPES else replace(launch, spec=replace(launch.spec, bulk=False))
-                                   for name, launch in plan.launches.items()})
+    return replace(
+        plan,
+        launches={
+            name: launch if name in PIPES else replace(launch, spec=replace(launch.spec, bulk=False))
+            for name, launch in plan.launches.items()
+        },
+    )
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend believes that it is on a Hopper card, of two multiprocessors: then tiles are a few chunks long."""
     pipes = {name: emulated(kernel) for name, kernel in backend._pipes().items()}
-    for name, value in {"make_plan": planned, "_has_pipes": lambda device: True, "_bulk": lambda *tensors: True,
-                        "_processors": lambda device: 2, "_pipes": lambda: pipes}.items():
+    for name, value in {
+        "make_plan": planned,
+        "_has_pipes": lambda device: True,
+        "_bulk": lambda *tensors: True,
+        "_processors": lambda device: 2,
+        "_pipes": lambda: pipes,
+    }.items():
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
     backend.forget_plans()
 
 
 PROBLEMS: dict[str, dict[str, object]] = {
-    "one token": {"length": 1, "batch": 2}, "one chunk": {"length": 64}, "ragged": {"length": 301, "states": True},
-    "grouped": {"length": 161, "repeats": 3}, "masked": {"length": 150, "masked": True, "dim": 64},
+    "one token": {"length": 1, "batch": 2},
+    "one chunk": {"length": 64},
+    "ragged": {"length": 301, "states": True},
+    "grouped": {"length": 161, "repeats": 3},
+    "masked": {"length": 150, "masked": True, "dim": 64},
     "narrow values": {"length": 150, "value_dim": 72, "dim": 96},
     "many tables": {"length": 150, "tables": 32, "planes": 1, "decay": "token"},
     "many features": {"length": 150, "tables": 1, "planes": 8, "states": True},
-    "many features, decay": {"length": 150, "tables": 2, "planes": 7, "decay": "token", "normalization": "none",
-                             "states": True},
-    "many features, documents": {"documents": [0, 64, 128, 150, 150, 210], "length": 210, "tables": 3, "planes": 5,
-                                 "masked": True, "decay": "token"},
+    "many features, decay": {
+        "length": 150,
+        "tables": 2,
+        "planes": 7,
+        "decay": "token",
+        "normalization": "none",
+        "states": True,
+    },
+    "many features, documents": {
+        "documents": [0, 64, 128, 150, 150, 210],
+        "length": 210,
+        "tables": 3,
+        "planes": 5,
+        "masked": True,
+        "decay": "token",
+    },
     "many features, one column block": {"length": 150, "tables": 1, "planes": 8, "value_dim": 64},
     "many features, narrow values": {"length": 150, "tables": 3, "planes": 5, "value_dim": 72, "states": True},
     "decay and a denominator": {"length": 300, "decay": "token", "states": True},
@@ -67,7 +92,8 @@ def test_pipelines_agree_with_float64(name: str) -> None:
 
 
 PLANES: dict[str, dict[str, object]] = {
-    "one block": {"length": 150, "states": True}, "grouped, masked": {"length": 161, "repeats": 3, "masked": True},
+    "one block": {"length": 150, "states": True},
+    "grouped, masked": {"length": 161, "repeats": 3, "masked": True},
     "not causal": {"length": 150, "causal": False, "repeats": 2, "value_dim": 72},
     "many features": {"length": 150, "tables": 1, "planes": 8, "decay": "token", "normalization": "none"},
     "many tables, documents": {"documents": [0, 64, 128, 150, 150, 210], "length": 210, "tables": 3, "planes": 5},
@@ -79,8 +105,15 @@ PLANES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("name", PLANES)
 def test_float32_planes_are_not_rounded(name: str, trained: bool) -> None:
     """Planes as ``sample_planes`` returns them by default, and trained ones, which get a gradient."""
-    p, dout, dfinal = drawn(device="cpu", **{"heads": 1, "plane_dtype": torch.float32, "trained": trained,  # type: ignore[arg-type]
-                                             **PLANES[name]})
+    p, dout, dfinal = drawn(
+        device="cpu",
+        **{
+            "heads": 1,
+            "plane_dtype": torch.float32,
+            "trained": trained,  # type: ignore[arg-type]
+            **PLANES[name],
+        },
+    )
     check_pipelines(p, dout, dfinal, MOST, need_planes=trained)
 
 
@@ -92,12 +125,27 @@ def test_random_problems_agree_with_float64(seed: int) -> None:
     tables, planes = g.choice([(4, 4), (2, 5), (1, 6), (3, 3), (5, 2), (16, 1), (1, 7), (5, 3)])
     many = tables * 2**planes > 64
     causal = many or g.random() < 0.8
-    check_pipelines(*drawn(
-        device="cpu", length=length, heads=g.randint(1, 2), batch=1 if packed else g.randint(1, 2),
-        repeats=1 if many else g.randint(1, 3), dim=8 * g.randint(2, 16), value_dim=8 * g.randint(2, 16), tables=tables,
-        planes=planes, causal=causal, normalization=g.choice(["global", "none"]), masked=g.random() < 0.3,
-        decay=g.choice(["", "", "token", "hard"]) if causal else "", states=g.random() < 0.5, mean=g.choice([0.0, 1.0]),
-        documents=[0, *sorted(g.randint(0, length) for _ in range(3)), length] if packed else None), MOST)
+    check_pipelines(
+        *drawn(
+            device="cpu",
+            length=length,
+            heads=g.randint(1, 2),
+            batch=1 if packed else g.randint(1, 2),
+            repeats=1 if many else g.randint(1, 3),
+            dim=8 * g.randint(2, 16),
+            value_dim=8 * g.randint(2, 16),
+            tables=tables,
+            planes=planes,
+            causal=causal,
+            normalization=g.choice(["global", "none"]),
+            masked=g.random() < 0.3,
+            decay=g.choice(["", "", "token", "hard"]) if causal else "",
+            states=g.random() < 0.5,
+            mean=g.choice([0.0, 1.0]),
+            documents=[0, *sorted(g.randint(0, length) for _ in range(3)), length] if packed else None,
+        ),
+        MOST,
+    )
 
 
 @pytest.mark.usefixtures("hopper")

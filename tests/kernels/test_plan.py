@@ -13,8 +13,26 @@ from race_dist.kernels.plan import KERNELS, Spec, make_plan, shared_bytes, work_
 from race_dist.kernels.tiles import LONGEST, fitted_tile
 
 HOPPER, AMPERE, ADA = 232_448, 166_912, 101_376
-BASE = Spec(D=128, Dv=128, L=4, P=4, G=1, C=0, SB=0, stages=0, causal=True, is_global=True, is_bucket=False, decay=False,
-            masked=False, packed=False, f32=False, half=False, split_planes=False, bulk=False)
+BASE = Spec(
+    D=128,
+    Dv=128,
+    L=4,
+    P=4,
+    G=1,
+    C=0,
+    SB=0,
+    stages=0,
+    causal=True,
+    is_global=True,
+    is_bucket=False,
+    decay=False,
+    masked=False,
+    packed=False,
+    f32=False,
+    half=False,
+    split_planes=False,
+    bulk=False,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +42,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("limit", [HOPPER, AMPERE, ADA])
-@pytest.mark.parametrize("change", [{}, {"G": 8}, {"L": 1, "P": 8}, {"f32": True}, {"is_bucket": True, "is_global": False},
-                                    {"D": 256, "Dv": 256}, {"D": 16, "Dv": 16}, {"L": 1, "P": 10}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"G": 8},
+        {"L": 1, "P": 8},
+        {"f32": True},
+        {"is_bucket": True, "is_global": False},
+        {"D": 256, "Dv": 256},
+        {"D": 16, "Dv": 16},
+        {"L": 1, "P": 10},
+    ],
+)
 def test_every_kernel_fits_the_card(limit: int, change: dict[str, int | bool]) -> None:
     plan = make_plan(replace(BASE, **change), 2**23, shared_limit=limit)
     for kernel in KERNELS:
@@ -47,12 +76,27 @@ def test_families() -> None:
     assert make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER)["out"].spec.NSB == 4
 
 
-@pytest.mark.parametrize(("change", "pipe"), [
-    ({}, True), ({"causal": False}, True), ({"G": 8}, True), ({"Dv": 256}, False), ({"bulk": False}, False),
-    ({"need_planes": True}, True), ({"split_planes": True}, True), ({"f32": True}, False), ({"half": True}, False),
-    ({"L": 1, "P": 8}, True), ({"L": 1, "P": 8, "G": 2}, False), ({"L": 1, "P": 8, "causal": False}, False),
-    ({"L": 1, "P": 8, "decay": True}, False), ({"L": 1, "P": 8, "decay": True, "is_global": False}, True),
-    ({"L": 1, "P": 7, "decay": True}, True), ({"L": 3, "P": 6, "decay": True}, False)])
+@pytest.mark.parametrize(
+    ("change", "pipe"),
+    [
+        ({}, True),
+        ({"causal": False}, True),
+        ({"G": 8}, True),
+        ({"Dv": 256}, False),
+        ({"bulk": False}, False),
+        ({"need_planes": True}, True),
+        ({"split_planes": True}, True),
+        ({"f32": True}, False),
+        ({"half": True}, False),
+        ({"L": 1, "P": 8}, True),
+        ({"L": 1, "P": 8, "G": 2}, False),
+        ({"L": 1, "P": 8, "causal": False}, False),
+        ({"L": 1, "P": 8, "decay": True}, False),
+        ({"L": 1, "P": 8, "decay": True, "is_global": False}, True),
+        ({"L": 1, "P": 7, "decay": True}, True),
+        ({"L": 3, "P": 6, "decay": True}, False),
+    ],
+)
 def test_pipelines_are_chosen_where_they_fit(change: dict[str, int | bool], pipe: bool) -> None:
     spec = replace(BASE, bulk=True)
     assert make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER, hopper=True).pipe == pipe

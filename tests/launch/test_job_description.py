@@ -9,9 +9,21 @@ import pytest
 from race_dist.launch.job import JobConfig, load_job, parse_time, slurm_time, template_names
 
 
-@pytest.mark.parametrize(("text", "seconds"), [
-    ("90m", 5400), ("24h", 86400), ("7d", 604800), ("45s", 45), ("30", 1800), ("1:30", 90), ("12:00:00", 43200),
-    ("1-00:00:00", 86400), ("2-03:30", 2 * 86400 + 3 * 3600 + 30 * 60), (60, 3600)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90m", 5400),
+        ("24h", 86400),
+        ("7d", 604800),
+        ("45s", 45),
+        ("30", 1800),
+        ("1:30", 90),
+        ("12:00:00", 43200),
+        ("1-00:00:00", 86400),
+        ("2-03:30", 2 * 86400 + 3 * 3600 + 30 * 60),
+        (60, 3600),
+    ],
+)
 def test_times_are_read_as_slurm_reads_them(text: object, seconds: int) -> None:
     assert parse_time(text) == seconds
 
@@ -62,23 +74,26 @@ def test_a_file_and_changes_make_a_job(tmp_path: Path) -> None:
     assert job.mounts == ("/a:/b:ro",)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (["node=2"], "unknown key node; did you mean nodes"),
-    (["slurm.acount=x"], "unknown key slurm.acount; did you mean slurm.account"),
-    (["nodes=0"], "nodes must be at least 1; got 0"),
-    (["time=later"], "a time must look like"),
-    (["time=2m"], "leaves nothing of the time limit"),
-    (["fabric=token-ring"], "fabric 'token-ring' is not known; known are none, "),
-    (["env.a-b=1"], "a-b"),
-    (['env.A="x\\ny"'], "control characters"),
-    (['slurm.partition="a b"'], "slurm.partition"),
-    (['slurm.directives.comment="a\\n#SBATCH --account=other"'], "control characters"),
-    (["mounts=['/a:/b']"], "mounts are for a container"),
-    (["mounts=['a:b']", "container.image=x"], "a mount must be"),
-    (["venv=/v", "container.image=x"], "one of them"),
-    (["nodes"], "not of the form key=value"),
-    (["nodes.x=1", "nodes.x.y=2"], "is a value, not a table"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["node=2"], "unknown key node; did you mean nodes"),
+        (["slurm.acount=x"], "unknown key slurm.acount; did you mean slurm.account"),
+        (["nodes=0"], "nodes must be at least 1; got 0"),
+        (["time=later"], "a time must look like"),
+        (["time=2m"], "leaves nothing of the time limit"),
+        (["fabric=token-ring"], "fabric 'token-ring' is not known; known are none, "),
+        (["env.a-b=1"], "a-b"),
+        (['env.A="x\\ny"'], "control characters"),
+        (['slurm.partition="a b"'], "slurm.partition"),
+        (['slurm.directives.comment="a\\n#SBATCH --account=other"'], "control characters"),
+        (["mounts=['/a:/b']"], "mounts are for a container"),
+        (["mounts=['a:b']", "container.image=x"], "a mount must be"),
+        (["venv=/v", "container.image=x"], "one of them"),
+        (["nodes"], "not of the form key=value"),
+        (["nodes.x=1", "nodes.x.y=2"], "is a value, not a table"),
+    ],
+)
 def test_mistakes_are_named(changes: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_job(None, changes)

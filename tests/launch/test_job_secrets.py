@@ -33,14 +33,28 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def expanded(text: str, variables: dict[str, str]) -> str:
     """What a container gets: Kubernetes replaces $(NAME) of known names, and $$ by a dollar."""
+
     def value(match: re.Match[str]) -> str:
         return "$" if match[0] == "$$" else variables.get(match[1], match[0])
+
     return re.sub(r"\$\$|\$\(([^)]*)\)", value, text)
 
 
 @pytest.mark.parametrize("bad", BREAKS)
-@pytest.mark.parametrize("key", ["venv", "logs", "cache", "env.A", "slurm.constraint", "slurm.directives.comment",
-                                 "container.image", "kubernetes.runs", "kubernetes.node_selector.zone"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "venv",
+        "logs",
+        "cache",
+        "env.A",
+        "slurm.constraint",
+        "slurm.directives.comment",
+        "container.image",
+        "kubernetes.runs",
+        "kubernetes.node_selector.zone",
+    ],
+)
 def test_no_field_of_a_job_takes_a_control_character(key: str, bad: str) -> None:
     escaped = "".join(f"\\u{ord(c):04x}" for c in bad)
     with pytest.raises(ValueError, match=r"control characters"):
@@ -58,7 +72,8 @@ def test_no_part_of_a_run_takes_one(field: str, bad: str) -> None:
 
 
 def test_a_line_break_in_the_configurations_runs_or_the_working_folder_is_named(
-        config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for override in ("runs='''a\ntouch PLANTED #'''", 'runs="a\\ntouch PLANTED"'):
         with pytest.raises(ValueError, match=r"(runs|--override).*line break"):
             start.describe(config, [override], "slurm", ["device=cpu"])
@@ -66,9 +81,12 @@ def test_a_line_break_in_the_configurations_runs_or_the_working_folder_is_named(
     folder.mkdir()
     monkeypatch.chdir(folder)
     job, run = load_job("slurm", ["device=cpu"]), Run(config, "run", tmp_path)
-    for write in (lambda: render(job, run, tmp_path), lambda: slurm._task(job, run, {}),
-                  lambda: slurm.submitit_parameters(job, "run", tmp_path), lambda: start.torchrun(
-                      job, run, endpoint=None, node_rank=None, local_address=None, dry_run=True)):
+    for write in (
+        lambda: render(job, run, tmp_path),
+        lambda: slurm._task(job, run, {}),
+        lambda: slurm.submitit_parameters(job, "run", tmp_path),
+        lambda: start.torchrun(job, run, endpoint=None, node_rank=None, local_address=None, dry_run=True),
+    ):
         with pytest.raises(ValueError, match=r"working folder.*line break"):
             write()
 
@@ -98,10 +116,23 @@ def test_a_log_is_found_in_a_folder_whose_name_reads_as_a_pattern(tmp_path: Path
     assert stat.S_IMODE(record.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize(("name", "secret"), [
-    ("WANDB_API_KEY", True), ("HF_TOKEN", True), ("AWS_SECRET_ACCESS_KEY", True), ("db_password", True), ("APIKEY", True),
-    ("GOOGLE_APPLICATION_CREDENTIALS", True), ("GITHUB_PAT", True), ("TOKENIZERS_PARALLELISM", False), ("MAX_TOKENS", False),
-    ("NCCL_DEBUG", False), ("PATH", False), ("MASTER_PORT", False)])
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("WANDB_API_KEY", True),
+        ("HF_TOKEN", True),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("db_password", True),
+        ("APIKEY", True),
+        ("GOOGLE_APPLICATION_CREDENTIALS", True),
+        ("GITHUB_PAT", True),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("MAX_TOKENS", False),
+        ("NCCL_DEBUG", False),
+        ("PATH", False),
+        ("MASTER_PORT", False),
+    ],
+)
 def test_secrets_are_known_by_their_names(name: str, secret: bool) -> None:
     assert is_secret(name) == secret
     assert is_secret("HTTPS_PROXY", "http://me:word@proxy:80") != is_secret("HTTPS_PROXY", "http://proxy:80")
@@ -143,8 +174,9 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder, seen = tmp_path / "bin", tmp_path / "seen.json"
     folder.mkdir()
     (folder / "sbatch").write_text('#!/bin/sh\nfor last; do :; done\nSLURM_JOB_ID=5 bash "$last" >&2\necho 5\n')
-    (folder / "srun").write_text("#!/usr/bin/env python3\nimport json, os, sys\n"
-                                 f"json.dump([sys.argv[1:], dict(os.environ)], open({str(seen)!r}, 'w'))\n")
+    (folder / "srun").write_text(
+        f"#!/usr/bin/env python3\nimport json, os, sys\njson.dump([sys.argv[1:], dict(os.environ)], open({str(seen)!r}, 'w'))\n"
+    )
     for file in folder.iterdir():
         file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -152,26 +184,32 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_slurm_job_gets_its_secrets_from_the_environment_of_sbatch(
-        config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = fake_slurm(tmp_path, monkeypatch)
     monkeypatch.setenv("MY_TOKEN", "from the shell")
     monkeypatch.setenv("MASTER_PORT", "1")  # of another job
-    job, run = start.describe(config, (), "slurm", [
-        "device=cpu", f"env.WANDB_API_KEY={SECRET}", 'env.HF_TOKEN={from_env="MY_TOKEN"}', 'env.PLAIN="$HOME; touch PLANTED"'])
+    job, run = start.describe(
+        config,
+        (),
+        "slurm",
+        ["device=cpu", f"env.WANDB_API_KEY={SECRET}", 'env.HF_TOKEN={from_env="MY_TOKEN"}', 'env.PLAIN="$HOME; touch PLANTED"'],
+    )
     slurm.submit_script(job, run)
     words, environment = json.loads(seen.read_text())
     assert (environment["WANDB_API_KEY"], environment["HF_TOKEN"]) == (SECRET, "from the shell")
     assert environment["PLAIN"] == "$HOME; touch PLANTED"
     assert "MASTER_PORT" not in environment
-    assert words[-len(run.arguments(job)):] == run.arguments(job)
+    assert words[-len(run.arguments(job)) :] == run.arguments(job)
     for file in (p for p in (tmp_path / "runs").rglob("*") if p.is_file()):
         assert SECRET not in file.read_text()
         assert not file.stat().st_mode & 0o077, file
     assert not list(tmp_path.rglob("PLANTED"))
     script = next((tmp_path / "runs").rglob("job.sbatch"))
     monkeypatch.delenv("MY_TOKEN")
-    done = subprocess.run(["bash", str(script)], env={**os.environ, "SLURM_JOB_ID": "6"}, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        ["bash", str(script)], env={**os.environ, "SLURM_JOB_ID": "6"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode
     assert "is not in the job environment" in done.stderr
     with pytest.raises(ValueError, match=r"env.HF_TOKEN is taken from the environment variable MY_TOKEN, which is not set"):
@@ -197,8 +235,9 @@ def test_files_of_jobs_are_their_users_own(config: Path, tmp_path: Path) -> None
         file = tmp_path / f"{mode}.job"
         file.write_text("older")
         file.chmod(0o666)
-        job, run = start.describe(config, (), None, ["device=cpu", "container.image=x", "kubernetes.claims={d='/runs'}",
-                                                     "container.runtime=docker"])
+        job, run = start.describe(
+            config, (), None, ["device=cpu", "container.image=x", "kubernetes.claims={d='/runs'}", "container.runtime=docker"]
+        )
         extra: dict[str, Any] = {"array": (), "plain": True} if mode == 0o700 else {}
         verb(job, run, write=file, dry_run=False, **extra)
         assert stat.S_IMODE(file.stat().st_mode) == mode
@@ -210,9 +249,19 @@ def test_files_of_jobs_are_their_users_own(config: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["cost $(PYTHONUNBUFFERED)", "$$(A)", "$HOME $", "$$$(PATH)$$", "$(unclosed"])
 def test_text_arrives_in_a_pod_as_it_was_given(config: Path, text: str) -> None:
-    job, run = start.describe(config, [f"sample.prompt='{text}'"], None, [
-        "device=cpu", "container.image=x", "kubernetes.claims={d='/runs'}", f"env.A='{text}'", f"env.HF_TOKEN={SECRET}",
-        'env.OTHER={secret="team", key="k"}'])
+    job, run = start.describe(
+        config,
+        [f"sample.prompt='{text}'"],
+        None,
+        [
+            "device=cpu",
+            "container.image=x",
+            "kubernetes.claims={d='/runs'}",
+            f"env.A='{text}'",
+            f"env.HF_TOKEN={SECRET}",
+            'env.OTHER={secret="team", key="k"}',
+        ],
+    )
     _, jobset = kubernetes.manifest(job, run)
     container = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     known = {"PYTHONUNBUFFERED": "1", "A": "a", "PATH": "/bin", "JOB_COMPLETION_INDEX": "3"}
@@ -226,9 +275,20 @@ def test_text_arrives_in_a_pod_as_it_was_given(config: Path, text: str) -> None:
 
 
 def test_kubernetes_secrets_are_made_apart_and_not_written(
-        config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, run = start.describe(config, (), None, ["device=cpu", "container.image=x", "kubernetes.claims={d='/runs'}",
-                                                 f"env.HF_TOKEN={SECRET}", 'env.OTHER={secret="team", key="k"}'])
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, run = start.describe(
+        config,
+        (),
+        None,
+        [
+            "device=cpu",
+            "container.image=x",
+            "kubernetes.claims={d='/runs'}",
+            f"env.HF_TOKEN={SECRET}",
+            'env.OTHER={secret="team", key="k"}',
+        ],
+    )
     calls: list[tuple[list[str], str]] = []
     monkeypatch.setattr(kubernetes, "kubectl", lambda command, text="": calls.append((list(command), text)))
     kubernetes.submit(job, run)
@@ -245,33 +305,58 @@ def test_a_venv_stands_quoted_in_submitits_script() -> None:
     assert slurm._submitit_python(load_job(None, ['venv="/a b;touch PLANTED"'])) == "'/a b;touch PLANTED/bin/python'"
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (["cache=''"], "cache must not be empty"), (["slurm.constraint=''"], "slurm.constraint must not be empty"),
-    (["container.image=' '"], "container.image must not be empty"), (["slurm.srun=['']"], "must not be empty"),
-    (["kubernetes.claims={a=1}"], "kubernetes.claims.a must be text"), (["kubernetes.claims={a='x'}"], "begins with /"),
-    (["memory=lots"], "memory must match"), (["mounts=['/a:/b,c']", "container.image=x"], "a mount must be"),
-    (["nodes=true"], "nodes must be a whole number"), (["time=99999999d"], "at most 3650d"), (["env=3"], "env must be a table"),
-    (["env.A=true"], "env.A must be text"), (["env.A={from='B'}"], "did you mean env.A.from_env"), (["env.A={}"], "env.A"),
-    (["env.RANK=1"], "launchers set it"), (["slurm.directives.output=x"], "the job writes --output itself; set logs")])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["cache=''"], "cache must not be empty"),
+        (["slurm.constraint=''"], "slurm.constraint must not be empty"),
+        (["container.image=' '"], "container.image must not be empty"),
+        (["slurm.srun=['']"], "must not be empty"),
+        (["kubernetes.claims={a=1}"], "kubernetes.claims.a must be text"),
+        (["kubernetes.claims={a='x'}"], "begins with /"),
+        (["memory=lots"], "memory must match"),
+        (["mounts=['/a:/b,c']", "container.image=x"], "a mount must be"),
+        (["nodes=true"], "nodes must be a whole number"),
+        (["time=99999999d"], "at most 3650d"),
+        (["env=3"], "env must be a table"),
+        (["env.A=true"], "env.A must be text"),
+        (["env.A={from='B'}"], "did you mean env.A.from_env"),
+        (["env.A={}"], "env.A"),
+        (["env.RANK=1"], "launchers set it"),
+        (["slurm.directives.output=x"], "the job writes --output itself; set logs"),
+    ],
+)
 def test_values_that_cannot_be_right_are_refused_by_name(changes: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_job(None, changes)
 
 
-@pytest.mark.parametrize(("array", "message"), [
-    (["seed=0", "seed=1"], "names seed twice"), (["seed=0,0"], "two runs of the name"), (["seed=0,,1"], "not of the form")])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [(["seed=0", "seed=1"], "names seed twice"), (["seed=0,0"], "two runs of the name"), (["seed=0,,1"], "not of the form")],
+)
 def test_arrays_make_runs_of_different_names(config: Path, array: list[str], message: str) -> None:
     _, run = start.describe(config, (), None, ["device=cpu"])
     with pytest.raises(ValueError, match=message):
         start.variants(run, array)
 
 
-@pytest.mark.parametrize(("overrides", "changes", "toml", "here", "device"), [
-    (["device=cpu"], [], "auto", True, "cpu"), ([], [], "auto", True, "cpu"), ([], [], "auto", False, "cuda"),
-    ([], [], "cpu", False, "cpu"), (["device=cpu"], [], "cuda", False, "cpu"), ([], ["device=cuda"], "cpu", True, "cuda"),
-    (["device=cuda"], [], "cpu", True, "cuda"), (["device=cpu"], ["device=cpu"], "auto", True, "cpu")])
-def test_the_device_is_the_users_or_one_that_is_there(config: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str],
-                                                      changes: list[str], toml: str, here: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "changes", "toml", "here", "device"),
+    [
+        (["device=cpu"], [], "auto", True, "cpu"),
+        ([], [], "auto", True, "cpu"),
+        ([], [], "auto", False, "cuda"),
+        ([], [], "cpu", False, "cpu"),
+        (["device=cpu"], [], "cuda", False, "cpu"),
+        ([], ["device=cuda"], "cpu", True, "cuda"),
+        (["device=cuda"], [], "cpu", True, "cuda"),
+        (["device=cpu"], ["device=cpu"], "auto", True, "cpu"),
+    ],
+)
+def test_the_device_is_the_users_or_one_that_is_there(
+    config: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], changes: list[str], toml: str, here: bool, device: str
+) -> None:
     monkeypatch.setattr(start, "_has_gpu", lambda: False)
     config.write_text(CONFIG.replace('"cpu"', f'"{toml}"'))
     job, run = start.describe(config, overrides, None, changes, here=here)
@@ -290,10 +375,17 @@ def test_lines_are_lines() -> None:
     assert show(["x"], {"C": "d e"}, references) == "C='d e' A=\"$B\" x"
 
 
-@pytest.mark.parametrize("change", [
-    f'slurm.srun=["--export=ALL,HF_TOKEN={SECRET}"]', f'slurm.srun=["--verbose", "--export=HF_TOKEN={SECRET},A=b"]',
-    f'slurm.directives.export="HF_TOKEN={SECRET}"', f'slurm.directives.export="ALL,A=b,WANDB_API_KEY={SECRET}"',
-    f'container.image="docker://me:{SECRET}@registry.example/image"', f'slurm.directives.comment="https://me:{SECRET}@host"'])
+@pytest.mark.parametrize(
+    "change",
+    [
+        f'slurm.srun=["--export=ALL,HF_TOKEN={SECRET}"]',
+        f'slurm.srun=["--verbose", "--export=HF_TOKEN={SECRET},A=b"]',
+        f'slurm.directives.export="HF_TOKEN={SECRET}"',
+        f'slurm.directives.export="ALL,A=b,WANDB_API_KEY={SECRET}"',
+        f'container.image="docker://me:{SECRET}@registry.example/image"',
+        f'slurm.directives.comment="https://me:{SECRET}@host"',
+    ],
+)
 def test_options_that_reach_a_file_hold_no_secret(change: str) -> None:
     with pytest.raises(ValueError, match=r"would stand in the job's file") as refused:
         load_job(None, [change])
@@ -301,6 +393,12 @@ def test_options_that_reach_a_file_hold_no_secret(change: str) -> None:
 
 
 def test_options_without_a_secret_are_taken() -> None:
-    job = load_job(None, ['slurm.srun=["--export=ALL,A=b", "--mpi=pmix"]', 'slurm.directives.export="ALL,HF_TOKEN"',
-                          'container.image="docker://registry.example:5000/me/image@sha256:00"'])
+    job = load_job(
+        None,
+        [
+            'slurm.srun=["--export=ALL,A=b", "--mpi=pmix"]',
+            'slurm.directives.export="ALL,HF_TOKEN"',
+            'container.image="docker://registry.example:5000/me/image@sha256:00"',
+        ],
+    )
     assert job.slurm.srun == ("--export=ALL,A=b", "--mpi=pmix")

@@ -15,8 +15,14 @@ from race_dist.launch.job import load_job
 from race_dist.launch.kubernetes import manifest, object_name, to_text
 
 CONFIG = 'name = "My_Run.1"\n[model]\ndim = 16\n'
-WIDE = ["kubernetes.queue=team", "kubernetes.node_selector={zone='a'}", "kubernetes.host_network=true",
-        "kubernetes.resources={'rdma/ib'='8'}", "mounts=['/host:/in:ro']", "container.workdir=/work"]
+WIDE = [
+    "kubernetes.queue=team",
+    "kubernetes.node_selector={zone='a'}",
+    "kubernetes.host_network=true",
+    "kubernetes.resources={'rdma/ib'='8'}",
+    "mounts=['/host:/in:ro']",
+    "container.workdir=/work",
+]
 
 
 def objects(tmp_path: Path, changes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -30,15 +36,17 @@ def objects(tmp_path: Path, changes: list[str]) -> tuple[dict[str, Any], dict[st
 def lost(given: Any, kept: Any, path: str = "") -> list[str]:
     """What the schema's models dropped or changed: unknown fields, wrong types."""
     if isinstance(given, dict) and isinstance(kept, dict):
-        return [p for key in given
-                for p in (lost(given[key], kept[key], f"{path}.{key}") if key in kept else [f"{path}.{key}"])]
+        return [
+            p for key in given for p in (lost(given[key], kept[key], f"{path}.{key}") if key in kept else [f"{path}.{key}"])
+        ]
     if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
         return [p for i, (a, b) in enumerate(zip(given, kept)) for p in lost(a, b, f"{path}[{i}]")]
     return [] if given == kept else [path]
 
 
-@pytest.mark.parametrize("changes", [[], WIDE, ["device=cpu", "nodes=1", "kubernetes.tolerate=[]"]],
-                         ids=["plain", "wide", "cpu"])
+@pytest.mark.parametrize(
+    "changes", [[], WIDE, ["device=cpu", "nodes=1", "kubernetes.tolerate=[]"]], ids=["plain", "wide", "cpu"]
+)
 def test_the_manifest_fits_the_schema(tmp_path: Path, changes: list[str]) -> None:
     config, jobset = objects(tmp_path, changes)
     assert lost(jobset, JobsetV1alpha2JobSet.from_dict(jobset).to_dict()) == []
@@ -50,7 +58,8 @@ def test_the_check_against_the_schema_can_fail(tmp_path: Path) -> None:
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     pod["restartPolicies"] = "Never"
     assert lost(jobset, JobsetV1alpha2JobSet.from_dict(jobset).to_dict()) == [
-        ".spec.replicatedJobs[0].template.spec.template.spec.restartPolicies"]
+        ".spec.replicatedJobs[0].template.spec.template.spec.restartPolicies"
+    ]
     pod["containers"][0]["image"] = 7
     with pytest.raises(ValueError, match="image"):
         JobsetV1alpha2JobSet.from_dict(jobset)
@@ -66,7 +75,7 @@ def test_pods_meet_at_the_first_and_run_torchrun(tmp_path: Path) -> None:
     name = jobset["metadata"]["name"]
     assert f"--rdzv-endpoint={name}-node-0-0.{name}:29400" in command
     assert {"--nnodes=3", "--nproc-per-node=4", "--node-rank=$(JOB_COMPLETION_INDEX)", "--resume"} <= set(command)
-    assert command[command.index("race_dist.launch.rank") + 1:][:2] == ["train", "/etc/race-dist/config.toml"]
+    assert command[command.index("race_dist.launch.rank") + 1 :][:2] == ["train", "/etc/race-dist/config.toml"]
     assert "runs=/runs" in command
     limits = pod["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "4"

@@ -22,7 +22,7 @@ from race_dist.launch.command import STOP_SIGNALS, deepspeed_command, in_contain
 from race_dist.launch.job import load_job
 from race_dist.launch.local import launch_ranks, supervise
 
-CONFIG = '''
+CONFIG = """
 name = "run"
 runs = "{folder}/runs"
 steps = 4
@@ -41,7 +41,7 @@ warmup_steps = 1
 tokens = 64
 [sample]
 tokens = 0
-'''
+"""
 
 
 @pytest.fixture
@@ -59,25 +59,37 @@ def race_dist(*words: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.parametrize(("program", "code", "message"), [
-    ("pass", 0, ""),
-    ("sys.exit(3 if rank == 1 else 0)", 3, "rank 1 failed (exit code 3)"),
-    ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", 1, "rank 1 failed (signal 9); the other ranks were ended"),
-    ("sys.exit(75)", 75, "")])
+@pytest.mark.parametrize(
+    ("program", "code", "message"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(3 if rank == 1 else 0)", 3, "rank 1 failed (exit code 3)"),
+        ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", 1, "rank 1 failed (signal 9); the other ranks were ended"),
+        ("sys.exit(75)", 75, ""),
+    ],
+)
 def test_the_first_failure_ends_the_others_and_is_named(
-        program: str, code: int, message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    program: str, code: int, message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("race_dist.launch.local._GRACE", 0.5)
     assert launch_ranks(["-c", f"import os, sys, time; rank = int(os.environ['RANK']); {program}"], 2) == code
     assert message in capfd.readouterr().err
 
 
-def test_ranks_do_not_take_themselves_for_those_of_another_launcher(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0",
-                        "LOCAL_RANK": "7", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}.items():
+def test_ranks_do_not_take_themselves_for_those_of_another_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "x",
+        "GROUP_RANK": "0",
+        "LOCAL_RANK": "7",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "elsewhere",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
-    program = ("import json, os; rank = os.environ['RANK']\n"
-               f"json.dump(dict(os.environ), open({str(tmp_path)!r} + '/' + rank, 'w'))")
+    program = (
+        f"import json, os; rank = os.environ['RANK']\njson.dump(dict(os.environ), open({str(tmp_path)!r} + '/' + rank, 'w'))"
+    )
     assert launch_ranks(["-c", program], 2) == 0
     for rank in range(2):
         found = json.loads((tmp_path / str(rank)).read_text())
@@ -88,30 +100,53 @@ def test_ranks_do_not_take_themselves_for_those_of_another_launcher(
         assert found["MASTER_PORT"] != "1"
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--endpoint", ":1"], "HOST:PORT"), (["--endpoint", "a b:1"], "HOST:PORT"), (["--endpoint", "a:0"], "HOST:PORT"),
-    (["--endpoint", "a:99999"], "HOST:PORT"), (["--endpoint", "a"], "HOST:PORT"), (["--endpoint", ""], "--endpoint"),
-    (["--endpoint", "a:1", "--node-rank", "1"], "--node-rank"), (["--local-address", "a;b"], "--local-address"),
-    (["--job", ""], "--job")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--endpoint", ":1"], "HOST:PORT"),
+        (["--endpoint", "a b:1"], "HOST:PORT"),
+        (["--endpoint", "a:0"], "HOST:PORT"),
+        (["--endpoint", "a:99999"], "HOST:PORT"),
+        (["--endpoint", "a"], "HOST:PORT"),
+        (["--endpoint", ""], "--endpoint"),
+        (["--endpoint", "a:1", "--node-rank", "1"], "--node-rank"),
+        (["--local-address", "a;b"], "--local-address"),
+        (["--job", ""], "--job"),
+    ],
+)
 def test_options_of_torchrun_are_refused_by_name(config: Path, words: list[str], message: str) -> None:
     code, text = race_dist("launch", "torchrun", config, "-s", "device=cpu", "--dry-run", *words)
     assert code == 2, text
     assert message in re.sub(r"\s+", " ", text)
 
 
-@pytest.mark.parametrize("words", [["--folder", ""], ["--json", ""], ["--device", "tpu"], ["--device", ""], ["--timeout", "0"],
-                                   ["--timeout", "1e300"], ["--timeout", "nan"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--folder", ""],
+        ["--json", ""],
+        ["--device", "tpu"],
+        ["--device", ""],
+        ["--timeout", "0"],
+        ["--timeout", "1e300"],
+        ["--timeout", "nan"],
+    ],
+)
 def test_options_of_preflight_are_refused_by_name(words: list[str]) -> None:
     code, text = race_dist("preflight", *words)
     assert code == 2, text
     assert words[0] in text
 
 
-@pytest.mark.parametrize("words", [["--timeout", "2", "--nproc", "2"], ["--nproc=2", "--timeout", "2"],
-                                   ["--nproc", "2", "--timeout=2", "--device", "cpu"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--timeout", "2", "--nproc", "2"], ["--nproc=2", "--timeout", "2"], ["--nproc", "2", "--timeout=2", "--device", "cpu"]],
+)
 def test_ranks_of_preflight_get_all_words_but_their_number(
-        words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[str]] = []
+
     def launch(arguments: list[str], count: int) -> int:
         seen.append([*arguments, str(count)])
         return 0
@@ -125,11 +160,18 @@ def test_ranks_of_preflight_get_all_words_but_their_number(
     assert float(seen[0][seen[0].index("--timeout") + 1]) == 2.0
 
 
-@pytest.mark.parametrize(("changes", "code", "message"), [
-    ({}, 1, "rank 0: rank 1 of 2 did not join the job at 127.0.0.1:"), ({"RANK": ""}, 2, "RANK in the environment"),
-    ({"MASTER_PORT": ""}, 2, "MASTER_PORT is not set"), ({"LOCAL_RANK": "x"}, 2, "LOCAL_RANK in the environment")])
-def test_a_rank_that_cannot_join_says_so_in_one_sentence(config: Path, changes: dict[str, str], code: int, message: str,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({}, 1, "rank 0: rank 1 of 2 did not join the job at 127.0.0.1:"),
+        ({"RANK": ""}, 2, "RANK in the environment"),
+        ({"MASTER_PORT": ""}, 2, "MASTER_PORT is not set"),
+        ({"LOCAL_RANK": "x"}, 2, "LOCAL_RANK in the environment"),
+    ],
+)
+def test_a_rank_that_cannot_join_says_so_in_one_sentence(
+    config: Path, changes: dict[str, str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -144,8 +186,10 @@ def test_a_rank_that_cannot_join_says_so_in_one_sentence(config: Path, changes: 
 def launcher(folder: Path, program: str) -> subprocess.Popen[bytes]:
     """A launcher of two ranks that run a program, once both have begun; each leaves its process id in the folder."""
     script = folder / "rank.py"
-    script.write_text(f"import os, signal, sys, time\n{program}\n"
-                      f"open(r'{folder}/' + os.environ['RANK'] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    script.write_text(
+        f"import os, signal, sys, time\n{program}\n"
+        f"open(r'{folder}/' + os.environ['RANK'] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
     code = f"import sys; from race_dist.launch.local import launch_ranks; sys.exit(launch_ranks([{str(script)!r}], 2))"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 30
@@ -214,8 +258,11 @@ def test_the_supervisor_gives_up_where_nothing_comes_of_it(capfd: pytest.Capture
 
 
 def test_dry_runs_print_the_command_and_do_nothing(config: Path) -> None:
-    for verb, expected in (("local", "race_dist.launch.local 2 train"), ("torchrun", "torch.distributed.run --nnodes=1"),
-                           ("deepspeed", "deepspeed.launcher.runner --num_gpus=2")):
+    for verb, expected in (
+        ("local", "race_dist.launch.local 2 train"),
+        ("torchrun", "torch.distributed.run --nnodes=1"),
+        ("deepspeed", "deepspeed.launcher.runner --num_gpus=2"),
+    ):
         changes = ("-s", "ranks_per_node=2", "-s", "device=cpu", "-s", "env.A=b c")
         code, text = race_dist("launch", verb, config, *changes, "--dry-run")
         assert code == 0, text
@@ -228,16 +275,19 @@ def test_dry_runs_print_the_command_and_do_nothing(config: Path) -> None:
     assert not (config.parent / "runs").exists()
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["local", "-s", "nodes=2"], "has one machine"),
-    (["local", "-s", "ranks_per_node=3", "-o", "parallel.dp=2"], "makes 2 ranks, but 3 were started"),
-    (["torchrun", "-s", "nodes=2"], "need a place to meet"),
-    (["deepspeed", "-s", "nodes=2"], "need --hostfile"),
-    (["local", "-o", "optim.rate=1"], "unknown key optim.rate"),
-    (["slurm", "--array", "seed"], "not of the form key=value"),
-    (["kubernetes", "-s", "kubernetes.claims={}"], "gone with the pod"),
-    (["status", "nothing", "--runs", "/no/where"], "no job 'nothing' was submitted"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local", "-s", "nodes=2"], "has one machine"),
+        (["local", "-s", "ranks_per_node=3", "-o", "parallel.dp=2"], "makes 2 ranks, but 3 were started"),
+        (["torchrun", "-s", "nodes=2"], "need a place to meet"),
+        (["deepspeed", "-s", "nodes=2"], "need --hostfile"),
+        (["local", "-o", "optim.rate=1"], "unknown key optim.rate"),
+        (["slurm", "--array", "seed"], "not of the form key=value"),
+        (["kubernetes", "-s", "kubernetes.claims={}"], "gone with the pod"),
+        (["status", "nothing", "--runs", "/no/where"], "no job 'nothing' was submitted"),
+    ],
+)
 def test_mistakes_are_one_sentence(config: Path, words: list[str], message: str) -> None:
     first, *rest = words
     code, text = race_dist("launch", first, *([] if first == "status" else [config, "-s", "device=cpu"]), *rest)
@@ -249,8 +299,13 @@ def test_mistakes_are_one_sentence(config: Path, words: list[str], message: str)
 def test_torchrun_passes_on_every_signal_and_lets_the_run_save() -> None:
     job = load_job(None, ["nodes=4", "min_nodes=3", "ranks_per_node=2", "stop_before=90s", "restarts=7"])
     command = torchrun_command(job, ["train"], endpoint="a:1", run_id="r", node_rank="2")
-    assert {"--nnodes=3:4", "--max-restarts=7", "--rdzv-conf=is_host=false", f"--signals-to-handle={STOP_SIGNALS}",
-            "--shutdown-timeout=90"} <= set(command)
+    assert {
+        "--nnodes=3:4",
+        "--max-restarts=7",
+        "--rdzv-conf=is_host=false",
+        f"--signals-to-handle={STOP_SIGNALS}",
+        "--shutdown-timeout=90",
+    } <= set(command)
 
 
 def test_containers_wrap_the_command_with_their_mounts() -> None:
@@ -275,8 +330,25 @@ def test_deepspeeds_jobs_do_not_share_a_port() -> None:
 def test_deepspeeds_own_launcher_trains_as_ours_does(config: Path) -> None:
     losses = []
     for verb in ("local", "deepspeed"):
-        done = subprocess.run([sys.executable, "-m", "race_dist.cli", "launch", verb, str(config), "-s", "ranks_per_node=2",
-                               "-s", "device=cpu", "-o", f"name={verb}"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "race_dist.cli",
+                "launch",
+                verb,
+                str(config),
+                "-s",
+                "ranks_per_node=2",
+                "-s",
+                "device=cpu",
+                "-o",
+                f"name={verb}",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         losses.append(re.findall(r'"loss": ([\d.]+)', (config.parent / "runs" / verb / "metrics.jsonl").read_text()))
     assert losses[0] == losses[1] != []

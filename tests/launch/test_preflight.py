@@ -21,12 +21,26 @@ from race_dist.training.telemetry import Nvml, Telemetry
 
 CONFIG = 'name = "x"\nruns = "{runs}"\n[model]\ndim = {dim}\nnum_layers = {layers}\nnum_heads = 4\n'
 HEALTHY: dict[str, Any] = {
-    "GetMemoryInfo": SimpleNamespace(total=80 * 2**30, used=2**29), "GetEccMode": (1, 1), "GetTotalEccErrors": 0,
-    "GetRemappedRows": (0, 0, 0, 0), "GetNvLinkState": 1, "GetC2cModeInfoV": SimpleNamespace(isC2cEnabled=1),
-    "GetGpuFabricInfoV": SimpleNamespace(state=3, status=0), "GetClockInfo": 1980, "GetMaxClockInfo": 1980,
-    "GetCurrentClocksEventReasons": 0x4, "GetTemperature": 40, "GetTemperatureThreshold": 90, "GetEnforcedPowerLimit": 700000,
-    "GetPowerManagementDefaultLimit": 700000, "GetPowerUsage": 95000, "GetTotalEnergyConsumption": 5000,
-    "GetCurrPcieLinkWidth": 16, "GetMaxPcieLinkWidth": 16, "GetComputeRunningProcesses": []}
+    "GetMemoryInfo": SimpleNamespace(total=80 * 2**30, used=2**29),
+    "GetEccMode": (1, 1),
+    "GetTotalEccErrors": 0,
+    "GetRemappedRows": (0, 0, 0, 0),
+    "GetNvLinkState": 1,
+    "GetC2cModeInfoV": SimpleNamespace(isC2cEnabled=1),
+    "GetGpuFabricInfoV": SimpleNamespace(state=3, status=0),
+    "GetClockInfo": 1980,
+    "GetMaxClockInfo": 1980,
+    "GetCurrentClocksEventReasons": 0x4,
+    "GetTemperature": 40,
+    "GetTemperatureThreshold": 90,
+    "GetEnforcedPowerLimit": 700000,
+    "GetPowerManagementDefaultLimit": 700000,
+    "GetPowerUsage": 95000,
+    "GetTotalEnergyConsumption": 5000,
+    "GetCurrPcieLinkWidth": 16,
+    "GetMaxPcieLinkWidth": 16,
+    "GetComputeRunningProcesses": [],
+}
 
 
 class Answers(Nvml):
@@ -60,25 +74,38 @@ def test_what_a_card_does_not_answer_is_unknown_and_never_zero() -> None:
         assert (finding.verdict, finding.value) == ("unknown", None), finding
 
 
-@pytest.mark.parametrize(("changes", "name", "verdict", "detail"), [
-    ({"GetTotalEccErrors": lambda kind, _: 3 if "UNCORRECTED" in kind else 0}, "ecc errors, uncorrected", "fail", "3"),
-    ({"GetTotalEccErrors": lambda kind, _: 0 if "UNCORRECTED" in kind else 9}, "ecc errors, corrected", "warn", "9 corrected"),
-    ({"GetEccMode": (1, 0)}, "ecc", "warn", "next reset"),
-    ({"GetRemappedRows": (0, 1, 1, 0)}, "remapped rows", "fail", "waits for a reset"),
-    ({"GetRemappedRows": (0, 1, 0, 1)}, "remapped rows", "fail", "replace the GPU"),
-    ({"GetRemappedRows": (2, 1, 0, 0)}, "remapped rows", "warn", "1 rows were remapped"),
-    ({"GetNvLinkState": lambda link: int(link != 5)}, "nvlink", "fail", "1 of 18 links are down"),
-    ({"GetC2cModeInfoV": SimpleNamespace(isC2cEnabled=0)}, "c2c", "warn", "is off"),
-    ({"GetGpuFabricInfoV": SimpleNamespace(state=2, status=0)}, "fabric", "fail", "in progress"),
-    ({"GetGpuFabricInfoV": SimpleNamespace(state=3, status=7)}, "fabric", "fail", "status 7"),
-    ({"GetCurrentClocksEventReasons": 0x40}, "clocks held down", "fail", "hardware thermal"),
-    ({"GetCurrentClocksEventReasons": None, "GetCurrentClocksThrottleReasons": 0x80}, "clocks held down", "fail", "brake"),
-    ({"GetTemperature": 88}, "temperature", "warn", "88 C"),
-    ({"GetEnforcedPowerLimit": 400000}, "power", "warn", "400 W, below the usual 700 W"),
-    ({"GetCurrPcieLinkWidth": 8}, "pcie lanes", "warn", "8 of 16"),
-    ({"GetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=2**31)]}, "other processes", "fail", "2.00 GiB"),
-    ({"GetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=None)]}, "other processes", "warn", "processes 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "name", "verdict", "detail"),
+    [
+        ({"GetTotalEccErrors": lambda kind, _: 3 if "UNCORRECTED" in kind else 0}, "ecc errors, uncorrected", "fail", "3"),
+        (
+            {"GetTotalEccErrors": lambda kind, _: 0 if "UNCORRECTED" in kind else 9},
+            "ecc errors, corrected",
+            "warn",
+            "9 corrected",
+        ),
+        ({"GetEccMode": (1, 0)}, "ecc", "warn", "next reset"),
+        ({"GetRemappedRows": (0, 1, 1, 0)}, "remapped rows", "fail", "waits for a reset"),
+        ({"GetRemappedRows": (0, 1, 0, 1)}, "remapped rows", "fail", "replace the GPU"),
+        ({"GetRemappedRows": (2, 1, 0, 0)}, "remapped rows", "warn", "1 rows were remapped"),
+        ({"GetNvLinkState": lambda link: int(link != 5)}, "nvlink", "fail", "1 of 18 links are down"),
+        ({"GetC2cModeInfoV": SimpleNamespace(isC2cEnabled=0)}, "c2c", "warn", "is off"),
+        ({"GetGpuFabricInfoV": SimpleNamespace(state=2, status=0)}, "fabric", "fail", "in progress"),
+        ({"GetGpuFabricInfoV": SimpleNamespace(state=3, status=7)}, "fabric", "fail", "status 7"),
+        ({"GetCurrentClocksEventReasons": 0x40}, "clocks held down", "fail", "hardware thermal"),
+        ({"GetCurrentClocksEventReasons": None, "GetCurrentClocksThrottleReasons": 0x80}, "clocks held down", "fail", "brake"),
+        ({"GetTemperature": 88}, "temperature", "warn", "88 C"),
+        ({"GetEnforcedPowerLimit": 400000}, "power", "warn", "400 W, below the usual 700 W"),
+        ({"GetCurrPcieLinkWidth": 8}, "pcie lanes", "warn", "8 of 16"),
+        ({"GetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=2**31)]}, "other processes", "fail", "2.00 GiB"),
+        (
+            {"GetComputeRunningProcesses": [SimpleNamespace(pid=1, usedGpuMemory=None)]},
+            "other processes",
+            "warn",
+            "processes 1",
+        ),
+    ],
+)
 def test_trouble_is_named(changes: dict[str, Any], name: str, verdict: str, detail: str) -> None:
     found = verdicts(**changes)
     assert found[name].verdict == verdict
@@ -171,8 +198,11 @@ def test_telemetry_sums_over_ranks_and_leaves_out_what_is_unknown(monkeypatch: p
     watch = Telemetry(torch.device("cpu"), tokens=lambda: next(tokens))
     assert set(watch.probe()) == {"peak_memory_gib"}  # no GPU: the host's memory is all there is
     assert watch.probe()["peak_memory_gib"] > 0.05
-    board = {0: {"joules": 100.0, "watts": 300.0, "used": 2**30, "clock": 1900, "celsius": 50, "slowed": 0},
-             1: {"joules": 50.0, "watts": 350.0, "used": 2**31, "clock": 1700, "celsius": 60, "slowed": 1}, 2: {}}
+    board = {
+        0: {"joules": 100.0, "watts": 300.0, "used": 2**30, "clock": 1900, "celsius": 50, "slowed": 0},
+        1: {"joules": 50.0, "watts": 350.0, "used": 2**31, "clock": 1700, "celsius": 60, "slowed": 1},
+        2: {},
+    }
     monkeypatch.setattr(telemetry, "posted", lambda name: board)
     first = watch.probe()
     assert "joules_per_token" not in first

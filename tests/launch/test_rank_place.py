@@ -11,29 +11,52 @@ import pytest
 from race_dist.launch.place import cores_near, expand_hosts, name_of_rank, rank_variables, share, use_local_caches
 from race_dist.launch.rank import take_local_rank
 
-SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8",
-         "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "nid[008-009]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-         "SLURM_JOB_ID": "123456"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "nid[008-009]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_JOB_ID": "123456",
+}
 
 
-@pytest.mark.parametrize(("text", "hosts"), [
-    ("vm", ["vm"]), ("nid[001-003,007]", ["nid001", "nid002", "nid003", "nid007"]), ("a1,b[2-3]", ["a1", "b2", "b3"]),
-    ("r[1-2]n[08-10]", ["r1n08", "r1n09", "r1n10", "r2n08", "r2n09", "r2n10"]),
-    ("gpu-[9-11].x", ["gpu-9.x", "gpu-10.x", "gpu-11.x"])])
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("vm", ["vm"]),
+        ("nid[001-003,007]", ["nid001", "nid002", "nid003", "nid007"]),
+        ("a1,b[2-3]", ["a1", "b2", "b3"]),
+        ("r[1-2]n[08-10]", ["r1n08", "r1n09", "r1n10", "r2n08", "r2n09", "r2n10"]),
+        ("gpu-[9-11].x", ["gpu-9.x", "gpu-10.x", "gpu-11.x"]),
+    ],
+)
 def test_host_lists_are_expanded(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
 def test_under_slurm() -> None:
     found = rank_variables(SLURM)
-    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "nid008",
-                     "MASTER_PORT": str(20000 + 123456 % 8192)}
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "nid008",
+        "MASTER_PORT": str(20000 + 123456 % 8192),
+    }
     assert rank_variables(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) == {}
 
 
 def test_steps_of_one_allocation_meet_at_different_ports() -> None:
-    ports = {rank_variables(SLURM | {"SLURM_STEP_ID": str(step), "SLURM_JOB_ID": str(job)})["MASTER_PORT"]
-             for step in range(4) for job in range(123456, 123466)}
+    ports = {
+        rank_variables(SLURM | {"SLURM_STEP_ID": str(step), "SLURM_JOB_ID": str(job)})["MASTER_PORT"]
+        for step in range(4)
+        for job in range(123456, 123466)
+    }
     assert len(ports) == 40
     assert all(20000 <= int(port) < 28192 for port in ports)
 
@@ -77,8 +100,12 @@ def test_under_torchrun_nothing_is_changed_and_deepspeed_gets_its_local_rank() -
 
 
 def test_under_mpirun_the_place_to_meet_must_be_given() -> None:
-    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-           "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    mpi = {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    }
     with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT is not set: pass -x"):
         rank_variables(mpi)
     assert rank_variables(mpi | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})["RANK"] == "1"
@@ -88,9 +115,14 @@ def test_a_plain_process_is_no_rank() -> None:
     assert rank_variables({}) == {}
 
 
-@pytest.mark.parametrize(("words", "found"), [
-    (["--local_rank=3", "train", "x"], (3, ["train", "x"])), (["--local-rank", "2", "train"], (2, ["train"])),
-    (["train", "x", "-o", "a=1"], (None, ["train", "x", "-o", "a=1"]))])
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--local_rank=3", "train", "x"], (3, ["train", "x"])),
+        (["--local-rank", "2", "train"], (2, ["train"])),
+        (["train", "x", "-o", "a=1"], (None, ["train", "x", "-o", "a=1"])),
+    ],
+)
 def test_local_rank_is_taken_out_of_the_words(words: list[str], found: tuple[int | None, list[str]]) -> None:
     assert take_local_rank(words) == found
 
@@ -129,8 +161,10 @@ def test_caches_go_to_the_nodes_own_disk_unless_set(tmp_path: Path) -> None:
     assert untouched == {}
 
 
-@pytest.mark.parametrize("spoiled", ["open to all", "its part open to all", "a link", "its part a link", "a file",
-                                     "a root that others may rename in"])
+@pytest.mark.parametrize(
+    "spoiled",
+    ["open to all", "its part open to all", "a link", "its part a link", "a file", "a root that others may rename in"],
+)
 def test_a_cache_that_others_can_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoiled: str) -> None:
     """What lies in it is loaded as code."""
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
@@ -148,7 +182,8 @@ def test_a_cache_that_others_can_write_to_is_not_used(tmp_path: Path, monkeypatc
         part = mine / "triton"
         part.symlink_to(other) if spoiled == "its part a link" else part.mkdir(mode=0o700)
         for folder in {"open to all": [mine], "its part open to all": [part], "a root that others may rename in": [root]}.get(
-                spoiled, []):
+            spoiled, []
+        ):
             folder.chmod(0o777)
     environment = {"RACE_DIST_CACHE": str(root)}
     use_local_caches(environment)

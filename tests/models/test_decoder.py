@@ -16,8 +16,17 @@ VOCAB = 23
 
 
 def config(pattern: str = "RWS", **more: object) -> ModelConfig:
-    base = {"vocab_size": VOCAB, "dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "layer_pattern": pattern,
-            "window": 6, "ffn_dim": 24, "race": RaceConfig(num_tables=2, num_planes=2)}
+    base = {
+        "vocab_size": VOCAB,
+        "dim": 16,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "layer_pattern": pattern,
+        "window": 6,
+        "ffn_dim": 24,
+        "race": RaceConfig(num_tables=2, num_planes=2),
+    }
     return ModelConfig(**(base | more))
 
 

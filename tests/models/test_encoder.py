@@ -12,8 +12,15 @@ VOCAB = 17
 
 
 def config(pattern: str = "RS", **more: object) -> ModelConfig:
-    base = {"vocab_size": VOCAB, "dim": 16, "num_layers": 2, "num_heads": 4, "layer_pattern": pattern, "ffn_dim": 24,
-            "race": RaceConfig(causal=False, num_tables=2, num_planes=2)}
+    base = {
+        "vocab_size": VOCAB,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "layer_pattern": pattern,
+        "ffn_dim": 24,
+        "race": RaceConfig(causal=False, num_tables=2, num_planes=2),
+    }
     return ModelConfig(**(base | more))
 
 

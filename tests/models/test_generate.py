@@ -10,8 +10,20 @@ from race_dist.nn import RaceConfig
 
 
 def model(pattern: str = "RW") -> DecoderLM:
-    return DecoderLM(ModelConfig(vocab_size=29, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, layer_pattern=pattern,
-                                 window=5, ffn_dim=24, race=RaceConfig(num_tables=2, num_planes=2)), dtype=torch.float64)
+    return DecoderLM(
+        ModelConfig(
+            vocab_size=29,
+            dim=16,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            layer_pattern=pattern,
+            window=5,
+            ffn_dim=24,
+            race=RaceConfig(num_tables=2, num_planes=2),
+        ),
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize("pattern", ["R", "RW", "RS"])
@@ -52,10 +64,16 @@ def test_sampling() -> None:
     assert set(sample(logits, temperature=10.0).tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": -1.0}, "temperature must be at least 0; got -1"), ({"top_k": 0}, "top_k must be at least 1"),
-    ({"top_p": 1.5}, "top_p must be above 0 and at most 1"), ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
-    ({"prompt_ids": torch.zeros(1, 0, dtype=torch.int64)}, "at least one token")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be at least 0; got -1"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
+        ({"prompt_ids": torch.zeros(1, 0, dtype=torch.int64)}, "at least one token"),
+    ],
+)
 def test_errors(options: dict[str, object], message: str) -> None:
     arguments = {"prompt_ids": torch.zeros(1, 2, dtype=torch.int64), "max_new_tokens": 1} | options
     with pytest.raises(ValueError, match=message):

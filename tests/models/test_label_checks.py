@@ -42,9 +42,11 @@ def masked(ids: Tensor) -> Tensor:
     return labels
 
 
-@pytest.mark.parametrize("again", [lambda x: x, lambda x: x.view(x.shape), lambda x: x.detach(), torch.clone, masked,
-                                   lambda x: x.numpy().copy()],
-                         ids=["same", "view", "detached", "copy", "masked copy", "array"])
+@pytest.mark.parametrize(
+    "again",
+    [lambda x: x, lambda x: x.view(x.shape), lambda x: x.detach(), torch.clone, masked, lambda x: x.numpy().copy()],
+    ids=["same", "view", "detached", "copy", "masked copy", "array"],
+)
 def test_labels_that_are_the_input_are_refused_with_the_line_to_write(again: Any) -> None:
     model, ids = model_of(), ids_of()
     labels = again(ids)
@@ -71,8 +73,11 @@ def test_the_line_makes_labels_whose_loss_is_that_of_the_next_tokens() -> None:
     assert torch.allclose(streamed_loss(model, ids, labels, chunk_size=5).float(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(2, 9, dtype=torch.int64), torch.full((1, 1), 3), torch.tensor([[1] * 9, [2] * 9])],
-                         ids=["zeros", "one", "rows"])
+@pytest.mark.parametrize(
+    "ids",
+    [torch.zeros(2, 9, dtype=torch.int64), torch.full((1, 1), 3), torch.tensor([[1] * 9, [2] * 9])],
+    ids=["zeros", "one", "rows"],
+)
 def test_a_text_that_repeats_one_token_has_labels_that_equal_it(ids: Tensor) -> None:
     model = model_of()
     assert model(ids, ids.clone()).isfinite()

@@ -24,8 +24,7 @@ def test_against_whole_logits(chunk: int | None, count: int) -> None:
     actual = linear_cross_entropy(h, weight, labels, chunk=chunk)
     expected = F.cross_entropy(h @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(actual, expected)
-    for a, e in zip(torch.autograd.grad(3 * actual, (h, weight)), torch.autograd.grad(3 * expected, (h, weight)),
-                    strict=True):
+    for a, e in zip(torch.autograd.grad(3 * actual, (h, weight)), torch.autograd.grad(3 * expected, (h, weight)), strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -61,8 +60,11 @@ def test_the_operator_is_well_formed() -> None:
     h = torch.randn(5, 4, requires_grad=True)
     weight = torch.randn(7, 4, requires_grad=True)
     arguments = (h, weight, torch.randint(0, 7, (5,)), torch.float32, 2, True, True)
-    torch.library.opcheck(torch.ops.race_dist.linear_cross_entropy.default, arguments,
-                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        torch.ops.race_dist.linear_cross_entropy.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 FUSED = """
@@ -92,8 +94,14 @@ print("alike")
 
 @pytest.mark.skipif(not HAS_LIGER, reason="liger-kernel is not installed")
 def test_the_fused_kernel_gives_the_same() -> None:
-    done = subprocess.run([sys.executable, "-c", FUSED], capture_output=True, text=True, check=False, timeout=250,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", FUSED],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert done.stdout == "alike\n", done.stderr
 
 

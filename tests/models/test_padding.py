@@ -20,8 +20,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "S": ("SS", {}),
     "mixed": ("RWS", {"decay": "token", "normalization": "bucket", "rope_base": 50.0, "short_conv": 3}),
 }
-MASKS = ["------###########", "###########------", "#-##---##-#--####", "#################", "-----------------",
-         "--###-#---##-#---", "----------------#"]
+MASKS = [
+    "------###########",
+    "###########------",
+    "#-##---##-#--####",
+    "#################",
+    "-----------------",
+    "--###-#---##-#---",
+    "----------------#",
+]
 
 
 def mask_of(*rows: str) -> Tensor:
@@ -35,8 +42,17 @@ def decoder(name: str, **options: Any) -> DecoderLM:
 
 
 def config(pattern: str, **race: Any) -> ModelConfig:
-    return ModelConfig(vocab_size=23, dim=16, num_layers=len(pattern), num_heads=4, num_kv_heads=2, ffn_dim=16,
-                       layer_pattern=pattern, window=4, race=RaceConfig(num_tables=2, num_planes=2, **race))
+    return ModelConfig(
+        vocab_size=23,
+        dim=16,
+        num_layers=len(pattern),
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=16,
+        layer_pattern=pattern,
+        window=4,
+        race=RaceConfig(num_tables=2, num_planes=2, **race),
+    )
 
 
 def text(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -62,14 +78,14 @@ def test_each_row_is_the_row_without_its_padding(name: str) -> None:
     ids, labels = text(mask)
     logits = model(ids, key_mask=mask)
     for b, real in enumerate(mask):
-        close(logits[b, real], model(ids[b:b + 1, real])[0])
+        close(logits[b, real], model(ids[b : b + 1, real])[0])
     assert logits.isfinite().all()
     other = torch.where(mask, ids, (ids + 7) % 23)  # the ids of padding change nothing
     assert torch.equal(model(other, key_mask=mask)[mask], logits[mask])
 
     loss = model(ids, labels, key_mask=mask)
     count = int((labels[mask] != -100).sum())
-    alone = [model(ids[b:b + 1, real], labels[b:b + 1, real], num_targets=count) for b, real in enumerate(mask)]
+    alone = [model(ids[b : b + 1, real], labels[b : b + 1, real], num_targets=count) for b, real in enumerate(mask)]
     close(loss, sum(alone))
     close(gradients(model, loss), gradients(model, sum(alone)))
 
@@ -86,8 +102,12 @@ def test_padding_has_no_gradient(name: str) -> None:
     found = gradients(model, (h * weight).sum())
     (dx,) = torch.autograd.grad((model.hidden(ids, key_mask=mask)[0] * weight).sum(), embedded[-1:])
     assert not dx[~mask].any()
-    close(found, gradients(model, sum((model.hidden(ids[b:b + 1, real])[0] * weight[b:b + 1, real]).sum()
-                                      for b, real in enumerate(mask))))
+    close(
+        found,
+        gradients(
+            model, sum((model.hidden(ids[b : b + 1, real])[0] * weight[b : b + 1, real]).sum() for b, real in enumerate(mask))
+        ),
+    )
 
 
 def assert_same_carry(carry: ModelCarry, b: int, alone: ModelCarry) -> None:
@@ -105,8 +125,10 @@ def test_turns_go_on_from_real_tokens(name: str) -> None:
     """A padded prompt, a padded second turn on its carry, a token that some rows lack, and tokens without a mask: carries,
     hidden states and gradients through all of it."""
     model, masks = decoder(name), [mask_of(*MASKS), mask_of(*reversed(MASKS)), mask_of(*"#-##-#-"), None, None]
-    turns = [text(mask if mask is not None else torch.ones(len(MASKS), n, dtype=torch.bool), seed=i)[0]
-             for i, (mask, n) in enumerate(zip(masks, (17, 17, 1, 1, 3), strict=True))]
+    turns = [
+        text(mask if mask is not None else torch.ones(len(MASKS), n, dtype=torch.bool), seed=i)[0]
+        for i, (mask, n) in enumerate(zip(masks, (17, 17, 1, 1, 3), strict=True))
+    ]
     carry, hidden = None, []
     for ids, mask in zip(turns, masks, strict=True):
         h, carry = model.hidden(ids, carry, key_mask=mask)
@@ -116,7 +138,7 @@ def test_turns_go_on_from_real_tokens(name: str) -> None:
     ids, h = torch.cat(turns, 1), torch.cat(hidden, 1)
     total = torch.zeros((), dtype=F64)
     for b, real in enumerate(every):
-        alone, last = model.hidden(ids[b:b + 1, real])
+        alone, last = model.hidden(ids[b : b + 1, real])
         close(h[b, real], alone[0])
         assert last is not None
         assert_same_carry(carry, b, last)
@@ -188,11 +210,13 @@ def test_encoders(pattern: str) -> None:
     model = MaskedLM(config(pattern, causal=False), dtype=F64)
     classifier = SequenceClassifier(config(pattern, causal=False), 3, dtype=F64)
     loss, count = model(ids, labels, key_mask=mask), int((labels[mask] != -100).sum())
-    alone = [model(ids[b:b + 1, real], labels[b:b + 1, real], num_targets=count) for b, real in enumerate(mask)]
+    alone = [model(ids[b : b + 1, real], labels[b : b + 1, real], num_targets=count) for b, real in enumerate(mask)]
     close(loss, sum(alone))
     close(gradients(model, loss), gradients(model, sum(alone)))
     logits, classes = classifier(ids, key_mask=mask), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    single = torch.cat([classifier(ids[b:b + 1, real]) for b, real in enumerate(mask)])
+    single = torch.cat([classifier(ids[b : b + 1, real]) for b, real in enumerate(mask)])
     close(logits, single)
-    close(gradients(classifier, classifier(ids, classes, key_mask=mask)),
-          gradients(classifier, torch.nn.functional.cross_entropy(single, classes)))
+    close(
+        gradients(classifier, classifier(ids, classes, key_mask=mask)),
+        gradients(classifier, torch.nn.functional.cross_entropy(single, classes)),
+    )

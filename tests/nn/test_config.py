@@ -8,22 +8,25 @@ from race_dist.models import ModelConfig
 from race_dist.nn import RaceConfig
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"num_planes": 11}, "num_planes must be from 1 to 10.*got 11"),
-    ({"num_tables": 0}, "num_tables must be at least 1; got 0"),
-    ({"beta_init": -1.0}, "beta_init must be positive and finite, .*; got -1"),
-    ({"beta_init": (1.0, 2.0), "num_heads": 4}, "beta_init has 2 numbers for 4 key/value heads"),
-    ({"short_conv": 1}, "short_conv must be 0 .* got 1"),
-    ({"decay": "slow"}, "'none', 'multiscale' or 'token'"),
-    ({"causal": False, "decay": "token"}, "decay='token' needs an order .* set decay='none'"),
-    ({"causal": False, "normalization": "none"}, "set normalization='global'"),
-    ({"num_heads": 6, "num_kv_heads": 4}, "num_heads = 6 must be a multiple of num_kv_heads = 4"),
-    ({"dim": 10, "num_heads": 4}, "dim = 10 is no multiple of num_heads = 4"),
-    ({"dim": 12, "num_heads": 4, "decay": "none"}, "even head_dim; got 3"),
-    ({"rope_base": 0.5}, "rope_base must be above 1; got 0.5"),
-    ({"seed": -1}, "seed must be at least 0; got -1"),
-    ({"planes": 4}, "unknown key planes; did you mean num_planes"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_planes": 11}, "num_planes must be from 1 to 10.*got 11"),
+        ({"num_tables": 0}, "num_tables must be at least 1; got 0"),
+        ({"beta_init": -1.0}, "beta_init must be positive and finite, .*; got -1"),
+        ({"beta_init": (1.0, 2.0), "num_heads": 4}, "beta_init has 2 numbers for 4 key/value heads"),
+        ({"short_conv": 1}, "short_conv must be 0 .* got 1"),
+        ({"decay": "slow"}, "'none', 'multiscale' or 'token'"),
+        ({"causal": False, "decay": "token"}, "decay='token' needs an order .* set decay='none'"),
+        ({"causal": False, "normalization": "none"}, "set normalization='global'"),
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads = 6 must be a multiple of num_kv_heads = 4"),
+        ({"dim": 10, "num_heads": 4}, "dim = 10 is no multiple of num_heads = 4"),
+        ({"dim": 12, "num_heads": 4, "decay": "none"}, "even head_dim; got 3"),
+        ({"rope_base": 0.5}, "rope_base must be above 1; got 0.5"),
+        ({"seed": -1}, "seed must be at least 0; got -1"),
+        ({"planes": 4}, "unknown key planes; did you mean num_planes"),
+    ],
+)
 def test_race_config(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RaceConfig(**fields)
@@ -32,17 +35,20 @@ def test_race_config(fields: dict[str, object], message: str) -> None:
 MODEL = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 4}
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"vocab_size": 0}, "vocab_size must be at least 1; got 0"),
-    ({"layer_pattern": "RX"}, "layer_pattern is a string of R = RACE, .* got 'RX'"),
-    ({"layer_pattern": ""}, "layer_pattern is a string"),
-    ({"window": 1}, "window must be at least 2"),
-    ({"num_kv_heads": 3}, "num_heads = 4 must be a multiple of num_kv_heads = 3"),
-    ({"num_heads": 5}, "dim = 16 is no multiple of num_heads = 5"),
-    ({"race": {"dim": 32}}, r"race.dim = 32 but the model's dim = 16: leave race.dim out"),
-    ({"race": {"head_dim": 8}, "head_dim": 4}, r"race.head_dim = 8 but the model's head_dim = 4"),
-    ({"norm_eps": 0.0}, "norm_eps must be at least 1e-30; got 0"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1; got 0"),
+        ({"layer_pattern": "RX"}, "layer_pattern is a string of R = RACE, .* got 'RX'"),
+        ({"layer_pattern": ""}, "layer_pattern is a string"),
+        ({"window": 1}, "window must be at least 2"),
+        ({"num_kv_heads": 3}, "num_heads = 4 must be a multiple of num_kv_heads = 3"),
+        ({"num_heads": 5}, "dim = 16 is no multiple of num_heads = 5"),
+        ({"race": {"dim": 32}}, r"race.dim = 32 but the model's dim = 16: leave race.dim out"),
+        ({"race": {"head_dim": 8}, "head_dim": 4}, r"race.head_dim = 8 but the model's head_dim = 4"),
+        ({"norm_eps": 0.0}, "norm_eps must be at least 1e-30; got 0"),
+    ],
+)
 def test_model_config(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**(MODEL | fields))

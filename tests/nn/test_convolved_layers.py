@@ -14,9 +14,11 @@ from race_dist.nn import ConvolvedCarry, FullAttention, RaceConfig, Sequence, So
 from race_dist.streaming import streamed_backward
 
 F64 = torch.float64
-EXTRAS = {"conv": SoftmaxConfig(short_conv=3),
-          "conv on v, SiLU gate": SoftmaxConfig(short_conv=4, conv_values=True, output_gate=True),
-          "sigmoid gate": SoftmaxConfig(output_gate=True, gate_activation="sigmoid")}
+EXTRAS = {
+    "conv": SoftmaxConfig(short_conv=3),
+    "conv on v, SiLU gate": SoftmaxConfig(short_conv=4, conv_values=True, output_gate=True),
+    "sigmoid gate": SoftmaxConfig(output_gate=True, gate_activation="sigmoid"),
+}
 
 
 def layer(kind: str, extras: SoftmaxConfig) -> WindowAttention | FullAttention:
@@ -29,7 +31,7 @@ def convolved(x: Tensor, conv: torch.nn.Module | None) -> Tensor:
     if conv is None:
         return x
     width = conv.weight.shape[0]
-    return x + sum(conv.weight[width - 1 - lag] * F.pad(x, (0, 0, lag, 0))[:, :x.shape[1]] for lag in range(width))
+    return x + sum(conv.weight[width - 1 - lag] * F.pad(x, (0, 0, lag, 0))[:, : x.shape[1]] for lag in range(width))
 
 
 @pytest.mark.parametrize("kind", ["window", "full"])
@@ -38,8 +40,10 @@ def test_what_it_computes(kind: str, extras: str) -> None:
     module, total = layer(kind, EXTRAS[extras]), 17
     x = torch.randn(2, total, 12, dtype=F64)
     heads = lambda t: t.unflatten(-1, (-1, 4))
-    q, k, v = (heads(convolved(proj(x), conv)) for proj, conv in (
-        (module.q_proj, module.q_conv), (module.k_proj, module.k_conv), (module.v_proj, module.v_conv)))
+    q, k, v = (
+        heads(convolved(proj(x), conv))
+        for proj, conv in ((module.q_proj, module.q_conv), (module.k_proj, module.k_conv), (module.v_proj, module.v_conv))
+    )
     angle = torch.arange(total, dtype=F64)[:, None] * torch.tensor([1.0, 10000.0**-0.5], dtype=F64)
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
     turned = lambda t: torch.cat([(z := torch.complex(*t.chunk(2, -1)) * turn).real, z.imag], -1)
@@ -94,9 +98,18 @@ def test_padding_is_absent(pattern: str) -> None:
 
 
 def config(pattern: str) -> ModelConfig:
-    return ModelConfig(vocab_size=19, dim=16, num_layers=len(pattern), num_heads=4, num_kv_heads=2, ffn_dim=16, window=5,
-                       layer_pattern=pattern, softmax=EXTRAS["conv on v, SiLU gate"],
-                       race=RaceConfig(num_tables=2, num_planes=2, conv_values=True, gate_activation="sigmoid"))
+    return ModelConfig(
+        vocab_size=19,
+        dim=16,
+        num_layers=len(pattern),
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_dim=16,
+        window=5,
+        layer_pattern=pattern,
+        softmax=EXTRAS["conv on v, SiLU gate"],
+        race=RaceConfig(num_tables=2, num_planes=2, conv_values=True, gate_activation="sigmoid"),
+    )
 
 
 @pytest.mark.parametrize("pattern", ["R", "RW", "W"])
@@ -125,8 +138,13 @@ def test_decoding_goes_on_from_the_carry() -> None:
 
 
 def test_defaults_have_no_such_parameters() -> None:
-    names = {name for name, _ in DecoderLM(ModelConfig(vocab_size=9, dim=16, num_layers=3, num_heads=2, layer_pattern="RWS"))
-             .named_parameters() if "conv" in name or "mixer.gate" in name}
+    names = {
+        name
+        for name, _ in DecoderLM(
+            ModelConfig(vocab_size=9, dim=16, num_layers=3, num_heads=2, layer_pattern="RWS")
+        ).named_parameters()
+        if "conv" in name or "mixer.gate" in name
+    }
     assert names == {f"blocks.0.mixer.{name}.weight" for name in ("q_conv", "k_conv", "gate_proj")}
 
 

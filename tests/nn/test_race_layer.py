@@ -21,8 +21,17 @@ SIZE = {"dim": 16, "num_heads": 4, "num_kv_heads": 2, "num_tables": 2, "num_plan
 VARIANTS = {
     "default": {},
     "paper": {"qk_norm": False, "short_conv": 0, "decay": "none", "normalization": "global", "output_gate": False},
-    "released": {"qk_norm": False, "short_conv": 0, "decay": "none", "normalization": "bucket", "output_gate": False,
-                 "share_planes": True, "train_beta": False, "beta_init": 0.4, "rope_base": None},
+    "released": {
+        "qk_norm": False,
+        "short_conv": 0,
+        "decay": "none",
+        "normalization": "bucket",
+        "output_gate": False,
+        "share_planes": True,
+        "train_beta": False,
+        "beta_init": 0.4,
+        "rope_base": None,
+    },
     "multiscale": {"decay": "multiscale", "normalization": "global", "short_conv": 3},
     "trained planes": {"train_planes": True, "num_kv_heads": 4, "beta_init": (1.0, 2.0, 3.0, 4.0)},
     "wide heads": {"head_dim": 10, "num_kv_heads": 1, "rope_base": 500.0},
@@ -80,8 +89,16 @@ def test_what_it_computes() -> None:
     rotated = lambda t: torch.cat([(z := torch.complex(*t.chunk(2, -1)) * turn).real, z.imag], -1)
     planes = sample_planes(2, 3, 4, num_heads=2, seed=0, layer=1, dtype=F64)
     log_decay = -F.softplus(module.decay_proj(x) + module.decay_bias)
-    out = race_attention(rotated(q), rotated(k), heads(module.v_proj(x)), planes, module.log_beta.exp(),
-                         normalization="none", log_decay=log_decay, backend="reference")
+    out = race_attention(
+        rotated(q),
+        rotated(k),
+        heads(module.v_proj(x)),
+        planes,
+        module.log_beta.exp(),
+        normalization="none",
+        log_decay=log_decay,
+        backend="reference",
+    )
     out = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.out_norm.weight
     expected = module.o_proj(out.flatten(2) * F.silu(module.gate_proj(x)))
     torch.testing.assert_close(module(x)[0], expected, rtol=1e-4, atol=1e-5)  # eps stands elsewhere in normalize

@@ -33,9 +33,11 @@ def test_angles_are_right_at_any_position(position: int, base: float) -> None:
 
 def test_dot_products_depend_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 3, 32, dtype=torch.float64)
+
     def dot(i: int, j: int) -> torch.Tensor:
         at = lambda x, p: rotate(x, *rotation(torch.tensor([p]), 32, 10000.0, torch.float64))
         return (at(q, i) * at(k, j)).sum(-1)
+
     torch.testing.assert_close(dot(2**39 + 70, 2**39 + 3), dot(67, 0), rtol=0, atol=1e-5)
     torch.testing.assert_close(dot(1070, 1003), dot(67, 0), rtol=1e-12, atol=1e-12)
 

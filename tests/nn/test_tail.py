@@ -59,8 +59,13 @@ def test_gradients_reach_the_tokens_that_are_kept() -> None:
 def test_every_carry_follows_the_protocol() -> None:
     sketch = SketchState(torch.rand(1, 2, 4), torch.rand(1, 2, 4, 3), -torch.rand(1, 2))
     history = HistoryCarry(torch.rand(1, 3, 2, 4), torch.rand(1, 3, 2, 4), torch.ones(1, 3, dtype=torch.bool))
-    for carry in (sketch, tail(torch.randn(1, 3, 2)), RaceCarry(sketch, tail(torch.randn(1, 3, 2))), RaceCarry(sketch),
-                  history):
+    for carry in (
+        sketch,
+        tail(torch.randn(1, 3, 2)),
+        RaceCarry(sketch, tail(torch.randn(1, 3, 2))),
+        RaceCarry(sketch),
+        history,
+    ):
         assert isinstance(carry, Carry)
         again = carry.with_tensors(carry.tensors())
         for a, b in zip(carry.combine(carry.zero()).tensors(), again.tensors(), strict=True):

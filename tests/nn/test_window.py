@@ -30,7 +30,7 @@ def test_window_attention(length: int, window: int, plain: bool) -> None:
     q = torch.randn(2, length, 4, 6, dtype=F64)
     k, v = torch.randn(2, 2, before + length, 2, 6, dtype=F64)
     visible = torch.ones(2, before + length, dtype=torch.bool)
-    visible[0, :before // 2] = False
+    visible[0, : before // 2] = False
     documents = None
     if not plain:
         visible[1, before + length // 2] = False
@@ -88,8 +88,9 @@ def test_layers_against_a_mask_and_cut_anywhere(kind: str, packed: bool, masked:
         position = torch.tensor(start - begin) if mask is None else mask[:, begin:start].sum(1)
         if packed:
             inside = torch.tensor([0, *(c - start for c in cu[1:-1] if start <= c < stop), stop - start])
-        sequence = Sequence.of(stop - start, cu_seqlens=inside, position=position,
-                               key_mask=None if mask is None else mask[:, start:stop])
+        sequence = Sequence.of(
+            stop - start, cu_seqlens=inside, position=position, key_mask=None if mask is None else mask[:, start:stop]
+        )
         part, carry = layer(x[:, start:stop], carry, sequence)
         parts.append(part)
     pieces = torch.cat(parts, 1)

@@ -63,14 +63,18 @@ def draw(seed: int, limits: Limits = Limits(), *, dtype: torch.dtype = torch.flo
     offset = (0.0, 1.0, 3.0)[pick(0, 2)] if mean is None else mean
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     problem = Problem(
-        q=normal(batch, length, heads * repeats, dim).to(dtype), k=normal(batch, length, heads, dim).to(dtype),
+        q=normal(batch, length, heads * repeats, dim).to(dtype),
+        k=normal(batch, length, heads, dim).to(dtype),
         v=(normal(batch, length, heads, value_dim) + offset).to(dtype),
         planes=sample_planes(tables, number, dim, num_heads=heads, seed=seed, dtype=state_dtype),
         beta=(10 ** (2 * torch.rand(heads, generator=g, dtype=torch.float64) - 1)).to(state_dtype),  # 0.1 to 10
         log_decay=_decay(g, pick(0, 3), batch, length, heads, state_dtype) if causal else None,
         key_mask=torch.rand(batch, length, generator=g) > 0.3 if pick(0, 1) else None,
-        cu_seqlens=cu_seqlens, initial=None if initial is None else initial.to(state_dtype), causal=causal,
-        normalization=NORMALIZATIONS[pick(0, 2)])
+        cu_seqlens=cu_seqlens,
+        initial=None if initial is None else initial.to(state_dtype),
+        causal=causal,
+        normalization=NORMALIZATIONS[pick(0, 2)],
+    )
     dfinal = SketchState(normal(rows, heads, features), normal(rows, heads, features, value_dim))
     return Case(problem, normal(batch, length, heads * repeats, value_dim).to(dtype), dfinal.to(state_dtype))
 
@@ -88,6 +92,7 @@ def _decay(g: torch.Generator, kind: int, batch: int, length: int, heads: int, d
 
 def upcast(case: Case) -> Case:
     """The same problem in float64."""
+
     def double(x: object) -> object:
         if isinstance(x, SketchState):
             return x.to(torch.float64)
@@ -105,14 +110,19 @@ def expected(case: Case) -> tuple[Forward, Gradients]:
     initial = None if p.initial is None else [t.clone().requires_grad_() for t in p.initial.tensors()]
     p = replace(p, **leaves, initial=None if initial is None else SketchState(*initial))
     out, final = reference.attention(p)
-    loss = (out * case.dout.double()).sum() + (final.mass * case.dfinal.mass.double()).sum() \
+    loss = (
+        (out * case.dout.double()).sum()
+        + (final.mass * case.dfinal.mass.double()).sum()
         + (final.values * case.dfinal.values.double()).sum()
+    )
     grads = torch.autograd.grad(loss, [*leaves.values(), *(initial or [])], allow_unused=True, materialize_grads=True)
     by_name = dict(zip(names, grads))
-    dinitial = None if initial is None else SketchState(*grads[len(names):])
+    dinitial = None if initial is None else SketchState(*grads[len(names) :])
     final = SketchState(*(t.detach() for t in final.tensors()))
-    return (Forward(out.detach(), out.new_empty(0), out.new_empty(0), final),
-            Gradients(**{"log_decay": None, "initial": dinitial, **by_name}))  # type: ignore[arg-type]
+    return (
+        Forward(out.detach(), out.new_empty(0), out.new_empty(0), final),
+        Gradients(**{"log_decay": None, "initial": dinitial, **by_name}),
+    )  # type: ignore[arg-type]
 
 
 def errors(case: Case, forward: Forward, gradients: Gradients) -> dict[str, float]:
@@ -124,8 +134,10 @@ def errors(case: Case, forward: Forward, gradients: Gradients) -> dict[str, floa
     right, right_grads = expected(case)
     scale = 1e-3 * float(case.dout.double().norm() + case.dfinal.values.double().norm())
     pairs: dict[str, tuple[Tensor, Tensor | None, float]] = {
-        "out": (right.out, forward.out, 1e-30), "final.mass": (right.final.mass, forward.final.mass, 1e-30),
-        "final.values": (right.final.values, forward.final.values, 1e-30)}
+        "out": (right.out, forward.out, 1e-30),
+        "final.mass": (right.final.mass, forward.final.mass, 1e-30),
+        "final.values": (right.final.values, forward.final.values, 1e-30),
+    }
     if right.final.log_decay is not None:
         pairs["final.log_decay"] = (right.final.log_decay, forward.final.log_decay, 1e-30)
     for name in ("q", "k", "v", "planes", "beta", "log_decay"):
@@ -135,8 +147,10 @@ def errors(case: Case, forward: Forward, gradients: Gradients) -> dict[str, floa
         got = gradients.initial
         pairs["dinitial.mass"] = (right_grads.initial.mass, None if got is None else got.mass, scale)
         pairs["dinitial.values"] = (right_grads.initial.values, None if got is None else got.values, scale)
-    return {name: float("inf") if got is None else relative_error(got, wanted, floor)
-            for name, (wanted, got, floor) in pairs.items()}
+    return {
+        name: float("inf") if got is None else relative_error(got, wanted, floor)
+        for name, (wanted, got, floor) in pairs.items()
+    }
 
 
 def relative_error(got: Tensor, wanted: Tensor, floor: float = 1e-30) -> float:

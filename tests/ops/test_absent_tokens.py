@@ -27,15 +27,30 @@ class Inputs:
     options: dict[str, Any]
 
 
-def inputs(decay: str, normalization: str, *, causal: bool = True, batch: int = B, rows: int | None = None, state: bool = True,
-           dtype: torch.dtype = torch.float64, length: int = T) -> Inputs:
+def inputs(
+    decay: str,
+    normalization: str,
+    *,
+    causal: bool = True,
+    batch: int = B,
+    rows: int | None = None,
+    state: bool = True,
+    dtype: torch.dtype = torch.float64,
+    length: int = T,
+) -> Inputs:
     g = torch.Generator().manual_seed(3)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
     rows = rows or batch
-    tokens = {"q": normal(batch, length, HQ, D), "k": normal(batch, length, HKV, D), "v": normal(batch, length, HKV, DV) + 1,
-              "weight": normal(batch, length, HQ, DV)}
-    shared = {"planes": sample_planes(TABLES, PLANES, D, num_heads=HKV, seed=0, dtype=dtype),
-              "beta": torch.tensor([1.0, 2.0], dtype=dtype)}
+    tokens = {
+        "q": normal(batch, length, HQ, D),
+        "k": normal(batch, length, HKV, D),
+        "v": normal(batch, length, HKV, DV) + 1,
+        "weight": normal(batch, length, HQ, DV),
+    }
+    shared = {
+        "planes": sample_planes(TABLES, PLANES, D, num_heads=HKV, seed=0, dtype=dtype),
+        "beta": torch.tensor([1.0, 2.0], dtype=dtype),
+    }
     if decay == "token":
         tokens["log_decay"] = -normal(batch, length, HKV).abs()
     options: dict[str, Any] = {"causal": causal, "normalization": normalization}
@@ -54,8 +69,14 @@ def run(x: Inputs, tokens: dict[str, Tensor], rows: slice, **options: Any) -> di
         initial = SketchState(*(t[rows].clone().requires_grad_() for t in x.state.tensors()))
         leaves |= {"mass": initial.mass, "values": initial.values}
     given = {name: leaves[name] for name in ("log_decay",) if name in leaves}
-    out, final = race_attention(*(leaves[n] for n in ("q", "k", "v", "planes", "beta")), initial_state=initial,
-                                output_final_state=True, **given, **x.options, **options)
+    out, final = race_attention(
+        *(leaves[n] for n in ("q", "k", "v", "planes", "beta")),
+        initial_state=initial,
+        output_final_state=True,
+        **given,
+        **x.options,
+        **options,
+    )
     loss = (out * tokens["weight"]).sum()
     for t, weight in zip(final.tensors(), x.weights, strict=False):
         loss = loss + (t * weight[rows]).sum()
@@ -69,7 +90,7 @@ def check(x: Inputs, mask: Tensor, tolerance: float, **options: Any) -> None:
     masked = run(x, x.tokens, slice(None), key_mask=mask, **options)
     shared: dict[str, Tensor] = {}
     for b, real in enumerate(mask):
-        row = {name: t[b:b + 1, real] for name, t in x.tokens.items()}
+        row = {name: t[b : b + 1, real] for name, t in x.tokens.items()}
         packed = "cu_seqlens" in options
         before = torch.cat([torch.zeros(1, dtype=torch.int64), real.cumsum(0)])
         cu = {"cu_seqlens": before[options["cu_seqlens"]]} if packed else {}
@@ -79,7 +100,7 @@ def check(x: Inputs, mask: Tensor, tolerance: float, **options: Any) -> None:
             if name in ("dplanes", "dbeta"):
                 shared[name] = shared.get(name, 0) + expected
             elif expected.dim() > 1 and expected.shape[1] == row["q"].shape[1] and name[1:] in (*x.tokens, "ut"):
-                close(masked[name][b:b + 1, real], expected, tolerance, name)
+                close(masked[name][b : b + 1, real], expected, tolerance, name)
                 assert not masked[name][b, ~real].any(), name
             else:
                 close(masked[name][states], expected, tolerance, name)
@@ -95,7 +116,7 @@ def padding(batch: int = B, length: int = T) -> Tensor:
     """The first row is padded left, the second inside and right, the third is padding alone."""
     mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(5)) > 0.4
     mask[0] = torch.arange(length) >= length // 3
-    mask[1:2, 3 * length // 4:] = False
+    mask[1:2, 3 * length // 4 :] = False
     mask[2:] = False
     return mask
 
@@ -129,21 +150,27 @@ def test_whatever_stands_there() -> None:
     """Other keys, queries and values there change nothing, nor do decays that no real token could have."""
     x, mask = inputs("token", "none"), padding()
     expected = run(x, x.tokens, slice(None), key_mask=mask, backend="chunked")
-    other = {name: torch.where(mask[..., None] if name == "log_decay" else mask[..., None, None], t, 7.0)
-             for name, t in x.tokens.items()}
+    other = {
+        name: torch.where(mask[..., None] if name == "log_decay" else mask[..., None, None], t, 7.0)
+        for name, t in x.tokens.items()
+    }
     for name, t in run(x, other, slice(None), key_mask=mask, backend="chunked").items():
         assert torch.equal(t, expected[name]), name
 
 
 @pytest.mark.parametrize("unset", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("decay", "normalization", "causal"), [("token", "global", True), ("head", "none", True),
-                                                               ("none", "bucket", True), ("none", "global", False)])
+@pytest.mark.parametrize(
+    ("decay", "normalization", "causal"),
+    [("token", "global", True), ("head", "none", True), ("none", "bucket", True), ("none", "global", False)],
+)
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_memory_that_nobody_has_written(backend: str, decay: str, normalization: str, causal: bool, unset: float) -> None:
     x, mask = inputs(decay, normalization, causal=causal), padding()
     expected = run(x, x.tokens, slice(None), key_mask=mask, backend=backend)
-    other = {name: torch.where(mask.view(*mask.shape, *(1,) * (t.dim() - 2)), t, t if name == "weight" else unset)
-             for name, t in x.tokens.items()}
+    other = {
+        name: torch.where(mask.view(*mask.shape, *(1,) * (t.dim() - 2)), t, t if name == "weight" else unset)
+        for name, t in x.tokens.items()
+    }
     for name, t in run(x, other, slice(None), key_mask=mask, backend=backend).items():
         assert torch.equal(t, expected[name]), name
 
@@ -157,11 +184,26 @@ def below_the_least_denominator(backend: str, dtype: torch.dtype = torch.float32
     k = torch.cat([-q[:, :2], q[:, :1]], 1)  # the first two hash to the bucket farthest from every query
     mask = torch.tensor([[True, False, True]])
     for length in (1, 3):
-        leaves = [t.clone().requires_grad_() for t in (q[:, :length], k[:, :length], torch.ones(1, length, 1, 1, dtype=dtype),
-                                                       torch.tensor(40.0 * scale, dtype=dtype), *state.tensors(),
-                                                       decays.to(dtype).expand(1, length, 1))]
-        out = race_attention(*leaves[:3], planes, leaves[3], key_mask=mask[:, :length], log_decay=leaves[6],
-                             initial_state=SketchState(*leaves[4:6]), backend=backend)
+        leaves = [
+            t.clone().requires_grad_()
+            for t in (
+                q[:, :length],
+                k[:, :length],
+                torch.ones(1, length, 1, 1, dtype=dtype),
+                torch.tensor(40.0 * scale, dtype=dtype),
+                *state.tensors(),
+                decays.to(dtype).expand(1, length, 1),
+            )
+        ]
+        out = race_attention(
+            *leaves[:3],
+            planes,
+            leaves[3],
+            key_mask=mask[:, :length],
+            log_decay=leaves[6],
+            initial_state=SketchState(*leaves[4:6]),
+            backend=backend,
+        )
         assert out[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.0, 1.0][:length])
         for gradient in torch.autograd.grad(out[:, 0].sum(), leaves):
             assert not gradient.any()

@@ -54,9 +54,15 @@ def test_bfloat16_rounds_only_its_inputs_and_outputs(seed: int) -> None:
 @pytest.mark.parametrize("documents", [0, 5])
 def test_the_pieces_of_a_chain_are_the_whole(normalization: str, causal: bool, documents: int) -> None:
     """What is begun: the final state without the read-out, and the initial state's gradient: what ranks exchange."""
-    case = next(c for c in map(draw, range(1000))
-                if c.problem.causal == causal and c.problem.normalization == normalization and c.problem.initial is not None
-                and c.problem.q.shape[1] > 128 and (c.problem.cu_seqlens is None) == (documents == 0))
+    case = next(
+        c
+        for c in map(draw, range(1000))
+        if c.problem.causal == causal
+        and c.problem.normalization == normalization
+        and c.problem.initial is not None
+        and c.problem.q.shape[1] > 128
+        and (c.problem.cu_seqlens is None) == (documents == 0)
+    )
     p = case.problem
     forward = chunked.forward(p)
     assert relative_error(chunked.begin_forward(p).state.values, forward.final.values) <= 1e-14
@@ -74,8 +80,9 @@ def test_underflow_gives_zero_rows_and_zero_gradients() -> None:
     planes = torch.ones(1, 1, 10, 4)
     p = Problem(q, k, torch.randn(1, 70, 1, 3), planes, torch.tensor([30.0]), None, None, None, None, True, "global")
     for dtype, beta in ((torch.float32, 30.0), (torch.float64, 300.0)):
-        cast = replace(p, q=q.to(dtype), k=k.to(dtype), v=p.v.to(dtype), planes=planes.to(dtype),
-                       beta=torch.tensor([beta], dtype=dtype))
+        cast = replace(
+            p, q=q.to(dtype), k=k.to(dtype), v=p.v.to(dtype), planes=planes.to(dtype), beta=torch.tensor([beta], dtype=dtype)
+        )
         forward = chunked.forward(cast)
         gradients = chunked.backward(cast, forward, torch.ones_like(forward.out), None, need_planes=True)
         assert not forward.out.any()

@@ -48,10 +48,14 @@ def test_function_transforms_are_right_or_point_to_the_reference(backend: str) -
     leaf = q.clone().requires_grad_()
     (right,) = torch.autograd.grad(race_attention(leaf, k, v, planes, 2.0, backend="chunked").square().sum(), leaf)
     along = (right * v).sum()
-    ways = {"grad": (lambda: torch.func.grad(loss)(q), right), "jacrev": (lambda: torch.func.jacrev(loss)(q), right),
-            "vjp": (lambda: torch.func.vjp(loss, q)[1](torch.ones((), dtype=q.dtype))[0], right),
-            "jvp": (lambda: torch.func.jvp(loss, (q,), (v,))[1], along), "forward mode": (forward_mode, along),
-            "vmap": (lambda: torch.func.vmap(loss)(q[None])[0], loss(q))}
+    ways = {
+        "grad": (lambda: torch.func.grad(loss)(q), right),
+        "jacrev": (lambda: torch.func.jacrev(loss)(q), right),
+        "vjp": (lambda: torch.func.vjp(loss, q)[1](torch.ones((), dtype=q.dtype))[0], right),
+        "jvp": (lambda: torch.func.jvp(loss, (q,), (v,))[1], along),
+        "forward mode": (forward_mode, along),
+        "vmap": (lambda: torch.func.vmap(loss)(q[None])[0], loss(q)),
+    }
     for name, (run, expected) in ways.items():
         if backend == "reference":
             torch.testing.assert_close(run(), expected, atol=1e-9, rtol=1e-9, msg=name)

@@ -30,8 +30,14 @@ from race_dist.parallel.cut import Cut
 
 
 def test_pack_and_unpack() -> None:
-    tensors = [torch.randn(2, 3), torch.tensor(7), torch.randn(0, 4, dtype=torch.float64), torch.tensor([True, False]),
-               torch.randn(3).bfloat16(), torch.randn(4, 2, dtype=torch.float64).T]
+    tensors = [
+        torch.randn(2, 3),
+        torch.tensor(7),
+        torch.randn(0, 4, dtype=torch.float64),
+        torch.tensor([True, False]),
+        torch.randn(3).bfloat16(),
+        torch.randn(4, 2, dtype=torch.float64).T,
+    ]
     buffer = pack(tensors)
     assert buffer.numel() == packed_size(tensors)
     for before, after in zip(tensors, unpack(buffer, tensors), strict=True):
@@ -44,8 +50,10 @@ def test_pack_and_unpack() -> None:
 
 def test_sums_by_pairs_keep_their_digits() -> None:
     assert tree_sum(torch.arange(7.0)[:, None]).item() == 21.0
-    ones = [SketchState(torch.full((1, 1, 1), 2.0**24), torch.zeros(1, 1, 1, 1)), *(
-        SketchState(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, 1)) for _ in range(15))]
+    ones = [
+        SketchState(torch.full((1, 1, 1), 2.0**24), torch.zeros(1, 1, 1, 1)),
+        *(SketchState(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, 1)) for _ in range(15)),
+    ]
     assert fold(ones).mass.item() >= 2**24 + 14  # one after the other they would stay at 2**24
 
 

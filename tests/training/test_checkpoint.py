@@ -24,8 +24,12 @@ from race_dist.training.trainer import Trainer
 
 def tensors(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {"model.a": torch.randn(7, 5, generator=generator), "model.b": torch.randn(3, generator=generator).double(),
-            "optim.a.step": torch.tensor(float(seed)), "model.n": torch.tensor([2**53 + seed])}
+    return {
+        "model.a": torch.randn(7, 5, generator=generator),
+        "model.b": torch.randn(3, generator=generator).double(),
+        "optim.a.step": torch.tensor(float(seed)),
+        "model.n": torch.tensor([2**53 + seed]),
+    }
 
 
 def saved(folder: Path, steps: list[int], **options: int) -> Checkpoints:
@@ -66,7 +70,11 @@ def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
 def test_old_ones_are_pruned(tmp_path: Path) -> None:
     saved(tmp_path, [10, 20, 30, 40, 50, 60], keep=2, keep_every=20)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "000002-step-00000020", "000004-step-00000040", "000005-step-00000050", "000006-step-00000060"]
+        "000002-step-00000020",
+        "000004-step-00000040",
+        "000005-step-00000050",
+        "000006-step-00000060",
+    ]
     store = saved(tmp_path, [7], keep=1)  # after a roll-back steps are lower and serial numbers still grow
     assert [p.name for p in tmp_path.iterdir()] == ["000007-step-00000007"]
     newest = store.newest()
@@ -84,11 +92,17 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize(("damage", "which", "says"), [
-    (cut, "*.safetensors", r"has \d+ bytes, \d+ were written"), (flip, "*.safetensors", "does not have the checksum"),
-    (Path.unlink, "*.safetensors", "is missing"), (cut, MANIFEST, "Expecting|Unterminated"),
-    (Path.unlink, MANIFEST, "No such file"),
-    (lambda file: file.write_text(file.read_text().replace('"position": 20', '"position": 21')), MANIFEST, "was changed")])
+@pytest.mark.parametrize(
+    ("damage", "which", "says"),
+    [
+        (cut, "*.safetensors", r"has \d+ bytes, \d+ were written"),
+        (flip, "*.safetensors", "does not have the checksum"),
+        (Path.unlink, "*.safetensors", "is missing"),
+        (cut, MANIFEST, "Expecting|Unterminated"),
+        (Path.unlink, MANIFEST, "No such file"),
+        (lambda file: file.write_text(file.read_text().replace('"position": 20', '"position": 21')), MANIFEST, "was changed"),
+    ],
+)
 def test_a_damaged_one_is_passed_over_and_told(tmp_path: Path, damage: Any, which: str, says: str) -> None:
     saved(tmp_path, [10, 20])
     damage(next((tmp_path / "000002-step-00000020").glob(which)))
@@ -160,10 +174,16 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
     text = folder / "text.txt"
     text.write_text("".join(f"line {n} of the text: {n * n}\n" for n in range(900)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": 12, "log_every": 1,
+        "runs": str(folder / "runs"),
+        "steps": 12,
+        "log_every": 1,
         "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
-        "data": {"path": str(text), "context": 32, "batch_size": 2}, "optim": {"warmup_steps": 2, "lr": 1e-2},
-        "eval": {"every": 4, "tokens": 100}, "checkpoint": {"every": 5}, "sample": {"tokens": 0}}
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "eval": {"every": 4, "tokens": 100},
+        "checkpoint": {"every": 5},
+        "sample": {"tokens": 0},
+    }
     return parse_config(tree | changes)
 
 

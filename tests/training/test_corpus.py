@@ -23,7 +23,7 @@ def corpus_of(size: int) -> Corpus:
 @pytest.mark.parametrize("size", [BLOCK * 40, BLOCK * 40 + 5, BLOCK * 39 + BLOCK // 2, BLOCK * 20, 10_000, 21, 3])
 def test_the_two_sides_share_nothing_and_miss_nothing(size: int) -> None:
     corpus = corpus_of(size)
-    blocks = [corpus.tokens[start:start + corpus.block] for start in range(0, size, corpus.block)]
+    blocks = [corpus.tokens[start : start + corpus.block] for start in range(0, size, corpus.block)]
     train = [b for n, b in enumerate(blocks) if n % 10 != 9]
     held_out = [b for n, b in enumerate(blocks) if n % 10 == 9]
     for split, expected in ((corpus.train, train), (corpus.held_out, held_out)):
@@ -49,8 +49,11 @@ def test_a_batch_depends_on_seed_and_position_alone() -> None:
 
 def test_batches_reach_the_whole_training_text() -> None:
     split = corpus_of(2_000).train
-    starts = {start for s in range(4)
-              for start in training_batch(split, seed=0, position=s, batch_size=64, context=len(split) - 5).starts}
+    starts = {
+        start
+        for s in range(4)
+        for start in training_batch(split, seed=0, position=s, batch_size=64, context=len(split) - 5).starts
+    }
     assert starts == set(range(5))  # every window that fits, first and last included
 
 
@@ -59,7 +62,7 @@ def test_evaluation_windows_are_disjoint_and_the_same_every_time() -> None:
     batches = list(evaluation_batches(split, tokens=10_000, batch_size=4, context=300))
     assert sum(batch.count for batch in batches) == 10_000 // 300
     assert all(len(batch.starts) == 4 for batch in batches)
-    starts = sorted(start for batch in batches for start in batch.starts[:batch.count])
+    starts = sorted(start for batch in batches for start in batch.starts[: batch.count])
     assert all(b - a >= 300 for a, b in zip(starts, starts[1:]))
     assert batches == list(evaluation_batches(split, tokens=10_000, batch_size=4, context=300))
 
@@ -80,8 +83,15 @@ def test_the_standard_library_is_large_ordered_and_has_no_duplicates() -> None:
 
 
 def test_a_folder_is_read_in_order_without_duplicates_and_hidden_files(tmp_path: Path) -> None:
-    for name, text in {"b.txt": "second ", "a.txt": "first ", "sub/c.txt": "third ", "sub/d.txt": "first ",
-                       ".hidden": "no", ".git/config": "no", "z.py": "code"}.items():
+    for name, text in {
+        "b.txt": "second ",
+        "a.txt": "first ",
+        "sub/c.txt": "third ",
+        "sub/d.txt": "first ",
+        ".hidden": "no",
+        ".git/config": "no",
+        "z.py": "code",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert load_corpus(str(tmp_path)).tokens.tobytes() == b"first second third code"
@@ -139,7 +149,7 @@ def test_every_tenth_document_or_the_tail_is_held_out() -> None:
     assert np.array_equal(held_out.read(0, len(held_out)), np.concatenate([p for n, p in enumerate(pieces) if n % 10 == 9]))
     train, held_out = corpus.split("tail")
     size = len(corpus.tokens)
-    assert np.array_equal(held_out.read(0, len(held_out)), corpus.tokens[size - size // 10:])
+    assert np.array_equal(held_out.read(0, len(held_out)), corpus.tokens[size - size // 10 :])
     assert np.shares_memory(train.view(2, 5), corpus.tokens)
     assert [len(s) for s in documents_of([5, 6, 7]).split("documents")] == [11, 7]  # of few, the last
     for options in ({"held_out": "documents"}, {"separate": True}):

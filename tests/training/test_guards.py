@@ -57,10 +57,17 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
     text = folder / "text.txt"
     text.write_text("".join(f"line {n} of the text: {n * n}\n" for n in range(900)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": 16, "log_every": 1,
-        "model": {"dim": 16, "num_layers": 1, "num_heads": 2}, "data": {"path": str(text), "context": 32, "batch_size": 2},
-        "optim": {"warmup_steps": 2, "lr": 1e-2}, "eval": {"every": 100, "tokens": 100}, "sample": {"tokens": 0},
-        "checkpoint": {"every": 4}, "guard": {"skips": 1, "rollbacks": 1}}
+        "runs": str(folder / "runs"),
+        "steps": 16,
+        "log_every": 1,
+        "model": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "eval": {"every": 100, "tokens": 100},
+        "sample": {"tokens": 0},
+        "checkpoint": {"every": 4},
+        "guard": {"skips": 1, "rollbacks": 1},
+    }
     return parse_config(tree | changes)
 
 
@@ -90,8 +97,11 @@ def sabotaged(config: TrainConfig, positions: set[int]) -> tuple[Trainer, Sabota
 
 
 def events(config: TrainConfig) -> list[tuple[int, str]]:
-    return [(r["step"], r["what"]) for r in read_metrics(RunDirectory(config.directory).metrics)
-            if r["kind"] == "event" and r["what"] != "checkpoint"]
+    return [
+        (r["step"], r["what"])
+        for r in read_metrics(RunDirectory(config.directory).metrics)
+        if r["kind"] == "event" and r["what"] != "checkpoint"
+    ]
 
 
 def test_a_bad_step_is_skipped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,8 +150,14 @@ def test_a_checkpoint_that_no_good_step_followed_is_not_gone_back_to_again(tmp_p
     config = settings(tmp_path, guard={"skips": 1, "rollbacks": 2})
     trainer, _ = sabotaged(config, {8, 9, 10, 11})
     run(trainer, RunDirectory(config.directory))
-    assert events(config) == [(9, "skipped"), (10, "skipped"), (8, "rolled back"), (9, "skipped"), (10, "skipped"),
-                              (4, "rolled back")]
+    assert events(config) == [
+        (9, "skipped"),
+        (10, "skipped"),
+        (8, "rolled back"),
+        (9, "skipped"),
+        (10, "skipped"),
+        (4, "rolled back"),
+    ]
     assert trainer.step == 16
 
 
@@ -173,9 +189,15 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
     assert (16, "no checkpoint") in events(config)
 
 
-@pytest.mark.parametrize("changes", [{}, {"stream": {"chunk_size": 8}}, {"precision": "bfloat16"},
-                                     {"model": {"dim": 16, "num_layers": 3, "num_heads": 2, "layer_pattern": "RWS",
-                                                "race": {"decay": "token"}}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stream": {"chunk_size": 8}},
+        {"precision": "bfloat16"},
+        {"model": {"dim": 16, "num_layers": 3, "num_heads": 2, "layer_pattern": "RWS", "race": {"decay": "token"}}},
+    ],
+)
 def test_a_run_that_diverges_on_the_cpu_meets_the_guard(changes: dict[str, Any], tmp_path: Path) -> None:
     """Weights that become Inf make a loss that is none, and not a complaint about an argument of the attention."""
     config = settings(tmp_path, optim={"warmup_steps": 1, "lr": 1e30, "clip": 0}, checkpoint={"every": 1}, **changes)

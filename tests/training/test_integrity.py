@@ -38,9 +38,15 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
     text = folder / "text.txt"
     text.write_text("".join(f"line {n} of the text: {n * n}\n" for n in range(900)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": 4, "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
-        "data": {"path": str(text), "context": 32, "batch_size": 2}, "optim": {"warmup_steps": 1, "lr": 1e-2},
-        "eval": {"every": 4, "tokens": 100}, "checkpoint": {"every": 2}, "sample": {"tokens": 0}}
+        "runs": str(folder / "runs"),
+        "steps": 4,
+        "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 1, "lr": 1e-2},
+        "eval": {"every": 4, "tokens": 100},
+        "checkpoint": {"every": 2},
+        "sample": {"tokens": 0},
+    }
     return parse_config(tree | changes)
 
 
@@ -51,8 +57,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     config = settings(folder)
     file = tokenizer(folder, Path(config.data.path).read_text(encoding="utf-8"))
     pack(config.data.path, folder / "packed", tokenizer=file)
-    config = settings(folder, data={"path": str(folder / "packed"), "context": 32, "batch_size": 2},
-                      model={"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW", "vocab_size": 512})
+    config = settings(
+        folder,
+        data={"path": str(folder / "packed"), "context": 32, "batch_size": 2},
+        model={"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW", "vocab_size": 512},
+    )
     directory = RunDirectory(config.directory)
     directory.create(config, overwrite=False)
     run(Trainer(config, Ranks(torch.device("cpu"))), directory)
@@ -106,15 +115,20 @@ def test_a_configuration_that_was_changed_is_not_that_of_the_weights(step: int |
 @pytest.mark.parametrize("content", ["[]", "5", "null", '"x"', "{", "", "\0" * 9, "{}", '{"model": []}', '{"model": 5}'])
 def test_a_configuration_that_is_none_is_one_sentence(content: str, copy: RunDirectory) -> None:
     copy.config.write_text(content)
-    for words in (["generate", copy.path, "--prompt", "x", "--tokens", "1"], ["report", copy.path],
-                  ["export", copy.path, "--out", copy.path / "o"]):
+    for words in (
+        ["generate", copy.path, "--prompt", "x", "--tokens", "1"],
+        ["report", copy.path],
+        ["export", copy.path, "--out", copy.path / "o"],
+    ):
         result = CliRunner().invoke(app, list(map(str, words)))
         assert result.exit_code == 2, (words, result.exception)
         assert "config.json" in result.output
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda f: flip(f, 800), lambda f: f.write_text("{}"),
-                                    lambda f: shutil.copy(f.with_name("other.json"), f)])
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda f: flip(f, 800), lambda f: f.write_text("{}"), lambda f: shutil.copy(f.with_name("other.json"), f)],
+)
 def test_another_tokenizer_than_the_runs_is_not_used(damage: Callable[[Path], Any], copy: RunDirectory) -> None:
     from tokenizers import Tokenizer
 
@@ -133,14 +147,24 @@ def change(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-@pytest.mark.parametrize(("name", "old", "new", "says"), [
-    ("machine.json", '"tokenizer"', '"tokenizes"', r"machine\.json was changed"),  # the tokenizer would not be checked any more
-    ("machine.json", '"text_digest"', '"text_digesu"', r"machine\.json was changed"),
-    ("machine.json", '"cores": ', '"cores": 1', r"machine\.json was changed"),
-    ("positions-32.json", '"loss": ', '"loss": 1', r"positions-32\.json does not hold losses by position"),
-    ("positions-32.json", '"bytes_per_token": ', '"bytes_per_token": 1', r"positions-32\.json does not hold")])
-def test_a_figure_that_was_changed_is_not_reported(name: str, old: str, new: str, says: str, copy: RunDirectory,
-                                                   tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        (
+            "machine.json",
+            '"tokenizer"',
+            '"tokenizes"',
+            r"machine\.json was changed",
+        ),  # the tokenizer would not be checked any more
+        ("machine.json", '"text_digest"', '"text_digesu"', r"machine\.json was changed"),
+        ("machine.json", '"cores": ', '"cores": 1', r"machine\.json was changed"),
+        ("positions-32.json", '"loss": ', '"loss": 1', r"positions-32\.json does not hold losses by position"),
+        ("positions-32.json", '"bytes_per_token": ', '"bytes_per_token": 1', r"positions-32\.json does not hold"),
+    ],
+)
+def test_a_figure_that_was_changed_is_not_reported(
+    name: str, old: str, new: str, says: str, copy: RunDirectory, tmp_path: Path
+) -> None:
     """One digit would be another result, one letter of a key a check less."""
     write_report([copy.path], tmp_path / "out")
     change(copy.path / name, old, new)
@@ -210,18 +234,26 @@ def test_a_manifest_that_is_none_is_passed_over(content: str, copy: RunDirectory
 # --- packed corpora ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("damage", "says"), [
-    (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
-    (lambda p: flip(p / "tokenizer.json", 3000), r"tokenizer\.json is not what was packed"),
-    (lambda p: edit(p, text_bytes=17), r"corpus\.json was changed"), (lambda p: edit(p, vocab_size=300), r"corpus\.json was"),
-    (lambda p: edit(p, text_bytes="x"), r"corpus\.json is damaged: text_bytes is a string"),
-    (lambda p: edit(p, vocab_size=True), r"vocab_size is true or false"), (lambda p: edit(p, sha256=[]), "sha256 is a list"),
-    (lambda p: edit(p, tokens=0), "tokens cannot be right"), (lambda p: (p / "corpus.json").write_text("[]"), "got list"),
-    (lambda p: (p / "corpus.json").write_text("\0" * 99), r"corpus\.json is damaged"),
-    (lambda p: (p / "corpus.json").unlink(), r"corpus\.json is missing; pack the text again"),
-    (lambda p: ((p / "corpus.json").unlink(), (p / "corpus.json").mkdir()), r"corpus\.json is no file")])
-def test_a_corpus_that_was_changed_is_named(damage: Callable[[Path], Any], says: str, finished: RunDirectory,
-                                            tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+        (lambda p: flip(p / "tokenizer.json", 3000), r"tokenizer\.json is not what was packed"),
+        (lambda p: edit(p, text_bytes=17), r"corpus\.json was changed"),
+        (lambda p: edit(p, vocab_size=300), r"corpus\.json was"),
+        (lambda p: edit(p, text_bytes="x"), r"corpus\.json is damaged: text_bytes is a string"),
+        (lambda p: edit(p, vocab_size=True), r"vocab_size is true or false"),
+        (lambda p: edit(p, sha256=[]), "sha256 is a list"),
+        (lambda p: edit(p, tokens=0), "tokens cannot be right"),
+        (lambda p: (p / "corpus.json").write_text("[]"), "got list"),
+        (lambda p: (p / "corpus.json").write_text("\0" * 99), r"corpus\.json is damaged"),
+        (lambda p: (p / "corpus.json").unlink(), r"corpus\.json is missing; pack the text again"),
+        (lambda p: ((p / "corpus.json").unlink(), (p / "corpus.json").mkdir()), r"corpus\.json is no file"),
+    ],
+)
+def test_a_corpus_that_was_changed_is_named(
+    damage: Callable[[Path], Any], says: str, finished: RunDirectory, tmp_path: Path
+) -> None:
     packed = tmp_path / "packed"
     shutil.copytree(finished.load_config().data.path, packed)
     verify_packed(packed)

@@ -28,10 +28,16 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     if not text.exists():
         text.write_text("".join(f"line {n} of the text: {n * n}\n" for n in range(900)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": STEPS, "log_every": 1,
+        "runs": str(folder / "runs"),
+        "steps": STEPS,
+        "log_every": 1,
         "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
-        "data": {"path": str(text), "context": 32, "batch_size": 2}, "optim": {"warmup_steps": 2, "lr": 1e-2},
-        "eval": {"every": 7, "tokens": 100}, "checkpoint": {"every": 1}, "sample": {"tokens": 0}}
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "eval": {"every": 7, "tokens": 100},
+        "checkpoint": {"every": 1},
+        "sample": {"tokens": 0},
+    }
     return tree | changes
 
 
@@ -54,11 +60,18 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
                 if left[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
             return fn(*args, **kwargs)
+
         return call
 
     if die_at is not None:
-        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (checkpoint, "file_digest"),
-                            (checkpoint, "write_record")):
+        for owner, name in (
+            (os, "fsync"),
+            (Path, "rename"),
+            (Path, "replace"),
+            (shutil, "rmtree"),
+            (checkpoint, "file_digest"),
+            (checkpoint, "write_record"),
+        ):
             setattr(owner, name, deadly(getattr(owner, name)))
     config = parse_config(tree)
     directory = RunDirectory(config.directory)
@@ -88,8 +101,10 @@ def curve(config: TrainConfig) -> list[tuple[Any, ...]]:
 
 def same(tree: dict[str, Any], undisturbed: dict[str, Any]) -> bool:
     one, other = parse_config(tree), parse_config(undisturbed)
-    return (curve(one) == curve(other) and RunDirectory(one.directory).weights.read_bytes()
-            == RunDirectory(other.directory).weights.read_bytes())
+    return (
+        curve(one) == curve(other)
+        and RunDirectory(one.directory).weights.read_bytes() == RunDirectory(other.directory).weights.read_bytes()
+    )
 
 
 def test_killed_at_every_file_operation_of_a_checkpoint(tmp_path: Path) -> None:
@@ -169,7 +184,7 @@ sample = {{ tokens = 0 }}
             time.sleep(0.02)
         time.sleep(choose.uniform(0, 3))
         victims = ranks_of(process.pid) if process.poll() is None else []
-        for victim in ([*victims, process.pid] if trial % 2 else victims[trial // 2 % 2:][:1]):
+        for victim in [*victims, process.pid] if trial % 2 else victims[trial // 2 % 2 :][:1]:
             os.kill(victim, signal.SIGKILL)
         midway += process.wait(400) != 0
         assert command(config, "--override", f"name={name}").wait(400) == 0

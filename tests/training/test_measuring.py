@@ -67,8 +67,11 @@ def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Pa
     assert (run / "positions-32.json").read_text() == held_out
     found = {p.name: json.loads(p.read_text()) for p in run.glob("positions-*.json")}
     assert {(f["text"], f["held_out"], f["step"]) for f in found.values()} >= {
-        (str(first), False, None), (str(second), False, None), (str(folder / "text.txt"), True, None),
-        (str(folder / "text.txt"), True, 6)}
+        (str(first), False, None),
+        (str(second), False, None),
+        (str(folder / "text.txt"), True, None),
+        (str(folder / "text.txt"), True, 6),
+    }
     before = len(found)
     assert invoke("eval", run, "--data", first, "--tokens", "128")[0] == 0  # the same text again
     assert len(list(run.glob("positions-*.json"))) == before
@@ -77,8 +80,13 @@ def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Pa
     page = (run / "report" / "report.html").read_text(encoding="utf-8")
     for text in (f"<td>{first}</td>", f"<td>{second}</td>", f"<td>{folder / 'text.txt'} (held out)</td>"):
         assert text in page
-    labels = [text.get_text() for text in draw_positions(
-        [Curves("run", [], read_positions(RunDirectory(run).positions))]).axes[0].get_legend().get_texts()]
+    labels = [
+        text.get_text()
+        for text in draw_positions([Curves("run", [], read_positions(RunDirectory(run).positions))])
+        .axes[0]
+        .get_legend()
+        .get_texts()
+    ]
     for part in ("held out", "held out, step 6", str(first), str(second)):
         assert any(label.endswith(part) for label in labels), (part, labels)
     assert len(labels) == before
@@ -127,8 +135,10 @@ def test_another_text_goes_through_the_runs_tokenizer(folder: Path, token_run: P
     (file,) = token_run.glob("positions-16-texts-*.json")
     measured = json.loads(file.read_text())
     library = load_tokenizer(token_run / "tokenizer.json")
-    count = sum(len(library.encode((folder / "texts" / name).read_bytes().decode(), add_special_tokens=False).ids)
-                for name in ("one.txt", "two.txt"))
+    count = sum(
+        len(library.encode((folder / "texts" / name).read_bytes().decode(), add_special_tokens=False).ids)
+        for name in ("one.txt", "two.txt")
+    )
     assert measured["bytes_per_token"] == pytest.approx(2 * len(text.encode()) / count)
     pack(str(folder / "texts"), folder / "same", tokenizer=token_run / "tokenizer.json")
     assert invoke("eval", token_run, "--data", folder / "same")[0] == 0
@@ -169,10 +179,16 @@ def test_the_sample_of_a_run_begins_in_its_own_text(folder: Path, token_run: Pat
     assert first_words(tokens.held_out, TokenizerCodec(folder / "packed" / "tokenizer.json"))
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    (b"\x80tail\nfirst line of it\nrest\n", "first line of it"),
-    (b"one long line without an end " * 9, "one long line without an end one long line"),
-    (b"\n\n\n", "\n\n\n"), (b"\xff\xff", " "), (b"x\n" + b"word " * 30 + b"\n", "word word word word word word word word")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\x80tail\nfirst line of it\nrest\n", "first line of it"),
+        (b"one long line without an end " * 9, "one long line without an end one long line"),
+        (b"\n\n\n", "\n\n\n"),
+        (b"\xff\xff", " "),
+        (b"x\n" + b"word " * 30 + b"\n", "word word word word word word word word"),
+    ],
+)
 def test_a_prompt_is_the_first_line_with_words(text: bytes, words: str) -> None:
     from race_dist.training.corpus import Corpus
 
@@ -191,10 +207,13 @@ def test_the_beginning_of_a_prompt_file_is_printed_as_it_is(tmp_path: Path, run:
 
 def test_text_goes_to_a_terminal_that_lacks_its_characters(folder: Path, token_run: Path) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
-    for words in (["generate", token_run, "--prompt", "grüße", "--tokens", "30", "--temperature", "3"],
-                  ["train", folder / "tokens.toml", "--override", "name=ascii"]):
-        done = subprocess.run([sys.executable, "-m", "race_dist.cli", *map(str, words)], env=env, capture_output=True,
-                              check=False)
+    for words in (
+        ["generate", token_run, "--prompt", "grüße", "--tokens", "30", "--temperature", "3"],
+        ["train", folder / "tokens.toml", "--override", "name=ascii"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "race_dist.cli", *map(str, words)], env=env, capture_output=True, check=False
+        )
         assert done.returncode == 0, done.stderr.decode()
         assert done.stdout.isascii()
     assert not (folder / "runs" / "ascii" / "sample.txt").read_text(encoding="utf-8").isascii()
@@ -216,5 +235,3 @@ def test_packing_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Sig
     assert b"Traceback" not in said
     assert not list(tmp_path.glob(".packed*"))
     assert not (tmp_path / "packed").exists()
-
-

@@ -30,15 +30,31 @@ def test_without_warm_up_the_first_step_is_already_on_the_cosine() -> None:
 
 
 def test_only_the_matrices_of_linear_maps_decay() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "mix": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 3, groups=4),
-                           "norm": nn.LayerNorm(4), "head": nn.Linear(4, 8, bias=False),
-                           "frozen": nn.Linear(4, 4).requires_grad_(False)})
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(8, 4),
+            "mix": nn.Linear(4, 4),
+            "conv": nn.Conv1d(4, 4, 3, groups=4),
+            "norm": nn.LayerNorm(4),
+            "head": nn.Linear(4, 8, bias=False),
+            "frozen": nn.Linear(4, 4).requires_grad_(False),
+        }
+    )
     model["head"].weight = model["embed"].weight
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: decay.get(id(p)) for name, p in model.named_parameters()}
-    assert named == {"embed.weight": 0.0, "mix.weight": 0.3, "mix.bias": 0.0, "conv.weight": 0.0, "conv.bias": 0.0,
-                     "norm.weight": 0.0, "norm.bias": 0.0, "frozen.weight": None, "frozen.bias": None}
+    assert named == {
+        "embed.weight": 0.0,
+        "mix.weight": 0.3,
+        "mix.bias": 0.0,
+        "conv.weight": 0.0,
+        "conv.bias": 0.0,
+        "norm.weight": 0.0,
+        "norm.bias": 0.0,
+        "frozen.weight": None,
+        "frozen.bias": None,
+    }
 
 
 def test_planes_get_a_rate_of_their_own() -> None:

@@ -60,8 +60,9 @@ def tokenizer(folder: Path, text: str) -> Path:
     from tokenizers import decoders
 
     model.decoder = decoders.ByteLevel()
-    model.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    model.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
     model.save(str(folder / "bpe.json"))
     return folder / "bpe.json"
 

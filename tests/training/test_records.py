@@ -33,9 +33,16 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
     text = folder / "text.txt"
     text.write_text("".join(f"line {n} of the text: {n * n}\n" for n in range(900)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": 4, "log_every": 1, "model": {"dim": 16, "num_layers": 1, "num_heads": 2},
-        "data": {"path": str(text), "context": 32, "batch_size": 2}, "optim": {"warmup_steps": 1, "lr": 1e-2},
-        "eval": {"every": 2, "tokens": 100}, "checkpoint": {"every": 2}, "sample": {"tokens": 4, "prompt": "line "}}
+        "runs": str(folder / "runs"),
+        "steps": 4,
+        "log_every": 1,
+        "model": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 1, "lr": 1e-2},
+        "eval": {"every": 2, "tokens": 100},
+        "checkpoint": {"every": 2},
+        "sample": {"tokens": 4, "prompt": "line "},
+    }
     return parse_config(tree | changes)
 
 
@@ -78,22 +85,43 @@ def test_records_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
     assert "no/folder could not be written (No such file or directory)" in said[1]
 
 
-GOOD = [{"kind": "train", "step": 1, "loss": 5.0, "bpb": 7.0, "seconds": 2.0}, {"kind": "eval", "step": 2, "bpb": 6.0},
-        {"kind": "event", "step": 3, "what": "skipped", "text": "why"}, {"kind": "train", "step": 3, "loss": None}]
-DAMAGED = [b'{"kind": "tra', b"\0" * 300, b"[]", b"5", b"null", b'{"kind": "train"}', b'{"step": 3}', b"\xff\xfe",
-           b'{"kind": "train", "step": "x"}', b'{"kind": "train", "step": 1.5}', b'{"kind": "train", "step": true}',
-           b'{"kind": "train", "step": -1}', b'{"kind": "train", "step": 1' + b"0" * 40 + b"}", b'{"kind": [], "step": 1}',
-           b'{"kind": "train", "step": 1, "loss": "x"}', b'{"kind": "train", "step": 1, "seconds": [1]}', b"[" * 10**5,
-           b'{"kind": "event", "step": 1}', b'{"kind": "event", "step": 1, "what": 5}', b'{"kind": "other", "step": 1}',
-           b'{"kind": "event", "step": 1, "what": "a", "text": {}}']
+GOOD = [
+    {"kind": "train", "step": 1, "loss": 5.0, "bpb": 7.0, "seconds": 2.0},
+    {"kind": "eval", "step": 2, "bpb": 6.0},
+    {"kind": "event", "step": 3, "what": "skipped", "text": "why"},
+    {"kind": "train", "step": 3, "loss": None},
+]
+DAMAGED = [
+    b'{"kind": "tra',
+    b"\0" * 300,
+    b"[]",
+    b"5",
+    b"null",
+    b'{"kind": "train"}',
+    b'{"step": 3}',
+    b"\xff\xfe",
+    b'{"kind": "train", "step": "x"}',
+    b'{"kind": "train", "step": 1.5}',
+    b'{"kind": "train", "step": true}',
+    b'{"kind": "train", "step": -1}',
+    b'{"kind": "train", "step": 1' + b"0" * 40 + b"}",
+    b'{"kind": [], "step": 1}',
+    b'{"kind": "train", "step": 1, "loss": "x"}',
+    b'{"kind": "train", "step": 1, "seconds": [1]}',
+    b"[" * 10**5,
+    b'{"kind": "event", "step": 1}',
+    b'{"kind": "event", "step": 1, "what": 5}',
+    b'{"kind": "other", "step": 1}',
+    b'{"kind": "event", "step": 1, "what": "a", "text": {}}',
+]
 
 
 def damaged_metrics(path: Path) -> None:
     """Every good record between damaged ones, and a last line that is cut."""
     lines = [json.dumps(r).encode() for r in GOOD]
     size = len(DAMAGED) // len(GOOD)
-    parts = [line for n, good in enumerate(lines) for line in (*DAMAGED[n * size:(n + 1) * size], good)]
-    path.write_bytes(b"\n".join([*parts, *DAMAGED[len(GOOD) * size:], b'{"kind": "train", "step": 9, "lo']))
+    parts = [line for n, good in enumerate(lines) for line in (*DAMAGED[n * size : (n + 1) * size], good)]
+    path.write_bytes(b"\n".join([*parts, *DAMAGED[len(GOOD) * size :], b'{"kind": "train", "step": 9, "lo']))
 
 
 def test_damaged_lines_are_passed_over_wherever_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +159,14 @@ def test_a_report_is_made_of_damaged_metrics(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_the_records_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, steps=30, eval={"every": 100, "tokens": 100})
-    with largest_file(3000), pytest.raises(CheckpointError, match=r"the trained weights were not kept: .*model\.safetensors "
-                                                                  r"could not be written: .*too large"):
+    with (
+        largest_file(3000),
+        pytest.raises(
+            CheckpointError,
+            match=r"the trained weights were not kept: .*model\.safetensors "
+            r"could not be written: .*too large",
+        ),
+    ):
         go(config)
     said = capsys.readouterr().out
     assert "step 30/30" in said
@@ -180,8 +214,10 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_weights(tmp_path: Path, 
     assert "checkpoint trouble: the checkpoint of step 4 could not be written" in capsys.readouterr().out
     directory.load_model()
     with pytest.raises(CheckpointError, match="the checkpoint of step 6 could not be written"):  # who was asked must know
-        go(settings(tmp_path, name="asked", steps=9, checkpoint={"every": 100}),
-           stop_requested=Blocked(tmp_path / "runs/asked/checkpoints"))
+        go(
+            settings(tmp_path, name="asked", steps=9, checkpoint={"every": 100}),
+            stop_requested=Blocked(tmp_path / "runs/asked/checkpoints"),
+        )
 
 
 class Blocked:
@@ -202,17 +238,28 @@ def fail(*_: Any, **__: Any) -> Any:
     raise RuntimeError("a library's own reason\nand its second line")
 
 
-@pytest.mark.parametrize(("name", "says"), [("draw_loss", "curves.png"), ("save_png", "curves.png"),
-                                            ("loss_by_position", "losses by position"), ("stream_text", "sample.txt")])
-def test_what_a_library_raises_at_the_end_is_said(name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("draw_loss", "curves.png"),
+        ("save_png", "curves.png"),
+        ("loss_by_position", "losses by position"),
+        ("stream_text", "sample.txt"),
+    ],
+)
+def test_what_a_library_raises_at_the_end_is_said(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(closing, name, fail)
     config = settings(tmp_path, steps=2)
     assert math.isfinite(go(config).evaluation.loss)
     directory, said = RunDirectory(config.directory), capsys.readouterr().out
     assert f"{says} could not be written (a library's own reason): the run goes on without it" in said
-    left = {"curves.png": directory.curves.is_file(), "sample.txt": directory.sample.is_file(),
-            "losses by position": bool(directory.positions)}
+    left = {
+        "curves.png": directory.curves.is_file(),
+        "sample.txt": directory.sample.is_file(),
+        "losses by position": bool(directory.positions),
+    }
     assert left == {what: what != says for what in left}
     directory.load_model()
 
@@ -233,12 +280,14 @@ def test_a_full_disk_under_tensorboard_is_one_sentence(tmp_path: Path, capfd: py
     assert threading.excepthook is hook
 
 
-def test_probes_and_tensorboard_that_fail_are_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_probes_and_tensorboard_that_fail_are_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from race_dist.training import records
 
     class Writer:
         def __init__(self, *_: Any, **__: Any) -> None: ...
+
         add_scalar = add_text = close = fail
 
     monkeypatch.setattr(records, "summary_writer", lambda: Writer)
@@ -253,8 +302,18 @@ def test_probes_and_tensorboard_that_fail_are_said_once(tmp_path: Path, monkeypa
     assert out.count("a library's own reason") == 2  # the board's, the probe's
 
 
-@pytest.mark.parametrize("name", ["in$_$out.txt", "$x^{$.txt", "_underscored.txt", "a [/b] :smile: <c> & d.txt",
-                                  "line\nbreak.txt", "caf\udcff.txt", "\U0001f600 \u4e2d.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "in$_$out.txt",
+        "$x^{$.txt",
+        "_underscored.txt",
+        "a [/b] :smile: <c> & d.txt",
+        "line\nbreak.txt",
+        "caf\udcff.txt",
+        "\U0001f600 \u4e2d.txt",
+    ],
+)
 def test_names_are_shown_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from race_dist.training.curves import Curves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
 
@@ -311,8 +370,11 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     directory = RunDirectory(config.directory)
     before = {path.name: path.read_bytes() for path in directory.path.iterdir() if path.is_file()}
     tree = json.loads(config.to_json())
-    for change in ({"model": tree["model"] | {"num_layers": 2}}, {"optim": tree["optim"] | {"weight_decay": 0.5}},
-                   {"data": tree["data"] | {"context": 16}}):
+    for change in (
+        {"model": tree["model"] | {"num_layers": 2}},
+        {"optim": tree["optim"] | {"weight_decay": 0.5}},
+        {"data": tree["data"] | {"context": 16}},
+    ):
         with pytest.raises(CheckpointError, match="was written with another"):
             go(parse_config(tree | change), resume=True)
     assert {path.name: path.read_bytes() for path in directory.path.iterdir() if path.is_file()} == before
@@ -324,7 +386,7 @@ def test_documents_that_begin_elsewhere_are_another_text(tmp_path: Path) -> None
         text, start = "".join(f"line {n} of the text: {n * n}\n" for n in range(900)), 0
         (tmp_path / name).mkdir()
         for n, size in enumerate(sizes):
-            (tmp_path / name / f"{n}.txt").write_text(text[start:start + size])
+            (tmp_path / name / f"{n}.txt").write_text(text[start : start + size])
             start += size
         return {"path": str(tmp_path / name), "context": 32, "batch_size": 2, "documents": "separate"}
 

@@ -20,27 +20,67 @@ from race_dist.training.report import write_report
 from race_dist.training.rundir import RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def run_folder(folder: Path, name: str, **changes: Any) -> Path:
     """A run that has ended, made up."""
-    config = parse_config({"name": name, "runs": str(folder), "steps": 40, "optim": {"warmup_steps": 4, "lr": 1e-3},
-                           "model": {"dim": 16, "num_layers": 1, "num_heads": 2}} | changes)
+    config = parse_config(
+        {
+            "name": name,
+            "runs": str(folder),
+            "steps": 40,
+            "optim": {"warmup_steps": 4, "lr": 1e-3},
+            "model": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        }
+        | changes
+    )
     worse = 1 + 0.2 * (name == "second")
     directory = RunDirectory(config.directory)
     directory.create(config, overwrite=False)
     records: list[dict[str, Any]] = [
-        {"kind": "train", "step": n, "loss": 5 / n**0.3, "bpb": 7 * worse / n**0.3, "lr": 1e-3 / n, "grad_norm": worse + n % 7,
-         "tokens_per_second": 1e4 / worse, "seconds": n / 3, "peak_bytes": 2.0**29} for n in range(1, 41)]
-    records += [{"kind": "eval", "step": n, "loss": 5 / n**0.3, "bpb": 7.2 * worse / n**0.3, "tokens": 100}
-                for n in (10, 20, 30, 40)]
+        {
+            "kind": "train",
+            "step": n,
+            "loss": 5 / n**0.3,
+            "bpb": 7 * worse / n**0.3,
+            "lr": 1e-3 / n,
+            "grad_norm": worse + n % 7,
+            "tokens_per_second": 1e4 / worse,
+            "seconds": n / 3,
+            "peak_bytes": 2.0**29,
+        }
+        for n in range(1, 41)
+    ]
+    records += [
+        {"kind": "eval", "step": n, "loss": 5 / n**0.3, "bpb": 7.2 * worse / n**0.3, "tokens": 100} for n in (10, 20, 30, 40)
+    ]
     records.append({"kind": "event", "step": 12, "what": "skipped", "text": "the loss is <nan> & more"})
     directory.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
     directory.machine.write_text(json.dumps({"processor": "a <fast> one", "dp": 2, "sp": 1, "parameters": 12345}))
-    directory.positions_of(64).write_text(json.dumps({"context": 64, "tokens": 64, "loss": 2.0, "buckets": [
-        {"start": 0, "stop": 16, "loss": 3.0, "targets": 16}, {"start": 16, "stop": 64, "loss": 1.7 * worse, "targets": 48}]}))
+    directory.positions_of(64).write_text(
+        json.dumps(
+            {
+                "context": 64,
+                "tokens": 64,
+                "loss": 2.0,
+                "buckets": [
+                    {"start": 0, "stop": 16, "loss": 3.0, "targets": 16},
+                    {"start": 16, "stop": 64, "loss": 1.7 * worse, "targets": 48},
+                ],
+            }
+        )
+    )
     directory.sample.write_text("<script>alert(1)</script> & text")
     return directory.path
 
@@ -56,7 +96,7 @@ def test_the_page_needs_nothing_else_and_says_what_differs(page: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", text)
     assert {p.name for p in page.parent.iterdir()} == {"report.html", "loss.png", "progress.png", "positions.png"}
     assert text.count("<svg") == 3
-    differing = re.findall(r'<tr class=differs><td>(.*?)</td>', text)
+    differing = re.findall(r"<tr class=differs><td>(.*?)</td>", text)
     assert differing == ["name", "optim.lr"]
     assert "the loss is &lt;nan&gt; &amp; more" in text
     assert "a &lt;fast&gt; one" in text

@@ -25,10 +25,15 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
     text = folder / "text.txt"
     text.write_text("".join(f"line {n} of the text: naïve\n" for n in range(800)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": 6, "log_every": 2,
+        "runs": str(folder / "runs"),
+        "steps": 6,
+        "log_every": 2,
         "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
-        "data": {"path": str(text), "context": 32, "batch_size": 2}, "optim": {"warmup_steps": 2, "lr": 1e-2},
-        "eval": {"every": 3, "tokens": 100}, "sample": {"tokens": 30, "prompt": "line "}}
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "eval": {"every": 3, "tokens": 100},
+        "sample": {"tokens": 30, "prompt": "line "},
+    }
     return parse_config(tree | changes)
 
 
@@ -37,10 +42,10 @@ def alone(config: TrainConfig) -> Trainer:
 
 
 @pytest.mark.parametrize(("precision", "tied"), [("float32", True), ("bfloat16", False), ("float64", False)])
-def test_a_run_leaves_everything_and_reads_it_back(tmp_path: Path, precision: str, tied: bool,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    config = settings(tmp_path, precision=precision,
-                      model={"dim": 16, "num_layers": 1, "num_heads": 2, "tie_embeddings": tied})
+def test_a_run_leaves_everything_and_reads_it_back(
+    tmp_path: Path, precision: str, tied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, precision=precision, model={"dim": 16, "num_layers": 1, "num_heads": 2, "tie_embeddings": tied})
     directory, trainer = RunDirectory(config.directory), alone(config)
     directory.create(config, overwrite=False)
     last = run(trainer, directory).evaluation
@@ -121,16 +126,14 @@ def test_metrics_are_flushed_line_by_line_and_survive_a_cut(tmp_path: Path) -> N
 def test_metrics_show_a_bar_on_a_terminal(tmp_path: Path) -> None:
     shown = io.StringIO()
     with Metrics(tmp_path / "m.jsonl", 10, Console(file=shown, force_terminal=True, width=100)) as metrics:
-        metrics.train(10, {"loss": 1.0, "bpb": 1.4427, "lr": 0.1, "grad_norm": 2.0, "tokens_per_second": 950.0,
-                           "seconds": 1.0})
+        metrics.train(10, {"loss": 1.0, "bpb": 1.4427, "lr": 0.1, "grad_norm": 2.0, "tokens_per_second": 950.0, "seconds": 1.0})
     assert "10/10" in shown.getvalue()
     assert "1.443 bits/byte, 950 tokens/s" in shown.getvalue()
 
 
 def test_text_comes_in_whole_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = "é€".encode() + b"\xff" + b"a" + "é".encode()[:1]
-    monkeypatch.setattr("race_dist.training.sampling.generate",
-                        lambda *_, **__: (torch.tensor([byte]) for byte in written))
+    monkeypatch.setattr("race_dist.training.sampling.generate", lambda *_, **__: (torch.tensor([byte]) for byte in written))
     model = alone(settings(tmp_path)).model
     assert list(stream_text(model, "x", tokens=9)) == ["é", "€", "\ufffd", "a", "\ufffd"]
     with pytest.raises(ValueError, match="the prompt is empty"):

@@ -22,8 +22,10 @@ from race_dist.training.rundir import RunDirectory, open_run
 from tests.distributed.harness import run_ranks
 
 CONFIG = parse_config({"name": "r", "model": {"dim": 8, "num_layers": 1, "num_heads": 1}})
-HOLD = "import sys, time\nfrom pathlib import Path\nfrom race_dist.training.run_lock import RunLock\n" \
-       "with RunLock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+HOLD = (
+    "import sys, time\nfrom pathlib import Path\nfrom race_dist.training.run_lock import RunLock\n"
+    "with RunLock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
 
 
 @pytest.fixture
@@ -39,8 +41,12 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     folder = tmp_path / "r"
-    for attempt in (lambda: RunLock(folder).acquire(), lambda: check_not_in_use(folder), RunDirectory(folder).check_not_in_use,
-                    lambda: open_run(RunDirectory(folder), CONFIG, None, resume=True, overwrite=False)):
+    for attempt in (
+        lambda: RunLock(folder).acquire(),
+        lambda: check_not_in_use(folder),
+        RunDirectory(folder).check_not_in_use,
+        lambda: open_run(RunDirectory(folder), CONFIG, None, resume=True, overwrite=False),
+    ):
         with pytest.raises(OSError, match=rf"r is in use: .*process {holder.pid} on .*, since 20"):
             attempt()
     assert not (folder / "config.json").exists()

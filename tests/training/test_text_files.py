@@ -52,8 +52,14 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/back").symlink_to(root)
     (root / "file.txt").symlink_to(tmp_path / "elsewhere/d.txt")  # the same content as linked/d.txt
     found, left_out = find_texts(root, "*")
-    assert [f.relative_to(root).as_posix() for f in found] == ["a.txt", "also/d.txt", "also/deep/e.txt", "file.txt",
-                                                               "real/b.txt", "z/c.txt"]
+    assert [f.relative_to(root).as_posix() for f in found] == [
+        "a.txt",
+        "also/d.txt",
+        "also/deep/e.txt",
+        "file.txt",
+        "real/b.txt",
+        "z/c.txt",
+    ]
     assert not left_out
     corpus = both(root, tmp_path / "out")
     assert documents(corpus) == [b"a", b"d", b"e", b"b", b"c"]
@@ -76,8 +82,11 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         corpus = both(root, tmp_path / "out")
     assert documents(corpus) == [b"a"]
     assert {Path(name).name: why for name, why in corpus.left_out.names} == {
-        "dangling.txt": "a link to nothing", "round.txt": "Too many levels of symbolic links", "pipe.txt": "no regular file",
-        "socket.txt": "no regular file"}
+        "dangling.txt": "a link to nothing",
+        "round.txt": "Too many levels of symbolic links",
+        "pipe.txt": "no regular file",
+        "socket.txt": "no regular file",
+    }
     assert corpus.left_out.sentence().endswith(" and 1 more")
     assert not load_corpus(str(make(tmp_path / "other", {"b.md": "b"})), "*.md").left_out
 
@@ -92,8 +101,9 @@ def test_a_link_to_a_folder_that_is_gone_is_named_whatever_the_pattern(tmp_path:
 
 
 def test_hidden_files_and_folders_of_compiled_code_are_named_where_they_match(tmp_path: Path) -> None:
-    root = make(tmp_path / "data", {"a.txt": "a", ".hidden.txt": "h", ".git/config": "g", "__pycache__/a.pyc": b"\xff",
-                                    ".env": "x"})
+    root = make(
+        tmp_path / "data", {"a.txt": "a", ".hidden.txt": "h", ".git/config": "g", "__pycache__/a.pyc": b"\xff", ".env": "x"}
+    )
     names = {Path(name).name: why for name, why in both(root, tmp_path / "out", "*.txt").left_out.names}
     assert names == {".hidden.txt": "hidden", ".git": "hidden", "__pycache__": "installed or compiled code"}
 

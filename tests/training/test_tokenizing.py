@@ -19,8 +19,28 @@ from race_dist.training.packed import INDEX, pack, verify_packed
 from race_dist.training.sampling import ByteCodec, TokenizerCodec, read_text, stream_text
 from race_dist.training.tokenizing import TextTokenizer
 
-WORDS = ("a", "river", "bends", "around", "the", "old", "Stone", "mill", "e\u0301t\u00e9", "naïve", "ﬁne", "1234567", "日本語",
-         "🙂🙃", "can't", "<eot>", "[MASK]", "x" * 30, "\u00a0", "\0")
+WORDS = (
+    "a",
+    "river",
+    "bends",
+    "around",
+    "the",
+    "old",
+    "Stone",
+    "mill",
+    "e\u0301t\u00e9",
+    "naïve",
+    "ﬁne",
+    "1234567",
+    "日本語",
+    "🙂🙃",
+    "can't",
+    "<eot>",
+    "[MASK]",
+    "x" * 30,
+    "\u00a0",
+    "\0",
+)
 JOINTS = (" ", " ", " ", "  ", "\n", "\r\n", "\n\n\n    ", "\t", "", ".\u2028")
 
 
@@ -41,9 +61,17 @@ def trained(model: Any, trainer: Any, **parts: Any) -> Tokenizer:
 
 
 def byte_level(**options: Any) -> Tokenizer:
-    return trained(models.BPE(), trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=["<s>", "</s>"],
-                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-                   pre_tokenizer=pre_tokenizers.ByteLevel(**options), decoder=decoders.ByteLevel())
+    return trained(
+        models.BPE(),
+        trainers.BpeTrainer(
+            vocab_size=600,
+            show_progress=False,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+        pre_tokenizer=pre_tokenizers.ByteLevel(**options),
+        decoder=decoders.ByteLevel(),
+    )
 
 
 def gpt_like() -> Tokenizer:
@@ -62,8 +90,10 @@ def llama_like() -> Tokenizer:
     special = ["<unk>", "<s>", *(f"<0x{n:02X}>" for n in range(256))]
     lines = [line.replace(" ", "▁") for line in text_of(20_000, seed=9).split("\n")]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special,
-                                                             limit_alphabet=40, max_token_length=8))
+    tokenizer.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special, limit_alphabet=40, max_token_length=8),
+    )
     tree = json.loads(tokenizer.to_str())
     tree["model"]["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(tree))
@@ -73,17 +103,23 @@ def llama_like() -> Tokenizer:
 
 
 def t5_like() -> Tokenizer:
-    tokenizer = trained(models.Unigram(), trainers.UnigramTrainer(vocab_size=300, show_progress=False, unk_token="<unk>",
-                                                                  special_tokens=["<unk>"]),
-                        normalizer=normalizers.NFKC(), pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always"))
+    tokenizer = trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=300, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"]),
+        normalizer=normalizers.NFKC(),
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always"),
+    )
     tokenizer.add_special_tokens([AddedToken("<eot>", lstrip=True, rstrip=True)])
     return tokenizer
 
 
 def bert_like() -> Tokenizer:
-    tokenizer = trained(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(
-        vocab_size=400, show_progress=False, special_tokens=["[UNK]", "[MASK]", "[CLS]", "[SEP]"]),
-        normalizer=normalizers.BertNormalizer(), pre_tokenizer=pre_tokenizers.BertPreTokenizer())
+    tokenizer = trained(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(vocab_size=400, show_progress=False, special_tokens=["[UNK]", "[MASK]", "[CLS]", "[SEP]"]),
+        normalizer=normalizers.BertNormalizer(),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+    )
     tokenizer.add_special_tokens([AddedToken("[MASK]", lstrip=True)])
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return tokenizer
@@ -93,11 +129,16 @@ def split_by_regex() -> Tokenizer:
     pattern = r"""(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
     from tokenizers import Regex
 
-    parts = [pre_tokenizers.Split(Regex(pattern), "isolated"),
-             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    return trained(models.BPE(), trainers.BpeTrainer(vocab_size=500, show_progress=False,
-                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
-                   normalizer=normalizers.NFC(), pre_tokenizer=pre_tokenizers.Sequence(parts))
+    parts = [
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    return trained(
+        models.BPE(),
+        trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+        normalizer=normalizers.NFC(),
+        pre_tokenizer=pre_tokenizers.Sequence(parts),
+    )
 
 
 KINDS = (gpt_like, roberta_like, llama_like, t5_like, bert_like, split_by_regex)
@@ -125,15 +166,24 @@ def test_a_text_in_windows_has_the_tokens_of_the_whole_text(tmp_path: Path, make
         text = text_of(size, seed)
         data = text.encode()
         step = 1 + 37 * seed  # pieces that end inside a character
-        got = np.concatenate(list(windows.encode(data[n:n + step] for n in range(0, len(data), step))))
+        got = np.concatenate(list(windows.encode(data[n : n + step] for n in range(0, len(data), step))))
         assert got.tolist() == tokens_of(file, text)
     assert max(calls) < 3_000  # and it was not encoded as a whole
 
 
 @pytest.mark.parametrize("make", [gpt_like, llama_like, t5_like, bert_like])
-@pytest.mark.parametrize("text", ["a" * 3_000, " " * 2_999 + "end", "\n" * 2_000 + "a river" * 300,
-                                  "ab " + "x" * 2_500 + " the mill", "1" * 2_777, "\0" * 2_500 + "the"],
-                         ids=["a", "spaces", "lines", "word", "digits", "nul"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 3_000,
+        " " * 2_999 + "end",
+        "\n" * 2_000 + "a river" * 300,
+        "ab " + "x" * 2_500 + " the mill",
+        "1" * 2_777,
+        "\0" * 2_500 + "the",
+    ],
+    ids=["a", "spaces", "lines", "word", "digits", "nul"],
+)
 def test_long_runs_without_a_place_to_cut(tmp_path: Path, make: Callable[[], Tokenizer], text: str) -> None:
     file = saved(make(), tmp_path)
     windows = TextTokenizer(file, window=500, overlap=240)
@@ -144,8 +194,15 @@ def test_long_runs_without_a_place_to_cut(tmp_path: Path, make: Callable[[], Tok
 @pytest.mark.parametrize("make", KINDS)
 def test_documents_and_prompts_have_the_tokenizers_tokens(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
-    texts = {"a": "no newline at the end\n\n    and a word", "b": "ends\r\nin\r\n", "c": " begins with a space", "d": "",
-             "e": "\n\n\n", "f": "<eot> and [MASK]<s> inside", "g": "\0 NUL"}
+    texts = {
+        "a": "no newline at the end\n\n    and a word",
+        "b": "ends\r\nin\r\n",
+        "c": " begins with a space",
+        "d": "",
+        "e": "\n\n\n",
+        "f": "<eot> and [MASK]<s> inside",
+        "g": "\0 NUL",
+    }
     (tmp_path / "texts").mkdir()
     for name, text in texts.items():
         (tmp_path / "texts" / name).write_bytes(text.encode())
@@ -176,9 +233,19 @@ def test_tokens_one_after_the_other_read_as_all_together(tmp_path: Path, make: C
 
 
 def word_level(ids: dict[str, int]) -> str:
-    return json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-                       "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
-                       "model": {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"}})
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": None,
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"},
+        }
+    )
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(9, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (200_000, np.uint32)])
@@ -205,8 +272,17 @@ def test_tokens_above_the_vocabulary_of_a_corpus_are_found(tmp_path: Path) -> No
 
 def test_an_added_token_far_above_the_model_counts(tmp_path: Path) -> None:
     tree = json.loads(word_level({"<unk>": 0, "a": 1}))
-    tree["added_tokens"] = [{"id": 70_000, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
-                             "normalized": False, "special": True}]
+    tree["added_tokens"] = [
+        {
+            "id": 70_000,
+            "content": "<x>",
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+    ]
     (tmp_path / "tok.json").write_text(json.dumps(tree))
     (tmp_path / "text").write_text("a <x> a")
     tokenizer = Tokenizer.from_file(str(tmp_path / "tok.json"))
@@ -240,8 +316,10 @@ def model_of(vocab_size: int) -> DecoderLM:
     return model
 
 
-@pytest.mark.parametrize("choice", [{"temperature": 0.0}, {"temperature": 3.0}, {"temperature": 3.0, "top_k": 50},
-                                    {"temperature": 3.0, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "choice",
+    [{"temperature": 0.0}, {"temperature": 3.0}, {"temperature": 3.0, "top_k": 50}, {"temperature": 3.0, "top_p": 0.9}],
+)
 def test_ids_of_a_padded_vocabulary_are_never_drawn(choice: dict[str, Any]) -> None:
     model, prompt = model_of(320), torch.tensor([[5, 7], [200, 3]])
     free = torch.stack(list(generate(model, prompt, 60, **choice)))
@@ -257,8 +335,9 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn(choice: dict[str, Any]) -> N
     assert len(text.encode("utf-8", "replace")) >= 100
 
 
-@pytest.mark.parametrize("allowed", [0, 321, -1, True, torch.ones(319, dtype=torch.bool), torch.ones(320), torch.zeros(320) > 1,
-                                     [1]])
+@pytest.mark.parametrize(
+    "allowed", [0, 321, -1, True, torch.ones(319, dtype=torch.bool), torch.ones(320), torch.zeros(320) > 1, [1]]
+)
 def test_allowed_ids_that_are_none_are_refused(allowed: Any) -> None:
     with pytest.raises(ValueError, match="allowed"):
         list(generate(model_of(320), torch.tensor([1]), 1, allowed=allowed))

@@ -26,8 +26,18 @@ def test_every_preset_is_valid(path: Path) -> None:
 
 
 def test_overrides_are_toml_values_or_bare_words(config: Path) -> None:
-    changed = load_config(config, ["steps=40", "optim.lr=3e-4", "data.path=/some/where.txt", "name = mine",
-                                   "model.race.num_planes=5", "parallel.sp=2", 'sample.prompt="a = b"'])
+    changed = load_config(
+        config,
+        [
+            "steps=40",
+            "optim.lr=3e-4",
+            "data.path=/some/where.txt",
+            "name = mine",
+            "model.race.num_planes=5",
+            "parallel.sp=2",
+            'sample.prompt="a = b"',
+        ],
+    )
     assert (changed.steps, changed.optim.lr, changed.data.path, changed.name) == (40, 3e-4, "/some/where.txt", "mine")
     assert changed.model.race.num_planes == 5
     assert changed.parallel.sp == 2
@@ -39,24 +49,27 @@ def test_a_byte_model_has_256_tokens(config: Path) -> None:
     assert load_config(config).model.vocab_size == 256
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("optim.learning_rate=1", r"tiny.toml: unknown key optim.learning_rate; known are accumulate, beta1"),
-    ("optim.warmup=1", r"unknown key optim.warmup; did you mean optim.warmup_steps\?"),
-    ("optimizer.lr=1", r"unknown key optimizer; did you mean optim\?"),
-    ("model.num_head=2", r"unknown key model.num_head; did you mean model.num_heads\?"),
-    ("model.race.tables=2", r"unknown key model.race.tables; did you mean model.race.num_tables\?"),
-    ("steps=0", r"tiny.toml: steps must be at least 1; got 0"),
-    ("steps=many", r"steps must be a whole number; got 'many'"),
-    ("optim.lr=nan", r"optim.lr must be a finite number; got nan"),
-    ("optim.warmup_steps=30", r"optim.warmup_steps is 30, which leaves none of the 30 steps"),
-    ("name=../elsewhere", r"name must match pattern"),
-    ("precision=float16", r"precision must be 'float32', 'bfloat16' or 'float64'; got 'float16'"),
-    ("model.race.num_planes=11", r"num_planes must be from 1 to 10"),
-    ("data=5", r"data must be a table; got 5"),
-    ("steps", r"--override 'steps' is not of the form a.b=value"),
-    ("=5", r"is not of the form a.b=value"),
-    ("steps.more=5", r"steps is a value, not a table"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", r"tiny.toml: unknown key optim.learning_rate; known are accumulate, beta1"),
+        ("optim.warmup=1", r"unknown key optim.warmup; did you mean optim.warmup_steps\?"),
+        ("optimizer.lr=1", r"unknown key optimizer; did you mean optim\?"),
+        ("model.num_head=2", r"unknown key model.num_head; did you mean model.num_heads\?"),
+        ("model.race.tables=2", r"unknown key model.race.tables; did you mean model.race.num_tables\?"),
+        ("steps=0", r"tiny.toml: steps must be at least 1; got 0"),
+        ("steps=many", r"steps must be a whole number; got 'many'"),
+        ("optim.lr=nan", r"optim.lr must be a finite number; got nan"),
+        ("optim.warmup_steps=30", r"optim.warmup_steps is 30, which leaves none of the 30 steps"),
+        ("name=../elsewhere", r"name must match pattern"),
+        ("precision=float16", r"precision must be 'float32', 'bfloat16' or 'float64'; got 'float16'"),
+        ("model.race.num_planes=11", r"num_planes must be from 1 to 10"),
+        ("data=5", r"data must be a table; got 5"),
+        ("steps", r"--override 'steps' is not of the form a.b=value"),
+        ("=5", r"is not of the form a.b=value"),
+        ("steps.more=5", r"steps is a value, not a table"),
+    ],
+)
 def test_a_mistake_is_told_in_one_sentence(config: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_config(config, [override])
@@ -64,7 +77,7 @@ def test_a_mistake_is_told_in_one_sentence(config: Path, override: str, message:
 
 
 def test_an_override_sets_one_key_only(config: Path) -> None:
-    assert load_config(config, ['data.path=1\nsteps=99']).steps == 30
+    assert load_config(config, ["data.path=1\nsteps=99"]).steps == 30
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
@@ -94,8 +107,10 @@ def test_one_seed_is_enough(config: Path) -> None:
     assert (loaded.model.seed, loaded.model.race.seed) == (1, 2)
 
 
-@pytest.mark.parametrize(("dp", "sp", "world", "mesh"), [
-    (None, None, 4, (1, 4)), (2, None, 4, (2, 2)), (None, 1, 4, (4, 1)), (2, 2, 4, (2, 2)), (None, None, 1, (1, 1))])
+@pytest.mark.parametrize(
+    ("dp", "sp", "world", "mesh"),
+    [(None, None, 4, (1, 4)), (2, None, 4, (2, 2)), (None, 1, 4, (4, 1)), (2, 2, 4, (2, 2)), (None, None, 1, (1, 1))],
+)
 def test_the_mesh_takes_all_ranks(dp: int | None, sp: int | None, world: int, mesh: tuple[int, int]) -> None:
     assert ParallelConfig(dp=dp, sp=sp).mesh(world) == mesh
 

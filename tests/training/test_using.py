@@ -50,9 +50,14 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
     if not text.exists():
         text.write_text("".join(f"line {n} of the text: naïve {n * n}\n" for n in range(800)), encoding="utf-8")
     tree: dict[str, Any] = {
-        "runs": str(folder / "runs"), "steps": 6, "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
-        "data": {"path": str(text), "context": 32, "batch_size": 2}, "optim": {"warmup_steps": 2, "lr": 1e-2},
-        "eval": {"tokens": 100}, "sample": {"tokens": 0}}
+        "runs": str(folder / "runs"),
+        "steps": 6,
+        "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "layer_pattern": "RW"},
+        "data": {"path": str(text), "context": 32, "batch_size": 2},
+        "optim": {"warmup_steps": 2, "lr": 1e-2},
+        "eval": {"tokens": 100},
+        "sample": {"tokens": 0},
+    }
     return parse_config(tree | changes)
 
 
@@ -148,7 +153,7 @@ def test_losses_by_position_are_those_of_the_whole_window(tmp_path: Path) -> Non
             sums += torch.nn.functional.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
     assert bucket_edges(100) == [0, 16, 32, 64, 100]
     for bucket in found["buckets"]:
-        assert bucket["loss"] == pytest.approx(float(sums[bucket["start"]:bucket["stop"]].mean()) / windows, rel=1e-9)
+        assert bucket["loss"] == pytest.approx(float(sums[bucket["start"] : bucket["stop"]].mean()) / windows, rel=1e-9)
         assert bucket["targets"] == windows * (bucket["stop"] - bucket["start"])
     assert found["loss"] == pytest.approx(float(sums.mean()) / windows, rel=1e-9)
 
@@ -231,8 +236,10 @@ sample = {{ prompt = "the cat", tokens = 5 }}
     codec = directory.codec()
     assert isinstance(codec, TokenizerCodec)
     model = directory.load_model()
-    assert "the cat" + "".join(stream_text(model, "the cat", codec=codec, tokens=5, temperature=0.8, seed=0)) \
+    assert (
+        "the cat" + "".join(stream_text(model, "the cat", codec=codec, tokens=5, temperature=0.8, seed=0))
         == directory.sample.read_text()
+    )
     held_out = [r for r in map(json.loads, directory.metrics.read_text().splitlines()) if r["kind"] == "eval"][-1]
     ratio = load_corpus(str(tmp_path / "packed")).bytes_per_token
     assert held_out["bpb"] == pytest.approx(held_out["loss"] / 0.6931471805599453 / ratio)
@@ -247,8 +254,9 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(tmp_path: Path) -> N
     assert re.search(r"a step on made-up text: loss 5\.\d+, gradient norm", text)
     assert "all 6 steps at this pace: " in text
     assert sorted(tmp_path.rglob("*")) == before
-    code, text = invoke("train", tmp_path / "run.toml", "--dry-run", "--override", "name=other", "--override",
-                        "data.context=100000")
+    code, text = invoke(
+        "train", tmp_path / "run.toml", "--dry-run", "--override", "name=other", "--override", "data.context=100000"
+    )
     assert (code, "lower data.context" in text) == (2, True)
 
 
@@ -256,14 +264,25 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tmp_path)
-    code, text = invoke("train", tmp_path / "run.toml", "--override", "tensorboard=true", "--override", "log_every=1",
-                        "--override", "name=board")
+    code, text = invoke(
+        "train",
+        tmp_path / "run.toml",
+        "--override",
+        "tensorboard=true",
+        "--override",
+        "log_every=1",
+        "--override",
+        "name=board",
+    )
     assert code == 0, text
     events = EventAccumulator(str(tmp_path / "runs" / "board" / "tensorboard"))
     events.Reload()
     assert [s.step for s in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    losses = [r["loss"] for r in map(json.loads, (tmp_path / "runs/board/metrics.jsonl").read_text().splitlines())
-              if r["kind"] == "train"]
+    losses = [
+        r["loss"]
+        for r in map(json.loads, (tmp_path / "runs/board/metrics.jsonl").read_text().splitlines())
+        if r["kind"] == "train"
+    ]
     assert [s.value for s in events.Scalars("train/loss")] == pytest.approx(losses)
 
 

@@ -53,8 +53,13 @@ class Language:
     def header(self) -> dict[str, Any]:
         """What the text is."""
         passes = self.steps * self.batch_size * self.task.context / len(self.train)
-        return {"text": self.corpus.name, "passes": round(passes, 3), "training_bytes": len(self.train),
-                "held_out_bytes": len(self.held_out), "digest": self.corpus.digest()}
+        return {
+            "text": self.corpus.name,
+            "passes": round(passes, 3),
+            "training_bytes": len(self.train),
+            "held_out_bytes": len(self.held_out),
+            "digest": self.corpus.digest(),
+        }
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """A step's windows ``[B, T + 1]``, and how many targets they have."""
@@ -87,8 +92,11 @@ class Language:
             count += batch.count
         by_token = (total / count).cpu()
         parts = [float(part.mean()) for part in by_token.tensor_split(min(self.task.positions, size))]
-        return {"bits_per_byte": float(by_token.mean()), "by_position": [round(p, 4) for p in parts],
-                "measured_bytes": count * size}
+        return {
+            "bits_per_byte": float(by_token.mean()),
+            "by_position": [round(p, 4) for p in parts],
+            "measured_bytes": count * size,
+        }
 
 
 def bits_by_token(model: DecoderLM, windows: Tensor) -> Tensor:

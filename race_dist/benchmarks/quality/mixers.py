@@ -33,16 +33,30 @@ class LinearPeer(RaceAttention):
 
     def adapted(self, config: RaceConfig) -> RaceConfig:
         """The config without what only the hash needs."""
-        return config.model_copy(update={"qk_norm": False, "train_beta": False, "train_planes": False, "normalization": "none",
-                                         "decay": "token", "rope_base": None, "num_tables": 1, "num_planes": 1})
+        return config.model_copy(
+            update={
+                "qk_norm": False,
+                "train_beta": False,
+                "train_planes": False,
+                "normalization": "none",
+                "decay": "token",
+                "rope_base": None,
+                "num_tables": 1,
+                "num_planes": 1,
+            }
+        )
 
     @property
     def state_numbers(self) -> int:
         """Of one row: a matrix a head."""
         return self.num_kv_heads * self.head_dim * self.head_dim
 
-    def forward(self, x: Tensor, carry: Any = None,  # type: ignore[override]
-                sequence: Sequence | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        x: Tensor,
+        carry: Any = None,  # type: ignore[override]
+        sequence: Sequence | None = None,
+    ) -> tuple[Tensor, None]:
         """``x [B, T, dim]`` to the same; there is no carry."""
         sequence = sequence or Sequence.of(x.shape[1], device=x.device)
         if carry is not None or sequence.group is not None or sequence.cu_seqlens is not None or sequence.key_mask is not None:

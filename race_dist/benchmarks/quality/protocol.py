@@ -142,8 +142,10 @@ class Protocol(StrictConfig):
         if twice:
             raise ValueError(f"variant names must differ; {', '.join(twice)} is there twice")
         if self.optim.warmup_steps >= self.steps:
-            raise ValueError(f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} steps; "
-                             "lower it or raise steps")
+            raise ValueError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} steps; "
+                "lower it or raise steps"
+            )
         return self
 
     def chosen(self, names: Iterable[str]) -> Protocol:

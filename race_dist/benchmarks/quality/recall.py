@@ -84,8 +84,9 @@ def answers(model: DecoderLM, h: Tensor, places: Tensor) -> Tensor:
     return model.logits(h.take_along_dim(places[..., None], 1))
 
 
-def make_batch(kind: Pairs, count: int, vocab_size: int, power: float,
-               generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(
+    kind: Pairs, count: int, vocab_size: int, power: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences, where their queries stand, and the values asked for.
 
     The first ``2 * pairs`` tokens are keys (from the lower half of the vocabulary, all different) and values (from the upper
@@ -105,7 +106,7 @@ def make_batch(kind: Pairs, count: int, vocab_size: int, power: float,
     gaps = (weight.log() + math.log(power) + gumbel).topk(pairs, 1).indices  # a draw without replacement, in order
     gaps = gaps.take_along_dim(uniform(count, pairs).argsort(1), 1)  # which key has the likeliest place is chance
     ids = torch.randint(vocab_size, (count, kind.length), device=device, generator=generator)
-    ids[:, 0:2 * pairs:2], ids[:, 1:2 * pairs:2] = keys, values
+    ids[:, 0 : 2 * pairs : 2], ids[:, 1 : 2 * pairs : 2] = keys, values
     places = 2 * pairs + 2 * gaps
     ids.scatter_(1, places, keys)
     return ids, places, values

@@ -22,11 +22,23 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
         best = (min if metric == "bits_per_byte" else max)(first, key=lambda r: r[metric])
         mine = [r for r in runs if r["rate"] == best["rate"]]
         values = [r[metric] for r in mine]
-        rows.append({"variant": name, "metric": metric, "mean": statistics.fmean(values), "low": min(values),
-                     "high": max(values), "seeds": sorted(r["seed"] for r in mine), "rate": best["rate"],
-                     "rates": sorted({r["rate"] for r in first}), "parameters": best["parameters"],
-                     "state_bytes": best["state_bytes"], "seconds": statistics.fmean(r["seconds"] for r in mine),
-                     "runs": mine, "note": settings["note"]})
+        rows.append(
+            {
+                "variant": name,
+                "metric": metric,
+                "mean": statistics.fmean(values),
+                "low": min(values),
+                "high": max(values),
+                "seeds": sorted(r["seed"] for r in mine),
+                "rate": best["rate"],
+                "rates": sorted({r["rate"] for r in first}),
+                "parameters": best["parameters"],
+                "state_bytes": best["state_bytes"],
+                "seconds": statistics.fmean(r["seconds"] for r in mine),
+                "runs": mine,
+                "note": settings["note"],
+            }
+        )
     return sorted(rows, key=lambda r: r["mean"] if r["metric"] == "bits_per_byte" else -r["mean"])
 
 
@@ -36,20 +48,29 @@ def markdown(data: dict[str, Any]) -> str:
     lines = [f"# {protocol['name']}", "", protocol["about"].strip(), ""]
     for machine in data["machines"]:
         place = machine.get("gpu") or machine["processor"]
-        lines.append(f"Made {machine['date'][:10]} on {place} (torch {machine['torch']}, triton {machine['triton']}), "
-                     f"{machine['side_by_side']} runs side by side: `{machine['command']}`")
+        lines.append(
+            f"Made {machine['date'][:10]} on {place} (torch {machine['torch']}, triton {machine['triton']}), "
+            f"{machine['side_by_side']} runs side by side: `{machine['command']}`"
+        )
     lines += ["", *_texts(data)]
-    lines += [f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried "
-              "with the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead "
-              "at most.", ""]
+    lines += [
+        f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried "
+        "with the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead "
+        "at most.",
+        "",
+    ]
     metric = "bits per byte" if rows and rows[0]["metric"] == "bits_per_byte" else "accuracy"
-    lines += [f"| variant | {metric} | lowest to highest | seeds | learning rate (tried) | parameters, M | state, KiB | s |",
-              "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| variant | {metric} | lowest to highest | seeds | learning rate (tried) | parameters, M | state, KiB | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         tried = ", ".join(f"{rate:g}" for rate in row["rates"])
-        lines.append(f"| {row['variant']} | {row['mean']:.4f} | {row['low']:.4f} to {row['high']:.4f} | {len(row['seeds'])} | "
-                     f"{row['rate']:g} ({tried}) | {row['parameters'] / 1e6:.2f} | {row['state_bytes'] / 1024:.0f} | "
-                     f"{row['seconds']:.0f} |")
+        lines.append(
+            f"| {row['variant']} | {row['mean']:.4f} | {row['low']:.4f} to {row['high']:.4f} | {len(row['seeds'])} | "
+            f"{row['rate']:g} ({tried}) | {row['parameters'] / 1e6:.2f} | {row['state_bytes'] / 1024:.0f} | "
+            f"{row['seconds']:.0f} |"
+        )
     lines += _kinds(rows)
     failed = [r for r in data["runs"] if "failed" in r]
     if failed:
@@ -59,11 +80,16 @@ def markdown(data: dict[str, Any]) -> str:
 
 def _texts(data: dict[str, Any]) -> list[str]:
     """What text the runs read: results on different texts do not compare, and several passes measure something else."""
-    texts = {(t["digest"], t["training_bytes"], t.get("passes")) for r in data["runs"]
-             if "failed" not in r and "digest" in (t := r["task"])}
-    lines = [f"Text: {size:,} bytes to train on (digest {digest[:12]})"
-             + (f", read {passes:.2f} times." if passes is not None else ".")
-             for digest, size, passes in sorted(texts, key=str)]
+    texts = {
+        (t["digest"], t["training_bytes"], t.get("passes"))
+        for r in data["runs"]
+        if "failed" not in r and "digest" in (t := r["task"])
+    }
+    lines = [
+        f"Text: {size:,} bytes to train on (digest {digest[:12]})"
+        + (f", read {passes:.2f} times." if passes is not None else ".")
+        for digest, size, passes in sorted(texts, key=str)
+    ]
     if len({digest for digest, *_ in texts}) > 1:
         lines.append("These are different texts: their figures do not compare.")
     return [*lines, ""] if lines else []
@@ -75,8 +101,13 @@ def _kinds(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     kinds = [(k["length"], k["pairs"]) for k in rows[0]["runs"][0]["by_kind"]]
-    lines = ["", "Accuracy by length / pairs:", "", "| variant | " + " | ".join(f"{t}/{n}" for t, n in kinds) + " |",
-             "|---" * (len(kinds) + 1) + "|"]
+    lines = [
+        "",
+        "Accuracy by length / pairs:",
+        "",
+        "| variant | " + " | ".join(f"{t}/{n}" for t, n in kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
     for row in rows:
         means = [statistics.fmean(r["by_kind"][n]["accuracy"] for r in row["runs"]) for n in range(len(kinds))]
         lines.append(f"| {row['variant']} | " + " | ".join(f"{m:.3f}" for m in means) + " |")
@@ -106,8 +137,9 @@ def _draw_bits(data: dict[str, Any], rows: list[dict[str, Any]], picture: Path) 
     for y, row in enumerate(rows):
         left.plot([r["bits_per_byte"] for r in row["runs"]], [y] * len(row["runs"]), "k.", markersize=4)
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
-    left.set(xlim=(low - 0.1 * (high - low) - 0.01, high + 0.02), xlabel="bits per byte, held out",
-             title=data["protocol"]["name"])
+    left.set(
+        xlim=(low - 0.1 * (high - low) - 0.01, high + 0.02), xlabel="bits per byte, held out", title=data["protocol"]["name"]
+    )
     left.invert_yaxis()
     left.tick_params(labelsize=7)
     for row in rows[:: max(1, len(rows) // 8)]:
@@ -127,9 +159,14 @@ def _draw_recall(data: dict[str, Any], rows: list[dict[str, Any]], picture: Path
     axes = figure.subplots()
     for row in rows:
         axes.plot([row["state_bytes"] / 1024], [row["mean"]], "o")
-        axes.annotate(row["variant"], (row["state_bytes"] / 1024, row["mean"]), fontsize=7, xytext=(4, 2),
-                      textcoords="offset points")
-    axes.set(xscale="log", xlabel="state, KiB at two bytes a number", ylabel="accuracy over all kinds",
-             title=data["protocol"]["name"])
+        axes.annotate(
+            row["variant"], (row["state_bytes"] / 1024, row["mean"]), fontsize=7, xytext=(4, 2), textcoords="offset points"
+        )
+    axes.set(
+        xscale="log",
+        xlabel="state, KiB at two bytes a number",
+        ylabel="accuracy over all kinds",
+        title=data["protocol"]["name"],
+    )
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)

@@ -39,23 +39,31 @@ class Results:
 
     def __init__(self, path: Path, protocol: Protocol) -> None:
         self.path, self.protocol = path, protocol
-        self.data: dict[str, Any] = {"protocol": protocol.model_dump(mode="json", exclude={"variant"}), "variants": {},
-                                     "machines": [], "runs": []}
+        self.data: dict[str, Any] = {
+            "protocol": protocol.model_dump(mode="json", exclude={"variant"}),
+            "variants": {},
+            "machines": [],
+            "runs": [],
+        }
         if path.exists():
             self._read()
         for variant in protocol.variant:
             digest = settings_digest(protocol, variant)
             old = self.data["variants"].get(variant.name)
             if old is not None and old["settings"] != digest and any(r["variant"] == variant.name for r in self.data["runs"]):
-                raise ValueError(f"{path} holds runs of {variant.name!r} that were made with other settings: give another "
-                                 "--out, or another name to the variant")
+                raise ValueError(
+                    f"{path} holds runs of {variant.name!r} that were made with other settings: give another "
+                    "--out, or another name to the variant"
+                )
             self.data["variants"][variant.name] = {"settings": digest, **variant.model_dump(mode="json", exclude={"name"})}
 
     def _read(self) -> None:
         data = read_object(self.path, {"protocol": dict, "variants": dict, "machines": list, "runs": list})
         if data["protocol"].get("name") != self.protocol.name:
-            raise ValueError(f"{self.path} holds results of the protocol {data['protocol'].get('name')!r}, not of "
-                             f"{self.protocol.name!r}: give another --out")
+            raise ValueError(
+                f"{self.path} holds results of the protocol {data['protocol'].get('name')!r}, not of "
+                f"{self.protocol.name!r}: give another --out"
+            )
         runs = [row for row in data["runs"] if "failed" not in row]  # what failed is tried again
         self.data = {**data, "protocol": self.data["protocol"], "runs": runs}
 
@@ -191,8 +199,11 @@ class Board:
         from race_dist.benchmarks.quality.worker import work
 
         variant = self.protocol.variant.index(run.variant)
-        process = context.Process(target=work, daemon=True, args=(send, self.text, variant, run.rate, run.seed,
-                                                                  self.options.device, self.options.threads))
+        process = context.Process(
+            target=work,
+            daemon=True,
+            args=(send, self.text, variant, run.rate, run.seed, self.options.device, self.options.threads),
+        )
         process.start()
         send.close()
         return _Running(run, process, receive)

@@ -111,8 +111,11 @@ class Steps:
         length = self.task.length(batch)
         if length not in self.sequences:
             sequence = Sequence.of(length, device=self.device, final=False)
-            kinds = {(block.mixer.head_dim, block.mixer.rope_base) for block in self.model._blocks()
-                     if block.mixer.rope_base is not None}
+            kinds = {
+                (block.mixer.head_dim, block.mixer.rope_base)
+                for block in self.model._blocks()
+                if block.mixer.rope_base is not None
+            }
             self.sequences[length] = sequence.with_rotations(kinds, compute_dtype(self.model.embed.weight))
         return self.sequences[length]
 

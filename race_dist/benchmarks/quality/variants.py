@@ -22,8 +22,10 @@ def model_config(protocol: Protocol, variant: Variant, seed: int) -> ModelConfig
     tree["race"] = {**tree.get("race", {}), "seed": seed}
     config = ModelConfig.check(tree, source=f"variant {variant.name!r}", prefix="model.")
     if variant.mixer != "model" and ("R" not in config.layer_kinds or config.kv_heads != config.num_heads):
-        raise ValueError(f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as "
-                         "many key/value heads as heads")
+        raise ValueError(
+            f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as "
+            "many key/value heads as heads"
+        )
     return config
 
 
@@ -45,8 +47,10 @@ def fitting_ffn(protocol: Protocol, variant: Variant, config: ModelConfig) -> in
     a_step = 3 * config.dim * FFN_STEP * config.num_layers
     steps = 1 + round((protocol.parameters - rest) / a_step)
     if steps < 1:
-        raise ValueError(f"variant {variant.name!r} has {rest:,} parameters with the narrowest feed-forward, more than "
-                         f"parameters = {protocol.parameters:,}: raise it or make the model smaller")
+        raise ValueError(
+            f"variant {variant.name!r} has {rest:,} parameters with the narrowest feed-forward, more than "
+            f"parameters = {protocol.parameters:,}: raise it or make the model smaller"
+        )
     return steps * FFN_STEP
 
 
@@ -55,8 +59,9 @@ def _assembled(protocol: Protocol, variant: Variant, config: ModelConfig, device
     for layer, kind in enumerate(config.layer_kinds):
         block: Any = model.blocks[layer]
         if variant.mixer != "model" and kind == "R":
-            block.mixer = PEERS[variant.mixer](config.race, layer, output_gain=(2 * config.num_layers) ** -0.5, draw=False,
-                                               device=device)
+            block.mixer = PEERS[variant.mixer](
+                config.race, layer, output_gain=(2 * config.num_layers) ** -0.5, draw=False, device=device
+            )
         if not protocol.feed_forward:
             block.ffn = NoFeedForward()
     return model

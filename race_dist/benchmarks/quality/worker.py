@@ -57,17 +57,28 @@ def train(protocol: Protocol, run: Run, device: torch.device) -> dict[str, Any]:
             synchronize(device)
             clocked, start = protocol.steps - number, time.perf_counter()
         losses[number] = steps.step(number, learning_rate(number, protocol.steps, optim))
-    curve = [[int(part[-1]) + 1, round(float(losses[part].mean()), 4)]
-             for part in torch.arange(protocol.steps).tensor_split(min(CURVE, protocol.steps))]
+    curve = [
+        [int(part[-1]) + 1, round(float(losses[part].mean()), 4)]
+        for part in torch.arange(protocol.steps).tensor_split(min(CURVE, protocol.steps))
+    ]
     seconds = (time.perf_counter() - start) / clocked * protocol.steps
     if not all(math.isfinite(point[1]) for point in curve):
         return {"failed": f"the loss is no number after {next(s for s, v in curve if not math.isfinite(v))} steps"}
     with autocast(device, narrow=narrow):
         measured = task.measure(model.eval())
     peak = {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if device.type == "cuda" else {}
-    return {**measured, "parameters": parameter_count(model), "ffn_dim": model.config.ffn_width,
-            "state_bytes": state_bytes(model, task.context), "seconds": round(seconds, 2), "compiled": compiled,
-            "graphs": len(steps.graphs), **peak, "curve": curve, "task": task.header()}
+    return {
+        **measured,
+        "parameters": parameter_count(model),
+        "ffn_dim": model.config.ffn_width,
+        "state_bytes": state_bytes(model, task.context),
+        "seconds": round(seconds, 2),
+        "compiled": compiled,
+        "graphs": len(steps.graphs),
+        **peak,
+        "curve": curve,
+        "task": task.header(),
+    }
 
 
 def synchronize(device: torch.device) -> None:

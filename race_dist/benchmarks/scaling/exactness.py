@@ -71,9 +71,17 @@ def _attention(job: Job, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
 def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> dict[str, Any]:
     """Loss and gradient of a whole model; ``layout`` None is a streamed step."""
     base, length = job.sizes.base, job.sizes.exact // 4
-    model = DecoderLM(ModelConfig(vocab_size=256, dim=base.heads * base.head_dim // 2, num_layers=2, num_heads=base.heads // 2,
-                                  layer_pattern=pattern, window=min(128, length // 4),
-                                  race=RaceConfig(num_tables=base.tables, num_planes=base.planes))).to(job.device)
+    model = DecoderLM(
+        ModelConfig(
+            vocab_size=256,
+            dim=base.heads * base.head_dim // 2,
+            num_layers=2,
+            num_heads=base.heads // 2,
+            layer_pattern=pattern,
+            window=min(128, length // 4),
+            race=RaceConfig(num_tables=base.tables, num_planes=base.planes),
+        )
+    ).to(job.device)
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(0, 256, (1, length), generator=generator).to(job.device) for _ in range(2))
 
@@ -81,8 +89,9 @@ def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> 
         model.zero_grad()
         with torch.autocast(job.device.type, torch.bfloat16) if narrow else nullcontext():
             if layout is None:
-                loss = streamed_backward(model, ids, labels, chunk_size=-(-length // (3 * (job.size if group else 1))),
-                                         group=group)
+                loss = streamed_backward(
+                    model, ids, labels, chunk_size=-(-length // (3 * (job.size if group else 1))), group=group
+                )
                 return loss, _flat(model)
             mine = [shard_sequence(x, group, dim=1, layout=layout).contiguous() for x in (ids, labels)]
             loss = model(*mine, group=group, layout=layout, num_targets=length)

@@ -27,8 +27,9 @@ def measure(job: Job) -> dict[str, Any]:
     rows = []
     for count in job.counts[1:]:
         for algorithm in ("all_gather", "recursive_doubling"):
-            rows.append({"ranks": count, "algorithm": algorithm, **_scan(job, count, algorithm),
-                         **_hidden(job, count, algorithm)})
+            rows.append(
+                {"ranks": count, "algorithm": algorithm, **_scan(job, count, algorithm), **_hidden(job, count, algorithm)}
+            )
             job.say(str(rows[-1]))
     return {"tokens_per_rank": job.sizes.per_rank, "rows": rows}
 
@@ -66,8 +67,13 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
     scans = 4 if in_halves(job.device.type == "cuda", count) else 2  # forward and backward
     scan = _scan_of(job, count, algorithm, job.sizes.base.heads * 2 // scans)
     added, alone = max(0.0, whole - local), scans * scan
-    return {"both_ms": whole, "without_exchange_ms": local, "exchange_share": added / whole,
-            "scans_alone_ms": alone, "hidden": 1 - min(1.0, added / alone) if alone else None}
+    return {
+        "both_ms": whole,
+        "without_exchange_ms": local,
+        "exchange_share": added / whole,
+        "scans_alone_ms": alone,
+        "hidden": 1 - min(1.0, added / alone) if alone else None,
+    }
 
 
 def _scan_of(job: Job, count: int, algorithm: Algorithm, heads: int) -> float:
@@ -81,8 +87,19 @@ def _call(job: Job, count: int, algorithm: Algorithm) -> Callable[[], object]:
     shape = replace(job.sizes.base, length=job.sizes.per_rank)
     q, k, v = inputs(shape, job.device)
     planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=job.device, dtype=q.dtype)
-    p = Problem(q, k, v, planes.expand(shape.heads, -1, -1, -1), torch.full((shape.heads,), 2.0, device=job.device), None,
-                None, None, None, True, "global")
+    p = Problem(
+        q,
+        k,
+        v,
+        planes.expand(shape.heads, -1, -1, -1),
+        torch.full((shape.heads,), 2.0, device=job.device),
+        None,
+        None,
+        None,
+        None,
+        True,
+        "global",
+    )
     usable = job.device.type == "cuda" and unsupported(p, "triton") is None
     backend, group, gradient = get_backend("triton" if usable else "chunked"), job.group(count), torch.randn_like(q)
     assert group is not None

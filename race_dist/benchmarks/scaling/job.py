@@ -45,8 +45,15 @@ class Sizes:
     repeats: int
 
 
-LARGE = Sizes(Shape(0, heads=8, head_dim=128, dtype="bfloat16"), 2**16,
-              ((2**20, 8), (2**22, 8), (2**24, 2), (2**26, 1)), 2**20, (2**17, 2**18, 2**20), 16, 5)
+LARGE = Sizes(
+    Shape(0, heads=8, head_dim=128, dtype="bfloat16"),
+    2**16,
+    ((2**20, 8), (2**22, 8), (2**24, 2), (2**26, 1)),
+    2**20,
+    (2**17, 2**18, 2**20),
+    16,
+    5,
+)
 SMALL = Sizes(Shape(0, heads=4, head_dim=16, tables=2, planes=2), 96, ((1024, 4), (2048, 2)), 512, (256,), 4, 2)
 
 
@@ -67,8 +74,12 @@ class Job:
         self._groups = {n: dist.new_group(list(range(n))) for n in self.counts if n < self.size}
         assert dist.group.WORLD is not None
         self.world: ProcessGroup = dist.group.WORLD
-        self.report: dict[str, Any] = {"machine": machine(device), "ranks": self.size, "limit_seconds": seconds,
-                                       "torch_nccl": _nccl_version(device)}
+        self.report: dict[str, Any] = {
+            "machine": machine(device),
+            "ranks": self.size,
+            "limit_seconds": seconds,
+            "torch_nccl": _nccl_version(device),
+        }
 
     def group(self, count: int) -> ProcessGroup | None:
         """The first ``count`` ranks; None for one."""

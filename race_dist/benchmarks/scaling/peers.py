@@ -52,8 +52,10 @@ def _time(job: Job, name: str, tokens: int) -> float:
     q, k, v = inputs(shape, job.device)
     gradient = torch.randn_like(q)
     planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=job.device, dtype=q.dtype)
-    calls: dict[str, Call] = {"race": lambda q, k, v: race_attention(q, k, v, planes, 2.0, group=job.group(job.size)),
-                              "ulysses": lambda q, k, v: ulysses(q, k, v, job.world),
-                              "ring": lambda q, k, v: ring(q, k, v, job.world)}
+    calls: dict[str, Call] = {
+        "race": lambda q, k, v: race_attention(q, k, v, planes, 2.0, group=job.group(job.size)),
+        "ulysses": lambda q, k, v: ulysses(q, k, v, job.world),
+        "ring": lambda q, k, v: ring(q, k, v, job.world),
+    }
     both = lambda: torch.autograd.grad(calls[name](q, k, v), (q, k, v), gradient)
     return job.milliseconds(both, job.size, repeats=2)

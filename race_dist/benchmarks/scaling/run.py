@@ -28,10 +28,13 @@ def main() -> None:
     job = Job(device, SMALL if device.type == "cpu" else LARGE, options.out, options.seconds)
     config = load_config(options.config, [f"data.path={options.text}", *options.override])
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "exactness": lambda: exactness.measure(job), "exchange": lambda: exchange.measure(job),
-        "weak": lambda: layers.weak(job), "strong": lambda: layers.strong(job),
+        "exactness": lambda: exactness.measure(job),
+        "exchange": lambda: exchange.measure(job),
+        "weak": lambda: layers.weak(job),
+        "strong": lambda: layers.strong(job),
         "streamed_step": lambda: step.streamed_step(job, config, options.tokens, options.chunk, compiled=options.compile),
-        "peers": lambda: peers.measure(job)}
+        "peers": lambda: peers.measure(job),
+    }
     for name in options.parts.split(","):
         _measure(job, name, measures[name])
     job.say(f"written: {options.out}")

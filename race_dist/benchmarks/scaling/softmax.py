@@ -26,8 +26,9 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Block:
     return out, lse, tuple(rest[:6])
 
 
-def flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple[Any, ...], *,
-                   causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple[Any, ...], *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block, from the output and log-sum-exp of all blocks."""
     if q.device.type == "cpu":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -83,8 +84,9 @@ class _Ring(torch.autograd.Function):
             if step == 0:
                 continue
             rows, columns = _part(source, group_rank(group), half)
-            part, part_lse, rest = flash(q[:, :, rows].contiguous(), keys[:, :, columns].contiguous(),
-                                         values[:, :, columns].contiguous(), causal=False)
+            part, part_lse, rest = flash(
+                q[:, :, rows].contiguous(), keys[:, :, columns].contiguous(), values[:, :, columns].contiguous(), causal=False
+            )
             ctx.rests.append(rest)
             total = torch.logaddexp(lse[:, :, rows], part_lse)
             weights = ((each - total).exp()[..., None] for each in (lse[:, :, rows], part_lse))

@@ -14,8 +14,13 @@ from race_dist.parallel.comm import check_group
 from race_dist.parallel.layout import check_layout
 
 # what queries and keys from elsewhere, already turned by rotary positions, can do without
-DEFAULTS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
-                            "rope_base": None}
+DEFAULTS: dict[str, Any] = {
+    "normalization": "global",
+    "decay": "none",
+    "short_conv": 0,
+    "output_gate": False,
+    "rope_base": None,
+}
 
 
 class SketchAttention(nn.Module):
@@ -35,8 +40,14 @@ class SketchAttention(nn.Module):
         ValueError: the config asks for what only a whole layer has.
     """
 
-    def __init__(self, config: RaceConfig, sequence_process_group: ProcessGroup | None = None, *, layer: int = 0,
-                 layout: str = "contiguous") -> None:
+    def __init__(
+        self,
+        config: RaceConfig,
+        sequence_process_group: ProcessGroup | None = None,
+        *,
+        layer: int = 0,
+        layout: str = "contiguous",
+    ) -> None:
         super().__init__()
         checks.instance("config", config, RaceConfig)
         check_group(sequence_process_group, "sequence_process_group")
@@ -45,13 +56,23 @@ class SketchAttention(nn.Module):
         wanted = [name for name in ("short_conv", "output_gate") if options[name]]
         wanted += ["decay"] if options["decay"] == "token" else []
         if wanted:
-            raise ValueError(f"SketchAttention sees queries, keys and values only; {', '.join(wanted)} needs the layer's "
-                             "input: leave it out, or use race_dist.RaceAttention in place of the whole layer")
+            raise ValueError(
+                f"SketchAttention sees queries, keys and values only; {', '.join(wanted)} needs the layer's "
+                "input: leave it out, or use race_dist.RaceAttention in place of the whole layer"
+            )
         self.core = RaceCore(RaceConfig.model_validate(options), layer)
         self.group, self.layout = sequence_process_group, layout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, batch_dim_idx: int = 0, rotary_pos_emb: Any = None,
-                *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        batch_dim_idx: int = 0,
+        rotary_pos_emb: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """
         Args:
             query: ``[B, T, Hq, D]`` with ``batch_dim_idx = 0``, ``[T, B, Hq, D]`` with 1; T is this rank's share.
@@ -66,11 +87,15 @@ class SketchAttention(nn.Module):
             ValueError: a rotary table or a mask is passed.
         """
         if rotary_pos_emb is not None:
-            raise ValueError("SketchAttention does not turn queries and keys: apply rotary positions before the call and pass "
-                             "rotary_pos_emb=None")
+            raise ValueError(
+                "SketchAttention does not turn queries and keys: apply rotary positions before the call and pass "
+                "rotary_pos_emb=None"
+            )
         if any(x is not None for x in (*args, *kwargs.values())):
-            raise ValueError("SketchAttention takes no mask and no other arguments of a local attention: RACE Attention is "
-                             "causal by its config")
+            raise ValueError(
+                "SketchAttention takes no mask and no other arguments of a local attention: RACE Attention is "
+                "causal by its config"
+            )
         if checks.integer("batch_dim_idx", batch_dim_idx) not in (0, 1):
             raise ValueError(f"batch_dim_idx must be 0 or 1; got {checks.shown(batch_dim_idx)}")
         for name, x in (("query", query), ("key", key), ("value", value)):

@@ -83,9 +83,16 @@ def _leave_out_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, timeout: float = DEFAULT_TIMEOUT,
-               mpu: Any = None, mesh_param: Any = None, shared: Shared | None = None,
-               **options: Any) -> tuple[Any, Any, Any, Any]:
+def initialize(
+    *,
+    model: nn.Module,
+    config: Mapping[str, Any] | str | Path,
+    timeout: float = DEFAULT_TIMEOUT,
+    mpu: Any = None,
+    mesh_param: Any = None,
+    shared: Shared | None = None,
+    **options: Any,
+) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a model whose attention is RACE Attention over ranks that share sequences.
 
         engine, optimizer, _, _ = initialize(model=model, config="configs/deepspeed-zero3.json")
@@ -121,11 +128,13 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
     if shared is not None:
         checks.instance("shared", shared, Shared)
     if mpu is not None and not any(name.startswith("get_") and "parallel" in name for name in dir(mpu)):
-        raise TypeError(f"mpu must be an object that knows its groups, as Megatron's parallel_state; got "
-                        f"{checks.described(mpu)}")
+        raise TypeError(
+            f"mpu must be an object that knows its groups, as Megatron's parallel_state; got {checks.described(mpu)}"
+        )
     if mesh_param is not None and not (isinstance(mesh_param, list | tuple) and len(mesh_param) == 2):
-        raise TypeError(f"mesh_param must be two numbers of ranks, data-parallel and of a sequence; got "
-                        f"{checks.described(mesh_param)}")
+        raise TypeError(
+            f"mesh_param must be two numbers of ranks, data-parallel and of a sequence; got {checks.described(mesh_param)}"
+        )
     timeout = checks.seconds("timeout", timeout)
     _check_options(**options)
     settings = read_settings(config)
@@ -158,8 +167,10 @@ def initialize(*, model: nn.Module, config: Mapping[str, Any] | str | Path, time
 
 def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_parameters: Any = None, **others: Any) -> None:
     """Raise TypeError where an option of ``deepspeed.initialize`` is of another kind."""
-    for name, value, kind in (("optimizer", optimizer, torch.optim.Optimizer),
-                              ("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler)):
+    for name, value, kind in (
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
+    ):
         if value is not None and not (isinstance(value, kind) or hasattr(value, "step") or callable(value)):
             raise TypeError(f"{name} must be a {kind.__name__} or a function that makes one; got {checks.described(value)}")
     if model_parameters is None:
@@ -167,12 +178,15 @@ def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_par
     entries = list(model_parameters) if isinstance(model_parameters, list | tuple) else []
     wrong = [entry for entry in entries if not isinstance(entry, Tensor | Mapping)]
     if wrong or not isinstance(model_parameters, Iterable) or isinstance(model_parameters, str | bytes | Mapping | Tensor):
-        raise TypeError("model_parameters must be a list of parameters, or of groups of them; got "
-                        f"{checks.described(wrong[0] if wrong else model_parameters)}")
+        raise TypeError(
+            "model_parameters must be a list of parameters, or of groups of them; got "
+            f"{checks.described(wrong[0] if wrong else model_parameters)}"
+        )
 
 
-def _check_trained(added: Mapping[str, nn.Parameter], *, optimizer: Any = None, model_parameters: Any = None,
-                   **others: Any) -> None:
+def _check_trained(
+    added: Mapping[str, nn.Parameter], *, optimizer: Any = None, model_parameters: Any = None, **others: Any
+) -> None:
     """Raise ValueError where an optimizer was made before the attention was replaced, and so would not train what is new."""
     if isinstance(optimizer, torch.optim.Optimizer):
         listed = [p for group in optimizer.param_groups for p in group["params"]]
@@ -183,16 +197,20 @@ def _check_trained(added: Mapping[str, nn.Parameter], *, optimizer: Any = None, 
     seen = {id(p) for p in listed}
     missing = [name for name, p in added.items() if id(p) not in seen]
     if missing:
-        raise ValueError(f"the optimizer was made before the attention was replaced and lacks {len(missing)} new parameters "
-                         f"({', '.join(missing[:3])}, ...): pass optimizer as a function of the parameters, as in "
-                         "optimizer=lambda parameters: torch.optim.AdamW(parameters), or convert the model first")
+        raise ValueError(
+            f"the optimizer was made before the attention was replaced and lacks {len(missing)} new parameters "
+            f"({', '.join(missing[:3])}, ...): pass optimizer as a function of the parameters, as in "
+            "optimizer=lambda parameters: torch.optim.AdamW(parameters), or convert the model first"
+        )
 
 
 def _share(sp: int, layout: str, timeout: float) -> Shared:
     world = dist.get_world_size()
     if world % sp:
-        raise ValueError(f'"{SIZE}": {sp} does not divide the {world} rank{"s" if world > 1 else ""} that were started: start '
-                         f"a multiple of {sp} or change it")
+        raise ValueError(
+            f'"{SIZE}": {sp} does not divide the {world} rank{"s" if world > 1 else ""} that were started: start '
+            f"a multiple of {sp} or change it"
+        )
     if sp == 1:
         return Shared(None, 1, world, dist.get_rank(), layout)
     mesh = build_mesh(world // sp, sp, timeout=timeout)

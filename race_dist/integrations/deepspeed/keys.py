@@ -13,15 +13,57 @@ from race_dist import checks
 
 AUTO = "auto"
 COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-FLAGS = ("prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown",
-         "memory_breakdown", "dump_state", "disable_allgather", "disable_python_gc", "sparse_gradients", "dataloader_drop_last",
-         "managed_gradient_accumulation", "use_data_before_expert_parallelism")
-SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "bfloat16", "fp16", "amp", "torch_autocast",
-            "tensor_parallel", "expert_parallel", "activation_checkpointing", "comms_logger", "flops_profiler",
-            "tensorboard", "wandb", "comet", "csv_monitor", "aio", "elasticity", "autotuning",
-            "compression_training", "data_efficiency", "curriculum_learning", "checkpoint", "data_types", "pipeline",
-            "hybrid_engine", "nebula", "progressive_layer_drop", "eigenvalue", "weight_quantization", "compile",
-            "timers", "datastates_ckpt", "zenflow")
+FLAGS = (
+    "prescale_gradients",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "disable_allgather",
+    "disable_python_gc",
+    "sparse_gradients",
+    "dataloader_drop_last",
+    "managed_gradient_accumulation",
+    "use_data_before_expert_parallelism",
+)
+SECTIONS = (
+    "optimizer",
+    "scheduler",
+    "zero_optimization",
+    "bf16",
+    "bfloat16",
+    "fp16",
+    "amp",
+    "torch_autocast",
+    "tensor_parallel",
+    "expert_parallel",
+    "activation_checkpointing",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "aio",
+    "elasticity",
+    "autotuning",
+    "compression_training",
+    "data_efficiency",
+    "curriculum_learning",
+    "checkpoint",
+    "data_types",
+    "pipeline",
+    "hybrid_engine",
+    "nebula",
+    "progressive_layer_drop",
+    "eigenvalue",
+    "weight_quantization",
+    "compile",
+    "timers",
+    "datastates_ckpt",
+    "zenflow",
+)
 MODELS = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16", "DeepSpeedFP16Config": "fp16"}
 
 
@@ -65,9 +107,12 @@ def _check_print(name: str, value: Any) -> None:
 
 
 RULES: dict[str, Callable[[str, Any], object]] = {
-    **dict.fromkeys(COUNTS, partial(checks.integer, least=1, most=2**31 - 1)), **dict.fromkeys(FLAGS, checks.flag),
-    "gradient_clipping": partial(checks.number, least=0), "gradient_predivide_factor": partial(checks.number, above=0),
-    "steps_per_print": _check_print}
+    **dict.fromkeys(COUNTS, partial(checks.integer, least=1, most=2**31 - 1)),
+    **dict.fromkeys(FLAGS, checks.flag),
+    "gradient_clipping": partial(checks.number, least=0),
+    "gradient_predivide_factor": partial(checks.number, above=0),
+    "steps_per_print": _check_print,
+}
 
 
 def check_by_deepspeed(config: Mapping[str, Any], mpu: Any = None) -> None:
@@ -83,14 +128,19 @@ def check_by_deepspeed(config: Mapping[str, Any], mpu: Any = None) -> None:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join([MODELS.get(error.title, error.title), *map(str, problem["loc"])])
-        raise ValueError(f'"{where}" of the DeepSpeed configuration: {problem["msg"]}; got '
-                         f'{checks.shown(problem["input"])}') from None
+        raise ValueError(
+            f'"{where}" of the DeepSpeed configuration: {problem["msg"]}; got {checks.shown(problem["input"])}'
+        ) from None
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         words = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"DeepSpeed does not accept the configuration: {words[:400]}") from error
 
 
 def _example(section: str) -> str:
-    examples = {"zero_optimization": '{"stage": 1}', "optimizer": '{"type": "AdamW", "params": {...}}',
-                "bf16": '{"enabled": true}', "fp16": '{"enabled": true}'}
+    examples = {
+        "zero_optimization": '{"stage": 1}',
+        "optimizer": '{"type": "AdamW", "params": {...}}',
+        "bf16": '{"enabled": true}',
+        "fp16": '{"enabled": true}',
+    }
     return f", such as {examples[section]}" if section in examples else ""

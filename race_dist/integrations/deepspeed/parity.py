@@ -1,6 +1,6 @@
 """Is the gradient that DeepSpeed applies the true one? Measured on the ranks at hand:
 
-    torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.parity
+torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.parity
 """
 
 from __future__ import annotations
@@ -79,8 +79,16 @@ def measure(case: Case) -> Ratio:
         ValueError: the wiring is refused.
     """
     place = join()
-    config = ModelConfig(vocab_size=VOCAB, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, layer_pattern="RW", window=4,
-                         race=RaceConfig(num_tables=2, num_planes=3))
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        layer_pattern="RW",
+        window=4,
+        race=RaceConfig(num_tables=2, num_planes=3),
+    )
     draw = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(VOCAB, (2, case.accumulate, case.dp * ROWS, LENGTH), generator=draw)
     labels[:, -1, 3:9] = -100  # replicas differ in how many targets they have
@@ -101,8 +109,9 @@ def measure(case: Case) -> Ratio:
     return _compare(truth, {name: (before[name] - w) / RATE for name, w in after.items()}, alone, place)
 
 
-def _truth(config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case,
-           dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+def _truth(
+    config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case, dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
     """The gradient without DeepSpeed, in one process: in ``dtype``, or of the narrow weights."""
     model = DecoderLM(config).bfloat16() if case.bfloat16 else DecoderLM(config, dtype=dtype)
     for x, y in zip(ids, labels, strict=True):
@@ -119,9 +128,15 @@ def _deepspeed(case: Case) -> dict[str, Any]:
     if case.bucket is not None:
         zero["reduce_bucket_size"] = case.bucket
     precision = {"bf16": {"enabled": True}} if case.bfloat16 else {}
-    return precision | {"train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": case.accumulate,
-            "gradient_clipping": case.clip, "zero_optimization": zero, "sequence_parallel_size": case.sp,
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return precision | {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": case.accumulate,
+        "gradient_clipping": case.clip,
+        "zero_optimization": zero,
+        "sequence_parallel_size": case.sp,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -132,8 +147,9 @@ def _weights(engine: Any) -> dict[str, torch.Tensor]:
     return {name: whole(p).double().cpu().clone() for name, p in engine.module.named_parameters()}
 
 
-def _compare(truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], alone: dict[str, torch.Tensor],
-             place: torch.device) -> Ratio:
+def _compare(
+    truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], alone: dict[str, torch.Tensor], place: torch.device
+) -> Ratio:
     flat = lambda gradients: torch.cat([gradients[name].flatten() for name in truth])
     one, other = flat(truth), flat(applied)
     distance = lambda found: float((one - found).norm() / one.norm())
@@ -141,8 +157,13 @@ def _compare(truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], a
     highest, lowest = (other.to(place, copy=True) for _ in range(2))
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return Ratio(float(one @ other / (one @ one)), distance(other), max(each, key=lambda ratio: abs(ratio - 1)),
-                 float((highest - lowest).abs().max() * RATE), distance(flat(alone)))
+    return Ratio(
+        float(one @ other / (one @ one)),
+        distance(other),
+        max(each, key=lambda ratio: abs(ratio - 1)),
+        float((highest - lowest).abs().max() * RATE),
+        distance(flat(alone)),
+    )
 
 
 def main() -> None:
@@ -157,13 +178,20 @@ def main() -> None:
         ratio = measure(case)
         rows.append(case._asdict() | ratio._asdict())
         if dist.get_rank() == 0:
-            print(f"{case}: applied / true = {ratio.ratio:.7f}, distance {ratio.distance:.1e}, worst parameter "
-                  f"{ratio.worst:.7f}, ranks differ by {ratio.spread:.1e}", flush=True)
+            print(
+                f"{case}: applied / true = {ratio.ratio:.7f}, distance {ratio.distance:.1e}, worst parameter "
+                f"{ratio.worst:.7f}, ranks differ by {ratio.spread:.1e}",
+                flush=True,
+            )
     if dist.get_rank() == 0 and arguments.out is not None:
         import deepspeed
 
-        report = {"command": f"torchrun --nproc-per-node {dist.get_world_size()} -m {__spec__.name} {' '.join(sys.argv[1:])}",
-                  "torch": torch.__version__, "deepspeed": deepspeed.__version__, "rows": rows}
+        report = {
+            "command": f"torchrun --nproc-per-node {dist.get_world_size()} -m {__spec__.name} {' '.join(sys.argv[1:])}",
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "rows": rows,
+        }
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shutdown()
 

@@ -45,8 +45,10 @@ class RaceSection(StrictConfig):
     def read(cls, section: Any) -> RaceSection:
         """Check a section. Raises ValueError in one sentence."""
         if not isinstance(section, Mapping):
-            raise ValueError(f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
-                             f"got {checks.described(section)}")
+            raise ValueError(
+                f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
+                f"got {checks.described(section)}"
+            )
         made = cls.check(dict(section), source=f'"{SECTION}"')
         RaceConfig.check(made.options, source=f'"{SECTION}"')
         return made
@@ -88,6 +90,7 @@ def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
 def without_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
     """A configuration whose "auto" is made up: bf16 as the model's weights are, a micro-batch of 1 where nothing says the
     size of a batch, and DeepSpeed's own defaults elsewhere."""
+
     def settled(value: Any) -> Any:
         return {k: settled(v) for k, v in value.items() if v != AUTO} if isinstance(value, Mapping) else value
 
@@ -110,29 +113,49 @@ def check_wiring(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh
     zero = config.get("zero_optimization", {})
     optimizer = (config.get("optimizer") or {}).get("type", "")
     refused: list[tuple[object, str]] = [
-        (mpu is not None,
-         "mpu is made here when sequences are shared, and one that has get_data_parallel_group leaves the ranks of a sequence "
-         "with different weights under ZeRO-3: leave mpu out"),
-        ("data_parallel_size" in config or mesh_param is not None,
-         '"data_parallel_size" (or mesh_param) makes DeepSpeed build a mesh of its own, in which gradients are not summed over '
-         f'the ranks that share a sequence: leave it out; it is the number of ranks / "{SIZE}"'),
-        (optimizer in ONE_BIT,
-         f"the optimizer {optimizer} exchanges compressed momenta and not gradients, over groups that know nothing of shared "
-         'sequences: use "AdamW"'),
-        (config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1.0,
-         '"prescale_gradients" and "gradient_predivide_factor" change the scale of a sum over data-parallel ranks only: leave '
-         "them out"),
-        (str(config.get("gradient_allreduce_op", "mean")).lower() != "mean",
-         '"gradient_allreduce_op" other than "mean" is not the scale in which losses of shared sequences are given: leave it '
-         "out"),
-        ((config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
-         '"tensor_parallel" beside shared sequences has not been measured: leave it out'),
+        (
+            mpu is not None,
+            "mpu is made here when sequences are shared, and one that has get_data_parallel_group leaves the ranks of a "
+            "sequence with different weights under ZeRO-3: leave mpu out",
+        ),
+        (
+            "data_parallel_size" in config or mesh_param is not None,
+            '"data_parallel_size" (or mesh_param) makes DeepSpeed build a mesh of its own, in which gradients are not summed '
+            f'over the ranks that share a sequence: leave it out; it is the number of ranks / "{SIZE}"',
+        ),
+        (
+            optimizer in ONE_BIT,
+            f"the optimizer {optimizer} exchanges compressed momenta and not gradients, over groups that know nothing of "
+            'shared sequences: use "AdamW"',
+        ),
+        (
+            config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1.0,
+            '"prescale_gradients" and "gradient_predivide_factor" change the scale of a sum over data-parallel ranks only: '
+            "leave them out",
+        ),
+        (
+            str(config.get("gradient_allreduce_op", "mean")).lower() != "mean",
+            '"gradient_allreduce_op" other than "mean" is not the scale in which losses of shared sequences are given: leave '
+            "it out",
+        ),
+        (
+            (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
+            '"tensor_parallel" beside shared sequences has not been measured: leave it out',
+        ),
     ]
-    for key, harmless in (("mics_shard_size", -1), ("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False),
-                          ("zero_quantized_weights", False)):
-        refused.append((zero.get(key, harmless) != harmless,
-                        f'"zero_optimization.{key}" reduces over groups of its own; beside shared sequences that has not been '
-                        "measured: leave it out"))
+    for key, harmless in (
+        ("mics_shard_size", -1),
+        ("zero_hpz_partition_size", 1),
+        ("zero_quantized_gradients", False),
+        ("zero_quantized_weights", False),
+    ):
+        refused.append(
+            (
+                zero.get(key, harmless) != harmless,
+                f'"zero_optimization.{key}" reduces over groups of its own; beside shared sequences that has not been '
+                "measured: leave it out",
+            )
+        )
     for applies, reason in refused:
         if applies:
             raise ValueError(f'DeepSpeed with "{SIZE}": {sp}: {reason}')

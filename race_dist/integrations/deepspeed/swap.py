@@ -28,8 +28,7 @@ class _Passes:
         return args, {"group": self.group, "layout": self.layout} | kwargs
 
 
-def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGroup | None,
-                   layout: str = "contiguous") -> None:
+def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGroup | None, layout: str = "contiguous") -> None:
     """Make every attention of ``model`` RACE Attention over the ranks of ``group``, in place.
 
     - A model of this package (DecoderLM, ...) has it already: its forward is passed the group.
@@ -55,8 +54,10 @@ def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGro
     elif _is_transformers(model):
         _share_transformers(model, race, group, layout)
     elif not _share_modules(model, race, group, layout) and (group is not None or race is not None):
-        raise ValueError(f"{type(model).__name__} has no attention that could share sequences: a transformers model, a model "
-                         "of race_dist, or modules of the kind DistributedAttention or SketchAttention are needed")
+        raise ValueError(
+            f"{type(model).__name__} has no attention that could share sequences: a transformers model, a model "
+            "of race_dist, or modules of the kind DistributedAttention or SketchAttention are needed"
+        )
 
 
 def _pass_group(model: nn.Module, group: ProcessGroup | None, layout: str) -> None:
@@ -97,8 +98,10 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
             module.group, module.layout, found = group, layout, found + 1
         elif isinstance(module, DistributedAttention):
             if race is None:
-                raise ValueError(f'{name} is Ulysses\' DistributedAttention, which moves activations: give "{SECTION}" in the '
-                                 "DeepSpeed configuration to replace it")
+                raise ValueError(
+                    f'{name} is Ulysses\' DistributedAttention, which moves activations: give "{SECTION}" in the '
+                    "DeepSpeed configuration to replace it"
+                )
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)
             replaced = _sketch_attention(owner, race, group, layout, found, name)
@@ -108,12 +111,16 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
     return found
 
 
-def _sketch_attention(owner: nn.Module, race: RaceSection, group: ProcessGroup | None, layout: str, index: int,
-                      name: str) -> SketchAttention:
+def _sketch_attention(
+    owner: nn.Module, race: RaceSection, group: ProcessGroup | None, layout: str, index: int, name: str
+) -> SketchAttention:
     """For one place of a model; widths come from the section, or from the module that owns the place."""
     options = dict(race.options)
-    for field, names in (("num_heads", ("num_heads", "num_attention_heads")), ("head_dim", ("head_dim",)),
-                         ("num_kv_heads", ("num_kv_heads", "num_key_value_heads"))):
+    for field, names in (
+        ("num_heads", ("num_heads", "num_attention_heads")),
+        ("head_dim", ("head_dim",)),
+        ("num_kv_heads", ("num_kv_heads", "num_key_value_heads")),
+    ):
         for attribute in names:
             if field not in options and isinstance(getattr(owner, attribute, None), int):
                 options[field] = getattr(owner, attribute)

@@ -1,6 +1,6 @@
 """Bytes that one attention layer hands to collectives, forward and backward: Ulysses' all-to-all beside RACE's sketches.
 
-    torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.traffic
+torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.traffic
 """
 
 from __future__ import annotations
@@ -54,8 +54,13 @@ def count_ulysses(layer: Layer, length: int) -> int:
 
 def count_race(layer: Layer, length: int) -> int:
     """Of this rank, as this package's collectives count themselves."""
-    config = RaceConfig(num_heads=layer.heads, num_kv_heads=layer.kv_heads, head_dim=layer.head_dim, num_tables=layer.tables,
-                        num_planes=layer.planes)
+    config = RaceConfig(
+        num_heads=layer.heads,
+        num_kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        num_tables=layer.tables,
+        num_planes=layer.planes,
+    )
     attention = SketchAttention(config, dist.group.WORLD)
     with count_bytes() as count:
         _run(lambda q, k, v: attention(q, k, v, 0), layer, length)
@@ -64,8 +69,10 @@ def count_race(layer: Layer, length: int) -> int:
 
 def _run(attention: Callable[[Tensor, Tensor, Tensor], Tensor], layer: Layer, length: int) -> None:
     shape = (1, length // dist.get_world_size())
-    q, k, v = (torch.randn(*shape, heads, layer.head_dim, dtype=torch.bfloat16, requires_grad=True)
-               for heads in (layer.heads, layer.kv_heads, layer.kv_heads))
+    q, k, v = (
+        torch.randn(*shape, heads, layer.head_dim, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (layer.heads, layer.kv_heads, layer.kv_heads)
+    )
     attention(q, k, v).float().sum().backward()
 
 
@@ -113,16 +120,22 @@ def main() -> None:
     world = dist.get_world_size()
     sketches = {row["race"] for row in rows}
     if len(sketches) == 1:  # only then may it be said of other lengths
-        rows += [{"length": n, "ulysses": ulysses_bytes(Layer(), n, world), "race": sketches.copy().pop(), "how": "computed"}
-                 for n in numbers(options.computed)]
+        rows += [
+            {"length": n, "ulysses": ulysses_bytes(Layer(), n, world), "race": sketches.copy().pop(), "how": "computed"}
+            for n in numbers(options.computed)
+        ]
     if dist.get_rank() == 0:
         for row in rows:
-            print(f"{row['length']:>10,} tokens: Ulysses {row['ulysses']:>13,}  RACE {row['race']:>11,}  "
-                  f"({row['ulysses'] / row['race']:.1f} times, {row['how']})")
+            print(
+                f"{row['length']:>10,} tokens: Ulysses {row['ulysses']:>13,}  RACE {row['race']:>11,}  "
+                f"({row['ulysses'] / row['race']:.1f} times, {row['how']})"
+            )
         if options.out is not None:
             command = f"torchrun --nproc-per-node {world} -m {__spec__.name} {' '.join(sys.argv[1:])}"
-            options.out.write_text(json.dumps({"command": command, "ranks": world, "layer": Layer()._asdict(), "rows": rows},
-                                              indent=1) + "\n", encoding="utf-8")
+            options.out.write_text(
+                json.dumps({"command": command, "ranks": world, "layer": Layer()._asdict(), "rows": rows}, indent=1) + "\n",
+                encoding="utf-8",
+            )
     shutdown()
 
 

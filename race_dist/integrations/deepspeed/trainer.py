@@ -58,8 +58,12 @@ class EngineStep(Unstreamed):
         for n, rows in enumerate(rows_in_parts(batch.rows_of(ranks.dp_rank, ranks.dp), parts)):
             part = batch.part(rows, shard_of(ranks))
             cu_seqlens = None if part.cu_seqlens is None else part.cu_seqlens.to(ranks.device)
-            loss = self.engine(part.inputs.to(ranks.device), part.labels.to(ranks.device), cu_seqlens=cu_seqlens,
-                               num_targets=max(1, batch.targets) / scale)
+            loss = self.engine(
+                part.inputs.to(ranks.device),
+                part.labels.to(ranks.device),
+                cu_seqlens=cu_seqlens,
+                num_targets=max(1, batch.targets) / scale,
+            )
             self.engine.backward(loss)
             if n + 1 < parts:
                 self.engine.step()  # counts the part; the last one's makes the step
@@ -99,18 +103,21 @@ class DeepSpeedTrainer(Trainer):
         """
         config, data = self.config, self.config.data
         if batch is None:
-            batch = training_batch(self.train, seed=config.seed, position=self.position, batch_size=data.batch_size,
-                                   context=data.context)
+            batch = training_batch(
+                self.train, seed=config.seed, position=self.position, batch_size=data.batch_size, context=data.context
+            )
         share = self.method.gradients(batch)
         shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.step + 1}: the loss is {loss}; try a lower optim.lr or a longer "
-                                     "optim.warmup_steps")
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {loss}; try a lower optim.lr or a longer optim.warmup_steps"
+            )
         norm = self._apply(learning_rate(self.step, config.steps, config.optim))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient's norm is {norm}; go on from the last checkpoint "
-                                     "with a lower optim.lr")
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient's norm is {norm}; go on from the last checkpoint with a lower optim.lr"
+            )
         self.step += 1
         self.position += 1
         verdict = self.guard.judge(loss, norm)
@@ -177,8 +184,9 @@ class DeepSpeedTrainer(Trainer):
     def _make_states(self) -> None:
         """AdamW makes its states in its first step; a step of rate 0 on gradients of 0 makes them and changes no weight."""
         config = self.config
-        batch = training_batch(self.train, seed=config.seed, position=0, batch_size=config.data.batch_size,
-                               context=config.data.context)
+        batch = training_batch(
+            self.train, seed=config.seed, position=0, batch_size=config.data.batch_size, context=config.data.context
+        )
         handles = [p.register_hook(torch.zeros_like) for p in self.model.parameters() if p.requires_grad]
         self.method.gradients(batch)
         self._apply(0.0)
@@ -214,8 +222,8 @@ def _own_part(p: Any, whole: Tensor) -> Tensor:
     size = p.ds_tensor.numel()
     rank, world = dist.get_rank(p.ds_process_group), dist.get_world_size(p.ds_process_group)
     flat = torch.zeros(size * world)
-    flat[:whole.numel()] = whole.flatten()
-    return flat[rank * size:(rank + 1) * size]
+    flat[: whole.numel()] = whole.flatten()
+    return flat[rank * size : (rank + 1) * size]
 
 
 def _link_states(optimizer: Any) -> None:
@@ -245,25 +253,34 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     if config.precision == "float64":
         raise ValueError('precision = "float64" is not known to DeepSpeed; take engine = "native"')
     if config.parallel.sharding != "none":
-        raise ValueError(f'parallel.sharding = "{config.parallel.sharding}" beside engine = "deepspeed": leave it out and set '
-                         "deepspeed.zero_optimization.stage")
+        raise ValueError(
+            f'parallel.sharding = "{config.parallel.sharding}" beside engine = "deepspeed": leave it out and set '
+            "deepspeed.zero_optimization.stage"
+        )
     tree = dict(config.deepspeed)
     if config.compile and (tree.get("zero_optimization") or {}).get("stage") == 3:
-        raise ValueError("compile = true traces blocks whose weights ZeRO-3 has taken apart, which fails: set compile = false, "
-                         "or deepspeed.zero_optimization.stage to at most 2")
+        raise ValueError(
+            "compile = true traces blocks whose weights ZeRO-3 has taken apart, which fails: set compile = false, "
+            "or deepspeed.zero_optimization.stage to at most 2"
+        )
     for key, instead in (("optimizer", "optim"), ("scheduler", "optim.lr, optim.warmup_steps and optim.final_lr")):
         if tree.get(key, "auto") != "auto":
-            raise ValueError(f'deepspeed.{key} is not read by race-dist train: set {instead} of the run')
+            raise ValueError(f"deepspeed.{key} is not read by race-dist train: set {instead} of the run")
         tree.pop(key, None)
     parts = config.optim.accumulate
     ours: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // ranks.dp // parts,
-        "gradient_accumulation_steps": parts, "gradient_clipping": config.optim.clip, SIZE: ranks.sp}
+        "gradient_accumulation_steps": parts,
+        "gradient_clipping": config.optim.clip,
+        SIZE: ranks.sp,
+    }
     for key, value in ours.items():
         if tree.get(key, "auto") not in ("auto", value):
-            raise ValueError(f"deepspeed.{key} = {tree[key]!r} but the run's configuration makes it {value!r}: leave it out or "
-                             "make them agree")
+            raise ValueError(
+                f"deepspeed.{key} = {tree[key]!r} but the run's configuration makes it {value!r}: leave it out or "
+                "make them agree"
+            )
     layout = (tree.pop(SECTION, None) or {}).get("layout", ranks.layout)
     if layout != ranks.layout:
         raise ValueError(f"deepspeed.{SECTION}.layout = {layout!r} but parallel.layout = {ranks.layout!r}: make them agree")

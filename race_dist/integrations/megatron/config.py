@@ -24,8 +24,18 @@ _DEFAULTS = RaceConfig()
 
 
 LIMIT = 2**20  # of layers, widths, heads and ranks: beyond it no model fits a machine
-COUNTS = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-          "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+COUNTS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "tensor_model_parallel_size",
+    "context_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
 DROPOUTS = ("attention_dropout", "hidden_dropout")
 
 
@@ -90,8 +100,15 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
         """The choices as a RaceConfig, widths and heads filled in. Raises ValueError naming the field with its prefix."""
         chosen = {name: getattr(self, PREFIX + name) for name in RACE_FIELDS}
         try:
-            return RaceConfig(dim=self.hidden_size, num_heads=self.num_attention_heads, num_kv_heads=self.race_query_groups,
-                              head_dim=self.kv_channels, causal=causal, rope_base=None, **chosen)
+            return RaceConfig(
+                dim=self.hidden_size,
+                num_heads=self.num_attention_heads,
+                num_kv_heads=self.race_query_groups,
+                head_dim=self.kv_channels,
+                causal=causal,
+                rope_base=None,
+                **chosen,
+            )
         except ValueError as error:
             raise ValueError(_with_prefix(str(error))) from None
 
@@ -109,8 +126,10 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
             return [(i + 1) % freq != 0 for i in range(count)]
         if isinstance(freq, (list, tuple)) and len(freq) == count and all(type(f) is int and f in (0, 1) for f in freq):
             return [bool(each) for each in freq]
-        raise ValueError(f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
-                         f"(softmax) and ones (RACE), one a layer; got {shown(freq)}")
+        raise ValueError(
+            f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
+            f"(softmax) and ones (RACE), one a layer; got {shown(freq)}"
+        )
 
     @property
     def race_uses_rope(self) -> bool:
@@ -137,8 +156,10 @@ def _check_numbers(config: Any) -> None:
             raise ValueError(f"{name} must be above 0 and below 1; got {shown(value)}")
     heads, groups = config.num_attention_heads, config.num_query_groups
     if config.kv_channels is None and config.hidden_size % heads:
-        raise ValueError(f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {heads}: change one, or "
-                         "set kv_channels, the width of a head")
+        raise ValueError(
+            f"hidden_size = {config.hidden_size} is no multiple of num_attention_heads = {heads}: change one, or "
+            "set kv_channels, the width of a head"
+        )
     if groups is not None and heads % groups:
         raise ValueError(f"num_attention_heads = {heads} is no multiple of num_query_groups = {groups}: change one")
 
@@ -152,8 +173,10 @@ def race_config(config: object, where: str) -> RaceTransformerConfig:
     config = getattr(config, "transformer", config)
     if isinstance(config, RaceTransformerConfig):
         return config
-    raise TypeError(f"{where} needs a RaceTransformerConfig, but the model was built from a {type(config).__name__}: in "
-                    "Megatron-LM build it with core_transformer_config_from_args(args, RaceTransformerConfig)")
+    raise TypeError(
+        f"{where} needs a RaceTransformerConfig, but the model was built from a {type(config).__name__}: in "
+        "Megatron-LM build it with core_transformer_config_from_args(args, RaceTransformerConfig)"
+    )
 
 
 def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
@@ -170,20 +193,30 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
         if getattr(config, name, False):
             raise ValueError(f"{name} does not go with RACE layers: {reason}; turn it off")
     if config.attention_backend == AttnBackend.local:
-        raise ValueError("attention_backend is local, with which Megatron replaces the attention of every layer by its own "
-                         "softmax: leave --attention-backend out")
+        raise ValueError(
+            "attention_backend is local, with which Megatron replaces the attention of every layer by its own "
+            "softmax: leave --attention-backend out"
+        )
     if config.attention_dropout:
-        raise ValueError(f"attention_dropout is {config.attention_dropout}, but a RACE layer has no attention weights to "
-                         "drop: set it to 0 (--attention-dropout 0)")
+        raise ValueError(
+            f"attention_dropout is {config.attention_dropout}, but a RACE layer has no attention weights to "
+            "drop: set it to 0 (--attention-dropout 0)"
+        )
     if config.experimental_attention_variant is not None:
-        raise ValueError(f"experimental_attention_variant is {config.experimental_attention_variant!r}, which names another "
-                         "attention: leave it out")
+        raise ValueError(
+            f"experimental_attention_variant is {config.experimental_attention_variant!r}, which names another "
+            "attention: leave it out"
+        )
     if config.window_size is not None and not hybrid:
-        raise ValueError(f"window_size is {config.window_size}, but every layer is RACE, which sees all tokens before it: "
-                         "leave it out or make some layers softmax (linear_attention_freq)")
+        raise ValueError(
+            f"window_size is {config.window_size}, but every layer is RACE, which sees all tokens before it: "
+            "leave it out or make some layers softmax (linear_attention_freq)"
+        )
     if hybrid and config.race_layout == "contiguous" and config.context_parallel_size > 1:
-        raise ValueError('race_layout is "contiguous", but Megatron\'s softmax layers take zigzag shards under context '
-                         'parallelism: use "zigzag" or make every layer RACE')
+        raise ValueError(
+            'race_layout is "contiguous", but Megatron\'s softmax layers take zigzag shards under context '
+            'parallelism: use "zigzag" or make every layer RACE'
+        )
 
 
 def _with_prefix(sentence: str) -> str:

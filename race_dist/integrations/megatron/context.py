@@ -20,9 +20,11 @@ PADDED = (AttnMaskType.padding, AttnMaskType.padding_causal)
 def is_causal(mask_type: AttnMaskType) -> bool:
     """Whether a token reads only what comes before it. ValueError for masks that are neither that nor everything."""
     if mask_type == AttnMaskType.arbitrary or mask_type not in (*CAUSAL, *PADDED, AttnMaskType.no_mask):
-        raise ValueError(f"attn_mask_type is {mask_type.name}, but a RACE layer keeps one running sum of the tokens before "
-                         "a token and cannot leave some of them out: use causal, no_mask, padding or padding_causal, and "
-                         "packed_seq_params (THD) to keep documents apart")
+        raise ValueError(
+            f"attn_mask_type is {mask_type.name}, but a RACE layer keeps one running sum of the tokens before "
+            "a token and cannot leave some of them out: use causal, no_mask, padding or padding_causal, and "
+            "packed_seq_params (THD) to keep documents apart"
+        )
     return mask_type in CAUSAL
 
 
@@ -57,8 +59,9 @@ class Rows:
             group, layout = None, "contiguous"
         if packed is None or packed.qkv_format != "thd":
             if packed is not None and packed.cu_seqlens_q is not None:
-                raise ValueError(f"packed_seq_params has cu_seqlens_q but qkv_format {packed.qkv_format!r}: packed documents "
-                                 'come as "thd"')
+                raise ValueError(
+                    f'packed_seq_params has cu_seqlens_q but qkv_format {packed.qkv_format!r}: packed documents come as "thd"'
+                )
             return cls(length, group, layout)
         real, padded = packed.cu_seqlens_q, getattr(packed, "cu_seqlens_q_padded", None)
         if real is None:
@@ -72,8 +75,15 @@ class Rows:
 
     def sequence(self, key_mask: Tensor | None, device: torch.device) -> Sequence:
         """The same as the project's layers want it, with this mask."""
-        return Sequence.of(self.length, cu_seqlens=self.cu_seqlens, key_mask=key_mask, group=self.group,
-                           layout=self.layout, final=False, device=device)
+        return Sequence.of(
+            self.length,
+            cu_seqlens=self.cu_seqlens,
+            key_mask=key_mask,
+            group=self.group,
+            layout=self.layout,
+            final=False,
+            device=device,
+        )
 
 
 def _context_parallel_group(packed: Any, usual: ProcessGroup | None) -> ProcessGroup | None:
@@ -84,8 +94,7 @@ def _context_parallel_group(packed: Any, usual: ProcessGroup | None) -> ProcessG
             raise ValueError(f"packed_seq_params.local_cp_size is {size}, but its cp_group has {group_size(own)} ranks")
         return own
     if size is not None and size != 1:
-        raise ValueError(f"packed_seq_params.local_cp_size is {size} but there is no cp_group: give the group of these "
-                         "ranks")
+        raise ValueError(f"packed_seq_params.local_cp_size is {size} but there is no cp_group: give the group of these ranks")
     return usual if size is None else None
 
 
@@ -122,12 +131,16 @@ def padding_mask(attention_mask: Tensor | None, mask_type: AttnMaskType, batch: 
     if attention_mask is None or mask_type == AttnMaskType.causal:
         return None
     if mask_type == AttnMaskType.no_mask:
-        raise ValueError("attention_mask came with attn_mask_type no_mask, with which a RACE layer reads every token: give "
-                         "None, or attn_mask_type padding and a mask [B, 1, 1, T] that hides padding")
+        raise ValueError(
+            "attention_mask came with attn_mask_type no_mask, with which a RACE layer reads every token: give "
+            "None, or attn_mask_type padding and a mask [B, 1, 1, T] that hides padding"
+        )
     if attention_mask.dtype != torch.bool or tuple(attention_mask.shape) != (batch, 1, 1, length):
-        raise ValueError(f"with attn_mask_type {mask_type.name} a RACE layer takes a bool mask [B, 1, 1, T] = "
-                         f"{[batch, 1, 1, length]} over this rank's keys; got {attention_mask.dtype} "
-                         f"{list(attention_mask.shape)}")
+        raise ValueError(
+            f"with attn_mask_type {mask_type.name} a RACE layer takes a bool mask [B, 1, 1, T] = "
+            f"{[batch, 1, 1, length]} over this rank's keys; got {attention_mask.dtype} "
+            f"{list(attention_mask.shape)}"
+        )
     return ~attention_mask.view(batch, length)
 
 
@@ -145,13 +158,17 @@ def check_causal_mask(attention_mask: Tensor, rows: Rows) -> None:
     total = rows.length * group_size(rows.group)
     device = attention_mask.device
     if attention_mask.dtype != torch.bool or attention_mask.shape[-2:] != (rows.length, total):
-        raise ValueError(f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}, where a causal layer of "
-                         f"{total} tokens has bool [..., {rows.length}, {total}], or None")
+        raise ValueError(
+            f"attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}, where a causal layer of "
+            f"{total} tokens has bool [..., {rows.length}, {total}], or None"
+        )
     if rows.group is not None and rows.layout == "contiguous":
         own = shard_offset(rows.length, rows.group, device) + torch.arange(rows.length, device=device)
     else:
         own = shard_rows(total, group_rank(rows.group), group_size(rows.group), layout=rows.layout, device=device)
     if not bool((attention_mask == (torch.arange(total, device=device) > own[:, None])).all()):
-        raise ValueError("attention_mask hides more or less than the tokens that come later, but a RACE layer keeps one "
-                         "running sum and cannot leave some of the earlier ones out: give None, and keep documents apart by "
-                         "packed_seq_params (THD) instead of --reset-attention-mask")
+        raise ValueError(
+            "attention_mask hides more or less than the tokens that come later, but a RACE layer keeps one "
+            "running sum and cannot leave some of the earlier ones out: give None, and keep documents apart by "
+            "packed_seq_params (THD) instead of --reset-attention-mask"
+        )

@@ -45,17 +45,27 @@ class RaceCoreAttention(HeadModule):
         ValueError: an argument asks for what RACE does not have.
     """
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str = "self",
-                 attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: str | None = None,
-                 pg_collection: ProcessGroupCollection | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
         config = race_config(config, "RaceCoreAttention")
         if attention_type != "self":
             raise ValueError(f"attention_type is {attention_type!r}, but RACE layers attend to their own sequence only")
         if attention_dropout:
             raise ValueError(f"attention_dropout is {attention_dropout}, but a RACE layer has no attention weights to drop")
         if softmax_scale is not None:
-            raise ValueError(f"softmax_scale is {softmax_scale}, but there are no logits to scale: the sharpness is "
-                             "race_beta_init")
+            raise ValueError(
+                f"softmax_scale is {softmax_scale}, but there are no logits to scale: the sharpness is race_beta_init"
+            )
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         super().__init__(config, pg_collection.tp)
@@ -71,16 +81,30 @@ class RaceCoreAttention(HeadModule):
             convolved = [("q_conv", heads, self.add_parameter), ("k_conv", groups, self.add_kv_parameter)]
             convolved += [("v_conv", groups, self.add_kv_parameter)] if race.conv_values else []
             for name, count, add in convolved:
-                add(name, draw_normal((race.short_conv, count * race.width), 0.5 * race.short_conv**-0.5, race.seed,
-                                      f"race.{self.layer}.{name}.weight"), dim=1)
+                add(
+                    name,
+                    draw_normal(
+                        (race.short_conv, count * race.width),
+                        0.5 * race.short_conv**-0.5,
+                        race.seed,
+                        f"race.{self.layer}.{name}.weight",
+                    ),
+                    dim=1,
+                )
         if race.qk_norm:
             self.add_parameter("q_scale", torch.ones(heads, 1))
             self.add_kv_parameter("k_scale", torch.ones(groups, 1))
         if race.train_beta:
             self.add_kv_parameter("log_beta", self._betas().log())
         if race.train_planes:
-            planes = sample_planes(race.num_tables, race.num_planes, race.width, seed=race.seed, layer=self.layer,
-                                   num_heads=None if race.share_planes else groups)
+            planes = sample_planes(
+                race.num_tables,
+                race.num_planes,
+                race.width,
+                seed=race.seed,
+                layer=self.layer,
+                num_heads=None if race.share_planes else groups,
+            )
             if race.share_planes:
                 self.add_parameter("planes", planes, divided=False)
             else:
@@ -111,9 +135,14 @@ class RaceCoreAttention(HeadModule):
         constants = {}
         if not race.train_planes:
             constants["planes"] = sample_planes(
-                race.num_tables, race.num_planes, race.width, seed=race.seed, layer=self.layer,
+                race.num_tables,
+                race.num_planes,
+                race.width,
+                seed=race.seed,
+                layer=self.layer,
                 num_heads=None if race.share_planes else share.kv_heads,
-                head_offset=0 if race.share_planes else share.first_kv_head).to(**where)
+                head_offset=0 if race.share_planes else share.first_kv_head,
+            ).to(**where)
         if not race.train_beta:
             constants["beta"] = self._betas()[own].to(**where)
         if race.decay == "multiscale":
@@ -129,21 +158,42 @@ class RaceCoreAttention(HeadModule):
                 self._buffers[name] = value
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         loaded, own = state_dict.get(prefix + "planes_of"), self._origin()  # dist_checkpointing has written the buffer already
         if loaded is not None and "planes_of" in self._buffers and loaded.tolist() != own:
             names = ("race_seed", "layer", "race_num_tables", "race_num_planes", "race_share_planes")
-            differ = [f"{name} {there} there and {here} here"
-                      for name, there, here in zip(names, loaded.tolist(), own, strict=True) if there != here]
-            error_msgs.append(f"{prefix.removesuffix('.')}: the checkpoint's weights were trained with other hyperplanes: "
-                              + ", ".join(differ))
+            differ = [
+                f"{name} {there} there and {here} here"
+                for name, there, here in zip(names, loaded.tolist(), own, strict=True)
+                if there != here
+            ]
+            error_msgs.append(
+                f"{prefix.removesuffix('.')}: the checkpoint's weights were trained with other hyperplanes: "
+                + ", ".join(differ)
+            )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-                attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
-                packed_seq_params: Any = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
         """The attention over this rank's heads and tokens.
 
         Args:
@@ -166,8 +216,10 @@ class RaceCoreAttention(HeadModule):
         mask_type = attn_mask_type or self.attn_mask_type
         thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         if key.shape[0] != query.shape[0] or is_causal(mask_type) != self.race.causal:
-            raise ValueError(f"{query.shape[0]} queries came with {key.shape[0]} keys and attn_mask_type {mask_type.name}, as "
-                             "in decoding with cached keys; a RACE layer decodes from a sketch, which Megatron does not keep")
+            raise ValueError(
+                f"{query.shape[0]} queries came with {key.shape[0]} keys and attn_mask_type {mask_type.name}, as "
+                "in decoding with cached keys; a RACE layer decodes from a sketch, which Megatron does not keep"
+            )
         q, k, v = (x[None] if thd else x.transpose(0, 1) for x in (query, key, value))
         rows = Rows.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
         key_mask = both_masks(rows.key_mask, padding_mask(attention_mask, mask_type, *q.shape[:2]))
@@ -178,8 +230,17 @@ class RaceCoreAttention(HeadModule):
         if self.race.qk_norm:
             eps = self.race.norm_eps
             q, k = with_length(q, self.q_scale, eps), with_length(k, self.of_own_kv_heads("k_scale"), eps)
-        out, _ = attend(self.race, q.to(v.dtype), k.to(v.dtype), v, self._planes(), self._beta(v),
-                        self._decay(attention_bias, thd), None, sequence)
+        out, _ = attend(
+            self.race,
+            q.to(v.dtype),
+            k.to(v.dtype),
+            v,
+            self._planes(),
+            self._beta(v),
+            self._decay(attention_bias, thd),
+            None,
+            sequence,
+        )
         if self.race.normalization == "none":
             out = (rms(out, self.race.norm_eps) * self.out_norm.to(compute_dtype(out))).to(out.dtype)
         return out[0].flatten(1) if thd else out.transpose(0, 1).flatten(2)
@@ -198,7 +259,7 @@ class RaceCoreAttention(HeadModule):
         convs = [self.q_conv, self.of_own_kv_heads("k_conv", dim=1)]
         convs += [self.of_own_kv_heads("v_conv", dim=1)] if self.race.conv_values else []
         tensors = (q, k, v)
-        flat = tuple(x.flatten(2) for x in tensors[:len(convs)])
+        flat = tuple(x.flatten(2) for x in tensors[: len(convs)])
 
         def taps(piece: Extended) -> tuple[Tensor, ...]:
             return tuple(short_conv(part, taps, piece.documents) for part, taps in zip(piece.tensors, convs, strict=True))
@@ -227,7 +288,9 @@ class RaceCoreAttention(HeadModule):
                 raise ValueError("attention_bias came to a RACE layer, which has no logits to add it to: leave it out")
             return self.log_decay if self.race.decay == "multiscale" else None
         if bias is None:
-            raise ValueError('race_decay is "token": the decay is computed from the layer\'s input, which core_attention is '
-                             'not given. Build the layer with get_race_layer_spec, or set race_decay to "multiscale" or '
-                             '"none"')
+            raise ValueError(
+                'race_decay is "token": the decay is computed from the layer\'s input, which core_attention is '
+                'not given. Build the layer with get_race_layer_spec, or set race_decay to "multiscale" or '
+                '"none"'
+            )
         return bias.view(1, -1, bias.shape[-1]) if thd else bias.transpose(0, 1)

@@ -94,11 +94,17 @@ class HeadModule(MegatronModule):  # type: ignore[misc]
         result: Tensor = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
         return result
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
-                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """For megatron.core.dist_checkpointing: parameters per head are cut by head, so that any size can load them."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         result: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, self._axes, sharded_offsets, tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"])
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            self._axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
         return result

@@ -34,8 +34,9 @@ class TokenDecay(HeadModule):
         super().__init__(config, tp_group)
         race, heads = config.race(), config.race_query_groups
         rates = (1 / torch.tensor(memory_lengths(heads, ENDLESS_MEMORY), dtype=torch.float64)).expm1().log()
-        weight = draw_normal((heads, config.hidden_size), config.hidden_size**-0.5, race.seed,
-                             f"race.{layer_number - 1}.decay_proj.weight")
+        weight = draw_normal(
+            (heads, config.hidden_size), config.hidden_size**-0.5, race.seed, f"race.{layer_number - 1}.decay_proj.weight"
+        )
         self.add_parameter("weight", weight, divided=False)
         self.add_parameter("bias", rates, divided=False)
         for parameter in self.parameters():  # its gradient is this rank's rows': finalize_model_grads adds them up
@@ -65,25 +66,44 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
             positions of zigzag shards on contiguous ones.
     """
 
-    def __init__(self, config: Any, submodules: Any, layer_number: int,
-                 attn_mask_type: AttnMaskType = AttnMaskType.causal, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         config = race_config(config, "RaceSelfAttention")
         if config.race_output_gate and not config.attention_output_gate:
             config = copy.copy(config)  # softmax layers of the same model have none
             config.attention_output_gate = True
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
         if not isinstance(self.core_attention, RaceCoreAttention):
-            raise ValueError(f"core_attention of a RACE layer is {type(self.core_attention).__name__}: something has replaced "
-                             "it in the spec (--attention-backend local does)")
+            raise ValueError(
+                f"core_attention of a RACE layer is {type(self.core_attention).__name__}: something has replaced "
+                "it in the spec (--attention-backend local does)"
+            )
         self.decay = TokenDecay(config, layer_number, self.pg_collection.tp) if config.race_decay == "token" else None
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, key_value_states: Tensor | None = None,
-                inference_context: Any = None, rotary_pos_emb: Any = None, *args: Any, attention_bias: Tensor | None = None,
-                **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Any = None,
+        *args: Any,
+        attention_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As Megatron's: ``[s, b, h]`` to output and bias."""
         if inference_context is not None or kwargs.get("inference_params") is not None:
-            raise ValueError("RACE layers do not decode inside Megatron's inference contexts: these cache keys and values, "
-                             "and dynamic batching does not call core_attention at all; decode with race_dist.models")
+            raise ValueError(
+                "RACE layers do not decode inside Megatron's inference contexts: these cache keys and values, "
+                "and dynamic batching does not call core_attention at all; decode with race_dist.models"
+            )
         if key_value_states is not None:
             raise ValueError("RACE layers attend to their own sequence only: key_value_states must be None")
         if attention_bias is not None:
@@ -91,8 +111,10 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
         if not self.config.race_uses_rope:
             rotary_pos_emb = None
         elif rotary_pos_emb is not None and self.config.race_layout == "contiguous" and group_size(self.pg_collection.cp) > 1:
-            raise ValueError('race_layout is "contiguous", but Megatron turns queries and keys by the positions of zigzag '
-                             'shards: set race_rope to "never" or race_layout to "zigzag"')
+            raise ValueError(
+                'race_layout is "contiguous", but Megatron turns queries and keys by the positions of zigzag '
+                'shards: set race_rope to "never" or race_layout to "zigzag"'
+            )
         bias = None if self.decay is None else self.decay(hidden_states)
         return super().forward(hidden_states, attention_mask, None, None, rotary_pos_emb, *args, attention_bias=bias, **kwargs)
 
@@ -106,15 +128,30 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
             return query, key, value, own
         return result
 
-    def _checkpointed_attention_forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                                        rotary_pos_emb: Any = None, attn_mask_type: AttnMaskType | None = None,
-                                        attention_bias: Tensor | None = None, packed_seq_params: Any = None,
-                                        **_: Any) -> Tensor:
+    def _checkpointed_attention_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Any = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
         """Selective recompute: the decay is an input too, so that its gradient finds its way back."""
 
         def again(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            out: Tensor = self.core_attention(q, k, v, attention_mask, attn_mask_type=attn_mask_type or self.attn_mask_type,
-                                              attention_bias=bias, packed_seq_params=packed_seq_params)
+            out: Tensor = self.core_attention(
+                q,
+                k,
+                v,
+                attention_mask,
+                attn_mask_type=attn_mask_type or self.attn_mask_type,
+                attention_bias=bias,
+                packed_seq_params=packed_seq_params,
+            )
             return out
 
         result: Tensor = tensor_parallel.checkpoint(again, False, query, key, value, attention_bias)

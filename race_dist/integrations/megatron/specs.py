@@ -33,8 +33,10 @@ except ImportError:
 
 def _provider(use_transformer_engine: bool) -> Any:
     if use_transformer_engine and not HAVE_TE:
-        raise ImportError("a Transformer Engine spec was asked for but transformer_engine is not installed: install it, or "
-                          'set transformer_impl to "local"')
+        raise ImportError(
+            "a Transformer Engine spec was asked for but transformer_engine is not installed: install it, or "
+            'set transformer_impl to "local"'
+        )
     return TESpecProvider() if use_transformer_engine else LocalSpecProvider()
 
 
@@ -52,8 +54,9 @@ def with_race(layer: ModuleSpec, provider: Any, *, rms_norm: bool) -> ModuleSpec
         norm = provider.layer_norm(rms_norm=rms_norm)
     names = {**parts.sharded_state_dict_keys_map, "input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     race = ModuleSpec(module=RaceSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=inside)
-    return replace(layer, submodules=replace(parts, input_layernorm=norm, self_attention=race,
-                                             sharded_state_dict_keys_map=names))
+    return replace(
+        layer, submodules=replace(parts, input_layernorm=norm, self_attention=race, sharded_state_dict_keys_map=names)
+    )
 
 
 def get_race_layer_spec(config: RaceTransformerConfig, use_transformer_engine: bool | None = None) -> ModuleSpec:
@@ -69,16 +72,28 @@ def get_race_layer_spec(config: RaceTransformerConfig, use_transformer_engine: b
     """
     config = race_config(config, "get_race_layer_spec")
     use_te = _uses_te(config, use_transformer_engine)
-    options = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm,
-               "qk_layernorm": config.qk_layernorm, "qk_l2_norm": config.qk_l2_norm}
+    options = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
     provider = _provider(use_te)
-    layer = (get_gpt_layer_with_transformer_engine_spec(**options) if use_te
-             else get_gpt_layer_local_spec(**options, normalization=config.normalization))
+    layer = (
+        get_gpt_layer_with_transformer_engine_spec(**options)
+        if use_te
+        else get_gpt_layer_local_spec(**options, normalization=config.normalization)
+    )
     return with_race(layer, provider, rms_norm=config.normalization == "RMSNorm")
 
 
-def get_race_block_spec(config: RaceTransformerConfig, vp_stage: int | None = None, *,
-                        use_transformer_engine: bool | None = None, pp_rank: int | None = None) -> TransformerBlockSubmodules:
+def get_race_block_spec(
+    config: RaceTransformerConfig,
+    vp_stage: int | None = None,
+    *,
+    use_transformer_engine: bool | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
     """The specs of this pipeline stage's layers: RACE or softmax by ``linear_attention_freq``, dense or experts by
     ``moe_layer_freq``.
 
@@ -96,11 +111,19 @@ def get_race_block_spec(config: RaceTransformerConfig, vp_stage: int | None = No
     config = race_config(config, "get_race_block_spec")
     use_te = _uses_te(config, use_transformer_engine)
     provider = _provider(use_te)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=use_te, normalization=config.normalization,
-                                       qk_l2_norm=config.qk_l2_norm, vp_stage=vp_stage, pp_rank=pp_rank)
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
     pattern, numbers = config.race_pattern(), _layers_of_stage(config, len(block.layer_specs), vp_stage, pp_rank)
-    layers = [with_race(layer, provider, rms_norm=config.normalization == "RMSNorm") if pattern[number] else layer
-              for number, layer in zip(numbers, block.layer_specs, strict=True)]
+    layers = [
+        with_race(layer, provider, rms_norm=config.normalization == "RMSNorm") if pattern[number] else layer
+        for number, layer in zip(numbers, block.layer_specs, strict=True)
+    ]
     return replace(block, layer_specs=layers)
 
 
@@ -111,8 +134,11 @@ def _uses_te(config: RaceTransformerConfig, asked: bool | None) -> bool:
 def _layers_of_stage(config: Any, count: int, vp_stage: int | None, pp_rank: int | None) -> list[int]:
     """Global indices from 0 of the layers that the stage holds."""
     if config.pipeline_model_parallel_layout is not None:
-        return list(config.pipeline_model_parallel_layout.get_layer_id_list(
-            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank))
+        return list(
+            config.pipeline_model_parallel_layout.get_layer_id_list(
+                layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+            )
+        )
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return list(range(offset, offset + count))
 
@@ -124,8 +150,9 @@ class RaceTransformerLayer(TransformerLayer):  # type: ignore[misc]
     Its submodules are a pair: those of a RACE layer and those of a softmax layer.
     """
 
-    def __init__(self, config: Any, submodules: Any, layer_number: int = 1, *args: Any, vp_stage: int | None = None,
-                 **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, submodules: Any, layer_number: int = 1, *args: Any, vp_stage: int | None = None, **kwargs: Any
+    ) -> None:
         config = race_config(config, "RaceTransformerLayer")
         race, softmax = submodules
         stage = getattr(kwargs.get("pg_collection"), "pp", None)
@@ -142,7 +169,7 @@ def _module_level(layer: ModuleSpec, provider: Any) -> ModuleSpec:
 
 # RMSNorm, dense, from the local modules or from Transformer Engine's: objects, for builders that import a name and use it.
 race_layer_local_spec = _module_level(get_gpt_layer_local_spec(normalization="RMSNorm"), LocalSpecProvider())
-race_layer_te_spec = (_module_level(get_gpt_layer_with_transformer_engine_spec(), TESpecProvider()) if HAVE_TE else None)
+race_layer_te_spec = _module_level(get_gpt_layer_with_transformer_engine_spec(), TESpecProvider()) if HAVE_TE else None
 
 
 def get_race_hybrid_stack_spec() -> ModuleSpec:
@@ -154,8 +181,10 @@ def get_race_hybrid_stack_spec() -> ModuleSpec:
     try:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     except ImportError as error:
-        raise ImportError("this megatron-core has no HybridModel, or Transformer Engine is not installed: use "
-                          f"get_race_block_spec with linear_attention_freq for hybrids ({error})") from None
+        raise ImportError(
+            "this megatron-core has no HybridModel, or Transformer Engine is not installed: use "
+            f"get_race_block_spec with linear_attention_freq for hybrids ({error})"
+        ) from None
     provider = _provider(True)
     race = with_race(hybrid_stack_spec.submodules.attention_layer, provider, rms_norm=True)
     return replace(hybrid_stack_spec, submodules=replace(hybrid_stack_spec.submodules, gdn_layer=race))

@@ -60,17 +60,24 @@ class MegatronRanks(Ranks):
         _, sp = config.parallel.mesh(rank_environment().world)
         _check(config)
         transformer_config(config.model, tp=config.parallel.tp, cp=sp)
-        device = init_distributed(device=None if config.device == "auto" else config.device,
-                                  timeout=config.parallel.timeout)
+        device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)
         with without_cuda():
             if parallel_state.model_parallel_is_initialized():  # by a run before in this process
                 parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=config.parallel.tp, context_parallel_size=sp, create_gloo_process_groups=False,
-                distributed_timeout_minutes=max(1, round(config.parallel.timeout / 60)))
+                tensor_model_parallel_size=config.parallel.tp,
+                context_parallel_size=sp,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=max(1, round(config.parallel.timeout / 60)),
+            )
             model_parallel_cuda_manual_seed(config.seed + 1, force_reset_rng=True)
-        return cls(device, dist.group.WORLD, parallel_state.get_context_parallel_group(), config.parallel.layout,
-                   parallel_state.get_tensor_model_parallel_group())
+        return cls(
+            device,
+            dist.group.WORLD,
+            parallel_state.get_context_parallel_group(),
+            config.parallel.layout,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
 
     @property
     def tp(self) -> int:
@@ -93,13 +100,19 @@ def _check(config: TrainConfig) -> None:
     for asked, name, reason in (
         (config.precision == "float64", 'precision = "float64"', "megatron-core computes losses in float32"),
         (config.compile, "compile = true", "megatron-core compiles its own parts"),
-        (config.parallel.sharding != "none", f"parallel.sharding = {config.parallel.sharding!r}",
-         "parameters are divided by parallel.tp"),
+        (
+            config.parallel.sharding != "none",
+            f"parallel.sharding = {config.parallel.sharding!r}",
+            "parameters are divided by parallel.tp",
+        ),
     ):
         if asked:
             raise ValueError(f'engine = "megatron" does not go with {name}: {reason}')
-    for name, value in (("num_heads", config.model.num_heads), ("vocab_size", config.model.vocab_size),
-                        ("ffn_dim", config.model.ffn_width)):
+    for name, value in (
+        ("num_heads", config.model.num_heads),
+        ("vocab_size", config.model.vocab_size),
+        ("ffn_dim", config.model.ffn_width),
+    ):
         if value % config.parallel.tp:
             raise ValueError(f"model.{name} = {value} does not divide over parallel.tp = {config.parallel.tp}: change one")
 
@@ -116,22 +129,40 @@ class MegatronLM(nn.Module):
         super().__init__()
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        settings = transformer_config(config.model, tp=ranks.tp, cp=ranks.sp, dtype=dtype, race_layout=ranks.layout,
-                                      **(recompute if config.model.activation_checkpointing else {}))
+        settings = transformer_config(
+            config.model,
+            tp=ranks.tp,
+            cp=ranks.sp,
+            dtype=dtype,
+            race_layout=ranks.layout,
+            **(recompute if config.model.activation_checkpointing else {}),
+        )
         self.gpt: Any = build_gpt(config.model, settings, config.data.context).to(ranks.device)
         narrow = Float16Module(settings, self.gpt) if dtype == torch.bfloat16 else self.gpt
         self.ddp: Any = DistributedDataParallel(settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), narrow)
         self.ranks = ranks
 
     @without_cuda()
-    def forward(self, input_ids: Tensor, labels: Tensor, *, num_targets: int, cu_seqlens: Tensor | None = None,
-                group: ProcessGroup | None = None, layout: str = "contiguous") -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        num_targets: int,
+        cu_seqlens: Tensor | None = None,
+        group: ProcessGroup | None = None,
+        layout: str = "contiguous",
+    ) -> Tensor:
         """This rank's summed loss over ``num_targets``. Over all ranks of the job the shares add up to the mean loss."""
         positions = shard_positions(input_ids.shape[1], group, layout=layout, cu_seqlens=cu_seqlens, device=input_ids.device)
-        packed = None if cu_seqlens is None else PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=cu_seqlens.int(), cu_seqlens_kv=cu_seqlens.int())
-        losses = self.ddp(input_ids, positions.expand(*input_ids.shape), None, labels=labels.clamp(min=0),
-                          packed_seq_params=packed)
+        packed = (
+            None
+            if cu_seqlens is None
+            else PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens.int(), cu_seqlens_kv=cu_seqlens.int())
+        )
+        losses = self.ddp(
+            input_ids, positions.expand(*input_ids.shape), None, labels=labels.clamp(min=0), packed_seq_params=packed
+        )
         total: Tensor = torch.where(labels == IGNORE, 0.0, losses).sum()
         return total / (num_targets * self.ranks.tp)  # tensor-parallel ranks compute the same loss
 
@@ -197,8 +228,9 @@ class MegatronTrainer(Trainer):
     def open_checkpoints(self, folder: Path) -> MegatronCheckpoints:
         """In megatron-core's format."""
         config = self.config.checkpoint
-        return MegatronCheckpoints(folder, self.ranks.world, self.model.gpt, self.optimizer, keep=config.keep,
-                                   keep_every=config.keep_every)
+        return MegatronCheckpoints(
+            folder, self.ranks.world, self.model.gpt, self.optimizer, keep=config.keep, keep_every=config.keep_every
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: :class:`MegatronCheckpoints` asks model and optimizer themselves."""
@@ -221,8 +253,10 @@ class MegatronTrainer(Trainer):
         """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
         _, *text = super().describe()
         ranks, count = self.ranks, group_size(self.ranks.world)
-        yield (f"{self.config.name}: {self.parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
-               f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}")
+        yield (
+            f"{self.config.name}: {self.parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
+            f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}"
+        )
         yield from text
 
 
@@ -233,7 +267,15 @@ def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
         return not name.endswith((*DECAYED, "output_layer.weight"))
 
     options = OptimizerConfig(
-        optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2,
-        adam_eps=config.eps, clip_grad=config.clip, bf16=narrow, params_dtype=torch.bfloat16 if narrow else torch.float32)
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip,
+        bf16=narrow,
+        params_dtype=torch.bfloat16 if narrow else torch.float32,
+    )
     overrides = {ParamKey(with_name_predicate=ParamWithNamePredicate("not a linear map", kept)): {"wd_mult": 0.0}}
     return get_megatron_optimizer(options, [model], config_overrides=overrides, use_gloo_process_groups=False)

@@ -16,12 +16,27 @@ from torch.distributed import ProcessGroup
 from race_dist.models import ModelConfig
 from race_dist.parallel import all_gather_tensor, group_rank, group_size
 
-_ENDS = {"embed.weight": "embedding.word_embeddings.weight", "norm.weight": "decoder.final_layernorm.weight",
-         "head.weight": "output_layer.weight"}
-_LAYER = {"mixer_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "pre_mlp_layernorm.weight",
-          "mixer.o_proj.weight": "self_attention.linear_proj.weight", "ffn.down_proj.weight": "mlp.linear_fc2.weight"}
-_CORE = {"q_scale": "q_scale", "k_scale": "k_scale", "log_beta": "log_beta", "planes": "planes", "q_conv.weight": "q_conv",
-         "k_conv.weight": "k_conv", "v_conv.weight": "v_conv", "out_norm.weight": "out_norm"}
+_ENDS = {
+    "embed.weight": "embedding.word_embeddings.weight",
+    "norm.weight": "decoder.final_layernorm.weight",
+    "head.weight": "output_layer.weight",
+}
+_LAYER = {
+    "mixer_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "pre_mlp_layernorm.weight",
+    "mixer.o_proj.weight": "self_attention.linear_proj.weight",
+    "ffn.down_proj.weight": "mlp.linear_fc2.weight",
+}
+_CORE = {
+    "q_scale": "q_scale",
+    "k_scale": "k_scale",
+    "log_beta": "log_beta",
+    "planes": "planes",
+    "q_conv.weight": "q_conv",
+    "k_conv.weight": "k_conv",
+    "v_conv.weight": "v_conv",
+    "out_norm.weight": "out_norm",
+}
 _DECAY = {"decay_proj.weight": "weight", "decay_bias": "bias"}
 
 
@@ -51,7 +66,8 @@ def to_megatron(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
         groups = [state[name].unflatten(0, (config.kv_heads, rows)) for name, rows in _projections(config, i, state)]
         result[f"decoder.layers.{i}.self_attention.linear_qkv.weight"] = torch.cat(groups, 1).flatten(0, 1)
         result[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = torch.cat(
-            [state[f"blocks.{i}.ffn.{part}_proj.weight"] for part in ("gate", "up")])
+            [state[f"blocks.{i}.ffn.{part}_proj.weight"] for part in ("gate", "up")]
+        )
     return result
 
 
@@ -77,20 +93,26 @@ def load_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: Process
     """
     own: dict[str, Any] = dict(model.named_parameters())
     if own.keys() != full.keys():
-        raise ValueError("the weights do not fit the model: missing are " + (", ".join(sorted(own.keys() - full.keys())) or
-                         "none") + "; not the model's are " + (", ".join(sorted(full.keys() - own.keys())) or "none"))
+        raise ValueError(
+            "the weights do not fit the model: missing are "
+            + (", ".join(sorted(own.keys() - full.keys())) or "none")
+            + "; not the model's are "
+            + (", ".join(sorted(full.keys() - own.keys())) or "none")
+        )
     rank, size = group_rank(tp_group), group_size(tp_group)
     for name, parameter in own.items():
         value = full[name]
         if _is_divided(parameter):
-            value = torch.cat([part.chunk(size, parameter.partition_dim)[rank] for part in _halves(name, value)],
-                              parameter.partition_dim)
+            value = torch.cat(
+                [part.chunk(size, parameter.partition_dim)[rank] for part in _halves(name, value)], parameter.partition_dim
+            )
         parameter.copy_(value)
 
 
 @torch.no_grad()
-def whole_weights(model: nn.Module, tp_group: ProcessGroup | None,
-                  read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach) -> dict[str, Tensor]:
+def whole_weights(
+    model: nn.Module, tp_group: ProcessGroup | None, read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> dict[str, Tensor]:
     """A GPTModel's weights (or what ``read`` finds at each: its gradient), put together from the tensor-parallel ranks.
 
     Every rank of the group calls it.

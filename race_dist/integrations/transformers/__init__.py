@@ -19,6 +19,19 @@ from race_dist.integrations.transformers.saved_config import install
 register()
 install(build)
 
-__all__ = ["RaceCacheLayer", "RaceSelfAttention", "ShardedLoader", "cached_bytes", "convert", "freeze_all_but",
-           "from_pretrained", "race_attention_forward", "race_mask", "register", "sequence_parallel",
-           "sequence_parallel_trainer", "shard_batch", "trained_parts"]
+__all__ = [
+    "RaceCacheLayer",
+    "RaceSelfAttention",
+    "ShardedLoader",
+    "cached_bytes",
+    "convert",
+    "freeze_all_but",
+    "from_pretrained",
+    "race_attention_forward",
+    "race_mask",
+    "register",
+    "sequence_parallel",
+    "sequence_parallel_trainer",
+    "shard_batch",
+    "trained_parts",
+]

@@ -45,8 +45,10 @@ class RowsHook:
         converted = any(isinstance(attention_of(block), RaceSelfAttention) for block in decoder.layers)
         everywhere = decoder.config._attn_implementation == IMPLEMENTATION
         if self.group is not None and decoder.config._attn_implementation != self.implementation:
-            raise ValueError(f"the attention implementation has become {decoder.config._attn_implementation!r} since sequences "
-                             "are shared: call sequence_parallel again")
+            raise ValueError(
+                f"the attention implementation has become {decoder.config._attn_implementation!r} since sequences "
+                "are shared: call sequence_parallel again"
+            )
         if not converted and not everywhere:
             return args, kwargs
         if call.get("output_attentions") or decoder.config.output_attentions:
@@ -59,9 +61,19 @@ class RowsHook:
         keeps = converted and self.group is None and (cache is not None or self._caches(decoder, call))
         past, position = _seen(cache)
         mask = call.get("attention_mask")
-        rows = rows_of(x.shape[0], x.shape[1], x.device, attention_mask=mask, position_ids=call.get("position_ids"),
-                       cu_seqlens=call.get("cu_seq_lens_q"), past=past, position=position, final=keeps, group=self.group,
-                       layout=self.layout)
+        rows = rows_of(
+            x.shape[0],
+            x.shape[1],
+            x.device,
+            attention_mask=mask,
+            position_ids=call.get("position_ids"),
+            cu_seqlens=call.get("cu_seq_lens_q"),
+            past=past,
+            position=position,
+            final=keeps,
+            group=self.group,
+            layout=self.layout,
+        )
         if self._takes_rows:
             call["race_rows"] = rows
         if call.get("position_ids") is None and (self.group is not None or mask is not None) and "position_ids" in self._names:
@@ -123,8 +135,9 @@ def decoder_of(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: a transformers model is needed; got {type(model).__name__}")
     decoder = model.base_model
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise TypeError(f"{type(model).__name__} has no list of decoder layers, as Llama, Qwen, Mistral and GPT-NeoX "
-                        "class models have")
+        raise TypeError(
+            f"{type(model).__name__} has no list of decoder layers, as Llama, Qwen, Mistral and GPT-NeoX class models have"
+        )
     return decoder
 
 
@@ -162,14 +175,17 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
     layout = check_layout(layout)
     others = softmax_layers(model)
     if others and group is not None:
-        raise ValueError(f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
-                         f'use attn_implementation="{IMPLEMENTATION}"')
+        raise ValueError(
+            f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
+            f'use attn_implementation="{IMPLEMENTATION}"'
+        )
     hook = attach(model)
     hook.group, hook.layout = group, layout
     hook.implementation = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     if group is not None:
-        check_ranks_agree({"the model's configuration": _facts(model), "the layout": layout}, group,
-                          what="the model that shares sequences")
+        check_ranks_agree(
+            {"the model's configuration": _facts(model), "the layout": layout}, group, what="the model that shares sequences"
+        )
         if not any(isinstance(h, _Shares) for h in model._forward_pre_hooks.values()):
             model.register_forward_pre_hook(_Shares(hook), with_kwargs=True)
 
@@ -185,8 +201,10 @@ class _Shares:
             return
         missing = [name for name in ("shift_labels", "num_items_in_batch") if kwargs.get(name) is None]
         if missing:
-            raise ValueError(f"labels of a shard need {' and '.join(missing)}: the target of a shard's last token lies on "
-                             "another rank, and a share is divided by the whole batch's targets; shard_batch gives both")
+            raise ValueError(
+                f"labels of a shard need {' and '.join(missing)}: the target of a shard's last token lies on "
+                "another rank, and a share is divided by the whole batch's targets; shard_batch gives both"
+            )
 
 
 def _facts(model: nn.Module) -> str:

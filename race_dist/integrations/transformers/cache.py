@@ -37,8 +37,9 @@ class RaceCacheLayer(CacheLayerMixin):
         """Nothing: the layer brings its own state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise TypeError("this cache layer belongs to a RACE layer, which keeps no keys and values: the cache was made for "
-                        "another model")
+        raise TypeError(
+            "this cache layer belongs to a RACE layer, which keeps no keys and values: the cache was made for another model"
+        )
 
     def get_seq_length(self, *args: Any) -> int:
         return self.seen
@@ -77,8 +78,10 @@ class RaceCacheLayer(CacheLayerMixin):
         """Nothing: the layer moves its carry to its input."""
 
     def crop(self, *args: Any) -> None:
-        raise ValueError("a RACE layer cannot forget the last tokens it has seen: decode without an assistant model, prompt "
-                         "lookup or anything else that takes tokens back")
+        raise ValueError(
+            "a RACE layer cannot forget the last tokens it has seen: decode without an assistant model, prompt "
+            "lookup or anything else that takes tokens back"
+        )
 
 
 def cache_layer(cache: Cache, index: int) -> RaceCacheLayer:
@@ -101,8 +104,9 @@ def cache_layer(cache: Cache, index: int) -> RaceCacheLayer:
 def check_cache(cache: object) -> None:
     """Raise TypeError for a cache of a kind that grows no layers."""
     if not isinstance(cache, DynamicCache):
-        raise TypeError(f"RACE layers decode with a DynamicCache (the default); got {type(cache).__name__}: leave "
-                        "cache_implementation out")
+        raise TypeError(
+            f"RACE layers decode with a DynamicCache (the default); got {type(cache).__name__}: leave cache_implementation out"
+        )
 
 
 def cached_bytes(cache: Cache) -> int:

@@ -20,12 +20,25 @@ from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, 
 from race_dist.messages import shown
 from race_dist.nn import RaceConfig, initialize
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-               "trust_remote_code")
+HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
-def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
-            race: RaceConfig | Mapping[str, Any] | None = None, inherit_rope: bool = False) -> PreTrainedModel:
+def convert(
+    model: PreTrainedModel,
+    *,
+    layers: Iterable[int] | None = None,
+    race: RaceConfig | Mapping[str, Any] | None = None,
+    inherit_rope: bool = False,
+) -> PreTrainedModel:
     """Replace attention modules by RACE layers, in place. Projections and query and key norms keep their weights; what is new
     (lengths of queries and keys, sharpness, convolution, rates of decay, norm, gate) starts from ``race.seed``.
 
@@ -58,8 +71,10 @@ def convert(model: PreTrainedModel, *, layers: Iterable[int] | None = None,
     chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
     if earlier.layers and (options, inherit_rope) != (portable(earlier.of_layers()), earlier.inherit_rope):
-        raise ValueError(f"layers {list(earlier.layers)} are RACE layers with other options, {earlier.options}: convert all at "
-                         "once, or give the same options")
+        raise ValueError(
+            f"layers {list(earlier.layers)} are RACE layers with other options, {earlier.options}: convert all at "
+            "once, or give the same options"
+        )
     settings = Settings(layers=tuple(chosen), options=options, inherit_rope=inherit_rope)
     _replace_all(model, settings)
     _own_config(model)
@@ -94,8 +109,9 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config must be a configuration of transformers; got {shown(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
-        raise ValueError(f"path {str(path)!r} is no converted model: its config.json has no {ENTRY}.layers; read it with "
-                         "transformers")
+        raise ValueError(
+            f"path {str(path)!r} is no converted model: its config.json has no {ENTRY}.layers; read it with transformers"
+        )
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
@@ -134,8 +150,10 @@ def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
         raise TypeError(f"race must be a dictionary whose keys are fields of RaceConfig; got the key {unnamed[0]!r}")
     if given.get("causal") is False:
         raise ValueError("race has causal = False, but the layers of a decoder read only what comes before: leave it out")
-    return {**portable(RaceConfig.check(STARTING_POINT | given, source="race")),
-            **{name: given[name] for name in ("dim", "num_heads", "num_kv_heads", "head_dim") if given.get(name) is not None}}
+    return {
+        **portable(RaceConfig.check(STARTING_POINT | given, source="race")),
+        **{name: given[name] for name in ("dim", "num_heads", "num_kv_heads", "head_dim") if given.get(name) is not None},
+    }
 
 
 def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
@@ -191,8 +209,9 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
         for kind, known in zip(hooks, before, strict=True):
             for key in set(kind) - known:
                 del kind[key]
-        raise ValueError(f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: "
-                         f"{error}") from error
+        raise ValueError(
+            f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: {error}"
+        ) from error
 
 
 def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
@@ -200,21 +219,31 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
         raise ValueError(f"{where} reads later tokens too, but converted layers are causal: leave it out of layers")
-    dropout = [str(p) for p in (getattr(attention, "attention_dropout", 0.0), *(m.p for m in attention.modules() if
-               isinstance(m, nn.Dropout))) if isinstance(p, float) and p > 0]
+    dropout = [
+        str(p)
+        for p in (
+            getattr(attention, "attention_dropout", 0.0),
+            *(m.p for m in attention.modules() if isinstance(m, nn.Dropout)),
+        )
+        if isinstance(p, float) and p > 0
+    ]
     if dropout:
-        raise ValueError(f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make "
-                         "the model with config.attention_dropout = 0")
+        raise ValueError(
+            f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make "
+            "the model with config.attention_dropout = 0"
+        )
     found = Projections.of(attention, text, where)
     options = dict(settings.options)
     if settings.inherit_rope:
         options["rope_base"] = _rope_base(text, attention, found.head_dim, index)
     race = RaceConfig.check(options, source="race").filled(
-        dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0)
+        dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0
+    )
     weights = list(attention.get_submodule(found.names[-1]).parameters())
     like = next((p for p in (*weights, *attention.parameters()) if p.is_floating_point()), torch.empty(0))  # none: quantised
-    layer = RaceSelfAttention(attention, found, race, index, inherit_rope=settings.inherit_rope, device=like.device,
-                              dtype=like.dtype)
+    layer = RaceSelfAttention(
+        attention, found, race, index, inherit_rope=settings.inherit_rope, device=like.device, dtype=like.dtype
+    )
     initialize(layer, race.seed, f"race.{index}")
     return layer
 
@@ -223,8 +252,9 @@ def _check(call: probe.Call | None, attention: nn.Module, layer: RaceSelfAttenti
     where = f"layer {index}: {type(attention).__name__}"
     if call is None:
         raise ValueError(f"{where} is not called when the model runs: leave it out of layers")
-    probe.check_same(call, attention, layer.projections, where, longest=longest,
-                     rotated=layer.inherit_rope and layer.rope_base is not None)
+    probe.check_same(
+        call, attention, layer.projections, where, longest=longest, rotated=layer.inherit_rope and layer.rope_base is not None
+    )
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -241,10 +271,13 @@ def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> 
     """A base to go by; the angles themselves are the model's."""
     rope = getattr(config, "rope_parameters", None) or {}
     turned = getattr(attention, "rotary_ndims", None) or int(
-        head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0))
+        head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
+    )
     if turned != head_dim:
-        raise ValueError(f"layer {index} turns {turned} of {head_dim} numbers of a head: RACE layers turn all or none, so give "
-                         "inherit_rope=False")
+        raise ValueError(
+            f"layer {index} turns {turned} of {head_dim} numbers of a head: RACE layers turn all or none, so give "
+            "inherit_rope=False"
+        )
     return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
 
 
@@ -255,16 +288,22 @@ def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Para
         projections: whether the projections taken over belong to them too.
     """
     _check_module(model)
-    return [p for m in model.modules() if isinstance(m, RaceSelfAttention) for name, p in m.named_parameters()
-            if projections or name.split(".")[0] not in TAKEN]
+    return [
+        p
+        for m in model.modules()
+        if isinstance(m, RaceSelfAttention)
+        for name, p in m.named_parameters()
+        if projections or name.split(".")[0] not in TAKEN
+    ]
 
 
 def freeze_all_but(model: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
     """Let only ``parameters`` of the model be trained."""
     _check_module(model)
     if isinstance(parameters, torch.Tensor) or not isinstance(parameters, Iterable):
-        raise TypeError("parameters must be a list of a model's parameters, as trained_parts gives it; got "
-                        f"{type(parameters).__name__}")
+        raise TypeError(
+            f"parameters must be a list of a model's parameters, as trained_parts gives it; got {type(parameters).__name__}"
+        )
     wanted = {id(p) for p in parameters}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)

@@ -50,8 +50,10 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
             kept = mask.to(x.device).ne(0)[..., None]
             x, target = torch.where(kept, x, 0), torch.where(kept, target, 0)
         if x.device.type == "cpu" and not (x.isfinite().all() and target.isfinite().all()):
-            raise ValueError(f"the teacher's hidden states at layer {index} hold NaN or infinity at tokens that are no padding:"
-                             " look for them in the teacher (its weights, dtype or attention implementation)")
+            raise ValueError(
+                f"the teacher's hidden states at layer {index} hold NaN or infinity at tokens that are no padding:"
+                " look for them in the teacher (its weights, dtype or attention implementation)"
+            )
         out, _ = layers[index](x, attention_mask=mask, **told)
         error = out - target if mask is None else torch.where(kept.to(out.device), out - target, 0)
         losses.append(error.float().square().sum() / target.float().square().sum())
@@ -66,6 +68,7 @@ def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[di
     for index, block in enumerate(decoder_of(teacher).layers):  # type: ignore[arg-type]
         attention = attention_of(block)
         if index in wanted and attention is not None:
+
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, index: int = index) -> None:
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 seen[index] = x, {name: kwargs[name] for name in KEPT if kwargs.get(name) is not None}, out[0]
@@ -78,8 +81,9 @@ def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[di
             handle.remove()
 
 
-def prediction_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, temperature: float = 1.0,
-                    share: float = 0.5) -> Tensor:
+def prediction_loss(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, temperature: float = 1.0, share: float = 0.5
+) -> Tensor:
     """``share * KL(teacher || student) + (1 - share) * cross-entropy``, the mean over targets that count.
 
     Args:

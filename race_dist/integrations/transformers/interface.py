@@ -27,26 +27,43 @@ def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int |
         ValueError: the model mixes another pattern into the causal one.
     """
     if kwargs.get("use_vmap") or "or_mask" in getattr(kwargs.get("mask_function"), "__qualname__", ""):
-        raise ValueError('attn_implementation="race" sees all earlier tokens of a document; this model adds a pattern of '
-                         "its own to its attention mask: take another implementation")
+        raise ValueError(
+            'attn_implementation="race" sees all earlier tokens of a document; this model adds a pattern of '
+            "its own to its attention mask: take another implementation"
+        )
     size = kwargs.get("local_size")
     if size is not None and kv_length is not None and kv_length > size:
-        raise ValueError(f"the model has a sliding window of {size} tokens and {kv_length} keys; RACE Attention sees all "
-                         "earlier tokens: set config.sliding_window = None (or its chunk size), or take another implementation")
+        raise ValueError(
+            f"the model has a sliding window of {size} tokens and {kv_length} keys; RACE Attention sees all "
+            "earlier tokens: set config.sliding_window = None (or its chunk size), or take another implementation"
+        )
     if kv_length is not None and kwargs.get("q_length") is not None:
         last = int(kwargs.get("q_offset", 0)) + kwargs["q_length"]
     else:
         last = None if kwargs.get("cache_position") is None else int(kwargs["cache_position"][-1]) + 1  # transformers 4
     if kv_length is not None and last is not None and last != kv_length + kwargs.get("kv_offset", 0):
-        raise ValueError(f"the cache has places for {kv_length} keys, of which {last} are taken: RACE Attention decodes with a "
-                         "DynamicCache (the default), so leave cache_implementation out")
+        raise ValueError(
+            f"the cache has places for {kv_length} keys, of which {last} are taken: RACE Attention decodes with a "
+            "DynamicCache (the default), so leave cache_implementation out"
+        )
     return attention_mask if attention_mask is None or kv_length is None else attention_mask[:, -kv_length:]
 
 
-def race_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                           *, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-                           position_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
-                           race_rows: Rows | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+def race_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    race_rows: Rows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention function.
 
     Args:
@@ -72,40 +89,55 @@ def race_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value:
     keys = key.shape[2]
     _refuse(module, dropout, sliding_window, softcap, keys, kwargs)
     if keys != length and getattr(module, "is_causal", True) is False:
-        raise ValueError(f"layer {getattr(module, 'layer_idx', None)} attends from {length} tokens to {keys} others: RACE "
-                         "Attention computes no cross attention, so take another implementation")
+        raise ValueError(
+            f"layer {getattr(module, 'layer_idx', None)} attends from {length} tokens to {keys} others: RACE "
+            "Attention computes no cross attention, so take another implementation"
+        )
     core = _core(module, query, key)
     if race_rows is None or keys != length:
-        rows = rows_of(batch, keys, query.device, attention_mask=attention_mask, cu_seqlens=cu_seq_lens_q,
-                       position_ids=position_ids if keys == length else None)
+        rows = rows_of(
+            batch,
+            keys,
+            query.device,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seq_lens_q,
+            position_ids=position_ids if keys == length else None,
+        )
     else:
         rows = race_rows
     if keys != length:  # a cache of all keys: only the last rows are asked for
         query = F.pad(query, (0, 0, keys - length, 0))
     q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
     out, _ = core(q, k, v, None, rows.sequence)
-    out = rows.unfold(out)[:, keys - length:]
+    out = rows.unfold(out)[:, keys - length :]
     return F.pad(out, (0, 0, 0, 0, 0, given - length)), None
 
 
-def _refuse(module: nn.Module, dropout: float, window: int | None, softcap: float | None, keys: int,
-            others: dict[str, Any]) -> None:
+def _refuse(
+    module: nn.Module, dropout: float, window: int | None, softcap: float | None, keys: int, others: dict[str, Any]
+) -> None:
     layer = getattr(module, "layer_idx", None)
     if dropout:
-        raise ValueError(f"layer {layer} drops attention weights (dropout = {dropout}); RACE Attention has no weights to drop: "
-                         "set config.attention_dropout = 0")
+        raise ValueError(
+            f"layer {layer} drops attention weights (dropout = {dropout}); RACE Attention has no weights to drop: "
+            "set config.attention_dropout = 0"
+        )
     if window is not None and keys > window:
-        raise ValueError(f"layer {layer} has a sliding window of {window} tokens and {keys} keys; RACE Attention sees all "
-                         "earlier tokens: set config.sliding_window = None, or keep such layers softmax")
+        raise ValueError(
+            f"layer {layer} has a sliding window of {window} tokens and {keys} keys; RACE Attention sees all "
+            "earlier tokens: set config.sliding_window = None, or keep such layers softmax"
+        )
     if softcap is not None:
-        raise ValueError(f"layer {layer} caps its logits (softcap = {softcap}); RACE Attention has no logits: take another "
-                         "implementation")
+        raise ValueError(
+            f"layer {layer} caps its logits (softcap = {softcap}); RACE Attention has no logits: take another implementation"
+        )
     if others.get("s_aux") is not None:
         raise ValueError(f"layer {layer} has attention sinks; RACE Attention has none: take another implementation")
     biases = [name for name in ("position_bias", "attention_bias", "attn_bias", "alibi") if others.get(name) is not None]
     if biases:
-        raise ValueError(f"layer {layer} adds a {biases[0]} to its logits; RACE Attention has no logits: take another "
-                         "implementation")
+        raise ValueError(
+            f"layer {layer} adds a {biases[0]} to its logits; RACE Attention has no logits: take another implementation"
+        )
     config = getattr(module, "config", None)
     if others.get("output_attentions") or getattr(config, "output_attentions", False):
         raise ValueError("output_attentions=True asks for weights, of which RACE Attention makes none: leave it out")
@@ -125,8 +157,11 @@ def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
 
 
 def _make_core(module: Any, heads: int, kv_heads: int, head_dim: int, causal: bool, *, device: torch.device) -> RaceCore:
-    config = Settings.of(module.config).of_implementation().filled(
-        dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    config = (
+        Settings.of(module.config)
+        .of_implementation()
+        .filled(dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    )
     if not causal:
         config = RaceConfig.model_validate(config.model_dump() | {"causal": False})
     return _without_parameters(RaceCore(config, getattr(module, "layer_idx", None) or 0, device=device))

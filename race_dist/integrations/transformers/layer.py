@@ -41,9 +41,17 @@ class RaceSelfAttention(RaceAttention):
 
     race_settings: Tensor
 
-    def __init__(self, attention: nn.Module, projections: Projections, config: RaceConfig, layer_idx: int, *,
-                 inherit_rope: bool = False, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        projections: Projections,
+        config: RaceConfig,
+        layer_idx: int,
+        *,
+        inherit_rope: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(config, layer_idx, draw=False, device=device, dtype=dtype)
         self.layer_idx, self.inherit_rope, self.is_causal = layer_idx, inherit_rope, True
         self.projections = projections
@@ -65,21 +73,37 @@ class RaceSelfAttention(RaceAttention):
 
     def _settings(self) -> dict[str, Any]:
         """All that changes what the layer computes from its weights."""
-        return {"layer": self.layer_idx, "inherit_rope": self.inherit_rope,
-                **self.config.model_dump(mode="json", exclude={"backend"})}
+        return {
+            "layer": self.layer_idx,
+            "inherit_rope": self.inherit_rope,
+            **self.config.model_dump(mode="json", exclude={"backend"}),
+        }
 
     def differs_from(self, stored: Tensor) -> str | None:
         """Why weights with these ``race_settings`` do not belong here; None where they do."""
         own, there = self._settings(), _from_bytes(stored)
         if there is None:
-            return ("the checkpoint has no settings of this RACE layer: its weights are missing, damaged, or of an earlier "
-                    "version; convert the softmax model again")
-        differ = [f"{name} {there.get(name)!r} there and {own.get(name)!r} here"
-                  for name in sorted({*own, *there}) if there.get(name) != own.get(name)]
+            return (
+                "the checkpoint has no settings of this RACE layer: its weights are missing, damaged, or of an earlier "
+                "version; convert the softmax model again"
+            )
+        differ = [
+            f"{name} {there.get(name)!r} there and {own.get(name)!r} here"
+            for name in sorted({*own, *there})
+            if there.get(name) != own.get(name)
+        ]
         return f"the checkpoint's weights were trained with other settings of RACE: {', '.join(differ)}" if differ else None
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         stored = state_dict.get(f"{prefix}race_settings")
         looked_at = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
         problem = self.differs_from(stored) if isinstance(stored, Tensor) and looked_at else None
@@ -96,10 +120,19 @@ class RaceSelfAttention(RaceAttention):
             like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)
         self.settle(like)
 
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None,  # type: ignore[override]
-                attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None,
-                layer_past: Any = None, position_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
-                race_rows: Rows | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,  # type: ignore[override]
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        race_rows: Rows | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         """``hidden_states [B, T, dim]`` to the same, and no attention weights.
 
         The past comes from and goes to a cache by whichever name this version of transformers gives it. ``race_rows`` is
@@ -110,9 +143,17 @@ class RaceSelfAttention(RaceAttention):
         batch, length, _ = hidden_states.shape
         store = None if past is None else cache_layer(past, self.layer_idx)
         if race_rows is None:
-            race_rows = rows_of(batch, length, hidden_states.device, attention_mask=attention_mask, position_ids=position_ids,
-                                cu_seqlens=cu_seq_lens_q, past=0 if store is None else store.seen,
-                                position=None if store is None else store.position, final=store is not None)
+            race_rows = rows_of(
+                batch,
+                length,
+                hidden_states.device,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seqlens=cu_seq_lens_q,
+                past=0 if store is None else store.seen,
+                position=None if store is None else store.position,
+                final=store is not None,
+            )
         if not race_rows.sequence.final:
             store = None  # in training a cache is made that nobody reads
         sequence = self._turned(race_rows, position_embeddings, hidden_states)
@@ -135,8 +176,10 @@ class RaceSelfAttention(RaceAttention):
         if not self.inherit_rope or self.rope_base is None:
             return rows.sequence
         if embeddings is None:
-            raise ValueError(f"layer {self.layer_idx} inherits the model's rotary positions but was given no "
-                             "position_embeddings: convert it with inherit_rope=False")
+            raise ValueError(
+                f"layer {self.layer_idx} inherits the model's rotary positions but was given no "
+                "position_embeddings: convert it with inherit_rope=False"
+            )
         dtype = compute_dtype(x)
         half = self.head_dim // 2
         cos, sin = (rows.fold(t.expand(x.shape[0], -1, -1))[..., :half].to(dtype) for t in embeddings)

@@ -48,8 +48,9 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
     whole = dict(batch)
     if whole.get("position_ids") is None:
         mask = whole.get("attention_mask")
-        whole["position_ids"] = (torch.arange(length, device=ids.device) if mask is None
-                                 else (mask.ne(0).cumsum(-1) - 1).clamp(min=0))  # padding is not counted
+        whole["position_ids"] = (
+            torch.arange(length, device=ids.device) if mask is None else (mask.ne(0).cumsum(-1) - 1).clamp(min=0)
+        )  # padding is not counted
     whole["position_ids"] = whole["position_ids"].expand(rows, -1)
     cu_seqlens = whole.get("cu_seq_lens_q")
     if cu_seqlens is None and whole.get("attention_mask") is None:
@@ -67,8 +68,10 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
     assert group is not None
     cut = lambda x: isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (rows, length)
     cu = cu_seqlens if layout == "zigzag" else None
-    return {name: shard_sequence(x, group, dim=1, layout=layout, cu_seqlens=cu).contiguous() if cut(x) else x
-            for name, x in whole.items()}
+    return {
+        name: shard_sequence(x, group, dim=1, layout=layout, cu_seqlens=cu).contiguous() if cut(x) else x
+        for name, x in whole.items()
+    }
 
 
 class ShardedLoader:
@@ -106,7 +109,7 @@ class ShardedLoader:
                 whole = {}
                 for (name, own), shape in zip(sorted(tensors.items()), shapes, strict=True):
                     mine = source == group_rank(self.group)
-                    like = own if mine else own.new_empty(shape[:own.dim()])
+                    like = own if mine else own.new_empty(shape[: own.dim()])
                     whole[name] = broadcast_tensor(like, self.group, source=source)
                 yield shard_batch(whole, self.group, layout=self.layout)
 
@@ -129,8 +132,10 @@ def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
         def __init__(self, *args: Any, group: ProcessGroup, layout: str = "contiguous", **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if not self.args.average_tokens_across_devices:
-                raise ValueError("average_tokens_across_devices=False divides each rank's loss by its own targets, so that "
-                                 "shares do not add up: leave it True")
+                raise ValueError(
+                    "average_tokens_across_devices=False divides each rank's loss by its own targets, so that "
+                    "shares do not add up: leave it True"
+                )
             self.group, self.layout = group, layout
             sequence_parallel(self.accelerator.unwrap_model(self.model), group, layout=layout)
 
@@ -140,8 +145,9 @@ def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
         def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
             return ShardedLoader(super().get_eval_dataloader(eval_dataset), self.group, layout=self.layout)
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
-                         num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+        ) -> Any:
             """The share, as often as the Trainer's average over the ranks wants it; with num_items_in_batch it sees to that."""
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
             if model.training or num_items_in_batch is not None:

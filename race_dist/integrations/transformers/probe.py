@@ -76,11 +76,18 @@ def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int
     seen: dict[int, Call] = {}
     functions: dict[int, dict[str, Any]] = {}
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
-                  **asked: Any) -> tuple[Tensor, None]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **asked: Any
+    ) -> tuple[Tensor, None]:
         out = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
-        functions[id(module)] = {"q": query, "k": key, "v": value, "mask": attention_mask, "asked": asked,
-                                 "heads": out.flatten(2)}
+        functions[id(module)] = {
+            "q": query,
+            "k": key,
+            "v": value,
+            "mask": attention_mask,
+            "asked": asked,
+            "heads": out.flatten(2),
+        }
         return out, None
 
     def note(index: int) -> Any:
@@ -88,6 +95,7 @@ def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             y = out[0] if isinstance(out, tuple) else out
             seen[index] = Call(x, kwargs, y, **functions.get(id(module), {}))
+
         return hook
 
     handles = [module.register_forward_hook(note(index), with_kwargs=True) for index, module in attentions.items()]
@@ -126,8 +134,9 @@ def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
             interface._global_mapping.pop(PROBE, None)
 
 
-def check_same(call: Call, attention: nn.Module, projections: Projections, where: str, *, longest: int | None,
-               rotated: bool) -> None:
+def check_same(
+    call: Call, attention: nn.Module, projections: Projections, where: str, *, longest: int | None, rotated: bool
+) -> None:
     """Raise ValueError, naming the module, unless projections alone make what its attention function was handed.
 
     Args:
@@ -140,8 +149,10 @@ def check_same(call: Call, attention: nn.Module, projections: Projections, where
     """
     leave = "leave this layer out of layers (it stays softmax)"
     if call.q is None or call.k is None or call.v is None or call.heads is None:
-        raise ValueError(f"{where} does not call transformers' attention function, so that what it does around its attention "
-                         f"is not known: {leave}")
+        raise ValueError(
+            f"{where} does not call transformers' attention function, so that what it does around its attention "
+            f"is not known: {leave}"
+        )
     _check_asked(call, where, longest, leave)
     with torch.no_grad():
         own = dict(zip(("queries", "keys", "values"), projections.project(attention, call.x), strict=True))
@@ -152,11 +163,15 @@ def check_same(call: Call, attention: nn.Module, projections: Projections, where
             x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
         if not _close(x, given):
             turned = ", other rotary positions" if rotated else ""
-            raise ValueError(f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a "
-                             f"scale, a clip, another order or width of heads{turned}): {leave}")
+            raise ValueError(
+                f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a "
+                f"scale, a clip, another order or width of heads{turned}): {leave}"
+            )
     if not _close(y, call.y):
-        raise ValueError(f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
-                         f"after the attention): {leave}")
+        raise ValueError(
+            f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
+            f"after the attention): {leave}"
+        )
 
 
 def _check_asked(call: Call, where: str, longest: int | None, leave: str) -> None:
@@ -164,13 +179,17 @@ def _check_asked(call: Call, where: str, longest: int | None, leave: str) -> Non
     size = call.mask.size if isinstance(call.mask, Pattern) else None
     windows = [int(n) for n in (size, asked.get("sliding_window")) if n is not None]
     if windows and (longest is None or min(windows) < longest):
-        raise ValueError(f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
-                         f"ones: {leave}, or make the model without windows (config.sliding_window = None)")
+        raise ValueError(
+            f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
+            f"ones: {leave}, or make the model without windows (config.sliding_window = None)"
+        )
     if call.mask is not None and size is None:
         raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
     if asked.get("softcap") is not None:
-        raise ValueError(f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, "
-                         "or make the model without a cap")
+        raise ValueError(
+            f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, "
+            "or make the model without a cap"
+        )
     more = [name for name, value in asked.items() if isinstance(value, Tensor) and name not in INNOCENT]
     if more:
         raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")

@@ -41,13 +41,16 @@ class Projections:
         """
         names = next((kind for kind in (SEPARATE, FUSED) if all(hasattr(attention, part) for part in kind)), None)
         if names is None:
-            raise ValueError(f"{where} is of no known kind: it needs the projections {', '.join(SEPARATE)} or "
-                             f"{', '.join(FUSED)}")
+            raise ValueError(
+                f"{where} is of no known kind: it needs the projections {', '.join(SEPARATE)} or {', '.join(FUSED)}"
+            )
         norms = next((pair for pair in NORMS if all(_is_norm(getattr(attention, name, None)) for name in pair)), None)
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads) if names is SEPARATE else heads
-        head_dim = next((int(n) for n in (getattr(attention, name, None) for name in ("head_dim", "head_size"))
-                         if isinstance(n, int)), config.hidden_size // heads)
+        head_dim = next(
+            (int(n) for n in (getattr(attention, name, None) for name in ("head_dim", "head_size")) if isinstance(n, int)),
+            config.hidden_size // heads,
+        )
         found = cls(names, norms, heads, kv_heads, head_dim)
         found._check_widths(attention, where)
         found._check_parameters(attention, where)
@@ -59,19 +62,26 @@ class Projections:
         for name, width in wanted.items():
             own = getattr(getattr(attention, name), "out_features", width)
             if own != width:
-                raise ValueError(f"{where}: {name} makes {own} numbers per token, but {self.heads} query heads and "
-                                 f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: a RACE layer does "
-                                 "not know what the others are (a gate, wider values); leave this layer out of layers")
+                raise ValueError(
+                    f"{where}: {name} makes {own} numbers per token, but {self.heads} query heads and "
+                    f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: a RACE layer does "
+                    "not know what the others are (a gate, wider values); leave this layer out of layers"
+                )
 
     def _check_parameters(self, attention: nn.Module, where: str) -> None:
         """Every parameter and buffer of the module lies in a part that is taken over."""
         parts = (*self.names, *(self.norms or ()))
         known = {id(t) for name in parts for t in _tensors(getattr(attention, name)).values()}
-        left = [name for name, t in _tensors(attention).items()
-                if id(t) not in known and name.rsplit(".", 1)[-1] not in POSITION_BUFFERS]
+        left = [
+            name
+            for name, t in _tensors(attention).items()
+            if id(t) not in known and name.rsplit(".", 1)[-1] not in POSITION_BUFFERS
+        ]
         if left:
-            raise ValueError(f"{where} has parameters that a RACE layer would drop: {', '.join(left)}; leave this layer out of "
-                             "layers (it stays softmax)")
+            raise ValueError(
+                f"{where} has parameters that a RACE layer would drop: {', '.join(left)}; leave this layer out of "
+                "layers (it stays softmax)"
+            )
 
     def project(self, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hkv * D]`` of ``x [B, T, dim]``, norms applied."""

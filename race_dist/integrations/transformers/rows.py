@@ -34,10 +34,20 @@ class Rows:
         return x.reshape(self.batch, -1, *x.shape[2:]) if self.folded else x
 
 
-def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Tensor | None = None,
-            position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, past: int = 0,
-            position: Tensor | int | None = None, final: bool = False, group: ProcessGroup | None = None,
-            layout: str = "contiguous") -> Rows:
+def rows_of(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    past: int = 0,
+    position: Tensor | int | None = None,
+    final: bool = False,
+    group: ProcessGroup | None = None,
+    layout: str = "contiguous",
+) -> Rows:
     """What a call of a transformers model says about its rows.
 
     As in transformers, positions that start anew mean packed documents only where there is no mask and no past. Padding is
@@ -62,12 +72,16 @@ def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Te
     elif mask is not None and past and attention_mask is not None and attention_mask.device.type == "cpu":
         counted = attention_mask[:, :past].ne(0).sum(1)
         if bool((counted != torch.as_tensor(position)).any()):
-            raise ValueError(f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are no padding, "
-                             f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
-                             "cannot forget tokens, so mask them when they come")
+            raise ValueError(
+                f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are no padding, "
+                f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
+                "cannot forget tokens, so mask them when they come"
+            )
     if cu_seqlens is not None and (batch > 1 or past or mask is not None):
-        raise ValueError(f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
-                         f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row")
+        raise ValueError(
+            f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
+            f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row"
+        )
     if position_ids is not None and position_ids.dim() == 3:  # of images and text (M-RoPE): those of text come first, if at all
         position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is not None:
@@ -81,8 +95,16 @@ def rows_of(batch: int, length: int, device: torch.device, *, attention_mask: Te
     if folded:
         sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, final=final, device=device)
     else:
-        sequence = Sequence.of(length, cu_seqlens=cu_seqlens, key_mask=mask, group=group, layout=layout, position=position,
-                               final=final, device=device)
+        sequence = Sequence.of(
+            length,
+            cu_seqlens=cu_seqlens,
+            key_mask=mask,
+            group=group,
+            layout=layout,
+            position=position,
+            final=final,
+            device=device,
+        )
     if group is not None and cu_seqlens is None and mask is None and position_ids is not None:
         _check_one_document(position_ids, sequence.positions)
     if position_ids is not None:
@@ -102,8 +124,10 @@ def _check_one_document(position_ids: Tensor, positions: Tensor) -> None:
     """Raise ValueError unless the given positions of a shard run on as those of one document do."""
     ahead = position_ids - positions
     if bool((ahead != ahead[:, :1]).any()):
-        raise ValueError("position_ids start anew inside a shard: under sequence parallelism packed documents are named by "
-                         "cu_seq_lens_q of the whole sequence; shard_batch makes them from a whole batch")
+        raise ValueError(
+            "position_ids start anew inside a shard: under sequence parallelism packed documents are named by "
+            "cu_seq_lens_q of the whole sequence; shard_batch makes them from a whole batch"
+        )
 
 
 def _starts(position_ids: Tensor) -> Tensor:
@@ -122,9 +146,13 @@ def _key_mask(attention_mask: Tensor, batch: int, past: int, length: int) -> Ten
     """``[B, T]`` bool of the new tokens."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         kind = f"{attention_mask.dim()}-dimensional" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(f"RACE layers take a padding mask [batch, length]; got a {kind} attention_mask. Which pairs of tokens "
-                         "see each other cannot be chosen: keep such layers softmax, or pack documents by position_ids")
+        raise ValueError(
+            f"RACE layers take a padding mask [batch, length]; got a {kind} attention_mask. Which pairs of tokens "
+            "see each other cannot be chosen: keep such layers softmax, or pack documents by position_ids"
+        )
     if tuple(attention_mask.shape) != (batch, past + length):
-        raise ValueError(f"attention_mask must be [batch, past + new tokens] = {[batch, past + length]} ({past} tokens are in "
-                         f"the cache, {length} are new); got {list(attention_mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be [batch, past + new tokens] = {[batch, past + length]} ({past} tokens are in "
+            f"the cache, {length} are new); got {list(attention_mask.shape)}"
+        )
     return attention_mask[:, past:].ne(0)

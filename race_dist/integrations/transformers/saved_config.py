@@ -116,8 +116,10 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
     if attn_implementation == IMPLEMENTATION:
         config = model.config
         if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-            raise ValueError(f'{type(model).__name__} has cross attention, from a decoder to its encoder, which '
-                             f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation')
+            raise ValueError(
+                f"{type(model).__name__} has cross attention, from a decoder to its encoder, which "
+                f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation'
+            )
         Settings.of(config).of_implementation()
         _attach(model, named=True)
     return original(model, attn_implementation, *args, **kwargs)
@@ -155,13 +157,18 @@ def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> 
     with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
         entries = json.loads(stored.read_text(encoding="utf-8"))
     if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
-        raise ValueError(f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so '
-                         "that it would become softmax: leave config out, or say which by attn_implementation=...")
+        raise ValueError(
+            f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so '
+            "that it would become softmax: leave config out, or say which by attn_implementation=..."
+        )
 
 
 def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-    _refuse_softmax_config(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs.get("config"),
-                           kwargs.get("attn_implementation"))
+    _refuse_softmax_config(
+        args[0] if args else kwargs.get("pretrained_model_name_or_path"),
+        kwargs.get("config"),
+        kwargs.get("attn_implementation"),
+    )
     token, wanted = LOADING.set(True), kwargs.pop("output_loading_info", False)
     try:
         model, info = original(cls, *args, output_loading_info=True, **kwargs)
@@ -169,8 +176,10 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         LOADING.reset(token)
     left = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
     if left:
-        raise ValueError(f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
-                         f"was made of the given configuration has not: its config.{ENTRY} must name them, as the saved one's")
+        raise ValueError(
+            f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
+            f"was made of the given configuration has not: its config.{ENTRY} must name them, as the saved one's"
+        )
     finish_loading(model)
     return (model, info) if wanted else model
 
@@ -214,8 +223,10 @@ def check_same_attention(folder: str | Path, config: Any) -> None:
     if found[0] != found[1]:
         names = [entry[0] or "softmax" for entry in found]
         differ = "" if names[0] != names[1] else f", with other settings: {found[0][1]} there and {found[1][1]} here"
-        raise ValueError(f"the checkpoint {folder} was trained with the attention {names[0]}, but the model has {names[1]}"
-                         f"{differ}: make the model of the checkpoint's configuration, from_pretrained does")
+        raise ValueError(
+            f"the checkpoint {folder} was trained with the attention {names[0]}, but the model has {names[1]}"
+            f"{differ}: make the model of the checkpoint's configuration, from_pretrained does"
+        )
 
 
 def _attention(entries: dict[str, Any]) -> tuple[Any, Any]:

@@ -15,8 +15,14 @@ IMPLEMENTATION = "race"
 ENTRY = "race_attention"
 
 # What attn_implementation="race" has where its options say nothing: it adds no parameters to a model.
-WITHOUT_PARAMETERS: dict[str, Any] = {"normalization": "global", "decay": "none", "short_conv": 0, "output_gate": False,
-                                      "train_beta": False, "rope_base": None}
+WITHOUT_PARAMETERS: dict[str, Any] = {
+    "normalization": "global",
+    "decay": "none",
+    "short_conv": 0,
+    "output_gate": False,
+    "train_beta": False,
+    "rope_base": None,
+}
 # What a converted layer has: outputs are averages of values, as softmax's are, which is nearer to what it is to imitate.
 STARTING_POINT: dict[str, Any] = {"normalization": "global", "output_gate": False}
 OWNED_BY_THE_MODEL = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal")
@@ -46,8 +52,9 @@ class Settings(StrictConfig):
         if entry is None:
             return cls()
         if not isinstance(entry, Mapping):
-            raise ValueError(f"config.{ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; "
-                             f"got {shown(entry)}")
+            raise ValueError(
+                f"config.{ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {shown(entry)}"
+            )
         return cls.check(dict(entry), source=f"config.{ENTRY}")
 
     def store(self, config: Any) -> None:
@@ -64,8 +71,10 @@ class Settings(StrictConfig):
         trained = [name for name in ("short_conv", "output_gate", "train_beta", "train_planes") if getattr(config, name)]
         trained += ["decay"] if config.decay == "token" else []
         if trained:
-            raise ValueError(f"race_attention options {', '.join(trained)} need parameters, which attn_implementation=\"race\" "
-                             "does not add to a model: use race_dist.integrations.transformers.convert(model, ...)")
+            raise ValueError(
+                f'race_attention options {", ".join(trained)} need parameters, which attn_implementation="race" '
+                "does not add to a model: use race_dist.integrations.transformers.convert(model, ...)"
+            )
         return config
 
     def of_layers(self) -> RaceConfig:

@@ -32,6 +32,7 @@ class Emulated:
                         waited[barrier.name] = waited.get(barrier.name, False) or barrier.waits > 0
             for name in (name for name, somebody in waited.items() if not somebody):
                 raise Hazard(f"nobody waits at {name}: the compiler drops it and gives its room away")
+
         return launch
 
 
@@ -180,8 +181,9 @@ class Descriptor:
         return Value(row[:, None] * self.strides[0] + column[None, :] * self.strides[1]), Value(inside)
 
 
-def make_tensor_descriptor(base: Pointer, shape: list[Any], strides: list[Any], box: list[Any],
-                           layout: Any = None) -> Descriptor:
+def make_tensor_descriptor(
+    base: Pointer, shape: list[Any], strides: list[Any], box: list[Any], layout: Any = None
+) -> Descriptor:
     """Raises what the engine would: rows that do not begin at, or are not apart by, multiples of 16 bytes."""
     size = base.element_ty.itemsize
     *apart, unit = map(int, strides)
@@ -252,21 +254,51 @@ def warpgroup_mma_wait(outstanding: int, products: tuple[Value, ...]) -> Any:
 
 _nothing = lambda *arguments, **options: None
 _common = {
-    "constexpr": None, **{name: name for name in ("int1", "int32", "int64")}, "float16": "fp16", "bfloat16": "bf16",
-    "float32": "fp32", "float64": "fp64", "arange": arange, "full": full, "zeros": zeros, "where": where, "sum": total,
-    "associative_scan": associative_scan, "load": load, "store": store, "static_range": range,
-    "cdiv": lambda a, b: -(-a // b), "abs": lambda x: Value(x.read().abs()), "exp2": lambda x: Value(torch.exp2(x.read())),
-    "minimum": lambda a, b: combined(torch.minimum, a, b), "maximum": lambda a, b: combined(torch.maximum, a, b),
+    "constexpr": None,
+    **{name: name for name in ("int1", "int32", "int64")},
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "arange": arange,
+    "full": full,
+    "zeros": zeros,
+    "where": where,
+    "sum": total,
+    "associative_scan": associative_scan,
+    "load": load,
+    "store": store,
+    "static_range": range,
+    "cdiv": lambda a, b: -(-a // b),
+    "abs": lambda x: Value(x.read().abs()),
+    "exp2": lambda x: Value(torch.exp2(x.read())),
+    "minimum": lambda a, b: combined(torch.minimum, a, b),
+    "maximum": lambda a, b: combined(torch.maximum, a, b),
     "program_id": lambda axis: Value(torch.tensor(current().program, dtype=torch.int32)),
-    "trans": lambda x: x.permute((1, 0)), "range": lambda *bounds, num_stages=None: range(*map(int, bounds))}
-_gluon = {**_common, "allocate_shared_memory": allocate_shared_memory, "inline_asm_elementwise": inline_asm_elementwise,
-          "convert_layout": lambda x, layout: x, "warp_specialize": lambda jobs, warps, registers: current().specialize(jobs),
-          "SliceLayout": _nothing, "BlockedLayout": _nothing}
+    "trans": lambda x: x.permute((1, 0)),
+    "range": lambda *bounds, num_stages=None: range(*map(int, bounds)),
+}
+_gluon = {
+    **_common,
+    "allocate_shared_memory": allocate_shared_memory,
+    "inline_asm_elementwise": inline_asm_elementwise,
+    "convert_layout": lambda x, layout: x,
+    "warp_specialize": lambda jobs, warps, registers: current().specialize(jobs),
+    "SliceLayout": _nothing,
+    "BlockedLayout": _nothing,
+}
 LANGUAGE: dict[str, Any] = {
     "language": SimpleNamespace(**_gluon),
     "mbarrier": SimpleNamespace(MBarrierLayout=lambda: BARRIERS, init=init, arrive=arrive, expect=expect, wait=wait),
-    "tma": SimpleNamespace(make_tensor_descriptor=make_tensor_descriptor, store_wait=store_wait,
-                           async_copy_global_to_shared=async_copy_global_to_shared,
-                           async_copy_shared_to_global=async_copy_shared_to_global)}
-HOPPER: dict[str, Any] = {"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait,
-                          "fence_async_shared": fence_async_shared}
+    "tma": SimpleNamespace(
+        make_tensor_descriptor=make_tensor_descriptor,
+        store_wait=store_wait,
+        async_copy_global_to_shared=async_copy_global_to_shared,
+        async_copy_shared_to_global=async_copy_shared_to_global,
+    ),
+}
+HOPPER: dict[str, Any] = {
+    "warpgroup_mma": warpgroup_mma,
+    "warpgroup_mma_wait": warpgroup_mma_wait,
+    "fence_async_shared": fence_async_shared,
+}

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64, "int1": torch.bool,
-          "uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "int1": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
 
 
 class Hazard(AssertionError):
