@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from race_dist.integrations.transformers import convert, freeze_all_but, from_pretrained, trained_parts
 from race_dist.integrations.transformers.distill import layer_loss, prediction_loss
-from race_dist.training.corpus import load_corpus
+from race_dist.training.data.corpus import load_corpus
 
 WIDTH, LAYERS, HEADS, KV_HEADS = 128, 4, 4, 2
 

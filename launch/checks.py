@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
-from race_dist.launch.findings import Finding
+from race_dist.launch.check_results import Finding
 from race_dist.parallel import all_gather_tensor, all_reduce_sum, barrier, exclusive_scan, group_rank, group_size
 from race_dist.sketch import SketchState
-from race_dist.training.agreement import code_digest
 from race_dist.training.config import TrainConfig
+from race_dist.training.consistency import code_digest
 
 _MIB, _GIB = 2**20, 2**30
 _SHARED = {0x6969: "NFS", 0x0BD00BD0: "Lustre", 0x47504653: "GPFS", 0x19830326: "BeeGFS", 0xFF534D42: "CIFS"}
@@ -37,7 +37,7 @@ def facts(config: TrainConfig | None, device: torch.device) -> dict[str, str]:
     if config is not None:
         found["configuration"] = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     if device.type == "cuda":
-        from race_dist.training.telemetry import Nvml, device_uuid
+        from race_dist.training.logging.telemetry import Nvml, device_uuid
 
         found |= {
             "cuda": str(torch.version.cuda),

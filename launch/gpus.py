@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from race_dist.launch.findings import Finding, Verdict
-from race_dist.training.telemetry import Nvml, device_uuid
+from race_dist.launch.check_results import Finding, Verdict
+from race_dist.training.logging.telemetry import Nvml, device_uuid
 
 _GIB = 2**30
 _MAX_LINKS = 18

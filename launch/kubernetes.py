@@ -14,7 +14,7 @@ from typing import Any
 
 from race_dist.launch.command import Run, show, torchrun_command
 from race_dist.launch.job import JobConfig
-from race_dist.launch.records import Record, remember
+from race_dist.launch.job_store import Record, remember
 
 _NODES = "node"  # the replicated job's name; pods are NAME-node-0-INDEX
 _PORT = 29400

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from race_dist.launch.place import die_with_parent
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+from race_dist.launch.rank_env import die_with_parent
 from race_dist.rank_environment import LOOPBACK, STORE_SOCKET, without_rank_variables
 
 INTERRUPTED = 130

@@ -15,8 +15,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from race_dist.launch import checks, gpus
-from race_dist.launch.findings import Finding, RankReport, compare_facts, compare_speeds, refusals, table
-from race_dist.launch.place import name_of_rank
+from race_dist.launch.check_results import Finding, RankReport, compare_facts, compare_speeds, refusals, table
+from race_dist.launch.rank_env import name_of_rank
 from race_dist.output_paths import check_output_file
 from race_dist.parallel import RankFailure, barrier, gather_objects, init_distributed, shutdown
 from race_dist.rank_environment import local_rank

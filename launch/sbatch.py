@@ -9,8 +9,8 @@ from pathlib import Path
 from race_dist.launch.command import Run, in_container, rank_command, srun_container, working_folder
 from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig, slurm_time
+from race_dist.launch.job_store import job_folder
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
-from race_dist.launch.records import job_folder
 
 _BODY = """\
 # What a shell had for another job's ranks is not this one's.

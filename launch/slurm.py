@@ -20,9 +20,9 @@ from typing import Any
 from race_dist.launch.command import Run, in_container, python, rank_command, show, srun_container, working_folder
 from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig
-from race_dist.launch.place import rank_variables
+from race_dist.launch.job_store import Record, job_folder, remember
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
-from race_dist.launch.records import Record, job_folder, remember
+from race_dist.launch.rank_env import rank_variables
 from race_dist.launch.sbatch import directives, preflight_words, render
 from race_dist.output_paths import write_private
 from race_dist.rank_environment import without_rank_variables

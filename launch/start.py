@@ -14,8 +14,8 @@ from pathlib import Path
 from race_dist.launch import kubernetes, slurm
 from race_dist.launch.command import Run, deepspeed_command, in_container, python, show, torchrun_command, working_folder
 from race_dist.launch.job import JobConfig, load_job
+from race_dist.launch.job_store import Record, recall
 from race_dist.launch.local import supervise
-from race_dist.launch.records import Record, recall
 from race_dist.launch.sbatch import render
 from race_dist.messages import shown
 from race_dist.output_paths import write_private

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from race_dist import checks
 from race_dist.checks import DTYPES, readable
+from race_dist.distributed.communication import group_rank, group_size
 from race_dist.hashing import as_bfloat16, check_hash
+from race_dist.ops.autograd import attend, get_backend, is_traced, refuse_transforms, unsupported
 from race_dist.ops.explain import warn_slow
-from race_dist.ops.functional import attend, get_backend, is_traced, refuse_transforms, unsupported
-from race_dist.ops.problem import NORMALIZATIONS, Normalization, Problem
-from race_dist.parallel.comm import group_rank, group_size
-from race_dist.parallel.layout import Layout, check_documents, check_layout
+from race_dist.ops.inputs import NORMALIZATIONS, Normalization, Problem
+from race_dist.parallel.sharding import Layout, check_documents, check_layout
 from race_dist.sketch import SketchState
 
 BackendName = Literal["auto", "reference", "chunked", "triton"]
@@ -214,11 +214,11 @@ def attention_of_layer(
         if name == "reference":
             raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
         if torch.compiler.is_compiling() and causal and cu_seqlens is None and layout == "contiguous":
-            from race_dist.parallel.graphs import group_attention_in_graph
+            from race_dist.parallel.compile_ops import group_attention_in_graph
 
             out, final = group_attention_in_graph(problem, group, name, output_final=output_final_state)
         else:
-            from race_dist.parallel.passes import group_attention
+            from race_dist.parallel.attention import group_attention
 
             out, final = group_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
     else:

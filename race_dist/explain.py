@@ -7,9 +7,9 @@ from torch import Tensor
 
 from race_dist import checks
 from race_dist.attention import HAS_TRITON, BackendName, _autocast, _pick_backend, _problem, check_backend
+from race_dist.ops.autograd import unsupported
 from race_dist.ops.explain import KernelPlan
-from race_dist.ops.functional import unsupported
-from race_dist.ops.problem import Normalization
+from race_dist.ops.inputs import Normalization
 from race_dist.sketch import SketchState
 
 

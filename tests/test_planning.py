@@ -33,8 +33,8 @@ from race_dist.planning import (
     parse_count,
     recommend,
 )
-from race_dist.planning.cluster import Link
-from race_dist.planning.costs import attention_cost, passes, scan_seconds
+from race_dist.planning.clusters import Link
+from race_dist.planning.cost_model import attention_cost, passes, scan_seconds
 from race_dist.planning.memory import activations, chunk_start_states, gathers_all
 from race_dist.planning.tally import carry_bytes, parameters, saved_weights
 from race_dist.streaming import streamed_backward

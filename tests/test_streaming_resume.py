@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from race_dist.distributed.communication import packed_size
 from race_dist.models import DecoderLM
-from race_dist.parallel.comm import packed_size
 from race_dist.streaming import Progress, StepCheckpoint, StepInterrupted, carries, streamed_backward
 from tests.test_streaming import assert_same, gradients, model, text
 

@@ -75,7 +75,7 @@ def test_standard_streams_that_are_not_there_are_no_files_of_the_run(tmp_path: P
     """Else the next file that is opened is number 1, and what a library prints goes into it."""
     program = """
 import os, sys
-from race_dist.cli_errors import end_failed_rank, open_standard_streams
+from race_dist.cli.errors import end_failed_rank, open_standard_streams
 open_standard_streams()
 file = open(sys.argv[1], "w")
 os.write(1, b"a library's line")

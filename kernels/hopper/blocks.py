@@ -7,9 +7,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from race_dist.kernels.hopper.layouts import product
-from race_dist.kernels.hopper.rings import next_full, set_empty
-from race_dist.kernels.hopper.states import load_blocks, publish
-from race_dist.kernels.hopper.weights import LEAVE, await_weights, free_weights, pass_block, transposed
+from race_dist.kernels.hopper.pipeline import next_full, set_empty
+from race_dist.kernels.hopper.state import load_blocks, publish
+from race_dist.kernels.hopper.decay import LEAVE, await_weights, free_weights, pass_block, transposed
 
 
 @gluon.jit

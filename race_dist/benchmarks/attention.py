@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from race_dist.attention import race_attention
-from race_dist.benchmarks.peers import Peer, peers_of
+from race_dist.benchmarks.baselines import Peer, peers_of
 from race_dist.benchmarks.timing import Timing, time_in_turn
 from race_dist.files import write_json
 from race_dist.hashing import sample_planes

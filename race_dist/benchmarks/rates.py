@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from race_dist.planning import Cluster, Job, Layout, Rates
-from race_dist.planning.cluster import GPU
-from race_dist.planning.costs import Machine, attention_seconds, elementwise_seconds, passes, product_seconds
+from race_dist.planning.clusters import GPU
+from race_dist.planning.cost_model import Machine, attention_seconds, elementwise_seconds, passes, product_seconds
 
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm")  # cuBLAS's names; PyTorch's on a CPU
 LEAST = 1e-3  # of a rate: a profile without such kernels is not the end of a benchmark

@@ -27,11 +27,11 @@ from race_dist.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_max, group_rank, group_size
 from race_dist.planning import GPUS, Cluster, Job, Layout, make_plan
-from race_dist.planning.cluster import GPU, match_gpu
-from race_dist.planning.costs import streamed_flops
+from race_dist.planning.clusters import GPU, match_gpu
+from race_dist.planning.cost_model import streamed_flops
 from race_dist.streaming import Keep, Progress, StepCheckpoint, StepInterrupted, streamed_backward
 from race_dist.training.config import TrainConfig
-from race_dist.training.corpus import load_corpus
+from race_dist.training.data.corpus import load_corpus
 from race_dist.training.optim import build_optimizer
 
 WARM_CHUNKS = 3

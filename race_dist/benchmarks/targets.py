@@ -21,12 +21,12 @@ from torch import Tensor
 
 from race_dist.attention import race_attention
 from race_dist.benchmarks.attention import Shape, inputs
+from race_dist.benchmarks.baselines import linear_attention_peer, peers_of
 from race_dist.benchmarks.decode import time_decode
-from race_dist.benchmarks.peers import linear_attention_peer, peers_of
 from race_dist.benchmarks.timing import time_in_turn
 from race_dist.hashing import sample_planes
 from race_dist.machine import machine
-from race_dist.ops.problem import Normalization
+from race_dist.ops.inputs import Normalization
 
 BASE = Shape(length=2**20, heads=8, head_dim=128, tables=4, planes=4, dtype="bfloat16")
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]

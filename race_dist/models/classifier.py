@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
+from race_dist.distributed.collectives import differentiable_sum_of_others
 from race_dist.models.backbone import Backbone, check_ids
 from race_dist.models.config import ModelConfig
 from race_dist.nn import Linear
 from race_dist.nn.norm import compute_dtype
 from race_dist.parallel import group_size
-from race_dist.parallel.collectives import differentiable_sum_of_others
 
 
 class SequenceClassifier(Backbone):

@@ -18,7 +18,7 @@ from race_dist.nn.init import Drawn, initialize
 from race_dist.nn.norm import RMSNorm, compute_dtype, rms
 from race_dist.nn.rope import rotate
 from race_dist.nn.sequence import Sequence
-from race_dist.ops.problem import Normalization
+from race_dist.ops.inputs import Normalization
 from race_dist.parallel import Layout
 from race_dist.sketch import SketchState
 

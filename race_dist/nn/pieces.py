@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.carry import CarryT
+from race_dist.distributed.collectives import attach, broadcast
 from race_dist.parallel import Layout, group_size
-from race_dist.parallel.collectives import attach, broadcast
 from race_dist.parallel.scan import carries_in
 
 

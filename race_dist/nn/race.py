@@ -141,10 +141,10 @@ class RaceAttention(RaceCore):
         inputs = tuple(torch.zeros(batch, 0, heads * self.head_dim, device=device, dtype=dtype) for heads in convolved)
         return RaceCarry(sketch, TailCarry.empty(inputs, self.config.short_conv - 1))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        carry: RaceCarry | None = None,  # type: ignore[override]
+        carry: RaceCarry | None = None,
         sequence: Sequence | None = None,
     ) -> tuple[Tensor, RaceCarry | None]:
         """One piece of a sequence.

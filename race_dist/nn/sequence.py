@@ -23,7 +23,7 @@ from race_dist.parallel import (
     shard_rows,
     unshard_sequence,
 )
-from race_dist.parallel.layout import check_documents, check_layout, check_zigzag
+from race_dist.parallel.sharding import check_documents, check_layout, check_zigzag
 
 
 class Span(NamedTuple):

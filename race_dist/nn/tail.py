@@ -232,7 +232,7 @@ def _enter_in_graph(
     piece: tuple[Tensor, ...], carry: TailCarry, sequence: Sequence
 ) -> tuple[list[TailCarry], TailCarry | None]:
     """:func:`_enter` there, by one opaque operator."""
-    from race_dist.parallel.graphs import edges_in_graph
+    from race_dist.parallel.compile_ops import edges_in_graph
 
     assert sequence.group is not None
     own = [x[:, x.shape[1] - carry.width :] for x in piece]
@@ -249,7 +249,7 @@ def _enter_masked_in_graph(
 ) -> tuple[list[TailCarry], TailCarry | None]:
     """:func:`_enter` there, where padding leaves a shard fewer tokens than a tail holds, or none: every rank's tail comes to
     every rank. Tails of slot numbers say which of all slots each slot holds."""
-    from race_dist.parallel.graphs import gather_in_graph
+    from race_dist.parallel.compile_ops import gather_in_graph
 
     assert sequence.group is not None
     assert sequence.compactions is not None

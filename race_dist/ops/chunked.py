@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from race_dist.hashing import corner_products, corner_signs, project
-from race_dist.ops.problem import (
+from race_dist.ops.inputs import (
     BUCKET_EPS,
     Begun,
     Forward,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from race_dist.hashing import soft_hash
-from race_dist.ops.problem import BUCKET_EPS, Problem, den_floor
+from race_dist.ops.inputs import BUCKET_EPS, Problem, den_floor
 from race_dist.sketch import SketchState
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from race_dist.ops.problem import Problem
+from race_dist.ops.inputs import Problem
 
 MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 too; -inf itself would make differences NaN
 

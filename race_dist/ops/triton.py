@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from race_dist.kernels import decode, scan, shares, snapshot, sums, walk, walk_backward
+from race_dist.kernels import decode, materialized, partial_gradients, recurrent_bwd, recurrent_fwd, scan, tile_sums
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, fitted_tile, packed_tiles
@@ -28,7 +28,7 @@ from race_dist.ops.device import processors as _processors
 from race_dist.ops.device import shared_limit as _shared_limit
 from race_dist.ops.device import tma_rows as _bulk
 from race_dist.ops.explain import KernelPlan, warn_slow
-from race_dist.ops.problem import Begun, Forward, Gradients, Into, Problem, total_log_decay
+from race_dist.ops.inputs import Begun, Forward, Gradients, Into, Problem, total_log_decay
 from race_dist.sketch import SketchState
 
 SketchT = TypeVar("SketchT", SketchState, SketchState | None)
@@ -37,8 +37,8 @@ DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
 MAX_FEATURES = 1024
 PIPE_BLOCK = 64  # features up to which a plan's tile does not depend on how rows can be moved; value columns beyond
-WALKS = {"out": walk.walk_out, "queries": walk_backward.walk_queries, "keys": walk_backward.walk_keys}
-SNAPSHOTS = {"out": snapshot.snapshot_out, "queries": snapshot.snapshot_queries, "keys": snapshot.snapshot_keys}
+WALKS = {"out": recurrent_fwd.walk_out, "queries": recurrent_bwd.walk_queries, "keys": recurrent_bwd.walk_keys}
+SNAPSHOTS = {"out": materialized.snapshot_out, "queries": materialized.snapshot_queries, "keys": materialized.snapshot_keys}
 
 
 def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
@@ -281,9 +281,9 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 @lru_cache
 def _pipes() -> dict[str, object]:
     """Hopper's pipelines; Gluon is imported where they run."""
-    from race_dist.kernels.hopper import keys, out, queries
+    from race_dist.kernels.hopper import bwd_dkv, bwd_dq, fwd
 
-    return {"out": out.pipe_out, "queries": queries.pipe_queries, "keys": keys.pipe_keys}
+    return {"out": fwd.pipe_out, "queries": bwd_dq.pipe_queries, "keys": bwd_dkv.pipe_keys}
 
 
 def _is_decoding(p: Problem) -> bool:
@@ -431,7 +431,7 @@ class _Call:
         group = x.shape[2] // self.heads
         self.launch(
             "keys",
-            shares.unproject_shares,
+            partial_gradients.unproject_shares,
             _rows(target),
             _rows(dx),
             _rows(x),
@@ -518,7 +518,7 @@ class _Call:
         p, parts = self.p, self._new_states(self.num_tiles)
         self.launch(
             "sums",
-            sums.tile_sums,
+            tile_sums.tile_sums,
             _rows(p.k),
             _rows(p.v),
             *self.hash,
@@ -569,7 +569,7 @@ class _Call:
         if self.plan.walk and (blocks > 1 or not self.plan.pipe):
             self.launch(
                 "query_sums",
-                sums.tile_query_sums,
+                tile_sums.tile_query_sums,
                 _rows(p.q),
                 _rows(dout),
                 _scalars(saved.den),

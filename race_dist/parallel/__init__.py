@@ -1,7 +1,6 @@
 """The attention over many ranks: meshes, shard layouts, the exclusive scan. All the project's collectives live here."""
 
-from race_dist.parallel.agree import check_ranks_agree
-from race_dist.parallel.comm import (
+from race_dist.distributed.communication import (
     ByteCount,
     all_gather_tensor,
     all_reduce_max,
@@ -13,7 +12,12 @@ from race_dist.parallel.comm import (
     group_rank,
     group_size,
 )
-from race_dist.parallel.layout import (
+from race_dist.distributed.consistency import check_ranks_agree
+from race_dist.distributed.data_parallel import GradientSum, Replica, full_tensor
+from race_dist.distributed.mesh import build_mesh, init_distributed, shutdown, side_group
+from race_dist.distributed.watchdog import RankFailure
+from race_dist.parallel.scan import ScanHandle, carries_in, exclusive_scan, exclusive_total, fold, start_scan
+from race_dist.parallel.sharding import (
     LAYOUTS,
     Layout,
     Segments,
@@ -25,10 +29,6 @@ from race_dist.parallel.layout import (
     shard_sequence,
     unshard_sequence,
 )
-from race_dist.parallel.mesh import build_mesh, init_distributed, shutdown, side_group
-from race_dist.parallel.replicas import GradientSum, Replica, full_tensor
-from race_dist.parallel.scan import ScanHandle, carries_in, exclusive_scan, exclusive_total, fold, start_scan
-from race_dist.parallel.watch import RankFailure
 
 __all__ = [
     "LAYOUTS",

@@ -18,10 +18,9 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.carry import Carry, CarryT
-from race_dist.parallel import collectives
-from race_dist.parallel.agree import agree_on_call
-from race_dist.parallel.collectives import Tensors, attach, differentiable_sum_of_others
-from race_dist.parallel.comm import (
+from race_dist.distributed import collectives
+from race_dist.distributed.collectives import Tensors, attach, differentiable_sum_of_others
+from race_dist.distributed.communication import (
     group_rank,
     group_size,
     pack,
@@ -31,8 +30,9 @@ from race_dist.parallel.comm import (
     start_shift,
     unpack,
 )
-from race_dist.parallel.eager import eager
-from race_dist.parallel.layout import Layout, check_layout
+from race_dist.distributed.consistency import agree_on_call
+from race_dist.distributed.eager import eager
+from race_dist.parallel.sharding import Layout, check_layout
 
 Algorithm = Literal["auto", "all_gather", "recursive_doubling"]
 ALGORITHMS: tuple[Algorithm, ...] = ("auto", "all_gather", "recursive_doubling")

@@ -4,11 +4,11 @@ from race_dist.planning import Cluster, Job, find_gpu, recommend
 plan = recommend(Job(model_config, context=75_000_000), Cluster(find_gpu("gh200"), 8))
 """
 
-from race_dist.planning.cluster import GPUS, Cluster, find_gpu
+from race_dist.planning.clusters import GPUS, Cluster, find_gpu
+from race_dist.planning.device_rates import Rates, load_rates
 from race_dist.planning.layout import Job, Layout, parse_count
 from race_dist.planning.memory import Memory, memory
 from race_dist.planning.plan import Choices, Plan, largest_context, make_plan, recommend
-from race_dist.planning.rates import Rates, load_rates
 from race_dist.planning.report import limits, print_report, to_json
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from race_dist.messages import shown
 from race_dist.models import ModelConfig
-from race_dist.planning.cluster import Cluster
+from race_dist.planning.clusters import Cluster
 from race_dist.strict_config import COUNT_LIMIT
 
 Precision = Literal["bfloat16", "float32", "float64"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from race_dist.parallel.passes import in_halves
-from race_dist.planning.cluster import Cluster
+from race_dist.parallel.attention import in_halves
+from race_dist.planning.clusters import Cluster
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.tally import (
     LOSS_ELEMENTS,

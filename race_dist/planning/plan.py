@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
-from race_dist.planning.cluster import Cluster
-from race_dist.planning.costs import (
+from race_dist.planning.clusters import Cluster
+from race_dist.planning.cost_model import (
     Exchange,
     Machine,
     attention_seconds,
@@ -20,9 +20,9 @@ from race_dist.planning.costs import (
     product_seconds,
     useful_flops,
 )
+from race_dist.planning.device_rates import Rates
 from race_dist.planning.layout import Job, Keep, Layout, Sharding, parse_count
 from race_dist.planning.memory import Memory, memory
-from race_dist.planning.rates import Rates
 
 LONGEST = 2**50  # tokens: where looking for the largest context ends
 CHUNKS = tuple(2**n for n in range(10, 23))  # chunk sizes that are tried

@@ -2,9 +2,9 @@
 
 from race_dist.streaming.carries import Keep
 from race_dist.streaming.checkpoint import DamagedStepError, OtherStepError, StepCheckpoint
+from race_dist.streaming.chunks import Tokens
 from race_dist.streaming.progress import Progress, StepInterrupted
 from race_dist.streaming.step import streamed_backward, streamed_loss, streamed_prompt
-from race_dist.streaming.text import Tokens
 
 __all__ = [
     "DamagedStepError",

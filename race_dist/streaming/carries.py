@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist.distributed.communication import pack, packed_size, unpack
 from race_dist.models.backbone import Block, ModelCarry
 from race_dist.models.language import LanguageModel
 from race_dist.nn.race import RaceCarry
-from race_dist.parallel.comm import pack, packed_size, unpack
 
 Keep = Literal["device", "host", "subtract"]
 KEEPS = ("device", "host", "subtract")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
+from race_dist.distributed.consistency import agree_on_greatest, agree_on_least
 from race_dist.files import (
     DamagedFileError,
     check_file,
@@ -39,8 +40,7 @@ from race_dist.files import (
     write_record,
 )
 from race_dist.output_paths import replacing
-from race_dist.parallel.agree import agree_on_greatest, agree_on_least
-from race_dist.streaming.text import Tokens
+from race_dist.streaming.chunks import Tokens
 from race_dist.terminal import tell
 
 KEPT = 2  # generations

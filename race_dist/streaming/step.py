@@ -20,18 +20,18 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from race_dist import checks
+from race_dist.distributed.communication import check_group, pack, unpack
+from race_dist.distributed.consistency import agree_on_greatest
 from race_dist.files import tree_digest
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 from race_dist.models.targets import warn_unshifted_text
 from race_dist.parallel import all_reduce_sum, group_size
-from race_dist.parallel.agree import agree_on_greatest
-from race_dist.parallel.comm import check_group, pack, unpack
 from race_dist.streaming.carries import KEEPS, Carries, Keep, as_leaves, subtract
 from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, digest_of_tokens, digest_of_weights
+from race_dist.streaming.chunks import Chunk, Text, Tokens
 from race_dist.streaming.gradients import Gradients, Reduce, unwrapped
 from race_dist.streaming.progress import Interrupts, Pace, Progress, StepInterrupted
-from race_dist.streaming.text import Chunk, Text, Tokens
 
 
 def streamed_backward(

@@ -21,7 +21,7 @@ from race_dist.strict_config import (
     read_toml,
     set_key,
 )
-from race_dist.training.corpus import BYTE_VOCAB, HeldOut
+from race_dist.training.data.corpus import BYTE_VOCAB, HeldOut
 from race_dist.training.presets import find_config
 
 FLOAT32_LIMIT = 3.4e38  # of numbers that a step multiplies float32 tensors by

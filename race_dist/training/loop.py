@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from race_dist.machine import machine
 from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import CheckpointError, Checkpoints
-from race_dist.training.closing import finish
+from race_dist.training.finalize import finish
 from race_dist.training.guards import Verdict
-from race_dist.training.metrics import Metrics, bits
+from race_dist.training.logging.metrics import Metrics, bits
 from race_dist.training.rates import peak_bytes, peak_flops, step_flops
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Evaluation, Trainer

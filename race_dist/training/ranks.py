@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from race_dist.distributed.mesh import build_mesh, init_distributed
 from race_dist.parallel import group_rank, group_size
-from race_dist.parallel.mesh import build_mesh, init_distributed
 from race_dist.rank_environment import rank_environment
 from race_dist.training.config import TrainConfig
 

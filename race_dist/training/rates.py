@@ -6,15 +6,15 @@ import torch
 
 from race_dist.machine import peak_resident_bytes
 from race_dist.parallel import group_size
-from race_dist.planning.cluster import match_gpu
-from race_dist.planning.costs import useful_flops
+from race_dist.planning.clusters import match_gpu
+from race_dist.planning.cost_model import useful_flops
 from race_dist.planning.layout import Job
 from race_dist.training.config import TrainConfig
 from race_dist.training.ranks import Ranks
 
 
 def step_flops(config: TrainConfig) -> float:
-    """Operations of a step that any method needs (:func:`race_dist.planning.costs.useful_flops`)."""
+    """Operations of a step that any method needs (:func:`race_dist.planning.cost_model.useful_flops`)."""
     return useful_flops(Job.checked(config.model, config.data.context, config.data.batch_size, config.precision))
 
 

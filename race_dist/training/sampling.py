@@ -13,7 +13,7 @@ from torch import Tensor
 
 from race_dist.files import DamagedFileError, load_tensors, save_tensors
 from race_dist.models import Context, DecoderLM, generate, read
-from race_dist.training.agreement import tensors_digest
+from race_dist.training.consistency import tensors_digest
 
 CHUNK = 8192  # tokens of a prompt whose activations exist at a time
 _FORMAT = "race-dist context 1"
@@ -54,7 +54,7 @@ class TokenizerCodec:
     """Tokens of a ``tokenizer.json``: those that the tokenizer gives for the whole text, without special tokens around it."""
 
     def __init__(self, file: Path) -> None:
-        from race_dist.training.tokenizing import TextTokenizer
+        from race_dist.training.data.tokenizing import TextTokenizer
 
         self._text = TextTokenizer(file)
         self._tokenizer = self._text.tokenizer

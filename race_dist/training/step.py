@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from race_dist.models import DecoderLM
 from race_dist.parallel import Replica
 from race_dist.training.config import TrainConfig
-from race_dist.training.data import Batch, Part, Shard
+from race_dist.training.data.batches import Batch, Part, Shard
 from race_dist.training.ranks import Ranks
 from race_dist.training.weights import load_weights
 

@@ -27,7 +27,7 @@ from race_dist.streaming.gradients import Reduce
 from race_dist.terminal import tell
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig
-from race_dist.training.data import Batch
+from race_dist.training.data.batches import Batch
 from race_dist.training.ranks import Ranks
 from race_dist.training.step import autocast, place_model, rows_in_parts
 

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 import race_dist
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_sum, full_tensor
-from race_dist.training.agreement import check_same_run
 from race_dist.training.checkpoint import Checkpoints, OtherRunError, Saved
 from race_dist.training.config import TrainConfig, differing_keys
-from race_dist.training.corpus import Corpus, load_corpus
-from race_dist.training.data import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.consistency import check_same_run
+from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.data.corpus import Corpus, load_corpus
 from race_dist.training.guards import Guard, Verdict
 from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
 from race_dist.training.ranks import Ranks

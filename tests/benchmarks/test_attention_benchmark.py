@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from race_dist.benchmarks.attention import Shape, peak_added_bytes, run, store
-from race_dist.benchmarks.peers import peers_of
+from race_dist.benchmarks.baselines import peers_of
 from race_dist.benchmarks.timing import Timing
 
 

@@ -14,8 +14,8 @@ from race_dist.benchmarks import streaming
 from race_dist.benchmarks.rates import measured_rates
 from race_dist.models import ModelConfig
 from race_dist.planning import Cluster, Job, Layout, Rates, make_plan
-from race_dist.planning.cluster import find_gpu, match_gpu
-from race_dist.planning.costs import streamed_flops
+from race_dist.planning.clusters import find_gpu, match_gpu
+from race_dist.planning.cost_model import streamed_flops
 from race_dist.planning.tally import parameters
 from race_dist.training.config import TrainConfig, parse_config
 

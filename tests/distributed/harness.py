@@ -93,7 +93,7 @@ class _Pool:
     def __init__(self, world: int, timeout: float, cuda: bool = False) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         context = mp.get_context("forkserver")  # imports once, then forks: processes start in milliseconds
-        context.set_forkserver_preload(["torch", "torch.distributed", "race_dist.attention", "race_dist.parallel.passes"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "race_dist.attention", "race_dist.parallel.attention"])
         port = _free_port()
         self.closed = False
         self.pipes: list[Connection] = []
@@ -178,7 +178,7 @@ def _worker(pipe: Connection, rank: int, world: int, port: int, timeout: float, 
         except BaseException:
             result = (None, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(result))
-    from race_dist.parallel.watch import stop_watch
+    from race_dist.distributed.watchdog import stop_watch
 
     stop_watch()
     dist.barrier()

@@ -62,7 +62,7 @@ def test_survivors_name_the_rank(victim: int, how: str) -> None:
 
 def silent(group, victim: int, folder: str):
     """One rank computes for ever; nobody's collective times out before the guard looks."""
-    from race_dist.parallel.watch import guard_stalls
+    from race_dist.distributed.watchdog import guard_stalls
 
     os.dup2(os.open(f"{folder}/{dist.get_rank()}", os.O_WRONLY | os.O_CREAT), 2)
     carry = SketchState.empty(1, 2, 8, 4)

@@ -9,7 +9,7 @@ from harness import run_ranks
 from torch import Tensor
 
 from race_dist import race_attention, sample_planes
-from race_dist.parallel.layout import shard_rows
+from race_dist.parallel.sharding import shard_rows
 from tests.ops.cases import relative_error
 
 pytest.importorskip("triton")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import RankError, run_ranks
 
-from race_dist.parallel.layout import (
+from race_dist.parallel.sharding import (
     check_layout,
     local_segments,
     shard_lengths,

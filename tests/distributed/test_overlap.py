@@ -12,9 +12,10 @@ from harness import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from race_dist import SketchState, race_attention
+from race_dist.distributed import communication
 from race_dist.ops import chunked
-from race_dist.parallel import comm, scan
-from race_dist.parallel.passes import group_attention
+from race_dist.parallel import scan
+from race_dist.parallel.attention import group_attention
 
 
 class Recorder:
@@ -34,21 +35,21 @@ class Recorder:
 
 def order_of_events(group):
     events: list[str] = []
-    start, wait = scan.start_all_gather, comm.Pending.wait
+    start, wait = scan.start_all_gather, communication.Pending.wait
     scan.start_all_gather = lambda *a: events.append("send") or start(*a)
-    comm.Pending.wait = lambda self: events.append("wait " + self._op) or wait(self)
+    communication.Pending.wait = lambda self: events.append("wait " + self._op) or wait(self)
     try:
         q = torch.randn(1, 8, 2, 4, requires_grad=True)
 
         def recorded(p, *_, **options):
             return group_attention(p, group, "contiguous", Recorder(events), **options)
 
-        with mock.patch("race_dist.parallel.passes.group_attention", recorded):
+        with mock.patch("race_dist.parallel.attention.group_attention", recorded):
             out = race_attention(q, q, q, torch.ones(1, 1, 4), 1.0, group=group)
         forward, events[:] = [e for e in events if e != "wait all_reduce"], []
         out.sum().backward()
     finally:
-        scan.start_all_gather, comm.Pending.wait = start, wait
+        scan.start_all_gather, communication.Pending.wait = start, wait
     return forward[1:], [e for e in events if e != "wait all_reduce"]  # the first wait is that of the header
 
 
@@ -78,7 +79,7 @@ def test_one_half_is_sent_while_the_other_computes() -> None:
 
 def arrives_without_waiting(group):
     carry = SketchState.empty(4, 4, 64, 64)
-    pending = comm.start_all_gather(comm.pack(carry.tensors()), group)
+    pending = communication.start_all_gather(communication.pack(carry.tensors()), group)
     (work,) = pending._works
     deadline = time.monotonic() + 20
     while not work.is_completed() and time.monotonic() < deadline:

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from race_dist.parallel import RankFailure, gather_objects, init_distributed, rendezvous
-from race_dist.parallel.rendezvous import check_timeout, meet
+from race_dist.distributed import rendezvous
+from race_dist.distributed.rendezvous import check_timeout, meet
+from race_dist.parallel import RankFailure, gather_objects, init_distributed
 from race_dist.rank_environment import STORE_SOCKET, RankEnvironment, rank_environment, without_rank_variables
 
 ROOT = Path(__file__).parents[2]

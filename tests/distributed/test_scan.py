@@ -11,7 +11,7 @@ import torch.distributed as dist
 from harness import RankError, run_ranks
 from torch import Tensor
 
-from race_dist.parallel.comm import count_bytes
+from race_dist.distributed.communication import count_bytes
 from race_dist.parallel.scan import carries_in, exclusive_scan, exclusive_total, fold, start_scan
 from race_dist.sketch import SketchState
 

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from race_dist.parallel import build_mesh
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import Hooks, run
-from race_dist.training.metrics import read_metrics
 from race_dist.training.ranks import Ranks
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer

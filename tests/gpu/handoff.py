@@ -12,7 +12,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from race_dist.kernels.hopper.rings import await_empty, make_ring, next_full, set_empty, set_full, vectors
+from race_dist.kernels.hopper.pipeline import await_empty, make_ring, next_full, set_empty, set_full, vectors
 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from race_dist.ops import chunked
-from race_dist.ops.problem import Forward, Gradients, Problem
+from race_dist.ops.inputs import Forward, Gradients, Problem
 from race_dist.sketch import SketchState
 from tests.kernels.problems import both, double, problem
 from tests.ops.cases import Case, Limits, draw, errors, relative_error

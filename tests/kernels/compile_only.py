@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from race_dist.kernels.plan import KERNELS, shared_bytes
 from race_dist.ops import triton as backend
-from race_dist.ops.problem import Problem
+from race_dist.ops.inputs import Problem
 
 WALKS = {
     "sums": "tile_sums",

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from race_dist.kernels.hopper.layouts import by_rows, product
-from race_dist.kernels.hopper.rings import await_empty, await_full, make_ring, operands, set_empty
+from race_dist.kernels.hopper.pipeline import await_empty, await_full, make_ring, operands, set_empty
 
 FLAWS = {
     "a writer does not wait": "_give writes flaws.py:.* while _take.* reads it|every part waits",

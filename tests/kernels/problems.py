@@ -10,7 +10,7 @@ from torch import Tensor
 from race_dist.hashing import sample_planes
 from race_dist.ops import chunked
 from race_dist.ops import triton as triton_backend
-from race_dist.ops.problem import Forward, Gradients, Problem
+from race_dist.ops.inputs import Forward, Gradients, Problem
 from race_dist.sketch import SketchState
 from tests.ops.cases import relative_error
 

@@ -17,7 +17,7 @@ if torch.cuda.is_available():
 from race_dist.attention import race_attention
 from race_dist.kernels.plan import make_plan
 from race_dist.ops import triton as backend
-from race_dist.ops.problem import Problem
+from race_dist.ops.inputs import Problem
 from race_dist.sketch import SketchState
 
 SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, documents=5)

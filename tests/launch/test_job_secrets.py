@@ -16,7 +16,7 @@ from race_dist.launch import kubernetes, slurm, start
 from race_dist.launch.command import Run, show
 from race_dist.launch.environment import is_secret, one_line
 from race_dist.launch.job import load_job
-from race_dist.launch.records import job_folder, remember
+from race_dist.launch.job_store import job_folder, remember
 from race_dist.launch.sbatch import render
 
 CONFIG = 'name = "run"\nruns = "runs"\ndevice = "cpu"\n[model]\ndim = 16\nnum_layers = 1\nnum_heads = 2\n'

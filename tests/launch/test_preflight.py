@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from race_dist.launch import checks
-from race_dist.launch.findings import Finding, RankReport, compare_facts, compare_speeds, refusals
+from race_dist.launch.check_results import Finding, RankReport, compare_facts, compare_speeds, refusals
 from race_dist.launch.gpus import examine, inspect
 from race_dist.parallel import RankFailure
-from race_dist.training import telemetry
-from race_dist.training.telemetry import Nvml, Telemetry
+from race_dist.training.logging import telemetry
+from race_dist.training.logging.telemetry import Nvml, Telemetry
 
 CONFIG = 'name = "x"\nruns = "{runs}"\n[model]\ndim = {dim}\nnum_layers = {layers}\nnum_heads = 4\n'
 HEALTHY: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from race_dist.hashing import sample_planes
 from race_dist.ops import reference
-from race_dist.ops.problem import NORMALIZATIONS, Forward, Gradients, Problem
+from race_dist.ops.inputs import NORMALIZATIONS, Forward, Gradients, Problem
 from race_dist.sketch import SketchState
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from race_dist.ops import chunked, reference
-from race_dist.ops.problem import NORMALIZATIONS, Problem
+from race_dist.ops.inputs import NORMALIZATIONS, Problem
 from race_dist.sketch import SketchState
 from tests.ops.cases import Case, Limits, draw, errors, relative_error
 

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from race_dist import SketchState
-from race_dist.ops.problem import Problem
+from race_dist.distributed.collectives import tree_sum
+from race_dist.distributed.communication import pack, packed_size, unpack
+from race_dist.ops.inputs import Problem
 from race_dist.parallel import (
     RankFailure,
     all_reduce_sum,
@@ -24,9 +26,7 @@ from race_dist.parallel import (
     shutdown,
     unshard_sequence,
 )
-from race_dist.parallel.collectives import tree_sum
-from race_dist.parallel.comm import pack, packed_size, unpack
-from race_dist.parallel.cut import Cut
+from race_dist.parallel.shard_partition import Cut
 
 
 def test_pack_and_unpack() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from race_dist.training.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import Hooks, Outcome, run
-from race_dist.training.metrics import read_metrics
 from race_dist.training.ranks import Ranks
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer

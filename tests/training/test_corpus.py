@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from race_dist.parallel import shard_rows
-from race_dist.training.corpus import BLOCK, Corpus, load_corpus
-from race_dist.training.data import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
+from race_dist.training.data.corpus import BLOCK, Corpus, load_corpus
 
 
 def corpus_of(size: int) -> Corpus:
@@ -222,7 +222,7 @@ def test_reading_all_of_a_file_leaves_little_of_it_in_memory(tmp_path: Path) -> 
         data.truncate(2**28)
     program = f"""
 import sys
-from race_dist.training.corpus import Corpus
+from race_dist.training.data.corpus import Corpus
 import numpy as np
 from pathlib import Path
 def resident():

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from race_dist.training.config import GuardConfig, TrainConfig, parse_config
 from race_dist.training.guards import Guard
+from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import run
-from race_dist.training.metrics import read_metrics
 from race_dist.training.ranks import Ranks
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer

@@ -22,12 +22,12 @@ from race_dist.models import DecoderLM
 from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import Checkpoints
 from race_dist.training.config import TrainConfig, parse_config
-from race_dist.training.corpus import load_corpus
-from race_dist.training.data import training_batch
+from race_dist.training.data.batches import training_batch
+from race_dist.training.data.corpus import load_corpus
+from race_dist.training.data.packed import open_packed, pack, verify_packed
+from race_dist.training.logging.report import write_report
 from race_dist.training.loop import run
-from race_dist.training.packed import open_packed, pack, verify_packed
 from race_dist.training.ranks import Ranks
-from race_dist.training.report import write_report
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import load_context, read_text, save_context
 from race_dist.training.trainer import Trainer

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from race_dist.training.config import TrainConfig, parse_config
-from race_dist.training.metrics import read_metrics
+from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.rundir import RunDirectory
 
 STEPS = 24

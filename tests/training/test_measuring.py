@@ -15,10 +15,10 @@ import pytest
 from test_packed import tokenizer
 from test_using import invoke, train
 
-from race_dist.training.closing import first_words
-from race_dist.training.corpus import load_corpus
-from race_dist.training.curves import Curves, draw_positions, read_positions
-from race_dist.training.packed import load_tokenizer, pack
+from race_dist.training.data.corpus import load_corpus
+from race_dist.training.data.packed import load_tokenizer, pack
+from race_dist.training.finalize import first_words
+from race_dist.training.logging.curves import Curves, draw_positions, read_positions
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import ByteCodec, Head, TokenizerCodec
 
@@ -190,7 +190,7 @@ def test_the_sample_of_a_run_begins_in_its_own_text(folder: Path, token_run: Pat
     ],
 )
 def test_a_prompt_is_the_first_line_with_words(text: bytes, words: str) -> None:
-    from race_dist.training.corpus import Corpus
+    from race_dist.training.data.corpus import Corpus
 
     whole = Corpus("text", np.frombuffer(text, np.uint8)).whole()
     assert first_words(whole, ByteCodec()) == words[:40]

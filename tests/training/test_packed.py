@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from race_dist.training import packed
-from race_dist.training.corpus import load_corpus
-from race_dist.training.packed import DOCUMENTS, INDEX, TOKENS, open_packed, pack, verify_packed
+from race_dist.training.data.batches import packed
+from race_dist.training.data.corpus import load_corpus
+from race_dist.training.data.packed import DOCUMENTS, INDEX, TOKENS, open_packed, pack, verify_packed
 
 TEXTS = {"a.txt": "first ä\n" * 3, "b/c.txt": "second €\n", "d.txt": "first ä\n" * 3, "e.txt": "", "f.txt": "x" * 50}
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 import typer
 
-from race_dist.cli_errors import work
-from race_dist.training import closing
+from race_dist.cli.errors import work
+from race_dist.training import finalize
 from race_dist.training.checkpoint import CheckpointError, OtherRunError
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.logging.metrics import Metrics, read_metrics
+from race_dist.training.logging.report import write_report
 from race_dist.training.loop import Hooks, Outcome, run
-from race_dist.training.metrics import Metrics, read_metrics
 from race_dist.training.ranks import Ranks
 from race_dist.training.records import Board, RecordFile, Troubles
-from race_dist.training.report import write_report
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer
 
@@ -250,7 +250,7 @@ def fail(*_: Any, **__: Any) -> Any:
 def test_what_a_library_raises_at_the_end_is_said(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(closing, name, fail)
+    monkeypatch.setattr(finalize, name, fail)
     config = settings(tmp_path, steps=2)
     assert math.isfinite(go(config).evaluation.loss)
     directory, said = RunDirectory(config.directory), capsys.readouterr().out
@@ -315,7 +315,7 @@ def test_probes_and_tensorboard_that_fail_are_said_once(
     ],
 )
 def test_names_are_shown_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from race_dist.training.curves import Curves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
+    from race_dist.training.logging.curves import Curves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
 
     records = [{"kind": kind, "step": n, "bpb": 1.0, "lr": 0.1, "grad_norm": 1.0} for n in (1, 2) for kind in ("train", "eval")]
     positions = [{"context": 64, "buckets": [{"start": 0, "stop": 16, "loss": 3.0, "targets": 16}]}]

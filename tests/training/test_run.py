@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from race_dist.training.config import TrainConfig, parse_config
+from race_dist.training.logging.metrics import Metrics, read_metrics
 from race_dist.training.loop import run
-from race_dist.training.metrics import Metrics, read_metrics
 from race_dist.training.ranks import Ranks
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import stream_text

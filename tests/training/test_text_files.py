@@ -13,11 +13,11 @@ import torch
 from test_packed import tokenizer
 from test_using import invoke, settings
 
-from race_dist.training import text_files
-from race_dist.training.corpus import Corpus, load_corpus
-from race_dist.training.packed import pack
+from race_dist.training.data.batches import text_files
+from race_dist.training.data.corpus import Corpus, load_corpus
+from race_dist.training.data.packed import pack
+from race_dist.training.data.text_files import Undecodable, find_texts, printable
 from race_dist.training.ranks import Ranks
-from race_dist.training.text_files import Undecodable, find_texts, printable
 from race_dist.training.trainer import Trainer
 
 

@@ -14,10 +14,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from race_dist.models import DecoderLM, ModelConfig, generate
-from race_dist.training.corpus import load_corpus
-from race_dist.training.packed import INDEX, pack, verify_packed
+from race_dist.training.data.corpus import load_corpus
+from race_dist.training.data.packed import INDEX, pack, verify_packed
+from race_dist.training.data.tokenizing import TextTokenizer
 from race_dist.training.sampling import ByteCodec, TokenizerCodec, read_text, stream_text
-from race_dist.training.tokenizing import TextTokenizer
 
 WORDS = (
     "a",

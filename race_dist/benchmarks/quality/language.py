@@ -14,8 +14,8 @@ from race_dist.benchmarks.quality.protocol import LanguageTask, Protocol, Run
 from race_dist.benchmarks.quality.variants import hidden
 from race_dist.models import DecoderLM
 from race_dist.nn import Sequence
-from race_dist.training.corpus import Corpus, load_corpus
-from race_dist.training.data import check_fits, evaluation_batches, training_batch
+from race_dist.training.data.batches import check_fits, evaluation_batches, training_batch
+from race_dist.training.data.corpus import Corpus, load_corpus
 
 
 class Language:

@@ -51,10 +51,10 @@ class LinearPeer(RaceAttention):
         """Of one row: a matrix a head."""
         return self.num_kv_heads * self.head_dim * self.head_dim
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        carry: Any = None,  # type: ignore[override]
+        carry: Any = None,
         sequence: Sequence | None = None,
     ) -> tuple[Tensor, None]:
         """``x [B, T, dim]`` to the same; there is no carry."""

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from race_dist.strict_config import COUNT_LIMIT, SEED_LIMIT, SIZE_LIMIT, StrictConfig, read_toml, set_key
 from race_dist.training.config import OptimConfig
-from race_dist.training.corpus import HeldOut
+from race_dist.training.data.corpus import HeldOut
 
 Mixer = Literal["model", "gated_delta", "gated_linear", "bucket_delta"]
 

@@ -12,10 +12,10 @@ import torch
 from race_dist.benchmarks.attention import inputs
 from race_dist.benchmarks.scaling.job import Job
 from race_dist.hashing import sample_planes
-from race_dist.ops.functional import get_backend, unsupported
-from race_dist.ops.problem import Problem
-from race_dist.parallel import routes
-from race_dist.parallel.passes import group_attention, in_halves
+from race_dist.ops.autograd import get_backend, unsupported
+from race_dist.ops.inputs import Problem
+from race_dist.parallel import state_exchange
+from race_dist.parallel.attention import group_attention, in_halves
 from race_dist.parallel.scan import Algorithm, start_scan
 from race_dist.sketch import SketchState
 
@@ -62,7 +62,7 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
     """The same local work with the exchange left out says what the exchange adds."""
     call = _call(job, count, algorithm) if job.takes_part(count) else lambda: None
     whole = job.milliseconds(call, count)
-    with mock.patch.object(routes, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
+    with mock.patch.object(state_exchange, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
         local = job.milliseconds(call, count)
     scans = 4 if in_halves(job.device.type == "cuda", count) else 2  # forward and backward
     scan = _scan_of(job, count, algorithm, job.sizes.base.heads * 2 // scans)

@@ -18,7 +18,7 @@ from race_dist.benchmarks.attention import Shape
 from race_dist.machine import machine
 from race_dist.parallel import all_gather_tensor, all_reduce_max, barrier, broadcast_tensor, count_bytes
 from race_dist.planning import GPUS, Cluster
-from race_dist.planning.cluster import match_gpu
+from race_dist.planning.clusters import match_gpu
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from race_dist.benchmarks.scaling.job import Job
 from race_dist.models import ModelConfig
 from race_dist.planning import Job as Planned
 from race_dist.planning import Layout, Rates, make_plan
-from race_dist.planning.costs import Machine, attention_seconds, scan_seconds
+from race_dist.planning.cost_model import Machine, attention_seconds, scan_seconds
 from race_dist.training.config import TrainConfig
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from race_dist.benchmarks.scaling import exactness, exchange, layers, peers, step
+from race_dist.benchmarks.scaling import baselines, exactness, exchange, layers, step
 from race_dist.benchmarks.scaling.job import LARGE, SMALL, Job
 from race_dist.parallel import init_distributed, shutdown
 from race_dist.training.config import load_config
@@ -33,7 +33,7 @@ def main() -> None:
         "weak": lambda: layers.weak(job),
         "strong": lambda: layers.strong(job),
         "streamed_step": lambda: step.streamed_step(job, config, options.tokens, options.chunk, compiled=options.compile),
-        "peers": lambda: peers.measure(job),
+        "peers": lambda: baselines.measure(job),
     }
     for name in options.parts.split(","):
         _measure(job, name, measures[name])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.parallel.comm import group_rank, group_size, start_all_to_all, start_shift
+from race_dist.distributed.communication import group_rank, group_size, start_all_to_all, start_shift
 
 Block = tuple[Tensor, Tensor, tuple[Any, ...]]  # output, log of the summed exponentials, what the backward pass wants
 

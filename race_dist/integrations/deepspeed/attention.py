@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
+from race_dist.distributed.communication import check_group
 from race_dist.nn import RaceConfig, RaceCore, Sequence
-from race_dist.parallel.comm import check_group
-from race_dist.parallel.layout import check_layout
+from race_dist.parallel.sharding import check_layout
 
 # what queries and keys from elsewhere, already turned by rotary positions, can do without
 DEFAULTS: dict[str, Any] = {

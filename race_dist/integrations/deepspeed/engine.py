@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
+from race_dist.distributed.mesh import DEFAULT_TIMEOUT
 from race_dist.integrations.deepspeed.groups import SequenceGroups
 from race_dist.integrations.deepspeed.keys import check_by_deepspeed
 from race_dist.integrations.deepspeed.settings import (
@@ -26,7 +27,6 @@ from race_dist.integrations.deepspeed.settings import (
 from race_dist.integrations.deepspeed.swap import swap_attention
 from race_dist.nn import RaceCore
 from race_dist.parallel import all_reduce_sum, build_mesh, group_size, init_distributed, shard_sequence
-from race_dist.parallel.mesh import DEFAULT_TIMEOUT
 
 
 @dataclass(frozen=True)

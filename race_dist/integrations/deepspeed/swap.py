@@ -9,12 +9,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
+from race_dist.distributed.communication import check_group
 from race_dist.integrations.deepspeed.attention import SketchAttention
 from race_dist.integrations.deepspeed.settings import SECTION, RaceSection
 from race_dist.models import Backbone
 from race_dist.nn import RaceConfig
-from race_dist.parallel.comm import check_group
-from race_dist.parallel.layout import check_layout
+from race_dist.parallel.sharding import check_layout
 
 
 class _Passes:

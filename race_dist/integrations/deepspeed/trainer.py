@@ -15,10 +15,10 @@ from race_dist.integrations.deepspeed.engine import Shared, initialize
 from race_dist.integrations.deepspeed.settings import SECTION, SIZE
 from race_dist.models import DecoderLM
 from race_dist.parallel import Replica, all_reduce_sum
-from race_dist.training.agreement import check_same_run
 from race_dist.training.checkpoint import Checkpoints, Saved
 from race_dist.training.config import TrainConfig
-from race_dist.training.data import Batch, training_batch
+from race_dist.training.consistency import check_same_run
+from race_dist.training.data.batches import Batch, training_batch
 from race_dist.training.guards import Verdict
 from race_dist.training.optim import build_optimizer, learning_rate
 from race_dist.training.ranks import Ranks

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from race_dist.messages import shown
 from race_dist.nn import RaceConfig
 from race_dist.parallel import Layout
-from race_dist.parallel.layout import check_layout
+from race_dist.parallel.sharding import check_layout
 
 PREFIX = "race_"
 # What a RaceConfig says that Megatron's own fields say already: widths, heads, the mask's type, rotary_base.

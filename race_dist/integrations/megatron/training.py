@@ -33,9 +33,9 @@ from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE
 from race_dist.parallel import Replica, group_size, init_distributed, shard_positions
 from race_dist.rank_environment import rank_environment
-from race_dist.training.agreement import check_same_run
 from race_dist.training.config import OptimConfig, TrainConfig
-from race_dist.training.data import Batch
+from race_dist.training.consistency import check_same_run
+from race_dist.training.data.batches import Batch
 from race_dist.training.ranks import Ranks
 from race_dist.training.step import Unstreamed, loss_of, rows_in_parts, shard_of
 from race_dist.training.trainer import Trainer

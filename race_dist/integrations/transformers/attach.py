@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
+from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.rows import Rows, rows_of
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_ranks_agree
-from race_dist.parallel.comm import check_group
-from race_dist.parallel.layout import check_layout
+from race_dist.parallel.sharding import check_layout
 
 CACHES = ("cache", "past_key_values")
 ATTENTIONS = ("self_attn", "attention")  # of a block

@@ -120,10 +120,10 @@ class RaceSelfAttention(RaceAttention):
             like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)
         self.settle(like)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,  # type: ignore[override]
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,

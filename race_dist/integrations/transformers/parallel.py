@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.attach import sequence_parallel
 from race_dist.integrations.transformers.rows import packed_boundaries
 from race_dist.messages import shown
 from race_dist.parallel import all_gather_tensor, broadcast_tensor, check_ranks_agree, group_rank, group_size, shard_sequence
-from race_dist.parallel.comm import check_group
-from race_dist.parallel.layout import check_layout
+from race_dist.parallel.sharding import check_layout
 
 IGNORE = -100
 

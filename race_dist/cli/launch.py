@@ -1,0 +1,227 @@
+"""The verbs ``race-dist launch ...`` and ``race-dist preflight``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from race_dist.cli import option_types
+from race_dist.cli.errors import FAILED
+from race_dist.strict_config import TIMEOUT_LIMIT
+
+launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")
+
+Config = Annotated[Path, typer.Argument(help="What to train: a TOML file.", metavar="CONFIG")]
+Override = Annotated[
+    list[str] | None, typer.Option("--override", "-o", metavar="KEY=VALUE", help="Change one key of CONFIG. Repeatable.")
+]
+JobFile = Annotated[
+    str | None, typer.Option("--job", "-j", metavar="NAME|FILE", help="The job: a template's name or a TOML file.")
+]
+Change = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job, e.g. nodes=4. Repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and do nothing.")]
+Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="The folder of all runs.")]
+Write = Annotated[Path | None, option_types.output_file(metavar="FILE", help="Write the file instead of submitting it.")]
+
+
+@launch.command("local")
+def launch_local(
+    config: Config, override: Override = None, job: JobFile = None, change: Change = None, dry_run: DryRun = False
+) -> None:
+    """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
+    from race_dist.launch import start
+
+    code = start.local(*start.describe(config, override or (), job, change or (), here=True), dry_run=dry_run)
+    raise typer.Exit(code)
+
+
+@launch.command("torchrun")
+def launch_torchrun(
+    config: Config,
+    override: Override = None,
+    job: JobFile = None,
+    change: Change = None,
+    endpoint: Annotated[
+        str | None, option_types.endpoint(metavar="HOST:PORT", help="Where the nodes meet: the first one.")
+    ] = None,
+    node_rank: Annotated[int | None, option_types.whole(metavar="N", help="This node's place.", low=0)] = None,
+    local_address: Annotated[str | None, option_types.host(metavar="HOST", help="How the others reach this node.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run torchrun on this node; give every node of the job the same command."""
+    from race_dist.launch import start
+
+    code = start.torchrun(
+        *start.describe(config, override or (), job, change or (), here=True),
+        endpoint=endpoint,
+        node_rank=node_rank,
+        local_address=local_address,
+        dry_run=dry_run,
+    )
+    raise typer.Exit(code)
+
+
+@launch.command("deepspeed")
+def launch_deepspeed(
+    config: Config,
+    override: Override = None,
+    job: JobFile = None,
+    change: Change = None,
+    hostfile: Annotated[Path | None, option_types.input_file(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run under DeepSpeed's launcher."""
+    from race_dist.launch import start
+
+    code = start.deepspeed(
+        *start.describe(config, override or (), job, change or (), here=True), hostfile=hostfile, dry_run=dry_run
+    )
+    raise typer.Exit(code)
+
+
+@launch.command("slurm")
+def launch_slurm(
+    config: Config,
+    override: Override = None,
+    job: JobFile = "slurm",
+    change: Change = None,
+    array: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V,V,...", help="One run for each value of a key of CONFIG. Repeatable.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="A plain sbatch file instead of submitit.")] = False,
+    write: Write = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit to Slurm. The job saves before its time is up, goes back to the queue and goes on."""
+    from race_dist.launch import start
+
+    for line in start.submit_slurm(
+        *start.describe(config, override or (), job, change or ()), array=array or (), plain=plain, write=write, dry_run=dry_run
+    ):
+        print(line)
+
+
+@launch.command("kubernetes")
+def launch_kubernetes(
+    config: Config,
+    override: Override = None,
+    job: JobFile = "kubernetes",
+    change: Change = None,
+    write: Write = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Submit to Kubernetes as a JobSet: one pod a node, torchrun in each."""
+    from race_dist.launch import start
+
+    for line in start.submit_kubernetes(
+        *start.describe(config, override or (), job, change or ()), write=write, dry_run=dry_run
+    ):
+        print(line)
+
+
+@launch.command("templates")
+def launch_templates() -> None:
+    """List the jobs' templates, and how far each was tested."""
+    from race_dist.launch.job import load_job, template_names
+
+    for name in template_names():
+        print(f"{name:12} {load_job(name).tested}")
+
+
+@launch.command("status")
+def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")] = None, runs: Runs = Path("runs")) -> None:
+    """Say how submitted jobs stand."""
+    from race_dist.launch import start
+
+    for record, facts in start.status(runs, which):
+        print(
+            f"{record.id:10} {record.name:24} {facts['state']:12} "
+            + ", ".join(
+                filter(
+                    None,
+                    (
+                        facts["progress"],
+                        facts["nodes"],
+                        facts["reason"],
+                        f"{facts['restarts']} requeues" if facts["restarts"] not in ("", "0") else "",
+                    ),
+                )
+            )
+        )
+
+
+@launch.command("logs")
+def launch_logs(
+    which: Annotated[str, typer.Argument(metavar="NAME|ID")],
+    runs: Runs = Path("runs"),
+    lines: Annotated[int, option_types.whole("--lines", "-n", metavar="N", help="Of each file.")] = 40,
+) -> None:
+    """Show the end of what a submitted job has printed."""
+    from race_dist.launch import start
+
+    print("\n".join(start.logs(runs, which, lines)))
+
+
+@launch.command("cancel")
+def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs")) -> None:
+    """End a submitted job: it saves and does not come back."""
+    from race_dist.launch import start
+
+    print("\n".join(start.cancel(runs, which)))
+
+
+def preflight(
+    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="CONFIG")] = None,
+    override: Override = None,
+    nproc: Annotated[
+        int | None,
+        option_types.whole(
+            metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.", high=option_types.MOST_RANKS
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        option_types.output_folder(
+            metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.", follow=True
+        ),
+    ] = None,
+    device: Annotated[str | None, option_types.device()] = None,
+    timeout: Annotated[
+        float, option_types.number(metavar="S", help="Seconds that ranks wait for each other.", low=1, high=TIMEOUT_LIMIT)
+    ] = 120.0,
+    out: Annotated[
+        Path | None, option_types.output_file("--json", metavar="FILE", help="Write everything there.", make_folder=True)
+    ] = None,
+) -> None:
+    """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
+
+    Prints a table; ends with 1 and the node's name where a node is not fit.
+    """
+    from race_dist.launch.local import launch_ranks, under_launcher
+    from race_dist.training.config import load_config
+
+    settings = None if config is None else load_config(config, override or ())
+    if nproc is not None and under_launcher():
+        raise ValueError("--nproc starts ranks itself; leave it out under a launcher")
+    if nproc is not None and nproc > 1:
+        given: list[tuple[str, object]] = [("--override", change) for change in override or ()]
+        given += [("--folder", folder), ("--device", device), ("--timeout", timeout), ("--json", out)]
+        words = [word for name, value in given if value is not None for word in (name, str(value))]
+        words += [] if config is None else ["--", str(config)]
+        raise typer.Exit(launch_ranks(["-m", "race_dist.launch.rank", "preflight", *words], nproc))
+    from race_dist.launch import preflight as checks
+
+    where = folder if folder is not None else Path("runs" if settings is None else settings.runs)
+    report = checks.preflight(settings, where, device=device, timeout=timeout)
+    if os.environ.get("RANK", "0") == "0":
+        checks.show(report)
+        if out is not None:
+            checks.write(report, out)
+    if report.refused:
+        raise typer.Exit(FAILED)

@@ -1,0 +1,221 @@
+"""The verbs of ``race-dist`` about runs and texts that are there: generate, eval, export, report, data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from race_dist.cli import option_types
+from race_dist.cli.errors import cleaned_up, default_device
+from race_dist.strict_config import SEED_LIMIT
+
+if TYPE_CHECKING:
+    from race_dist.training.data.corpus import Corpus
+
+_ECHOED = 2**16  # bytes of a prompt file that are printed before what is written; a longer one is not
+
+runs = typer.Typer()
+
+
+@runs.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="The folder of a trained run, for example runs/demo.", metavar="RUN")],
+    prompt: Annotated[str | None, option_types.text(metavar="TEXT", help="What the text goes on from.")] = None,
+    prompt_file: Annotated[Path | None, option_types.input_file(metavar="FILE", help="The same, from a file.")] = None,
+    tokens: Annotated[int, option_types.count(metavar="N", help="Tokens to write.", low=0)] = 400,
+    temperature: Annotated[
+        float, option_types.number(metavar="T", help="0 always takes the likeliest token.", low=1e-4, high=1e4, zero=True)
+    ] = 0.8,
+    top_k: Annotated[int | None, option_types.whole(metavar="K", help="Draw from the K likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float | None,
+        option_types.number(metavar="P", help="Draw from the likeliest tokens that together reach P.", low=1e-6, high=1),
+    ] = None,
+    seed: Annotated[int, option_types.whole(metavar="N", help="Of the draws.", low=0, high=SEED_LIMIT)] = 0,
+    save_context: Annotated[
+        Path | None, option_types.output_file(metavar="FILE", help="Keep what the model remembers of the prompt.")
+    ] = None,
+    context: Annotated[
+        Path | None,
+        option_types.input_file(metavar="FILE", help="Go on from what --save-context kept; a prompt comes after it."),
+    ] = None,
+    step: Annotated[int | None, option_types.step()] = None,
+) -> None:
+    """Write text with a trained model: the prompt, then what the model makes of it, as it comes.
+
+    A prompt file of any length is read once. --save-context keeps what the model remembers of it (a few kilobytes to
+    megabytes, whatever the length); --context goes on from there without reading it again.
+    """
+    from race_dist.training import sampling
+    from race_dist.training.data.text_files import utf8_pieces
+    from race_dist.training.rundir import RunDirectory
+
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("give --prompt or --prompt-file, not both")
+    if prompt is None and prompt_file is None and context is None:
+        raise ValueError("give --prompt, --prompt-file or --context")
+    directory = RunDirectory(run)
+    model, codec = directory.load_model(default_device(), step=step), directory.codec()
+    known, before = sampling.load_context(context, model) if context is not None else (None, 0)
+    pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
+    head = sampling.Head(pieces, _ECHOED)
+    remembered, count = sampling.read_text(model, head, codec, known)
+    with cleaned_up():
+        if save_context is not None:
+            sampling.save_context(save_context, remembered, model, before + count)
+            print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
+        if prompt is not None or (prompt_file is not None and head.whole):
+            print(head.text if prompt is None else prompt, end="", flush=True)
+        for piece in sampling.write_text(
+            model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        ):
+            print(piece, end="", flush=True)
+    print()
+
+
+@runs.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
+    path: Annotated[
+        str | None,
+        typer.Option("--data", metavar="PATH", help="Text to measure on, all of it. Left out: what the run held out."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option_types.count(
+            metavar="T", help=f"Tokens a window: 64K, 1M. Left out: as in training. {option_types.COUNT_WORDS}."
+        ),
+    ] = None,
+    tokens: Annotated[int, option_types.count(metavar="N", help="Tokens to measure on, about.")] = 1_000_000,
+    step: Annotated[int | None, option_types.step()] = None,
+) -> None:
+    """Measure a model on text, by position in the context: what a longer context is worth.
+
+    Windows of any length go through the model a chunk at a time. Another text than the held-out one goes through the run's
+    tokenizer. The figures go to a file in RUN too, one per text, window length and checkpoint, where race-dist report finds
+    them.
+    """
+    from race_dist.training import evaluate
+    from race_dist.training.rundir import RunDirectory
+
+    with cleaned_up():
+        evaluate.evaluate(RunDirectory(run), path=path, context=context, tokens=tokens, step=step, device=default_device())
+
+
+@runs.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
+    out: Annotated[Path, option_types.output_file(help="The safetensors file to write.", metavar="FILE")],
+    step: Annotated[int | None, option_types.step()] = None,
+) -> None:
+    """Write the weights of a run, or of one of its checkpoints, as one safetensors file.
+
+    Another run begins with them by init = "FILE".
+    """
+    from race_dist.training.run_lock import check_not_in_use
+    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.weights import save_weights
+
+    check_not_in_use(out.parent)  # it may be the folder of a run that is going on
+    model = RunDirectory(run).load_model(step=step)
+    with cleaned_up():
+        save_weights(out, {name: p.detach() for name, p in model.named_parameters()}, RunDirectory(run).load_config().model)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+@runs.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, to be drawn over each other.", metavar="RUN...")],
+    out: Annotated[
+        Path | None, option_types.output_folder(metavar="FOLDER", help="Where to. Left out: report in the first RUN.")
+    ] = None,
+) -> None:
+    """Write a page about one run or several: curves, losses by position, what differed, machines.
+
+    report.html needs no other file; the pictures lie beside it as PNGs too.
+    """
+    from race_dist.output_paths import check_output_file, check_output_folder
+    from race_dist.training.logging.report import write_report
+
+    target = folders[0] / "report" if out is None else out
+    check_output_folder(target, "--out")
+    for name in ("report.html", "loss.png", "progress.png", "positions.png"):
+        check_output_file(target / name, "the report's file")
+    print(write_report(folders, target))
+
+
+@runs.command()
+def config(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys or tables: data optim.lr. Left out: all.", metavar="[KEY...]")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page, all keys.")] = False,
+) -> None:
+    """List the keys of a run's TOML: default, what the value may be, meaning."""
+    from race_dist.training.reference import to_markdown, to_text
+
+    if markdown and keys:
+        raise ValueError("--markdown writes all keys; leave the names out")
+    print(to_markdown() if markdown else to_text(keys or []), end="" if markdown else "\n")
+
+
+data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
+runs.add_typer(data, name="data")
+
+
+@data.command("pack")
+def data_pack(
+    path: Annotated[str, typer.Argument(help="A text file, a folder, or python-stdlib.", metavar="PATH")],
+    out: Annotated[Path, option_types.output_folder(help="The folder to make; data.path of a run.", metavar="FOLDER")],
+    pattern: Annotated[str, option_types.text(metavar="GLOB", help='Which files of a folder, by name: "*.md".')] = "*",
+    tokenizer: Annotated[
+        Path | None, option_types.input_file(metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")
+    ] = None,
+    one_document: Annotated[bool, typer.Option("--one-document", help="All files are one long document.")] = False,
+    skip_undecodable: Annotated[
+        bool, typer.Option("--skip-undecodable", help="Leave out files that are not UTF-8 instead of refusing them.")
+    ] = False,
+) -> None:
+    """Make one memory-mapped token file, with an index of documents, of any amount of text.
+
+    Text is read a piece at a time. Of files with the same content the first is kept. A run that trains on the folder
+    reads only what its batches need.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from race_dist.training.data.packed import pack
+
+    console = Console(stderr=True)
+    with cleaned_up(), console.status("packing") as status:
+        corpus = pack(
+            path,
+            out,
+            pattern=pattern,
+            tokenizer=tokenizer,
+            one_document=one_document,
+            skip_undecodable=skip_undecodable,
+            progress=lambda file: status.update(Text(f"packing {file}")),
+        )
+    _describe_corpus(corpus)
+
+
+@data.command("check")
+def data_check(folder: Annotated[Path, typer.Argument(help="A packed corpus.", metavar="FOLDER")]) -> None:
+    """Read all of a packed corpus and compare it with its checksums."""
+    from race_dist.training.data.packed import verify_packed
+
+    _describe_corpus(verify_packed(folder))
+
+
+def _describe_corpus(corpus: Corpus) -> None:
+    assert corpus.documents is not None
+    print(
+        f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
+        f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents"
+    )
+    if corpus.left_out:
+        print(corpus.left_out.sentence())

@@ -1,0 +1,1 @@
+"""Process groups, meshes, collectives, consistency checks, the watchdog, data parallelism."""

@@ -1,0 +1,62 @@
+"""What all ranks of a run must hold alike before it starts: code, configuration, text, weights and planes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+import race_dist
+from race_dist.parallel import check_ranks_agree
+from race_dist.training.config import TrainConfig
+from race_dist.training.data.corpus import Corpus
+
+_HEAD = 4096  # numbers of a tensor that are compared
+
+
+def check_same_run(config: TrainConfig, corpus: Corpus, model: nn.Module, group: ProcessGroup | None) -> None:
+    """Raise ValueError on every rank, naming the ranks and what differs, unless all are about to do the same run."""
+    if group is None:
+        return
+    check_ranks_agree(
+        {
+            "the code": f"race-dist {race_dist.__version__} ({code_digest()[:12]})",
+            "torch": torch.__version__,
+            "the configuration": hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12],
+            "the text": corpus.digest()[:12],
+            "the initial weights": tensors_digest(model.named_parameters())[:12],
+            "the planes": tensors_digest(model.named_buffers())[:12],
+        },
+        group,
+        what="the run",
+    )
+
+
+def code_digest() -> str:
+    """Of the package's own source files, wherever its parts are installed."""
+    digest = hashlib.sha256()
+    for package in ("race_dist", "race_dist.kernels"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        for root in map(Path, spec.submodule_search_locations or ()):
+            for file in sorted(root.rglob("*.py")):
+                digest.update(f"{package}/{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names, shapes, dtypes and the first numbers of each tensor (of sharded ones, which differ, none)."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        if isinstance(tensor.detach(), DTensor):
+            continue
+        head = tensor.detach().reshape(-1)[:_HEAD].cpu().contiguous()
+        digest.update(head.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,320 @@
+"""Packed corpora: a folder with all tokens in one file that is mapped, and an index of where documents begin.
+
+    corpus.json      format, counts, the type of a token, checksums
+    tokens.bin       [N] uint8 (bytes), uint16 or uint32, little-endian
+    documents.bin    [D + 1] int64: where each document begins, and N
+    tokenizer.json   the tokenizer, where the tokens are not bytes
+
+Packing reads text a piece at a time; reading a packed corpus touches only what a batch needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from race_dist.files import DamagedFileError, check_record, read_object, write_record
+from race_dist.output_paths import check_output_folder
+from race_dist.training.data.corpus import BYTE_VOCAB, Corpus, expand_home, sample_digest
+from race_dist.training.data.text_files import (
+    STDLIB,
+    LeftOut,
+    Undecodable,
+    check_pattern,
+    find_texts,
+    stdlib_texts,
+    utf8_pieces,
+)
+from race_dist.training.data.tokenizing import TextTokenizer, load_tokenizer
+
+__all__ = ["is_packed", "load_tokenizer", "open_packed", "pack", "verify_packed"]
+
+FORMAT = 1
+INDEX, TOKENS, DOCUMENTS, TOKENIZER = "corpus.json", "tokens.bin", "documents.bin", "tokenizer.json"
+_KINDS = {
+    "format": int,
+    "tokens": int,
+    "documents": int,
+    "dtype": str,
+    "vocab_size": int,
+    "text_bytes": int,
+    "sample": str,
+    "sha256": dict,
+}
+_PIECE = 2**22
+
+
+class Encode(Protocol):
+    """Text to tokens."""
+
+    vocab_size: int
+    dtype: str
+
+    def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The tokens of a document that comes in pieces of UTF-8, as bytes of ``dtype``."""
+        ...
+
+
+class ByteEncode:
+    """A token is a byte."""
+
+    vocab_size, dtype = BYTE_VOCAB, "<u1"
+
+    def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        return iter(pieces)
+
+
+class TokenizerEncode:
+    """A ``tokenizer.json`` of the ``tokenizers`` library, without special tokens around a text.
+
+    The type of the stored numbers holds the largest id of the tokenizer, gaps included.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._tokenizer = TextTokenizer(file)
+        self.vocab_size = self._tokenizer.vocab_size
+        self.dtype = "<u2" if self.vocab_size <= 2**16 else "<u4"
+
+    def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        return (ids.astype(self.dtype).tobytes() for ids in self._tokenizer.encode(pieces))
+
+
+@dataclass
+class _Writer:
+    """Documents one after the other into an open file."""
+
+    file: IO[bytes]
+    encode: Encode
+    one_document: bool
+    starts: list[int] = field(default_factory=lambda: [0])
+    text_bytes: int = 0
+    seen: set[bytes] = field(default_factory=set)
+
+    def add(self, pieces: Iterator[bytes]) -> bool:
+        """One document; False where it is left out because its content was there before."""
+        content, before, text = hashlib.sha256(), self.file.tell(), 0
+
+        def watched() -> Iterator[bytes]:
+            nonlocal text
+            for piece in pieces:
+                content.update(piece)
+                text += len(piece)
+                yield piece
+
+        for tokens in self.encode(watched()):
+            self.file.write(tokens)
+        if content.digest() in self.seen:
+            self.file.seek(before)
+            self.file.truncate()
+            return False
+        self.seen.add(content.digest())
+        self.text_bytes += text
+        end = self.file.tell() // np.dtype(self.encode.dtype).itemsize
+        if end > self.starts[-1]:
+            self.starts.append(end)
+        return True
+
+    def bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """``[D + 1]``."""
+        return np.array([0, self.starts[-1]] if self.one_document else self.starts, dtype="<i8")
+
+
+def pack(
+    path: str,
+    out: Path,
+    *,
+    pattern: str = "*",
+    tokenizer: Path | None = None,
+    one_document: bool = False,
+    skip_undecodable: bool = False,
+    progress: Callable[[Path], None] | None = None,
+) -> Corpus:
+    """Pack a text file, a folder or ``"python-stdlib"`` into the folder ``out``, which appears when it is complete.
+
+    Args:
+        path: what to pack; files are read in the order of their paths, each content once.
+        out: must not exist.
+        pattern: of the names of a folder's files.
+        tokenizer: a ``tokenizer.json``; None: tokens are bytes.
+        one_document: whether all files are one long document.
+        skip_undecodable: leave out files that are not UTF-8 instead of refusing them.
+        progress: called with each file.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        FileNotFoundError: there is nothing at ``path``.
+        OSError: a file cannot be read, or ``out`` cannot be written; the message names it.
+        ValueError: no text there, or a file that is not UTF-8.
+    """
+    check_output_folder(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another --out or remove it")
+    files, left_out = _sources(path, pattern)
+    encode = ByteEncode() if tokenizer is None else TokenizerEncode(tokenizer)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        with (partial / TOKENS).open("wb") as file:
+            writer = _Writer(file, encode, one_document)
+            for source in files:
+                if progress is not None:
+                    progress(source)
+                _add(writer, source, skip_undecodable or path == STDLIB, left_out)
+        bounds = writer.bounds()
+        if not bounds[-1]:
+            raise ValueError(f"no text was found in {path}: its files are empty{left_out.sentence('; left out')}")
+        (partial / DOCUMENTS).write_bytes(bounds.tobytes())
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / TOKENIZER)
+        _write_index(partial, encode, len(bounds) - 1, writer.text_bytes, path)
+        try:
+            partial.rename(out)
+        except OSError as error:
+            if not out.exists():
+                raise
+            raise FileExistsError(
+                f"{out} was made by another process while this one packed; choose another --out or remove it ({error.strerror})"
+            ) from None
+    except OSError as error:
+        if error.strerror is None or isinstance(error, FileExistsError):  # it is told already
+            raise
+        raise OSError(f"{out} could not be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return replace(open_packed(out), left_out=left_out if path != STDLIB else LeftOut())
+
+
+def _sources(path: str, pattern: str) -> tuple[list[Path], LeftOut]:
+    check_pattern(path, pattern)
+    if path == STDLIB:
+        return stdlib_texts(), LeftOut()
+    source = expand_home(path, "PATH")
+    if is_packed(source):
+        raise ValueError(f"{source} is a packed corpus already; give the text that it was packed from")
+    if source.is_dir():
+        return find_texts(source, pattern)
+    if not source.is_file():
+        what = "is no regular file" if source.exists() else "is no file or folder"
+        raise FileNotFoundError(f"{source} {what}; give a text file or a folder")
+    return [source], LeftOut()
+
+
+def _add(writer: _Writer, source: Path, skip: bool, left_out: LeftOut) -> None:
+    before = writer.file.tell()
+    try:
+        if not writer.add(utf8_pieces(source, _PIECE)):
+            left_out.add(source, "has the content of another file")
+    except Undecodable as error:
+        if not skip:
+            raise Undecodable(f"{error}, or leave such files out with --skip-undecodable") from None
+        left_out.add(source, "is not UTF-8 text")
+        writer.file.seek(before)
+        writer.file.truncate()
+
+
+def _write_index(folder: Path, encode: Encode, documents: int, text_bytes: int, source: str) -> None:
+    tokens = np.memmap(folder / TOKENS, dtype=encode.dtype, mode="r")
+    index = {
+        "format": FORMAT,
+        "tokens": len(tokens),
+        "documents": documents,
+        "dtype": encode.dtype,
+        "vocab_size": encode.vocab_size,
+        "text_bytes": text_bytes,
+        "source": source,
+        "sample": sample_digest(tokens),
+        "sha256": {name: _sha256(folder / name) for name in (TOKENS, DOCUMENTS, TOKENIZER) if (folder / name).is_file()},
+    }
+    write_record(folder / INDEX, index)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a folder is a packed corpus, or one whose index is lost: its tokens must not be read as texts."""
+    return (path / INDEX).is_file() or all((path / name).is_file() for name in (TOKENS, DOCUMENTS))
+
+
+def open_packed(path: Path) -> Corpus:
+    """Map a packed corpus, once the index, the documents, the tokenizer, and the tokens' size and samples all over them are
+    what was written. :func:`verify_packed` reads all tokens.
+
+    Raises:
+        ValueError: a file is missing, cut short or changed; the message names it.
+    """
+    index = _read_index(path)
+    size = np.dtype(index["dtype"]).itemsize
+    for name, wanted in ((TOKENS, size * index["tokens"]), (DOCUMENTS, 8 * (index["documents"] + 1))):
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != wanted:
+            raise ValueError(
+                f"{path / name} has {found:,} bytes, but {wanted:,} were packed: "
+                f"{'it was cut short' if found < wanted else 'it was changed'}; pack the text again"
+            )
+    tokens = np.memmap(path / TOKENS, dtype=index["dtype"], mode="r")
+    documents = np.fromfile(path / DOCUMENTS, dtype="<i8")
+    if documents[0] != 0 or documents[-1] != len(tokens) or (np.diff(documents) < 1).any():
+        raise ValueError(
+            f"{path / DOCUMENTS} is damaged: documents do not follow each other from 0 to {len(tokens):,}; pack the text again"
+        )
+    if sample_digest(tokens) != index["sample"]:
+        raise ValueError(f"{path / TOKENS} is not what was packed (samples of it differ); pack the text again")
+    for name in (DOCUMENTS, TOKENIZER):  # small beside the tokens, and read whole anyway
+        if name in index["sha256"]:
+            _check_sha256(path, name, index)
+    tokenizer = path / TOKENIZER if TOKENIZER in index["sha256"] else None  # another one lying there is none of the corpus
+    return Corpus(str(path), tokens, documents, index["vocab_size"], index["text_bytes"], tokenizer)
+
+
+def verify_packed(path: Path) -> Corpus:
+    """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed, or that has
+    tokens above the vocabulary."""
+    corpus = open_packed(path)
+    index = _read_index(path)
+    for name in index["sha256"]:
+        _check_sha256(path, name, index)
+    pieces = range(0, len(corpus.tokens), _PIECE)
+    largest = max(int(corpus.tokens[start : start + _PIECE].max()) for start in pieces)
+    if largest >= corpus.vocab_size:
+        raise ValueError(
+            f"{path / TOKENS} has the token {largest}, but {path / INDEX} says that tokens are below "
+            f"{corpus.vocab_size}; pack the text again"
+        )
+    return corpus
+
+
+def _check_sha256(path: Path, name: str, index: Mapping[str, Any]) -> None:
+    if not (path / name).is_file():
+        raise ValueError(f"{path / name} is missing; pack the text again")
+    if _sha256(path / name) != index["sha256"][name]:
+        raise ValueError(f"{path / name} is not what was packed (its SHA-256 differs); pack the text again")
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    file = path / INDEX
+    if not file.is_file():
+        raise DamagedFileError(f"{file} is {'no file' if os.path.lexists(file) else 'missing'}; pack the text again")
+    try:
+        index = read_object(file, _KINDS)
+        wrong = [key for key in ("tokens", "documents", "vocab_size", "text_bytes") if index[key] < 1]
+        wrong += ["dtype"] if index["dtype"] not in ("<u1", "<u2", "<u4") else []
+        if wrong:
+            raise DamagedFileError(f"{', '.join(wrong)} cannot be right")
+        if index["format"] == FORMAT:
+            check_record(file, index, required=False)  # one that was packed before there were checksums has none
+    except (OSError, DamagedFileError) as error:
+        reason = str(error).removeprefix(f"{file} is damaged: ")
+        raise DamagedFileError(f"{file} is damaged: {reason}; pack the text again") from None
+    if index["format"] != FORMAT:
+        raise ValueError(f"{path} has format {index['format']}, this version reads {FORMAT}: pack the text again")
+    return index

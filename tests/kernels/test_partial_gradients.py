@@ -1,0 +1,56 @@
+"""Gradients of rows out of the pipelines' shares, interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from race_dist.kernels import partial_gradients
+from race_dist.kernels.interpreter import INTERPRET
+from race_dist.kernels.plan import Constants, Spec
+
+
+@pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("value_dim", "tables", "group"), [(64, 3, 1), (72, 3, 1), (72, 1, 2)])
+def test_shares_add_to_a_gradient(value_dim: int, tables: int, group: int) -> None:
+    spec = Spec(
+        D=96,
+        Dv=value_dim,
+        L=tables,
+        P=5,
+        G=group,
+        C=64,
+        SB=64,
+        stages=1,
+        causal=True,
+        is_global=True,
+        is_bucket=False,
+        decay=False,
+        masked=False,
+        packed=False,
+        f32=False,
+        half=False,
+        split_planes=True,
+        bulk=True,
+        pipe=True,
+        need_planes=True,
+    )
+    assert (1 if value_dim == 64 or tables == 1 else 2) == spec.NVB
+    batch, length, heads, tile, slots = 2, 300, 2, 128, 5 * tables
+    parts = torch.randn(batch, length, spec.NVB * heads * group, spec.LPB)
+    planes = torch.randn(heads, tables, 5, spec.D)
+    x = torch.randn(batch, length, heads * group, spec.D).bfloat16()
+    dx = torch.full_like(x, torch.nan)
+    tiles = batch * -(-length // tile)
+    dplanes = torch.full((tiles, heads, group, spec.LPB, spec.BD), torch.nan)
+    given = [(t, *t.stride()) for t in (parts, dx, x, planes)]
+    partial_gradients.unproject_shares[(tiles * heads * group,)](
+        *given, dplanes, group, None, length, tile, heads, Constants(spec)
+    )
+    dz = parts.unflatten(2, (spec.NVB, heads, group)).double().sum(2)[..., :slots]
+    right = torch.einsum("bthgs,hsd->bthgd", dz, planes.double().flatten(1, 2)).flatten(2, 3)
+    assert float((dx.double() - right).norm() / right.norm()) <= 2**-7
+    right = torch.einsum("bthgs,bthgd->hsd", dz, x.double().unflatten(2, (heads, group)))
+    found = dplanes.double().sum((0, 2))[:, :slots, : spec.D]
+    assert float((found - right).norm() / right.norm()) <= 2**-7
