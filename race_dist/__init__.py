@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from race_dist import renamed_modules
+
 if TYPE_CHECKING:
     from race_dist.attention import race_attention as race_attention
     from race_dist.explain import explain_plan as explain_plan
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from race_dist.sketch import SketchState as SketchState
 
 __version__ = "0.1.0"
+
+renamed_modules.install()
 
 _HOMES = {
     "RaceAttention": "race_dist.nn",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import race_dist
+from race_dist.renamed_modules import RENAMED
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"race_dist": ROOT / "race_dist", "race_dist.kernels": ROOT / "kernels", "race_dist.launch": ROOT / "launch"}
@@ -53,6 +55,7 @@ FLOORS = {
     "checks": 0,
     "messages": 0,
     "rank_environment": 0,
+    "renamed_modules": 0,
 }
 SAME_FLOOR = {
     ("models", "streaming"),
@@ -132,6 +135,15 @@ def imports(file: Path) -> Iterator[str]:
             yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("race_dist."))
+
+
+def test_old_names_of_modules_import_the_new_ones_with_a_warning() -> None:
+    for old, new in RENAMED.items():
+        sys.modules.pop(old, None)
+        with pytest.warns(DeprecationWarning, match=f"{re.escape(old)} is now {re.escape(new)}"):
+            assert importlib.import_module(old) is importlib.import_module(new)
+        package, name = old.rsplit(".", 1)
+        assert getattr(importlib.import_module(package), name) is importlib.import_module(new)
 
 
 def test_no_file_is_too_long() -> None:
