@@ -43,11 +43,11 @@ def locate(tiles, tile, T, TILE, c: tl.constexpr):
 
 @triton.jit
 def open_rows(x, b, h, end, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
-    """Head h of row b of ``x [B, T, H, X]``, tokens before ``end``, with a bulk-copy descriptor where the plan says so."""
+    """Head h of row b of ``x [B, T, H, X]``, tokens before ``end``, with a tma-copy descriptor where the plan says so."""
     head = x[0] + b * x[1] + h * x[3]
-    if c.bulk:
-        bulk = tl.make_tensor_descriptor(head, [end.to(tl.int32), X], [x[2].to(tl.int64), 1], [c.C, BX])
-        return (head, x[2], x[4], end, bulk)
+    if c.tma:
+        tma = tl.make_tensor_descriptor(head, [end.to(tl.int32), X], [x[2].to(tl.int64), 1], [c.C, BX])
+        return (head, x[2], x[4], end, tma)
     else:
         return (head, x[2], x[4], end)
 
@@ -64,7 +64,7 @@ def open_heads(x, b, h, end, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr)
 @triton.jit
 def load_rows(x, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
     """Tokens t .. t + C of opened rows, ``[C, BX]``; zeros past their end and past column X."""
-    if c.bulk:
+    if c.tma:
         return x[4].load([t.to(tl.int32), 0])
     else:
         rows = tl.arange(0, c.C)
@@ -79,7 +79,7 @@ def load_rows(x, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
 @triton.jit
 def store_rows(x, value, t, X: tl.constexpr, BX: tl.constexpr, c: tl.constexpr):
     """The inverse of :func:`load_rows`."""
-    if c.bulk:
+    if c.tma:
         x[4].store([t.to(tl.int32), 0], value.to(x[4].dtype))
     else:
         rows = tl.arange(0, c.C)
@@ -142,7 +142,7 @@ def store_state(states, index, s0, M, m, c: tl.constexpr):
 @triton.jit
 def low(x, c: tl.constexpr):
     """The operand of a product: bfloat16 for 16-bit inputs, float32 otherwise."""
-    if c.f32:
+    if c.fp32:
         return x.to(tl.float32)
     elif INTERPRET:  # it multiplies bfloat16 as integers: the same numbers as float32
         return rounded(x.to(tl.float32), c)
@@ -159,7 +159,7 @@ def mm(a, b, acc=None):
 @triton.jit
 def rounded(x, c: tl.constexpr):
     """x at the precision of :func:`low`, still as float32. On the bits: the conversion there and back is slower."""
-    if c.f32:
+    if c.fp32:
         return x
     else:
         return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
@@ -168,7 +168,7 @@ def rounded(x, c: tl.constexpr):
 @triton.jit
 def parts(x, c: tl.constexpr):
     """x as the sum of two operands, 16 bits of mantissa together (float32: x itself, and x again, unused)."""
-    if c.f32:
+    if c.fp32:
         return x, x
     else:
         high = rounded(x, c)
@@ -179,7 +179,7 @@ def parts(x, c: tl.constexpr):
 def mm_right(a, b, acc, c: tl.constexpr):
     """``a @ b (+ acc)`` where b is given in :func:`parts`."""
     acc = mm(a, b[0], acc)
-    if not c.f32:
+    if not c.fp32:
         acc = mm(a, b[1], acc)
     return acc
 
@@ -188,7 +188,7 @@ def mm_right(a, b, acc, c: tl.constexpr):
 def mm_left(a, b, acc, c: tl.constexpr):
     """``a @ b (+ acc)`` where a is given in :func:`parts`."""
     acc = mm(a[0], b, acc)
-    if not c.f32:
+    if not c.fp32:
         acc = mm(a[1], b, acc)
     return acc
 
@@ -203,14 +203,14 @@ def load_planes(planes, h, s0, c: tl.constexpr):
     slot = tl.arange(0, c.LPB)
     table = s0 // c.R + slot // c.P
     d = tl.arange(0, c.BD)
-    inside = ((slot < c.TB * c.P) & (table < c.L))[None, :] & (d < c.D)[:, None]
+    inside = ((slot < c.TABLES_PER_BLOCK * c.P) & (table < c.L))[None, :] & (d < c.D)[:, None]
     offset = table[None, :] * planes[2] + (slot % c.P)[None, :] * planes[3] + d[:, None] * planes[4]
     W = tl.load(planes[0] + h * planes[1] + offset, mask=inside, other=0.0)
-    if c.f32 or INTERPRET:
+    if c.fp32 or INTERPRET:
         return W.to(tl.float32), W.to(tl.float32)
     elif c.split_planes:
         W = W.to(tl.float32)
-        if c.half:
+        if c.fp16:
             high = W.to(tl.float16)
             return high, (W - high.to(tl.float32)).to(tl.float16)
         else:
@@ -225,7 +225,11 @@ def corner_bits(s0, c: tl.constexpr):
     """``[LPB, SB]`` twice: 1 where the feature's corner has the plane's bit set; 1 where it has it clear."""
     slot = tl.arange(0, c.LPB)
     s = s0 + tl.arange(0, c.SB)
-    same = ((s0 // c.R + slot // c.P)[:, None] == (s // c.R)[None, :]) & (slot < c.TB * c.P)[:, None] & (s < c.S)[None, :]
+    same = (
+        ((s0 // c.R + slot // c.P)[:, None] == (s // c.R)[None, :])
+        & (slot < c.TABLES_PER_BLOCK * c.P)[:, None]
+        & (s < c.S)[None, :]
+    )
     bit = ((s % c.R)[None, :] >> (c.P - 1 - slot % c.P)[:, None]) & 1
     ones = low((same & (bit == 1)).to(tl.float32), c)
     zeros = low((same & (bit == 0)).to(tl.float32), c)
@@ -235,7 +239,7 @@ def corner_bits(s0, c: tl.constexpr):
 @triton.jit
 def project(x, W, W_rest, c: tl.constexpr):
     """``x @ planes``, ``[C, LPB]``."""
-    if c.f32 or INTERPRET:
+    if c.fp32 or INTERPRET:
         return mm(x.to(tl.float32), W)
     elif c.split_planes:
         return mm(x, W) + mm(x, W_rest)
@@ -279,7 +283,7 @@ def hash_gradient(y, u, log_on, log_off, ones, zeros, beta, c: tl.constexpr):
     d log sigmoid(t) / dt = sigmoid(-t). A multiple of phi in y changes nothing: the walks take it out (see
     :func:`centred`), so that y can be rounded; a block of a table cannot, and keeps two parts.
     """
-    if c.walk:
+    if c.recurrent:
         y = low(y, c)
         on = mm(y, tl.trans(ones))
         off = mm(y, tl.trans(zeros))
@@ -301,9 +305,9 @@ def centred(phi, dphi, c: tl.constexpr):
 @triton.jit
 def unproject(dz, W, W_rest, c: tl.constexpr):
     """``dz @ planes^T``, ``[C, BD]``."""
-    if c.f32 or INTERPRET:
+    if c.fp32 or INTERPRET:
         return mm(low(dz, c), tl.trans(W))
-    elif c.half:
+    elif c.fp16:
         dz = low(dz, c)
         return mm(dz, tl.trans(W).to(tl.bfloat16)) + mm(dz, tl.trans(W_rest).to(tl.bfloat16))
     elif c.split_planes:

@@ -21,7 +21,7 @@ def token_features(x, planes, h, beta, s0, c: tl.constexpr):
     slot = tl.arange(0, c.LPB)
     s = s0 + tl.arange(0, c.SB)
     table = s0 // c.R + slot // c.P
-    real = (slot < c.TB * c.P) & (table < c.L)
+    real = (slot < c.TABLES_PER_BLOCK * c.P) & (table < c.L)
     offset = table[:, None] * planes[2] + (slot % c.P)[:, None] * planes[3] + d[None, :] * planes[4]
     W = tl.load(planes[0] + h * planes[1] + offset, mask=real[:, None] & (d < c.D)[None, :], other=0.0)
     z = tl.sum(W.to(tl.float32) * x[None, :], 1)
@@ -36,7 +36,7 @@ def token_features(x, planes, h, beta, s0, c: tl.constexpr):
 
 
 @triton.jit
-def decode(
+def race_decode_kernel(
     q,
     k,
     v,

@@ -50,7 +50,9 @@ from race_dist.kernels.common import (
 
 
 @triton.jit
-def snapshot_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: tl.constexpr):
+def race_materialized_fwd_kernel(
+    q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: tl.constexpr
+):
     """Program (tile, head): writes ``out [B, T, Hq, Dv]`` and, for "global", ``den [B, T, Hq]``."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
@@ -129,7 +131,7 @@ def query_products(q_c, do_c, A, M, m, Fk, W, W_rest, ones, zeros, sharp, t, G, 
 
 
 @triton.jit
-def snapshot_queries(
+def race_materialized_bwd_dq_kernel(
     q,
     k,
     v,
@@ -153,8 +155,8 @@ def snapshot_queries(
     H,
     c: tl.constexpr,
 ):
-    """Program (tile, head): what ``walk_queries`` does, for one chunk. "global" needs every block's e for h before the
-    first block's gradient, so the blocks are passed twice."""
+    """Program (tile, head): what ``race_recurrent_bwd_dq_kernel`` does, for one chunk. "global" needs every
+    block's e for h before the first block's gradient, so the blocks are passed twice."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, t, end, _ = locate(tiles, tile, T, TILE, c)
@@ -243,7 +245,7 @@ def add_planes_gradient(dplanes, part, index, s0, first: tl.constexpr, c: tl.con
 
 
 @triton.jit
-def snapshot_keys(
+def race_materialized_bwd_dkv_kernel(
     q,
     k,
     v,
@@ -270,7 +272,7 @@ def snapshot_keys(
     H,
     c: tl.constexpr,
 ):
-    """Program (tile, head): what ``walk_keys`` does, for one chunk."""
+    """Program (tile, head): what ``race_recurrent_bwd_dkv_kernel`` does, for one chunk."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, t, end, last = locate(tiles, tile, T, TILE, c)

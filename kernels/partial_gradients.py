@@ -9,7 +9,7 @@ from race_dist.kernels.common import locate, low, mm, parts
 
 
 @triton.jit
-def unproject_shares(shares, dx, x, planes, dplanes, G: tl.constexpr, tiles, T, TILE, H, c: tl.constexpr):
+def race_unproject_kernel(shares, dx, x, planes, dplanes, G: tl.constexpr, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head of x): ``dx [B, T, H G, D]``, the planes times the sum dz of ``shares [B, T, NVB H G, LPB]``
     (float32; heads block by block), and its part ``dz^T x`` of ``dplanes [tile, H G, LPB, BD]`` unless that is None."""
     heads = H * G

@@ -2,8 +2,8 @@
 
 A sequence is cut in state *tiles* (one stored state each) and a tile in matmul *chunks*. Three families of kernels:
 
-- *walk*: all features fit in one block; a program walks its tile with the running state in registers.
-- *pipe*: the same walk on Hopper as a pipeline of warp groups, for bfloat16 (``kernels/hopper``).
+- *recurrent*: all features fit in one block; a program walks its tile with the running state in registers.
+- *pipelined*: the same recurrent on Hopper as a pipeline of warp groups, for bfloat16 (``kernels/hopper``).
 - *snapshot*: any number of features, in blocks; a tile is one chunk and reads the stored state directly. Also the
   "bucket" normalization, whose backward pass needs prefix and suffix state at the same chunk.
 
@@ -24,10 +24,10 @@ from race_dist.kernels.interpreter import INTERPRET
 
 PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
 MAX_TILE = 4096
-SIZES = ("R", "S", "NSB", "TB", "HEAD", "BLOCKS", "LPB", "BD", "BV", "NVB", "SHARES")
-STAGES = {"sums": 3, "out": 1, "queries": 1, "query_sums": 2, "keys": 2}  # chunks in flight
+SIZES = ("R", "S", "NSB", "TABLES_PER_BLOCK", "BLOCK_PLANES", "BLOCKS_PER_TABLE", "LPB", "BD", "BV", "NVB", "PARTIAL_GRADIENTS")
+STAGES = {"tile_sums_fwd": 3, "fwd": 1, "bwd_dq": 1, "tile_sums_bwd": 2, "bwd_dkv": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
-PIPES = ("out", "queries", "keys")  # the kernels that have a pipeline
+PIPELINED = ("fwd", "bwd_dq", "bwd_dkv")  # the kernels that have a pipeline
 PIPE_SHARED = 227 * 1024  # what the pipelines take, about: all of a multiprocessor
 PIPE_REGISTERS = 128  # of each of 16 warps' threads, before they share them out anew
 
@@ -36,9 +36,9 @@ PIPE_REGISTERS = 128  # of each of 16 warps' threads, before they share them out
 class Spec:
     """What a kernel is compiled for. Letters as in the kernels; padded sizes are powers of two of at least 16.
 
-    ``SB`` features in each of ``NSB`` blocks, behind which lie ``TB`` tables with ``LPB`` plane slots; ``G`` query
-    heads a key/value head. ``f32``: float32 products (three tf32 terms); ``half``: float16 inputs; ``split_planes``:
-    the planes' dtype is wider than the inputs'; ``bulk``: rows move by the copy engine (TMA).
+    ``SB`` features in each of ``NSB`` blocks, behind which lie ``TABLES_PER_BLOCK`` tables with ``LPB`` plane slots; ``G``
+    query heads per key/value head. ``fp32``: float32 products (three tf32 terms); ``fp16``: float16 inputs; ``split_planes``:
+    the planes' dtype is wider than the inputs'; ``tma``: rows move by the copy engine (TMA).
     """
 
     D: int
@@ -55,13 +55,13 @@ class Spec:
     decay: bool
     masked: bool
     packed: bool
-    f32: bool
-    half: bool
+    fp32: bool
+    fp16: bool
     split_planes: bool
-    bulk: bool
-    walk: bool = True
+    tma: bool
+    recurrent: bool = True
     need_planes: bool = False
-    pipe: bool = False
+    pipelined: bool = False
 
     @cached_property
     def R(self) -> int:
@@ -76,35 +76,35 @@ class Spec:
         return -(-self.S // self.SB)
 
     @cached_property
-    def TB(self) -> int:
+    def TABLES_PER_BLOCK(self) -> int:
         return max(1, self.SB // self.R)
 
     @cached_property
-    def HEAD(self) -> int:
+    def BLOCK_PLANES(self) -> int:
         """A table's first planes, which tell its blocks apart where it has several: a feature is a factor of its block, the
-        product over the HEAD first planes, times one that all blocks of the table share."""
+        product over the BLOCK_PLANES first planes, times one that all blocks of the table share."""
         return max(0, self.P + 1 - self.SB.bit_length())
 
     @cached_property
-    def BLOCKS(self) -> int:
+    def BLOCKS_PER_TABLE(self) -> int:
         """Blocks of a table, where it has several; else 1."""
-        return 2**self.HEAD
+        return 2**self.BLOCK_PLANES
 
     @cached_property
     def LPB(self) -> int:
-        return padded((self.L if self.pipe else min(self.TB, self.L)) * self.P)
+        return padded((self.L if self.pipelined else min(self.TABLES_PER_BLOCK, self.L)) * self.P)
 
     @cached_property
-    def SHARES(self) -> bool:
-        """Whether a pipeline writes the gradient of the projections, of which ``unproject_shares`` makes that of the rows:
+    def PARTIAL_GRADIENTS(self) -> bool:
+        """Whether a pipeline writes the gradient of the projections, of which ``race_unproject_kernel`` makes that of the rows:
         several programs add to it (blocks of value columns), or the planes' gradient is made of it too."""
-        return self.pipe and (self.NSB > 1 or self.need_planes)
+        return self.pipelined and (self.NSB > 1 or self.need_planes)
 
     @property
     def least(self) -> int:
         """Of feature and column blocks: a row of 128 bytes. Narrower operands of Hopper's matrix instructions read
         outside of shared memory under Triton 3.6 (seen with compute-sanitizer), and gain nothing."""
-        return 16 if INTERPRET else 32 if self.f32 else 64
+        return 16 if INTERPRET else 32 if self.fp32 else 64
 
     @cached_property
     def BD(self) -> int:
@@ -114,7 +114,7 @@ class Spec:
     def BV(self) -> int:
         """Value columns of a program. In a pipeline of several blocks of features 64: then the running state of all of them
         stays in registers."""
-        return 64 if self.pipe and self.NSB > 1 else padded(self.Dv, self.least)
+        return 64 if self.pipelined and self.NSB > 1 else padded(self.Dv, self.least)
 
     @cached_property
     def NVB(self) -> int:
@@ -163,13 +163,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A call's choices. ``tile`` tokens share a stored state; ``walk`` and ``pipe`` tell the family; ``obstacle``: on a GPU
-    that has the pipelines, why this call does not run in them."""
+    """A call's choices. ``tile`` tokens share a stored state; ``recurrent`` and ``pipelined`` tell the family; ``obstacle``: on
+    GPU that has the pipelines, why this call does not run in them."""
 
     tile: int
-    walk: bool
+    recurrent: bool
     launches: dict[str, Launch]
-    pipe: bool = False
+    pipelined: bool = False
     obstacle: str | None = None
 
     def __getitem__(self, kernel: str) -> Launch:
@@ -178,15 +178,24 @@ class Plan:
     @property
     def family(self) -> str:
         """In words."""
-        return "pipeline" if self.pipe else "chunk recurrence" if self.walk else "materialized states"
+        return "pipeline" if self.pipelined else "chunk recurrence" if self.recurrent else "materialized states"
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the GPU kernels, forward then backward, in their order."""
-        spec, name = self["keys"].spec, "pipe" if self.pipe else "walk" if self.walk else "snapshot"
-        sums = ("tile_query_sums",) if self.walk and (spec.NSB > 1 or not self.pipe) else ()
-        shares = ("unproject_shares",) if spec.SHARES else ()
-        return ("tile_sums", "scan_tiles", f"{name}_out", f"{name}_queries", *sums, "scan_tiles", f"{name}_keys", *shares)
+        spec, name = self["bwd_dkv"].spec, "hopper" if self.pipelined else "recurrent" if self.recurrent else "materialized"
+        sums = ("race_tile_sums_bwd_kernel",) if self.recurrent and (spec.NSB > 1 or not self.pipelined) else ()
+        shares = ("race_unproject_kernel",) if spec.PARTIAL_GRADIENTS else ()
+        return (
+            "race_tile_sums_fwd_kernel",
+            "race_scan_kernel",
+            f"race_{name}_fwd_kernel",
+            f"race_{name}_bwd_dq_kernel",
+            *sums,
+            "race_scan_kernel",
+            f"race_{name}_bwd_dkv_kernel",
+            *shares,
+        )
 
 
 def padded(n: int, least: int = 16) -> int:
@@ -213,19 +222,19 @@ def make_plan(
         tile: tokens that share a state, where the family's chunk does not decide it.
     """
     block = padded(spec.S, spec.least)
-    walk = not spec.is_bucket and block <= (32 if spec.f32 and not INTERPRET else 64) and block * spec.BV <= 8192
-    size = chunk or (32 if spec.f32 else 64)
-    spec = replace(spec, C=size, SB=min(block, 32 if spec.f32 and not INTERPRET else 64))
-    obstacle = pipeline_obstacle(replace(spec, pipe=True), shared_limit) if hopper else None
-    pipe = hopper and obstacle is None
-    if walk or pipe:
-        launches = {kernel: _launch(kernel, replace(spec, walk=True), shared_limit) for kernel in KERNELS}
-        if pipe:
-            choice = Launch(replace(spec, stages=1, walk=True, pipe=True), 4, PIPE_REGISTERS)
-            launches |= dict.fromkeys(PIPES, choice)
+    recurrent = not spec.is_bucket and block <= (32 if spec.fp32 and not INTERPRET else 64) and block * spec.BV <= 8192
+    size = chunk or (32 if spec.fp32 else 64)
+    spec = replace(spec, C=size, SB=min(block, 32 if spec.fp32 and not INTERPRET else 64))
+    obstacle = pipeline_obstacle(replace(spec, pipelined=True), shared_limit) if hopper else None
+    pipelined = hopper and obstacle is None
+    if recurrent or pipelined:
+        launches = {kernel: _launch(kernel, replace(spec, recurrent=True), shared_limit) for kernel in KERNELS}
+        if pipelined:
+            choice = Launch(replace(spec, stages=1, recurrent=True, pipelined=True), 4, PIPE_REGISTERS)
+            launches |= dict.fromkeys(PIPELINED, choice)
         bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
-        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipe, obstacle)
-    spec = replace(spec, stages=1, walk=False, bulk=False)
+        return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipelined, obstacle)
+    spec = replace(spec, stages=1, recurrent=False, tma=False)
     while max(spec.C, spec.SB) > 16 and any(shared_bytes(kernel, spec) > shared_limit for kernel in KERNELS):
         # of all kernels alike: their chunk is the tile
         spec = replace(spec, C=spec.C // 2) if spec.C > 16 else replace(spec, SB=spec.SB // 2)
@@ -241,12 +250,12 @@ def pipeline_obstacle(spec: Spec, shared_limit: int) -> str | None:
     most = 64 * (3 if spec.decay and spec.is_global else 4)  # features of which everything fits in PIPE_SHARED
     many = f"S = L * 2**P = {spec.S} features (beyond 64)"
     obstacles = {
-        f"q, k and v are {'float32' if spec.f32 else 'float16'}: give bfloat16, or call under torch.autocast": spec.f32
-        or spec.half,
+        f"q, k and v are {'float32' if spec.fp32 else 'float16'}: give bfloat16, or call under torch.autocast": spec.fp32
+        or spec.fp16,
         'normalization is "bucket": "global" and "none" have pipelines': spec.is_bucket,
         f"heads are wider than 128 (D = {spec.D}, Dv = {spec.Dv}): use more heads of at most 128": max(spec.D, spec.Dv) > 128,
         "TMA cannot move these rows: make D and Dv multiples of 8 and give tensors whose last dimension is contiguous and "
-        "whose strides are multiples of 8 elements": not spec.bulk,
+        "whose strides are multiples of 8 elements": not spec.tma,
         f"L * P = {spec.L * spec.P} planes: give at most 32": spec.LPB > 32,
         f"{many} have a pipeline for causal calls only: give at most 64": spec.NSB > 1 and not spec.causal,
         f"{many} have no pipeline for grouped queries: give at most 64, or as many key/value heads as query heads": spec.NSB > 1
@@ -261,8 +270,8 @@ def pipeline_obstacle(spec: Spec, shared_limit: int) -> str | None:
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:
-    """A walk's most chunks in flight, then its largest chunk, that fit the device's shared memory."""
-    choice = replace(spec, stages=1 if spec.f32 else STAGES[kernel])
+    """A recurrent's most chunks in flight, then its largest chunk, that fit the device's shared memory."""
+    choice = replace(spec, stages=1 if spec.fp32 else STAGES[kernel])
     while shared_bytes(kernel, choice) > shared_limit and (choice.stages > 1 or choice.C > 16):
         choice = replace(choice, stages=choice.stages - 1) if choice.stages > 1 else replace(choice, C=choice.C // 2)
     return Launch(choice, 4)
@@ -272,19 +281,19 @@ def shared_bytes(kernel: str, spec: Spec) -> int:
     """A bound on the shared memory of a kernel, from what it holds at a time: rows in flight, operands made of
     features, and of a state. tests/kernels/test_compiled.py holds it
     against the compiler's figures."""
-    size = 4 if spec.f32 else 2
+    size = 4 if spec.fp32 else 2
     rows = spec.C * (spec.BD + spec.BV) * size
     features = spec.C * spec.SB * size
     state = 2 * spec.SB * spec.BV * size
     planes = 2 * spec.BD * spec.LPB * size + 2 * spec.LPB * spec.SB * size
     flight = 1 if spec.stages == 1 else spec.G  # each query head's rows are in flight by themselves
     held = {
-        "sums": rows * spec.stages + features,
-        "query_sums": rows * flight * spec.stages + features,
-        "out": (1 + flight) * rows * spec.stages + 2 * features + state // 2,
-        "queries": (1 + flight) * rows * spec.stages + 2 * features + state,
-        "keys": (1 + flight) * rows * spec.stages + 3 * features + state,
+        "tile_sums_fwd": rows * spec.stages + features,
+        "tile_sums_bwd": rows * flight * spec.stages + features,
+        "fwd": (1 + flight) * rows * spec.stages + 2 * features + state // 2,
+        "bwd_dq": (1 + flight) * rows * spec.stages + 2 * features + state,
+        "bwd_dkv": (1 + flight) * rows * spec.stages + 3 * features + state,
     }
-    spare = held[kernel] // 4 if spec.f32 else 0  # to lay operands out anew
+    spare = held[kernel] // 4 if spec.fp32 else 0  # to lay operands out anew
     decay = 12288 if spec.decay and spec.stages > 1 else 0
     return held[kernel] + spare + planes + decay + 8192

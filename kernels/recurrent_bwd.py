@@ -54,7 +54,7 @@ from race_dist.kernels.common import (
 
 
 @triton.jit
-def walk_queries(
+def race_recurrent_bwd_dq_kernel(
     q,
     k,
     v,
@@ -77,8 +77,8 @@ def walk_queries(
     c: tl.constexpr,
 ):
     """Program (tile, head), chunks in order: writes dq, ``h [B, T, Hq]`` ("global"), and the queries' part of
-    dG ``[B, T, H]`` (decay, "none"). The tile's sums of C and c are made apart (``tile_query_sums``): kept here they would not
-    fit in registers beside M."""
+    dG ``[B, T, H]`` (decay, "none"). The tile's sums of C and c are made apart (``race_tile_sums_bwd_kernel``): kept here they
+    would not fit in registers beside M."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H
     b, row, start, end, _ = locate(tiles, tile, T, TILE, c)
@@ -147,7 +147,7 @@ def walk_queries(
 
 
 @triton.jit
-def walk_keys(
+def race_recurrent_bwd_dkv_kernel(
     q,
     k,
     v,

@@ -39,7 +39,7 @@ from race_dist.kernels.common import (
 
 
 @triton.jit
-def walk_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: tl.constexpr):
+def race_recurrent_fwd_kernel(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head): writes ``out [B, T, Hq, Dv]`` and, for "global", ``den [B, T, Hq]``."""
     h = (tl.program_id(0) % H).to(tl.int64)
     tile = tl.program_id(0) // H

@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def scan_tiles(
+def race_scan_kernel(
     sums,
     decays,
     initial_values,

@@ -34,7 +34,7 @@ from race_dist.kernels.common import (
 
 
 @triton.jit
-def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
+def race_tile_sums_fwd_kernel(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head, feature block): writes its part of ``sums [tile, H, S (Dv + 1)]``, and the
     tile's total log decay ``decays [tile, H]`` (binary units, float64)."""
     pid = tl.program_id(0)
@@ -68,7 +68,7 @@ def tile_sums(k, v, planes, beta, log_decay, key_mask, sums, decays, tiles, T, T
 
 
 @triton.jit
-def tile_query_sums(q, dout, den, h_in, planes, beta, log_decay, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
+def race_tile_sums_bwd_kernel(q, dout, den, h_in, planes, beta, log_decay, sums, decays, tiles, T, TILE, H, c: tl.constexpr):
     """Program (tile, head, feature block): writes its part of ``sums [tile, H, S (Dv + 1)]`` of the suffix state, and the
     tile's total log decay."""
     pid = tl.program_id(0)

@@ -21,13 +21,13 @@ class Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def fitted_tile(length: int, rows: int, processors: int) -> int:
+def fitted_tile(length: int, rows: int, num_sms: int) -> int:
     """Tokens a tile for pipelines, each of which takes a whole multiprocessor: such that ``rows`` sequences of ``length``
     tokens are done soonest, wave after wave of programs. 2**20 tokens of 8 heads on 132 multiprocessors are 8 full waves
     of 8000 tokens; with tiles of 4096 the last of 16 is half empty. Of equals the longest, which stores the fewest states."""
 
     def chunks(tile: int) -> int:
-        waves = -(-rows * -(-length // tile) // processors)
+        waves = -(-rows * -(-length // tile) // num_sms)
         return waves * (tile // 64 + FILL)
 
     return min(range(LONGEST, 0, -64), key=chunks)

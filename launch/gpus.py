@@ -43,7 +43,7 @@ def _one(name: str, value: object, bad: bool, detail: str, verdict: Verdict = "f
 
 
 def _memory(gpu: Nvml) -> Iterator[Finding]:
-    memory = gpu.ask("GetMemoryInfo")
+    memory = gpu.query("GetMemoryInfo")
     if memory is None:
         yield Finding("gpu memory", "unknown")
         return
@@ -51,7 +51,7 @@ def _memory(gpu: Nvml) -> Iterator[Finding]:
 
 
 def _errors(gpu: Nvml) -> Iterator[Finding]:
-    mode = gpu.ask("GetEccMode")
+    mode = gpu.query("GetEccMode")
     yield _one(
         "ecc",
         None if mode is None else {"current": mode[0], "pending": mode[1]},
@@ -60,7 +60,9 @@ def _errors(gpu: Nvml) -> Iterator[Finding]:
         "warn",
     )
     for name, kind in (("uncorrected", "UNCORRECTED"), ("corrected", "CORRECTED")):
-        count = gpu.ask("GetTotalEccErrors", gpu.constant(f"NVML_MEMORY_ERROR_TYPE_{kind}"), gpu.constant("NVML_VOLATILE_ECC"))
+        count = gpu.query(
+            "GetTotalEccErrors", gpu.constant(f"NVML_MEMORY_ERROR_TYPE_{kind}"), gpu.constant("NVML_VOLATILE_ECC")
+        )
         yield _one(
             f"ecc errors, {name}",
             count,
@@ -68,7 +70,7 @@ def _errors(gpu: Nvml) -> Iterator[Finding]:
             f"{count} {name} memory errors since the last reset",
             "fail" if name == "uncorrected" else "warn",
         )
-    rows = gpu.ask("GetRemappedRows")
+    rows = gpu.query("GetRemappedRows")
     if rows is None:
         yield Finding("remapped rows", "unknown")
         return
@@ -87,11 +89,11 @@ def _errors(gpu: Nvml) -> Iterator[Finding]:
 
 
 def _links(gpu: Nvml) -> Iterator[Finding]:
-    states = [gpu.ask("GetNvLinkState", link) for link in range(_MAX_LINKS)]
+    states = [gpu.query("GetNvLinkState", link) for link in range(_MAX_LINKS)]
     known = [bool(state) for state in states if state is not None]
     value = {"active": sum(known), "inactive": len(known) - sum(known)} if known else None
     yield _one("nvlink", value, any(known) and not all(known), f"{len(known) - sum(known)} of {len(known)} links are down")
-    c2c = gpu.ask("GetC2cModeInfoV")
+    c2c = gpu.query("GetC2cModeInfoV")
     yield _one(
         "c2c",
         None if c2c is None else bool(c2c.isC2cEnabled),
@@ -102,7 +104,7 @@ def _links(gpu: Nvml) -> Iterator[Finding]:
 
 
 def _fabric(gpu: Nvml) -> Iterator[Finding]:
-    info = gpu.ask("GetGpuFabricInfoV") or gpu.ask("GetGpuFabricInfo")
+    info = gpu.query("GetGpuFabricInfoV") or gpu.query("GetGpuFabricInfo")
     if info is None or info.state == 0:
         yield Finding("fabric", "unknown", None, "no NVLink fabric" if info is not None else "")
         return
@@ -117,20 +119,20 @@ def _fabric(gpu: Nvml) -> Iterator[Finding]:
 
 def _clocks(gpu: Nvml) -> Iterator[Finding]:
     kind = gpu.constant("NVML_CLOCK_SM")
-    now, most = gpu.ask("GetClockInfo", kind), gpu.ask("GetMaxClockInfo", kind)
+    now, most = gpu.query("GetClockInfo", kind), gpu.query("GetMaxClockInfo", kind)
     yield _one("clocks", None if now is None else {"sm_mhz": now, "max_sm_mhz": most}, False, "")
-    slowed = gpu.slowed()
-    yield _one("clocks held down", slowed, bool(gpu.in_trouble()), f"by {', '.join(slowed or ())}")
+    slowed = gpu.throttle_reasons()
+    yield _one("clocks held down", slowed, bool(gpu.is_throttled()), f"by {', '.join(slowed or ())}")
     heat, limit = (
-        gpu.ask("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
-        gpu.ask("GetTemperatureThreshold", gpu.constant("NVML_TEMPERATURE_THRESHOLD_SLOWDOWN")),
+        gpu.query("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
+        gpu.query("GetTemperatureThreshold", gpu.constant("NVML_TEMPERATURE_THRESHOLD_SLOWDOWN")),
     )
     near = heat is not None and limit is not None and heat > limit - 5
     yield _one("temperature", heat, near, f"{heat} C, and it slows down at {limit} C", "warn")
 
 
 def _power(gpu: Nvml) -> Iterator[Finding]:
-    limit, default = gpu.ask("GetEnforcedPowerLimit"), gpu.ask("GetPowerManagementDefaultLimit")
+    limit, default = gpu.query("GetEnforcedPowerLimit"), gpu.query("GetPowerManagementDefaultLimit")
     value = (
         None
         if limit is None
@@ -147,12 +149,12 @@ def _power(gpu: Nvml) -> Iterator[Finding]:
 
 
 def _pcie(gpu: Nvml) -> Iterator[Finding]:
-    width, most = gpu.ask("GetCurrPcieLinkWidth"), gpu.ask("GetMaxPcieLinkWidth")
+    width, most = gpu.query("GetCurrPcieLinkWidth"), gpu.query("GetMaxPcieLinkWidth")
     yield _one("pcie lanes", width, width is not None and most is not None and width < most, f"{width} of {most} lanes", "warn")
 
 
 def _others(gpu: Nvml) -> Iterator[Finding]:
-    others = gpu.others()
+    others = gpu.other_processes()
     if others is None:
         yield Finding("other processes", "unknown")
         return

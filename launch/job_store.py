@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from race_dist.files import read_object
+from race_dist.files import read_json_object
 from race_dist.output_paths import write_private
 
 FOLDER = ".jobs"
@@ -73,6 +73,6 @@ def recall(runs: Path, which: str | None = None) -> list[Record]:
 def _read(runs: Path) -> Iterator[Record]:
     for file in sorted((runs / FOLDER).glob("*/job-*.json")):
         try:
-            yield Record(**read_object(file, {entry.name: str for entry in fields(Record)}))
+            yield Record(**read_json_object(file, {entry.name: str for entry in fields(Record)}))
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{file} is not the record of a job: {error}") from None

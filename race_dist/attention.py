@@ -18,7 +18,7 @@ from race_dist.hashing import as_bfloat16, check_hash
 from race_dist.ops.autograd import attend, get_backend, is_traced, refuse_transforms, unsupported
 from race_dist.ops.explain import warn_slow
 from race_dist.ops.inputs import NORMALIZATIONS, Normalization, Problem
-from race_dist.parallel.sharding import Layout, check_documents, check_layout
+from race_dist.parallel.sharding import Layout, check_cu_seqlens, check_layout
 from race_dist.sketch import SketchState
 
 BackendName = Literal["auto", "reference", "chunked", "triton"]
@@ -418,7 +418,7 @@ def _check_documents(cu_seqlens: Tensor | None, batch: int, length: int | None, 
     """int64 ``[N + 1]``; ``length`` None when the tokens are sharded and only their sum over the ranks is known."""
     if cu_seqlens is None:
         return None
-    check_documents(cu_seqlens, length)
+    check_cu_seqlens(cu_seqlens, length)
     if batch != 1:
         raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {batch}: pack them into one row")
     _same_device("cu_seqlens", cu_seqlens, q)

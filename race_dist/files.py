@@ -22,7 +22,7 @@ from torch import Tensor
 
 from race_dist.output_paths import replacing
 
-Kinds = Mapping[str, type | tuple[type, ...]]
+JsonTypes = Mapping[str, type | tuple[type, ...]]
 
 DIGEST = "digest"  # the key of a record's own checksum
 _HEADER = "race_dist"  # the one key of a safetensors header: several would be written in any order
@@ -55,9 +55,9 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
-def write_record(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write an object as JSON with a checksum of itself, for :func:`read_record`. No line end follows: all of it counts."""
-    write_text(path, json.dumps({**tree, DIGEST: tree_digest(tree)}, indent=1))
+def write_checksummed_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write an object as JSON with a checksum of itself, for :func:`read_checksummed_json`; no newline at the end."""
+    write_text(path, json.dumps({**tree, DIGEST: json_digest(tree)}, indent=1))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -69,7 +69,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         "metadata": dict(metadata or {}),
         "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())},
     }
-    header[DIGEST] = tree_digest(header)
+    header[DIGEST] = json_digest(header)
     with replacing(path) as partial:
         try:
             save_file(whole, partial, {_HEADER: json.dumps(header)})
@@ -87,7 +87,7 @@ def file_digest(file: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(data.fileno()).st_size, "blake2b": digest}
 
 
-def check_file(file: Path, wanted: Any) -> None:
+def verify_file(file: Path, wanted: Any) -> None:
     """Raise DamagedFileError unless a file is what :func:`file_digest` has described."""
     if not file.is_file():
         raise DamagedFileError(f"{file} is missing")
@@ -99,7 +99,7 @@ def check_file(file: Path, wanted: Any) -> None:
         raise DamagedFileError(f"{file} does not have the checksum it was written with")
 
 
-def tree_digest(tree: Mapping[str, Any]) -> str:
+def json_digest(tree: Mapping[str, Any]) -> str:
     """BLAKE2b of a tree of JSON types."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -121,7 +121,7 @@ def read_text(path: Path) -> str:
         raise DamagedFileError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_object(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
+def read_json_object(path: Path, kinds: JsonTypes | None = None) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Args:
@@ -142,30 +142,30 @@ def read_object(path: Path, kinds: Kinds | None = None) -> dict[str, Any]:
     return _checked_kinds(path, tree, kinds or {})
 
 
-def read_record(path: Path, kinds: Kinds | None = None, *, required: bool = True) -> dict[str, Any]:
-    """What :func:`write_record` has written, without the checksum.
+def read_checksummed_json(path: Path, kinds: JsonTypes | None = None, *, required: bool = True) -> dict[str, Any]:
+    """What :func:`write_checksummed_json` has written, without the checksum.
 
     Args:
         path: of the file.
-        kinds: as for :func:`read_object`.
+        kinds: as for :func:`read_json_object`.
         required: whether a record without a checksum is refused.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedFileError: as :func:`read_object`, or the record was changed after it was written.
+        DamagedFileError: as :func:`read_json_object`, or the record was changed after it was written.
     """
-    tree = read_object(path)
-    check_record(path, tree, required=required)
+    tree = read_json_object(path)
+    verify_json(path, tree, required=required)
     return _checked_kinds(path, tree, kinds or {})
 
 
-def check_record(path: Path, tree: dict[str, Any], *, required: bool = True) -> None:
+def verify_json(path: Path, tree: dict[str, Any], *, required: bool = True) -> None:
     """Take the checksum out of a record that was read from ``path``. Raises DamagedFileError where it is not the record's."""
-    if (required or DIGEST in tree) and tree.pop(DIGEST, None) != tree_digest(tree):
+    if (required or DIGEST in tree) and tree.pop(DIGEST, None) != json_digest(tree):
         raise DamagedFileError(f"{path} was changed: it does not have the checksum it was written with")
 
 
-def is_kind(value: Any, kind: type | tuple[type, ...]) -> bool:
+def has_json_type(value: Any, kind: type | tuple[type, ...]) -> bool:
     """Whether a JSON value is of a kind: true and false are no numbers, integers are floats too."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if isinstance(value, bool):
@@ -205,7 +205,7 @@ class CheckedTensors:
     def _read_header(self, text: str) -> None:
         try:
             header = json.loads(text)
-            whole = header.pop(DIGEST) == tree_digest(header) and header["tensors"].keys() == set(self._stored.keys())
+            whole = header.pop(DIGEST) == json_digest(header) and header["tensors"].keys() == set(self._stored.keys())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             whole = False
         if not whole:
@@ -214,7 +214,7 @@ class CheckedTensors:
 
 
 @contextmanager
-def opened_tensors(path: Path) -> Iterator[CheckedTensors]:
+def open_tensors(path: Path) -> Iterator[CheckedTensors]:
     """A safetensors file, to read tensor after tensor on the CPU.
 
     Raises:
@@ -231,16 +231,16 @@ def opened_tensors(path: Path) -> Iterator[CheckedTensors]:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata. Raises as :func:`opened_tensors`."""
-    with opened_tensors(path) as stored:
+    """All tensors of a safetensors file, on the CPU, and its metadata. Raises as :func:`open_tensors`."""
+    with open_tensors(path) as stored:
         return {name: stored[name] for name in stored}, stored.metadata
 
 
-def _checked_kinds(path: Path, tree: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+def _checked_kinds(path: Path, tree: dict[str, Any], kinds: JsonTypes) -> dict[str, Any]:
     for key, kind in kinds.items():
         if key not in tree:
             raise DamagedFileError(f"{path} is damaged: {key} is missing")
-        if not is_kind(tree[key], kind):
+        if not has_json_type(tree[key], kind):
             raise DamagedFileError(
                 f"{path} is damaged: {key} is {_WORDS.get(type(tree[key]), 'something else')}, not "
                 f"{' or '.join(_WORDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))}"

@@ -179,8 +179,8 @@ def test_every_page_that_passes_labels_says_what_they_are() -> None:
 
 
 def test_the_page_of_layers_names_every_default_of_normalization() -> None:
-    from race_dist.integrations.deepspeed.attention import DEFAULTS
-    from race_dist.integrations.transformers.settings import STARTING_POINT, WITHOUT_PARAMETERS
+    from race_dist.integrations.deepspeed.attention import SKETCH_ATTENTION_DEFAULTS
+    from race_dist.integrations.transformers.settings import CONVERSION_DEFAULTS, IMPLEMENTATION_DEFAULTS
 
     section = page("docs/layers.md").partition("default of `normalization`")[2]
     found = dict(re.findall(r"^\| `([^|]*?)`[^|]* \| `\"(\w+)\"` \|", section, re.MULTILINE))
@@ -188,9 +188,9 @@ def test_the_page_of_layers_names_every_default_of_normalization() -> None:
         "race_attention(...)": inspect.signature(race_attention).parameters["normalization"].default,
         "RaceConfig()": RaceConfig().normalization,
         "RaceConfig(causal=False)": RaceConfig(causal=False).normalization,
-        "convert(model)": STARTING_POINT["normalization"],
-        'attn_implementation="race"': WITHOUT_PARAMETERS["normalization"],
-        "SketchAttention": DEFAULTS["normalization"],
+        "convert(model)": CONVERSION_DEFAULTS["normalization"],
+        'attn_implementation="race"': IMPLEMENTATION_DEFAULTS["normalization"],
+        "SketchAttention": SKETCH_ATTENTION_DEFAULTS["normalization"],
         "RaceTransformerConfig": RaceConfig().normalization,
     }
 

@@ -29,7 +29,14 @@ def test_bad_arguments_are_those_of_the_call() -> None:
             call(q, k, v, sample_planes(2, 3, 8, seed=0), 1.0)
 
 
-PIPELINE = ("tile_sums", "scan_tiles", "pipe_out", "pipe_queries", "scan_tiles", "pipe_keys")
+PIPELINE = (
+    "race_tile_sums_fwd_kernel",
+    "race_scan_kernel",
+    "race_hopper_fwd_kernel",
+    "race_hopper_bwd_dq_kernel",
+    "race_scan_kernel",
+    "race_hopper_bwd_dkv_kernel",
+)
 
 
 @pytest.fixture
@@ -56,13 +63,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "family", "words"),
     [
         ({}, "pipeline", "fastest"),
-        ({"trained": True}, "pipeline", "unproject_shares"),
+        ({"trained": True}, "pipeline", "race_unproject_kernel"),
         ({"dtype": torch.float32}, "chunk recurrence", "q, k and v are float32: give bfloat16"),
         ({"dtype": torch.float16}, "chunk recurrence", "q, k and v are float16: give bfloat16"),
         ({"normalization": "bucket"}, "materialized states", '"global" and "none" have pipelines'),
         ({"dim": 12}, "chunk recurrence", "make D and Dv multiples of 8"),
         ({"dim": 160}, "materialized states", "at most 128"),
-        ({"hash": (1, 8)}, "pipeline", "tile_query_sums"),
+        ({"hash": (1, 8)}, "pipeline", "race_tile_sums_bwd_kernel"),
         ({"hash": (1, 8), "heads": 4}, "materialized states", "grouped queries"),
         ({"hash": (1, 8), "causal": False}, "materialized states", "causal calls only"),
         ({"hash": (16, 4)}, "materialized states", "L * P = 64 planes: give at most 32"),

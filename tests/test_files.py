@@ -18,15 +18,15 @@ from torch import Tensor
 
 from race_dist.files import (
     DamagedFileError,
-    check_file,
     file_digest,
     load_tensors,
-    opened_tensors,
-    read_object,
-    read_record,
+    open_tensors,
+    read_checksummed_json,
+    read_json_object,
     replacing,
     save_tensors,
-    write_record,
+    verify_file,
+    write_checksummed_json,
     write_text,
 )
 
@@ -114,7 +114,7 @@ def test_tensors_from_elsewhere_need_no_checksums(tmp_path: Path) -> None:
         load_tensors(tmp_path / "none")
     for data in (b"", b"\0" * 64, b"text that is no safetensors file"):
         (tmp_path / "x").write_bytes(data)
-        with pytest.raises(DamagedFileError, match="x is damaged"), opened_tensors(tmp_path / "x"):
+        with pytest.raises(DamagedFileError, match="x is damaged"), open_tensors(tmp_path / "x"):
             pass
 
 
@@ -140,46 +140,46 @@ def test_tensors_from_elsewhere_need_no_checksums(tmp_path: Path) -> None:
 def test_json_that_is_not_what_it_should_be_is_one_sentence(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(DamagedFileError, match=says) as caught:
-        read_object(tmp_path / "x.json", {"step": int})
+        read_json_object(tmp_path / "x.json", {"step": int})
     assert str(tmp_path / "x.json") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"step": 3, "rate": 1}')
-    assert read_object(tmp_path / "x.json", {"step": int, "rate": float}) == {"step": 3, "rate": 1}
+    assert read_json_object(tmp_path / "x.json", {"step": int, "rate": float}) == {"step": 3, "rate": 1}
 
 
 def test_no_flipped_bit_of_a_record_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
-    write_record(file, TREE)
-    assert read_record(file, {"step": int}) == TREE
+    write_checksummed_json(file, TREE)
+    assert read_checksummed_json(file, {"step": int}) == TREE
     whole = file.read_bytes()
     taken = 0
     for bit in range(8 * len(whole)):
         file.write_bytes(flipped(whole, bit))
         with suppress(DamagedFileError):
-            assert read_record(file) == TREE
+            assert read_checksummed_json(file) == TREE
             taken += 1
     assert taken <= 2  # "\\u00E4" is "\\u00e4"
     file.write_text(json.dumps(TREE))
-    assert read_record(file, required=False) == TREE
+    assert read_checksummed_json(file, required=False) == TREE
     with pytest.raises(DamagedFileError, match=r"x\.json was changed"):
-        read_record(file)
+        read_checksummed_json(file)
 
 
 def test_a_file_is_what_was_described_or_named(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"some bytes")
     wanted = file_digest(file)
-    check_file(file, wanted)
+    verify_file(file, wanted)
     for data, says in ((b"some byte", "has 9 bytes, 10 were written"), (b"some bytez", "does not have the checksum")):
         file.write_bytes(data)
         with pytest.raises(DamagedFileError, match=says):
-            check_file(file, wanted)
+            verify_file(file, wanted)
     file.unlink()
     with pytest.raises(DamagedFileError, match="x is missing"):
-        check_file(file, wanted)
+        verify_file(file, wanted)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         for write in (
             lambda: write_text(file, "after " * 100),
             lambda: save_tensors(file, {"a": torch.ones(99)}),
-            lambda: write_record(file, {"a": "after " * 100}),
+            lambda: write_checksummed_json(file, {"a": "after " * 100}),
         ):
             with pytest.raises(OSError, match=r"x could not be written: .*[Ff]ile too large"):
                 write()

@@ -34,9 +34,9 @@ from race_dist.planning import (
     recommend,
 )
 from race_dist.planning.clusters import Link
-from race_dist.planning.cost_model import attention_cost, passes, scan_seconds
+from race_dist.planning.cost_model import attention_cost, count_passes, scan_seconds
 from race_dist.planning.memory import activations, chunk_start_states, gathers_all
-from race_dist.planning.tally import carry_bytes, parameters, saved_weights
+from race_dist.planning.tally import autocast_weight_bytes, carry_bytes, parameters
 from race_dist.streaming import streamed_backward
 from race_dist.training.config import load_config
 
@@ -100,7 +100,7 @@ def saved_bytes(config: ModelConfig, batch: int, length: int, narrow: bool, *, c
 def test_activations_are_what_autograd_saves(shape: str, batch: int, narrow: bool) -> None:
     config, length = model_of(**SHAPES[shape]), 512
     job = Job(config, length, batch, "bfloat16" if narrow else "float32")
-    predicted = activations(job, Layout(1, 1, length), CPU) + saved_weights(job)
+    predicted = activations(job, Layout(1, 1, length), CPU) + autocast_weight_bytes(job)
     assert predicted == pytest.approx(saved_bytes(config, batch, length, narrow), rel=0.06)
 
 
@@ -109,7 +109,7 @@ def test_activations_are_what_autograd_saves(shape: str, batch: int, narrow: boo
 def test_compiled_activations_are_what_autograd_saves(shape: str, narrow: bool) -> None:
     config, length = model_of(**SHAPES[shape]), 512
     job = Job(config, length, 1, "bfloat16" if narrow else "float32", compiled=True)
-    predicted = activations(job, Layout(1, 1, length), CPU) + saved_weights(job)
+    predicted = activations(job, Layout(1, 1, length), CPU) + autocast_weight_bytes(job)
     assert predicted == pytest.approx(saved_bytes(config, 1, length, narrow, compiled=True), rel=0.1)
 
 
@@ -183,10 +183,10 @@ def test_streaming_keeps_activations_and_adds_small_states() -> None:
 
 def test_passes() -> None:
     job = Job(model_of(), 2**20, 1)
-    assert passes(job, Layout(1, 1)).products == 3
-    assert passes(job, Layout(1, 1, 1024)).products == pytest.approx(4, rel=1e-3)  # 8 instead of 6 x parameters x tokens
-    assert passes(job, Layout(1, 1, 1024, True)).products == pytest.approx(5, rel=1e-3)
-    assert passes(job, Layout(1, 1, 2**20)).products == 3  # one chunk: nothing is run before it
+    assert count_passes(job, Layout(1, 1)).products == 3
+    assert count_passes(job, Layout(1, 1, 1024)).products == pytest.approx(4, rel=1e-3)  # 8 instead of 6 x parameters x tokens
+    assert count_passes(job, Layout(1, 1, 1024, True)).products == pytest.approx(5, rel=1e-3)
+    assert count_passes(job, Layout(1, 1, 2**20)).products == 3  # one chunk: nothing is run before it
 
 
 @pytest.mark.parametrize(("tables", "planes", "flops"), [(2, 2, 49_152), (4, 4, 110_592), (1, 8, 356_352)])

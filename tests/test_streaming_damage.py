@@ -234,10 +234,10 @@ def test_what_is_stored_of_another_call_is_refused(change: dict[str, Any], words
 
 
 def test_weights_that_changed_places_are_other_weights() -> None:
-    from race_dist.streaming.checkpoint import digest_of_weights
+    from race_dist.streaming.checkpoint import weights_digest
 
     net = DecoderLM(ModelConfig(vocab_size=17, dim=8, num_layers=1, num_heads=2))
-    before = digest_of_weights(net)
+    before = weights_digest(net)
     with torch.no_grad():
         net.head.weight.copy_(net.head.weight.flip(0))
-    assert digest_of_weights(net) != before
+    assert weights_digest(net) != before

@@ -1,4 +1,4 @@
-"""The backward pass over the keys (``walk_backward.walk_keys``) as a pipeline of warp groups; see the package.
+"""The backward pass over the keys (``race_recurrent_bwd_dkv_kernel``) as a pipeline of warp groups; see the package.
 
 Chunks in reverse, with the state behind each:
 
@@ -65,7 +65,7 @@ from race_dist.kernels.hopper.decay import (
 
 
 @gluon.jit
-def pipe_keys(
+def race_hopper_bwd_dkv_kernel(
     q,
     k,
     v,
@@ -102,7 +102,7 @@ def pipe_keys(
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
-    if not c.SHARES:
+    if not c.PARTIAL_GRADIENTS:
         dk_rows = open_rows(dk, b, h, end, c.D, c.BD, c)
     else:
         dk_rows = dk
@@ -432,7 +432,7 @@ def _rows(
 ):
     b, h, start, end, chunks, part, H = place
     sharp = gl.load(beta + h).to(gl.float32)
-    if not c.SHARES:
+    if not c.PARTIAL_GRADIENTS:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
     features: gl.constexpr = product(c.SB)
     db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
@@ -455,10 +455,10 @@ def _rows(
             set_empty(do_s, i)
             total = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, features))
             corners = no_corners(c)
-            for table in range(c.NSB // c.BLOCKS):
+            for table in range(c.NSB // c.BLOCKS_PER_TABLE):
                 sums = no_table(c)
-                for n in range(c.BLOCKS):
-                    y = _block(A, v_c, i * c.NSB + table * c.BLOCKS + n, keys, queries, state, weights, at, c)
+                for n in range(c.BLOCKS_PER_TABLE):
+                    y = _block(A, v_c, i * c.NSB + table * c.BLOCKS_PER_TABLE + n, keys, queries, state, weights, at, c)
                     sums = add_block(sums, y, n, c)
                 corners = add_table(corners, sums, table, planes_s, c)
                 total += sums[1]
@@ -474,10 +474,10 @@ def _rows(
         set_empty(tanhs, i)
         dz, db_c = hash_gradient(corners, u, sharp)
         db += db_c
-        if c.SHARES:
+        if c.PARTIAL_GRADIENTS:
             store_share(dk_rows, dz, b, t, part * H + h, end - t, c)
         else:
             send(dk_rows, t, staging, unproject(dz, planes_s[0], c))
-    if not c.SHARES:
+    if not c.PARTIAL_GRADIENTS:
         tma.store_wait(0)  # before the sum takes the room of what is being sent
     gl.store(dbeta, gl.sum(db, 0))

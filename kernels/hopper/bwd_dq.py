@@ -1,4 +1,4 @@
-"""The backward pass over the queries (``walk_backward.walk_queries``) as a pipeline of warp groups; see the package.
+"""The backward pass over the queries (``race_recurrent_bwd_dq_kernel``) as a pipeline of warp groups; see the package.
 
 With w = phi(q) / den ("global") or phi(q), rounded once, and the state before each chunk:
 
@@ -75,7 +75,7 @@ from race_dist.kernels.hopper.decay import (
 
 
 @gluon.jit
-def pipe_queries(
+def race_hopper_bwd_dq_kernel(
     q,
     k,
     v,
@@ -101,8 +101,8 @@ def pipe_queries(
     """Program (tile, head, block of value columns): writes dq, ``h [B, T, Hq]`` ("global"), the queries' part of dG
     ``[B, T, H]`` (decay, "none"), and, of one block of features, its part of
     ``sums [tile, H, S (Dv + 1)]`` of the suffix state and the tile's log decay
-    ``decays [tile, H]``; of more, ``tile_query_sums`` makes those, dq, h and the part of dG are shares that add, and heads of
-    h and of it are ``NVB`` times as many, block by block."""
+    ``decays [tile, H]``; of more, ``race_tile_sums_bwd_kernel`` makes those, dq, h and the part of dG are
+    partial results that add, and heads of h and of it are ``NVB`` times as many, block by block."""
     part = gl.program_id(0) % c.NVB
     h = (gl.program_id(0) // c.NVB % H).to(gl.int64)
     number = gl.program_id(0) // (c.NVB * H)
@@ -112,7 +112,7 @@ def pipe_queries(
     planes_s = put_planes(planes, h, c)
     k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
     q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
-    if not c.SHARES:
+    if not c.PARTIAL_GRADIENTS:
         dq_rows = open_heads(dq, b, h, end, c.D, c.BD, c)
     else:
         dq_rows = dq
@@ -379,7 +379,7 @@ def _rows(
 ):
     b, h, start, end, chunks, index, part = place
     sharp = gl.load(beta + h).to(gl.float32)
-    if not c.SHARES:
+    if not c.PARTIAL_GRADIENTS:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
     if c.NSB == 1:
         pair = gl.allocate_shared_memory(gl.bfloat16, [16, c.C], tile(16, c.C))
@@ -425,11 +425,11 @@ def _rows(
                 corners, of_mass = no_corners(c), no_corners(c)
                 total = gl.zeros([c.C], gl.float32, of_tokens)
                 mass = gl.zeros([c.C], gl.float32, of_tokens)
-                for table in range(c.NSB // c.BLOCKS):
+                for table in range(c.NSB // c.BLOCKS_PER_TABLE):
                     of_values, of_masses = no_table(c), no_table(c)
-                    for n in range(c.BLOCKS):
+                    for n in range(c.BLOCKS_PER_TABLE):
                         w, e, m = _block(
-                            do, A_parts, i * c.NSB + table * c.BLOCKS + n, keys, queries, state, every, weights, at, c
+                            do, A_parts, i * c.NSB + table * c.BLOCKS_PER_TABLE + n, keys, queries, state, every, weights, at, c
                         )
                         of_values = add_block(of_values, w * e, n, c)
                         if c.is_global:
@@ -451,14 +451,14 @@ def _rows(
             set_empty(tanhs, j)
             dz, db_c = hash_gradient(corners, u, sharp)
             db += db_c
-            if c.SHARES:
+            if c.PARTIAL_GRADIENTS:
                 store_share(dq_rows, dz, b, t, (part * H + h) * c.G + g, end - t, c)
             else:
                 send(dq_rows[g], t, staging, unproject(dz, planes_s[0], c))
         free_weights(weights, i, c)
         if c.decay and not c.is_global:
             store_scalars(row_out, row, b, t, part * H + h, end - t, of_tokens, c)
-    if not c.SHARES:
+    if not c.PARTIAL_GRADIENTS:
         tma.store_wait(0)  # before the sum takes the room of what is being sent
     gl.store(dbeta + index * c.NVB + part, gl.sum(db, 0))
     if c.NSB == 1:

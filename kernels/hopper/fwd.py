@@ -1,4 +1,4 @@
-"""The forward read-out (``walk.walk_out``) as a pipeline of warp groups; see the package."""
+"""The forward read-out (``walk.race_recurrent_fwd_kernel``) as a pipeline of warp groups; see the package."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from race_dist.kernels.hopper.decay import (
 
 
 @gluon.jit
-def pipe_out(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: gl.constexpr):
+def race_hopper_fwd_kernel(q, k, v, out, den, planes, beta, log_decay, key_mask, states, tiles, T, TILE, H, c: gl.constexpr):
     """Program (tile, head, block of value columns): writes ``out [B, T, Hq, Dv]`` and, for "global", ``den [B, T, Hq]``."""
     part = gl.program_id(0) % c.NVB
     h = (gl.program_id(0) // c.NVB % H).to(gl.int64)

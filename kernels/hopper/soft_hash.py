@@ -29,14 +29,14 @@ def put_planes(planes, h, c: gl.constexpr):
     else:
         W = operands(1, c.LPB, c.BD)
         W.index(0).store(x.to(gl.bfloat16))
-    different: gl.constexpr = c.NSB // c.BLOCKS
+    different: gl.constexpr = c.NSB // c.BLOCKS_PER_TABLE
     ones = operands(different, c.LPB, c.SB)
     zeros = operands(different, c.LPB, c.SB)
     bits: gl.constexpr = by_rows(c.SB)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, bits))
-    inside = (slot < c.L * c.P) & (slot % c.P >= c.HEAD)
+    inside = (slot < c.L * c.P) & (slot % c.P >= c.BLOCK_PLANES)
     for n in gl.static_range(different):
-        s = n * c.BLOCKS * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bits))
+        s = n * c.BLOCKS_PER_TABLE * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bits))
         same = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & inside[:, None] & (s < c.S)[None, :]
         bit = ((s % c.R)[None, :] >> (c.P - 1 - slot % c.P)[:, None]) & 1
         ones.index(n).store((same & (bit == 1)).to(gl.bfloat16))
@@ -141,10 +141,10 @@ def heads(u, beta, table, c: gl.constexpr):
     on, off = log_sigmoids(u, beta)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
     plane = slot - table * c.P
-    inside = (plane >= 0) & (plane < c.HEAD)
+    inside = (plane >= 0) & (plane < c.BLOCK_PLANES)
     factors = ()
-    for n in gl.static_range(c.BLOCKS):
-        log = gl.where(((n >> gl.where(inside, c.HEAD - 1 - plane, 0)) & 1 == 1)[None, :], on, off)
+    for n in gl.static_range(c.BLOCKS_PER_TABLE):
+        log = gl.where(((n >> gl.where(inside, c.BLOCK_PLANES - 1 - plane, 0)) & 1 == 1)[None, :], on, off)
         log = gl.sum(gl.where(inside[None, :], log, 0.0), 1)
         factors = factors + (gl.convert_layout(exp2(log), gl.SliceLayout(1, product(c.SB))),)
     return factors
@@ -155,14 +155,14 @@ def put_features(ring, j, u, scale, beta, planes_s, c: gl.constexpr):
     """Hand on ``phi``, row i times ``scale[i]``, of the rows of turn j that project to ``u``: an operand for each block. What
     the blocks of a table share is worked out once."""
     logs = log_operands(u, beta, c)
-    for table in range(c.NSB // c.BLOCKS):
+    for table in range(c.NSB // c.BLOCKS_PER_TABLE):
         phi = buckets(logs, table, planes_s, c)
-        if c.BLOCKS == 1:
+        if c.BLOCKS_PER_TABLE == 1:
             put_operand(ring, j * c.NSB + table, phi * scale[:, None])
         else:
             factors = heads(u, beta, table, c)
-            for n in gl.static_range(c.BLOCKS):
-                put_operand(ring, j * c.NSB + table * c.BLOCKS + n, phi * (factors[n] * scale)[:, None])
+            for n in gl.static_range(c.BLOCKS_PER_TABLE):
+                put_operand(ring, j * c.NSB + table * c.BLOCKS_PER_TABLE + n, phi * (factors[n] * scale)[:, None])
 
 
 @gluon.jit
@@ -226,7 +226,7 @@ def no_table(c: gl.constexpr):
     """The sums of :func:`add_block` over nothing."""
     none = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.SB)))
     of_heads = ()
-    for _ in gl.static_range(c.HEAD):
+    for _ in gl.static_range(c.BLOCK_PLANES):
         of_heads = of_heads + (none,)
     return gl.zeros([c.C, c.SB], gl.float32, product(c.SB)), none, of_heads
 
@@ -238,8 +238,8 @@ def add_block(sums, y, n, c: gl.constexpr):
     over, total, of_heads = sums
     row = gl.sum(y, 1)
     after = ()
-    for plane in gl.static_range(c.HEAD):
-        after = after + (of_heads[plane] + row * ((n >> (c.HEAD - 1 - plane)) & 1),)
+    for plane in gl.static_range(c.BLOCK_PLANES):
+        after = after + (of_heads[plane] + row * ((n >> (c.BLOCK_PLANES - 1 - plane)) & 1),)
     return over + y, total + row, after
 
 
@@ -250,7 +250,7 @@ def add_table(corners, sums, table, planes_s, c: gl.constexpr):
     on, off = add_corners(corners, over, table, planes_s, c)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
     rows: gl.constexpr = gl.SliceLayout(1, product(c.LPB))
-    for plane in gl.static_range(c.HEAD):
+    for plane in gl.static_range(c.BLOCK_PLANES):
         here = (slot == table * c.P + plane)[None, :]
         on = gl.where(here, gl.convert_layout(of_heads[plane], rows)[:, None], on)
         off = gl.where(here, gl.convert_layout(total - of_heads[plane], rows)[:, None], off)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from race_dist.attention import race_attention
-from race_dist.benchmarks.baselines import Peer, peers_of
+from race_dist.benchmarks.baselines import Baseline, baselines_for
 from race_dist.benchmarks.timing import Timing, time_in_turn
 from race_dist.files import write_json
 from race_dist.hashing import sample_planes
@@ -85,7 +85,7 @@ def compare(shape: Shape, device: torch.device, *, repeats: int, slowest: float,
     q, k, v = inputs(shape, device)
     gradient = torch.randn(1, shape.length, shape.heads, shape.head_dim, device=device, dtype=q.dtype)
     candidates: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"race": race(shape, device)}
-    for peer in peers_of(shape, device):
+    for peer in baselines_for(shape, device):
         if peer.call is not None and peer.name not in skip:
             candidates[peer.name] = peer.call
 
@@ -178,8 +178,8 @@ def run(
     return report
 
 
-def _every_peer(base: Shape, device: torch.device) -> list[Peer]:
-    return peers_of(replace(base, length=256), device)
+def _every_peer(base: Shape, device: torch.device) -> list[Baseline]:
+    return baselines_for(replace(base, length=256), device)
 
 
 def store(report: dict[str, Any], path: Path) -> Path:

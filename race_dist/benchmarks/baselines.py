@@ -19,7 +19,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """A competitor: ``call(q, k, v)`` on ``[B, T, H, D]``, or why it is ``absent``."""
 
     name: str
@@ -27,31 +27,31 @@ class Peer:
     absent: str = ""
 
 
-def peers_of(shape: Shape, device: torch.device) -> list[Peer]:
+def baselines_for(shape: Shape, device: torch.device) -> list[Baseline]:
     """Every peer, present or absent, for one problem."""
     if device.type != "cuda":
-        return [Peer("sdpa", _sdpa(shape)), Peer("elu linear attention", _elu_linear(shape))]
+        return [Baseline("sdpa", _sdpa(shape)), Baseline("elu linear attention", _elu_linear(shape))]
     return [
-        Peer("sdpa cudnn", _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
-        Peer("sdpa flash", _sdpa(shape, SDPBackend.FLASH_ATTENTION)),
+        Baseline("sdpa cudnn", _sdpa(shape, SDPBackend.CUDNN_ATTENTION)),
+        Baseline("sdpa flash", _sdpa(shape, SDPBackend.FLASH_ATTENTION)),
         _flash_attention_3(shape),
-        Peer("race, eager PyTorch", _chunked_race(shape, device)),
+        Baseline("race, eager PyTorch", _chunked_race(shape, device)),
         _linear_attention(shape, device),
     ]
 
 
-def _flash_attention_3(shape: Shape) -> Peer:
+def _flash_attention_3(shape: Shape) -> Baseline:
     """FlashAttention-3, where its package is installed."""
     name = "flash attention 3"
     if find_spec("flash_attn_interface") is None:
-        return Peer(name, None, "flash_attn_interface is not installed")
+        return Baseline(name, None, "flash_attn_interface is not installed")
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_func(q, k, v, causal=shape.causal)
         return out[0] if isinstance(out, tuple) else out
 
-    return Peer(name, call)
+    return Baseline(name, call)
 
 
 def _chunked_race(shape: Shape, device: torch.device) -> Call:
@@ -63,14 +63,14 @@ def _chunked_race(shape: Shape, device: torch.device) -> Call:
     return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal, backend="chunked")
 
 
-def _linear_attention(shape: Shape, device: torch.device) -> Peer:
-    """:func:`linear_attention_peer`, where fla is installed."""
+def _linear_attention(shape: Shape, device: torch.device) -> Baseline:
+    """:func:`linear_attention_baseline`, where fla is installed."""
     name = "compiled features + fla"
     if not shape.causal:
-        return Peer(name, None, "is causal only")
+        return Baseline(name, None, "is causal only")
     if find_spec("fla") is None:
-        return Peer(name, None, "fla-core is not installed")
-    return Peer(name, linear_attention_peer(shape, device))
+        return Baseline(name, None, "fla-core is not installed")
+    return Baseline(name, linear_attention_baseline(shape, device))
 
 
 def _sdpa(shape: Shape, backend: SDPBackend | None = None) -> Call:
@@ -105,7 +105,7 @@ def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
     return call
 
 
-def linear_attention_peer(shape: Shape, device: torch.device) -> Call:
+def linear_attention_baseline(shape: Shape, device: torch.device) -> Call:
     """RACE as it is built today: compiled features, then the chunked linear attention of flash-linear-attention.
 
     Raises:

@@ -169,7 +169,7 @@ def bytes_of_race(model: ModelConfig, length: int, cp: int) -> int:
     from race_dist.integrations.megatron.model import transformer_config
 
     layer = RaceCoreAttention(transformer_config(model, cp=cp), 1, AttnMaskType.causal)
-    local, width = length // cp, model.head_width
+    local, width = length // cp, model.resolved_head_dim
     q, k, v = (
         torch.randn(local, 1, heads, width, requires_grad=True) for heads in (model.num_heads, model.kv_heads, model.kv_heads)
     )
@@ -186,7 +186,7 @@ def bytes_of_all_to_all(model: ModelConfig, length: int, cp: int) -> int:
     from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp, _all_to_all_hp2cp
 
     group, local = parallel_state.get_context_parallel_group(), length // cp
-    width = model.num_heads * model.head_width
+    width = model.num_heads * model.resolved_head_dim
     there = torch.randn(local, 1, 4 * width + 2 * model.num_heads, requires_grad=True)
     back = torch.randn(length, 1, width // cp, requires_grad=True)
     with _counting_all_to_all() as counted:

@@ -8,17 +8,18 @@ from typing import Any
 
 from race_dist.planning import Cluster, Job, Layout, Rates
 from race_dist.planning.clusters import GPU
-from race_dist.planning.cost_model import Machine, attention_seconds, elementwise_seconds, passes, product_seconds
+from race_dist.planning.cost_model import Roofline, attention_seconds, count_passes, elementwise_seconds, matmul_seconds
 
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "splitk", "aten::mm", "aten::addmm")  # cuBLAS's names; PyTorch's on a CPU
 LEAST = 1e-3  # of a rate: a profile without such kernels is not the end of a benchmark
 ATTENTION = (
-    "tile_sums",
-    "tile_query_sums",
-    "scan_tiles",
-    "walk_",
-    "snapshot_",
-    "pipe_",
+    "race_tile_sums_",
+    "race_scan_",
+    "race_recurrent_",
+    "race_materialized_",
+    "race_hopper_",
+    "race_unproject_",
+    "race_decode_",
     "race_dist::attention",
 )  # race_dist.kernels; the operator, on a CPU
 
@@ -56,9 +57,9 @@ def measured_rates(job: Job, chunk_size: int, gpu: GPU, kernels: Sequence[Mappin
     """
     spent, layout, defaults = seconds_by_kind(kernels), Layout(1, 1, chunk_size), Rates()
     features = job.model.race.num_features
-    ideal = Machine(job, Cluster(gpu, 1), Rates(matmul=1.0, bandwidth=defaults.bandwidth, attention={features: (1.0, 1.0)}))
+    ideal = Roofline(job, Cluster(gpu, 1), Rates(matmul=1.0, bandwidth=defaults.bandwidth, attention={features: (1.0, 1.0)}))
     forward, backward = attention_seconds(job, layout, ideal)
-    attention = job.context * job.batch * (forward * passes(job, layout).forward + backward)
+    attention = job.context * job.batch * (forward * count_passes(job, layout).forward + backward)
     slower = max(LEAST, spent["attention"] / attention)
     matmul = max(LEAST, _product_rate(job, layout, gpu, spent["products"]))
     rest = spent["element-wise"] / elementwise_seconds(job, layout, ideal)
@@ -80,6 +81,6 @@ def _product_rate(job: Job, layout: Layout, gpu: GPU, seconds: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        slow = product_seconds(job, layout, Machine(job, Cluster(gpu, 1), Rates(matmul=middle))) > seconds
+        slow = matmul_seconds(job, layout, Roofline(job, Cluster(gpu, 1), Rates(matmul=middle))) > seconds
         low, high = (middle, high) if slow else (low, middle)
     return high

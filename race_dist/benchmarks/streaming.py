@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from race_dist.benchmarks.profiling import profile
 from race_dist.benchmarks.rates import measured_rates
-from race_dist.files import read_object, write_json
+from race_dist.files import read_json_object, write_json
 from race_dist.machine import machine, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_max, group_rank, group_size
@@ -209,8 +209,8 @@ def _text(config: TrainConfig, length: int) -> tuple[NDArray[np.uint8], int]:
     """``length + 1`` bytes of the text, repeated from its beginning where it is shorter; and how many it has."""
     corpus = load_corpus(config.data.path, config.data.pattern)
     text = corpus.tokens
-    if corpus.left_out:
-        print(corpus.left_out.sentence(f"left out of {corpus.name}"), flush=True)
+    if corpus.skipped:
+        print(corpus.skipped.describe(f"left out of {corpus.name}"), flush=True)
     return (text if len(text) > length else np.resize(text, length + 1)), len(text)
 
 
@@ -241,7 +241,7 @@ class _Watch:
             self.checkpoint = StepCheckpoint(Path(options.store), options.every, f"{length} tokens", lambda: self._over)
             self._file = Path(options.store) / f"{length}-tokens.json"
         if self._file is not None and self._file.exists():
-            before = read_object(self._file, {"spent": dict, "peak_bytes": int, "pieces": int})
+            before = read_json_object(self._file, {"spent": dict, "peak_bytes": int, "pieces": int})
             self._spent, self._peak, self._pieces = before["spent"], before["peak_bytes"], before["pieces"] + 1
         self._last, self._told, self._over = time.perf_counter(), 0.0, False
         self._progress: Progress | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from race_dist.attention import race_attention
 from race_dist.benchmarks.attention import Shape, inputs
-from race_dist.benchmarks.baselines import linear_attention_peer, peers_of
+from race_dist.benchmarks.baselines import baselines_for, linear_attention_baseline
 from race_dist.benchmarks.decode import time_decode
 from race_dist.benchmarks.timing import time_in_turn
 from race_dist.hashing import sample_planes
@@ -120,7 +120,7 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     for length in (4096, 8192, 16384, 131072):
         result[f"softmax, T = {length}"] = partial(_beside_softmax, replace(BASE, length=length), device)
     result["linear attention, T = 2**20"] = lambda: measure(
-        BASE, {**mine(BASE), "compiled features + fla": linear_attention_peer(BASE, device)}, device, repeats=3
+        BASE, {**mine(BASE), "compiled features + fla": linear_attention_baseline(BASE, device)}, device, repeats=3
     )
     result["P=8 L=1"] = lambda: measure(wide, mine(wide), device, repeats=3)
     grouped = replace(BASE, kv_heads=2)
@@ -154,7 +154,7 @@ def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
     the device's time is left."""
     peers = {
         peer.name: peer.call
-        for peer in peers_of(shape, device)
+        for peer in baselines_for(shape, device)
         if peer.call is not None and peer.name.startswith(("sdpa", "flash"))
     }
     calls, repeats = {"race": attention_call(shape, device), **peers}, 10 if shape.length < 2**17 else 2

@@ -75,7 +75,7 @@ def train(
     race-dist config lists the keys of CONFIG.
     """
     from race_dist.distributed.mesh import shutdown
-    from race_dist.distributed.watchdog import guard_stalls
+    from race_dist.distributed.watchdog import abort_on_stall
     from race_dist.integrations.engines import join, make_trainer
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.launch.stop import StopFlag
@@ -102,9 +102,9 @@ def train(
     trainer = make_trainer(settings, place)
     owned = nullcontext() if dry_run else open_run(directory, settings, place.world, resume=resume, overwrite=overwrite)
     if dry_run:
-        _rehearse(trainer)
+        _dry_run(trainer)
         return
-    guard_stalls(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
+    abort_on_stall(1.5 * settings.parallel.timeout)  # after the collectives' own timeout
     telemetry = Telemetry(place.device, tokens=lambda: trainer.step * settings.data.batch_size * settings.data.context)
     with work(), StopFlag() as stop, owned:
         outcome = loop.run(
@@ -115,12 +115,12 @@ def train(
         raise typer.Exit(loop.STOPPED)
 
 
-def _rehearse(trainer: Trainer) -> None:
+def _dry_run(trainer: Trainer) -> None:
     from race_dist.distributed.mesh import shutdown
     from race_dist.terminal import tell
-    from race_dist.training.dry_run import rehearse
+    from race_dist.training.dry_run import run_two_steps
 
-    for line in rehearse(trainer):
+    for line in run_two_steps(trainer):
         if trainer.ranks.rank == 0:
             tell(line)
     shutdown()

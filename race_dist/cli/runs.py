@@ -217,5 +217,5 @@ def _describe_corpus(corpus: Corpus) -> None:
         f"{corpus.name}: {len(corpus.tokens):,} tokens ({corpus.tokens.dtype}, vocabulary {corpus.vocab_size:,}, "
         f"{corpus.bytes_per_token:.3g} bytes each) in {len(corpus.documents) - 1:,} documents"
     )
-    if corpus.left_out:
-        print(corpus.left_out.sentence())
+    if corpus.skipped:
+        print(corpus.skipped.describe())

@@ -87,7 +87,7 @@ def count_bytes() -> Iterator[ByteCount]:
         _counters[:] = [c for c in _counters if c is not counter]
 
 
-class Pending:
+class PendingCollective:
     """A collective under way. :meth:`wait` gives its result; the buffers live until then."""
 
     def __init__(
@@ -110,46 +110,46 @@ def _record(op: str, sent: Tensor) -> None:
         counter.add(op, sent.numel() * sent.element_size())
 
 
-def start_all_gather(x: Tensor, group: ProcessGroup) -> Pending:
+def start_all_gather(x: Tensor, group: ProcessGroup) -> PendingCollective:
     """``[W, *x.shape]``: every rank's x, in rank order."""
     x = x.contiguous()
     _record("all_gather", x)
     out = x.new_empty((group_size(group), *x.shape))
     with watched(group, "all_gather"):
         work = _all_gather_single(out.view(-1), x.view(-1), group=group, async_op=True) if x.numel() else None
-    return Pending("all_gather", group, [work], out, [x])
+    return PendingCollective("all_gather", group, [work], out, [x])
 
 
-def start_all_to_all(x: Tensor, group: ProcessGroup) -> Pending:
+def start_all_to_all(x: Tensor, group: ProcessGroup) -> PendingCollective:
     """Row d of x ``[W, ...]`` goes to rank d; row s of the result came from rank s."""
     x = x.contiguous()
     _record("all_to_all", x)
     out = torch.empty_like(x)
     with watched(group, "all_to_all"):
         work = dist.all_to_all_single(out, x, group=group, async_op=True) if x.numel() else None
-    return Pending("all_to_all", group, [work], out, [x])
+    return PendingCollective("all_to_all", group, [work], out, [x])
 
 
-def start_all_reduce(x: Tensor, group: ProcessGroup, *, op: str = "sum") -> Pending:
+def start_all_reduce(x: Tensor, group: ProcessGroup, *, op: str = "sum") -> PendingCollective:
     """The sum (or "max", "min") over the ranks, in a new tensor."""
     out = x.clone(memory_format=torch.contiguous_format)
     _record("all_reduce", out)
     reduce = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
     with watched(group, "all_reduce"):
         work = dist.all_reduce(out, op=reduce, group=group, async_op=True) if out.numel() else None
-    return Pending("all_reduce", group, [work], out)
+    return PendingCollective("all_reduce", group, [work], out)
 
 
-def start_broadcast(x: Tensor, source: int, group: ProcessGroup) -> Pending:
+def start_broadcast(x: Tensor, source: int, group: ProcessGroup) -> PendingCollective:
     """Group rank ``source``'s x, on every rank, in a new tensor."""
     out = x.clone(memory_format=torch.contiguous_format)
     _record("broadcast", out)
     with watched(group, "broadcast"):
         work = dist.broadcast(out, group=group, group_src=source, async_op=True) if out.numel() else None
-    return Pending("broadcast", group, [work], out)
+    return PendingCollective("broadcast", group, [work], out)
 
 
-def start_shift(x: Tensor, by: int, group: ProcessGroup, *, around: bool = False) -> Pending:
+def start_shift(x: Tensor, by: int, group: ProcessGroup, *, around: bool = False) -> PendingCollective:
     """x of the rank ``by`` places before this one (after, when negative); zeros where none is, or, ``around``, that of the
     ranks counted in a ring."""
     x = x.contiguous()
@@ -165,7 +165,7 @@ def start_shift(x: Tensor, by: int, group: ProcessGroup, *, around: bool = False
             ops.append(dist.P2POp(dist.irecv, received, group=group, group_peer=source))
         if ops:
             works = dist.batch_isend_irecv(ops)
-    return Pending("shift", group, works, received, [x])
+    return PendingCollective("shift", group, works, received, [x])
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -13,17 +13,17 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.distributed.communication import group_device, group_rank, group_size, start_all_gather, start_all_reduce
-from race_dist.distributed.watchdog import name_ranks
+from race_dist.distributed.watchdog import format_ranks
 
 _DIGEST_BYTES = 32
 _TEXT_BYTES = 4096
 _FEW = 4  # ranks that an error lists one by one
 
 
-def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *, what: str = "this run") -> None:
+def check_same_on_all_ranks(facts: Mapping[str, object], group: ProcessGroup | None, *, what: str = "this run") -> None:
     """Raise on every rank, in the same words, unless all ranks of the group hold the same facts.
 
-        check_ranks_agree({"planes": digest, "config": digest, "code": version}, group)
+        check_same_on_all_ranks({"planes": digest, "config": digest, "code": version}, group)
 
     Args:
         facts: names and values that print the same when they are the same (digests, versions, shapes), equal names on
@@ -43,7 +43,7 @@ def check_ranks_agree(facts: Mapping[str, object], group: ProcessGroup | None, *
 _agreed: set[tuple[str, ...]] = set()  # (group, call, facts) that a CUDA group has compared already
 
 
-def agree_on_call(
+def check_same_call(
     op: str,
     facts: Mapping[str, object],
     group: ProcessGroup,
@@ -83,14 +83,14 @@ def agree_on_call(
     return start_all_gather(torch.full((1,), length, device=device), group).wait().view(-1)
 
 
-def exchange_lengths(
+def all_gather_lengths(
     length: int, group: ProcessGroup, device: torch.device | str | None, op: str, facts: Mapping[str, object]
 ) -> Tensor:
     """``[W]`` int64 numbers of rows of the ranks, on the group's own device."""
     place = torch.device(device) if device is not None else torch.device("cpu")
     if place.type not in _backends(group):
         place = group_device(group)
-    lengths = agree_on_call(op, facts, group, place, length=length, need_lengths=True)
+    lengths = check_same_call(op, facts, group, place, length=length, need_lengths=True)
     assert lengths is not None
     return lengths
 
@@ -132,7 +132,7 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
         odd = [(ranks[i], value) for i, value in enumerate(values) if value != common]
         if odd:
             rest = [ranks[i] for i, value in enumerate(values) if value == common]
-            usual = name_ranks(rest) if len(rest) <= _FEW else f"{len(rest)} ranks"
+            usual = format_ranks(rest) if len(rest) <= _FEW else f"{len(rest)} ranks"
             parts.append(
                 f"{name} is {common} on {usual}, but "
                 + ", ".join(f"{value} on rank {rank}" for rank, value in odd[:_FEW])
@@ -145,12 +145,12 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
     )
 
 
-def agree_on_least(value: int, group: ProcessGroup | None) -> int:
+def min_over_ranks(value: int, group: ProcessGroup | None) -> int:
     """The least of the ranks' integers, the same on every rank; by the CPU where the group talks over it."""
-    return -agree_on_greatest([-value], group)[0]
+    return -max_over_ranks([-value], group)[0]
 
 
-def agree_on_greatest(values: list[int], group: ProcessGroup | None) -> list[int]:
+def max_over_ranks(values: list[int], group: ProcessGroup | None) -> list[int]:
     """The greatest of the ranks' integers, one by one; by the CPU where the group talks over it."""
     if group_size(group) == 1:
         return values

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
-from race_dist.distributed.communication import Pending, group_size, start_all_reduce
+from race_dist.distributed.communication import PendingCollective, group_size, start_all_reduce
 from race_dist.distributed.watchdog import RankFailure, watched
 
 BUCKET_BYTES = 32 * 2**20
 
 
-class GradientSum:
+class GradientReducer:
     """Sums gradients over the ranks, bucket by bucket, while the backward pass still runs.
 
     As PyTorch's DDP does, but its buckets are re-ordered after the first step, and then round otherwise: a run that is
     resumed would not repeat the one that was not interrupted. Here their order is that of the parameters, backwards.
 
-        with sums.pending():           # gradients of every backward pass inside add up; at its end they are summed
+        with reducer.reduce_on_exit():           # gradients of every backward pass inside add up; at its end they are summed
             loss.backward()
 
     Args:
@@ -44,7 +44,7 @@ class GradientSum:
         self._buckets: list[list[nn.Parameter]] = []
         self._eager = False  # whether buckets go as soon as they are full
         self._waiting: list[int] = []
-        self._sent: list[Pending] = []
+        self._sent: list[PendingCollective] = []
         if self.group is None:
             return
         trained = [p for p in parameters if p.requires_grad]
@@ -61,7 +61,7 @@ class GradientSum:
                 p.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))
 
     @contextmanager
-    def pending(self, *, overlap: bool = True) -> Iterator[None]:
+    def reduce_on_exit(self, *, overlap: bool = True) -> Iterator[None]:
         """Around the backward pass (or passes) after which the gradients are to be summed.
 
         Args:
@@ -97,10 +97,10 @@ class GradientSum:
                 p.grad = part.view_as(p)
 
 
-class Replica:
+class DataParallelModel:
     """A model over a group of ranks. It is called like the module itself.
 
-        replica = Replica.whole(model, group)               # or Replica.sharded(model, group, model.blocks, ...)
+        replica = DataParallelModel.replicated(model, group)  # or fully_sharded(model, group, model.blocks, ...)
         for n, (inputs, labels) in enumerate(parts):
             with replica.backward(last=n == len(parts) - 1):     # after the last the gradients are those of all ranks
                 replica(inputs, labels).backward()
@@ -116,15 +116,17 @@ class Replica:
         checks.instance("model", model, nn.Module)
         checks.flag("is_sharded", is_sharded)
         self.model, self.group, self.is_sharded = model, group if group_size(group) > 1 else None, is_sharded
-        self.sums = GradientSum([] if is_sharded else model.parameters(), self.group)
+        self.reducer = GradientReducer([] if is_sharded else model.parameters(), self.group)
 
     @classmethod
-    def whole(cls, model: nn.Module, group: ProcessGroup | None) -> Replica:
+    def replicated(cls, model: nn.Module, group: ProcessGroup | None) -> DataParallelModel:
         """All parameters on every rank."""
         return cls(model, group, is_sharded=False)
 
     @classmethod
-    def sharded(cls, model: nn.Module, group: ProcessGroup | None, units: Iterable[nn.Module], *, device_type: str) -> Replica:
+    def fully_sharded(
+        cls, model: nn.Module, group: ProcessGroup | None, units: Iterable[nn.Module], *, device_type: str
+    ) -> DataParallelModel:
         """Parameters, gradients and optimizer states divided over the ranks; each unit's are gathered while it runs.
 
         The model may be on the meta device: ``to_empty`` and initialisation come afterwards.
@@ -162,7 +164,7 @@ class Replica:
             with guarded(self.group, "the backward pass"):
                 yield
         elif last:
-            with self.sums.pending():
+            with self.reducer.reduce_on_exit():
                 yield
         else:
             yield

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from race_dist import checks
 from race_dist.distributed.communication import group_size
-from race_dist.distributed.rendezvous import check_timeout, meet
-from race_dist.distributed.watchdog import stop_watch, watch
+from race_dist.distributed.rendezvous import check_timeout, join_store
+from race_dist.distributed.watchdog import stop_watchdog, watch
 from race_dist.rank_environment import RankEnvironment, local_rank, rank_environment
 
 DEFAULT_TIMEOUT = 600.0  # seconds
@@ -43,7 +43,7 @@ def init_distributed(*, device: str | torch.device | None = None, timeout: float
         torch.cuda.set_device(place)
     if dist.is_initialized():
         return place
-    store = meet(ranks, seconds) if ranks.world > 1 else HashStore()
+    store = join_store(ranks, seconds) if ranks.world > 1 else HashStore()
     if ranks.all_local and any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's ports, too, are open to this machine only
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -68,7 +68,7 @@ def shutdown() -> None:
     if dist.is_initialized():
         if dist.get_world_size() > 1:
             dist.barrier()
-        stop_watch()
+        stop_watchdog()
         dist.destroy_process_group()
 
 
@@ -110,7 +110,7 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
     return DeviceMesh.from_group([mine["dp"], mine["sp"]], device_type, mesh=ranks, mesh_dim_names=("dp", "sp"))
 
 
-def side_group(group: ProcessGroup | None) -> ProcessGroup | None:
+def new_gloo_group(group: ProcessGroup | None) -> ProcessGroup | None:
     """A gloo group of the same ranks, for collectives of a background thread; every rank of the job calls it.
 
     Two threads must not share a group: their collectives would meet in any order. One rank needs none (None).

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
-from race_dist.distributed.watchdog import RankFailure, name_ranks
+from race_dist.distributed.watchdog import RankFailure, format_ranks
 from race_dist.rank_environment import LOOPBACK, STORE_SOCKET, RankEnvironment
 from race_dist.strict_config import TIMEOUT_LIMIT
 
@@ -38,7 +38,7 @@ def check_timeout(timeout: object, name: str = "timeout") -> datetime.timedelta:
     return datetime.timedelta(seconds=timeout)
 
 
-def meet(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
+def join_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
     """The job's store, once every rank has come to it.
 
     Args:
@@ -73,7 +73,7 @@ def meet(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
     job, missing = answer
     if missing:
         raise RankFailure(
-            f"rank {rank}: {name_ranks(missing)} of {place.world} did not join the job at {place.host}:"
+            f"rank {rank}: {format_ranks(missing)} of {place.world} did not join the job at {place.host}:"
             f"{place.port} within {seconds:g} s",
             missing,
         )

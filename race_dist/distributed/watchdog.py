@@ -5,7 +5,7 @@ that beats in the default store ("I live, and I am at collective 57 of this grou
 found out. When a collective fails, the survivors look at whose beat has stopped, or who has not come to the collective,
 agree on one verdict, and raise :class:`RankFailure` with it. The rank that is named prints where its threads stand.
 
-On a GPU nothing raises: the host runs ahead and then waits for a device that waits for a rank. :func:`guard_stalls` has the
+On a GPU nothing raises: the host runs ahead and then waits for a device that waits for a rank. :func:`abort_on_stall` has the
 thread itself find the rank that is missing, and end this process so that a launcher can start the job again.
 """
 
@@ -144,9 +144,9 @@ class Watch:
         late = [r for r, at in places.items() if any(at[name][0] < most[name] for name in at)]
         waited = f"the job has stood still for {self.patience:g} s"
         if gone:
-            text = f"{waited}: {name_ranks(gone)} died (no sign of life)"
+            text = f"{waited}: {format_ranks(gone)} died (no sign of life)"
         elif late:
-            text = f"{waited}: {name_ranks(late)} did not come to the collective that the others wait in"
+            text = f"{waited}: {format_ranks(late)} did not come to the collective that the others wait in"
         else:
             text = f"{waited}, although every rank has come to the same collective"
         self.store.compare_set(_VERDICT, "", json.dumps([text, gone or late]))
@@ -217,11 +217,11 @@ class Watch:
         mine, name = self.progress[group.group_name][0], group.group_name
         late = [r for r in others if r not in gone + left and after[r].get("at", {}).get(name, (0, ""))[0] < mine]
         if gone:
-            found, text = gone, f"{name_ranks(gone)} died (no sign of life)"
+            found, text = gone, f"{format_ranks(gone)} died (no sign of life)"
         elif left:
-            found, text = left, f"{name_ranks(left)} had already left the job"
+            found, text = left, f"{format_ranks(left)} had already left the job"
         elif late:
-            found, text = late, f"{name_ranks(late)} did not come to it within the group's timeout"
+            found, text = late, f"{format_ranks(late)} did not come to it within the group's timeout"
         else:
             return
         self.store.compare_set(_VERDICT, "", json.dumps([text, found]))
@@ -248,7 +248,7 @@ def watch() -> Watch:
     return _current
 
 
-def guard_stalls(seconds: float) -> None:
+def abort_on_stall(seconds: float) -> None:
     """End this process with code 1 when it has come to no collective for so long, and name the rank that is missing.
 
     For jobs whose every step has collectives. Choose more than the collectives' timeout, which raises an error that can be
@@ -259,12 +259,12 @@ def guard_stalls(seconds: float) -> None:
         guard.patience, guard.moved = seconds, time.monotonic()
 
 
-def post(name: str, tell: Callable[[], Mapping[str, Any]]) -> None:
+def publish(name: str, tell: Callable[[], Mapping[str, Any]]) -> None:
     """Let the other ranks see what ``tell()`` returns (of JSON types), every few seconds; no collective, no waiting."""
     _posts[name] = tell
 
 
-def posted(name: str) -> dict[int, Mapping[str, Any]]:
+def published(name: str) -> dict[int, Mapping[str, Any]]:
     """What the ranks have posted under ``name``, by rank; some may be missing for a few seconds."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return {0: _told(_posts[name])} if name in _posts else {}
@@ -282,7 +282,7 @@ def _told(tell: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         return {}
 
 
-def stop_watch() -> None:
+def stop_watchdog() -> None:
     """End the watch; the other ranks see that this one left."""
     global _current  # noqa: PLW0603
     if _current is not None:
@@ -304,7 +304,7 @@ def watched(group: ProcessGroup, op: str, *, enter: bool = True) -> Iterator[Non
         raise guard.diagnose(group, op, error) from error
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """``rank 3`` or ``ranks 3, 5``."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 

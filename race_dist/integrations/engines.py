@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from race_dist.training.config import TrainConfig
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.trainer import Trainer
 
 
-def join(config: TrainConfig) -> Ranks:
+def join(config: TrainConfig) -> RankMesh:
     """Join the job that the environment describes and take a place in the engine's mesh.
 
     Raises:
         ImportError: the engine is not installed; the message names the extra.
-        ValueError: as :meth:`race_dist.training.ranks.Ranks.join`, or a setting that the engine has not.
+        ValueError: as :meth:`race_dist.training.ranks.RankMesh.join`, or a setting that the engine has not.
     """
     if config.engine == "megatron":
-        from race_dist.integrations.megatron.training import MegatronRanks
+        from race_dist.integrations.megatron.training import MegatronRankMesh
 
-        return MegatronRanks.join(config)
-    return Ranks.join(config)
+        return MegatronRankMesh.join(config)
+    return RankMesh.join(config)
 
 
-def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
+def make_trainer(config: TrainConfig, ranks: RankMesh) -> Trainer:
     """The trainer of ``config.engine`` on the place that :func:`join` took. All have the same data, losses, metrics and files.
 
     Raises:
@@ -29,9 +29,9 @@ def make_trainer(config: TrainConfig, ranks: Ranks) -> Trainer:
         ValueError: as :class:`race_dist.training.trainer.Trainer`, or a setting that the engine has not.
     """
     if config.engine == "megatron":
-        from race_dist.integrations.megatron.training import MegatronRanks, MegatronTrainer
+        from race_dist.integrations.megatron.training import MegatronRankMesh, MegatronTrainer
 
-        assert isinstance(ranks, MegatronRanks)
+        assert isinstance(ranks, MegatronRankMesh)
         return MegatronTrainer(config, ranks)
     if config.engine == "deepspeed":
         from race_dist.integrations.deepspeed.trainer import DeepSpeedTrainer

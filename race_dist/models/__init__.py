@@ -3,21 +3,21 @@
 from race_dist.models.backbone import Backbone, ModelCarry
 from race_dist.models.classifier import SequenceClassifier
 from race_dist.models.config import ModelConfig
-from race_dist.models.generate import Context, generate, read, sample
+from race_dist.models.generate import PromptState, generate, prefill, sample
 from race_dist.models.language import DecoderLM, LanguageModel, MaskedLM
 from race_dist.models.loss import linear_cross_entropy
 
 __all__ = [
     "Backbone",
-    "Context",
     "DecoderLM",
     "LanguageModel",
     "MaskedLM",
     "ModelCarry",
     "ModelConfig",
+    "PromptState",
     "SequenceClassifier",
     "generate",
     "linear_cross_entropy",
-    "read",
+    "prefill",
     "sample",
 ]

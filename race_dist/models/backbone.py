@@ -35,14 +35,14 @@ def build_mixer(config: ModelConfig, layer: int, *, causal: bool, **where: Any) 
     """The mixing layer of block ``layer``; its weights are left to :func:`race_dist.nn.initialize`."""
     kind, gain = config.layer_kinds[layer], (2 * config.num_layers) ** -0.5
     if kind == "R":
-        return RaceAttention(config.race, layer, output_gain=gain, draw=False, **where)
+        return RaceAttention(config.race, layer, output_gain=gain, init_weights=False, **where)
     widths = (config.dim, config.num_heads, config.kv_heads)
     options = {
         "head_dim": config.head_dim,
         "rope_base": config.rope_base,
         "config": config.softmax,
         "output_gain": gain,
-        "draw": False,
+        "init_weights": False,
         **where,
     }
     if kind == "W":
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
         self.mixer = build_mixer(config, layer, causal=causal, **where)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
-        self.ffn = SwiGLU(config.dim, config.ffn_width, output_gain=(2 * config.num_layers) ** -0.5, **where)
+        self.ffn = SwiGLU(config.dim, config.resolved_ffn_dim, output_gain=(2 * config.num_layers) ** -0.5, **where)
 
     def forward(self, x: Tensor, carry: Any, sequence: Sequence) -> tuple[Tensor, Any]:
         """``x [B, T, dim]`` to the same, and the mixing layer's carry."""
@@ -179,7 +179,7 @@ class Backbone(nn.Module):
         key_mask: Tensor | None = None,
         group: ProcessGroup | None = None,
         layout: str = "contiguous",
-        final: bool = True,
+        return_carry: bool = True,
     ) -> tuple[Tensor, ModelCarry | None]:
         """The hidden states after the last norm, and the carry.
 
@@ -193,7 +193,7 @@ class Backbone(nn.Module):
                 rank gives one or none does.
             group: ranks that each hold a shard of the sequence.
             layout: order of the shards, "contiguous" or "zigzag".
-            final: whether the outgoing carry is wanted; without it None is returned in its place.
+            return_carry: whether the outgoing carry is wanted; without it None is returned in its place.
 
         Returns:
             ``h [B, T, dim]`` and the carry after the whole sequence.
@@ -209,7 +209,7 @@ class Backbone(nn.Module):
             key_mask=key_mask,
             group=group,
             layout=layout,
-            final=final,
+            return_carry=return_carry,
         )
         layers = []
         for i, block in enumerate(self._blocks()):
@@ -222,7 +222,7 @@ class Backbone(nn.Module):
         h = self.norm(x)
         if key_mask is not None:
             h = torch.where(key_mask[..., None], h, 0)
-        if not final:
+        if not return_carry:
             return h, None
         return h, ModelCarry(tuple(layers), sequence.end_position(None if carry is None else carry.position))
 
@@ -235,7 +235,7 @@ class Backbone(nn.Module):
         key_mask: Tensor | None = None,
         group: ProcessGroup | None = None,
         layout: str = "contiguous",
-        final: bool = True,
+        return_carry: bool = True,
     ) -> tuple[Tensor, Sequence]:
         """What :meth:`hidden` gives its first block: embedded tokens ``[B, T, dim]``, and where they stand. ``position``: of
         the first token; the rest as there."""
@@ -250,7 +250,7 @@ class Backbone(nn.Module):
             group=group,
             layout=layout,
             position=position,
-            final=final,
+            return_carry=return_carry,
             device=input_ids.device,
         )
         x = self.embed(input_ids)

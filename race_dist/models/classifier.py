@@ -61,7 +61,7 @@ class SequenceClassifier(Backbone):
         """
         if labels is not None:
             checks.tensor("labels", labels)
-        h, _ = self.hidden(input_ids, key_mask=key_mask, group=group, layout=layout, final=False)
+        h, _ = self.hidden(input_ids, key_mask=key_mask, group=group, layout=layout, return_carry=False)
         h = h.to(compute_dtype(h))
         weight = torch.ones(h.shape[:2], dtype=h.dtype, device=h.device) if key_mask is None else key_mask.to(h.dtype)
         total, count = (h * weight[..., None]).sum(1), weight.sum(1, keepdim=True)

@@ -75,9 +75,11 @@ class ModelConfig(StrictConfig):
             raise ValueError(f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.head_dim is None and self.dim % self.num_heads:
             raise ValueError(f"dim = {self.dim} is no multiple of num_heads = {self.num_heads}: change one or set head_dim")
-        if self.rope_base is not None and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head_dim; got {self.head_width}: change it or set rope_base=None")
-        race = self.race.filled(
+        if self.rope_base is not None and self.resolved_head_dim % 2:
+            raise ValueError(
+                f"rotary positions need an even head_dim; got {self.resolved_head_dim}: change it or set rope_base=None"
+            )
+        race = self.race.with_model_dims(
             dim=self.dim, num_heads=self.num_heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim, rope_base=self.rope_base
         )
         object.__setattr__(self, "race", race)
@@ -89,12 +91,12 @@ class ModelConfig(StrictConfig):
         return self.num_kv_heads or self.num_heads
 
     @property
-    def head_width(self) -> int:
+    def resolved_head_dim(self) -> int:
         """Width of one head."""
         return self.head_dim or self.dim // self.num_heads
 
     @property
-    def ffn_width(self) -> int:
+    def resolved_ffn_dim(self) -> int:
         """Inner width of the SwiGLU."""
         return self.ffn_dim or -(-8 * self.dim // (3 * 64)) * 64
 

@@ -79,7 +79,7 @@ SMALLEST = 1e-30  # of temperature and top_p: what float32 divides by and compar
 
 
 @dataclass(frozen=True)
-class Context:
+class PromptState:
     """What a model remembers of a text, whatever its length: enough to go on from it.
 
     Attributes:
@@ -92,9 +92,9 @@ class Context:
 
 
 @torch.no_grad()
-def read(
-    model: DecoderLM, ids: Tensor, before: Context | None = None, *, chunk: int = 8192, key_mask: Tensor | None = None
-) -> Context:
+def prefill(
+    model: DecoderLM, ids: Tensor, before: PromptState | None = None, *, chunk: int = 8192, key_mask: Tensor | None = None
+) -> PromptState:
     """Go through a text, ``chunk`` tokens at a time. Texts of several lengths go in one batch, padded anywhere: ``generate``
     goes on from what this returns.
 
@@ -114,7 +114,7 @@ def read(
     if ids.shape[1] == 0:
         raise ValueError(f"ids must be [B, T] with at least one token; got {list(ids.shape)}")
     if before is not None:
-        checks.instance("before", before, Context)
+        checks.instance("before", before, PromptState)
     if key_mask is not None:
         checks.tensor("key_mask", key_mask, dtypes=(torch.bool,), dim=2)
         _check_prompt_mask("ids", ids, key_mask, continued=before is not None)
@@ -127,7 +127,7 @@ def read(
         assert after is not None
         carry, hidden = after, h[:, -1] if real is None else _last_real(h, real, hidden)
     assert hidden is not None
-    return Context(carry, hidden)
+    return PromptState(carry, hidden)
 
 
 def _check_prompt_mask(name: str, ids: Tensor, key_mask: Tensor, *, continued: bool = False) -> Tensor:
@@ -149,7 +149,7 @@ def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
 
 def generate(
     model: DecoderLM,
-    prompt_ids: Tensor | Context,
+    prompt_ids: Tensor | PromptState,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -182,12 +182,12 @@ def generate(
         TypeError, ValueError: an argument is of another type or out of its range.
     """
     checks.instance("model", model, DecoderLM)
-    if isinstance(prompt_ids, Context) and key_mask is not None:
+    if isinstance(prompt_ids, PromptState) and key_mask is not None:
         raise ValueError(
             "key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to "
-            "read(model, ids, before, key_mask=...)"
+            "prefill(model, ids, before, key_mask=...)"
         )
-    if not isinstance(prompt_ids, Context):
+    if not isinstance(prompt_ids, PromptState):
         checks.tensor("prompt_ids", prompt_ids, dtypes=checks.INTEGERS)
         prompt_ids = prompt_ids[None] if prompt_ids.dim() == 1 else prompt_ids
         if prompt_ids.dim() != 2 or prompt_ids.shape[1] == 0:
@@ -234,18 +234,18 @@ def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
 
 def _steps(
     model: DecoderLM,
-    prompt: Tensor | Context,
+    prompt: Tensor | PromptState,
     key_mask: Tensor | None,
     max_new_tokens: int,
     prefill_chunk: int,
     seed: int,
     choice: dict[str, Any],
 ) -> Iterator[Tensor]:
-    context = read(model, prompt, chunk=prefill_chunk, key_mask=key_mask) if isinstance(prompt, Tensor) else prompt
+    context = prefill(model, prompt, chunk=prefill_chunk, key_mask=key_mask) if isinstance(prompt, Tensor) else prompt
     generator = torch.Generator(context.hidden.device).manual_seed(seed)
     for step in range(max_new_tokens):
         with torch.no_grad():
             token = sample(model.logits(context.hidden), generator=generator, **choice)
         yield token
         if step + 1 < max_new_tokens:
-            context = read(model, token[:, None], context)
+            context = prefill(model, token[:, None], context)

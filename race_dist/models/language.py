@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from race_dist import checks
 from race_dist.models.backbone import Backbone
 from race_dist.models.config import ModelConfig
-from race_dist.models.loss import IGNORE, linear_cross_entropy
+from race_dist.models.loss import IGNORE_INDEX, linear_cross_entropy
 from race_dist.models.targets import check_masked, check_shifted
 from race_dist.nn import Linear
 from race_dist.parallel import all_reduce_sum, group_size
@@ -74,7 +74,7 @@ class LanguageModel(Backbone):
         """
         _check_labels(labels, h)
         if num_targets is None:
-            num_targets = all_reduce_sum((labels != IGNORE).sum(), group)
+            num_targets = all_reduce_sum((labels != IGNORE_INDEX).sum(), group)
         total = linear_cross_entropy(h.flatten(0, 1), self.head_weight, labels.flatten(), chunk=self.config.loss_chunk)
         count = torch.as_tensor(num_targets, device=total.device)
         return total / torch.where(count > 0, count, 1)
@@ -109,7 +109,7 @@ class LanguageModel(Backbone):
         if labels is not None:
             _check_labels(labels, input_ids)
             _check_num_targets(num_targets)
-        h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, final=False)
+        h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, return_carry=False)
         if labels is None:
             return self.logits(h)
         if self.causal:  # mask and documents are known to be right by now
@@ -117,7 +117,7 @@ class LanguageModel(Backbone):
         else:
             check_masked(input_ids, labels)
         if key_mask is not None:
-            labels = torch.where(key_mask, labels, IGNORE)
+            labels = torch.where(key_mask, labels, IGNORE_INDEX)
         return self.loss(h, labels, num_targets=num_targets, group=group)
 
 

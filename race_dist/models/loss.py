@@ -11,7 +11,7 @@ from torch import Tensor
 from race_dist import checks
 from race_dist.models.backbone import check_ids
 
-IGNORE = -100
+IGNORE_INDEX = -100
 HAS_LIGER = find_spec("liger_kernel") is not None
 _LARGE_VOCABULARY = 8192  # below it a few plain kernels do as well
 _ELEMENTS = {"cpu": 2**21}  # logits that exist at a time; elsewhere 2**26
@@ -66,7 +66,7 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, fused: 
         checks.integer("chunk", chunk, least=1, most=2**62)
     if fused is not None:
         checks.flag("fused", fused)
-    check_ids("labels (other than -100)", labels.masked_fill(labels == IGNORE, 0), weight.shape[0])
+    check_ids("labels (other than -100)", labels.masked_fill(labels == IGNORE_INDEX, 0), weight.shape[0])
 
 
 @torch.library.custom_op("race_dist::linear_cross_entropy", mutates_args=())
@@ -83,7 +83,7 @@ def _linear_cross_entropy(
     w = weight.to(dtype)
     for start in range(0, h.shape[0], chunk):
         rows, target = h[start : start + chunk].to(dtype), labels[start : start + chunk, None]
-        counts = target != IGNORE
+        counts = target != IGNORE_INDEX
         target = target.clamp(min=0)
         logits = (rows @ w.mT).to(wide)
         log_sum = logits.logsumexp(-1, keepdim=True)
@@ -113,7 +113,7 @@ def _by_liger(
             h,
             weight,
             labels,
-            ignore_index=IGNORE,
+            ignore_index=IGNORE_INDEX,
             reduction="sum",
             accum_dtype=torch.float32,
             compute_gradients=need_h or need_weight,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from race_dist.models.loss import IGNORE
+from race_dist.models.loss import IGNORE_INDEX
 
 SHIFTED = "labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], 1)"
 _FIRST = 2**16  # tokens of a long text that are compared
@@ -45,7 +45,7 @@ def check_shifted(
         return
     if labels.device.type != "cpu" or input_ids.device.type != "cpu":
         return
-    counted = labels != IGNORE
+    counted = labels != IGNORE_INDEX
     if key_mask is not None and key_mask.device.type == "cpu":
         counted &= key_mask
     if not bool(((labels == input_ids) | ~counted).all()):

@@ -168,8 +168,10 @@ class RaceConfig(StrictConfig):
             raise ValueError(f"num_heads = {heads} must be a multiple of num_kv_heads = {kv_heads}")
         if self.dim is not None and heads is not None and self.head_dim is None and self.dim % heads:
             raise ValueError(f"dim = {self.dim} is no multiple of num_heads = {heads}: change one or set head_dim")
-        if self.resolved_rope_base() is not None and self.dim is not None and heads is not None and self.width % 2:
-            raise ValueError(f"rotary positions need an even head_dim; got {self.width}: change it or set rope_base=None")
+        if self.resolved_rope_base() is not None and self.dim is not None and heads is not None and self.resolved_head_dim % 2:
+            raise ValueError(
+                f"rotary positions need an even head_dim; got {self.resolved_head_dim}: change it or set rope_base=None"
+            )
         if isinstance(self.beta_init, tuple) and heads is not None and len(self.beta_init) != (kv_heads or heads):
             raise ValueError(
                 f"beta_init has {len(self.beta_init)} numbers for {kv_heads or heads} key/value heads: "
@@ -178,7 +180,7 @@ class RaceConfig(StrictConfig):
         return self
 
     @property
-    def width(self) -> int:
+    def resolved_head_dim(self) -> int:
         """Width ``D`` of one head."""
         if self.head_dim is not None:
             return self.head_dim
@@ -197,7 +199,7 @@ class RaceConfig(StrictConfig):
         """``S = L * 2**P``: buckets of all tables."""
         return self.num_tables * 2**self.num_planes
 
-    def filled(
+    def with_model_dims(
         self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None, rope_base: float | None = None
     ) -> RaceConfig:
         """This config with a model's widths; what was already set must agree. ``rope_base`` is the model's.

@@ -10,12 +10,12 @@ from torch.utils import _pytree as pytree
 
 from race_dist.nn.conv import ShortConv
 from race_dist.nn.sequence import Sequence
-from race_dist.nn.tail import Extended, TailCarry, through_tails
+from race_dist.nn.tail import SpanWithTail, TailCarry, run_with_tail
 
 CarryT = TypeVar("CarryT", bound=Any)
 
 
-def convolve(
+def apply_short_convs(
     tensors: tuple[Tensor, ...], convs: tuple[ShortConv | None, ...], tail: TailCarry | None, sequence: Sequence
 ) -> tuple[tuple[Tensor, ...], TailCarry | None]:
     """Each tensor plus its short convolution; padding is left out.
@@ -27,16 +27,16 @@ def convolve(
         sequence: where the rows stand.
 
     Returns:
-        The tensors, and the outgoing tail (None where there is no convolution, or unless ``sequence.final``).
+        The tensors, and the outgoing tail (None where there is no convolution, or unless ``sequence.return_carry``).
     """
     taken = [(x, conv) for x, conv in zip(tensors, convs, strict=True) if conv is not None]
     if not taken:
         return tensors, None
 
-    def taps(piece: Extended) -> tuple[Tensor, ...]:
+    def taps(piece: SpanWithTail) -> tuple[Tensor, ...]:
         return tuple(conv(x, piece.documents) for x, (_, conv) in zip(piece.tensors, taken, strict=True))
 
-    added, tail = through_tails(tuple(x for x, _ in taken), taken[0][1].weight.shape[0] - 1, tail, sequence, taps)
+    added, tail = run_with_tail(tuple(x for x, _ in taken), taken[0][1].weight.shape[0] - 1, tail, sequence, taps)
     more = iter(added)
     return tuple(x if conv is None else x + next(more) for x, conv in zip(tensors, convs, strict=True)), tail
 

@@ -26,7 +26,7 @@ SHORTEST_MEMORY, LONGEST_MEMORY = 8.0, 1024.0  # tokens after which a decaying h
 ENDLESS_MEMORY = 2.0**14  # at the start, of the heads of decay="token" that should remember
 
 
-def memory_lengths(heads: int, endless: float = math.inf) -> list[float]:
+def decay_time_constants(heads: int, endless: float = math.inf) -> list[float]:
     """Tokens that each head remembers: spread geometrically, the last quarter of the heads (not an only one)
     ``endless``."""
     if heads == 1:
@@ -60,7 +60,7 @@ class RaceCore(Drawn):
         config: with num_heads, and head_dim or dim, set. ``short_conv``, ``output_gate`` and the rates of
             ``decay="token"`` belong to :class:`RaceAttention`; a core that decays per token is told the rates.
         layer: index of the layer: layers draw different hyperplanes.
-        draw: whether to fill the parameters now, from ``config.seed`` and the layer's index.
+        init_weights: whether to fill the parameters now, from ``config.seed`` and the layer's index.
         device, dtype: of the parameters.
 
     Raises:
@@ -76,25 +76,25 @@ class RaceCore(Drawn):
         config: RaceConfig,
         layer: int = 0,
         *,
-        draw: bool = True,
+        init_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.instance("config", config, RaceConfig)
         layer = checks.integer("layer", layer, least=0, most=2**63 - 1)
-        checks.flag("draw", draw)
+        checks.flag("init_weights", init_weights)
         if config.num_heads is None:
             raise ValueError("RaceConfig.num_heads is not set: give it (a ModelConfig fills it in)")
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-        self.head_dim, self.rope_base = config.width, config.resolved_rope_base()
+        self.head_dim, self.rope_base = config.resolved_head_dim, config.resolved_rope_base()
         where = checks.placement(device, dtype)
         self.out_norm = (
             RMSNorm(self.num_heads, self.head_dim, eps=config.norm_eps, **where) if config.normalization == "none" else None
         )
         self._build_hash(where)
-        if draw:
+        if init_weights:
             initialize(self, config.seed, f"race.{layer}")
 
     def _build_hash(self, where: dict[str, Any]) -> None:
@@ -134,9 +134,9 @@ class RaceCore(Drawn):
         if not self.config.train_beta:
             constants["beta"] = self._betas().to(**where)
         if self.config.decay == "multiscale":
-            constants["log_decay"] = torch.tensor([-1 / n for n in memory_lengths(self.num_kv_heads)], dtype=torch.float64).to(
-                **where
-            )
+            constants["log_decay"] = torch.tensor(
+                [-1 / n for n in decay_time_constants(self.num_kv_heads)], dtype=torch.float64
+            ).to(**where)
         return constants
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -146,7 +146,7 @@ class RaceCore(Drawn):
         self._buffers.update(self._constants())
         return self
 
-    def settle(self, like: Tensor) -> None:
+    def reset_constants(self, like: Tensor) -> None:
         """Make the constants anew on the device of ``like`` (a parameter that something other than ``.to`` has put
         there: a loader that assigns weights)."""
         self._like = like.detach().new_empty(0)
@@ -197,7 +197,7 @@ class RaceCore(Drawn):
             log_decay: ``[B, T, Hkv]``, at most 0: the rates of ``decay="token"``.
 
         Returns:
-            ``out [B, T, Hq, D]`` in the dtype of v, and the outgoing sketch (None unless ``sequence.final``).
+            ``out [B, T, Hq, D]`` in the dtype of v, and the outgoing sketch (None unless ``sequence.return_carry``).
 
         Raises:
             ValueError: a shape does not fit, or rates are missing or not wanted.
@@ -220,7 +220,7 @@ class RaceCore(Drawn):
     def _place(self, x: Tensor, scale: Tensor | None, sequence: Sequence) -> Tensor:
         """Unit length times a learned scale, then the rotary position, in the compute dtype. ``[B, T, H, D]``."""
         if scale is not None:
-            x = with_length(x, scale, self.config.norm_eps)
+            x = apply_qk_norm(x, scale, self.config.norm_eps)
         if self.rope_base is not None:
             x = rotate(x, *sequence.rotation(self.head_dim, self.rope_base, compute_dtype(x)))
         return x
@@ -233,7 +233,7 @@ class RaceCore(Drawn):
         return self.beta
 
 
-def with_length(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def apply_qk_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Each query or key ``[B, T, H, D]`` at its head's learned length ``scale [H, 1]``, in the compute dtype."""
     return rms(x, eps) * (scale.to(compute_dtype(x)) * x.shape[-1] ** -0.5)
 
@@ -265,7 +265,7 @@ def attend(
     # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
     sampled = v.dtype == torch.bfloat16 and not config.train_planes
     planes = planes.to(torch.bfloat16) if sampled else planes
-    result = attention_of_layer(q, k, v, planes, beta, output_final_state=sequence.final, **options)
+    result = attention_of_layer(q, k, v, planes, beta, output_final_state=sequence.return_carry, **options)
     if not isinstance(result, tuple):
         return result, None
     out, state = result

@@ -11,6 +11,6 @@ from torch import Tensor
 GateActivation = Literal["silu", "sigmoid"]
 
 
-def gated(y: Tensor, logits: Tensor, activation: GateActivation) -> Tensor:
+def apply_output_gate(y: Tensor, logits: Tensor, activation: GateActivation) -> Tensor:
     """``y`` times the activation of ``logits``, which have its shape."""
     return y * (F.silu(logits) if activation == "silu" else torch.sigmoid(logits))

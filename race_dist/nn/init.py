@@ -47,12 +47,12 @@ def _fill(parameter: Tensor, how: float | Tensor, seed: int, name: str) -> None:
     if parameter.is_meta:
         return
     if isinstance(how, Tensor):
-        write_part(parameter, how.expand(parameter.shape))
+        copy_local_shard(parameter, how.expand(parameter.shape))
         return
-    write_part(parameter, draw_normal(parameter.shape, how, seed, name))
+    copy_local_shard(parameter, seeded_normal(parameter.shape, how, seed, name))
 
 
-def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
+def seeded_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
     """Normal numbers that depend on seed and name alone, float32 on the CPU: a rank that holds a part cuts it out."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -60,7 +60,7 @@ def draw_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tenso
 
 
 @torch.no_grad()
-def write_part(parameter: Tensor, values: Tensor) -> None:
+def copy_local_shard(parameter: Tensor, values: Tensor) -> None:
     """Copy the values, or this rank's part of them where the parameter is sharded."""
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import DTensor

@@ -17,11 +17,11 @@ from torch.distributed import ProcessGroup
 from race_dist.carry import CarryT
 from race_dist.distributed.collectives import attach, broadcast
 from race_dist.parallel import Layout, group_size
-from race_dist.parallel.scan import carries_in
+from race_dist.parallel.scan import exclusive_scan_pieces
 
 
 def across_ranks(
-    own: list[CarryT], before: CarryT, group: ProcessGroup | None, layout: Layout, *, final: bool
+    own: list[CarryT], before: CarryT, group: ProcessGroup | None, layout: Layout, *, return_carry: bool
 ) -> tuple[list[CarryT], CarryT | None]:
     """The carry that enters each of this rank's spans, and the one that leaves the sequence. Every rank calls it.
 
@@ -29,17 +29,17 @@ def across_ranks(
         own: one carry a span, in the order of ``Sequence.spans``; tensors have a batch in front.
         before: what comes before the sequence, the same on every rank.
         group, layout: the ranks that share the sequence.
-        final: whether the outgoing carry is wanted; None is returned in its place.
+        return_carry: whether the outgoing carry is wanted; None is returned in its place.
     """
     if group is None:
-        return [before], before.combine(own[0]) if final else None
+        return [before], before.combine(own[0]) if return_carry else None
     parts = 2 if layout == "zigzag" else 1
     documents = len(own) // parts  # that were cut one by one: rows of one carry
     first = _stack([before, *[before.zero()] * (documents - 1)])
     pieces = [_stack(own[part::parts]) for part in range(parts)]
-    entering = [first.combine(scanned) for scanned in carries_in(pieces, group, layout)]
+    entering = [first.combine(scanned) for scanned in exclusive_scan_pieces(pieces, group, layout)]
     outgoing = None
-    if final:
+    if return_carry:
         last = _row(entering[-1].combine(pieces[-1]), documents - 1, documents)
         token, received = broadcast(last.tensors(), 0 if parts == 2 else group_size(group) - 1, group)
         outgoing = last.with_tensors(attach([token], received))

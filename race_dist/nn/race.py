@@ -14,9 +14,9 @@ from race_dist import checks
 from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.config import RaceConfig
 from race_dist.nn.conv import ShortConv
-from race_dist.nn.convolve import convolve
-from race_dist.nn.core import ENDLESS_MEMORY, RaceCore, memory_lengths
-from race_dist.nn.gate import gated
+from race_dist.nn.convolve import apply_short_convs
+from race_dist.nn.core import ENDLESS_MEMORY, RaceCore, decay_time_constants
+from race_dist.nn.gate import apply_output_gate
 from race_dist.nn.init import Linear, initialize
 from race_dist.nn.norm import compute_dtype
 from race_dist.nn.sequence import Sequence
@@ -67,7 +67,7 @@ class RaceAttention(RaceCore):
         config: with dim and num_heads set.
         layer: index of the layer: layers draw different hyperplanes.
         output_gain: of the initial weight of the output projection.
-        draw: whether to fill the weights now, from ``config.seed`` and the layer's index; False leaves that to the
+        init_weights: whether to fill the weights now, from ``config.seed`` and the layer's index; False leaves that to the
             caller.
         device, dtype: of the parameters.
 
@@ -81,16 +81,16 @@ class RaceAttention(RaceCore):
         layer: int = 0,
         *,
         output_gain: float = 1.0,
-        draw: bool = True,
+        init_weights: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.instance("config", config, RaceConfig)
         checks.number("output_gain", output_gain, least=0)
-        checks.flag("draw", draw)
+        checks.flag("init_weights", init_weights)
         if config.dim is None or config.num_heads is None:
             raise ValueError("RaceAttention needs RaceConfig.dim and num_heads: give both (a ModelConfig fills them in)")
-        super().__init__(config, layer, draw=False, device=device, dtype=dtype)
+        super().__init__(config, layer, init_weights=False, device=device, dtype=dtype)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self._build_projections(config.dim, output_gain, where)
         width, kv_width, taps = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, config.short_conv
@@ -99,7 +99,7 @@ class RaceAttention(RaceCore):
         self.v_conv = ShortConv(kv_width, taps, **where) if config.conv_values else None
         self.decay_proj = Linear(config.dim, self.num_kv_heads, **where) if config.decay == "token" else None
         self.decay_bias = nn.Parameter(torch.empty(self.num_kv_heads, **where)) if config.decay == "token" else None
-        if draw:
+        if init_weights:
             initialize(self, config.seed, f"race.{layer}")
 
     def _build_projections(self, dim: int, output_gain: float, where: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ class RaceAttention(RaceCore):
     def initial(self) -> dict[str, float | Tensor]:
         values = super().initial()
         if self.config.decay == "token":
-            memory = torch.tensor(memory_lengths(self.num_kv_heads, ENDLESS_MEMORY), dtype=torch.float64)
+            memory = torch.tensor(decay_time_constants(self.num_kv_heads, ENDLESS_MEMORY), dtype=torch.float64)
             values["decay_bias"] = (1 / memory).expm1().log()  # softplus of it is the rate of forgetting
         return values
 
@@ -155,19 +155,19 @@ class RaceAttention(RaceCore):
             sequence: where the rows stand; None: one document on one rank, at positions 0 to T - 1.
 
         Returns:
-            ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.final``).
+            ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.return_carry``).
         """
         check_layer_call(self, x, carry, sequence, dim=self.config.dim or 0, like=self._like, kind=RaceCarry)
         sequence = sequence or Sequence.alone(x, carry, self.rope_base)
         x = sequence.real(x)
-        (q, k, v), tail = convolve(
+        (q, k, v), tail = apply_short_convs(
             self.project(x), (self.q_conv, self.k_conv, self.v_conv), None if carry is None else carry.tail, sequence
         )
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         out, sketch = super().forward(q, k, v, None if carry is None else carry.sketch, sequence, log_decay=self._decay(x))
         y = out.flatten(2)
         if self.gate_proj is not None:
-            y = gated(y, self.gate_proj(x), self.config.gate_activation)
+            y = apply_output_gate(y, self.gate_proj(x), self.config.gate_activation)
         return self.output(y), None if sketch is None else RaceCarry(sketch, tail)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

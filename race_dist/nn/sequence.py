@@ -23,7 +23,7 @@ from race_dist.parallel import (
     shard_rows,
     unshard_sequence,
 )
-from race_dist.parallel.sharding import check_documents, check_layout, check_zigzag
+from race_dist.parallel.sharding import check_cu_seqlens, check_layout, check_zigzag
 
 
 class Span(NamedTuple):
@@ -63,10 +63,10 @@ class Sequence:
         group: the ranks that share the sequence; None is one rank.
         layout: which rows of it this rank holds, "contiguous" or "zigzag".
         offset: rows on earlier ranks (contiguous).
-        final: whether the outgoing carry is wanted; without it layers return None in its place and save the work.
+        return_carry: whether the outgoing carry is wanted; without it layers return None in its place and save the work.
         rotations: cosines and sines by (head_dim, base, dtype), where they are known already.
         compactions: with a key_mask, where each span's real rows go; None without.
-        end: with a key_mask and ``final``, ``[B]`` int64: the position after the whole sequence.
+        end: with a key_mask and ``return_carry``, ``[B]`` int64: the position after the whole sequence.
     """
 
     positions: Tensor
@@ -75,7 +75,7 @@ class Sequence:
     group: ProcessGroup | None = None
     layout: Layout = "contiguous"
     offset: int | Tensor = 0
-    final: bool = True
+    return_carry: bool = True
     rotations: Mapping[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     compactions: tuple[Compaction, ...] | None = None
     end: Tensor | None = None
@@ -94,7 +94,7 @@ class Sequence:
         group: ProcessGroup | None = None,
         layout: str = "contiguous",
         position: Tensor | int = 0,
-        final: bool = True,
+        return_carry: bool = True,
         device: torch.device | str | None = None,
     ) -> Sequence:
         """The sequence of a call.
@@ -106,14 +106,14 @@ class Sequence:
             group, layout: as above; every rank of the group calls this.
             position: of the first row (of the whole sequence) in its document: what the carry has seen of it (of real
                 tokens). An int, a 0-dimensional tensor, or ``[B]``.
-            final: whether carries are wanted.
+            return_carry: whether carries are wanted.
             device: of the rows.
 
         Raises:
             ValueError: no such layout, a zigzag sequence does not divide, or a shape does not fit.
         """
         layout, length = check_layout(layout), checks.integer("length", length, least=0)
-        checks.flag("final", final)
+        checks.flag("return_carry", return_carry)
         if key_mask is not None:
             _check_mask(key_mask, length)
         if not torch.compiler.is_compiling():
@@ -126,14 +126,14 @@ class Sequence:
         if world == 1:
             group = None
         if cu_seqlens is not None:
-            check_documents(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
+            check_cu_seqlens(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
             cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64)
         if layout == "zigzag":
             check_zigzag(length * world, world, cu_seqlens)
         offset = shard_offset(length, group, device) if layout == "contiguous" else 0
         position = torch.as_tensor(position, dtype=torch.int64, device=device)[..., None]  # [1] or [B, 1]
         if key_mask is not None:
-            unmasked = cls(torch.arange(length, device=device), cu_seqlens, None, group, layout, offset, final)
+            unmasked = cls(torch.arange(length, device=device), cu_seqlens, None, group, layout, offset, return_carry)
             return unmasked._masked(key_mask, position[..., 0])
         positions = torch.arange(length, device=device)
         if cu_seqlens is None and layout == "contiguous":
@@ -143,7 +143,7 @@ class Sequence:
             run = torch.searchsorted(runs.cu_seqlens[1:].clone(), positions, right=True)
             positions = positions - runs.cu_seqlens[run] + runs.starts[run]
             position = torch.where(runs.documents[run] == 0, position, 0)
-        return cls(positions + position, cu_seqlens, None, group, layout, offset, final)
+        return cls(positions + position, cu_seqlens, None, group, layout, offset, return_carry)
 
     def _masked(self, key_mask: Tensor, position: Tensor) -> Sequence:
         """This sequence with a mask ``[B, T]``. ``position``: of its first real token, ``[]`` or ``[B]``."""
@@ -152,7 +152,7 @@ class Sequence:
         real = [span.of(key_mask) for span in spans]
         own = [TokenCount.of(*piece) for piece in zip(real, begins, strict=True)]
         before = TokenCount(position.expand(key_mask.shape[0]), torch.zeros_like(own[0].reset))
-        entering, after = across_ranks(own, before, self.group, self.layout, final=self.final)
+        entering, after = across_ranks(own, before, self.group, self.layout, return_carry=self.return_carry)
         positions = [
             real_positions(mask, count.count, self._starts(span, document))
             for mask, count, span, document in zip(real, entering, spans, documents, strict=True)
@@ -271,7 +271,7 @@ class Sequence:
         calls this.
         """
         if self.key_mask is not None:
-            assert self.end is not None, "the sequence was made with final=False"
+            assert self.end is not None, "the sequence was made with return_carry=False"
             return self.end
         if self.cu_seqlens is not None:
             end = self.cu_seqlens[-1] - self.cu_seqlens[-2]

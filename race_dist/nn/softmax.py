@@ -14,8 +14,8 @@ from race_dist import checks
 from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.config import SoftmaxConfig
 from race_dist.nn.conv import ShortConv
-from race_dist.nn.convolve import ConvolvedCarry, convolve
-from race_dist.nn.gate import gated
+from race_dist.nn.convolve import ConvolvedCarry, apply_short_convs
+from race_dist.nn.gate import apply_output_gate
 from race_dist.nn.init import Linear, initialize
 from race_dist.nn.norm import compute_dtype
 from race_dist.nn.rope import rotate
@@ -32,7 +32,7 @@ class SoftmaxOptions(TypedDict, total=False):
     rope_base: float | None
     config: SoftmaxConfig
     output_gain: float
-    draw: bool
+    init_weights: bool
     seed: int
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -49,7 +49,7 @@ class SoftmaxAttention(nn.Module):
         rope_base: base of the rotary positions, or None.
         config: convolution and gate.
         output_gain: of the initial weight of the output projection.
-        draw: whether to fill the weights now, from ``seed``; False leaves that to the caller.
+        init_weights: whether to fill the weights now, from ``seed``; False leaves that to the caller.
         device, dtype: of the parameters.
     """
 
@@ -63,7 +63,7 @@ class SoftmaxAttention(nn.Module):
         rope_base: float | None = 10000.0,
         config: SoftmaxConfig | None = None,
         output_gain: float = 1.0,
-        draw: bool = True,
+        init_weights: bool = True,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,7 +74,7 @@ class SoftmaxAttention(nn.Module):
         head_dim = None if head_dim is None else checks.integer("head_dim", head_dim, least=1, most=WIDEST)
         rope_base = None if rope_base is None else checks.number("rope_base", rope_base, above=1)
         checks.number("output_gain", output_gain, least=0)
-        checks.flag("draw", draw)
+        checks.flag("init_weights", init_weights)
         checks.integer("seed", seed, least=0, most=2**64 - 1)
         checks.placement(device, dtype)
         if num_heads % num_kv_heads:
@@ -102,7 +102,7 @@ class SoftmaxAttention(nn.Module):
         self.gate_proj = Linear(dim, width, **where) if self.config.output_gate else None
         self.q_conv, self.k_conv = (ShortConv(n, taps, **where) if taps else None for n in (width, kv_width))
         self.v_conv = ShortConv(kv_width, taps, **where) if self.config.conv_values else None
-        if draw:
+        if init_weights:
             initialize(self, seed, type(self).__name__)
 
     def heads(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ class SoftmaxAttention(nn.Module):
         """``[B, T, dim]`` of the heads' outputs ``[B, T, Hq, D]`` and the layer's input."""
         y = out.flatten(2)
         if self.gate_proj is not None:
-            y = gated(y, self.gate_proj(x), self.config.gate_activation)
+            y = apply_output_gate(y, self.gate_proj(x), self.config.gate_activation)
         return self.o_proj(y)
 
     def _parted(self, carry: Any) -> tuple[Any, TailCarry | None]:
@@ -136,7 +136,7 @@ class SoftmaxAttention(nn.Module):
         self, x: Tensor, tail: TailCarry | None, sequence: Sequence
     ) -> tuple[tuple[Tensor, Tensor, Tensor], TailCarry | None]:
         """:meth:`heads` of a piece that continues ``tail``, and the outgoing tail."""
-        flat, tail = convolve(
+        flat, tail = apply_short_convs(
             (self.q_proj(x), self.k_proj(x), self.v_proj(x)), (self.q_conv, self.k_conv, self.v_conv), tail, sequence
         )
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in flat)
@@ -252,7 +252,7 @@ class FullAttention(SoftmaxAttention):
         if sequence.key_mask is not None:
             out = torch.where(sequence.key_mask[..., None, None], out, 0)  # padding gets nothing and has no gradient
         y = self.output(out, x)
-        return y, self._joined(self._outgoing(sequence, history, whole), tail) if sequence.final else None
+        return y, self._joined(self._outgoing(sequence, history, whole), tail) if sequence.return_carry else None
 
     def _mask(self, sequence: Sequence, carry: HistoryCarry, whole: HistoryCarry) -> Tensor:
         """``[B, 1, T, n + total]`` bool. A query always sees its own key, so that no row is empty."""

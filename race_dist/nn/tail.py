@@ -134,7 +134,7 @@ pytree.register_pytree_node(
 )
 
 
-class Extended(NamedTuple):
+class SpanWithTail(NamedTuple):
     """A span of tokens with the tail that enters it in front.
 
     ``tensors``: each ``[B, n + length, ...]``; ``held [B, n + length]`` bool: False for slots of the tail that hold
@@ -154,12 +154,12 @@ class Extended(NamedTuple):
         return rows if self.compaction is None else self.compaction.gather(rows)
 
 
-def through_tails(
+def run_with_tail(
     tensors: tuple[Tensor, ...],
     width: int,
     carry: TailCarry | None,
     sequence: Sequence,
-    mix: Callable[[Extended], tuple[Tensor, ...]],
+    mix: Callable[[SpanWithTail], tuple[Tensor, ...]],
 ) -> tuple[tuple[Tensor, ...], TailCarry | None]:
     """Run a layer that looks back ``width`` tokens over this rank's rows, wherever the tokens before them are.
 
@@ -172,10 +172,10 @@ def through_tails(
         carry: the tail before the call's sequence, or None.
         sequence: where the rows stand.
         mix: from a span with the tail before it to its outputs, each ``[B, length, ...]``; no output may depend on a later
-            token. What else it reads of the rows it takes through :meth:`Extended.of`.
+            token. What else it reads of the rows it takes through :meth:`SpanWithTail.of`.
 
     Returns:
-        The outputs ``[B, T, ...]`` and the tail after the call's sequence (None unless ``sequence.final``).
+        The outputs ``[B, T, ...]`` and the tail after the call's sequence (None unless ``sequence.return_carry``).
     """
     empty = TailCarry.empty(tensors, width)
     if carry is None:
@@ -191,7 +191,7 @@ def through_tails(
         extended = tuple(torch.cat([before, x], 1) for before, x in zip(tail.tails, piece, strict=True))
         held = F.pad(tail.held, (0, span.length), value=True)
         compact = None if compactions is None else compactions[i]
-        mixed = mix(Extended(extended, held, sequence.documents(span, width), span, compact))
+        mixed = mix(SpanWithTail(extended, held, sequence.documents(span, width), span, compact))
         outputs.append(mixed if compact is None else tuple(map(compact.scatter, mixed)))
     return tuple(torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)), outgoing
 
@@ -208,7 +208,7 @@ def _enter(
         TailCarry.of(piece, carry.width, sequence.begin(span), stop)
         for piece, span, stop in zip(pieces, spans, stops, strict=True)
     ]
-    entering, outgoing = across_ranks(tails, carry, sequence.group, sequence.layout, final=sequence.final)
+    entering, outgoing = across_ranks(tails, carry, sequence.group, sequence.layout, return_carry=sequence.return_carry)
     if outgoing is not None and len(spans) > 2:  # documents that were cut one by one: the last began inside the sequence
         outgoing = replace(outgoing, reset=torch.ones_like(outgoing.reset))
     return entering, outgoing
@@ -241,7 +241,7 @@ def _enter_in_graph(
     narrow = lambda tensors: tuple(t if x.is_floating_point() else t > 0.5 for t, x in zip(tensors, own, strict=True))
     full = torch.full_like(carry.count, carry.width)
     first = TailCarry(narrow(entering), carry.count if group_rank(sequence.group) == 0 else full, carry.reset)
-    return [first], TailCarry(narrow(leaving), full, carry.reset) if sequence.final else None
+    return [first], TailCarry(narrow(leaving), full, carry.reset) if sequence.return_carry else None
 
 
 def _enter_masked_in_graph(
@@ -269,4 +269,4 @@ def _enter_masked_in_graph(
         tails = tuple(_keep(slots.held, t.take_along_dim(_like(number, t), 1)) for t in every)
         return TailCarry(tails, slots.count, carry.reset)
 
-    return [tail(entering)], tail(after) if sequence.final else None
+    return [tail(entering)], tail(after) if sequence.return_carry else None

@@ -13,7 +13,7 @@ from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.convolve import ConvolvedCarry
 from race_dist.nn.sequence import Sequence
 from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions
-from race_dist.nn.tail import Extended, TailCarry, through_tails
+from race_dist.nn.tail import SpanWithTail, TailCarry, run_with_tail
 
 WindowCarry = TailCarry | ConvolvedCarry[TailCarry]
 MAX_BLOCKS = 2**15  # of one call: CUDA kernels count batch rows in a grid dimension of at most 65535
@@ -67,12 +67,12 @@ class WindowAttention(SoftmaxAttention):
         masked = sequence.key_mask
         real = masked if masked is not None else k.new_ones(x.shape[:2], dtype=torch.bool)
 
-        def attend(piece: Extended) -> tuple[Tensor]:
+        def attend(piece: SpanWithTail) -> tuple[Tensor]:
             keys, values, kept = piece.tensors
             plain = piece.documents is None and masked is None
             return (window_attention(piece.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),)
 
-        (out,), seen = through_tails((k, v, real), self.window - 1, seen, sequence, attend)
+        (out,), seen = run_with_tail((k, v, real), self.window - 1, seen, sequence, attend)
         return self.output(out, x), self._joined(seen, tail)
 
 

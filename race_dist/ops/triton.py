@@ -37,8 +37,16 @@ DECODE_WIDTH = 32  # value columns a program
 MAX_DIM = 256
 MAX_FEATURES = 1024
 PIPE_BLOCK = 64  # features up to which a plan's tile does not depend on how rows can be moved; value columns beyond
-WALKS = {"out": recurrent_fwd.walk_out, "queries": recurrent_bwd.walk_queries, "keys": recurrent_bwd.walk_keys}
-SNAPSHOTS = {"out": materialized.snapshot_out, "queries": materialized.snapshot_queries, "keys": materialized.snapshot_keys}
+RECURRENT = {
+    "fwd": recurrent_fwd.race_recurrent_fwd_kernel,
+    "bwd_dq": recurrent_bwd.race_recurrent_bwd_dq_kernel,
+    "bwd_dkv": recurrent_bwd.race_recurrent_bwd_dkv_kernel,
+}
+MATERIALIZED = {
+    "fwd": materialized.race_materialized_fwd_kernel,
+    "bwd_dq": materialized.race_materialized_bwd_dq_kernel,
+    "bwd_dkv": materialized.race_materialized_bwd_dkv_kernel,
+}
 
 
 def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
@@ -53,8 +61,8 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
     states, final = call.prefix_states(parts)
     den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
     call.launch(
-        "out",
-        call.kernel("out"),
+        "fwd",
+        call.kernel("fwd"),
         _rows(p.q),
         _rows(p.k),
         _rows(p.v),
@@ -63,7 +71,7 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
         *call.hash,
         *call.extras,
         states,
-        programs=call.plan["out"].spec.NVB,
+        programs=call.plan["fwd"].spec.NVB,
     )
     if states.shape != call.kind.announced:  # these rows cannot take the plan that was announced: backward makes its own
         states = states.new_empty(call.kind.announced)
@@ -91,7 +99,7 @@ def backward(
     """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
     call, saved, into, h, row, parts = _query_side(p, saved, dout, need_planes, into) if begun is None else begun.rest
     suffixes, dinitial = call.scan(parts, dfinal, p.initial is not None, reverse=True)
-    blocks = call.plan["keys"].spec.NVB
+    blocks = call.plan["bwd_dkv"].spec.NVB
     dlog_decay = (
         None
         if p.log_decay is None
@@ -99,8 +107,8 @@ def backward(
     )
     target = call.gradient_target(into.k)
     call.launch(
-        "keys",
-        call.kernel("keys"),
+        "bwd_dkv",
+        call.kernel("bwd_dkv"),
         _rows(p.q),
         _rows(p.k),
         _rows(p.v),
@@ -161,7 +169,7 @@ def states_shape(p: Problem) -> tuple[int, ...]:
         return 0, p.k.shape[2], size
     if not p.causal:
         return p.num_states, p.k.shape[2], size
-    return _num_tiles(p, _plan(p, False, bulk=True)), p.k.shape[2], size
+    return _num_tiles(p, _plan(p, False, tma=True)), p.k.shape[2], size
 
 
 def unsupported(p: Problem) -> str | None:
@@ -185,7 +193,7 @@ def explain(p: Problem) -> KernelPlan:
     plan = _plan(p, p.planes.requires_grad, _bulk(p.q, p.k, p.v))
     if _is_decoding(p):
         return KernelPlan("triton", "decode", ("decode",), None)
-    if plan.pipe:
+    if plan.pipelined:
         return KernelPlan("triton", plan.family, plan.kernels, None)
     return KernelPlan(
         "triton",
@@ -195,7 +203,7 @@ def explain(p: Problem) -> KernelPlan:
     )
 
 
-def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
+def _plan(p: Problem, need_planes: bool, tma: bool = False) -> Plan:
     """The call's plan, made once for each kind of call: host time decides short sequences. A compiler that traces with
     symbolic sizes specializes here: states are as many as the plan's tiles."""
     _, tables, number, dim = map(int, p.planes.shape)
@@ -212,7 +220,7 @@ def _plan(p: Problem, need_planes: bool, bulk: bool = False) -> Plan:
         (p.log_decay is not None, p.key_mask is not None, p.cu_seqlens is not None),
         p.q.dtype,
         p.planes.dtype != p.q.dtype,
-        bulk,
+        tma,
         need_planes,
         work_bucket(batch * heads * length),
         _shared_limit(device),
@@ -229,7 +237,7 @@ def _make_plan(
     extras: tuple[bool, bool, bool],
     dtype: torch.dtype,
     split_planes: bool,
-    bulk: bool,
+    tma: bool,
     need_planes: bool,
     work: int,
     shared_limit: int,
@@ -254,10 +262,10 @@ def _make_plan(
         decay=decay,
         masked=masked,
         packed=packed,
-        f32=dtype == torch.float32,
-        half=dtype == torch.float16,
+        fp32=dtype == torch.float32,
+        fp16=dtype == torch.float16,
         split_planes=split_planes,
-        bulk=bulk,
+        tma=tma,
         need_planes=need_planes,
     )
     return make_plan(spec, work, shared_limit=shared_limit, hopper=hopper, tile=tile)
@@ -283,7 +291,11 @@ def _pipes() -> dict[str, object]:
     """Hopper's pipelines; Gluon is imported where they run."""
     from race_dist.kernels.hopper import bwd_dkv, bwd_dq, fwd
 
-    return {"out": fwd.pipe_out, "queries": bwd_dq.pipe_queries, "keys": bwd_dkv.pipe_keys}
+    return {
+        "fwd": fwd.race_hopper_fwd_kernel,
+        "bwd_dq": bwd_dq.race_hopper_bwd_dq_kernel,
+        "bwd_dkv": bwd_dkv.race_hopper_bwd_dkv_kernel,
+    }
 
 
 def _is_decoding(p: Problem) -> bool:
@@ -326,8 +338,8 @@ class _Kind:
         reason = unsupported(p)
         if reason is not None:
             raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
-        self.bulk = _bulk(p.q, p.k, p.v, *moved)
-        self.plan = _plan(p, need_planes, self.bulk)
+        self.tma = _bulk(p.q, p.k, p.v, *moved)
+        self.plan = _plan(p, need_planes, self.tma)
         if self.plan.obstacle is not None and not _is_decoding(p):
             warn_slow(f"race_attention does not run in its fastest kernels: {self.plan.obstacle}")
         self.num_tiles = _num_tiles(p, self.plan)
@@ -387,7 +399,7 @@ class _Call:
         """``moved``: tensors that the kernels read or write by rows, besides q, k and v; ``read``: others that were saved."""
         self.p = p
         self.kind = _kind(p, need_planes, moved, read)
-        if self.kind.bulk:
+        if self.kind.tma:
             triton.set_allocator(_scratch)
         self.plan, self.num_tiles = self.kind.plan, self.kind.num_tiles
         self.heads = p.k.shape[2]
@@ -398,8 +410,8 @@ class _Call:
         self.decays = p.q.new_empty(self.num_tiles, self.heads, dtype=torch.float64) if p.log_decay is not None else None
         self.dplanes: list[Tensor | None] = [None, None]
         if need_planes:
-            spec = self.plan["keys"].spec
-            blocks = (spec.G, 1) if spec.pipe else (spec.NSB, spec.NSB)  # of the pass over the queries, and over the keys
+            spec = self.plan["bwd_dkv"].spec
+            blocks = (spec.G, 1) if spec.pipelined else (spec.NSB, spec.NSB)  # of the pass over the queries, and over the keys
             self.dplanes = [
                 p.q.new_empty(self.num_tiles, self.heads, n, spec.LPB, spec.BD, dtype=torch.float32) for n in blocks
             ]
@@ -407,19 +419,19 @@ class _Call:
     @cached_property
     def dbeta(self) -> Tensor:
         """Each program's part of the gradient of beta, of the pass over the queries and over the keys."""
-        return self.p.q.new_empty(2, self.num_tiles, self.heads, self.plan["keys"].spec.NVB, dtype=torch.float32)
+        return self.p.q.new_empty(2, self.num_tiles, self.heads, self.plan["bwd_dkv"].spec.NVB, dtype=torch.float32)
 
     def kernel(self, name: str) -> object:
         """The family's kernel of that name."""
-        if self.plan.pipe:
+        if self.plan.pipelined:
             return _pipes()[name]
-        return (WALKS if self.plan.walk else SNAPSHOTS)[name]
+        return (RECURRENT if self.plan.recurrent else MATERIALIZED)[name]
 
     def gradient_target(self, dx: Tensor) -> Tensor:
         """Where a backward kernel writes the gradient dx of its rows: there; or the gradient of the projections
         ``[B, T, NVB * heads, LPB]``, of which :meth:`finish_gradient` makes dx."""
-        spec = self.plan["keys"].spec
-        if not spec.SHARES:
+        spec = self.plan["bwd_dkv"].spec
+        if not spec.PARTIAL_GRADIENTS:
             return dx
         return dx.new_empty(*dx.shape[:2], spec.NVB * dx.shape[2], spec.LPB, dtype=torch.float32)
 
@@ -430,8 +442,8 @@ class _Call:
             return
         group = x.shape[2] // self.heads
         self.launch(
-            "keys",
-            partial_gradients.unproject_shares,
+            "bwd_dkv",
+            partial_gradients.race_unproject_kernel,
             _rows(target),
             _rows(dx),
             _rows(x),
@@ -444,12 +456,12 @@ class _Call:
 
     def summed(self, x: Tensor | None) -> Tensor | None:
         """One number a token and head, of the shares ``[B, T, NVB H]`` of blocks of value columns."""
-        blocks = self.plan["keys"].spec.NVB
+        blocks = self.plan["bwd_dkv"].spec.NVB
         return x if x is None or blocks == 1 else x.unflatten(2, (blocks, -1)).sum(2)
 
     def last_part(self, half: int) -> tuple[Tensor | None, ...]:
         """The last argument of a backward kernel, unless it is a pipeline: the gradient of the planes."""
-        return () if self.plan.pipe else (self.dplanes[half],)
+        return () if self.plan.pipelined else (self.dplanes[half],)
 
     def with_states(self, saved: Forward) -> Forward:
         """With the states before this call's tiles, made anew where the forward pass had other tiles (or none)."""
@@ -458,7 +470,7 @@ class _Call:
             return saved._replace(states=self.prefix_states()[0])
         if not p.causal or p.features <= PIPE_BLOCK:  # one tile for every family
             return saved
-        made, announced = (_plan(p, False, bulk).tile for bulk in (_bulk(p.q, p.k, p.v, saved.out), True))
+        made, announced = (_plan(p, False, tma).tile for tma in (_bulk(p.q, p.k, p.v, saved.out), True))
         return saved if self.plan.tile == made == announced else saved._replace(states=self.prefix_states()[0])
 
     def launch(self, name: str, kernel: object, *args: object, programs: int = 1, of: str = "") -> None:
@@ -478,7 +490,7 @@ class _Call:
             self.plan.tile,
             self.heads,
             choice.constants,
-            plain=not (choice.spec.f32 or choice.maxnreg),
+            plain=not (choice.spec.fp32 or choice.maxnreg),
             num_warps=choice.num_warps,
             num_stages=choice.spec.stages,
             **choice.options,
@@ -493,7 +505,7 @@ class _Call:
         into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
         self.kind.run(
             ("decode", *map(_placed, into)),
-            decode.decode,
+            decode.race_decode_kernel,
             batch * self.heads * -(-value_dim // DECODE_WIDTH),
             _rows(p.q),
             _rows(p.k),
@@ -506,7 +518,7 @@ class _Call:
             final.values,
             final.mass,
             self.heads,
-            self.plan["sums"].constants,
+            self.plan["tile_sums_fwd"].constants,
             DECODE_WIDTH,
             num_warps=4,
         )
@@ -517,15 +529,15 @@ class _Call:
         """What each tile's keys and values add to the state."""
         p, parts = self.p, self._new_states(self.num_tiles)
         self.launch(
-            "sums",
-            tile_sums.tile_sums,
+            "tile_sums_fwd",
+            tile_sums.race_tile_sums_fwd_kernel,
             _rows(p.k),
             _rows(p.v),
             *self.hash,
             *self.extras,
             parts,
             self.decays,
-            programs=self.plan["sums"].spec.NSB,
+            programs=self.plan["tile_sums_fwd"].spec.NSB,
         )
         return parts
 
@@ -542,7 +554,7 @@ class _Call:
 
     def query_pass(self, saved: Forward, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Writes dq; h, the queries' part of dG, and the tiles' sums of the suffix state."""
-        p, blocks = self.p, self.plan["queries"].spec.NVB
+        p, blocks = self.p, self.plan["bwd_dq"].spec.NVB
         h = None
         if p.normalization == "global":  # tokens adjacent: the pass over the keys reads h along a row of pairs
             h = p.q.new_empty(p.q.shape[0], p.q.shape[2] * blocks, p.q.shape[1], dtype=torch.float32).transpose(1, 2)
@@ -551,10 +563,10 @@ class _Call:
         parts = self._new_states(self.num_tiles)
         target = self.gradient_target(dq)
         rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(target), _scalars(h), _scalars(row))
-        fused = (parts, self.decays) if self.plan.pipe or not self.plan.walk else ()
+        fused = (parts, self.decays) if self.plan.pipelined or not self.plan.recurrent else ()
         self.launch(
-            "queries",
-            self.kernel("queries"),
+            "bwd_dq",
+            self.kernel("bwd_dq"),
             *rows,
             *self.hash,
             *self.extras,
@@ -565,11 +577,11 @@ class _Call:
             programs=blocks,
         )
         self.finish_gradient(target, dq, p.q, 0)
-        blocks = self.plan["query_sums"].spec.NSB
-        if self.plan.walk and (blocks > 1 or not self.plan.pipe):
+        blocks = self.plan["tile_sums_bwd"].spec.NSB
+        if self.plan.recurrent and (blocks > 1 or not self.plan.pipelined):
             self.launch(
-                "query_sums",
-                tile_sums.tile_query_sums,
+                "tile_sums_bwd",
+                tile_sums.race_tile_sums_bwd_kernel,
                 _rows(p.q),
                 _rows(dout),
                 _scalars(saved.den),
@@ -613,7 +625,7 @@ class _Call:
             flags: tuple[bool, ...] = (reverse, entering is not None, leaving is not None, write)
             self.kind.run(
                 ("scan", *flags, *map(_placed, into)),
-                scan.scan_tiles,
+                scan.race_scan_kernel,
                 programs,
                 parts,
                 self.decays,
@@ -623,7 +635,7 @@ class _Call:
                 self.tiles.row_tiles,
                 per_row,
                 self.heads,
-                self.plan["sums"].constants,
+                self.plan["tile_sums_fwd"].constants,
                 SCAN_WIDTH,
                 *flags,
                 num_warps=2,
@@ -632,15 +644,15 @@ class _Call:
 
     def planes_gradient(self) -> Tensor:
         """Sum of the programs' parts ``[tile, H, block, slot, D]`` as ``[Hkv, L, P, D]``."""
-        p, spec = self.p, self.plan["keys"].spec
+        p, spec = self.p, self.plan["bwd_dkv"].spec
         _, tables, number, dim = p.planes.shape
         halves = [part.sum(0, dtype=torch.float64) for part in self.dplanes if part is not None]
-        if spec.pipe:  # all planes in one block; a block for each query head of the group
+        if spec.pipelined:  # all planes in one block; a block for each query head of the group
             both = halves[0].sum(1) + halves[1].sum(1)
             return both[:, : tables * number, :dim].unflatten(1, (tables, number)).to(p.planes.dtype)
         parts = torch.stack(halves).sum(0)
         # [H, block, LPB, BD] -> [H, block, tables of a block, P, D]
-        parts = parts[:, :, : min(spec.TB, tables) * number, :dim].unflatten(2, (-1, number))
+        parts = parts[:, :, : min(spec.TABLES_PER_BLOCK, tables) * number, :dim].unflatten(2, (-1, number))
         if spec.R > spec.SB:  # several blocks share a table
             parts = parts.unflatten(1, (tables, -1)).sum(2)
         return parts.flatten(1, 2)[:, :tables].to(p.planes.dtype)

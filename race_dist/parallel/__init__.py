@@ -12,11 +12,11 @@ from race_dist.distributed.communication import (
     group_rank,
     group_size,
 )
-from race_dist.distributed.consistency import check_ranks_agree
-from race_dist.distributed.data_parallel import GradientSum, Replica, full_tensor
-from race_dist.distributed.mesh import build_mesh, init_distributed, shutdown, side_group
+from race_dist.distributed.consistency import check_same_on_all_ranks
+from race_dist.distributed.data_parallel import DataParallelModel, GradientReducer, full_tensor
+from race_dist.distributed.mesh import build_mesh, init_distributed, new_gloo_group, shutdown
 from race_dist.distributed.watchdog import RankFailure
-from race_dist.parallel.scan import ScanHandle, carries_in, exclusive_scan, exclusive_total, fold, start_scan
+from race_dist.parallel.scan import ScanHandle, exclusive_scan, exclusive_scan_pieces, exclusive_sum, fold, start_scan
 from race_dist.parallel.sharding import (
     LAYOUTS,
     Layout,
@@ -33,10 +33,10 @@ from race_dist.parallel.sharding import (
 __all__ = [
     "LAYOUTS",
     "ByteCount",
-    "GradientSum",
+    "DataParallelModel",
+    "GradientReducer",
     "Layout",
     "RankFailure",
-    "Replica",
     "ScanHandle",
     "Segments",
     "all_gather_tensor",
@@ -45,11 +45,11 @@ __all__ = [
     "barrier",
     "broadcast_tensor",
     "build_mesh",
-    "carries_in",
-    "check_ranks_agree",
+    "check_same_on_all_ranks",
     "count_bytes",
     "exclusive_scan",
-    "exclusive_total",
+    "exclusive_scan_pieces",
+    "exclusive_sum",
     "fold",
     "full_tensor",
     "gather_objects",
@@ -57,13 +57,13 @@ __all__ = [
     "group_size",
     "init_distributed",
     "local_segments",
+    "new_gloo_group",
     "shard_lengths",
     "shard_offset",
     "shard_positions",
     "shard_rows",
     "shard_sequence",
     "shutdown",
-    "side_group",
     "start_scan",
     "unshard_sequence",
 ]

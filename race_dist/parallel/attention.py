@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import group_rank, group_size, start_all_reduce
-from race_dist.distributed.consistency import agree_on_call
+from race_dist.distributed.consistency import check_same_call
 from race_dist.distributed.eager import eager
 from race_dist.ops.autograd import Backend, full_precision
 from race_dist.ops.inputs import Forward, Gradients, Into, Problem
@@ -102,7 +102,7 @@ def agree_on_attention(
         "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked),
     }
     need_offset = layout == "contiguous" and p.cu_seqlens is not None
-    lengths = agree_on_call("race_attention", facts, group, p.q.device, length=length, need_lengths=need_offset)
+    lengths = check_same_call("race_attention", facts, group, p.q.device, length=length, need_lengths=need_offset)
     if on_cpu and lengths is not None:
         _check_lengths(lengths.tolist(), layout, p.cu_seqlens)
     elif layout == "zigzag":

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from race_dist.distributed.collectives import tree_sum
 from race_dist.distributed.communication import group_rank, group_size, pack, start_all_gather, start_all_to_all, unpack
-from race_dist.distributed.consistency import agree_on_call
+from race_dist.distributed.consistency import check_same_call
 from race_dist.ops.autograd import get_backend
 from race_dist.ops.inputs import Normalization, Problem
 from race_dist.parallel.attention import Call, agree_on_attention, backward_pass, forward_pass, head_halves
@@ -248,7 +248,7 @@ def edges_in_graph(own: Sequence[Tensor], before: Sequence[Tensor], group: Proce
 def _edges(own: list[Tensor], before: list[Tensor], group: str) -> list[Tensor]:
     ranks = _group(group)
     rank, device = group_rank(ranks), own[0].device
-    agree_on_call("edges", {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}, ranks, device)
+    check_same_call("edges", {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}, ranks, device)
     every = unpack(start_all_gather(pack(own), ranks).wait(), own)
     entering = [b.clone() if rank == 0 else t[rank - 1].clone() for b, t in zip(before, every, strict=True)]
     return entering + [t[-1].clone() for t in every]
@@ -305,7 +305,7 @@ def gather_in_graph(own: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
 def _gather(own: list[Tensor], group: str) -> list[Tensor]:
     ranks = _group(group)
     facts = {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}
-    agree_on_call("gather", facts, ranks, own[0].device)
+    check_same_call("gather", facts, ranks, own[0].device)
     return [t.clone() for t in unpack(start_all_gather(pack(own), ranks).wait(), own)]
 
 

@@ -30,7 +30,7 @@ from race_dist.distributed.communication import (
     start_shift,
     unpack,
 )
-from race_dist.distributed.consistency import agree_on_call
+from race_dist.distributed.consistency import check_same_call
 from race_dist.distributed.eager import eager
 from race_dist.parallel.sharding import Layout, check_layout
 
@@ -71,11 +71,11 @@ def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool =
         ValueError: no such algorithm, or the ranks' calls do not fit each other (compared before data moves).
     """
     _check_carry(carry, "carry")
-    return carries_in([carry], group, reverse=reverse, algorithm=algorithm)[0]
+    return exclusive_scan_pieces([carry], group, reverse=reverse, algorithm=algorithm)[0]
 
 
 @eager
-def carries_in(
+def exclusive_scan_pieces(
     pieces: Sequence[CarryT],
     group: ProcessGroup | None,
     layout: str = "contiguous",
@@ -113,7 +113,7 @@ def carries_in(
             "algorithm": algorithm,
             "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         }
-        agree_on_call("exclusive_scan", facts, group, tensors[0].device)
+        check_same_call("exclusive_scan", facts, group, tensors[0].device)
     wire = _Differentiable(group)
     scan = _scan(pieces, wire, group, layout, reverse, _pick(algorithm, tensors, world))
     result = _finish(scan)
@@ -121,7 +121,7 @@ def carries_in(
 
 
 @eager
-def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
+def exclusive_sum(carry: CarryT, group: ProcessGroup | None) -> CarryT:
     """The sum of the *other* ranks' carries, tensor by tensor, by one all-reduce. Differentiable.
 
     What non-causal attention needs in place of the scan; the carry's ``combine`` must be addition.
@@ -133,7 +133,7 @@ def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
     _check_carry(carry, "carry")
     tensors = carry.tensors()
     if not all(t.is_floating_point() and t.dtype == tensors[0].dtype for t in tensors):
-        raise TypeError(f"exclusive_total adds floating point tensors of one dtype; got {[t.dtype for t in tensors]}")
+        raise TypeError(f"exclusive_sum adds floating point tensors of one dtype; got {[t.dtype for t in tensors]}")
     if group_size(group) == 1:
         return carry.zero()
     assert group is not None
@@ -143,7 +143,7 @@ def exclusive_total(carry: CarryT, group: ProcessGroup | None) -> CarryT:
         "dtype": tensors[0].dtype,
         "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     }
-    agree_on_call("exclusive_total", facts, group, tensors[0].device)
+    check_same_call("exclusive_sum", facts, group, tensors[0].device)
     return carry.with_tensors(differentiable_sum_of_others(tensors, group))
 
 
@@ -192,7 +192,7 @@ def start_scan(
     reverse: bool = False,
     algorithm: str = "auto",
 ) -> ScanHandle[CarryT]:
-    """:func:`carries_in` without gradients and without waiting: the exchange runs beside what the caller does next.
+    """:func:`exclusive_scan_pieces` without gradients and without waiting: the exchange runs beside what the caller does next.
 
     On CUDA all of it runs on a stream of its own; on the CPU the first round does, so "all_gather" overlaps whole.
     The ranks' calls are not compared.

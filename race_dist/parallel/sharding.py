@@ -20,12 +20,12 @@ from torch.distributed import ProcessGroup
 from race_dist import checks
 from race_dist.distributed.collectives import gather_rows
 from race_dist.distributed.communication import group_rank, group_size
-from race_dist.distributed.consistency import agree_on_call, exchange_lengths
+from race_dist.distributed.consistency import all_gather_lengths, check_same_call
 from race_dist.distributed.eager import eager
 
 Layout = Literal["contiguous", "zigzag"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag")
-MOST_RANKS = 2**20
+MAX_RANKS = 2**20
 
 
 def check_layout(layout: str) -> Layout:
@@ -33,7 +33,7 @@ def check_layout(layout: str) -> Layout:
     return checks.choice("layout", layout, LAYOUTS)
 
 
-def check_documents(cu_seqlens: Tensor | None, total: int | None = None) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor | None, total: int | None = None) -> None:
     """Raise unless boundaries are integers that start at 0, never fall and end at ``total`` (values are read on the CPU only).
 
     Raises:
@@ -58,7 +58,7 @@ def check_documents(cu_seqlens: Tensor | None, total: int | None = None) -> None
 
 def shard_lengths(total: int, world: int) -> list[int]:
     """Rows of each rank under the contiguous layout: the first ``total mod world`` ranks have one more."""
-    total, world = checks.integer("total", total, least=0, most=2**62), checks.integer("world", world, least=1, most=MOST_RANKS)
+    total, world = checks.integer("total", total, least=0, most=2**62), checks.integer("world", world, least=1, most=MAX_RANKS)
     base, rest = divmod(total, world)
     return [base + (rank < rest) for rank in range(world)]
 
@@ -137,7 +137,7 @@ def local_segments(
             offset = checks.integer("offset", offset, least=0, most=2**62)
         elif offset.dim() != 0 or offset.is_floating_point():
             raise ValueError(f"offset must be an integer or a 0-dimensional int tensor; got {checks.shown(offset)}")
-        check_documents(cu_seqlens)
+        check_cu_seqlens(cu_seqlens)
         device = checks.device("device", device)
     if cu_seqlens is not None:
         cu = cu_seqlens.to(torch.int64)
@@ -169,7 +169,7 @@ def shard_rows(
     """
     layout, total = check_layout(layout), checks.integer("total", total, least=0, most=2**62)
     _check_rank(rank, world)
-    check_documents(cu_seqlens, total)
+    check_cu_seqlens(cu_seqlens, total)
     device = checks.device("device", device) if cu_seqlens is None else cu_seqlens.device
     if layout == "contiguous":
         lengths = shard_lengths(total, world)
@@ -187,7 +187,7 @@ def shard_rows(
 
 
 def _check_rank(rank: int, world: int) -> None:
-    checks.integer("world", world, least=1, most=MOST_RANKS)
+    checks.integer("world", world, least=1, most=MAX_RANKS)
     checks.integer("rank", rank, least=0, most=world - 1)
 
 
@@ -200,7 +200,7 @@ def shard_offset(length: int, group: ProcessGroup | None, device: torch.device |
     if group_size(group) == 1:
         return 0
     assert group is not None
-    lengths = exchange_lengths(length, group, device, "shard_offset", {"layout": "contiguous"})
+    lengths = all_gather_lengths(length, group, device, "shard_offset", {"layout": "contiguous"})
     before = lengths[: group_rank(group)].sum()
     return before if before.is_cuda else int(before)
 
@@ -234,7 +234,7 @@ def shard_positions(
     layout, length = check_layout(layout), checks.integer("length", length, least=0, most=2**62)
     rank, world = group_rank(group), group_size(group)
     total = None if total is None else checks.integer("total", total, least=0, most=2**62)
-    check_documents(cu_seqlens, total if world > 1 else length)
+    check_cu_seqlens(cu_seqlens, total if world > 1 else length)
     device = cu_seqlens.device if cu_seqlens is not None else checks.device("device", device)
     offset: int | Tensor = 0
     if layout == "zigzag":
@@ -279,7 +279,7 @@ def shard_sequence(
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
     dim = _check_dim(x, dim)
     total = x.shape[dim]
-    check_documents(cu_seqlens, total)
+    check_cu_seqlens(cu_seqlens, total)
     if world == 1:
         return x
     if layout == "contiguous":
@@ -332,7 +332,7 @@ def unshard_sequence(
     dim = _check_dim(x, dim)
     length = x.shape[dim]
     total = None if total is None else checks.integer("total", total, least=0, most=2**62)
-    check_documents(cu_seqlens, length if world == 1 else total)
+    check_cu_seqlens(cu_seqlens, length if world == 1 else total)
     if world == 1:
         _expect_length(length, length if total is None else total, 0, 1)
         return x
@@ -348,7 +348,7 @@ def unshard_sequence(
         "total": total,
         "requires_grad": torch.is_grad_enabled() and x.requires_grad,
     }
-    exchanged = agree_on_call(
+    exchanged = check_same_call(
         "unshard_sequence", facts, group, x.device, length=length, need_lengths=layout == "contiguous" and total is None
     )
     if layout == "zigzag":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from race_dist.files import read_object
+from race_dist.files import read_json_object
 
 MEASURED_ATTENTION = {8: (1.03, 1.32), 64: (1.18, 1.29), 256: (0.54, 1.66)}  # see Rates.attention
 
@@ -86,7 +86,7 @@ def load_rates(path: str | Path) -> Rates:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no rates file {path}")
-    tree: Any = read_object(path)
+    tree: Any = read_json_object(path)
     tree = tree.get("rates", tree)
     known = [f.name for f in fields(Rates)]
     if not isinstance(tree, dict) or not set(tree) <= set(known):

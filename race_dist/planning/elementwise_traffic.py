@@ -7,12 +7,12 @@ once. Letters as in :mod:`race_dist.planning.tally`; ``w`` and ``n`` are the byt
 from __future__ import annotations
 
 from race_dist.planning.layout import Job
-from race_dist.planning.tally import convolved, extras, widths
+from race_dist.planning.tally import conv_channels, layer_options, widths
 
 
-def fused_by_block(job: Job, kind: str) -> tuple[float, float]:
+def block_traffic(job: Job, kind: str) -> tuple[float, float]:
     """Forward and backward of one block."""
-    (d, _, _, f), w, n = widths(job.model), job.wide, job.narrow
+    (d, _, _, f), w, n = widths(job.model), job.param_bytes, job.compute_bytes
     cast = 0 if n == w else d * (w + n)
     forward, backward = _race(job) if kind == "R" else _softmax(job, kind)
     forward += d * (w + n)  # the first norm
@@ -28,15 +28,17 @@ def fused_by_block(job: Job, kind: str) -> tuple[float, float]:
 
 def _race(job: Job) -> tuple[float, float]:
     """Between the projections of a RACE layer."""
-    m, w, n = job.model, job.wide, job.narrow
+    m, w, n = job.model, job.param_bytes, job.compute_bytes
     race, (d, a, b, _) = m.race, widths(m)
     both, forward, backward = a + b, 0.0, 0.0
     if race.decay == "token" and n < w:
         forward += d * w  # the norm's output once more, for the wide product
         backward += d * w
     if race.short_conv:
-        forward += convolved(m, "R") * 2 * n  # behind their tail
-        backward += 4 * convolved(m, "R") * (w + n)  # the taps' gradient and the inputs': four kernels read the wide gradient
+        forward += conv_channels(m, "R") * 2 * n  # behind their tail
+        backward += (
+            4 * conv_channels(m, "R") * (w + n)
+        )  # the taps' gradient and the inputs': four kernels read the wide gradient
     if race.short_conv or race.qk_norm:
         forward += both * (2 * n + w + n)  # both terms of the convolution; the sum, wide; at unit length, narrow
         backward += both * (n + 2 * w)
@@ -56,17 +58,17 @@ def _race(job: Job) -> tuple[float, float]:
 
 def _softmax(job: Job, kind: str) -> tuple[float, float]:
     """Of a window or softmax layer: rotary positions, convolutions and gate (counted as a RACE layer's)."""
-    (d, a, b, _), w, n = widths(job.model), job.wide, job.narrow
-    taken = convolved(job.model, kind)
+    (d, a, b, _), w, n = widths(job.model), job.param_bytes, job.compute_bytes
+    taken = conv_channels(job.model, kind)
     forward, backward = 2 * (a + b) * n + 5 * taken * n, 2 * (a + b) * n + taken * (4 * w + 5 * n)
-    if extras(job.model, kind).output_gate:
+    if layer_options(job.model, kind).output_gate:
         forward, backward = forward + 3 * a * n, backward + 6 * a * n + d * n
     return forward, backward
 
 
-def fused_by_ends(job: Job) -> tuple[float, float]:
+def embedding_and_loss_traffic(job: Job) -> tuple[float, float]:
     """Forward (of every pass) and backward: embedding and last norm; hidden states cast, their gradient written, scaled and
     taken through the norm, and added to the embedding's."""
-    d, w, n = job.model.dim, job.wide, job.narrow
+    d, w, n = job.model.dim, job.param_bytes, job.compute_bytes
     cast = 0 if n == w else d * (w + n)
     return 4 * d * w, 2 * cast + d * (2 + 5 + 1) * w

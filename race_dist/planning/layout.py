@@ -75,14 +75,14 @@ class Job:
         return cls(model, context, batch, cast(Precision, precision), compiled)
 
     @property
-    def wide(self) -> int:
+    def param_bytes(self) -> int:
         """Bytes of a number in weights, gradients, norms and the residual stream."""
         return 8 if self.precision == "float64" else 4
 
     @property
-    def narrow(self) -> int:
+    def compute_bytes(self) -> int:
         """Bytes of a number in matrix products and in the attention."""
-        return 2 if self.precision == "bfloat16" else self.wide
+        return 2 if self.precision == "bfloat16" else self.param_bytes
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from race_dist.planning.clusters import Cluster
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.tally import (
     LOSS_ELEMENTS,
+    autocast_weight_bytes,
+    block_activations,
     block_parameters,
     carry_bytes,
-    layers,
+    embedding_and_loss_activations,
+    ffn_activations,
+    layer_counts,
+    norm_activations,
     parameters,
-    saved_by_block,
-    saved_by_ends,
-    saved_by_ffn,
-    saved_by_norm,
-    saved_weights,
     sketch_numbers,
     state_tile,
     tail_bytes,
@@ -80,7 +80,7 @@ class Memory:
 
 def memory(job: Job, layout: Layout, cluster: Cluster) -> Memory:
     """Memory of the fullest GPU."""
-    weights = parameters(job.model) * job.wide
+    weights = parameters(job.model) * job.param_bytes
     share = layout.ranks if layout.sharding == "fsdp" else 1
     starts = chunk_start_states(job, layout)
     on_host = layout.keep == "host"
@@ -117,12 +117,12 @@ def activations(job: Job, layout: Layout, cluster: Cluster) -> int:
     rows, chunk = layout.rows(job), layout.chunk(job)
     tokens = rows * chunk
     tile = state_tile(job.model, rows, cpu=cluster.gpu.name == "cpu", chunk=chunk)
-    blocks = {kind: saved_by_block(job, kind, rows, tile).of(tokens) for kind in layers(job.model)}
-    ends = saved_by_ends(job, rows).of(tokens)
+    blocks = {kind: block_activations(job, kind, rows, tile).of(tokens) for kind in layer_counts(job.model)}
+    ends = embedding_and_loss_activations(job, rows).of(tokens)
     if layout.checkpointing:
-        gone = (saved_by_norm(job) + job.model.dim * job.wide) * tokens
-        return int(job.model.num_layers * job.model.dim * job.wide * tokens + max(*blocks.values(), gone) + ends - gone)
-    return int(sum(count * blocks[kind] for kind, count in layers(job.model).items()) + ends)
+        gone = (norm_activations(job) + job.model.dim * job.param_bytes) * tokens
+        return int(job.model.num_layers * job.model.dim * job.param_bytes * tokens + max(*blocks.values(), gone) + ends - gone)
+    return int(sum(count * blocks[kind] for kind, count in layer_counts(job.model).items()) + ends)
 
 
 def chunk_start_states(job: Job, layout: Layout) -> int:
@@ -133,7 +133,7 @@ def chunk_start_states(job: Job, layout: Layout) -> int:
 
 
 def _states_of_one(job: Job, layout: Layout) -> int:
-    return layout.rows(job) * sum(count * carry_bytes(job, kind) for kind, count in layers(job.model).items())
+    return layout.rows(job) * sum(count * carry_bytes(job, kind) for kind, count in layer_counts(job.model).items())
 
 
 def _states_in_use(job: Job, layout: Layout) -> int:
@@ -144,8 +144,8 @@ def _states_in_use(job: Job, layout: Layout) -> int:
 def _weight_copies(job: Job, layout: Layout) -> int:
     """Autocast's narrow copies of all weights; under FSDP the gathered weights of two blocks, one in use and the next."""
     if layout.sharding == "none":
-        return saved_weights(job)
-    return 2 * max(block_parameters(job.model, kind) for kind in layers(job.model)) * job.narrow
+        return autocast_weight_bytes(job)
+    return 2 * max(block_parameters(job.model, kind) for kind in layer_counts(job.model)) * job.compute_bytes
 
 
 def _loss(job: Job, tokens: int, cluster: Cluster) -> int:
@@ -154,8 +154,8 @@ def _loss(job: Job, tokens: int, cluster: Cluster) -> int:
     m = job.model
     limit = LOSS_ELEMENTS["cpu" if cluster.gpu.name == "cpu" else "cuda"]
     rows = min(tokens, m.loss_chunk or max(16, limit // m.vocab_size))
-    converted = job.narrow if job.narrow < job.wide else 0
-    return rows * m.vocab_size * (2 * job.wide + converted) + m.vocab_size * m.dim * 2 * job.narrow
+    converted = job.compute_bytes if job.compute_bytes < job.param_bytes else 0
+    return rows * m.vocab_size * (2 * job.param_bytes + converted) + m.vocab_size * m.dim * 2 * job.compute_bytes
 
 
 def _in_flight(job: Job, layout: Layout, cluster: Cluster) -> int:
@@ -168,19 +168,19 @@ def _in_flight(job: Job, layout: Layout, cluster: Cluster) -> int:
     """
     m, rows, chunk = job.model, layout.rows(job), layout.chunk(job)
     tokens, (d, a, b, f) = rows * chunk, widths(m)
-    start = tokens * (3 * d * job.wide + 2 * f * job.narrow)
+    start = tokens * (3 * d * job.param_bytes + 2 * f * job.compute_bytes)
     if m.layer_kinds[-1] != "R" or cluster.gpu.name != "cpu":
         return start
     tile = state_tile(m, rows, cpu=True, chunk=chunk)
-    features = rows * tile * (m.num_heads + m.kv_heads) * m.race.num_features * job.wide
-    freed = saved_by_ffn(job) + (4 * a * job.narrow if m.race.output_gate else 0)
-    inside = TILE_TENSORS * features + tokens * ((a + 2 * b) * job.narrow + 2 * d * job.wide - freed)
+    features = rows * tile * (m.num_heads + m.kv_heads) * m.race.num_features * job.param_bytes
+    freed = ffn_activations(job) + (4 * a * job.compute_bytes if m.race.output_gate else 0)
+    inside = TILE_TENSORS * features + tokens * ((a + 2 * b) * job.compute_bytes + 2 * d * job.param_bytes - freed)
     return int(max(start, inside))
 
 
 def scan_bytes(job: Job, layout: Layout) -> int:
     """One layer's sketches of a chunk as the ranks exchange them: float64 when streamed, else the state's own dtype."""
-    size = 8 if layout.chunk_size is not None else job.wide
+    size = 8 if layout.chunk_size is not None else job.param_bytes
     return layout.rows(job) * sketch_numbers(job.model) * size
 
 
@@ -194,7 +194,7 @@ def _exchange(job: Job, layout: Layout, cluster: Cluster) -> int:
     if layout.sp == 1:
         return 0
     sketch = scan_bytes(job, layout) if "R" in job.model.layer_kinds else 0
-    tail = layout.rows(job) * max(tail_bytes(job, kind) for kind in layers(job.model))
+    tail = layout.rows(job) * max(tail_bytes(job, kind) for kind in layer_counts(job.model))
     copies = layout.sp + 1 if gathers_all(layout.sp, sketch // scan_parts(layout, cluster)) else 4
     return copies * sketch + (layout.sp + 1) * tail
 

@@ -9,15 +9,15 @@ from typing import cast
 from race_dist.planning.clusters import Cluster
 from race_dist.planning.cost_model import (
     Exchange,
-    Machine,
+    Roofline,
     attention_seconds,
+    count_passes,
     elementwise_seconds,
     exchange,
-    host_seconds,
+    launch_seconds,
+    matmul_seconds,
     offload_seconds,
     optimizer_seconds,
-    passes,
-    product_seconds,
     useful_flops,
 )
 from race_dist.planning.device_rates import Rates
@@ -66,7 +66,7 @@ class Plan:
     @property
     def repeats(self) -> float:
         """Operations of the blocks over those that any method needs: 4/3 when streamed."""
-        return passes(self.job, self.layout).products / 3
+        return count_passes(self.job, self.layout).products / 3
 
 
 def make_plan(job: Job, layout: Layout, cluster: Cluster, rates: Rates | None = None) -> Plan:
@@ -77,20 +77,20 @@ def make_plan(job: Job, layout: Layout, cluster: Cluster, rates: Rates | None = 
     """
     layout.check(job, cluster)
     rates = rates or Rates()
-    machine = Machine(job, cluster, rates)
+    machine = Roofline(job, cluster, rates)
     tokens = layout.rows(job) * layout.shard(job)
     forward, backward = attention_seconds(job, layout, machine)
     sent = exchange(job, layout, machine)
     seconds = {
-        "matrix products": product_seconds(job, layout, machine),
-        "attention": tokens * (forward * passes(job, layout).forward + backward),
+        "matrix products": matmul_seconds(job, layout, machine),
+        "attention": tokens * (forward * count_passes(job, layout).forward + backward),
         "element-wise": elementwise_seconds(job, layout, machine),
         "exchange not hidden": sent.exposed,
         "optimizer": optimizer_seconds(job, layout, machine),
         "offload not hidden": offload_seconds(job, layout, machine),
     }
     device = sum(seconds[part] for part in ("matrix products", "attention", "element-wise"))
-    seconds["waiting for the host"] = max(0.0, host_seconds(job, layout, machine) - device)
+    seconds["waiting for the host"] = max(0.0, launch_seconds(job, layout, machine) - device)
     return Plan(job, layout, cluster, rates, memory(job, layout, cluster), sent, seconds)
 
 

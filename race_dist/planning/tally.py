@@ -22,12 +22,12 @@ LOSS_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # logits that exist at a time unl
 
 
 @dataclass(frozen=True)
-class Map:
+class LinearShape:
     """One linear map of a block: its sizes, and whether its product is wide whatever the precision."""
 
     inputs: int
     outputs: int
-    always_wide: bool = False
+    always_full_precision: bool = False
 
     @property
     def weights(self) -> int:
@@ -36,41 +36,45 @@ class Map:
 
 def widths(m: ModelConfig) -> tuple[int, int, int, int]:
     """``d, a, b, f``."""
-    return m.dim, m.num_heads * m.head_width, m.kv_heads * m.head_width, m.ffn_width
+    return m.dim, m.num_heads * m.resolved_head_dim, m.kv_heads * m.resolved_head_dim, m.resolved_ffn_dim
 
 
-def layers(m: ModelConfig) -> Counter[str]:
+def layer_counts(m: ModelConfig) -> Counter[str]:
     """How many blocks of each kind."""
     return Counter(m.layer_kinds)
 
 
-def extras(m: ModelConfig, kind: str) -> RaceConfig | SoftmaxConfig:
+def layer_options(m: ModelConfig, kind: str) -> RaceConfig | SoftmaxConfig:
     """What says a layer's convolution and gate."""
     return m.race if kind == "R" else m.softmax
 
 
-def convolved(m: ModelConfig, kind: str) -> int:
+def conv_channels(m: ModelConfig, kind: str) -> int:
     """Numbers of a token that a layer's short convolutions read: queries, keys, perhaps values."""
     _, a, b, _ = widths(m)
-    options = extras(m, kind)
+    options = layer_options(m, kind)
     return 0 if not options.short_conv else a + b + (b if options.conv_values else 0)
 
 
-def linear_maps(m: ModelConfig, kind: str) -> list[Map]:
+def linear_layers(m: ModelConfig, kind: str) -> list[LinearShape]:
     """The linear maps of one block: mixer (q, k, v, output, gate, and RACE's decay), then SwiGLU (gate, up, down)."""
     d, a, b, f = widths(m)
-    maps = [Map(d, a), Map(d, b), Map(d, b), Map(a, d)]
-    if extras(m, kind).output_gate:
-        maps.append(Map(d, a))
+    maps = [LinearShape(d, a), LinearShape(d, b), LinearShape(d, b), LinearShape(a, d)]
+    if layer_options(m, kind).output_gate:
+        maps.append(LinearShape(d, a))
     if kind == "R" and m.race.decay == "token":
-        maps.append(Map(d, m.kv_heads, always_wide=True))  # a bfloat16 rate of decay would be too coarse
-    return [*maps, Map(d, f), Map(d, f), Map(f, d)]
+        maps.append(LinearShape(d, m.kv_heads, always_full_precision=True))  # a bfloat16 rate of decay would be too coarse
+    return [*maps, LinearShape(d, f), LinearShape(d, f), LinearShape(f, d)]
 
 
 def block_parameters(m: ModelConfig, kind: str) -> int:
     """Trained numbers of one block: linear maps, two norms, convolutions, and of a RACE layer head norm, scales, rates."""
     d, a, _, _ = widths(m)
-    count = sum(each.weights for each in linear_maps(m, kind)) + 2 * d + extras(m, kind).short_conv * convolved(m, kind)
+    count = (
+        sum(each.weights for each in linear_layers(m, kind))
+        + 2 * d
+        + layer_options(m, kind).short_conv * conv_channels(m, kind)
+    )
     if kind != "R":
         return count
     race = m.race
@@ -79,7 +83,7 @@ def block_parameters(m: ModelConfig, kind: str) -> int:
     count += m.kv_heads if race.train_beta else 0
     count += m.kv_heads if race.decay == "token" else 0
     if race.train_planes:
-        count += race.num_tables * race.num_planes * m.head_width * (1 if race.share_planes else m.kv_heads)
+        count += race.num_tables * race.num_planes * m.resolved_head_dim * (1 if race.share_planes else m.kv_heads)
     return count
 
 
@@ -90,13 +94,13 @@ def head_parameters(m: ModelConfig) -> int:
 
 def parameters(m: ModelConfig) -> int:
     """Trained numbers of the model."""
-    return head_parameters(m) + sum(count * block_parameters(m, kind) for kind, count in layers(m).items())
+    return head_parameters(m) + sum(count * block_parameters(m, kind) for kind, count in layer_counts(m).items())
 
 
 def matrix_parameters(m: ModelConfig) -> int:
     """Numbers that are multiplied with every token: those of the linear maps and of the head (not the embedding's)."""
     return m.vocab_size * m.dim + sum(
-        count * each.weights for kind, count in layers(m).items() for each in linear_maps(m, kind)
+        count * each.weights for kind, count in layer_counts(m).items() for each in linear_layers(m, kind)
     )
 
 
@@ -104,44 +108,44 @@ def matrix_parameters(m: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Saved:
+class ActivationBytes:
     """Bytes that one block keeps for its backward pass: a token, and whatever the number of tokens is."""
 
     per_token: float
     constant: float = 0.0
 
-    def __add__(self, other: Saved) -> Saved:
-        return Saved(self.per_token + other.per_token, self.constant + other.constant)
+    def __add__(self, other: ActivationBytes) -> ActivationBytes:
+        return ActivationBytes(self.per_token + other.per_token, self.constant + other.constant)
 
     def of(self, tokens: int) -> float:
         """Bytes for that many tokens."""
         return self.per_token * tokens + self.constant
 
 
-def saved_by_norm(job: Job) -> float:
+def norm_activations(job: Job) -> float:
     """An RMS norm keeps its input and the scaled input (for the weight's gradient), ``d`` each, and one number a token."""
-    return (2 * job.model.dim + 1) * job.wide
+    return (2 * job.model.dim + 1) * job.param_bytes
 
 
-def _saved_inputs(job: Job, maps: int, wide_too: bool) -> float:
+def _linear_input_bytes(job: Job, maps: int, wide_too: bool) -> float:
     """Linear maps that read one norm's output keep it once; under autocast each keeps a narrow copy of its own, and the
     wide one stays only for a product that is wide."""
-    if job.narrow == job.wide:
-        return job.model.dim * job.wide
-    return job.model.dim * (maps * job.narrow + (job.wide if wide_too else 0))
+    if job.compute_bytes == job.param_bytes:
+        return job.model.dim * job.param_bytes
+    return job.model.dim * (maps * job.compute_bytes + (job.param_bytes if wide_too else 0))
 
 
-def saved_by_ffn(job: Job) -> float:
+def ffn_activations(job: Job) -> float:
     """SwiGLU: its norm, its input, then gate, silu(gate), up and their product, ``f`` narrow numbers each."""
-    return saved_by_norm(job) + _saved_inputs(job, 2, False) + 4 * job.model.ffn_width * job.narrow
+    return norm_activations(job) + _linear_input_bytes(job, 2, False) + 4 * job.model.resolved_ffn_dim * job.compute_bytes
 
 
-def saved_by_race(job: Job, rows: int, tile: int) -> Saved:
+def race_activations(job: Job, rows: int, tile: int) -> ActivationBytes:
     """A RACE layer, in the order of its forward pass (its norm included)."""
-    m, wide, narrow = job.model, job.wide, job.narrow
+    m, wide, narrow = job.model, job.param_bytes, job.compute_bytes
     race, (_, a, b, _), heads = m.race, widths(m), m.num_heads + m.kv_heads
-    token = saved_by_norm(job) + _saved_inputs(job, 4 if race.output_gate else 3, race.decay == "token")
-    token += convolved(m, "R") * narrow  # behind their tail: for the taps' gradient
+    token = norm_activations(job) + _linear_input_bytes(job, 4 if race.output_gate else 3, race.decay == "token")
+    token += conv_channels(m, "R") * narrow  # behind their tail: for the taps' gradient
     if race.qk_norm:
         token += (2 * (a + b) + heads) * wide  # before and after the unit length, in the compute dtype
     if race.decay == "token":
@@ -156,51 +160,58 @@ def saved_by_race(job: Job, rows: int, tile: int) -> Saved:
         token += (3 if race.gate_activation == "silu" else 2) * a * narrow  # what is gated, silu's input, the gate
     if race.output_gate or race.normalization == "none":
         token += a * narrow  # the output projection's input; else it is the attention's output
-    state = m.kv_heads * race.num_features * (m.head_width + 1) * wide
+    state = m.kv_heads * race.num_features * (m.resolved_head_dim + 1) * wide
     token += state / tile
-    return Saved(token, rows * 5 * state)  # entering and leaving states (twice as wide when streamed), and a ragged tile
+    return ActivationBytes(
+        token, rows * 5 * state
+    )  # entering and leaving states (twice as wide when streamed), and a ragged tile
 
 
-def saved_by_window(job: Job, rows: int) -> Saved:
+def window_activations(job: Job, rows: int) -> ActivationBytes:
     """A window layer (norm included): its input, keys and values behind their tail, q, output, one number a head, and the
     output again as the projection reads it. With several rows the blocks' overlapping keys are copied."""
     m, (_, a, b, _) = job.model, widths(job.model)
-    token = saved_by_norm(job) + _saved_inputs(job, 3, False) + _saved_by_extras(job, "W")
+    token = norm_activations(job) + _linear_input_bytes(job, 3, False) + _conv_and_gate_activations(job, "W")
     copies = 2.0 if rows > 1 else 1.0
-    token += (2 * copies * b + 3 * a) * job.narrow + m.num_heads * job.wide
-    edge = rows * m.window * ((2 * b + 2 * a) * job.narrow + 2 * b * 8)  # blocks are padded; the tail's indices
-    masks = 2 * (m.num_heads // m.kv_heads) * m.window * (2 * m.window - 1) * job.narrow * (rows if rows > 1 else 1)
-    return Saved(token, edge + masks)
+    token += (2 * copies * b + 3 * a) * job.compute_bytes + m.num_heads * job.param_bytes
+    edge = rows * m.window * ((2 * b + 2 * a) * job.compute_bytes + 2 * b * 8)  # blocks are padded; the tail's indices
+    masks = 2 * (m.num_heads // m.kv_heads) * m.window * (2 * m.window - 1) * job.compute_bytes * (rows if rows > 1 else 1)
+    return ActivationBytes(token, edge + masks)
 
 
-def saved_by_full(job: Job) -> Saved:
+def softmax_activations(job: Job) -> ActivationBytes:
     """A full-softmax layer (norm included): q, k, v, output, one number a head, and the projection's input."""
     m, (_, a, b, _) = job.model, widths(job.model)
-    token = saved_by_norm(job) + _saved_inputs(job, 3, False) + (3 * a + 2 * b) * job.narrow + m.num_heads * job.wide
-    return Saved(token + _saved_by_extras(job, "S"))
+    token = (
+        norm_activations(job)
+        + _linear_input_bytes(job, 3, False)
+        + (3 * a + 2 * b) * job.compute_bytes
+        + m.num_heads * job.param_bytes
+    )
+    return ActivationBytes(token + _conv_and_gate_activations(job, "S"))
 
 
-def _saved_by_extras(job: Job, kind: str) -> float:
+def _conv_and_gate_activations(job: Job, kind: str) -> float:
     """The convolutions and the gate of a window or softmax layer: what is convolved, behind its tail; the gate's input under
     autocast (each linear map keeps a copy), its logits (SiLU), itself, and its product."""
-    m, options, (_, a, _, _) = job.model, extras(job.model, kind), widths(job.model)
-    token = convolved(m, kind) * job.narrow
+    m, options, (_, a, _, _) = job.model, layer_options(job.model, kind), widths(job.model)
+    token = conv_channels(m, kind) * job.compute_bytes
     if options.output_gate:
-        token += (3 if options.gate_activation == "silu" else 2) * a * job.narrow
-        token += m.dim * job.narrow if job.narrow < job.wide else 0
+        token += (3 if options.gate_activation == "silu" else 2) * a * job.compute_bytes
+        token += m.dim * job.compute_bytes if job.compute_bytes < job.param_bytes else 0
     return token
 
 
-def saved_by_compiled_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
+def compiled_block_activations(job: Job, kind: str, rows: int, tile: int) -> ActivationBytes:
     """One block as one graph: inputs and products of linear maps (norms, gates and activations are computed again); of a RACE
     layer the attention's q, k, v and output, queries and keys behind their tail, and, wide, what their unit length is taken
     of; of any other mixing layer what it saves without a compiler."""
-    m, wide, narrow = job.model, job.wide, job.narrow
+    m, wide, narrow = job.model, job.param_bytes, job.compute_bytes
     race, (d, a, b, f) = m.race, widths(m)
     token = d * wide + (3 * d + 3 * f) * narrow  # the block's input; both norms' output and the mixer's; SwiGLU
     if kind != "R":
-        other = saved_by_window(job, rows) if kind == "W" else saved_by_full(job)
-        return other + Saved(token - saved_by_norm(job) - _saved_inputs(job, 3, False))
+        other = window_activations(job, rows) if kind == "W" else softmax_activations(job)
+        return other + ActivationBytes(token - norm_activations(job) - _linear_input_bytes(job, 3, False))
     token += (2 * a + 2 * b) * narrow
     token += (a + b) * narrow if race.short_conv or race.qk_norm else 0
     token += b * narrow if race.conv_values else 0
@@ -208,44 +219,44 @@ def saved_by_compiled_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
     token += a * narrow if race.output_gate else 0
     token += a * narrow if race.output_gate or race.normalization == "none" else 0
     token += (2 * m.num_heads + 3 * m.kv_heads) * wide  # of head norms, unit lengths, rates and denominators
-    state = m.kv_heads * race.num_features * (m.head_width + 1) * wide
-    return Saved(token + state / tile, rows * 5 * state)
+    state = m.kv_heads * race.num_features * (m.resolved_head_dim + 1) * wide
+    return ActivationBytes(token + state / tile, rows * 5 * state)
 
 
-def saved_by_block(job: Job, kind: str, rows: int, tile: int) -> Saved:
+def block_activations(job: Job, kind: str, rows: int, tile: int) -> ActivationBytes:
     """One block: mixing layer and SwiGLU."""
     if job.compiled:
-        return saved_by_compiled_block(job, kind, rows, tile)
+        return compiled_block_activations(job, kind, rows, tile)
     mixer = {
-        "R": lambda: saved_by_race(job, rows, tile),
-        "W": lambda: saved_by_window(job, rows),
-        "S": lambda: saved_by_full(job),
+        "R": lambda: race_activations(job, rows, tile),
+        "W": lambda: window_activations(job, rows),
+        "S": lambda: softmax_activations(job),
     }[kind]()
-    return mixer + Saved(saved_by_ffn(job))
+    return mixer + ActivationBytes(ffn_activations(job))
 
 
-def saved_by_ends(job: Job, rows: int) -> Saved:
+def embedding_and_loss_activations(job: Job, rows: int) -> ActivationBytes:
     """Embedding (the tokens), the last norm, the loss (gradients of the hidden states and of the head, kept instead of
     logits), and the cosines and sines that all layers share (one set for all rows)."""
     m = job.model
-    token = 8 + saved_by_norm(job) + m.dim * job.wide
-    bases = {m.race.rope_base if kind == "R" else m.rope_base for kind in layers(m)} - {None}
-    token += len(bases) * m.head_width * job.wide / rows
-    return Saved(token, m.vocab_size * m.dim * job.wide)
+    token = 8 + norm_activations(job) + m.dim * job.param_bytes
+    bases = {m.race.rope_base if kind == "R" else m.rope_base for kind in layer_counts(m)} - {None}
+    token += len(bases) * m.resolved_head_dim * job.param_bytes / rows
+    return ActivationBytes(token, m.vocab_size * m.dim * job.param_bytes)
 
 
-def saved_weights(job: Job) -> int:
+def autocast_weight_bytes(job: Job) -> int:
     """Narrow copies of the weights that autocast keeps for the backward pass."""
-    if job.narrow == job.wide:
+    if job.compute_bytes == job.param_bytes:
         return 0
     return (
         sum(
             count * each.weights
-            for kind, count in layers(job.model).items()
-            for each in linear_maps(job.model, kind)
-            if not each.always_wide
+            for kind, count in layer_counts(job.model).items()
+            for each in linear_layers(job.model, kind)
+            if not each.always_full_precision
         )
-        * job.narrow
+        * job.compute_bytes
     )
 
 
@@ -271,14 +282,14 @@ def state_tile(m: ModelConfig, rows: int, *, cpu: bool, chunk: int) -> int:
 
 def sketch_numbers(m: ModelConfig) -> int:
     """Of one RACE layer and row: mass and values of every feature, and the log decay, a head."""
-    return m.kv_heads * (m.race.num_features * (m.head_width + 1) + (m.race.decay != "none"))
+    return m.kv_heads * (m.race.num_features * (m.resolved_head_dim + 1) + (m.race.decay != "none"))
 
 
 def tail_bytes(job: Job, kind: str) -> int:
     """The tail of one row of a layer: inputs of the convolutions, or keys, values and their visibility of a window."""
     m, (_, _, b, _) = job.model, widths(job.model)
-    tail = max(0, extras(m, kind).short_conv - 1) * convolved(m, kind) * job.narrow
-    return tail + ((m.window - 1) * (2 * b * job.narrow + 1) if kind == "W" else 0)
+    tail = max(0, layer_options(m, kind).short_conv - 1) * conv_channels(m, kind) * job.compute_bytes
+    return tail + ((m.window - 1) * (2 * b * job.compute_bytes + 1) if kind == "W" else 0)
 
 
 def carry_bytes(job: Job, kind: str) -> int:

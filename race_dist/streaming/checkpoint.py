@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
-from race_dist.distributed.consistency import agree_on_greatest, agree_on_least
+from race_dist.distributed.consistency import max_over_ranks, min_over_ranks
 from race_dist.files import (
     DamagedFileError,
-    check_file,
     file_digest,
-    read_record,
-    tree_digest,
-    write_record,
+    json_digest,
+    read_checksummed_json,
+    verify_file,
+    write_checksummed_json,
 )
 from race_dist.output_paths import replacing
 from race_dist.streaming.chunks import Tokens
@@ -174,12 +174,12 @@ class Store:
         found = {g.position: g for g in own}
         chosen: _Generation | None = None
         while chosen is None:
-            newest = agree_on_least(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
+            newest = min_over_ranks(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
             if newest < 0:
                 break
             wrong = self._wrong(found[newest]) if newest in found else None
             trouble += [] if wrong is None else [wrong]
-            if agree_on_least(int(newest in found and wrong is None), self.group):
+            if min_over_ranks(int(newest in found and wrong is None), self.group):
                 chosen = found[newest]
             found = {position: g for position, g in found.items() if position < newest}
         if newest == _ANOTHER_STEP:
@@ -188,7 +188,7 @@ class Store:
                 f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
                 "folder to begin the step anew"
             )
-        if chosen is None and agree_on_greatest([len(trouble)], self.group)[0]:
+        if chosen is None and max_over_ranks([len(trouble)], self.group)[0]:
             damage = trouble[0] if trouble else "another rank has found a damaged file"
             raise DamagedStepError(
                 f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to begin the step anew"
@@ -215,7 +215,7 @@ class Store:
         words, listed = self._words(trouble)
         for number in self._numbers("json") | listed:
             try:
-                about = read_record(self.folder / f"{number}.json", _KINDS)
+                about = read_checksummed_json(self.folder / f"{number}.json", _KINDS)
                 if about["generation"] != number:
                     raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {about['generation']}")
             except (OSError, DamagedFileError) as error:
@@ -225,7 +225,7 @@ class Store:
                 continue
             if about["key"] != self.checkpoint.key or about["phase"] not in PHASES:
                 over = True
-            elif about["step"] != tree_digest(self.facts):
+            elif about["step"] != json_digest(self.facts):
                 differ = [name for name, value in self.facts.items() if words.get(name, value) != value]
                 others = f"another {' and another '.join(differ)}" if differ else "something else"
             else:
@@ -235,7 +235,7 @@ class Store:
     def _words(self, trouble: list[str]) -> tuple[dict[str, Any], set[int]]:
         """What ``step.json`` says: the stored step's facts and generations."""
         try:
-            record = read_record(self.folder / "step.json", {"key": str, "facts": dict, "generations": list})
+            record = read_checksummed_json(self.folder / "step.json", {"key": str, "facts": dict, "generations": list})
         except FileNotFoundError:
             return {}, set()
         except (OSError, DamagedFileError) as error:
@@ -252,7 +252,7 @@ class Store:
         """What is damaged of a generation, as a sentence."""
         try:
             for name, wanted in generation.about["files"].items():
-                check_file(self.folder / name, wanted)
+                verify_file(self.folder / name, wanted)
         except (OSError, DamagedFileError) as error:
             return str(error)
         return None
@@ -284,7 +284,7 @@ class Store:
             self.problem = None
         except OSError as error:
             self.problem = str(error)
-        if not agree_on_least(int(generation is not None), self.group):  # it counts for all ranks, or for none
+        if not min_over_ranks(int(generation is not None), self.group):  # it counts for all ranks, or for none
             self.problem = self.problem or "another rank could not store its part of the step"
             if told is None:
                 tell(f"{self.problem}: the step goes on and is stored again later")
@@ -310,14 +310,14 @@ class Store:
         about = {
             "generation": number,
             "key": self.checkpoint.key,
-            "step": tree_digest(self.facts),
+            "step": json_digest(self.facts),
             "phase": phase,
             "done": done,
             "rows": count,
             "carries": carries,
             "files": files,
         }
-        write_record(self.folder / f"{number}.json", about)
+        write_checksummed_json(self.folder / f"{number}.json", about)
         return _Generation(number, about)
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -333,7 +333,7 @@ class Store:
         """``step.json``. Nothing depends on it: where it cannot be written, there is none."""
         file, generations = self.folder / "step.json", [g.number for g in self._kept]
         try:
-            write_record(file, {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": generations})
+            write_checksummed_json(file, {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": generations})
         except OSError:
             with suppress(OSError):
                 file.unlink()
@@ -351,7 +351,7 @@ def _place(folder: str | Path) -> Path:
     return Path(folder) / f"rank-{dist.get_rank() if dist.is_initialized() else 0}"
 
 
-def digest_of_tokens(tokens: Tokens) -> str:
+def tokens_digest(tokens: Tokens) -> str:
     """Of a text's shape and of pieces all over it: quick for any length."""
     length = int(tokens.shape[1])
     digest = hashlib.blake2b(str(tuple(tokens.shape)).encode(), digest_size=16)
@@ -364,7 +364,7 @@ def digest_of_tokens(tokens: Tokens) -> str:
 
 
 @torch.no_grad()
-def digest_of_weights(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Of every parameter's name, shape, sum, sum of squares, and a sum with weights that differ by place."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():

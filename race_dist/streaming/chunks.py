@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
-from race_dist.models.loss import IGNORE
+from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import group_rank, group_size, shard_lengths
-from race_dist.parallel.sharding import check_documents
+from race_dist.parallel.sharding import check_cu_seqlens
 
 Tokens = Tensor | np.ndarray
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -67,7 +67,7 @@ class Text:
             raise ValueError(f"input_ids and labels must both be [B, T]; got {list(input_ids.shape)} and {list(labels.shape)}")
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids holds no tokens: [B, T] needs T of at least 1")
-        check_documents(cu_seqlens)
+        check_cu_seqlens(cu_seqlens)
         if cu_seqlens is not None and (input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]):
             raise ValueError(
                 f"cu_seqlens must end at T = {input_ids.shape[1]} with B = 1; it ends at {int(cu_seqlens[-1])} "
@@ -101,7 +101,7 @@ class Text:
             return self.batch * self.length
         step = max(self.step, 2**22)
         pieces = (self.labels[:, start : start + step] for start in range(0, self.length, step))
-        return sum(int((piece != IGNORE).sum()) for piece in pieces)
+        return sum(int((piece != IGNORE_INDEX).sum()) for piece in pieces)
 
     def read(self, indices: Iterable[int]) -> Iterator[Loaded]:
         """Chunks in the given order. While one is worked on, a thread reads the next and sends it to the device."""
@@ -156,12 +156,12 @@ class Text:
     def _check_range(self, name: str, part: Tensor) -> None:
         """A device would end the process at a token that is none."""
         if name == "labels" and part.dtype != torch.uint8:
-            part = part.masked_fill(part == IGNORE, 0)
+            part = part.masked_fill(part == IGNORE_INDEX, 0)
         if part.numel() == 0:
             return
         low, high = (int(bound) for bound in part.aminmax())
         if low < 0 or high >= self._vocab_size:
-            also = f" (or {IGNORE})" if name == "labels" else ""
+            also = f" (or {IGNORE_INDEX})" if name == "labels" else ""
             raise ValueError(
                 f"{name} must be from 0 to vocab_size - 1 = {self._vocab_size - 1}{also}; got {low if low < 0 else high}"
             )

@@ -21,14 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from race_dist import checks
 from race_dist.distributed.communication import check_group, pack, unpack
-from race_dist.distributed.consistency import agree_on_greatest
-from race_dist.files import tree_digest
+from race_dist.distributed.consistency import max_over_ranks
+from race_dist.files import json_digest
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 from race_dist.models.targets import warn_unshifted_text
 from race_dist.parallel import all_reduce_sum, group_size
 from race_dist.streaming.carries import KEEPS, Carries, Keep, as_leaves, subtract
-from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, digest_of_tokens, digest_of_weights
+from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, tokens_digest, weights_digest
 from race_dist.streaming.chunks import Chunk, Text, Tokens
 from race_dist.streaming.gradients import Gradients, Reduce, unwrapped
 from race_dist.streaming.progress import Interrupts, Pace, Progress, StepInterrupted
@@ -142,7 +142,7 @@ def streamed_prompt(
     Args:
         model, chunk_size, group: as for :func:`streamed_backward`.
         input_ids: ``[B, T]`` integers.
-        key_mask: None. Prompts of several lengths: ``race_dist.models.read(model, ids, key_mask=...)``.
+        key_mask: None. Prompts of several lengths: ``race_dist.models.prefill(model, ids, key_mask=...)``.
 
     Returns:
         ``[B, vocab]``, and the carry behind the last token (for ``model.hidden``), both on every rank.
@@ -150,7 +150,7 @@ def streamed_prompt(
     if key_mask is not None:
         raise ValueError(
             "streamed_prompt takes no key_mask: read prompts of several lengths with "
-            "race_dist.models.read(model, ids, key_mask=...)"
+            "race_dist.models.prefill(model, ids, key_mask=...)"
         )
     stream = _Stream(model, input_ids, input_ids, chunk_size, group, None)
     carry = stream.first_carry()
@@ -158,7 +158,7 @@ def streamed_prompt(
         h, carry = stream.hidden(ids, carry, chunk)
     last = h[:, -1] if h.shape[1] else h.new_zeros(h.shape[0], h.shape[2])
     if stream.group is not None:  # shards of a short last chunk may be empty: the last rank with rows has the last token
-        held = agree_on_greatest([torch.distributed.get_rank(stream.group) if h.shape[1] else -1], stream.group)[0]
+        held = max_over_ranks([torch.distributed.get_rank(stream.group) if h.shape[1] else -1], stream.group)[0]
         mine = torch.distributed.get_rank(stream.group) == held
         last = all_reduce_sum(last if mine else torch.zeros_like(last), stream.group)
     return stream.model.logits(last), carry
@@ -205,7 +205,7 @@ class _Stream:
             input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size, device=self.device
         )
         self.packed = cu_seqlens is not None
-        self.documents = "one" if cu_seqlens is None else tree_digest({"cu_seqlens": cu_seqlens.tolist()})
+        self.documents = "one" if cu_seqlens is None else json_digest({"cu_seqlens": cu_seqlens.tolist()})
         self.compiled = any(m._compiled_call_impl is not None for m in inner.modules())
 
     def pace(self) -> Pace:
@@ -315,7 +315,7 @@ class _Step:
         self.phase, self.done = phase, done
         report = self.pace.chunk_done(phase, done)
         due = self.store is not None and self.store.due()
-        stop, due = (bool(v) for v in agree_on_greatest([self.interrupts.wanted(), due], self.world))
+        stop, due = (bool(v) for v in max_over_ranks([self.interrupts.wanted(), due], self.world))
         finished = phase == "backward" and done == self.stream.text.count
         if self.store is not None and (stop or due or finished):
             self._save(self.store)
@@ -344,12 +344,12 @@ class _Step:
             )
         text = self.stream.text
         facts: Mapping[str, str] = {
-            "text": digest_of_tokens(text.ids),
-            "labels": digest_of_tokens(text.labels),
+            "text": tokens_digest(text.ids),
+            "labels": tokens_digest(text.labels),
             "chunk size": str(text.step),
             "number of ranks": f"{group_size(self.stream.group)} of {group_size(self.world)}",
             "model": self.stream.model.config.model_dump_json(),
-            "set of weights": digest_of_weights(self.stream.model),
+            "set of weights": weights_digest(self.stream.model),
             "number of targets": str(int(self.targets)),
             "set of documents": self.stream.documents,
             "way to keep carries": self.keep,

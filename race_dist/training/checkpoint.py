@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from race_dist.files import check_file, file_digest, read_record, write_record
-from race_dist.parallel import gather_objects, group_rank, group_size, side_group
+from race_dist.files import file_digest, read_checksummed_json, verify_file, write_checksummed_json
+from race_dist.parallel import gather_objects, group_rank, group_size, new_gloo_group
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -38,7 +38,7 @@ _PARTIAL, _DOOMED = ".partial-", ".removed-"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint on disk.
 
     Attributes:
@@ -65,7 +65,7 @@ class OtherRunError(CheckpointError):
     mend it, and starting again does not help."""
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of a run. Every rank makes one and calls the same methods in the same order.
 
     Args:
@@ -82,7 +82,7 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.rank, self.world = group_rank(group), group_size(group)
         self.problems: list[str] = []  # sentences about checkpoints that were damaged or failed, for the user
-        self._group = side_group(group)
+        self._group = new_gloo_group(group)
         serial = 0 if read_only or self.rank else self._tidy()
         self._nonce, self._serial = gather_objects((secrets.token_hex(4), serial), group)[0]
         self._writing: threading.Thread | None = None
@@ -132,7 +132,7 @@ class Checkpoints:
         """Whether one is still being written by this rank."""
         return self._writing is not None and self._writing.is_alive()
 
-    def newest(self, step: int | None = None, *, before: int | None = None) -> Saved | None:
+    def latest(self, step: int | None = None, *, before: int | None = None) -> SavedCheckpoint | None:
         """The newest checkpoint whose files are whole, the same on every rank; None where there is none at all.
 
         With ``step``, that of this step only; with ``before``, one of a lower serial number.
@@ -161,7 +161,7 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder} is whole: " + "; ".join(self.problems))
         return None
 
-    def load(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, saved: SavedCheckpoint, tensors: Mapping[str, Tensor]) -> None:
         """Fill the tensors in place from a checkpoint, whatever ranks and shards wrote it.
 
         Raises:
@@ -206,7 +206,7 @@ class Checkpoints:
     def _publish(self, partial: Path, body: dict[str, Any], files: dict[str, Any]) -> str | None:
         try:
             body = {**body, "files": dict(sorted(files.items()))}
-            write_record(partial / MANIFEST, body)
+            write_checksummed_json(partial / MANIFEST, body)
             _sync_folder(partial)
             partial.rename(self.folder / f"{body['serial']:06d}-step-{body['step']:08d}")
             _sync_folder(self.folder)
@@ -246,17 +246,17 @@ class Checkpoints:
         names = sorted(file.name for file in path.iterdir() if file.name != MANIFEST)
         return iter(names[self.rank :: self.world])
 
-    def _check(self, path: Path) -> Saved:
+    def _check(self, path: Path) -> SavedCheckpoint:
         """Raise unless the manifest and this rank's share of the files are what was written."""
-        body = read_record(path / MANIFEST, _KINDS)
+        body = read_checksummed_json(path / MANIFEST, _KINDS)
         if body["format"] != FORMAT:
             raise ValueError(f"it has format {body['format']}, this version reads {FORMAT}")
         missing = set(body["files"]) - {file.name for file in path.iterdir()}
         if missing:
             raise ValueError(f"{min(missing)} is missing")
         for name in list(body["files"])[self.rank :: self.world]:
-            check_file(path / name, body["files"][name])
-        return Saved(path, body["serial"], body["step"], body["facts"], tuple(body["files"]))
+            verify_file(path / name, body["files"][name])
+        return SavedCheckpoint(path, body["serial"], body["step"], body["facts"], tuple(body["files"]))
 
 
 class _OnlyFiles:

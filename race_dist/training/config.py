@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from race_dist.files import read_object
+from race_dist.files import read_json_object
 from race_dist.messages import shown
 from race_dist.models import ModelConfig
 from race_dist.strict_config import (
@@ -278,7 +278,7 @@ class TrainConfig(StrictConfig):
         if not isinstance(value, str):
             return value
         try:
-            return read_object(find_config(value, ".json"))
+            return read_json_object(find_config(value, ".json"))
         except (OSError, ValueError) as error:
             raise ValueError(f"deepspeed = {value!r} is the path of no DeepSpeed configuration: {error}") from None
 

@@ -13,18 +13,18 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 import race_dist
-from race_dist.parallel import check_ranks_agree
+from race_dist.parallel import check_same_on_all_ranks
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.corpus import Corpus
 
 _HEAD = 4096  # numbers of a tensor that are compared
 
 
-def check_same_run(config: TrainConfig, corpus: Corpus, model: nn.Module, group: ProcessGroup | None) -> None:
+def check_ranks_consistent(config: TrainConfig, corpus: Corpus, model: nn.Module, group: ProcessGroup | None) -> None:
     """Raise ValueError on every rank, naming the ranks and what differs, unless all are about to do the same run."""
     if group is None:
         return
-    check_ranks_agree(
+    check_same_on_all_ranks(
         {
             "the code": f"race-dist {race_dist.__version__} ({code_digest()[:12]})",
             "torch": torch.__version__,

@@ -14,12 +14,12 @@ from race_dist.planning.memory import Memory, memory
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
 from race_dist.training.data.corpus import Split
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rates import peak_bytes
 from race_dist.training.trainer import Trainer
 
 
-def estimate(config: TrainConfig, ranks: Ranks) -> tuple[Memory, GPU | None]:
+def estimate(config: TrainConfig, ranks: RankMesh) -> tuple[Memory, GPU | None]:
     """Memory of one rank on paper, and the table's entry for its device (None: unknown, judged as a CPU)."""
     gpu = match_gpu(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else find_gpu("cpu")
     job = Job.checked(
@@ -29,7 +29,7 @@ def estimate(config: TrainConfig, ranks: Ranks) -> tuple[Memory, GPU | None]:
     return memory(job, layout, Cluster(gpu or find_gpu("cpu"), ranks.dp * ranks.sp)), gpu
 
 
-def rehearse(trainer: Trainer) -> Iterator[str]:
+def run_two_steps(trainer: Trainer) -> Iterator[str]:
     """Two steps on made-up tokens; sentences for the user. Every rank goes through it; the weights are spoiled.
 
     Raises:

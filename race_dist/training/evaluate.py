@@ -17,7 +17,7 @@ from race_dist.training.data.corpus import LARGEST_IN_MEMORY, Corpus, Split, loa
 from race_dist.training.data.positions import loss_by_position
 from race_dist.training.data.tokenizing import TextTokenizer
 from race_dist.training.finalize import write_positions
-from race_dist.training.logging.metrics import bits
+from race_dist.training.logging.metrics import nats_to_bits
 from race_dist.training.run_lock import RunInUse
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.step import autocast
@@ -71,15 +71,15 @@ def evaluate(
         table.add_row(
             f"{bucket['start']:,} to {bucket['stop'] - 1:,}",
             f"{bucket['targets']:,}",
-            f"{bits(bucket['loss']) / corpus.bytes_per_token:.3f}",
+            f"{nats_to_bits(bucket['loss']) / corpus.bytes_per_token:.3f}",
         )
     console.print(table)
     console.print(
-        f"all: {bits(found['loss']) / corpus.bytes_per_token:.3f} bits per byte over {found['tokens']:,} tokens",
+        f"all: {nats_to_bits(found['loss']) / corpus.bytes_per_token:.3f} bits per byte over {found['tokens']:,} tokens",
         highlight=False,
     )
-    if corpus.left_out:
-        console.print(corpus.left_out.sentence(f"left out of {corpus.name}"), soft_wrap=True)
+    if corpus.skipped:
+        console.print(corpus.skipped.describe(f"left out of {corpus.name}"), soft_wrap=True)
     try:
         with directory.lock():
             written = f"written: {write_positions(directory, found, corpus, held_out=path is None, step=step)}"

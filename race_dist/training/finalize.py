@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from race_dist.files import write_record, write_text
+from race_dist.files import write_checksummed_json, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.data.corpus import Corpus, Split
 from race_dist.training.data.positions import loss_by_position
-from race_dist.training.logging.curves import Curves, draw_loss, save_png
-from race_dist.training.logging.metrics import Metrics, bits, read_metrics
+from race_dist.training.logging.curves import RunCurves, draw_loss, save_png
+from race_dist.training.logging.metrics import Metrics, nats_to_bits, read_metrics
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import Codec, codec_for, stream_text
 from race_dist.training.step import autocast
@@ -44,24 +44,26 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
             weights[name] = tensor.cpu()
     if metrics is None:
         return
-    config, troubles, failed = trainer.config, metrics.troubles, None
+    config, write_errors, failed = trainer.config, metrics.write_errors, None
     try:
         save_weights(directory.weights, weights, config.model)
     except OSError as error:
         failed = error
-    with troubles.survive(str(directory.curves)):
-        picture = draw_loss([Curves(config.name, read_metrics(directory.metrics))], f"{config.name} on {trainer.corpus.name}")
+    with write_errors.suppress(str(directory.curves)):
+        picture = draw_loss(
+            [RunCurves(config.name, read_metrics(directory.metrics))], f"{config.name} on {trainer.corpus.name}"
+        )
         save_png(picture, directory.curves)
     model: DecoderLM = trainer.model
     if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
         torch.cuda.empty_cache()
         model = _whole_model(trainer, weights)
-    with troubles.survive("losses by position"):
+    with write_errors.suppress("losses by position"):
         _write_positions(trainer, model, directory)
     if config.sample.tokens:
-        with troubles.survive(str(directory.sample)):
+        with write_errors.suppress(str(directory.sample)):
             _write_sample(trainer, model, directory, metrics)
-    bpb = bits(last.loss) / trainer.corpus.bytes_per_token
+    bpb = nats_to_bits(last.loss) / trainer.corpus.bytes_per_token
     unit = "bytes" if trainer.corpus.tokenizer is None else "tokens"
     metrics.say([f"held out: {bpb:.3f} bits per byte over {last.tokens:,} {unit} (uniform: 8)"])
     if directory.curves.is_file():
@@ -116,7 +118,7 @@ def write_positions(
     text = "" if held_out else f"{re.sub(r'[^A-Za-z0-9._]+', '-', Path(corpus.name).name)[:40]}-{corpus.digest()[:8]}"
     file = directory.positions_of(found["context"], text=text, step=step)
     facts = {"text": corpus.name, "held_out": held_out, "step": step, "bytes_per_token": corpus.bytes_per_token}
-    write_record(file, {**facts, **found})
+    write_checksummed_json(file, {**facts, **found})
     return file
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from race_dist.machine import machine
 from race_dist.streaming import StepInterrupted
-from race_dist.training.checkpoint import CheckpointError, Checkpoints
+from race_dist.training.checkpoint import CheckpointError, CheckpointManager
 from race_dist.training.finalize import finish
 from race_dist.training.guards import Verdict
-from race_dist.training.logging.metrics import Metrics, bits
+from race_dist.training.logging.metrics import Metrics, nats_to_bits
 from race_dist.training.rates import peak_bytes, peak_flops, step_flops
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Evaluation, Trainer
@@ -79,14 +79,14 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
     """
     config = trainer.config
     store = trainer.open_checkpoints(directory.checkpoints)
-    saved = store.newest() if resume else None
+    saved = store.latest() if resume else None
     if saved is not None:
         trainer.restore(store, saved)
     if trainer.ranks.rank != 0:
         return _Run(trainer, directory, store, None, hooks or Hooks()).go()
     board = directory.tensorboard if config.tensorboard else None
     with Metrics(directory.metrics, config.steps, after=trainer.step, board=board) as metrics:
-        with metrics.troubles.survive(str(directory.machine)):
+        with metrics.write_errors.suppress(str(directory.machine)):
             _describe_run(trainer, directory)
         if resume:
             metrics.say(
@@ -123,7 +123,7 @@ class _Run:
 
     trainer: Trainer
     directory: RunDirectory
-    store: Checkpoints
+    store: CheckpointManager
     metrics: Metrics | None
     hooks: Hooks
     began: float = field(default_factory=time.perf_counter)
@@ -166,7 +166,7 @@ class _Run:
             evaluation = self._evaluate()
         self.store.wait()
         self._tell_problems()
-        if not trainer.weights_are_finite():
+        if not trainer.has_finite_weights():
             raise FloatingPointError(
                 f"the weights are not finite after step {trainer.step}; go on from a checkpoint before "
                 "it, or begin anew, with a lower optim.lr"
@@ -193,7 +193,7 @@ class _Run:
         if guard.rollbacks >= guard.config.rollbacks or not self.trainer.config.checkpoint.on:
             raise FloatingPointError(why)
         self.store.wait()
-        saved = self.store.newest(before=self.went_back_to)  # one that no good step followed is no place to go back to
+        saved = self.store.latest(before=self.went_back_to)  # one that no good step followed is no place to go back to
         if saved is None:
             raise FloatingPointError(why)
         trainer.roll_back(self.store, saved)
@@ -218,7 +218,7 @@ class _Run:
         self.owed = wait and self.trainer.guard.bad_in_a_row > 0
         if self.owed:
             return False
-        if not self.trainer.weights_are_finite():
+        if not self.trainer.has_finite_weights():
             self._tell("no checkpoint", "the weights are not finite")
             return False
         self.trainer.save(self.store)
@@ -238,7 +238,7 @@ class _Run:
             tokens = self.since * config.data.batch_size * config.data.context
             record = {
                 "loss": loss,
-                "bpb": bits(loss) / trainer.corpus.bytes_per_token,
+                "bpb": nats_to_bits(loss) / trainer.corpus.bytes_per_token,
                 "grad_norm": norm,
                 "lr": trainer.optimizer.param_groups[0]["lr"],
                 "tokens_per_second": tokens / (now - self.logged),
@@ -248,7 +248,7 @@ class _Run:
             if self.peak_flops is not None:
                 record["mfu"] = self.since * self.step_flops / (now - self.logged) / self.peak_flops
             for probe in self.hooks.probes:
-                with self.metrics.troubles.survive("a probe's metrics"):
+                with self.metrics.write_errors.suppress("a probe's metrics"):
                     record |= probe()
             self.metrics.train(step, record)
         self.logged, self.since = now, 0
@@ -262,7 +262,7 @@ class _Run:
                 self.trainer.step,
                 {
                     "loss": evaluation.loss,
-                    "bpb": bits(evaluation.loss) / self.trainer.corpus.bytes_per_token,
+                    "bpb": nats_to_bits(evaluation.loss) / self.trainer.corpus.bytes_per_token,
                     "tokens": evaluation.tokens,
                     "seconds": time.perf_counter() - self.began,
                 },

@@ -15,7 +15,7 @@ from race_dist.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankMesh:
     """The mesh of a run as one rank sees it: ``dp`` groups of ``sp`` ranks each.
 
     Attributes:
@@ -31,7 +31,7 @@ class Ranks:
     layout: str = "contiguous"
 
     @classmethod
-    def join(cls, config: TrainConfig) -> Ranks:
+    def join(cls, config: TrainConfig) -> RankMesh:
         """Join the job that the environment describes (none: this process alone) and take a place in its mesh.
 
         :func:`race_dist.parallel.shutdown` ends it.

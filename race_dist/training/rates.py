@@ -10,7 +10,7 @@ from race_dist.planning.clusters import match_gpu
 from race_dist.planning.cost_model import useful_flops
 from race_dist.planning.layout import Job
 from race_dist.training.config import TrainConfig
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 
 
 def step_flops(config: TrainConfig) -> float:
@@ -18,7 +18,7 @@ def step_flops(config: TrainConfig) -> float:
     return useful_flops(Job.checked(config.model, config.data.context, config.data.batch_size, config.precision))
 
 
-def peak_flops(config: TrainConfig, ranks: Ranks) -> float | None:
+def peak_flops(config: TrainConfig, ranks: RankMesh) -> float | None:
     """Operations a second that the vendor states for all ranks' devices together; None where they are not known."""
     if ranks.device.type != "cuda":
         return None

@@ -20,7 +20,7 @@ LARGEST_STEP = 2**53  # what a float, and so a picture, still counts
 _LARGEST_BACKLOG = 100_000  # records that wait for a disk that is full
 
 
-class Troubles:
+class WriteErrors:
     """Writes that have failed: each kind is said once.
 
     Args:
@@ -31,7 +31,7 @@ class Troubles:
         self._say, self._said = say, set[str]()
 
     @contextmanager
-    def survive(self, what: str) -> Iterator[None]:
+    def suppress(self, what: str) -> Iterator[None]:
         """Within it no error but an interrupt goes through: it is said that ``what`` could not be written, and why."""
         try:
             yield
@@ -56,16 +56,16 @@ def _reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-class RecordFile:
+class JsonlWriter:
     """A file of JSON records, one a line. A record is on its way to disk when :meth:`write` returns, or waits for the next.
 
     Args:
         path: made where it is missing.
-        troubles: told where it cannot be written.
+        write_errors: told where it cannot be written.
     """
 
-    def __init__(self, path: Path, troubles: Troubles) -> None:
-        self._path, self._troubles = path, troubles
+    def __init__(self, path: Path, write_errors: WriteErrors) -> None:
+        self._path, self._troubles = path, write_errors
         self._handle: int | None = None
         self._backlog: list[bytes] = []
 
@@ -104,21 +104,21 @@ class RecordFile:
                 os.close(self._handle)
 
 
-class Board:
+class TensorBoardWriter:
     """TensorBoard's writer, as far as it can write.
 
     Args:
         folder: for its files.
         after: what it had of later steps is dropped when it is read.
-        troubles: told where it fails; nothing more is then given to it.
+        write_errors: told where it fails; nothing more is then given to it.
 
     Raises:
         ImportError: TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, after: int, troubles: Troubles) -> None:
-        self._folder, self._troubles = folder, troubles
-        writer = summary_writer()
+    def __init__(self, folder: Path, after: int, write_errors: WriteErrors) -> None:
+        self._folder, self._troubles = folder, write_errors
+        writer = import_summary_writer()
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
         self._writer: Any = None
@@ -156,7 +156,7 @@ class Board:
             self._writer = None
 
 
-def summary_writer() -> Any:
+def import_summary_writer() -> Any:
     """TensorBoard's class of writers. Raises ImportError, which says what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -205,12 +205,12 @@ def _finite(value: float | None) -> float | None:
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
-def keep_records(path: Path, step: int, troubles: Troubles) -> tuple[list[dict[str, Any]], int]:
+def truncate_metrics(path: Path, step: int, write_errors: WriteErrors) -> tuple[list[dict[str, Any]], int]:
     """Keep the whole records up to a step in a metrics.jsonl, and return them and the number of lines that were damaged: a run
     that goes on from there writes the later ones again."""
     kept: list[dict[str, Any]] = []
     damaged = 0
-    with troubles.survive(str(path)):
+    with write_errors.suppress(str(path)):
         if path.exists():
             found, damaged = read_records(path)
             kept = [record for record in found if record["step"] <= step] if step else []

@@ -12,11 +12,18 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from race_dist.files import check_file, file_digest, read_object, read_record, write_record, write_text
+from race_dist.files import (
+    file_digest,
+    read_checksummed_json,
+    read_json_object,
+    verify_file,
+    write_checksummed_json,
+    write_text,
+)
 from race_dist.models import DecoderLM
 from race_dist.output_paths import replacing
 from race_dist.parallel import gather_objects, group_rank
-from race_dist.training.checkpoint import Checkpoints
+from race_dist.training.checkpoint import CheckpointManager
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.run_lock import LOCK, RunLock, check_not_in_use
 from race_dist.training.sampling import Codec, codec_for
@@ -199,7 +206,7 @@ class RunDirectory:
         """The configuration the run had. Raises FileNotFoundError or ValueError in one sentence."""
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} is not the folder of a run: there is no {self.config.name} in it")
-        return parse_config(read_object(self.config), source=str(self.config))
+        return parse_config(read_json_object(self.config), source=str(self.config))
 
     def load_model(self, device: torch.device | str = "cpu", *, step: int | None = None) -> DecoderLM:
         """The trained model, in evaluation mode: as the run left it, or else as its newest checkpoint has it.
@@ -219,8 +226,8 @@ class RunDirectory:
             model = DecoderLM(config.model, dtype=dtype)
             load_weights(model, self.weights, config=config.model)
             return model.to(device).eval()
-        store = Checkpoints(self.checkpoints, None, read_only=True)
-        saved = store.newest(step)
+        store = CheckpointManager(self.checkpoints, None, read_only=True)
+        saved = store.latest(step)
         if saved is None:
             what = (
                 f"no checkpoint of step {step}"
@@ -238,12 +245,12 @@ class RunDirectory:
         if tokenizer is not None:
             with replacing(self.tokenizer) as partial:
                 shutil.copyfile(tokenizer, partial)
-        write_record(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
+        write_checksummed_json(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
 
     def read_machine(self) -> dict[str, Any]:
         """What :meth:`describe` has written; nothing where there is no such file. Raises ValueError where it is damaged, or was
         changed (one that was written before it had a checksum is taken)."""
-        return read_record(self.machine, required=False) if self.machine.is_file() else {}
+        return read_checksummed_json(self.machine, required=False) if self.machine.is_file() else {}
 
     def codec(self) -> Codec:
         """Of the tokens that the run was trained on.
@@ -259,6 +266,6 @@ class RunDirectory:
         with, or is gone."""
         facts = self.read_machine()
         if facts.get("tokenizer") is not None:
-            check_file(self.tokenizer, facts["tokenizer"])
+            verify_file(self.tokenizer, facts["tokenizer"])
             return self.tokenizer
         return self.tokenizer if "tokenizer" not in facts and self.tokenizer.is_file() else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from race_dist.files import DamagedFileError, load_tensors, save_tensors
-from race_dist.models import Context, DecoderLM, generate, read
+from race_dist.models import DecoderLM, PromptState, generate, prefill
 from race_dist.training.consistency import tensors_digest
 
 CHUNK = 8192  # tokens of a prompt whose activations exist at a time
@@ -85,7 +85,9 @@ def codec_for(tokenizer: Path | None) -> Codec:
     return ByteCodec() if tokenizer is None else TokenizerCodec(tokenizer)
 
 
-def read_text(model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: Context | None = None) -> tuple[Context, int]:
+def read_text(
+    model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: PromptState | None = None
+) -> tuple[PromptState, int]:
     """Go through a text of any length; returns what the model remembers of it, and the number of its tokens.
 
     Raises:
@@ -98,7 +100,7 @@ def read_text(model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: C
                 f"the prompt has the token {int(ids.max())}, but the model knows {model.config.vocab_size} "
                 "tokens: its tokenizer is not the one that the model was trained with"
             )
-        context = read(model, ids[None].to(device), context, chunk=CHUNK)
+        context = prefill(model, ids[None].to(device), context, chunk=CHUNK)
         count += len(ids)
     if context is None:
         raise ValueError("the prompt is empty; give at least one character to go on from")
@@ -146,7 +148,7 @@ def _chunks(tokens: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def write_text(
     model: DecoderLM,
-    context: Context,
+    context: PromptState,
     codec: Codec,
     *,
     tokens: int,
@@ -186,7 +188,7 @@ def stream_text(model: DecoderLM, prompt: str, *, codec: Codec | None = None, **
     return write_text(model, context, codec, **options)
 
 
-def save_context(file: Path, context: Context, model: DecoderLM, tokens: int) -> None:
+def save_context(file: Path, context: PromptState, model: DecoderLM, tokens: int) -> None:
     """Write what a model remembers of a text of ``tokens`` tokens, as safetensors with checksums; the file appears when it is
     complete. Raises OSError where it cannot be written."""
     tensors = {f"carry.{n}": t for n, t in enumerate(context.carry.tensors())}
@@ -194,7 +196,7 @@ def save_context(file: Path, context: Context, model: DecoderLM, tokens: int) ->
     save_tensors(file, {**tensors, "hidden": context.hidden}, metadata)
 
 
-def load_context(file: Path, model: DecoderLM) -> tuple[Context, int]:
+def load_context(file: Path, model: DecoderLM) -> tuple[PromptState, int]:
     """The context that :func:`save_context` wrote, and how many tokens were read.
 
     Raises:
@@ -225,7 +227,7 @@ def load_context(file: Path, model: DecoderLM) -> tuple[Context, int]:
             f"{file} is damaged: {min(odd, default='the number of tokens')} is missing or of another shape; read the text again"
         )
     carry = empty.with_tensors(tuple(tensors[f"carry.{n}"].to(device) for n in range(len(tensors) - 1)))
-    return Context(carry, tensors["hidden"].to(device)), int(metadata["tokens"])
+    return PromptState(carry, tensors["hidden"].to(device)), int(metadata["tokens"])
 
 
 def _fingerprint(model: DecoderLM) -> str:

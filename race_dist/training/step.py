@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from race_dist.models import DecoderLM
-from race_dist.parallel import Replica
+from race_dist.parallel import DataParallelModel
 from race_dist.training.config import TrainConfig
-from race_dist.training.data.batches import Batch, Part, Shard
-from race_dist.training.ranks import Ranks
+from race_dist.training.data.batches import Batch, Shard, ShardedBatch
+from race_dist.training.ranks import RankMesh
 from race_dist.training.weights import load_weights
 
 
 class StepMethod(Protocol):
     """How one global batch becomes gradients."""
 
-    replica: Replica
+    replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
         """Before the first step: where a step under way may be stored (None: nowhere), and who may ask it to end in its
@@ -49,21 +49,21 @@ class StepMethod(Protocol):
         ...
 
 
-def build_step(config: TrainConfig, model: DecoderLM, ranks: Ranks) -> StepMethod:
+def build_step(config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> StepMethod:
     """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
     if config.stream.chunk_size:
         from race_dist.training.streamed import StreamedStep
 
         return StreamedStep(config, model, ranks)
-    return WholeStep(config, model, ranks)
+    return NativeStep(config, model, ranks)
 
 
-class Unstreamed:
+class FullSequenceStep:
     """What methods have in common that run over whole sequences."""
 
     config: TrainConfig
-    ranks: Ranks
-    replica: Replica
+    ranks: RankMesh
+    replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
         """Nothing: these steps are not ended in their middle."""
@@ -74,44 +74,44 @@ class Unstreamed:
     def loss(self, batch: Batch) -> Tensor:
         """See :class:`StepMethod`."""
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for rows in rows_in_parts(batch.rows_of(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate):
-            part = batch.part(rows, shard_of(self.ranks))
-            total += loss_of(self.replica.model, part, 1, self.config, self.ranks).detach().double()
+        for rows in micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate):
+            part = batch.shard(rows, sequence_shard(self.ranks))
+            total += forward_loss(self.replica.model, part, 1, self.config, self.ranks).detach().double()
         return total
 
 
-class WholeStep(Unstreamed):
+class NativeStep(FullSequenceStep):
     """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
 
-    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
         self.config, self.ranks = config, ranks
-        self.replica = place_model(config, model, ranks)
+        self.replica = build_replica(config, model, ranks)
 
     def gradients(self, batch: Batch) -> Tensor:
         """See :class:`StepMethod`."""
         total: Tensor | None = None
-        parts = list(rows_in_parts(batch.rows_of(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate))
+        parts = list(micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate))
         for rows in parts:
-            part = batch.part(rows, shard_of(self.ranks))
+            part = batch.shard(rows, sequence_shard(self.ranks))
             with self.replica.backward(last=rows is parts[-1]):
-                loss = loss_of(self.replica, part, batch.targets, self.config, self.ranks)
+                loss = forward_loss(self.replica, part, batch.targets, self.config, self.ranks)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
 
 
-def place_model(config: TrainConfig, model: DecoderLM, ranks: Ranks, *, dynamic: bool | None = None) -> Replica:
+def build_replica(config: TrainConfig, model: DecoderLM, ranks: RankMesh, *, dynamic: bool | None = None) -> DataParallelModel:
     """The model on its ranks, compiled and sharded as the configuration says, with its first weights."""
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=dynamic)
     if config.parallel.sharding == "fsdp":
-        replica = Replica.sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
+        replica = DataParallelModel.fully_sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
         materialize(model, ranks.device, config.init)
         return replica
     materialize(model, ranks.device, config.init)
-    return Replica.whole(model, ranks.world)
+    return DataParallelModel.replicated(model, ranks.world)
 
 
 def materialize(model: DecoderLM, device: torch.device, init: str | None = None) -> None:
@@ -123,7 +123,9 @@ def materialize(model: DecoderLM, device: torch.device, init: str | None = None)
         load_weights(model, Path(init))
 
 
-def loss_of(model: Replica | nn.Module, part: Part, targets: int, config: TrainConfig, ranks: Ranks) -> Tensor:
+def forward_loss(
+    model: DataParallelModel | nn.Module, part: ShardedBatch, targets: int, config: TrainConfig, ranks: RankMesh
+) -> Tensor:
     """A part's summed loss over the global count of targets."""
     device = ranks.device
     with autocast(config, device):
@@ -143,12 +145,12 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
 
 
-def shard_of(ranks: Ranks) -> Shard:
+def sequence_shard(ranks: RankMesh) -> Shard:
     """This rank's shard of every sequence."""
     return Shard(ranks.sp_rank, ranks.sp, ranks.layout)
 
 
-def rows_in_parts(rows: range, parts: int) -> Iterator[range]:
+def micro_batches(rows: range, parts: int) -> Iterator[range]:
     """The rows in that many parts of equal size."""
     size = len(rows) // parts
     return (rows[n * size : (n + 1) * size] for n in range(parts))

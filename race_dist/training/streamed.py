@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from race_dist.models import DecoderLM
-from race_dist.models.loss import IGNORE
-from race_dist.parallel import Replica
+from race_dist.models.loss import IGNORE_INDEX
+from race_dist.parallel import DataParallelModel
 from race_dist.streaming import (
     DamagedStepError,
     OtherStepError,
@@ -22,14 +22,14 @@ from race_dist.streaming import (
     streamed_backward,
     streamed_loss,
 )
-from race_dist.streaming.checkpoint import digest_of_weights
+from race_dist.streaming.checkpoint import weights_digest
 from race_dist.streaming.gradients import Reduce
 from race_dist.terminal import tell
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
-from race_dist.training.ranks import Ranks
-from race_dist.training.step import autocast, place_model, rows_in_parts
+from race_dist.training.ranks import RankMesh
+from race_dist.training.step import autocast, build_replica, micro_batches
 
 TOLD_EVERY = 30.0  # seconds between two lines of a step under way
 
@@ -45,9 +45,9 @@ class _Rows(NamedTuple):
 class StreamedStep:
     """Each part of this rank's rows is streamed, one after the other."""
 
-    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
         self.config, self.ranks = config, ranks
-        self.replica: Replica = place_model(config, model, ranks, dynamic=False)
+        self.replica: DataParallelModel = build_replica(config, model, ranks, dynamic=False)
         self._folder: Path | None = None
         self._stop: Callable[[], bool] | None = None
         self._told = 0.0
@@ -67,7 +67,7 @@ class StreamedStep:
         """
         config, total = self.config, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         parts = list(self._parts(batch))
-        weights = "" if self._folder is None else digest_of_weights(self.replica.model)
+        weights = "" if self._folder is None else weights_digest(self.replica.model)
         for rows in parts:
             sequences, checkpoint = _read(batch, rows), None
             if self._folder is not None:
@@ -84,7 +84,7 @@ class StreamedStep:
             except OtherStepError as error:
                 raise CheckpointError(str(error)) from None
         if not self.replica.is_sharded:
-            with self.replica.sums.pending(overlap=False):
+            with self.replica.reducer.reduce_on_exit(overlap=False):
                 pass
         return self._share(total)
 
@@ -131,8 +131,8 @@ class StreamedStep:
 
     def _parts(self, batch: Batch) -> Iterator[range]:
         """Rows that are streamed together: documents that are kept apart need a sequence of their own."""
-        rows = batch.rows_of(self.ranks.dp_rank, self.ranks.dp)
-        return rows_in_parts(rows, self.config.optim.accumulate if batch.split.boundaries is None else len(rows))
+        rows = batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp)
+        return micro_batches(rows, self.config.optim.accumulate if batch.split.boundaries is None else len(rows))
 
     def _share(self, total: Tensor) -> Tensor:
         """Every rank of a sequence knows its whole loss: the first one brings it in."""
@@ -152,15 +152,15 @@ def _read(batch: Batch, rows: range) -> _Rows:
     whole = windows[0][None] if len(windows) == 1 else np.stack(windows)
     inputs, labels = whole[:, :-1], whole[:, 1:]
     starts, context = [batch.starts[row] for row in rows], batch.context
-    begins = [batch.split.inside(start + 1, start + context + 1) - start - 1 for start in starts]
+    begins = [batch.split.boundaries_in(start + 1, start + context + 1) - start - 1 for start in starts]
     if any(len(b) for b in begins) or rows[-1] >= batch.count:
         labels = labels.astype(np.int32)
         for n, (row, begin) in enumerate(zip(rows, begins)):
-            labels[n, begin] = IGNORE
+            labels[n, begin] = IGNORE_INDEX
             if row >= batch.count:
-                labels[n] = IGNORE
+                labels[n] = IGNORE_INDEX
     documents = None
     if batch.split.boundaries is not None:
-        inside = batch.split.inside(starts[0] + 1, starts[0] + context) - starts[0]
+        inside = batch.split.boundaries_in(starts[0] + 1, starts[0] + context) - starts[0]
         documents = torch.from_numpy(np.concatenate([[0], inside, [context]]))
     return _Rows(inputs, labels, documents)

@@ -15,15 +15,15 @@ from torch.distributed.tensor import DTensor
 import race_dist
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_sum, full_tensor
-from race_dist.training.checkpoint import Checkpoints, OtherRunError, Saved
+from race_dist.training.checkpoint import CheckpointManager, OtherRunError, SavedCheckpoint
 from race_dist.training.config import TrainConfig, differing_keys
-from race_dist.training.consistency import check_same_run
+from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.data.corpus import Corpus, load_corpus
 from race_dist.training.guards import Guard, Verdict
 from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
-from race_dist.training.ranks import Ranks
-from race_dist.training.records import summary_writer
+from race_dist.training.ranks import RankMesh
+from race_dist.training.records import import_summary_writer
 from race_dist.training.step import StepMethod, build_step
 
 # what a run may be resumed with although it was begun with another value
@@ -91,7 +91,7 @@ class Trainer:
         position: batches drawn.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, ranks: RankMesh) -> None:
         """Everything a run needs, on every rank.
 
         Raises:
@@ -101,7 +101,7 @@ class Trainer:
         """
         self.config, self.ranks = config, ranks
         if config.tensorboard:
-            summary_writer()  # its absence is said before anything is trained
+            import_summary_writer()  # its absence is said before anything is trained
         self.corpus = open_corpus(config, ranks.dp, ranks.sp, check=ranks.rank == 0)
         self.train, self.held_out = _sides(config, self.corpus)
         self.guard = Guard(config.guard)
@@ -115,12 +115,12 @@ class Trainer:
         self.model: Any = DecoderLM(config.model, dtype=dtype, device="meta")
         self.method: StepMethod = build_step(config, self.model, self.ranks)
         self.optimizer: Any = build_optimizer(self.model, config.optim)
-        check_same_run(config, self.corpus, self.model, self.ranks.world)
+        check_ranks_consistent(config, self.corpus, self.model, self.ranks.world)
 
-    def open_checkpoints(self, folder: Path) -> Checkpoints:
+    def open_checkpoints(self, folder: Path) -> CheckpointManager:
         """Where this run's checkpoints go, and come from. Every rank calls it."""
         config = self.config.checkpoint
-        return Checkpoints(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
+        return CheckpointManager(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
 
     def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
         """One optimizer step; where the guard finds it bad, the weights stay as they were.
@@ -174,7 +174,7 @@ class Trainer:
         return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)
 
     @torch.no_grad()
-    def weights_are_finite(self) -> bool:
+    def has_finite_weights(self) -> bool:
         """Whether all weights are, on every rank. It waits for the device: asked before a checkpoint, not in every step."""
         odd = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for p in self.model.parameters():
@@ -186,7 +186,7 @@ class Trainer:
         named = {name: p.detach() for name, p in self.model.named_parameters()}
         return {f"model.{name}": p for name, p in named.items()} | optimizer_tensors(self.model, self.optimizer)
 
-    def save(self, store: Checkpoints) -> None:
+    def save(self, store: CheckpointManager) -> None:
         """Begin a checkpoint of this moment."""
         store.save(
             self.step,
@@ -209,14 +209,14 @@ class Trainer:
             },
         )
 
-    def roll_back(self, store: Checkpoints, saved: Saved) -> None:
+    def roll_back(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
         """Go back to a checkpoint of this run, but on with the data that comes now."""
         position, rollbacks = self.position, self.guard.rollbacks
         self.restore(store, saved)
         self.position, self.guard.rollbacks = position, rollbacks
         self.guard.rolled_back()
 
-    def restore(self, store: Checkpoints, saved: Saved) -> None:
+    def restore(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
         """Go on from a checkpoint.
 
         Raises:
@@ -248,7 +248,7 @@ class Trainer:
         matters = data.documents == "separate" or data.held_out == "documents"
         return not matters or facts.get("documents") in (None, self.corpus.documents_digest())
 
-    def _load(self, store: Checkpoints, saved: Saved) -> None:
+    def _load(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
         store.load(saved, self.tensors())
 
     def describe(self) -> Iterator[str]:
@@ -265,8 +265,8 @@ class Trainer:
             f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
             f"held out; {config.data.batch_size} x {config.data.context} {unit} a step"
         )
-        if corpus.left_out:
-            yield corpus.left_out.sentence(f"left out of {corpus.name}")
+        if corpus.skipped:
+            yield corpus.skipped.describe(f"left out of {corpus.name}")
 
 
 def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True) -> Corpus:

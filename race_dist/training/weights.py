@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from race_dist.files import CheckedTensors, DamagedFileError, opened_tensors, save_tensors
+from race_dist.files import CheckedTensors, DamagedFileError, open_tensors, save_tensors
 from race_dist.models import ModelConfig
-from race_dist.nn.init import write_part
+from race_dist.nn.init import copy_local_shard
 
 WEIGHTS = "model.safetensors"
 NOT_OF_WEIGHTS = ("activation_checkpointing", "loss_chunk")  # keys of a model that say how it is computed, not what
@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, path: Path, *, config: ModelConfig | None = N
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there are no weights {file}")
-    with opened_tensors(file) as stored:
+    with open_tensors(file) as stored:
         if config is not None and "config" in stored.metadata:
             check_same_model(_config_of(stored), config.model_dump(mode="json"), str(file))
         _fill(model, stored, file)
@@ -84,4 +84,4 @@ def _fill(model: nn.Module, stored: CheckedTensors, file: Path) -> None:
                 f"{file} does not fit the model: {name} is {shape} there and {list(parameter.shape)} here; "
                 "use the configuration it was trained with"
             )
-        write_part(parameter, stored[name].to(torch.promote_types(parameter.dtype, torch.float32)))
+        copy_local_shard(parameter, stored[name].to(torch.promote_types(parameter.dtype, torch.float32)))

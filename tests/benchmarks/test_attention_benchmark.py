@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from race_dist.benchmarks.attention import Shape, peak_added_bytes, run, store
-from race_dist.benchmarks.baselines import peers_of
+from race_dist.benchmarks.baselines import baselines_for
 from race_dist.benchmarks.timing import Timing
 
 
@@ -46,7 +46,7 @@ def test_the_linear_peer_computes_linear_attention(causal: bool) -> None:
     score = (torch.nn.functional.elu(q[0, :, 0]) + 1) @ (torch.nn.functional.elu(k[0, :, 0]) + 1).mT
     score = score.tril() if causal else score
     wanted = score @ v[0, :, 0] / score.sum(-1, keepdim=True)
-    call = next(p.call for p in peers_of(shape, torch.device("cpu")) if p.name == "elu linear attention")
+    call = next(p.call for p in baselines_for(shape, torch.device("cpu")) if p.name == "elu linear attention")
     assert call is not None
     assert torch.allclose(call(q, k, v)[0, :, 0], wanted)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from race_dist.benchmarks.quality.language import Language, bits_by_token
-from race_dist.benchmarks.quality.mixers import PEERS, gated_delta, gated_linear
+from race_dist.benchmarks.quality.mixers import BASELINE_MIXERS, gated_delta, gated_linear
 from race_dist.benchmarks.quality.protocol import Pairs, Protocol, Run, load_protocol
 from race_dist.benchmarks.quality.recall import Recall, make_batch
 from race_dist.benchmarks.quality.variants import build_model, hidden
@@ -47,9 +47,9 @@ def test_peers_compute_their_recurrence(length: int) -> None:
     torch.testing.assert_close(gated_delta(q, k, v, log_decay, write, chunk=8), step_by_step(q, k, v, log_decay, write))
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", BASELINE_MIXERS)
 def test_peers_are_causal_and_train_every_parameter(name: str) -> None:
-    layer = PEERS[name](RaceConfig(dim=16, num_heads=2, conv_values=True, num_tables=2, num_planes=2), dtype=F64)
+    layer = BASELINE_MIXERS[name](RaceConfig(dim=16, num_heads=2, conv_values=True, num_tables=2, num_planes=2), dtype=F64)
     x = torch.randn(2, 70, 16, dtype=F64)
     y, carry = layer(x)
     assert carry is None
@@ -95,7 +95,7 @@ def test_recall_measures_what_a_model_answers(monkeypatch: pytest.MonkeyPatch) -
             done += size
     known[0] = torch.zeros_like(known[0])
     monkeypatch.setattr("race_dist.benchmarks.quality.recall.answers", knows)
-    monkeypatch.setattr(model, "hidden", lambda ids, final: (None, None))
+    monkeypatch.setattr(model, "hidden", lambda ids, return_carry: (None, None))
     rows = task.measure(model)["by_kind"]
     assert [row["accuracy"] for row in rows[1:]] == [1.0] * (len(rows) - 1)
     assert rows[0]["accuracy"] < 1
@@ -137,7 +137,8 @@ def test_bits_per_byte_are_those_of_the_model(text: Path) -> None:
     expected = model(windows[:, :-1], windows[:, 1:].contiguous()) / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(bits_by_token(model, windows).mean().float(), expected.detach())
     torch.testing.assert_close(
-        hidden(model, windows[:, :-1], Sequence.of(32, final=False)), model.hidden(windows[:, :-1], final=False)[0]
+        hidden(model, windows[:, :-1], Sequence.of(32, return_carry=False)),
+        model.hidden(windows[:, :-1], return_carry=False)[0],
     )
     measured = task.measure(model)
     assert measured["bits_per_byte"] == pytest.approx(sum(measured["by_position"]) / 4, abs=1e-3)

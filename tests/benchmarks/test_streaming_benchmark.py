@@ -93,8 +93,8 @@ def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
     plan = make_plan(job, Layout(1, 1, chunk), Cluster(gpu, 1), true)
     kernels = [
         {"name": "nvjet_tst_256x128_64x4_2x1", "ms": 1e3 * plan.seconds["matrix products"]},
-        {"name": "walk_queries", "ms": 5e2 * plan.seconds["attention"]},
-        {"name": "scan_tiles", "ms": 5e2 * plan.seconds["attention"]},
+        {"name": "race_recurrent_bwd_dq_kernel", "ms": 5e2 * plan.seconds["attention"]},
+        {"name": "race_scan_kernel", "ms": 5e2 * plan.seconds["attention"]},
         {"name": "triton_per_fused_add_mul_0", "ms": 1e3 * plan.seconds["element-wise"]},
         {"name": "Memcpy HtoD (Pinned -> Device)", "ms": 50.0},
     ]

@@ -178,9 +178,9 @@ def _worker(pipe: Connection, rank: int, world: int, port: int, timeout: float, 
         except BaseException:
             result = (None, traceback.format_exc())
         pipe.send_bytes(pickle.dumps(result))
-    from race_dist.distributed.watchdog import stop_watch
+    from race_dist.distributed.watchdog import stop_watchdog
 
-    stop_watch()
+    stop_watchdog()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -62,12 +62,12 @@ def test_survivors_name_the_rank(victim: int, how: str) -> None:
 
 def silent(group, victim: int, folder: str):
     """One rank computes for ever; nobody's collective times out before the guard looks."""
-    from race_dist.distributed.watchdog import guard_stalls
+    from race_dist.distributed.watchdog import abort_on_stall
 
     os.dup2(os.open(f"{folder}/{dist.get_rank()}", os.O_WRONLY | os.O_CREAT), 2)
     carry = SketchState.empty(1, 2, 8, 4)
     exclusive_scan(carry, group)  # everybody is here
-    guard_stalls(4.0)
+    abort_on_stall(4.0)
     for step in range(3):
         if step == 2 and dist.get_rank() == victim:
             lost_in_thought()

@@ -17,13 +17,13 @@ from race_dist.parallel import (
     all_reduce_sum,
     broadcast_tensor,
     build_mesh,
-    check_ranks_agree,
+    check_same_on_all_ranks,
 )
 
 
 def agree(group, odd):
     rank = dist.get_rank(group)
-    check_ranks_agree({"planes": "5a" if rank in odd else "77", "config": "c0", "code": f"0.{len(odd)}"}, group)
+    check_same_on_all_ranks({"planes": "5a" if rank in odd else "77", "config": "c0", "code": f"0.{len(odd)}"}, group)
     return True
 
 

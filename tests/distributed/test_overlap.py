@@ -35,9 +35,9 @@ class Recorder:
 
 def order_of_events(group):
     events: list[str] = []
-    start, wait = scan.start_all_gather, communication.Pending.wait
+    start, wait = scan.start_all_gather, communication.PendingCollective.wait
     scan.start_all_gather = lambda *a: events.append("send") or start(*a)
-    communication.Pending.wait = lambda self: events.append("wait " + self._op) or wait(self)
+    communication.PendingCollective.wait = lambda self: events.append("wait " + self._op) or wait(self)
     try:
         q = torch.randn(1, 8, 2, 4, requires_grad=True)
 
@@ -49,7 +49,7 @@ def order_of_events(group):
         forward, events[:] = [e for e in events if e != "wait all_reduce"], []
         out.sum().backward()
     finally:
-        scan.start_all_gather, communication.Pending.wait = start, wait
+        scan.start_all_gather, communication.PendingCollective.wait = start, wait
     return forward[1:], [e for e in events if e != "wait all_reduce"]  # the first wait is that of the header
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from race_dist.distributed import rendezvous
-from race_dist.distributed.rendezvous import check_timeout, meet
+from race_dist.distributed.rendezvous import check_timeout, join_store
 from race_dist.parallel import RankFailure, gather_objects, init_distributed
 from race_dist.rank_environment import STORE_SOCKET, RankEnvironment, rank_environment, without_rank_variables
 
@@ -128,7 +128,7 @@ def place(rank: int, port: int, host: str = "127.0.0.1", local: int | None = Non
 def fails(where: RankEnvironment, timeout: float = 1.5) -> tuple[str, float]:
     began = time.monotonic()
     with pytest.raises(RankFailure) as caught:
-        meet(where, check_timeout(timeout))
+        join_store(where, check_timeout(timeout))
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(f"rank {where.rank}: ")
@@ -171,7 +171,7 @@ def test_the_store_listens_where_it_was_told_to(host: str, local: int | None, lo
         port = server.getsockname()[1]
     stores: list[object] = []
     ranks = [
-        threading.Thread(target=lambda r=r: stores.append(meet(place(r, port, host, local), check_timeout(20.0))))
+        threading.Thread(target=lambda r=r: stores.append(join_store(place(r, port, host, local), check_timeout(20.0))))
         for r in range(2)
     ]
     for thread in ranks:

@@ -12,7 +12,7 @@ from harness import RankError, run_ranks
 from torch import Tensor
 
 from race_dist.distributed.communication import count_bytes
-from race_dist.parallel.scan import carries_in, exclusive_scan, exclusive_total, fold, start_scan
+from race_dist.parallel.scan import exclusive_scan, exclusive_scan_pieces, exclusive_sum, fold, start_scan
 from race_dist.sketch import SketchState
 
 ALGORITHMS = ["all_gather", "recursive_doubling"]
@@ -73,7 +73,7 @@ def weighted(carries, seed):
 def sharded(group, kind, layout, reverse, algorithm):
     rank, pieces = dist.get_rank(group), 2 if layout == "zigzag" else 1
     mine = [make(kind, pieces * rank + p) for p in range(pieces)]
-    entering = carries_in(mine, group, layout, reverse=reverse, algorithm=algorithm)
+    entering = exclusive_scan_pieces(mine, group, layout, reverse=reverse, algorithm=algorithm)
     loss = weighted(entering, rank)
     if loss.requires_grad:  # nothing enters a single piece
         loss.backward()
@@ -139,7 +139,7 @@ def test_ranks_that_use_nothing_still_take_part() -> None:
 
 def totals(group):
     carry = make("sketch", dist.get_rank(group))
-    others = exclusive_total(carry, group)
+    others = exclusive_sum(carry, group)
     weighted([others], dist.get_rank(group)).backward()
     return others.values.detach(), carry.values.detach(), carry.values.grad
 
@@ -177,7 +177,7 @@ def mismatch(group, what):
     elif what == "algorithm":
         exclusive_scan(SketchState.empty(1, 2, 4, 3), group, algorithm="recursive_doubling" if odd else "all_gather")
     elif odd:
-        exclusive_total(SketchState.empty(1, 2, 4, 3), group)
+        exclusive_sum(SketchState.empty(1, 2, 4, 3), group)
     else:
         exclusive_scan(SketchState.empty(1, 2, 4, 3), group)
 
@@ -187,7 +187,7 @@ def mismatch(group, what):
     [
         ("shape", r"shapes is \[\[1, 2, 4\], \[1, 2, 4, 3\]\] on ranks 0, 2, but \[\[1, 2, 8\].*on rank 1"),
         ("algorithm", "algorithm is all_gather on ranks 0, 2, but recursive_doubling on rank 1"),
-        ("call", "call is exclusive_scan on ranks 0, 2, but exclusive_total on rank 1"),
+        ("call", "call is exclusive_scan on ranks 0, 2, but exclusive_sum on rank 1"),
     ],
 )
 def test_a_mismatch_names_the_rank(what: str, message: str) -> None:
@@ -203,4 +203,4 @@ def test_errors_name_the_value() -> None:
     with pytest.raises(TypeError, match=r"a scan takes carries .* got int"):
         exclusive_scan(3, None)
     with pytest.raises(ValueError, match="holds 2 pieces of the sequence under the zigzag layout; got 1"):
-        carries_in([carry], None, "zigzag")
+        exclusive_scan_pieces([carry], None, "zigzag")

@@ -16,7 +16,7 @@ from race_dist.parallel import build_mesh
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import Hooks, run
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer
 
@@ -62,11 +62,11 @@ def start(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     return [o.value for o in outcomes]
 
 
-def place(group: ProcessGroup | None, dp: int, sp: int) -> Ranks:
+def place(group: ProcessGroup | None, dp: int, sp: int) -> RankMesh:
     if group is None:
-        return Ranks(torch.device("cpu"))
+        return RankMesh(torch.device("cpu"))
     mesh = build_mesh(dp, sp)
-    return Ranks(torch.device("cpu"), group, mesh["sp"].get_group() if sp > 1 else None)
+    return RankMesh(torch.device("cpu"), group, mesh["sp"].get_group() if sp > 1 else None)
 
 
 def curve(group: ProcessGroup | None, dp: int, sp: int, tree: dict[str, Any]) -> list[float]:

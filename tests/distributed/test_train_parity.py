@@ -11,7 +11,7 @@ from harness import RankError, run_ranks
 from torch.distributed import ProcessGroup
 
 from race_dist.training.config import TrainConfig, parse_config
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.trainer import Trainer
 
 STEPS = 20
@@ -45,12 +45,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def place(group: ProcessGroup | None, dp: int, layout: str) -> Ranks:
+def place(group: ProcessGroup | None, dp: int, layout: str) -> RankMesh:
     """All of ``group`` side by side (dp) or along the sequence (sp)."""
-    return Ranks(torch.device("cpu"), group, None if dp > 1 else group, layout)
+    return RankMesh(torch.device("cpu"), group, None if dp > 1 else group, layout)
 
 
-def losses(config: TrainConfig, ranks: Ranks) -> dict[str, list[float]]:
+def losses(config: TrainConfig, ranks: RankMesh) -> dict[str, list[float]]:
     trainer = Trainer(config, ranks)
     steps = [trainer.train_step() for _ in range(config.steps)]
     return {

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from race_dist.parallel import build_mesh
 from race_dist.training import loop
 from race_dist.training.config import parse_config
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer
 from tests.distributed.harness import spawn_ranks
@@ -54,7 +54,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def losses(tree: dict[str, Any], ranks: Ranks) -> list[float]:
+def losses(tree: dict[str, Any], ranks: RankMesh) -> list[float]:
     trainer = Trainer(parse_config(tree), ranks)
     steps = [trainer.train_step() for _ in range(STEPS)]
     return [*(s.loss for s in steps), *(s.grad_norm for s in steps), trainer.evaluate().loss]
@@ -74,7 +74,7 @@ def test_streamed_is_whole(text: Path, changes: dict[str, Any], tmp_path: Path) 
         for n in range(40):
             (tmp_path / f"{n:02}.txt").write_text(text.read_text()[90 * n : 90 * n + 20 + 3 * n])
         changes = {**changes, "data__path": str(tmp_path)}
-    alone = Ranks(torch.device("cpu"))
+    alone = RankMesh(torch.device("cpu"))
     whole = {key: value for key, value in changes.items() if not key.startswith("stream")}
     wanted = losses(settings(text, **whole), alone)
     assert losses(settings(text, stream__chunk_size=16, **changes), alone) == pytest.approx(wanted, rel=1e-9)
@@ -83,12 +83,12 @@ def test_streamed_is_whole(text: Path, changes: dict[str, Any], tmp_path: Path) 
 def layouts(world: ProcessGroup, tree: dict[str, Any]) -> list[list[float]]:
     """dp 2 x sp 2, whole and sharded."""
     mesh = build_mesh(2, 2)
-    ranks = Ranks(torch.device("cpu"), world, mesh["sp"].get_group(), "contiguous")
+    ranks = RankMesh(torch.device("cpu"), world, mesh["sp"].get_group(), "contiguous")
     return [losses(tree | {"parallel": {"sharding": sharding}}, ranks) for sharding in ("none", "fsdp")]
 
 
 def test_every_layout_is_one_process(text: Path) -> None:
-    wanted = losses(settings(text), Ranks(torch.device("cpu")))
+    wanted = losses(settings(text), RankMesh(torch.device("cpu")))
     for outcome in spawn_ranks(4, layouts, settings(text, stream__chunk_size=7), timeout=60.0):
         assert outcome.error is None, outcome.error
         for got in outcome.value:
@@ -97,7 +97,7 @@ def test_every_layout_is_one_process(text: Path) -> None:
 
 def stopped_run(world: ProcessGroup, tree: dict[str, Any], moment: int) -> list[Any]:
     """A run of dp 2 that one rank asks to stop in the middle of a step, then the run resumed: outcomes, weights."""
-    config, ranks = parse_config(tree), Ranks(torch.device("cpu"), world, None, "contiguous")
+    config, ranks = parse_config(tree), RankMesh(torch.device("cpu"), world, None, "contiguous")
     asked, results = iter(range(10_000)), []
     for resume in (False, True):
         stop = loop.never if resume else lambda: dist.get_rank() == 1 and next(asked) == moment
@@ -121,7 +121,7 @@ def stopped_run(world: ProcessGroup, tree: dict[str, Any], moment: int) -> list[
 
 def test_a_run_stopped_inside_a_step_resumes_inside_it(text: Path) -> None:
     tree = settings(text, stream__chunk_size=7, data__batch_size=2)
-    trainer = Trainer(parse_config(tree), Ranks(torch.device("cpu")))
+    trainer = Trainer(parse_config(tree), RankMesh(torch.device("cpu")))
     for _ in range(STEPS):
         trainer.train_step()
     wanted = [float(p.detach().norm()) for p in trainer.model.parameters()]

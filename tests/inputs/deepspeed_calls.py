@@ -24,7 +24,7 @@ def initialize(**arguments: Any) -> object:
             "timeout",
             "mpu",
             "mesh_param",
-            "shared",
+            "sequence_mesh",
             "optimizer",
             "lr_scheduler",
             "model_parameters",
@@ -37,9 +37,9 @@ def initialize(**arguments: Any) -> object:
 
 def read(**keys: Any) -> object:
     """The keys alone: what DeepSpeed itself says of them is checked by :func:`initialize`."""
-    from race_dist.integrations.deepspeed.settings import read_settings
+    from race_dist.integrations.deepspeed.settings import read_config
 
-    return read_settings(OK | keys)
+    return read_config(OK | keys)
 
 
 COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "sequence_parallel_size")
@@ -70,7 +70,7 @@ SUBJECTS = [
         initialize,
         lambda: {"config": 3},
         {
-            "shared": v.common(optional=True),
+            "sequence_mesh": v.common(optional=True),
             "mpu": v.common(optional=True),
             "optimizer": v.common(optional=True, but=("int",)),
             "lr_scheduler": v.common(optional=True, but=("int",)),

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from race_dist import RaceConfig
 from race_dist.models import (
-    Context,
     DecoderLM,
     MaskedLM,
     ModelConfig,
+    PromptState,
     SequenceClassifier,
     generate,
     linear_cross_entropy,
-    read,
+    prefill,
     sample,
 )
 from tests.inputs import values as v
@@ -98,8 +98,8 @@ def configs() -> list[Value]:
     )
 
 
-def context() -> Context:
-    return read(LM, ids())
+def context() -> PromptState:
+    return prefill(LM, ids())
 
 
 def draws() -> dict[str, list[Value]]:
@@ -170,7 +170,7 @@ SUBJECTS = [
                     ("of three rows", lambda: LM.zero_carry(3)),
                 ),
             ],
-            "final": v.flags(),
+            "return_carry": v.flags(),
         },
     ),
     Subject(
@@ -187,8 +187,8 @@ SUBJECTS = [
         names={"prompt_ids": ("input_ids",)},
     ),
     Subject(
-        "read",
-        read,
+        "prefill",
+        prefill,
         lambda: {"model": LM, "ids": ids()},
         {
             "model": GENERATED["model"],

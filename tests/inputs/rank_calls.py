@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from race_dist import SketchState
 from race_dist.parallel import (
-    GradientSum,
-    Replica,
+    DataParallelModel,
+    GradientReducer,
     all_gather_tensor,
     all_reduce_max,
     all_reduce_sum,
     barrier,
     broadcast_tensor,
     build_mesh,
-    carries_in,
-    check_ranks_agree,
+    check_same_on_all_ranks,
     exclusive_scan,
-    exclusive_total,
+    exclusive_scan_pieces,
+    exclusive_sum,
     fold,
     full_tensor,
     gather_objects,
@@ -26,13 +26,13 @@ from race_dist.parallel import (
     group_size,
     init_distributed,
     local_segments,
+    new_gloo_group,
     shard_lengths,
     shard_offset,
     shard_positions,
     shard_rows,
     shard_sequence,
     shutdown,
-    side_group,
     start_scan,
     unshard_sequence,
 )
@@ -136,8 +136,8 @@ SUBJECTS = [
     ),
     Subject("exclusive_scan", exclusive_scan, lambda: {"carry": sketch(), "group": None}, SCAN | {"carry": CARRIES}),
     Subject(
-        "carries_in",
-        carries_in,
+        "exclusive_scan_pieces",
+        exclusive_scan_pieces,
         lambda: {"pieces": [sketch()], "group": None},
         SCAN | {"pieces": [*LISTS, *v.wrong(("two", lambda: [sketch()] * 2))], "layout": v.choices()},
         names={"pieces": ("piece",)},
@@ -150,7 +150,7 @@ SUBJECTS = [
         names={"pieces": ("piece",)},
     ),
     Subject(
-        "exclusive_total", exclusive_total, lambda: {"carry": sketch(), "group": None}, {"carry": CARRIES, "group": v.groups()}
+        "exclusive_sum", exclusive_sum, lambda: {"carry": sketch(), "group": None}, {"carry": CARRIES, "group": v.groups()}
     ),
     Subject("fold", fold, lambda: {"carries": [sketch()]}, {"carries": LISTS}),
     *(
@@ -165,19 +165,19 @@ SUBJECTS = [
     ),
     *(
         Subject(name.__name__, name, lambda: {"group": None}, {"group": v.groups()})
-        for name in (group_size, group_rank, barrier, side_group)
+        for name in (group_size, group_rank, barrier, new_gloo_group)
     ),
     Subject("gather_objects", gather_objects, lambda: {"value": 1, "group": None}, {"group": v.groups()}),
     Subject(
-        "check_ranks_agree",
-        check_ranks_agree,
+        "check_same_on_all_ranks",
+        check_same_on_all_ranks,
         lambda: {"facts": {"a": 1}, "group": None},
         {"facts": v.common(but=("{}",)), "group": v.groups()},
     ),
     Subject("full_tensor", full_tensor, lambda: {"x": x()}, {"x": v.common(but=("tensor",))}),
     Subject(
-        "GradientSum",
-        GradientSum,
+        "GradientReducer",
+        GradientReducer,
         lambda: {"parameters": [], "group": None},
         {
             "parameters": [*v.common(but=("[]", "()", "{}", "''", "tensor")), *v.wrong(("tensor", lambda: torch.ones(())))],
@@ -185,8 +185,8 @@ SUBJECTS = [
         },
     ),
     Subject(
-        "Replica.whole",
-        Replica.whole,
+        "DataParallelModel.replicated",
+        DataParallelModel.replicated,
         lambda: {"model": nn.Linear(1, 1), "group": None},
         {"model": v.instances(("class", lambda: nn.Linear)), "group": v.groups()},
     ),

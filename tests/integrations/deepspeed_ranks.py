@@ -288,9 +288,9 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
     import deepspeed
     from deepspeed.utils import groups
 
-    from race_dist.integrations.deepspeed.groups import SequenceGroups
+    from race_dist.integrations.deepspeed.groups import SequenceParallelMPU
 
-    class DataParallel(SequenceGroups):
+    class DataParallel(SequenceParallelMPU):
         def get_data_parallel_group(self) -> Any:
             return alone
 
@@ -316,7 +316,7 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
     found = {}
     wirings: dict[str, tuple[int, Any, dict[str, Any]]] = {
         "mesh": (1, None, {"data_parallel_size": 1}),
-        "reduce-scatter": (3, SequenceGroups(world()), {}),
+        "reduce-scatter": (3, SequenceParallelMPU(world()), {}),
         "mpu": (3, DataParallel(world()), {}),
     }
     for name, (stage, mpu, more) in wirings.items():

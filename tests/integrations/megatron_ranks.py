@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from race_dist import RaceConfig
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.model import build_gpt, transformer_config
-from race_dist.integrations.megatron.weights import from_megatron, load_weights, to_megatron, whole_weights
+from race_dist.integrations.megatron.weights import from_megatron, gather_full_weights, load_full_weights, to_megatron
 from race_dist.models import DecoderLM, ModelConfig
 from race_dist.parallel import all_reduce_sum, shard_sequence
 
@@ -104,7 +104,7 @@ def layout(tp: int, cp: int) -> Iterator[None]:
 def build(config: ModelConfig, **more: Any) -> GPTModel:
     tp, cp = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_context_parallel_world_size()
     model = build_gpt(config, transformer_config(config, tp=tp, cp=cp, **more), LENGTH)
-    load_weights(model, to_megatron(weights(config), config), parallel_state.get_tensor_model_parallel_group())
+    load_full_weights(model, to_megatron(weights(config), config), parallel_state.get_tensor_model_parallel_group())
     return model
 
 
@@ -179,7 +179,7 @@ def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = N
     loss.backward()
     finalize_model_grads([model])
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    grads = whole_weights(model.module, parallel_state.get_tensor_model_parallel_group(), lambda p: p.main_grad)
+    grads = gather_full_weights(model.module, parallel_state.get_tensor_model_parallel_group(), lambda p: p.main_grad)
     grads = from_megatron(grads, config, dict.fromkeys(weights(config)))
     return Outcome(float(all_reduce_sum(loss, group)), {name: g.numpy() for name, g in grads.items()})
 

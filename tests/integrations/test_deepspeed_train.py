@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from race_dist.training.config import TrainConfig, load_config, parse_config
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from tests.distributed.harness import spawn_ranks
 from tests.integrations.once import once
 
@@ -49,12 +49,12 @@ def go(trainer: Any, steps: int) -> list[tuple[float, float]]:
 def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
     """Two ranks: native, then each stage; after half the steps a checkpoint, which a new trainer goes on from."""
     from race_dist.integrations.engines import make_trainer
-    from race_dist.training.checkpoint import Checkpoints
+    from race_dist.training.checkpoint import CheckpointManager
 
     world = dist.group.WORLD
-    sequences, replicas = Ranks(torch.device("cpu"), world, world), Ranks(torch.device("cpu"), world, None)
+    sequences, replicas = RankMesh(torch.device("cpu"), world, world), RankMesh(torch.device("cpu"), world, None)
 
-    def trainer(place: Ranks, **changes: Any) -> Any:
+    def trainer(place: RankMesh, **changes: Any) -> Any:
         return make_trainer(parse_config(settings(text, **changes)), place)
 
     native = trainer(sequences)
@@ -63,7 +63,7 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
         engine = {"engine": "deepspeed", "deepspeed": {"zero_optimization": {"stage": stage}}}
         first = trainer(sequences, **engine)
         losses = go(first, 3)
-        store = Checkpoints(Path(folder) / str(stage), world)
+        store = CheckpointManager(Path(folder) / str(stage), world)
         first.save(store)
         assert store.wait(), store.problems
         losses += go(first, STEPS - 3)
@@ -72,7 +72,7 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
         ways = {"again": (sequences, engine), "replicas": (replicas, engine), "native": (sequences, {})}
         for way, (place, options) in ways.items():
             other = trainer(place, **options)
-            saved = store.newest()
+            saved = store.latest()
             assert saved is not None
             other.restore(store, saved)
             assert (other.step, other.position) == (3, 3)
@@ -80,7 +80,7 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
             if way == "again":
                 after = dict(other.method.replica.full_tensors())
                 found[f"ZeRO-{stage} weights"] = all(torch.equal(weights[n], after[n]) for n in weights)
-    zigzag = Ranks(torch.device("cpu"), world, world, "zigzag")
+    zigzag = RankMesh(torch.device("cpu"), world, world, "zigzag")
     data = settings(text)["data"] | {"context": 48}
     for name, engine in (("native zigzag", "native"), ("zigzag", "deepspeed")):
         found[name] = go(trainer(zigzag, engine=engine, data=data, parallel={"layout": "zigzag"}), STEPS)
@@ -139,7 +139,7 @@ def test_zigzag_shards_train_alike(found: dict[str, Any]) -> None:
 def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
     from race_dist.integrations.deepspeed.trainer import deepspeed_config
 
-    alone = Ranks(torch.device("cpu"))
+    alone = RankMesh(torch.device("cpu"))
     for deepspeed, changes, message in (
         ({"train_batch_size": 8}, {}, r"train_batch_size = 8 but the run's configuration makes it 4"),
         ({"optimizer": {"type": "AdamW"}}, {}, "deepspeed.optimizer is not read"),
@@ -159,14 +159,14 @@ def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("preset", sorted(Path("configs").glob("deepspeed-*.json")), ids=lambda p: p.stem)
 def test_presets_are_read_by_the_trainer_and_by_initialize(preset: Path, text: str) -> None:
-    from race_dist.integrations.deepspeed.settings import read_settings
+    from race_dist.integrations.deepspeed.settings import read_config
     from race_dist.integrations.deepspeed.trainer import deepspeed_config
 
     config = parse_config(settings(text, engine="deepspeed", deepspeed=str(preset)))
     assert config.deepspeed == json.loads(preset.read_text())
-    filled = deepspeed_config(config, Ranks(torch.device("cpu")))
+    filled = deepspeed_config(config, RankMesh(torch.device("cpu")))
     assert "auto" not in json.dumps(filled)
-    assert read_settings(preset).race is not None
+    assert read_config(preset).race is not None
 
 
 def start(command: list[str], folder: Path) -> list[float]:

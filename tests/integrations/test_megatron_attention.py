@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist.integrations.megatron import RaceTransformerConfig, get_race_layer_spec
-from race_dist.integrations.megatron.weights import load_weights, whole_weights
+from race_dist.integrations.megatron.weights import gather_full_weights, load_full_weights
 from race_dist.parallel import all_reduce_sum
 
 LENGTH, ROWS, WIDTH = 64, 4, 64
@@ -81,7 +81,7 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
 
     # what finalize_model_grads adds up over tensor-parallel ranks
     partial = {p for name, p in layer.named_parameters() if getattr(p, "sequence_parallel", False) or "_layernorm" in name}
-    return whole_weights(layer, tp, read)
+    return gather_full_weights(layer, tp, read)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def errors(_: ProcessGroup, variants: list[Variant]) -> dict[str, float]:
                     continue
                 weights, expected, expected_grads = baselines[variant.name]
                 layer = attention(tp, sp, cp, **variant.options)
-                load_weights(layer, weights, parallel_state.get_tensor_model_parallel_group())
+                load_full_weights(layer, weights, parallel_state.get_tensor_model_parallel_group())
                 got = step(layer, *(own_part(t, sp, packed) for t in (x, weight)), thd if packed else None)
                 name = f"{variant.name}, tp {tp}, sp {sp}, cp {cp}, packed {packed}: "
                 compare(name + "output", got[0], own_part(expected[0], sp, packed))

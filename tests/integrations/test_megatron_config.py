@@ -34,9 +34,9 @@ from race_dist.integrations.megatron import (
     get_race_layer_spec,
 )
 from race_dist.integrations.megatron.config import OWNED_BY_MEGATRON, PREFIX
-from race_dist.integrations.megatron.context import Rows
+from race_dist.integrations.megatron.context import SequenceShard
 from race_dist.integrations.megatron.cpu import without_cuda
-from race_dist.integrations.megatron.weights import from_megatron, load_weights, to_megatron
+from race_dist.integrations.megatron.weights import from_megatron, load_full_weights, to_megatron
 
 BARE = {
     "race_qk_norm": False,
@@ -271,12 +271,12 @@ def packed(real: list[int], padded: list[int] | None = None, **more: Any) -> Pac
 
 
 def test_padding_of_packed_documents_adds_nothing() -> None:
-    where = Rows.of(12, packed([3, 0, 4], [4, 2, 5]), None, "zigzag", torch.device("cpu"))
+    where = SequenceShard.of(12, packed([3, 0, 4], [4, 2, 5]), None, "zigzag", torch.device("cpu"))
     assert where.cu_seqlens is not None
     assert where.key_mask is not None
     assert where.cu_seqlens.tolist() == [0, 4, 6, 11, 12]  # one row after the last document: padding alone
     assert where.key_mask[0].tolist() == [True] * 3 + [False] * 3 + [True] * 4 + [False] * 2
-    plain = Rows.of(7, packed([3, 4]), None, "zigzag", torch.device("cpu"))
+    plain = SequenceShard.of(7, packed([3, 4]), None, "zigzag", torch.device("cpu"))
     assert plain.cu_seqlens is not None
     assert (plain.cu_seqlens.tolist(), plain.key_mask) == ([0, 3, 7], None)
 
@@ -301,7 +301,7 @@ def test_a_non_causal_layer_does_not_read_padding() -> None:
 )
 def test_packing_that_makes_no_sense_is_refused(params: PackedSeqParams, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Rows.of(12, params, None, "zigzag", torch.device("cpu"))
+        SequenceShard.of(12, params, None, "zigzag", torch.device("cpu"))
 
 
 # --- specs --------------------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_weights_go_there_and_back() -> None:
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
     with pytest.raises(ValueError, match=r"missing are .*output_layer.weight"):
-        load_weights(build(settings), {}, None)
+        load_full_weights(build(settings), {}, None)
 
 
 def test_softmax_layers_with_positions_are_those_of_decoder_lm() -> None:

@@ -114,7 +114,7 @@ def check_pipelines(
     """The pipelines serve ``p``, and agree with the chunked pass in float64 to the rounding of their operands: gradients to
     ``most`` of their norms, which count as no smaller than 1e-5 of the output gradient's (where one token is alone, that of
     its query is 0)."""
-    assert triton_backend._Call(p, need_planes, (dout,)).plan.pipe
+    assert triton_backend._Call(p, need_planes, (dout,)).plan.pipelined
     forward, gradients = both(p, dout, dfinal, need_planes=need_planes)
     right = chunked.forward(double(p))
     right_gradients = chunked.backward(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from tests.kernels.compile_only import CALLS, PIPES
+from tests.kernels.compile_only import CALLS, PIPELINED
 
 
 def figures(*arguments: object) -> dict[str, dict[str, Any]]:
@@ -32,7 +32,7 @@ def test_pipelines_of_hopper_compile_and_fit() -> None:
     """Shared memory; and that no product waits for the last one, as ptxas has it where registers are short or a part waits at a
     ring while its products run."""
     found = figures(90, 232_448, *CALLS)
-    assert {name.split(": ")[1] for name in found} == set(PIPES.values())
+    assert {name.split(": ")[1] for name in found} == set(PIPELINED.values())
     for name, kernel in found.items():
         assert kernel["shared"] <= kernel["bound"], (name, kernel)
         assert not kernel.get("serialized"), (name, kernel)

@@ -29,11 +29,11 @@ def test_shares_add_to_a_gradient(value_dim: int, tables: int, group: int) -> No
         decay=False,
         masked=False,
         packed=False,
-        f32=False,
-        half=False,
+        fp32=False,
+        fp16=False,
         split_planes=True,
-        bulk=True,
-        pipe=True,
+        tma=True,
+        pipelined=True,
         need_planes=True,
     )
     assert (1 if value_dim == 64 or tables == 1 else 2) == spec.NVB
@@ -45,7 +45,7 @@ def test_shares_add_to_a_gradient(value_dim: int, tables: int, group: int) -> No
     tiles = batch * -(-length // tile)
     dplanes = torch.full((tiles, heads, group, spec.LPB, spec.BD), torch.nan)
     given = [(t, *t.stride()) for t in (parts, dx, x, planes)]
-    partial_gradients.unproject_shares[(tiles * heads * group,)](
+    partial_gradients.race_unproject_kernel[(tiles * heads * group,)](
         *given, dplanes, group, None, length, tile, heads, Constants(spec)
     )
     dz = parts.unflatten(2, (spec.NVB, heads, group)).double().sum(2)[..., :slots]

@@ -12,7 +12,7 @@ pytest.importorskip("triton", minversion="3.6", reason="the pipelines are writte
 if torch.cuda.is_available():
     pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
 
-from race_dist.kernels.plan import PIPES, Plan, Spec, make_plan
+from race_dist.kernels.plan import PIPELINED, Plan, Spec, make_plan
 from race_dist.ops import triton as backend
 from tests.kernels.emulated import Deadlock, Hazard, emulated
 from tests.kernels.flaws import FLAWS, hand_on
@@ -27,7 +27,7 @@ def planned(spec: Spec, work: int, **options: object) -> Plan:
     return replace(
         plan,
         launches={
-            name: launch if name in PIPES else replace(launch, spec=replace(launch.spec, bulk=False))
+            name: launch if name in PIPELINED else replace(launch, spec=replace(launch.spec, tma=False))
             for name, launch in plan.launches.items()
         },
     )

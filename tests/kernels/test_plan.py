@@ -28,10 +28,10 @@ BASE = Spec(
     decay=False,
     masked=False,
     packed=False,
-    f32=False,
-    half=False,
+    fp32=False,
+    fp16=False,
     split_planes=False,
-    bulk=False,
+    tma=False,
 )
 
 
@@ -48,7 +48,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         {},
         {"G": 8},
         {"L": 1, "P": 8},
-        {"f32": True},
+        {"fp32": True},
         {"is_bucket": True, "is_global": False},
         {"D": 256, "Dv": 256},
         {"D": 16, "Dv": 16},
@@ -65,15 +65,15 @@ def test_every_kernel_fits_the_card(limit: int, change: dict[str, int | bool]) -
 def test_a_length_changes_the_tile_and_nothing_else() -> None:
     plans = [make_plan(BASE, work_bucket(8 * length), shared_limit=HOPPER) for length in (2**12, 2**16, 2**20, 2**22)]
     assert [plan.tile for plan in plans] == sorted(plan.tile for plan in plans)
-    assert len({plan[kernel].spec for plan in plans for kernel in ["out"]}) == 1
+    assert len({plan[kernel].spec for plan in plans for kernel in ["fwd"]}) == 1
     assert work_bucket(2**20) == work_bucket(2**21 - 1)
 
 
 def test_families() -> None:
-    assert make_plan(BASE, 2**23, shared_limit=HOPPER).walk
-    assert not make_plan(replace(BASE, is_bucket=True, is_global=False), 2**23, shared_limit=HOPPER).walk
-    assert not make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER).walk
-    assert make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER)["out"].spec.NSB == 4
+    assert make_plan(BASE, 2**23, shared_limit=HOPPER).recurrent
+    assert not make_plan(replace(BASE, is_bucket=True, is_global=False), 2**23, shared_limit=HOPPER).recurrent
+    assert not make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER).recurrent
+    assert make_plan(replace(BASE, L=1, P=8), 2**23, shared_limit=HOPPER)["fwd"].spec.NSB == 4
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_families() -> None:
         ({"causal": False}, True),
         ({"G": 8}, True),
         ({"Dv": 256}, False),
-        ({"bulk": False}, False),
+        ({"tma": False}, False),
         ({"need_planes": True}, True),
         ({"split_planes": True}, True),
-        ({"f32": True}, False),
-        ({"half": True}, False),
+        ({"fp32": True}, False),
+        ({"fp16": True}, False),
         ({"L": 1, "P": 8}, True),
         ({"L": 1, "P": 8, "G": 2}, False),
         ({"L": 1, "P": 8, "causal": False}, False),
@@ -98,9 +98,9 @@ def test_families() -> None:
     ],
 )
 def test_pipelines_are_chosen_where_they_fit(change: dict[str, int | bool], pipe: bool) -> None:
-    spec = replace(BASE, bulk=True)
-    assert make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER, hopper=True).pipe == pipe
-    assert not make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER).pipe
+    spec = replace(BASE, tma=True)
+    assert make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER, hopper=True).pipelined == pipe
+    assert not make_plan(replace(spec, **change), 2**23, shared_limit=HOPPER).pipelined
 
 
 @pytest.mark.parametrize("length", [1, 64, 1000, 2**13, 100_000, 2**20, 2**20 + 1, 75_000_000, 2**30])

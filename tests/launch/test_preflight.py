@@ -49,7 +49,7 @@ class Answers(Nvml):
     def __init__(self, answers: dict[str, Any]) -> None:
         self.answers = answers
 
-    def ask(self, query: str, *arguments: Any) -> Any:
+    def query(self, query: str, *arguments: Any) -> Any:
         answer = self.answers.get(query)
         return answer(*arguments) if callable(answer) else answer
 
@@ -203,7 +203,7 @@ def test_telemetry_sums_over_ranks_and_leaves_out_what_is_unknown(monkeypatch: p
         1: {"joules": 50.0, "watts": 350.0, "used": 2**31, "clock": 1700, "celsius": 60, "slowed": 1},
         2: {},
     }
-    monkeypatch.setattr(telemetry, "posted", lambda name: board)
+    monkeypatch.setattr(telemetry, "published", lambda name: board)
     first = watch.probe()
     assert "joules_per_token" not in first
     assert (first["power_w"], first["gpu_memory_gib"], first["gpu_clock_mhz"]) == (650.0, 2.0, 1700.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from race_dist.models import DecoderLM, ModelConfig, generate, read, sample
+from race_dist.models import DecoderLM, ModelConfig, generate, prefill, sample
 from race_dist.nn import RaceConfig
 
 
@@ -88,8 +88,8 @@ def test_prompts_of_several_lengths(pattern: str, chunk: int) -> None:
     mask = torch.tensor([[0] * 8 + [1] * 3, [1] * 5 + [0] * 6, [1, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1]], dtype=torch.bool)
     turn = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)
     first, second = torch.randint(0, 29, mask.shape), torch.randint(0, 29, turn.shape)
-    prompt = read(net, first, chunk=chunk, key_mask=mask)
-    context = read(net, second, prompt, chunk=chunk, key_mask=turn)
+    prompt = prefill(net, first, chunk=chunk, key_mask=mask)
+    context = prefill(net, second, prompt, chunk=chunk, key_mask=turn)
     for start, ids, real in ((prompt, first, mask), (context, torch.cat([first, second], 1), torch.cat([mask, turn], 1))):
         new = torch.stack(list(generate(net, start, 6, temperature=0)), 1)
         for b in range(3):
@@ -106,6 +106,6 @@ def test_prompts_of_several_lengths(pattern: str, chunk: int) -> None:
     with pytest.raises(ValueError, match="prompt_ids is what was read already"):
         generate(net, prompt, 1, key_mask=mask)
     with pytest.raises(ValueError, match="row 1 of key_mask is all False"):
-        read(net, first, key_mask=mask & torch.tensor([[True], [False], [True]]))
+        prefill(net, first, key_mask=mask & torch.tensor([[True], [False], [True]]))
     with pytest.raises(ValueError, match=r"key_mask must be bool \[3, 11\] like ids"):
-        read(net, first, key_mask=turn)
+        prefill(net, first, key_mask=turn)

@@ -69,13 +69,13 @@ def test_the_operator_is_well_formed() -> None:
 
 FUSED = """
 import torch
-from race_dist.models.loss import IGNORE, linear_cross_entropy
+from race_dist.models.loss import IGNORE_INDEX, linear_cross_entropy
 g = torch.Generator().manual_seed(0)
 for narrow, limit in ((False, 1e-5), (True, 2e-2)):
     for need_h, need_weight in ((True, True), (True, False), (False, True), (False, False)):
         h, weight = torch.randn(70, 24, generator=g), torch.randn(50, 24, generator=g) / 5
         labels = torch.randint(0, 50, (70,), generator=g)
-        labels[::6] = IGNORE
+        labels[::6] = IGNORE_INDEX
         results = []
         for fused in (False, True):
             leaves = [h.clone().requires_grad_(need_h), weight.clone().requires_grad_(need_weight)]

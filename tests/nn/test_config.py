@@ -57,7 +57,7 @@ def test_model_config(fields: dict[str, object], message: str) -> None:
 def test_the_model_fills_the_race_config() -> None:
     config = ModelConfig(**MODEL, num_kv_heads=2, rope_base=5000.0, layer_pattern="RRW", race=RaceConfig(decay="none"))
     race = config.race
-    assert (race.dim, race.num_heads, race.num_kv_heads, race.width, race.rope_base) == (16, 4, 2, 4, 5000.0)
+    assert (race.dim, race.num_heads, race.num_kv_heads, race.resolved_head_dim, race.rope_base) == (16, 4, 2, 4, 5000.0)
     given = lambda **fields: ModelConfig(**MODEL, rope_base=5000.0, race=RaceConfig(**fields)).race.rope_base
     assert given() is None
     assert given(rope_base=700.0) == 700.0
@@ -65,7 +65,7 @@ def test_the_model_fills_the_race_config() -> None:
     assert RaceConfig().resolved_rope_base() is None
     assert RaceConfig(causal=False).resolved_rope_base() == 10000.0
     assert config.layer_kinds == "RRW"
-    assert config.ffn_width == 64
+    assert config.resolved_ffn_dim == 64
     again = ModelConfig.model_validate_json(config.model_dump_json())
     assert again == config
     assert again.race.rope_base == 5000.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from race_dist import race_attention, sample_planes
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
-from race_dist.nn.core import memory_lengths
+from race_dist.nn.core import decay_time_constants
 
 F64 = torch.float64
 SIZE = {"dim": 16, "num_heads": 4, "num_kv_heads": 2, "num_tables": 2, "num_planes": 3}
@@ -165,13 +165,13 @@ def test_weights_depend_on_seed_and_layer_alone() -> None:
 
 
 def test_memory_lengths() -> None:
-    lengths = memory_lengths(8)
+    lengths = decay_time_constants(8)
     assert lengths[:6] == pytest.approx([8.0 * 2 ** (1.4 * h) for h in range(6)])
     assert lengths[6:] == [math.inf, math.inf]
-    assert memory_lengths(1) == pytest.approx([90.5], abs=0.1)  # an only head decays: "multiscale" is never no decay
+    assert decay_time_constants(1) == pytest.approx([90.5], abs=0.1)  # an only head decays: "multiscale" is never no decay
     module = layer("default", num_kv_heads=4)
     start = F.softplus(module.decay_bias)
-    torch.testing.assert_close(1 / start, torch.tensor(memory_lengths(4, 2.0**14), dtype=F64))
+    torch.testing.assert_close(1 / start, torch.tensor(decay_time_constants(4, 2.0**14), dtype=F64))
 
 
 def test_autocast_compile_and_decoding_state() -> None:

@@ -16,9 +16,9 @@ from race_dist.parallel import (
     RankFailure,
     all_reduce_sum,
     build_mesh,
-    check_ranks_agree,
+    check_same_on_all_ranks,
     exclusive_scan,
-    exclusive_total,
+    exclusive_sum,
     fold,
     init_distributed,
     shard_positions,
@@ -64,10 +64,10 @@ def test_a_group_of_none_is_one_rank() -> None:
         assert unshard_sequence(x, None, dim=1, layout=layout) is x
     assert shard_positions(5, None, cu_seqlens=torch.tensor([0, 2, 5])).tolist() == [0, 1, 0, 1, 2]
     assert all_reduce_sum(x, None).equal(x)
-    check_ranks_agree({"anything": 1}, None)
+    check_same_on_all_ranks({"anything": 1}, None)
     carry = SketchState(torch.ones(1, 1, 4), torch.ones(1, 1, 4, 2))
     assert not exclusive_scan(carry, None).mass.any()
-    assert not exclusive_total(carry, None).values.any()
+    assert not exclusive_sum(carry, None).values.any()
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from race_dist.training.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from race_dist.training.checkpoint import MANIFEST, CheckpointError, CheckpointManager
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import Hooks, Outcome, run
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer
 
@@ -32,8 +32,8 @@ def tensors(seed: int) -> dict[str, Tensor]:
     }
 
 
-def saved(folder: Path, steps: list[int], **options: int) -> Checkpoints:
-    store = Checkpoints(folder, None, **options)
+def saved(folder: Path, steps: list[int], **options: int) -> CheckpointManager:
+    store = CheckpointManager(folder, None, **options)
     for step in steps:
         store.save(step, tensors(step), {"position": step, "third": 1 / 3})
     assert store.wait()
@@ -41,8 +41,8 @@ def saved(folder: Path, steps: list[int], **options: int) -> Checkpoints:
 
 
 def loaded(folder: Path) -> tuple[int, dict[str, Tensor], list[str]]:
-    store = Checkpoints(folder, None)
-    found = store.newest()
+    store = CheckpointManager(folder, None)
+    found = store.latest()
     assert found is not None
     blank = {name: torch.zeros_like(t) for name, t in tensors(0).items()}
     store.load(found, blank)
@@ -59,7 +59,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(tmp_path: Path) -> None:
 
 
 def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
-    store, values = Checkpoints(tmp_path, None), tensors(5)
+    store, values = CheckpointManager(tmp_path, None), tensors(5)
     store.save(5, values, {"position": 5, "third": 1 / 3})
     for value in values.values():
         value.zero_()
@@ -77,7 +77,7 @@ def test_old_ones_are_pruned(tmp_path: Path) -> None:
     ]
     store = saved(tmp_path, [7], keep=1)  # after a roll-back steps are lower and serial numbers still grow
     assert [p.name for p in tmp_path.iterdir()] == ["000007-step-00000007"]
-    newest = store.newest()
+    newest = store.latest()
     assert newest is not None
     assert newest.step == 7
 
@@ -114,18 +114,18 @@ def test_a_damaged_one_is_passed_over_and_told(tmp_path: Path, damage: Any, whic
     assert re.search(says, problems[0])
     cut(tmp_path / "000001-step-00000010" / MANIFEST)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: checkpoint 000002"):
-        Checkpoints(tmp_path, None).newest()
+        CheckpointManager(tmp_path, None).latest()
 
 
 def test_what_a_crash_left_half_done_is_not_seen_and_removed(tmp_path: Path) -> None:
-    assert Checkpoints(tmp_path, None).newest() is None
+    assert CheckpointManager(tmp_path, None).latest() is None
     saved(tmp_path, [10])
     (tmp_path / ".partial-ab-2").mkdir()
     (tmp_path / ".partial-ab-2" / "shard.safetensors").write_text("half")
     (tmp_path / ".removed-000000-step-00000001").mkdir()
     store = saved(tmp_path, [20])
     assert {p.name for p in tmp_path.iterdir()} == {"000001-step-00000010", "000002-step-00000020"}
-    newest = store.newest()
+    newest = store.latest()
     assert newest is not None
     assert newest.step == 20
 
@@ -160,7 +160,7 @@ def test_a_write_cut_short_leaves_no_half_of_it(tmp_path: Path) -> None:
 
 def test_other_tensors_are_refused(tmp_path: Path) -> None:
     store = saved(tmp_path, [10])
-    newest = store.newest()
+    newest = store.latest()
     assert newest is not None
     for wrong in ({"model.a": torch.zeros(7, 6)}, {"model.c": torch.zeros(1)}):
         with pytest.raises(CheckpointError, match="000001-step-00000010 does not fit this run"):
@@ -188,7 +188,7 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def go(config: TrainConfig, *, resume: bool = False, stop_after: int | None = None) -> Outcome:
-    trainer = Trainer(config, Ranks(torch.device("cpu")))
+    trainer = Trainer(config, RankMesh(torch.device("cpu")))
     directory = RunDirectory(config.directory)
     directory.reopen(config) if resume else directory.create(config, overwrite=False)
     hooks = Hooks(stop_requested=lambda: trainer.step + 1 == stop_after)

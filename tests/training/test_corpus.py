@@ -179,7 +179,7 @@ def test_the_shards_of_a_batch_are_those_of_the_whole(layout: str, world: int) -
     labels[3] = -100  # fills the batch up
     for rank in range(world):
         at = shard_rows(24, rank, world, layout=layout)  # type: ignore[arg-type]
-        part = batch.part(range(1, 4), Shard(rank, world, layout))
+        part = batch.shard(range(1, 4), Shard(rank, world, layout))
         assert torch.equal(part.inputs, rows[1:4, :-1][:, at])
         assert torch.equal(part.labels, labels[1:4][:, at])
         assert part.cu_seqlens is None
@@ -201,7 +201,7 @@ def test_rows_of_separate_documents_are_one_packed_sequence(world: int) -> None:
             inputs.append(int(split.read(at, 1)[0]))
             labels.append(-100 if at + 1 in new else int(split.read(at + 1, 1)[0]))
         cu.append((row + 1) * 29)
-    parts = [batch.part(range(3), Shard(rank, world)) for rank in range(world)]
+    parts = [batch.shard(range(3), Shard(rank, world)) for rank in range(world)]
     assert torch.cat([p.inputs for p in parts], 1).tolist() == [inputs]
     assert torch.cat([p.labels for p in parts], 1).tolist() == [labels]
     assert all(p.cu_seqlens is not None and p.cu_seqlens.tolist() == cu for p in parts)

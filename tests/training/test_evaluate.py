@@ -17,13 +17,13 @@ from test_packed import tokenizer
 from typer.testing import CliRunner
 
 from race_dist.cli import app
-from race_dist.files import read_record, write_record
-from race_dist.models import Context, DecoderLM, ModelConfig, generate, read
+from race_dist.files import read_checksummed_json, write_checksummed_json
+from race_dist.models import DecoderLM, ModelConfig, PromptState, generate, prefill
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.data.corpus import load_corpus, sample_digest
 from race_dist.training.data.packed import pack
 from race_dist.training.data.positions import bucket_edges, loss_by_position
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import (
     ByteCodec,
@@ -99,7 +99,7 @@ def test_a_kept_context_goes_on_as_the_text_itself(tmp_path: Path, pattern: str)
     again = read_text(model, [joined[:1234], joined[1234:]], codec)[0]
     assert torch.equal(again.hidden, whole.hidden)
     more, _ = read_text(model, [b" and more"], codec, kept)
-    direct = read(model, torch.tensor([list(joined + b" and more")]))
+    direct = prefill(model, torch.tensor([list(joined + b" and more")]))
     assert torch.allclose(more.hidden, direct.hidden, atol=1e-5)
     if "S" not in pattern:
         short = tmp_path / "short"
@@ -109,15 +109,15 @@ def test_a_kept_context_goes_on_as_the_text_itself(tmp_path: Path, pattern: str)
 
 def test_generating_from_a_context_is_generating_from_its_tokens() -> None:
     model, ids = model_of("RW"), torch.randint(256, (2, 50))
-    context = read(model, ids, chunk=7)
-    assert isinstance(context, Context)
+    context = prefill(model, ids, chunk=7)
+    assert isinstance(context, PromptState)
     expected = torch.stack(list(generate(model, ids, 9, temperature=0)))
     assert torch.equal(torch.stack(list(generate(model, context, 9, temperature=0))), expected)
 
 
 def test_a_context_of_padded_rows_is_kept(tmp_path: Path) -> None:
     model, ids = model_of("RWS"), torch.randint(256, (2, 9))
-    context = read(model, ids, key_mask=torch.tensor([[True] * 5 + [False] * 4, [False] * 2 + [True] * 7]))
+    context = prefill(model, ids, key_mask=torch.tensor([[True] * 5 + [False] * 4, [False] * 2 + [True] * 7]))
     save_context(tmp_path / "kept", context, model, 12)
     kept, known = load_context(tmp_path / "kept", model)
     assert known == 12
@@ -166,7 +166,7 @@ def test_documents_stay_apart_in_losses_by_position(tmp_path: Path) -> None:
     model = model_of("RW").double()
     one, other = (loss_by_position(model, split, context=300, tokens=600, chunk=chunk) for chunk in (300, 17))
     assert one["buckets"] == [pytest.approx(b, rel=1e-9) for b in other["buckets"]]
-    assert one["tokens"] == 600 - len(split.inside(1, 601))
+    assert one["tokens"] == 600 - len(split.boundaries_in(1, 601))
 
 
 def test_the_command_reads_once_keeps_and_goes_on(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_weights_go_out_and_in(tmp_path: Path) -> None:
     assert code == 0, text
     trained = RunDirectory(run).load_model()
     for init in (str(tmp_path / "weights.safetensors"), str(run)):
-        trainer = Trainer(settings(tmp_path, init=init, seed=5), Ranks(torch.device("cpu")))
+        trainer = Trainer(settings(tmp_path, init=init, seed=5), RankMesh(torch.device("cpu")))
         for (name, mine), theirs in zip(trainer.model.named_parameters(), trained.parameters(), strict=True):
             assert torch.equal(mine, theirs), name
     code, text = invoke("export", run, "--out", tmp_path / "other.safetensors", "--step", "5")
@@ -217,7 +217,7 @@ def test_a_tokenizer_serves_from_packing_to_the_sample(tmp_path: Path) -> None:
     pack(str(tmp_path / "plain.txt"), tmp_path / "packed", tokenizer=tokenizer(tmp_path, text))
     config = settings(tmp_path, data={"path": str(tmp_path / "packed"), "context": 16, "batch_size": 2})
     with pytest.raises(ValueError, match=r"model.vocab_size is 256, but the tokens of .* need \d+: make it"):
-        Trainer(config, Ranks(torch.device("cpu")))
+        Trainer(config, RankMesh(torch.device("cpu")))
     size = load_corpus(str(tmp_path / "packed")).vocab_size
     (tmp_path / "run.toml").write_text(f'''
 name = "tokens"
@@ -295,9 +295,9 @@ def sparse_corpus(folder: Path, size: int) -> Path:
         file.truncate(size)
     np.array([0, size], dtype="<i8").tofile(path / "documents.bin")
     sample = sample_digest(np.memmap(path / "tokens.bin", dtype="<u1", mode="r"))
-    index = read_record(path / "corpus.json") | {"tokens": size, "text_bytes": size, "sample": sample}
+    index = read_checksummed_json(path / "corpus.json") | {"tokens": size, "text_bytes": size, "sample": sample}
     index["sha256"]["documents.bin"] = hashlib.sha256((path / "documents.bin").read_bytes()).hexdigest()
-    write_record(path / "corpus.json", index)
+    write_checksummed_json(path / "corpus.json", index)
     return path
 
 
@@ -307,12 +307,12 @@ import torch
 from race_dist.machine import peak_resident_bytes
 from race_dist.training.config import parse_config
 from race_dist.training.data.batches import Shard, training_batch
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.trainer import Trainer
 
 config = parse_config({"steps": 100, "optim": {"warmup_steps": 1}, "model": {"dim": 8, "num_layers": 1, "num_heads": 1},
                        "data": {"path": sys.argv[1], "context": 2**12, "batch_size": 16}, "eval": {"tokens": 2**12}})
-trainer = Trainer(config, Ranks(torch.device("cpu")))
+trainer = Trainer(config, RankMesh(torch.device("cpu")))
 
 def peak():
     for _ in range(2):
@@ -322,7 +322,7 @@ def peak():
 
 first, read = peak(), 0
 for position in range(1500):  # what 1500 steps would read
-    part = training_batch(trainer.train, seed=0, position=position, batch_size=16, context=2**12).part(range(16), Shard())
+    part = training_batch(trainer.train, seed=0, position=position, batch_size=16, context=2**12).shard(range(16), Shard())
     read += part.inputs.numel()
 print(first, peak(), read)
 """

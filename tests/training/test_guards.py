@@ -14,7 +14,7 @@ from race_dist.training.config import GuardConfig, TrainConfig, parse_config
 from race_dist.training.guards import Guard
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import run
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer
 
@@ -90,7 +90,7 @@ class Sabotage:
 
 
 def sabotaged(config: TrainConfig, positions: set[int]) -> tuple[Trainer, Sabotage]:
-    trainer, directory = Trainer(config, Ranks(torch.device("cpu"))), RunDirectory(config.directory)
+    trainer, directory = Trainer(config, RankMesh(torch.device("cpu"))), RunDirectory(config.directory)
     directory.create(config, overwrite=True)
     trainer.method = method = Sabotage(trainer, positions)  # type: ignore[assignment]
     return trainer, method

@@ -20,14 +20,14 @@ from race_dist.cli import app
 from race_dist.files import DamagedFileError
 from race_dist.models import DecoderLM
 from race_dist.streaming import StepInterrupted
-from race_dist.training.checkpoint import Checkpoints
+from race_dist.training.checkpoint import CheckpointManager
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.data.batches import training_batch
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import open_packed, pack, verify_packed
 from race_dist.training.logging.report import write_report
 from race_dist.training.loop import run
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import load_context, read_text, save_context
 from race_dist.training.trainer import Trainer
@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     )
     directory = RunDirectory(config.directory)
     directory.create(config, overwrite=False)
-    run(Trainer(config, Ranks(torch.device("cpu"))), directory)
+    run(Trainer(config, RankMesh(torch.device("cpu"))), directory)
     return directory
 
 
@@ -224,8 +224,8 @@ def test_a_surplus_file_in_a_checkpoint_is_not_read(copy: RunDirectory) -> None:
 def test_a_manifest_that_is_none_is_passed_over(content: str, copy: RunDirectory) -> None:
     (newest,) = copy.checkpoints.glob("*-step-00000004")
     (newest / "manifest.json").write_text(content)
-    store = Checkpoints(copy.checkpoints, None, read_only=True)
-    saved = store.newest()
+    store = CheckpointManager(copy.checkpoints, None, read_only=True)
+    saved = store.latest()
     assert saved is not None
     assert saved.step == 2
     assert "000002-step-00000004 is damaged" in store.problems[0]
@@ -287,7 +287,7 @@ def test_documents_and_a_surplus_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("generations", [1, 2])
 def test_training_makes_a_damaged_step_anew(generations: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, stream={"chunk_size": 8, "minutes": 1e-9})
-    trainer, asked = Trainer(config, Ranks(torch.device("cpu"))), iter(range(1, 99))
+    trainer, asked = Trainer(config, RankMesh(torch.device("cpu"))), iter(range(1, 99))
     batch = training_batch(trainer.train, seed=0, position=0, batch_size=2, context=32)
     loss = trainer.method.gradients(batch)
     wanted = [p.grad.clone() for p in trainer.model.parameters()]

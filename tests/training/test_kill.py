@@ -47,7 +47,7 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
 
     from race_dist.training import checkpoint
     from race_dist.training.loop import run
-    from race_dist.training.ranks import Ranks
+    from race_dist.training.ranks import RankMesh
     from race_dist.training.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -70,12 +70,12 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
             (Path, "replace"),
             (shutil, "rmtree"),
             (checkpoint, "file_digest"),
-            (checkpoint, "write_record"),
+            (checkpoint, "write_checksummed_json"),
         ):
             setattr(owner, name, deadly(getattr(owner, name)))
     config = parse_config(tree)
     directory = RunDirectory(config.directory)
-    trainer = Trainer(config, Ranks(torch.device("cpu")))
+    trainer = Trainer(config, RankMesh(torch.device("cpu")))
     directory.reopen(config)
     run(trainer, directory, resume=True)
 

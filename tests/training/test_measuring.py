@@ -18,7 +18,7 @@ from test_using import invoke, train
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import load_tokenizer, pack
 from race_dist.training.finalize import first_words
-from race_dist.training.logging.curves import Curves, draw_positions, read_positions
+from race_dist.training.logging.curves import RunCurves, draw_positions, read_positions
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import ByteCodec, Head, TokenizerCodec
 
@@ -82,7 +82,7 @@ def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Pa
         assert text in page
     labels = [
         text.get_text()
-        for text in draw_positions([Curves("run", [], read_positions(RunDirectory(run).positions))])
+        for text in draw_positions([RunCurves("run", [], read_positions(RunDirectory(run).positions))])
         .axes[0]
         .get_legend()
         .get_texts()
@@ -94,7 +94,7 @@ def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Pa
 
 def test_more_measurements_than_line_styles_are_all_drawn() -> None:
     measured = [{"context": 2**n, "buckets": [{"start": 0, "stop": 2**n, "loss": 1.0}]} for n in range(1, 8)]
-    figure = draw_positions([Curves("run", [], measured)])
+    figure = draw_positions([RunCurves("run", [], measured)])
     assert len(figure.axes[0].get_legend().get_texts()) == 7
 
 

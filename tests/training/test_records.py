@@ -23,8 +23,8 @@ from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import Metrics, read_metrics
 from race_dist.training.logging.report import write_report
 from race_dist.training.loop import Hooks, Outcome, run
-from race_dist.training.ranks import Ranks
-from race_dist.training.records import Board, RecordFile, Troubles
+from race_dist.training.ranks import RankMesh
+from race_dist.training.records import JsonlWriter, TensorBoardWriter, WriteErrors
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Trainer
 
@@ -47,7 +47,7 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def go(config: TrainConfig, *, resume: bool = False, **hooks: Any) -> Outcome:
-    trainer, directory = Trainer(config, Ranks(torch.device("cpu"))), RunDirectory(config.directory)
+    trainer, directory = Trainer(config, RankMesh(torch.device("cpu"))), RunDirectory(config.directory)
     directory.reopen(config) if resume else directory.create(config, overwrite=False)
     return run(trainer, directory, resume=resume, hooks=Hooks(**hooks))
 
@@ -69,7 +69,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_records_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
     said: list[str] = []
     path = tmp_path / "metrics.jsonl"
-    file = RecordFile(path, Troubles(said.append))
+    file = JsonlWriter(path, WriteErrors(said.append))
     with largest_file(200):
         for step in range(20):
             file.write({"kind": "event", "step": step, "what": "x" * 20})
@@ -81,7 +81,7 @@ def test_records_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
     file.write({"kind": "event", "step": 20, "what": "room again"})
     file.close()
     assert [r["step"] for r in read_metrics(path)] == list(range(21))
-    RecordFile(tmp_path / "no/folder", Troubles(said.append)).write({})
+    JsonlWriter(tmp_path / "no/folder", WriteErrors(said.append)).write({})
     assert "no/folder could not be written (No such file or directory)" in said[1]
 
 
@@ -269,7 +269,7 @@ def test_a_full_disk_under_tensorboard_is_one_sentence(tmp_path: Path, capfd: py
     said: list[str] = []
     hook = threading.excepthook
     with largest_file(400):
-        board = Board(tmp_path / "board", 0, Troubles(said.append))
+        board = TensorBoardWriter(tmp_path / "board", 0, WriteErrors(said.append))
         for step in range(200):
             board.write({"kind": "train", "step": step, "loss": 1.0, "lr": 2.0})
             if step % 50 == 0 and board._writer is not None:
@@ -290,9 +290,9 @@ def test_probes_and_tensorboard_that_fail_are_said_once(
 
         add_scalar = add_text = close = fail
 
-    monkeypatch.setattr(records, "summary_writer", lambda: Writer)
+    monkeypatch.setattr(records, "import_summary_writer", lambda: Writer)
     said: list[str] = []
-    board = Board(tmp_path, 0, Troubles(said.append))
+    board = TensorBoardWriter(tmp_path, 0, WriteErrors(said.append))
     for step in (1, 2):
         board.write({"kind": "train", "step": step, "loss": 1.0})
     board.close()
@@ -315,12 +315,12 @@ def test_probes_and_tensorboard_that_fail_are_said_once(
     ],
 )
 def test_names_are_shown_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from race_dist.training.logging.curves import Curves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
+    from race_dist.training.logging.curves import RunCurves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
 
     records = [{"kind": kind, "step": n, "bpb": 1.0, "lr": 0.1, "grad_norm": 1.0} for n in (1, 2) for kind in ("train", "eval")]
     positions = [{"context": 64, "buckets": [{"start": 0, "stop": 16, "loss": 3.0, "targets": 16}]}]
     for draw in (draw_loss, draw_positions, draw_progress):
-        figure = draw([Curves(name, records, positions), Curves("other", records)], title=name)
+        figure = draw([RunCurves(name, records, positions), RunCurves("other", records)], title=name)
         save_png(figure, tmp_path / "x.png")
         assert "<svg" in to_svg(figure)
         assert figure.axes[0].get_title() == shown(name)
@@ -410,7 +410,7 @@ def test_a_missing_tensorboard_is_said_before_anything_is_trained(tmp_path: Path
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'race-dist\[tensorboard\]'"):
-        Trainer(settings(tmp_path, tensorboard=True), Ranks(torch.device("cpu")))
+        Trainer(settings(tmp_path, tensorboard=True), RankMesh(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("error", "code"), [(OtherRunError("of another run"), 2), (CheckpointError("the disk is full"), 1)])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from race_dist.training.config import parse_config
-from race_dist.training.logging.curves import COLOURS, Curves, draw_loss, draw_positions, draw_progress, save_png
+from race_dist.training.logging.curves import COLOURS, RunCurves, draw_loss, draw_positions, draw_progress, save_png
 from race_dist.training.logging.report import write_report
 from race_dist.training.rundir import RunDirectory
 
@@ -125,9 +125,11 @@ def test_pictures_are_drawn_from_any_records(tmp_path: Path) -> None:
     train = [{"kind": "train", "step": n, "bpb": 8 / n, "lr": 1 / n} for n in range(1, 9)]
     for records in ([], train):
         for draw in (draw_loss, draw_positions, draw_progress):
-            save_png(draw([Curves("a run", records)]), tmp_path / "curves.png")
+            save_png(draw([RunCurves("a run", records)]), tmp_path / "curves.png")
             assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert Curves("", [*train, {"kind": "train", "step": 3, "bpb": 9.0}]).of("train", "bpb")[1][2] == 9.0  # the last one counts
+    assert (
+        RunCurves("", [*train, {"kind": "train", "step": 3, "bpb": 9.0}]).of("train", "bpb")[1][2] == 9.0
+    )  # the last one counts
 
 
 def browse(page: Path, *arguments: str) -> str:

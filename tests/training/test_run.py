@@ -15,7 +15,7 @@ from rich.console import Console
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import Metrics, read_metrics
 from race_dist.training.loop import run
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.sampling import stream_text
 from race_dist.training.trainer import Trainer
@@ -38,7 +38,7 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def alone(config: TrainConfig) -> Trainer:
-    return Trainer(config, Ranks(torch.device("cpu")))
+    return Trainer(config, RankMesh(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("precision", "tied"), [("float32", True), ("bfloat16", False), ("float64", False)])

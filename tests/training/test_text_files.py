@@ -17,7 +17,7 @@ from race_dist.training.data.batches import text_files
 from race_dist.training.data.corpus import Corpus, load_corpus
 from race_dist.training.data.packed import pack
 from race_dist.training.data.text_files import Undecodable, find_texts, printable
-from race_dist.training.ranks import Ranks
+from race_dist.training.ranks import RankMesh
 from race_dist.training.trainer import Trainer
 
 
@@ -37,7 +37,7 @@ def both(root: Path, out: Path, pattern: str = "*") -> Corpus:
     """Read and packed, which must be the same."""
     read, packed = load_corpus(str(root), pattern), pack(str(root), out, pattern=pattern)
     assert documents(read) == documents(packed)
-    assert read.left_out.sentence() == packed.left_out.sentence()
+    assert read.skipped.describe() == packed.skipped.describe()
     return read
 
 
@@ -51,7 +51,7 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     (root / "alias").symlink_to("real")  # a folder that has its own path: read under that
     (tmp_path / "elsewhere/back").symlink_to(root)
     (root / "file.txt").symlink_to(tmp_path / "elsewhere/d.txt")  # the same content as linked/d.txt
-    found, left_out = find_texts(root, "*")
+    found, skipped = find_texts(root, "*")
     assert [f.relative_to(root).as_posix() for f in found] == [
         "a.txt",
         "also/d.txt",
@@ -60,10 +60,10 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
         "real/b.txt",
         "z/c.txt",
     ]
-    assert not left_out
+    assert not skipped
     corpus = both(root, tmp_path / "out")
     assert documents(corpus) == [b"a", b"d", b"e", b"b", b"c"]
-    assert corpus.left_out.sentence() == f"left out: {root}/file.txt (has the content of another file)"
+    assert corpus.skipped.describe() == f"left out: {root}/file.txt (has the content of another file)"
 
 
 def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
@@ -81,14 +81,14 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         listener.bind(str(root / "socket.txt"))
         corpus = both(root, tmp_path / "out")
     assert documents(corpus) == [b"a"]
-    assert {Path(name).name: why for name, why in corpus.left_out.names} == {
+    assert {Path(name).name: why for name, why in corpus.skipped.names} == {
         "dangling.txt": "a link to nothing",
         "round.txt": "Too many levels of symbolic links",
         "pipe.txt": "no regular file",
         "socket.txt": "no regular file",
     }
-    assert corpus.left_out.sentence().endswith(" and 1 more")
-    assert not load_corpus(str(make(tmp_path / "other", {"b.md": "b"})), "*.md").left_out
+    assert corpus.skipped.describe().endswith(" and 1 more")
+    assert not load_corpus(str(make(tmp_path / "other", {"b.md": "b"})), "*.md").skipped
 
 
 def test_a_link_to_a_folder_that_is_gone_is_named_whatever_the_pattern(tmp_path: Path) -> None:
@@ -97,14 +97,14 @@ def test_a_link_to_a_folder_that_is_gone_is_named_whatever_the_pattern(tmp_path:
     (root / "readme").symlink_to(root / "b.md")  # a file, of another name than those that are read
     corpus = load_corpus(str(root), "*.txt")
     assert documents(corpus) == [b"a"]
-    assert [(Path(name).name, why) for name, why in corpus.left_out.names] == [("more", "a link to nothing")]
+    assert [(Path(name).name, why) for name, why in corpus.skipped.names] == [("more", "a link to nothing")]
 
 
 def test_hidden_files_and_folders_of_compiled_code_are_named_where_they_match(tmp_path: Path) -> None:
     root = make(
         tmp_path / "data", {"a.txt": "a", ".hidden.txt": "h", ".git/config": "g", "__pycache__/a.pyc": b"\xff", ".env": "x"}
     )
-    names = {Path(name).name: why for name, why in both(root, tmp_path / "out", "*.txt").left_out.names}
+    names = {Path(name).name: why for name, why in both(root, tmp_path / "out", "*.txt").skipped.names}
     assert names == {".hidden.txt": "hidden", ".git": "hidden", "__pycache__": "installed or compiled code"}
 
 
@@ -180,9 +180,11 @@ def test_what_is_left_out_is_printed_by_the_commands(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"a.txt": text, "b.txt": text, "c.txt": text.upper()})
     code, said = invoke("data", "pack", root, "--out", tmp_path / "packed")
     assert (code, f"left out: {root}/b.txt (has the content of another file)" in said.replace("\n", "")) == (0, True)
-    trainer = Trainer(settings(tmp_path, data={"path": str(root), "context": 32, "batch_size": 2}), Ranks(torch.device("cpu")))
+    trainer = Trainer(
+        settings(tmp_path, data={"path": str(root), "context": 32, "batch_size": 2}), RankMesh(torch.device("cpu"))
+    )
     assert list(trainer.describe())[-1] == f"left out of {root}: {root}/b.txt (has the content of another file)"
-    assert len(list(Trainer(settings(tmp_path), Ranks(torch.device("cpu"))).describe())) == 2
+    assert len(list(Trainer(settings(tmp_path), RankMesh(torch.device("cpu"))).describe())) == 2
 
 
 def test_a_run_with_megatrons_engine_prints_it_too(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_text_that_is_not_utf8_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(Undecodable, match=r"b.txt is not UTF-8 text \(near byte 3\): .*--skip-undecodable"):
         pack(str(root), tmp_path / "out")
     corpus = pack(str(root), tmp_path / "out", skip_undecodable=True)
-    assert corpus.left_out.sentence() == f"left out: {root}/b.txt (is not UTF-8 text)"
+    assert corpus.skipped.describe() == f"left out: {root}/b.txt (is not UTF-8 text)"
 
 
 def test_only_undecodable_files_are_skipped(tmp_path: Path) -> None:

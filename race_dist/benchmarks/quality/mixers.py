@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from race_dist.hashing import soft_hash
 from race_dist.nn import Linear, RaceAttention, RaceConfig, Sequence
-from race_dist.nn.convolve import convolve
-from race_dist.nn.core import with_length
-from race_dist.nn.gate import gated
+from race_dist.nn.convolve import apply_short_convs
+from race_dist.nn.core import apply_qk_norm
+from race_dist.nn.gate import apply_output_gate
 from race_dist.nn.norm import compute_dtype
 
 CHUNK = 64
 
 
-class LinearPeer(RaceAttention):
+class LinearBaseline(RaceAttention):
     """Another linear attention with all that stands around RACE's: projections, convolutions, a decay per token, a norm per
     head and the gate. Whole sequences on one rank only.
 
@@ -61,7 +61,7 @@ class LinearPeer(RaceAttention):
         sequence = sequence or Sequence.of(x.shape[1], device=x.device)
         if carry is not None or sequence.group is not None or sequence.cu_seqlens is not None or sequence.key_mask is not None:
             raise ValueError(f"{type(self).__name__} is a benchmark's peer: whole unpadded sequences on one rank only")
-        (q, k, v), _ = convolve(self.project(x), (self.q_conv, self.k_conv, self.v_conv), None, sequence)
+        (q, k, v), _ = apply_short_convs(self.project(x), (self.q_conv, self.k_conv, self.v_conv), None, sequence)
         heads = [t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.activated(q, k, v)]
         rates = self._decay(x)
         assert rates is not None
@@ -71,7 +71,7 @@ class LinearPeer(RaceAttention):
         assert self.out_norm is not None
         y = self.out_norm(out.transpose(1, 2)).flatten(2).to(heads[2].dtype)
         if self.gate_proj is not None:
-            y = gated(y, self.gate_proj(x), self.config.gate_activation)
+            y = apply_output_gate(y, self.gate_proj(x), self.config.gate_activation)
         return self.output(y), None
 
     def activated(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,14 +83,14 @@ class LinearPeer(RaceAttention):
         raise NotImplementedError
 
 
-class GatedLinear(LinearPeer):
+class GatedLinear(LinearBaseline):
     """Simple gated linear attention: ``S <- a S + k v'``, ``o = S' q``, on SiLU(q), SiLU(k), SiLU(v)."""
 
     def recurrence(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, x: Tensor) -> Tensor:
         return gated_linear(q, k, v, log_decay)
 
 
-class GatedDelta(LinearPeer):
+class GatedDelta(LinearBaseline):
     """The gated delta rule: ``S <- a (I - b k k') S + b k v'``, ``o = S' q``, with keys and queries of unit length."""
 
     def __init__(self, config: RaceConfig, layer: int = 0, **options: Any) -> None:
@@ -126,12 +126,16 @@ class BucketDelta(GatedDelta):
         features = []
         for t, scale in ((q, self.q_scale), (k, self.k_scale)):
             if scale is not None:
-                t = with_length(t.transpose(1, 2), scale, self.config.norm_eps).transpose(1, 2)
+                t = apply_qk_norm(t.transpose(1, 2), scale, self.config.norm_eps).transpose(1, 2)
             features.append(F.normalize(soft_hash(t, self.planes.to(t.dtype), self._beta(t).to(t.dtype)), dim=-1))
         return features[0], features[1]
 
 
-PEERS: dict[str, type[LinearPeer]] = {"gated_linear": GatedLinear, "gated_delta": GatedDelta, "bucket_delta": BucketDelta}
+BASELINE_MIXERS: dict[str, type[LinearBaseline]] = {
+    "gated_linear": GatedLinear,
+    "gated_delta": GatedDelta,
+    "bucket_delta": BucketDelta,
+}
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:

@@ -72,7 +72,7 @@ class Recall:
             while done < self.task.examples:
                 count = min(size, self.task.examples - done)
                 ids, places, values = make_batch(kind, count, self.vocab_size, self.task.power, generator)
-                h, _ = model.hidden(ids, final=False)
+                h, _ = model.hidden(ids, return_carry=False)
                 right += (answers(model, h, places).argmax(-1) == values).sum()
                 done += count
             rows.append({"length": kind.length, "pairs": kind.pairs, "accuracy": round(int(right) / (done * kind.pairs), 4)})

@@ -17,7 +17,7 @@ import torch
 
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, settings_digest
 from race_dist.benchmarks.quality.variants import describe, model_config
-from race_dist.files import read_object, write_json
+from race_dist.files import read_json_object, write_json
 from race_dist.machine import machine
 
 
@@ -58,7 +58,7 @@ class Results:
             self.data["variants"][variant.name] = {"settings": digest, **variant.model_dump(mode="json", exclude={"name"})}
 
     def _read(self) -> None:
-        data = read_object(self.path, {"protocol": dict, "variants": dict, "machines": list, "runs": list})
+        data = read_json_object(self.path, {"protocol": dict, "variants": dict, "machines": list, "runs": list})
         if data["protocol"].get("name") != self.protocol.name:
             raise ValueError(
                 f"{self.path} holds results of the protocol {data['protocol'].get('name')!r}, not of "

@@ -110,7 +110,7 @@ class Steps:
         """Where rows of that length stand; made once, since it copies from the host."""
         length = self.task.length(batch)
         if length not in self.sequences:
-            sequence = Sequence.of(length, device=self.device, final=False)
+            sequence = Sequence.of(length, device=self.device, return_carry=False)
             kinds = {
                 (block.mixer.head_dim, block.mixer.rope_base)
                 for block in self.model._blocks()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from race_dist.benchmarks.quality.mixers import PEERS, LinearPeer, NoFeedForward
+from race_dist.benchmarks.quality.mixers import BASELINE_MIXERS, LinearBaseline, NoFeedForward
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, merged
 from race_dist.models import DecoderLM, ModelConfig
 from race_dist.nn import Sequence, initialize
@@ -59,8 +59,8 @@ def _assembled(protocol: Protocol, variant: Variant, config: ModelConfig, device
     for layer, kind in enumerate(config.layer_kinds):
         block: Any = model.blocks[layer]
         if variant.mixer != "model" and kind == "R":
-            block.mixer = PEERS[variant.mixer](
-                config.race, layer, output_gain=(2 * config.num_layers) ** -0.5, draw=False, device=device
+            block.mixer = BASELINE_MIXERS[variant.mixer](
+                config.race, layer, output_gain=(2 * config.num_layers) ** -0.5, init_weights=False, device=device
             )
         if not protocol.feed_forward:
             block.ffn = NoFeedForward()
@@ -78,7 +78,7 @@ def state_bytes(model: DecoderLM, context: int, *, number: int = 2) -> int:
     total = 0
     for block in model.blocks:
         mixer = cast(Any, block).mixer
-        if isinstance(mixer, LinearPeer):
+        if isinstance(mixer, LinearBaseline):
             tail = (mixer.config.short_conv - 1) * (2 + mixer.config.conv_values) if mixer.config.short_conv else 0
             total += mixer.state_numbers + tail * mixer.num_heads * mixer.head_dim
             continue

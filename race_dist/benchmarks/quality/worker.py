@@ -70,7 +70,7 @@ def train(protocol: Protocol, run: Run, device: torch.device) -> dict[str, Any]:
     return {
         **measured,
         "parameters": parameter_count(model),
-        "ffn_dim": model.config.ffn_width,
+        "ffn_dim": model.config.resolved_ffn_dim,
         "state_bytes": state_bytes(model, task.context),
         "seconds": round(seconds, 2),
         "compiled": compiled,

@@ -87,7 +87,7 @@ def _layer_row(job: Job, count: int) -> dict[str, Any]:
 
         def call() -> None:
             with narrow:
-                sequence = Sequence.of(tokens, group=job.group(count), final=False, device=job.device)
+                sequence = Sequence.of(tokens, group=job.group(count), return_carry=False, device=job.device)
                 y, _ = layer(x, None, sequence)
             y.sum().backward()
 

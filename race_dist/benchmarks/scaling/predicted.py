@@ -8,7 +8,7 @@ from race_dist.benchmarks.scaling.job import Job
 from race_dist.models import ModelConfig
 from race_dist.planning import Job as Planned
 from race_dist.planning import Layout, Rates, make_plan
-from race_dist.planning.cost_model import Machine, attention_seconds, scan_seconds
+from race_dist.planning.cost_model import Roofline, attention_seconds, scan_seconds
 from race_dist.training.config import TrainConfig
 
 
@@ -18,7 +18,7 @@ def attention_milliseconds(job: Job, shape: Shape, count: int) -> float:
     model = ModelConfig(vocab_size=256, dim=shape.heads * shape.head_dim, num_layers=1, num_heads=shape.heads, race=race)
     cluster, rates = job.cluster(count), Rates()
     planned = Planned.checked(model, shape.length * count, 1, "bfloat16" if shape.dtype == "bfloat16" else "float32")
-    local = [s * shape.length for s in attention_seconds(planned, Layout(1, count), Machine(planned, cluster, rates))]
+    local = [s * shape.length for s in attention_seconds(planned, Layout(1, count), Roofline(planned, cluster, rates))]
     half = 4 * shape.heads * shape.tables * 2**shape.planes * (shape.head_dim + 1) / 2
     one, link = 0.0, cluster.link(count)
     if count > 1:

@@ -14,7 +14,7 @@ from race_dist.nn import RaceConfig, RaceCore, Sequence
 from race_dist.parallel.sharding import check_layout
 
 # what queries and keys from elsewhere, already turned by rotary positions, can do without
-DEFAULTS: dict[str, Any] = {
+SKETCH_ATTENTION_DEFAULTS: dict[str, Any] = {
     "normalization": "global",
     "decay": "none",
     "short_conv": 0,
@@ -52,7 +52,7 @@ class SketchAttention(nn.Module):
         checks.instance("config", config, RaceConfig)
         check_group(sequence_process_group, "sequence_process_group")
         check_layout(layout)
-        options = DEFAULTS | config.model_dump(exclude_unset=True)
+        options = SKETCH_ATTENTION_DEFAULTS | config.model_dump(exclude_unset=True)
         wanted = [name for name in ("short_conv", "output_gate") if options[name]]
         wanted += ["decay"] if options["decay"] == "token" else []
         if wanted:
@@ -101,6 +101,6 @@ class SketchAttention(nn.Module):
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, x, dim=4)
         q, k, v = ((x, x.transpose(0, 1))[batch_dim_idx] for x in (query, key, value))
-        sequence = Sequence.of(q.shape[1], group=self.group, layout=self.layout, final=False, device=q.device)
-        out, _ = self.core(q, k, v, None, replace(sequence, final=False))
+        sequence = Sequence.of(q.shape[1], group=self.group, layout=self.layout, return_carry=False, device=q.device)
+        out, _ = self.core(q, k, v, None, replace(sequence, return_carry=False))
         return out.transpose(0, 1) if batch_dim_idx else out

@@ -15,14 +15,14 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.distributed.mesh import DEFAULT_TIMEOUT
-from race_dist.integrations.deepspeed.groups import SequenceGroups
-from race_dist.integrations.deepspeed.keys import check_by_deepspeed
+from race_dist.integrations.deepspeed.groups import SequenceParallelMPU
+from race_dist.integrations.deepspeed.keys import validate_with_deepspeed
 from race_dist.integrations.deepspeed.settings import (
-    SIZE,
-    check_wiring,
-    gradient_factor,
-    read_settings,
-    without_auto,
+    SEQUENCE_PARALLEL_SIZE,
+    check_compatible,
+    gradient_scale,
+    read_config,
+    resolve_auto,
 )
 from race_dist.integrations.deepspeed.swap import swap_attention
 from race_dist.nn import RaceCore
@@ -30,7 +30,7 @@ from race_dist.parallel import all_reduce_sum, build_mesh, group_size, init_dist
 
 
 @dataclass(frozen=True)
-class Shared:
+class SequenceParallelMesh:
     """Which ranks share this rank's sequences; ``engine.race``.
 
     Attributes:
@@ -90,7 +90,7 @@ def initialize(
     timeout: float = DEFAULT_TIMEOUT,
     mpu: Any = None,
     mesh_param: Any = None,
-    shared: Shared | None = None,
+    sequence_mesh: SequenceParallelMesh | None = None,
     **options: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` for a model whose attention is RACE Attention over ranks that share sequences.
@@ -115,7 +115,7 @@ def initialize(
         **options: of ``deepspeed.initialize``: optimizer, model_parameters, lr_scheduler, training_data, ...
 
     Returns:
-        DeepSpeed's ``(engine, optimizer, dataloader, lr_scheduler)``; the engine has ``race``, a :class:`Shared`.
+        DeepSpeed's ``(engine, optimizer, dataloader, lr_scheduler)``; the engine has ``race``, a :class:`SequenceParallelMesh`.
 
     Raises:
         ValueError: a wiring that would train wrongly (the reason and the fix), or a configuration that does not fit.
@@ -125,8 +125,8 @@ def initialize(
 
     if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
         raise TypeError(f"model must be a torch.nn.Module with parameters; got {checks.described(model)}")
-    if shared is not None:
-        checks.instance("shared", shared, Shared)
+    if sequence_mesh is not None:
+        checks.instance("sequence_mesh", sequence_mesh, SequenceParallelMesh)
     if mpu is not None and not any(name.startswith("get_") and "parallel" in name for name in dir(mpu)):
         raise TypeError(
             f"mpu must be an object that knows its groups, as Megatron's parallel_state; got {checks.described(mpu)}"
@@ -137,31 +137,33 @@ def initialize(
         )
     timeout = checks.seconds("timeout", timeout)
     _check_options(**options)
-    settings = read_settings(config)
+    settings = read_config(config)
     join(timeout=timeout)
     sp = dist.get_world_size() if settings.sp is None else settings.sp
     narrow = next(model.parameters()).dtype == torch.bfloat16
-    tree = without_auto(settings.config | {SIZE: sp}, bfloat16=narrow)
-    check_wiring(tree, sp, mpu=mpu, mesh_param=mesh_param)
-    check_by_deepspeed(tree, None if mesh_param is not None else mpu)
+    tree = resolve_auto(settings.config | {SEQUENCE_PARALLEL_SIZE: sp}, bfloat16=narrow)
+    check_compatible(tree, sp, mpu=mpu, mesh_param=mesh_param)
+    validate_with_deepspeed(tree, None if mesh_param is not None else mpu)
     if sp > 1 and isinstance(model, deepspeed.PipelineModule):
-        raise ValueError(f'"{SIZE}": {sp} with a PipelineModule has not been measured: train without pipeline stages')
+        raise ValueError(
+            f'"{SEQUENCE_PARALLEL_SIZE}": {sp} with a PipelineModule has not been measured: train without pipeline stages'
+        )
     layout = "contiguous" if settings.race is None else settings.race.layout
-    shared = shared or _share(sp, layout, timeout)
+    sequence_mesh = sequence_mesh or _build_sequence_mesh(sp, layout, timeout)
     known = {id(p) for p in model.parameters()}
-    swap_attention(model, settings.race, shared.sp_group, shared.layout)
+    swap_attention(model, settings.race, sequence_mesh.sp_group, sequence_mesh.layout)
     _check_trained({name: p for name, p in model.named_parameters() if id(p) not in known}, **options)
-    if shared.sp_group is not None:
-        mpu = SequenceGroups(shared.sp_group)
-    elif isinstance(groups.mpu, SequenceGroups):
+    if sequence_mesh.sp_group is not None:
+        mpu = SequenceParallelMPU(sequence_mesh.sp_group)
+    elif isinstance(groups.mpu, SequenceParallelMPU):
         groups.mpu = None  # of an earlier engine, which DeepSpeed would go on asking
     # the number of numbers has to be read before ZeRO-3 takes the parameters apart
     _scale_gradients(model, tree, sp)
     made = deepspeed.initialize(model=model, config=tree, mpu=mpu, mesh_param=mesh_param, **options)
     for module in model.modules():
         if isinstance(module, RaceCore):
-            module.settle(next(module.parameters(), next(model.parameters())))
-    made[0].race = shared
+            module.reset_constants(next(module.parameters(), next(model.parameters())))
+    made[0].race = sequence_mesh
     return made
 
 
@@ -204,18 +206,18 @@ def _check_trained(
         )
 
 
-def _share(sp: int, layout: str, timeout: float) -> Shared:
+def _build_sequence_mesh(sp: int, layout: str, timeout: float) -> SequenceParallelMesh:
     world = dist.get_world_size()
     if world % sp:
         raise ValueError(
-            f'"{SIZE}": {sp} does not divide the {world} rank{"s" if world > 1 else ""} that were started: start '
-            f"a multiple of {sp} or change it"
+            f'"{SEQUENCE_PARALLEL_SIZE}": {sp} does not divide the {world} rank{"s" if world > 1 else ""} that were started: '
+            f"start a multiple of {sp} or change it"
         )
     if sp == 1:
-        return Shared(None, 1, world, dist.get_rank(), layout)
+        return SequenceParallelMesh(None, 1, world, dist.get_rank(), layout)
     mesh = build_mesh(world // sp, sp, timeout=timeout)
     group = mesh["sp"].get_group()
-    return Shared(group, group_size(group), world // sp, dist.get_rank() // sp, layout)
+    return SequenceParallelMesh(group, group_size(group), world // sp, dist.get_rank() // sp, layout)
 
 
 def _scale_gradients(model: nn.Module, config: Mapping[str, Any], sp: int) -> None:
@@ -224,7 +226,7 @@ def _scale_gradients(model: nn.Module, config: Mapping[str, Any], sp: int) -> No
         handle.remove()
     handles = []
     for parameter in model.parameters():
-        factor = gradient_factor(config, sp, getattr(parameter, "ds_numel", parameter.numel()))
+        factor = gradient_scale(config, sp, getattr(parameter, "ds_numel", parameter.numel()))
         if factor != 1 and parameter.requires_grad:
             handles.append(parameter.register_hook(lambda gradient, factor=factor: gradient * factor))
     vars(model)["_race_gradient_hooks"] = handles

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from race_dist.parallel import group_rank, group_size
 
 
-class SequenceGroups:
+class SequenceParallelMPU:
     """DeepSpeed's ``mpu`` of a dp x sp mesh: an object, where ``deepspeed.runtime.sequence_parallel.parallel_state_sp`` is a
     module that holds one mesh a process.
 

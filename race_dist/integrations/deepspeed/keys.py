@@ -67,7 +67,7 @@ SECTIONS = (
 MODELS = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16", "DeepSpeedFP16Config": "fp16"}
 
 
-def check_keys(config: Mapping[str, Any]) -> None:
+def check_values(config: Mapping[str, Any]) -> None:
     """Raise where a key holds what DeepSpeed would stumble over, or take without a word.
 
     Raises:
@@ -115,7 +115,7 @@ RULES: dict[str, Callable[[str, Any], object]] = {
 }
 
 
-def check_by_deepspeed(config: Mapping[str, Any], mpu: Any = None) -> None:
+def validate_with_deepspeed(config: Mapping[str, Any], mpu: Any = None) -> None:
     """Let DeepSpeed read the configuration, and say in one sentence what it does not take.
 
     Raises:

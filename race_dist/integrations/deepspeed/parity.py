@@ -96,11 +96,11 @@ def measure(case: Case) -> Ratio:
     model = DecoderLM(config).to(place)
     before = {name: p.detach().double().cpu() for name, p in model.named_parameters()}
     engine, *_ = initialize(model=model, config=_deepspeed(case), optimizer=torch.optim.SGD(model.parameters(), lr=RATE))
-    shared = engine.race
-    mine = slice(shared.dp_rank * ROWS, (shared.dp_rank + 1) * ROWS)
+    sequence_mesh = engine.race
+    mine = slice(sequence_mesh.dp_rank * ROWS, (sequence_mesh.dp_rank + 1) * ROWS)
     for part in range(case.accumulate):
-        x, y = (shared.shard(t[part, mine].to(place)) for t in (ids, labels))
-        loss = engine(x, y, num_targets=shared.num_targets(y))
+        x, y = (sequence_mesh.shard(t[part, mine].to(place)) for t in (ids, labels))
+        loss = engine(x, y, num_targets=sequence_mesh.num_targets(y))
         engine.backward(loss) if case.backward == "engine" else loss.backward()
         engine.step()
     after = _weights(engine)

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict
 
 from race_dist import checks
-from race_dist.files import read_object
-from race_dist.integrations.deepspeed.keys import check_keys
+from race_dist.files import read_json_object
+from race_dist.integrations.deepspeed.keys import check_values
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
 
-SIZE, SECTION = "sequence_parallel_size", "race_attention"
+SEQUENCE_PARALLEL_SIZE, RACE_SECTION = "sequence_parallel_size", "race_attention"
 AUTO = "auto"  # "what the caller makes of it", as in transformers' DeepSpeed configurations
 ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
 
@@ -46,15 +46,15 @@ class RaceSection(StrictConfig):
         """Check a section. Raises ValueError in one sentence."""
         if not isinstance(section, Mapping):
             raise ValueError(
-                f'"{SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
+                f'"{RACE_SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
                 f"got {checks.described(section)}"
             )
-        made = cls.check(dict(section), source=f'"{SECTION}"')
-        RaceConfig.check(made.options, source=f'"{SECTION}"')
+        made = cls.check(dict(section), source=f'"{RACE_SECTION}"')
+        RaceConfig.check(made.options, source=f'"{RACE_SECTION}"')
         return made
 
 
-class Settings(NamedTuple):
+class ParsedConfig(NamedTuple):
     """``config`` for DeepSpeed, without our section; ``sp`` ranks that share a sequence (None: all); ``race``: our section,
     or None where the attention stays as it is."""
 
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
     race: RaceSection | None
 
 
-def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
+def read_config(config: Mapping[str, Any] | str | Path) -> ParsedConfig:
     """Split a DeepSpeed configuration, given as a dictionary or as the path of a JSON file.
 
     Raises:
@@ -73,21 +73,21 @@ def read_settings(config: Mapping[str, Any] | str | Path) -> Settings:
         path = Path(config)
         if not path.is_file():
             raise FileNotFoundError(f"there is no DeepSpeed configuration {path}")
-        config = read_object(path)
+        config = read_json_object(path)
     if not isinstance(config, Mapping):
         raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {checks.described(config)}")
-    check_keys(config)
+    check_values(config)
     tree = copy.deepcopy(dict(config))
-    section = tree.pop(SECTION, None)
-    size = tree.get(SIZE, 1)
+    section = tree.pop(RACE_SECTION, None)
+    size = tree.get(SEQUENCE_PARALLEL_SIZE, 1)
     if isinstance(size, str) and size == AUTO:
-        return Settings(tree, None, None if section is None else RaceSection.read(section))
+        return ParsedConfig(tree, None, None if section is None else RaceSection.read(section))
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f'"{SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.shown(size)}')
-    return Settings(tree, size, None if section is None else RaceSection.read(section))
+        raise ValueError(f'"{SEQUENCE_PARALLEL_SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.shown(size)}')
+    return ParsedConfig(tree, size, None if section is None else RaceSection.read(section))
 
 
-def without_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
+def resolve_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
     """A configuration whose "auto" is made up: bf16 as the model's weights are, a micro-batch of 1 where nothing says the
     size of a batch, and DeepSpeed's own defaults elsewhere."""
 
@@ -102,7 +102,7 @@ def without_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
     return made
 
 
-def check_wiring(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh_param: object = None) -> None:
+def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh_param: object = None) -> None:
     """Refuse what does not give the gradient of the whole batch when ``sp > 1`` ranks share a sequence.
 
     Raises:
@@ -121,7 +121,7 @@ def check_wiring(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh
         (
             "data_parallel_size" in config or mesh_param is not None,
             '"data_parallel_size" (or mesh_param) makes DeepSpeed build a mesh of its own, in which gradients are not summed '
-            f'over the ranks that share a sequence: leave it out; it is the number of ranks / "{SIZE}"',
+            f'over the ranks that share a sequence: leave it out; it is the number of ranks / "{SEQUENCE_PARALLEL_SIZE}"',
         ),
         (
             optimizer in ONE_BIT,
@@ -158,10 +158,10 @@ def check_wiring(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh
         )
     for applies, reason in refused:
         if applies:
-            raise ValueError(f'DeepSpeed with "{SIZE}": {sp}: {reason}')
+            raise ValueError(f'DeepSpeed with "{SEQUENCE_PARALLEL_SIZE}": {sp}: {reason}')
 
 
-def gradient_factor(config: Mapping[str, Any], sp: int, numel: int) -> int:
+def gradient_scale(config: Mapping[str, Any], sp: int, numel: int) -> int:
     """What DeepSpeed's reduction lacks for a parameter of ``numel`` numbers.
 
     DeepSpeed sums over the ranks of a sequence and averages over sequences, except in ZeRO-3's reduce-scatter, which

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from race_dist import checks
 from race_dist.distributed.communication import check_group
 from race_dist.integrations.deepspeed.attention import SketchAttention
-from race_dist.integrations.deepspeed.settings import SECTION, RaceSection
+from race_dist.integrations.deepspeed.settings import RACE_SECTION, RaceSection
 from race_dist.models import Backbone
 from race_dist.nn import RaceConfig
 from race_dist.parallel.sharding import check_layout
@@ -99,7 +99,7 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
         elif isinstance(module, DistributedAttention):
             if race is None:
                 raise ValueError(
-                    f'{name} is Ulysses\' DistributedAttention, which moves activations: give "{SECTION}" in the '
+                    f'{name} is Ulysses\' DistributedAttention, which moves activations: give "{RACE_SECTION}" in the '
                     "DeepSpeed configuration to replace it"
                 )
             parent, _, leaf = name.rpartition(".")
@@ -126,5 +126,5 @@ def _sketch_attention(
                 options[field] = getattr(owner, attribute)
     missing = [field for field in ("num_heads", "head_dim") if field not in options]
     if missing:
-        raise ValueError(f'{name}: give {" and ".join(missing)} in "{SECTION}": {type(owner).__name__} does not say')
+        raise ValueError(f'{name}: give {" and ".join(missing)} in "{RACE_SECTION}": {type(owner).__name__} does not say')
     return SketchAttention(RaceConfig.model_validate(options), group, layer=index, layout=layout)

@@ -11,24 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from race_dist.integrations.deepspeed.engine import Shared, initialize
-from race_dist.integrations.deepspeed.settings import SECTION, SIZE
+from race_dist.integrations.deepspeed.engine import SequenceParallelMesh, initialize
+from race_dist.integrations.deepspeed.settings import RACE_SECTION, SEQUENCE_PARALLEL_SIZE
 from race_dist.models import DecoderLM
-from race_dist.parallel import Replica, all_reduce_sum
-from race_dist.training.checkpoint import Checkpoints, Saved
+from race_dist.parallel import DataParallelModel, all_reduce_sum
+from race_dist.training.checkpoint import CheckpointManager, SavedCheckpoint
 from race_dist.training.config import TrainConfig
-from race_dist.training.consistency import check_same_run
+from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, training_batch
 from race_dist.training.guards import Verdict
 from race_dist.training.optim import build_optimizer, learning_rate
-from race_dist.training.ranks import Ranks
-from race_dist.training.step import Unstreamed, materialize, rows_in_parts, shard_of
+from race_dist.training.ranks import RankMesh
+from race_dist.training.step import FullSequenceStep, materialize, micro_batches, sequence_shard
 from race_dist.training.trainer import StepResult, Trainer
 
 STATES = ("exp_avg", "exp_avg_sq")
 
 
-class EngineReplica(Replica):
+class EngineReplica(DataParallelModel):
     """The model that a DeepSpeed engine holds, called through the engine."""
 
     def __init__(self, engine: Any, group: ProcessGroup | None) -> None:
@@ -43,20 +43,20 @@ class EngineReplica(Replica):
         return ((name, whole_weight(p)) for name, p in self.model.named_parameters())
 
 
-class EngineStep(Unstreamed):
+class EngineStep(FullSequenceStep):
     """A global batch's gradients, left where DeepSpeed keeps them."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, engine: Any) -> None:
+    def __init__(self, config: TrainConfig, ranks: RankMesh, engine: Any) -> None:
         self.config, self.ranks, self.engine = config, ranks, engine
-        self.replica: Replica = EngineReplica(engine, ranks.world)
+        self.replica: DataParallelModel = EngineReplica(engine, ranks.world)
 
     def gradients(self, batch: Batch) -> Tensor:
         """See :class:`race_dist.training.step.StepMethod`; ``engine.step()`` has to follow."""
         parts, ranks = self.config.optim.accumulate, self.ranks
         total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         scale = ranks.dp * parts  # DeepSpeed averages over replicas and over the parts
-        for n, rows in enumerate(rows_in_parts(batch.rows_of(ranks.dp_rank, ranks.dp), parts)):
-            part = batch.part(rows, shard_of(ranks))
+        for n, rows in enumerate(micro_batches(batch.rows_of_dp_rank(ranks.dp_rank, ranks.dp), parts)):
+            part = batch.shard(rows, sequence_shard(ranks))
             cu_seqlens = None if part.cu_seqlens is None else part.cu_seqlens.to(ranks.device)
             loss = self.engine(
                 part.inputs.to(ranks.device),
@@ -88,10 +88,12 @@ class DeepSpeedTrainer(Trainer):
             for block in self.model.blocks:
                 block.compile()
         materialize(self.model, ranks.device, config.init)
-        check_same_run(config, self.corpus, self.model, ranks.world)
+        check_ranks_consistent(config, self.corpus, self.model, ranks.world)
         optimizer: Any = build_optimizer(self.model, config.optim)
-        shared = Shared(ranks.sp_group, ranks.sp, ranks.dp, ranks.dp_rank, ranks.layout)
-        self.engine, self.optimizer, _, _ = initialize(model=self.model, config=settings, optimizer=optimizer, shared=shared)
+        sequence_mesh = SequenceParallelMesh(ranks.sp_group, ranks.sp, ranks.dp, ranks.dp_rank, ranks.layout)
+        self.engine, self.optimizer, _, _ = initialize(
+            model=self.model, config=settings, optimizer=optimizer, sequence_mesh=sequence_mesh
+        )
         self.method = EngineStep(config, ranks, self.engine)
 
     def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
@@ -164,7 +166,7 @@ class DeepSpeedTrainer(Trainer):
         state: Tensor = self._base.state[p][kind] if self._is_plain else safe_get_full_optimizer_state(p, kind)
         return state
 
-    def _load(self, store: Checkpoints, saved: Saved) -> None:
+    def _load(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
         """Read a checkpoint, a parameter's tensors at a time, and hand them to DeepSpeed."""
         if saved.step:
             self._make_states()
@@ -244,7 +246,7 @@ def whole_weight(p: nn.Parameter) -> Tensor:
     return (p if whole is None else whole).detach().float()
 
 
-def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, ranks: RankMesh) -> dict[str, Any]:
     """``config.deepspeed`` with what the run's configuration says filled in.
 
     Raises:
@@ -273,7 +275,7 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.data.batch_size // ranks.dp // parts,
         "gradient_accumulation_steps": parts,
         "gradient_clipping": config.optim.clip,
-        SIZE: ranks.sp,
+        SEQUENCE_PARALLEL_SIZE: ranks.sp,
     }
     for key, value in ours.items():
         if tree.get(key, "auto") not in ("auto", value):
@@ -281,9 +283,11 @@ def deepspeed_config(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
                 f"deepspeed.{key} = {tree[key]!r} but the run's configuration makes it {value!r}: leave it out or "
                 "make them agree"
             )
-    layout = (tree.pop(SECTION, None) or {}).get("layout", ranks.layout)
+    layout = (tree.pop(RACE_SECTION, None) or {}).get("layout", ranks.layout)
     if layout != ranks.layout:
-        raise ValueError(f"deepspeed.{SECTION}.layout = {layout!r} but parallel.layout = {ranks.layout!r}: make them agree")
+        raise ValueError(
+            f"deepspeed.{RACE_SECTION}.layout = {layout!r} but parallel.layout = {ranks.layout!r}: make them agree"
+        )
     if (tree.get("bf16") or {}).get("enabled", "auto") == "auto":
         tree["bf16"] = (tree.get("bf16") or {}) | {"enabled": config.precision == "bfloat16"}
     # the run's AdamW is torch's: DeepSpeed need not know it, nor compile its own for offloaded states

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.parallel import gather_objects
-from race_dist.training.checkpoint import CheckpointError, Checkpoints, Saved
+from race_dist.training.checkpoint import CheckpointError, CheckpointManager, SavedCheckpoint
 
 
 @without_cuda()
@@ -44,13 +44,13 @@ def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
     return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
 
 
-class MegatronCheckpoints(Checkpoints):
+class MegatronCheckpointManager(CheckpointManager):
     """The checkpoints of a run (complete or not there, checked when they are read) whose insides are megatron-core's.
 
     They are written before the training goes on: the ranks' weights and states are read while they stand still.
 
     Args:
-        folder, group, options: as for :class:`race_dist.training.checkpoint.Checkpoints`.
+        folder, group, options: as for :class:`race_dist.training.checkpoint.CheckpointManager`.
         model: the GPTModel, unwrapped.
         optimizer: megatron-core's, over its parameters.
     """
@@ -79,7 +79,7 @@ class MegatronCheckpoints(Checkpoints):
             done.set_exception(error)
         self._finish(done, partial, body)
 
-    def load(self, saved: Saved, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, saved: SavedCheckpoint, tensors: Mapping[str, Tensor]) -> None:
         """Fill model and optimizer. Raises CheckpointError where they do not fit."""
         try:
             load_state(saved.path, self._model, self._optimizer)

@@ -164,7 +164,7 @@ def _check_numbers(config: Any) -> None:
         raise ValueError(f"num_attention_heads = {heads} is no multiple of num_query_groups = {groups}: change one")
 
 
-def race_config(config: object, where: str) -> RaceTransformerConfig:
+def require_race_config(config: object, where: str) -> RaceTransformerConfig:
     """``config``, once it is clear that it has the race_* fields; TypeError naming the fix where it has not.
 
     Megatron hands deep copies to attention where there are fewer query groups than ranks: what counts is the class. Newer

@@ -29,7 +29,7 @@ def is_causal(mask_type: AttnMaskType) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SequenceShard:
     """Where the rows of a call stand.
 
     Attributes:
@@ -48,7 +48,7 @@ class Rows:
     key_mask: Tensor | None = None
 
     @classmethod
-    def of(cls, length: int, packed: Any, cp_group: ProcessGroup | None, layout: Layout, device: torch.device) -> Rows:
+    def of(cls, length: int, packed: Any, cp_group: ProcessGroup | None, layout: Layout, device: torch.device) -> SequenceShard:
         """Of a call with these packed_seq_params (None: one document a batch row).
 
         Raises:
@@ -81,7 +81,7 @@ class Rows:
             key_mask=key_mask,
             group=self.group,
             layout=self.layout,
-            final=False,
+            return_carry=False,
             device=device,
         )
 
@@ -144,12 +144,12 @@ def padding_mask(attention_mask: Tensor | None, mask_type: AttnMaskType, batch: 
     return ~attention_mask.view(batch, length)
 
 
-def both_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def combine_masks(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """True where both say that a token is there."""
     return one if other is None else other if one is None else one & other
 
 
-def check_causal_mask(attention_mask: Tensor, rows: Rows) -> None:
+def check_causal_mask(attention_mask: Tensor, rows: SequenceShard) -> None:
     """Raise ValueError unless a ``[..., T, total]`` mask, True where a key is hidden, hides exactly what comes later.
 
     It looks at the values, so that documents that Megatron keeps apart by a mask (--reset-attention-mask) are not joined

@@ -10,15 +10,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from race_dist.hashing import sample_planes
-from race_dist.integrations.megatron.config import race_config
-from race_dist.integrations.megatron.context import Rows, both_masks, check_causal_mask, is_causal, padding_mask
+from race_dist.integrations.megatron.config import require_race_config
+from race_dist.integrations.megatron.context import SequenceShard, check_causal_mask, combine_masks, is_causal, padding_mask
 from race_dist.integrations.megatron.heads import HeadModule
 from race_dist.nn.conv import short_conv
-from race_dist.nn.core import attend, memory_lengths, with_length
-from race_dist.nn.init import draw_normal
+from race_dist.nn.core import apply_qk_norm, attend, decay_time_constants
+from race_dist.nn.init import seeded_normal
 from race_dist.nn.norm import compute_dtype, rms
 from race_dist.nn.sequence import Sequence
-from race_dist.nn.tail import Extended, through_tails
+from race_dist.nn.tail import SpanWithTail, run_with_tail
 
 
 class RaceCoreAttention(HeadModule):
@@ -57,7 +57,7 @@ class RaceCoreAttention(HeadModule):
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
-        config = race_config(config, "RaceCoreAttention")
+        config = require_race_config(config, "RaceCoreAttention")
         if attention_type != "self":
             raise ValueError(f"attention_type is {attention_type!r}, but RACE layers attend to their own sequence only")
         if attention_dropout:
@@ -83,8 +83,8 @@ class RaceCoreAttention(HeadModule):
             for name, count, add in convolved:
                 add(
                     name,
-                    draw_normal(
-                        (race.short_conv, count * race.width),
+                    seeded_normal(
+                        (race.short_conv, count * race.resolved_head_dim),
                         0.5 * race.short_conv**-0.5,
                         race.seed,
                         f"race.{self.layer}.{name}.weight",
@@ -100,7 +100,7 @@ class RaceCoreAttention(HeadModule):
             planes = sample_planes(
                 race.num_tables,
                 race.num_planes,
-                race.width,
+                race.resolved_head_dim,
                 seed=race.seed,
                 layer=self.layer,
                 num_heads=None if race.share_planes else groups,
@@ -110,7 +110,7 @@ class RaceCoreAttention(HeadModule):
             else:
                 self.add_kv_parameter("planes", planes)
         if race.normalization == "none":
-            self.add_parameter("out_norm", torch.ones(heads, race.width))
+            self.add_parameter("out_norm", torch.ones(heads, race.resolved_head_dim))
 
     def _betas(self) -> Tensor:
         """``[groups]`` sharpness at the start, of all heads."""
@@ -137,7 +137,7 @@ class RaceCoreAttention(HeadModule):
             constants["planes"] = sample_planes(
                 race.num_tables,
                 race.num_planes,
-                race.width,
+                race.resolved_head_dim,
                 seed=race.seed,
                 layer=self.layer,
                 num_heads=None if race.share_planes else share.kv_heads,
@@ -146,7 +146,7 @@ class RaceCoreAttention(HeadModule):
         if not race.train_beta:
             constants["beta"] = self._betas()[own].to(**where)
         if race.decay == "multiscale":
-            rates = [-1 / n for n in memory_lengths(self.config.race_query_groups)]
+            rates = [-1 / n for n in decay_time_constants(self.config.race_query_groups)]
             constants["log_decay"] = torch.tensor(rates[own], dtype=torch.float64).to(**where)
         return constants
 
@@ -221,15 +221,15 @@ class RaceCoreAttention(HeadModule):
                 "in decoding with cached keys; a RACE layer decodes from a sketch, which Megatron does not keep"
             )
         q, k, v = (x[None] if thd else x.transpose(0, 1) for x in (query, key, value))
-        rows = Rows.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
-        key_mask = both_masks(rows.key_mask, padding_mask(attention_mask, mask_type, *q.shape[:2]))
+        rows = SequenceShard.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
+        key_mask = combine_masks(rows.key_mask, padding_mask(attention_mask, mask_type, *q.shape[:2]))
         self._look_at_mask(attention_mask, mask_type, rows)
         sequence = rows.sequence(key_mask, q.device)
         if self.race.short_conv:
             q, k, v = self._convolve(q, k, v, sequence)
         if self.race.qk_norm:
             eps = self.race.norm_eps
-            q, k = with_length(q, self.q_scale, eps), with_length(k, self.of_own_kv_heads("k_scale"), eps)
+            q, k = apply_qk_norm(q, self.q_scale, eps), apply_qk_norm(k, self.of_own_kv_heads("k_scale"), eps)
         out, _ = attend(
             self.race,
             q.to(v.dtype),
@@ -245,7 +245,7 @@ class RaceCoreAttention(HeadModule):
             out = (rms(out, self.race.norm_eps) * self.out_norm.to(compute_dtype(out))).to(out.dtype)
         return out[0].flatten(1) if thd else out.transpose(0, 1).flatten(2)
 
-    def _look_at_mask(self, mask: Tensor | None, mask_type: AttnMaskType, rows: Rows) -> None:
+    def _look_at_mask(self, mask: Tensor | None, mask_type: AttnMaskType, rows: SequenceShard) -> None:
         """Check a causal mask's values: on the CPU always, on a device once (it waits, and no graph could hold it)."""
         if mask is None or mask_type != AttnMaskType.causal:
             return
@@ -261,10 +261,10 @@ class RaceCoreAttention(HeadModule):
         tensors = (q, k, v)
         flat = tuple(x.flatten(2) for x in tensors[: len(convs)])
 
-        def taps(piece: Extended) -> tuple[Tensor, ...]:
+        def taps(piece: SpanWithTail) -> tuple[Tensor, ...]:
             return tuple(short_conv(part, taps, piece.documents) for part, taps in zip(piece.tensors, convs, strict=True))
 
-        more, _ = through_tails(flat, self.race.short_conv - 1, None, sequence, taps)
+        more, _ = run_with_tail(flat, self.race.short_conv - 1, None, sequence, taps)
         added = [x + part.view_as(x) for x, part in zip(tensors, more)]
         return added[0], added[1], added[2] if self.race.conv_values else v
 

@@ -59,8 +59,8 @@ def transformer_config(
         "hidden_size": model.dim,
         "num_attention_heads": model.num_heads,
         "num_query_groups": model.kv_heads,
-        "kv_channels": model.head_width,
-        "ffn_hidden_size": model.ffn_width,
+        "kv_channels": model.resolved_head_dim,
+        "ffn_hidden_size": model.resolved_ffn_dim,
         "linear_attention_freq": None if set(kinds) == {"R"} else [int(kind == "R") for kind in kinds],
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_eps,
@@ -83,7 +83,7 @@ def transformer_config(
 
 
 def build_gpt(model: ModelConfig, config: RaceTransformerConfig, max_length: int) -> GPTModel:
-    """An empty GPTModel over the ranks of parallel_state: :func:`race_dist.integrations.megatron.load_weights` fills it."""
+    """An empty GPTModel over the ranks of parallel_state: :func:`.weights.load_full_weights` fills it."""
     rope = model.rope_base is not None and ("S" in model.layer_kinds or model.race.rope_base is not None)
     return GPTModel(
         config,

@@ -13,12 +13,12 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from race_dist.integrations.megatron.config import race_config
+from race_dist.integrations.megatron.config import require_race_config
 from race_dist.integrations.megatron.core_attention import RaceCoreAttention
 from race_dist.integrations.megatron.heads import HeadModule
-from race_dist.nn.core import ENDLESS_MEMORY, memory_lengths
-from race_dist.nn.gate import gated
-from race_dist.nn.init import draw_normal
+from race_dist.nn.core import ENDLESS_MEMORY, decay_time_constants
+from race_dist.nn.gate import apply_output_gate
+from race_dist.nn.init import seeded_normal
 from race_dist.nn.norm import compute_dtype
 from race_dist.parallel import group_rank, group_size
 
@@ -33,8 +33,8 @@ class TokenDecay(HeadModule):
     def __init__(self, config: Any, layer_number: int, tp_group: Any) -> None:
         super().__init__(config, tp_group)
         race, heads = config.race(), config.race_query_groups
-        rates = (1 / torch.tensor(memory_lengths(heads, ENDLESS_MEMORY), dtype=torch.float64)).expm1().log()
-        weight = draw_normal(
+        rates = (1 / torch.tensor(decay_time_constants(heads, ENDLESS_MEMORY), dtype=torch.float64)).expm1().log()
+        weight = seeded_normal(
             (heads, config.hidden_size), config.hidden_size**-0.5, race.seed, f"race.{layer_number - 1}.decay_proj.weight"
         )
         self.add_parameter("weight", weight, divided=False)
@@ -75,7 +75,7 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        config = race_config(config, "RaceSelfAttention")
+        config = require_race_config(config, "RaceSelfAttention")
         if config.race_output_gate and not config.attention_output_gate:
             config = copy.copy(config)  # softmax layers of the same model have none
             config.attention_output_gate = True
@@ -160,4 +160,4 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         if not self.config.race_output_gate:
             return super()._apply_output_gate(x, gate)
-        return gated(x, gate.reshape(x.shape), self.config.race_gate_activation)
+        return apply_output_gate(x, gate.reshape(x.shape), self.config.race_gate_activation)

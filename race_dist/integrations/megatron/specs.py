@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
-from race_dist.integrations.megatron.config import RaceTransformerConfig, race_config
+from race_dist.integrations.megatron.config import RaceTransformerConfig, require_race_config
 from race_dist.integrations.megatron.core_attention import RaceCoreAttention
 from race_dist.integrations.megatron.self_attention import RaceSelfAttention
 from race_dist.parallel import group_rank
@@ -70,7 +70,7 @@ def get_race_layer_spec(config: RaceTransformerConfig, use_transformer_engine: b
         TypeError: the config has no race_* fields.
         ImportError: Transformer Engine is asked for and not installed.
     """
-    config = race_config(config, "get_race_layer_spec")
+    config = require_race_config(config, "get_race_layer_spec")
     use_te = _uses_te(config, use_transformer_engine)
     options = {
         "num_experts": config.num_moe_experts,
@@ -108,7 +108,7 @@ def get_race_block_spec(
     Raises:
         TypeError, ImportError: as :func:`get_race_layer_spec`.
     """
-    config = race_config(config, "get_race_block_spec")
+    config = require_race_config(config, "get_race_block_spec")
     use_te = _uses_te(config, use_transformer_engine)
     provider = _provider(use_te)
     block = get_gpt_decoder_block_spec(
@@ -153,7 +153,7 @@ class RaceTransformerLayer(TransformerLayer):  # type: ignore[misc]
     def __init__(
         self, config: Any, submodules: Any, layer_number: int = 1, *args: Any, vp_stage: int | None = None, **kwargs: Any
     ) -> None:
-        config = race_config(config, "RaceTransformerLayer")
+        config = require_race_config(config, "RaceTransformerLayer")
         race, softmax = submodules
         stage = getattr(kwargs.get("pg_collection"), "pp", None)
         pp_rank = None if stage is None else group_rank(stage)

@@ -25,26 +25,26 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from race_dist.integrations.megatron.checkpoint import MegatronCheckpoints
+from race_dist.integrations.megatron.checkpoint import MegatronCheckpointManager
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.model import build_gpt, transformer_config
-from race_dist.integrations.megatron.weights import from_megatron, load_weights, to_megatron, whole_weights
+from race_dist.integrations.megatron.weights import from_megatron, gather_full_weights, load_full_weights, to_megatron
 from race_dist.models import DecoderLM
-from race_dist.models.loss import IGNORE
-from race_dist.parallel import Replica, group_size, init_distributed, shard_positions
+from race_dist.models.loss import IGNORE_INDEX
+from race_dist.parallel import DataParallelModel, group_size, init_distributed, shard_positions
 from race_dist.rank_environment import rank_environment
 from race_dist.training.config import OptimConfig, TrainConfig
-from race_dist.training.consistency import check_same_run
+from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch
-from race_dist.training.ranks import Ranks
-from race_dist.training.step import Unstreamed, loss_of, rows_in_parts, shard_of
+from race_dist.training.ranks import RankMesh
+from race_dist.training.step import FullSequenceStep, forward_loss, micro_batches, sequence_shard
 from race_dist.training.trainer import Trainer
 
 DECAYED = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "decay.weight")
 
 
 @dataclass(frozen=True)
-class MegatronRanks(Ranks):
+class MegatronRankMesh(RankMesh):
     """The mesh of a run over megatron-core's parallel_state: dp groups of sp ranks, each of tp ranks.
 
     Attributes:
@@ -54,8 +54,8 @@ class MegatronRanks(Ranks):
     tp_group: ProcessGroup | None = None
 
     @classmethod
-    def join(cls, config: TrainConfig) -> MegatronRanks:
-        """As :meth:`race_dist.training.ranks.Ranks.join`. Raises ValueError for what this engine does not do, before it
+    def join(cls, config: TrainConfig) -> MegatronRankMesh:
+        """As :meth:`race_dist.training.ranks.RankMesh.join`. Raises ValueError for what this engine does not do, before it
         joins."""
         _, sp = config.parallel.mesh(rank_environment().world)
         _check(config)
@@ -111,7 +111,7 @@ def _check(config: TrainConfig) -> None:
     for name, value in (
         ("num_heads", config.model.num_heads),
         ("vocab_size", config.model.vocab_size),
-        ("ffn_dim", config.model.ffn_width),
+        ("ffn_dim", config.model.resolved_ffn_dim),
     ):
         if value % config.parallel.tp:
             raise ValueError(f"model.{name} = {value} does not divide over parallel.tp = {config.parallel.tp}: change one")
@@ -125,7 +125,7 @@ class MegatronLM(nn.Module):
         ddp: the same in megatron-core's mixed precision and data parallelism.
     """
 
-    def __init__(self, config: TrainConfig, ranks: MegatronRanks) -> None:
+    def __init__(self, config: TrainConfig, ranks: MegatronRankMesh) -> None:
         super().__init__()
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -163,11 +163,11 @@ class MegatronLM(nn.Module):
         losses = self.ddp(
             input_ids, positions.expand(*input_ids.shape), None, labels=labels.clamp(min=0), packed_seq_params=packed
         )
-        total: Tensor = torch.where(labels == IGNORE, 0.0, losses).sum()
+        total: Tensor = torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
         return total / (num_targets * self.ranks.tp)  # tensor-parallel ranks compute the same loss
 
 
-class MegatronReplica(Replica):
+class MegatronReplica(DataParallelModel):
     """The model as the end of a run asks for it: its weights, whole and float32, under DecoderLM's names."""
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
@@ -176,21 +176,21 @@ class MegatronReplica(Replica):
 
     @without_cuda()
     def _whole(self) -> dict[str, Tensor]:
-        return from_megatron(whole_weights(self.gpt, self.tp_group), self.config, dict.fromkeys(self.names))
+        return from_megatron(gather_full_weights(self.gpt, self.tp_group), self.config, dict.fromkeys(self.names))
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """By name; every rank calls it."""
         return ((name, tensor.float()) for name, tensor in self._whole().items())
 
 
-class MegatronStep(Unstreamed):
+class MegatronStep(FullSequenceStep):
     """One step's gradients, in the main_grad of every parameter: see :class:`race_dist.training.step.StepMethod`."""
 
-    ranks: MegatronRanks
+    ranks: MegatronRankMesh
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
         self.config, self.model, self.ranks = config, model, model.ranks
-        self.replica: Replica = MegatronReplica(config, model, names)
+        self.replica: DataParallelModel = MegatronReplica(config, model, names)
 
     @without_cuda()
     def gradients(self, batch: Batch) -> Tensor:
@@ -198,10 +198,10 @@ class MegatronStep(Unstreamed):
         ranks, ddp = self.ranks, self.model.ddp
         ddp.zero_grad_buffer()
         total = torch.zeros((), device=ranks.device)
-        parts = list(rows_in_parts(batch.rows_of(ranks.dp_rank, ranks.dp), self.config.optim.accumulate))
+        parts = list(micro_batches(batch.rows_of_dp_rank(ranks.dp_rank, ranks.dp), self.config.optim.accumulate))
         for rows in parts:
             with nullcontext() if rows is parts[-1] else ddp.no_sync():
-                loss = loss_of(self.model, batch.part(rows, shard_of(ranks)), batch.targets, self.config, ranks)
+                loss = forward_loss(self.model, batch.shard(rows, sequence_shard(ranks)), batch.targets, self.config, ranks)
                 (loss * ranks.tp).backward()
             total += loss.detach()
         finalize_model_grads([ddp])
@@ -209,9 +209,9 @@ class MegatronStep(Unstreamed):
 
 
 class MegatronTrainer(Trainer):
-    """The trainer over :class:`MegatronRanks`."""
+    """The trainer over :class:`MegatronRankMesh`."""
 
-    ranks: MegatronRanks
+    ranks: MegatronRankMesh
 
     @without_cuda()
     def _build(self) -> None:
@@ -220,20 +220,20 @@ class MegatronTrainer(Trainer):
         state = dict(first.named_parameters())
         self.parameters = sum(p.numel() for p in state.values())
         self.model = MegatronLM(self.config, self.ranks)
-        load_weights(self.model.gpt, to_megatron(state, self.config.model), self.ranks.tp_group)
+        load_full_weights(self.model.gpt, to_megatron(state, self.config.model), self.ranks.tp_group)
         self.method = MegatronStep(self.config, self.model, list(state))
         self.optimizer = build_optimizer(self.model.ddp, self.config.optim, narrow=self.config.precision == "bfloat16")
-        check_same_run(self.config, self.corpus, first, self.ranks.world)
+        check_ranks_consistent(self.config, self.corpus, first, self.ranks.world)
 
-    def open_checkpoints(self, folder: Path) -> MegatronCheckpoints:
+    def open_checkpoints(self, folder: Path) -> MegatronCheckpointManager:
         """In megatron-core's format."""
         config = self.config.checkpoint
-        return MegatronCheckpoints(
+        return MegatronCheckpointManager(
             folder, self.ranks.world, self.model.gpt, self.optimizer, keep=config.keep, keep_every=config.keep_every
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing: :class:`MegatronCheckpoints` asks model and optimizer themselves."""
+        """Nothing: :class:`MegatronCheckpointManager` asks model and optimizer themselves."""
         return {}
 
     @without_cuda()

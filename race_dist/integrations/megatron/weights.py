@@ -53,14 +53,14 @@ def _renamed(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 def _projections(config: ModelConfig, layer: int, names: Mapping[str, Any]) -> list[tuple[str, int]]:
     """What linear_qkv holds of each query group, in order: own name and rows."""
-    width = config.head_width
+    width = config.resolved_head_dim
     of_queries = config.num_heads // config.kv_heads * width
     parts = [("q_proj", of_queries), ("gate_proj", of_queries), ("k_proj", width), ("v_proj", width)]
     return [(name, rows) for part, rows in parts if (name := f"blocks.{layer}.mixer.{part}.weight") in names]
 
 
 def to_megatron(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A DecoderLM's weights under the names of a GPTModel that is not cut: :func:`load_weights` cuts them."""
+    """A DecoderLM's weights under the names of a GPTModel that is not cut: :func:`load_full_weights` cuts them."""
     result = {theirs: state[mine] for mine, theirs in _renamed(config) if mine in state}
     for i in range(config.num_layers):
         groups = [state[name].unflatten(0, (config.kv_heads, rows)) for name, rows in _projections(config, i, state)]
@@ -85,7 +85,7 @@ def from_megatron(state: Mapping[str, Tensor], config: ModelConfig, names: Mappi
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: ProcessGroup | None) -> None:
+def load_full_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: ProcessGroup | None) -> None:
     """Fill a GPTModel, cut over tensor-parallel ranks, from whole weights under its names.
 
     Raises:
@@ -110,7 +110,7 @@ def load_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: Process
 
 
 @torch.no_grad()
-def whole_weights(
+def gather_full_weights(
     model: nn.Module, tp_group: ProcessGroup | None, read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
 ) -> dict[str, Tensor]:
     """A GPTModel's weights (or what ``read`` finds at each: its gradient), put together from the tensor-parallel ranks.

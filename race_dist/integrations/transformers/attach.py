@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.integrations.transformers.rows import Rows, rows_of
+from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
-from race_dist.parallel import check_ranks_agree
+from race_dist.parallel import check_same_on_all_ranks
 from race_dist.parallel.sharding import check_layout
 
 CACHES = ("cache", "past_key_values")
-ATTENTIONS = ("self_attn", "attention")  # of a block
+ATTENTION_NAMES = ("self_attn", "attention")  # of a block
 
 
-class RowsHook:
-    """Before a decoder runs: find out where its rows stand and hand that to every layer, as ``race_rows``.
+class DecoderHook:
+    """Before a decoder runs: find out where its rows stand and hand that to every layer, as ``race_sequence``.
 
     Where there is padding and the caller gives no positions, the decoder is told those that count real tokens. A shard without
     tokens, which transformers' own layers cannot reshape, becomes one token whose outputs are cut off again.
@@ -42,7 +42,7 @@ class RowsHook:
         x = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
         if not isinstance(x, Tensor):
             return args, kwargs
-        converted = any(isinstance(attention_of(block), RaceSelfAttention) for block in decoder.layers)
+        converted = any(isinstance(attention_module(block), RaceSelfAttention) for block in decoder.layers)
         everywhere = decoder.config._attn_implementation == IMPLEMENTATION
         if self.group is not None and decoder.config._attn_implementation != self.implementation:
             raise ValueError(
@@ -61,7 +61,7 @@ class RowsHook:
         keeps = converted and self.group is None and (cache is not None or self._caches(decoder, call))
         past, position = _seen(cache)
         mask = call.get("attention_mask")
-        rows = rows_of(
+        rows = batch_sequence(
             x.shape[0],
             x.shape[1],
             x.device,
@@ -70,12 +70,12 @@ class RowsHook:
             cu_seqlens=call.get("cu_seq_lens_q"),
             past=past,
             position=position,
-            final=keeps,
+            return_carry=keeps,
             group=self.group,
             layout=self.layout,
         )
         if self._takes_rows:
-            call["race_rows"] = rows
+            call["race_sequence"] = rows
         if call.get("position_ids") is None and (self.group is not None or mask is not None) and "position_ids" in self._names:
             positions = rows.sequence.positions
             call["position_ids"] = positions[None] if positions.dim() == 1 else positions
@@ -92,9 +92,9 @@ class RowsHook:
         return bool(wanted) and not decoder.training
 
 
-def attention_of(block: nn.Module) -> nn.Module | None:
+def attention_module(block: nn.Module) -> nn.Module | None:
     """The attention module of a decoder's block, under the names that transformers gives it."""
-    found = (getattr(block, name, None) for name in ATTENTIONS)
+    found = (getattr(block, name, None) for name in ATTENTION_NAMES)
     return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
@@ -106,8 +106,8 @@ def _one_token(x: Tensor, name: str) -> dict[str, Any]:
 
 def _cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """After a decoder has run: what it makes of the token in the place of no tokens is taken away."""
-    rows = kwargs.get("race_rows")
-    if not isinstance(rows, Rows) or rows.sequence.length or not hasattr(output, "last_hidden_state"):
+    rows = kwargs.get("race_sequence")
+    if not isinstance(rows, BatchSequence) or rows.sequence.length or not hasattr(output, "last_hidden_state"):
         return output
     if output.last_hidden_state.shape[1]:
         output.last_hidden_state = output.last_hidden_state[:, :0]
@@ -141,13 +141,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def attach(model: nn.Module) -> RowsHook:
+def install_decoder_hook(model: nn.Module) -> DecoderHook:
     """The hook of a model's decoder, put there on first use."""
     decoder = decoder_of(model)
     for hook in decoder._forward_pre_hooks.values():
-        if isinstance(hook, RowsHook):
+        if isinstance(hook, DecoderHook):
             return hook
-    hook = RowsHook(decoder)
+    hook = DecoderHook(decoder)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
     decoder.register_forward_hook(_cut_off, with_kwargs=True)
     return hook
@@ -179,11 +179,11 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
             f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
             f'use attn_implementation="{IMPLEMENTATION}"'
         )
-    hook = attach(model)
+    hook = install_decoder_hook(model)
     hook.group, hook.layout = group, layout
     hook.implementation = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     if group is not None:
-        check_ranks_agree(
+        check_same_on_all_ranks(
             {"the model's configuration": _facts(model), "the layout": layout}, group, what="the model that shares sequences"
         )
         if not any(isinstance(h, _Shares) for h in model._forward_pre_hooks.values()):
@@ -193,7 +193,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
 class _Shares:
     """Before a model that shares its sequences runs: refuse a loss that would not be a share."""
 
-    def __init__(self, hook: RowsHook) -> None:
+    def __init__(self, hook: DecoderHook) -> None:
         self._hook = hook
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

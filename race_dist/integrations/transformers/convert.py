@@ -13,10 +13,16 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from race_dist.integrations.transformers import probe
-from race_dist.integrations.transformers.attach import ATTENTIONS, attach, decoder_of
+from race_dist.integrations.transformers.attach import ATTENTION_NAMES, decoder_of, install_decoder_hook
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.integrations.transformers.projections import TAKEN, Projections
-from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, STARTING_POINT, Settings, portable
+from race_dist.integrations.transformers.projections import INHERITED_MODULES, Projections
+from race_dist.integrations.transformers.settings import (
+    CONFIG_ENTRY,
+    CONVERSION_DEFAULTS,
+    IMPLEMENTATION,
+    Settings,
+    stored_options,
+)
 from race_dist.messages import shown
 from race_dist.nn import RaceConfig, initialize
 
@@ -70,7 +76,7 @@ def convert(
         raise TypeError(f"inherit_rope must be True or False; got {shown(inherit_rope)}")
     chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
-    if earlier.layers and (options, inherit_rope) != (portable(earlier.of_layers()), earlier.inherit_rope):
+    if earlier.layers and (options, inherit_rope) != (stored_options(earlier.layer_config()), earlier.inherit_rope):
         raise ValueError(
             f"layers {list(earlier.layers)} are RACE layers with other options, {earlier.options}: convert all at "
             "once, or give the same options"
@@ -110,7 +116,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
         raise TypeError(f"config must be a configuration of transformers; got {shown(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise ValueError(
-            f"path {str(path)!r} is no converted model: its config.json has no {ENTRY}.layers; read it with transformers"
+            f"path {str(path)!r} is no converted model: its config.json has no {CONFIG_ENTRY}.layers; read it with transformers"
         )
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
@@ -128,15 +134,18 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     try:
         blocks: Any = decoder_of(model).layers
     except TypeError as error:
-        raise ValueError(f"config.{ENTRY} says that layers {list(settings.layers)} are RACE layers: {error}") from None
+        raise ValueError(f"config.{CONFIG_ENTRY} says that layers {list(settings.layers)} are RACE layers: {error}") from None
     missing = _chosen(settings.layers, len(blocks))
     missing = [i for i in missing if not isinstance(_attention_of(blocks[i], i)[1], RaceSelfAttention)]
     if missing:
-        options = portable(settings.of_layers())
+        options = stored_options(settings.layer_config())
         _replace_all(model, settings.model_copy(update={"layers": tuple(missing), "options": options}))
     for module in model.modules():
         if isinstance(module, RaceSelfAttention):  # transformers draws no weights over ours
-            for part in (module, *(m for name, m in module.named_modules() if name and name.split(".")[0] not in TAKEN)):
+            for part in (
+                module,
+                *(m for name, m in module.named_modules() if name and name.split(".")[0] not in INHERITED_MODULES),
+            ):
                 part._is_hf_initialized = True
 
 
@@ -151,7 +160,7 @@ def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     if given.get("causal") is False:
         raise ValueError("race has causal = False, but the layers of a decoder read only what comes before: leave it out")
     return {
-        **portable(RaceConfig.check(STARTING_POINT | given, source="race")),
+        **stored_options(RaceConfig.check(CONVERSION_DEFAULTS | given, source="race")),
         **{name: given[name] for name in ("dim", "num_heads", "num_kv_heads", "head_dim") if given.get(name) is not None},
     }
 
@@ -174,7 +183,7 @@ def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
 
 def _attention_of(block: nn.Module, index: int) -> tuple[str, nn.Module]:
     """Name and module of a block's attention."""
-    for name in ATTENTIONS:
+    for name in ATTENTION_NAMES:
         if isinstance(found := getattr(block, name, None), nn.Module):
             return name, found
     raise ValueError(f"layer {index}: {type(block).__name__} has no attention under a known name (self_attn, attention)")
@@ -200,7 +209,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     try:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, made[index].train(module.training))
-        attach(model)
+        install_decoder_hook(model)
         if runs:
             probe.run(decoder)
     except Exception as error:
@@ -236,7 +245,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     options = dict(settings.options)
     if settings.inherit_rope:
         options["rope_base"] = _rope_base(text, attention, found.head_dim, index)
-    race = RaceConfig.check(options, source="race").filled(
+    race = RaceConfig.check(options, source="race").with_model_dims(
         dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0
     )
     weights = list(attention.get_submodule(found.names[-1]).parameters())
@@ -248,7 +257,9 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     return layer
 
 
-def _check(call: probe.Call | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None) -> None:
+def _check(
+    call: probe.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
+) -> None:
     where = f"layer {index}: {type(attention).__name__}"
     if call is None:
         raise ValueError(f"{where} is not called when the model runs: leave it out of layers")
@@ -293,7 +304,7 @@ def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Para
         for m in model.modules()
         if isinstance(m, RaceSelfAttention)
         for name, p in m.named_parameters()
-        if projections or name.split(".")[0] not in TAKEN
+        if projections or name.split(".")[0] not in INHERITED_MODULES
     ]
 
 

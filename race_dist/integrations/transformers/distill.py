@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from race_dist.integrations.transformers.attach import attention_of, decoder_of
+from race_dist.integrations.transformers.attach import attention_module, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.messages import shown
 
@@ -66,7 +66,7 @@ def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[di
     seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
     handles = []
     for index, block in enumerate(decoder_of(teacher).layers):  # type: ignore[arg-type]
-        attention = attention_of(block)
+        attention = attention_module(block)
         if index in wanted and attention is not None:
 
             def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, index: int = index) -> None:

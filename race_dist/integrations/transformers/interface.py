@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from race_dist.integrations.transformers.rows import Rows, rows_of
-from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings
+from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
+from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings
 from race_dist.nn import RaceConfig, RaceCore
 
 
@@ -61,7 +61,7 @@ def race_attention_forward(
     softcap: float | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    race_rows: Rows | None = None,
+    race_sequence: BatchSequence | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function.
@@ -74,7 +74,7 @@ def race_attention_forward(
         key, value: ``[B, Hkv, Tk, D]``: those of a cache, then those of the query's tokens.
         attention_mask: ``[B, Tk]`` from :func:`race_mask`.
         position_ids, cu_seq_lens_q: packed documents.
-        race_rows: what all layers of a model share, where :func:`attach` has found it out already.
+        race_sequence: what all layers of a model share, where :func:`attach` has found it out already.
 
     Returns:
         ``[B, T, Hq, D]``, and no weights.
@@ -83,7 +83,9 @@ def race_attention_forward(
         ValueError: something is asked for that RACE Attention has not: dropout, a window, a cap, weights.
     """
     given = query.shape[2]
-    if race_rows is not None and not race_rows.sequence.length:  # a shard without tokens; the one that is there is nobody's
+    if (
+        race_sequence is not None and not race_sequence.sequence.length
+    ):  # a shard without tokens; the one that is there is nobody's
         query, key, value = (x[:, :, :0] for x in (query, key, value))
     batch, _, length, _ = query.shape
     keys = key.shape[2]
@@ -94,8 +96,8 @@ def race_attention_forward(
             "Attention computes no cross attention, so take another implementation"
         )
     core = _core(module, query, key)
-    if race_rows is None or keys != length:
-        rows = rows_of(
+    if race_sequence is None or keys != length:
+        rows = batch_sequence(
             batch,
             keys,
             query.device,
@@ -104,7 +106,7 @@ def race_attention_forward(
             position_ids=position_ids if keys == length else None,
         )
     else:
-        rows = race_rows
+        rows = race_sequence
     if keys != length:  # a cache of all keys: only the last rows are asked for
         query = F.pad(query, (0, 0, keys - length, 0))
     q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
@@ -147,7 +149,7 @@ def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
     """The core of a layer, made on first use; it has no parameters and adds nothing to a checkpoint."""
     core = getattr(module, "race_core", None)
     shape = (query.shape[1], key.shape[1], query.shape[3], getattr(module, "is_causal", True) is not False)
-    made_for = (repr(getattr(module.config, ENTRY, None)), shape)
+    made_for = (repr(getattr(module.config, CONFIG_ENTRY, None)), shape)
     if not isinstance(core, RaceCore) or module.race_made_for != made_for:
         core = module.race_core = _make_core(module, *shape, device=query.device)
         module.race_made_for = made_for
@@ -159,8 +161,8 @@ def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
 def _make_core(module: Any, heads: int, kv_heads: int, head_dim: int, causal: bool, *, device: torch.device) -> RaceCore:
     config = (
         Settings.of(module.config)
-        .of_implementation()
-        .filled(dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+        .implementation_config()
+        .with_model_dims(dim=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     )
     if not causal:
         config = RaceConfig.model_validate(config.model_dump() | {"causal": False})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from race_dist.integrations.transformers.cache import cache_layer
 from race_dist.integrations.transformers.projections import Projections
-from race_dist.integrations.transformers.rows import Rows, rows_of
+from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
 from race_dist.nn.norm import compute_dtype
 
@@ -52,7 +52,7 @@ class RaceSelfAttention(RaceAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(config, layer_idx, draw=False, device=device, dtype=dtype)
+        super().__init__(config, layer_idx, init_weights=False, device=device, dtype=dtype)
         self.layer_idx, self.inherit_rope, self.is_causal = layer_idx, inherit_rope, True
         self.projections = projections
         for name in (*projections.names, *(projections.norms or ())):
@@ -79,7 +79,7 @@ class RaceSelfAttention(RaceAttention):
             **self.config.model_dump(mode="json", exclude={"backend"}),
         }
 
-    def differs_from(self, stored: Tensor) -> str | None:
+    def settings_mismatch(self, stored: Tensor) -> str | None:
         """Why weights with these ``race_settings`` do not belong here; None where they do."""
         own, there = self._settings(), _from_bytes(stored)
         if there is None:
@@ -106,19 +106,19 @@ class RaceSelfAttention(RaceAttention):
     ) -> None:
         stored = state_dict.get(f"{prefix}race_settings")
         looked_at = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
-        problem = self.differs_from(stored) if isinstance(stored, Tensor) and looked_at else None
+        problem = self.settings_mismatch(stored) if isinstance(stored, Tensor) and looked_at else None
         if problem is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def settle_on_weights(self) -> None:
+    def reset_constants_on_weight_device(self) -> None:
         """Make the constants anew where the weights are: a loader has put them there without ``.to``."""
         like: Tensor | None = next((p for p in self.parameters() if not p.is_meta), None)
         if like is None:  # offloaded: they come to this device when the layer runs
             device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
             like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)
-        self.settle(like)
+        self.reset_constants(like)
 
     def forward(  # type: ignore[override]
         self,
@@ -130,20 +130,20 @@ class RaceSelfAttention(RaceAttention):
         layer_past: Any = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        race_rows: Rows | None = None,
+        race_sequence: BatchSequence | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """``hidden_states [B, T, dim]`` to the same, and no attention weights.
 
-        The past comes from and goes to a cache by whichever name this version of transformers gives it. ``race_rows`` is
+        The past comes from and goes to a cache by whichever name this version of transformers gives it. ``race_sequence`` is
         what :func:`attach` has found out for all layers; a layer called by itself takes padding masks, positions and
         cu_seq_lens.
         """
         past = next((c for c in (cache, past_key_values, layer_past) if c is not None), None)
         batch, length, _ = hidden_states.shape
         store = None if past is None else cache_layer(past, self.layer_idx)
-        if race_rows is None:
-            race_rows = rows_of(
+        if race_sequence is None:
+            race_sequence = batch_sequence(
                 batch,
                 length,
                 hidden_states.device,
@@ -152,17 +152,17 @@ class RaceSelfAttention(RaceAttention):
                 cu_seqlens=cu_seq_lens_q,
                 past=0 if store is None else store.seen,
                 position=None if store is None else store.position,
-                final=store is not None,
+                return_carry=store is not None,
             )
-        if not race_rows.sequence.final:
+        if not race_sequence.sequence.return_carry:
             store = None  # in training a cache is made that nobody reads
-        sequence = self._turned(race_rows, position_embeddings, hidden_states)
+        sequence = self._turned(race_sequence, position_embeddings, hidden_states)
         carry = None if store is None else self._past(store.carry, hidden_states)
-        y, carry = RaceAttention.forward(self, race_rows.fold(hidden_states), carry, sequence)
+        y, carry = RaceAttention.forward(self, race_sequence.fold(hidden_states), carry, sequence)
         if store is not None:
             assert carry is not None
-            store.advance(carry, length, _next_position(race_rows.sequence, store.position))
-        return race_rows.unfold(y), None
+            store.advance(carry, length, _next_position(race_sequence.sequence, store.position))
+        return race_sequence.unfold(y), None
 
     def _past(self, carry: RaceCarry | None, x: Tensor) -> RaceCarry:
         """The carry to go on from, on the device of ``x``; decoding starts from a float64 sketch, whose mass keeps
@@ -171,7 +171,7 @@ class RaceSelfAttention(RaceAttention):
             return self.zero_carry(x.shape[0], device=x.device, dtype=x.dtype, state_dtype=torch.float64)
         return carry.with_tensors(tuple(t.to(x.device) for t in carry.tensors()))
 
-    def _turned(self, rows: Rows, embeddings: tuple[Tensor, Tensor] | None, x: Tensor) -> Sequence:
+    def _turned(self, rows: BatchSequence, embeddings: tuple[Tensor, Tensor] | None, x: Tensor) -> Sequence:
         """The sequence, with the model's cosines and sines where this layer inherits them."""
         if not self.inherit_rope or self.rope_base is None:
             return rows.sequence

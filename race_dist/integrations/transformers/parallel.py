@@ -13,10 +13,17 @@ from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.attach import sequence_parallel
 from race_dist.integrations.transformers.rows import packed_boundaries
 from race_dist.messages import shown
-from race_dist.parallel import all_gather_tensor, broadcast_tensor, check_ranks_agree, group_rank, group_size, shard_sequence
+from race_dist.parallel import (
+    all_gather_tensor,
+    broadcast_tensor,
+    check_same_on_all_ranks,
+    group_rank,
+    group_size,
+    shard_sequence,
+)
 from race_dist.parallel.sharding import check_layout
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout: str = "contiguous") -> dict[str, Any]:
@@ -61,8 +68,8 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
         whole |= {"cu_seq_lens_q": cu_seqlens} if rows == 1 else {}
     if whole.get("labels") is not None:
         if whole.get("shift_labels") is None:
-            whole["shift_labels"] = torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE)
-        whole["num_items_in_batch"] = (whole["shift_labels"] != IGNORE).sum().clamp(min=1)
+            whole["shift_labels"] = torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        whole["num_items_in_batch"] = (whole["shift_labels"] != IGNORE_INDEX).sum().clamp(min=1)
     if group_size(group) == 1:
         return whole
     assert group is not None
@@ -101,7 +108,7 @@ class ShardedLoader:
         for batch in self.loader:
             tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
             facts = {"keys and dtypes": ", ".join(f"{n} {t.dtype} {t.dim()}d" for n, t in sorted(tensors.items()))}
-            check_ranks_agree(facts, self.group, what="a batch to share")
+            check_same_on_all_ranks(facts, self.group, what="a batch to share")
             device = batch["input_ids"].device
             sizes = torch.tensor([[*t.shape, *[0] * (4 - t.dim())] for _, t in sorted(tensors.items())], device=device)
             everyone = all_gather_tensor(sizes, self.group).tolist()

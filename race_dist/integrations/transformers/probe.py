@@ -25,7 +25,7 @@ INNOCENT = ("position_ids", "cache_position", "position_embeddings")  # tensors 
 
 
 @dataclass
-class Call:
+class AttentionCall:
     """One run of an attention module.
 
     Attributes:
@@ -71,9 +71,9 @@ def run(decoder: nn.Module) -> None:
             module.training = mode
 
 
-def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, Call]:
+def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
     """Run the decoder and note what each of the modules does; those that were not reached are left out."""
-    seen: dict[int, Call] = {}
+    seen: dict[int, AttentionCall] = {}
     functions: dict[int, dict[str, Any]] = {}
 
     def attention(
@@ -94,7 +94,7 @@ def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             y = out[0] if isinstance(out, tuple) else out
-            seen[index] = Call(x, kwargs, y, **functions.get(id(module), {}))
+            seen[index] = AttentionCall(x, kwargs, y, **functions.get(id(module), {}))
 
         return hook
 
@@ -135,7 +135,7 @@ def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
 
 
 def check_same(
-    call: Call, attention: nn.Module, projections: Projections, where: str, *, longest: int | None, rotated: bool
+    call: AttentionCall, attention: nn.Module, projections: Projections, where: str, *, longest: int | None, rotated: bool
 ) -> None:
     """Raise ValueError, naming the module, unless projections alone make what its attention function was handed.
 
@@ -174,7 +174,7 @@ def check_same(
         )
 
 
-def _check_asked(call: Call, where: str, longest: int | None, leave: str) -> None:
+def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
     asked = call.asked or {}
     size = call.mask.size if isinstance(call.mask, Pattern) else None
     windows = [int(n) for n in (size, asked.get("sliding_window")) if n is not None]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # Llama, Qwen, Mistral and their kin
 FUSED = ("query_key_value", "dense")  # GPT-NeoX
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
-TAKEN = (*SEPARATE, *FUSED, *(name for pair in NORMS for name in pair))
+INHERITED_MODULES = (*SEPARATE, *FUSED, *(name for pair in NORMS for name in pair))
 POSITION_BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")  # of rotary positions, which the model owns
 
 

@@ -12,7 +12,7 @@ from race_dist.nn import Sequence
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchSequence:
     """A batch ``[B, T]`` as RACE layers take it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Rows:
         return x.reshape(self.batch, -1, *x.shape[2:]) if self.folded else x
 
 
-def rows_of(
+def batch_sequence(
     batch: int,
     length: int,
     device: torch.device,
@@ -44,10 +44,10 @@ def rows_of(
     cu_seqlens: Tensor | None = None,
     past: int = 0,
     position: Tensor | int | None = None,
-    final: bool = False,
+    return_carry: bool = False,
     group: ProcessGroup | None = None,
     layout: str = "contiguous",
-) -> Rows:
+) -> BatchSequence:
     """What a call of a transformers model says about its rows.
 
     As in transformers, positions that start anew mean packed documents only where there is no mask and no past. Padding is
@@ -60,7 +60,7 @@ def rows_of(
         cu_seqlens: ``[N + 1]`` boundaries of documents packed in one row (of the whole sequence, under a group).
         past: tokens that a cache has seen, padding included.
         position: those that are no padding, an int or ``[B]``; None: the mask says it, and without a mask all are real.
-        final: whether the carry after the rows is wanted.
+        return_carry: whether the carry after the rows is wanted.
         group, layout: ranks that each hold a shard of the rows.
 
     Raises:
@@ -90,10 +90,10 @@ def rows_of(
     if group is None and cu_seqlens is None and mask is None and position_ids is not None and not past:
         cu_seqlens = packed_boundaries(position_ids)
         folded = cu_seqlens is not None
-    if folded and final and batch > 1:
+    if folded and return_carry and batch > 1:
         raise ValueError(f"{batch} packed rows leave no one carry to go on from: give use_cache=False")
     if folded:
-        sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, final=final, device=device)
+        sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, return_carry=return_carry, device=device)
     else:
         sequence = Sequence.of(
             length,
@@ -102,7 +102,7 @@ def rows_of(
             group=group,
             layout=layout,
             position=position,
-            final=final,
+            return_carry=return_carry,
             device=device,
         )
     if group is not None and cu_seqlens is None and mask is None and position_ids is not None:
@@ -110,7 +110,7 @@ def rows_of(
     if position_ids is not None:
         positions = position_ids.reshape(-1) if folded else position_ids[0] if batch == 1 else position_ids
         sequence = replace(sequence, positions=positions)
-    return Rows(sequence, batch, folded)
+    return BatchSequence(sequence, batch, folded)
 
 
 def packed_boundaries(position_ids: Tensor) -> Tensor | None:

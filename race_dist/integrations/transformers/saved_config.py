@@ -29,9 +29,9 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from race_dist.integrations.transformers.attach import attach
+from race_dist.integrations.transformers.attach import install_decoder_hook
 from race_dist.integrations.transformers.layer import LOADING, RaceSelfAttention
-from race_dist.integrations.transformers.settings import ENTRY, IMPLEMENTATION, Settings, portable
+from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings, stored_options
 
 CONVERTED = "race_converted"  # the stored name where layers were converted and the others are softmax
 KEY = "_attn_implementation"
@@ -74,7 +74,9 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
     result[KEY] = entry
     if _own(config) == IMPLEMENTATION and not Settings.of(config).layers:
         settings = Settings.of(config)
-        result[ENTRY] = settings.model_copy(update={"options": portable(settings.of_implementation())}).model_dump(mode="json")
+        result[CONFIG_ENTRY] = settings.model_copy(
+            update={"options": stored_options(settings.implementation_config())}
+        ).model_dump(mode="json")
     return result
 
 
@@ -82,7 +84,7 @@ def _own(config: Any) -> str | None:
     """The implementation of one configuration: "race", "race_converted" or None for anything else."""
     if getattr(config, KEY, None) == IMPLEMENTATION:
         return IMPLEMENTATION
-    return CONVERTED if getattr(config, ENTRY, None) is not None and Settings.of(config).layers else None
+    return CONVERTED if getattr(config, CONFIG_ENTRY, None) is not None and Settings.of(config).layers else None
 
 
 def _stored_implementation(config: Any) -> str | dict[str, Any] | None:
@@ -120,7 +122,7 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
                 f"{type(model).__name__} has cross attention, from a decoder to its encoder, which "
                 f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation'
             )
-        Settings.of(config).of_implementation()
+        Settings.of(config).implementation_config()
         _attach(model, named=True)
     return original(model, attn_implementation, *args, **kwargs)
 
@@ -131,7 +133,7 @@ def _attach(model: Any, *, named: bool = False) -> None:
     if not named and getattr(model.config, KEY, None) != IMPLEMENTATION:
         return
     with contextlib.suppress(TypeError, AttributeError):  # no decoder, or not yet made
-        attach(model)
+        install_decoder_hook(model)
 
 
 def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Settings], None]) -> None:
@@ -178,7 +180,7 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     if left:
         raise ValueError(
             f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
-            f"was made of the given configuration has not: its config.{ENTRY} must name them, as the saved one's"
+            f"was made of the given configuration has not: its config.{CONFIG_ENTRY} must name them, as the saved one's"
         )
     finish_loading(model)
     return (model, info) if wanted else model
@@ -192,10 +194,10 @@ def finish_loading(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, RaceSelfAttention):
-            problem = module.differs_from(module.race_settings)
+            problem = module.settings_mismatch(module.race_settings)
             if problem is not None:
                 raise ValueError(f"{name}: {problem}")
-            module.settle_on_weights()
+            module.reset_constants_on_weight_device()
 
 
 # --- HF's Trainer, which is costly to import: it is changed once it is there and a model is made --------------------------
@@ -231,6 +233,6 @@ def check_same_attention(folder: str | Path, config: Any) -> None:
 
 def _attention(entries: dict[str, Any]) -> tuple[Any, Any]:
     """Implementation and settings, but for the backend, of a configuration as JSON has it."""
-    name, settings = entries.get(KEY), entries.get(ENTRY) or {}
+    name, settings = entries.get(KEY), entries.get(CONFIG_ENTRY) or {}
     options = {key: value for key, value in settings.get("options", {}).items() if key != "backend"}
     return name, (settings | {"options": options} if name else None)

@@ -12,10 +12,10 @@ from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
 
 IMPLEMENTATION = "race"
-ENTRY = "race_attention"
+CONFIG_ENTRY = "race_attention"
 
 # What attn_implementation="race" has where its options say nothing: it adds no parameters to a model.
-WITHOUT_PARAMETERS: dict[str, Any] = {
+IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
     "normalization": "global",
     "decay": "none",
     "short_conv": 0,
@@ -24,8 +24,8 @@ WITHOUT_PARAMETERS: dict[str, Any] = {
     "rope_base": None,
 }
 # What a converted layer has: outputs are averages of values, as softmax's are, which is nearer to what it is to imitate.
-STARTING_POINT: dict[str, Any] = {"normalization": "global", "output_gate": False}
-OWNED_BY_THE_MODEL = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal")
+CONVERSION_DEFAULTS: dict[str, Any] = {"normalization": "global", "output_gate": False}
+MODEL_FIELDS = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal")
 
 
 class Settings(StrictConfig):
@@ -48,26 +48,26 @@ class Settings(StrictConfig):
         Raises:
             ValueError: the entry is not of this form.
         """
-        entry = getattr(config, ENTRY, None)
+        entry = getattr(config, CONFIG_ENTRY, None)
         if entry is None:
             return cls()
         if not isinstance(entry, Mapping):
             raise ValueError(
-                f"config.{ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {shown(entry)}"
+                f"config.{CONFIG_ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {shown(entry)}"
             )
-        return cls.check(dict(entry), source=f"config.{ENTRY}")
+        return cls.check(dict(entry), source=f"config.{CONFIG_ENTRY}")
 
     def store(self, config: Any) -> None:
         """Write them into a transformers configuration, which saves them with the model."""
-        setattr(config, ENTRY, self.model_dump(mode="json"))
+        setattr(config, CONFIG_ENTRY, self.model_dump(mode="json"))
 
-    def of_implementation(self) -> RaceConfig:
+    def implementation_config(self) -> RaceConfig:
         """What ``attn_implementation="race"`` computes.
 
         Raises:
             ValueError: an option is out of its range, or needs parameters.
         """
-        config = RaceConfig.check(WITHOUT_PARAMETERS | self.options, source=f"config.{ENTRY}.options")
+        config = RaceConfig.check(IMPLEMENTATION_DEFAULTS | self.options, source=f"config.{CONFIG_ENTRY}.options")
         trained = [name for name in ("short_conv", "output_gate", "train_beta", "train_planes") if getattr(config, name)]
         trained += ["decay"] if config.decay == "token" else []
         if trained:
@@ -77,16 +77,16 @@ class Settings(StrictConfig):
             )
         return config
 
-    def of_layers(self) -> RaceConfig:
+    def layer_config(self) -> RaceConfig:
         """What converted layers compute.
 
         Raises:
             ValueError: an option is out of its range.
         """
-        return RaceConfig.check(STARTING_POINT | self.options, source=f"config.{ENTRY}.options")
+        return RaceConfig.check(CONVERSION_DEFAULTS | self.options, source=f"config.{CONFIG_ENTRY}.options")
 
 
-def portable(config: RaceConfig) -> dict[str, Any]:
+def stored_options(config: RaceConfig) -> dict[str, Any]:
     """Every field but those that the model says, as JSON has them: what ``config.json`` keeps, so that a default that
     changes later changes no model."""
-    return config.model_dump(mode="json", exclude=set(OWNED_BY_THE_MODEL))
+    return config.model_dump(mode="json", exclude=set(MODEL_FIELDS))

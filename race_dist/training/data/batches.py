@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from race_dist.models.loss import IGNORE
+from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import shard_lengths
 from race_dist.training.data.corpus import Split, Tokens
 
@@ -38,7 +38,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardedBatch:
     """What a rank puts into the model.
 
     Attributes:
@@ -72,9 +72,9 @@ class Batch:
     def targets(self) -> int:
         """Targets that count, over all rows. The first token of a document is nobody's target."""
         starts = self.starts[: self.count]
-        return self.count * self.context - sum(len(self.split.inside(s + 1, s + self.context + 1)) for s in starts)
+        return self.count * self.context - sum(len(self.split.boundaries_in(s + 1, s + self.context + 1)) for s in starts)
 
-    def rows_of(self, group: int, groups: int) -> range:
+    def rows_of_dp_rank(self, group: int, groups: int) -> range:
         """The rows of one of ``groups`` groups of ranks."""
         return range(group * len(self.starts) // groups, (group + 1) * len(self.starts) // groups)
 
@@ -82,17 +82,17 @@ class Batch:
         """``context + 1`` tokens, unread where they lie in one piece of a memory map (``data.held_out = "tail"``)."""
         return self.split.view(self.starts[index], self.context + 1)
 
-    def part(self, rows: range, shard: Shard) -> Part:
+    def shard(self, rows: range, shard: Shard) -> ShardedBatch:
         """The shard of some rows. Documents that are kept apart need one sequence: rows are then strung together."""
         if self.split.boundaries is None:
             pieces = [self._window(row, shard.runs(self.context)) for row in rows]
             inputs, labels = (torch.stack([piece[n] for piece in pieces]) for n in (0, 1))
-            return Part(inputs, labels)
+            return ShardedBatch(inputs, labels)
         runs = shard.runs(len(rows) * self.context)
         pieces = [self._window(rows[n], [(low, high)]) for start, stop in runs for n, low, high in self._cut(start, stop)]
         empty = torch.zeros(0, dtype=torch.int64)
         inputs, labels = (torch.cat([empty, *(piece[n] for piece in pieces)])[None] for n in (0, 1))
-        return Part(inputs, labels, self._documents(rows))
+        return ShardedBatch(inputs, labels, self._documents(rows))
 
     def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Rows strung together: a run of that sequence as (row, start, stop) of each row it touches."""
@@ -108,9 +108,11 @@ class Batch:
         for low, high in runs:
             tokens = torch.from_numpy(self.split.read(start + low, high - low + 1).astype(np.int64))
             targets = tokens[1:].clone()
-            targets[torch.from_numpy(self.split.inside(start + low + 1, start + high + 1) - (start + low + 1))] = IGNORE
+            targets[torch.from_numpy(self.split.boundaries_in(start + low + 1, start + high + 1) - (start + low + 1))] = (
+                IGNORE_INDEX
+            )
             if row >= self.count:
-                targets.fill_(IGNORE)
+                targets.fill_(IGNORE_INDEX)
             inputs.append(tokens[:-1])
             labels.append(targets)
         return torch.cat(inputs), torch.cat(labels)
@@ -122,7 +124,7 @@ class Batch:
             start = self.starts[row]
             bounds += [
                 np.array([n * self.context], np.int64),
-                self.split.inside(start + 1, start + self.context) - start + n * self.context,
+                self.split.boundaries_in(start + 1, start + self.context) - start + n * self.context,
             ]
         return torch.from_numpy(np.unique(np.concatenate(bounds)))
 

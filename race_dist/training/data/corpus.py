@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from race_dist.training.data.text_files import (
     STDLIB,
-    LeftOut,
+    SkippedFiles,
     check_pattern,
     find_texts,
     printable,
@@ -67,7 +67,7 @@ class Split:
         runs = self._runs(start, length)
         return self.tokens[runs[0][0] : runs[0][1]] if len(runs) == 1 else self.read(start, length)
 
-    def inside(self, start: int, stop: int) -> NDArray[np.int64]:
+    def boundaries_in(self, start: int, stop: int) -> NDArray[np.int64]:
         """Boundaries b of documents with ``start <= b < stop``."""
         if self.boundaries is None:
             return np.empty(0, np.int64)
@@ -98,7 +98,7 @@ class Corpus:
         vocab_size: tokens are below it.
         text_bytes: bytes of UTF-8 text that the tokens stand for.
         tokenizer: the file that made the tokens; None: they are bytes.
-        left_out: files of its folder that were not read.
+        skipped: files of its folder that were not read.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Corpus:
     vocab_size: int = BYTE_VOCAB
     text_bytes: int | None = None
     tokenizer: Path | None = None
-    left_out: LeftOut = field(default_factory=LeftOut)
+    skipped: SkippedFiles = field(default_factory=SkippedFiles)
 
     @property
     def bytes_per_token(self) -> float:
@@ -224,7 +224,7 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True, option: st
 
     The files of a folder are its documents, in the order of their relative paths; linked folders are followed. Hidden files
     are left out, and of files with the same content only the first is kept, so that no held-out file is also trained on:
-    ``Corpus.left_out`` names what was not read.
+    ``Corpus.skipped`` names what was not read.
 
     Args:
         path: where.
@@ -248,8 +248,8 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True, option: st
             raise ValueError(f"data.pattern = {pattern!r} picks files of a folder, but {path} is a packed corpus; leave it out")
         return open_packed(source)
     if source.is_dir():
-        files, left_out = find_texts(source, pattern)
-        return _join(path, files, left_out, option)
+        files, skipped = find_texts(source, pattern)
+        return _join(path, files, skipped, option)
     if not source.is_file():
         what = f"{source} is no regular file" if source.exists() else f"there is no file or folder {source}"
         raise FileNotFoundError(f"{option}: {what}")
@@ -261,8 +261,8 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True, option: st
     return Corpus(path, np.memmap(source, dtype=np.uint8, mode="r"))
 
 
-def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: str) -> Corpus:
-    """The files' texts one after the other, each content once. ``left_out`` gets those that are not read; None: files that
+def _join(path: str, files: Iterable[Path], skipped: SkippedFiles | None, option: str) -> Corpus:
+    """The files' texts one after the other, each content once. ``skipped`` gets those that are not read; None: files that
     are no text are expected."""
     seen: dict[bytes, bytes] = {}
     total = 0
@@ -270,7 +270,7 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: st
     for file in files:
         text = read_utf8(file)
         if text is None:
-            if left_out is None:
+            if skipped is None:
                 continue
             others = "pick other files with data.pattern, " if option == "data.path" else ""
             raise ValueError(
@@ -282,8 +282,8 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: st
         if text and key not in seen:
             seen[key] = text
             total += len(text)
-        elif text and left_out is not None:
-            left_out.add(file, "has the content of another file")
+        elif text and skipped is not None:
+            skipped.add(file, "has the content of another file")
         if total > LARGEST_IN_MEMORY:
             raise ValueError(
                 f"{option}: the files in {path} are more than {LARGEST_IN_MEMORY // 2**30} GiB of text, which "
@@ -293,4 +293,4 @@ def _join(path: str, files: Iterable[Path], left_out: LeftOut | None, option: st
     if not total:
         raise ValueError(f"{option}: no text was found in {path}: its files are empty; give a text file, or a folder of them")
     ends = np.cumsum([0, *map(len, seen.values())]).astype(np.int64)
-    return Corpus(path, np.frombuffer(b"".join(seen.values()), dtype=np.uint8), ends, left_out=left_out or LeftOut())
+    return Corpus(path, np.frombuffer(b"".join(seen.values()), dtype=np.uint8), ends, skipped=skipped or SkippedFiles())

@@ -20,12 +20,12 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from race_dist.files import DamagedFileError, check_record, read_object, write_record
+from race_dist.files import DamagedFileError, read_json_object, verify_json, write_checksummed_json
 from race_dist.output_paths import check_output_folder
 from race_dist.training.data.corpus import BYTE_VOCAB, Corpus, expand_home, sample_digest
 from race_dist.training.data.text_files import (
     STDLIB,
-    LeftOut,
+    SkippedFiles,
     Undecodable,
     check_pattern,
     find_texts,
@@ -156,7 +156,7 @@ def pack(
     check_output_folder(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or remove it")
-    files, left_out = _sources(path, pattern)
+    files, skipped = _sources(path, pattern)
     encode = ByteEncode() if tokenizer is None else TokenizerEncode(tokenizer)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
@@ -166,10 +166,10 @@ def pack(
             for source in files:
                 if progress is not None:
                     progress(source)
-                _add(writer, source, skip_undecodable or path == STDLIB, left_out)
+                _add(writer, source, skip_undecodable or path == STDLIB, skipped)
         bounds = writer.bounds()
         if not bounds[-1]:
-            raise ValueError(f"no text was found in {path}: its files are empty{left_out.sentence('; left out')}")
+            raise ValueError(f"no text was found in {path}: its files are empty{skipped.describe('; left out')}")
         (partial / DOCUMENTS).write_bytes(bounds.tobytes())
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER)
@@ -188,13 +188,13 @@ def pack(
         raise OSError(f"{out} could not be written: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return replace(open_packed(out), left_out=left_out if path != STDLIB else LeftOut())
+    return replace(open_packed(out), skipped=skipped if path != STDLIB else SkippedFiles())
 
 
-def _sources(path: str, pattern: str) -> tuple[list[Path], LeftOut]:
+def _sources(path: str, pattern: str) -> tuple[list[Path], SkippedFiles]:
     check_pattern(path, pattern)
     if path == STDLIB:
-        return stdlib_texts(), LeftOut()
+        return stdlib_texts(), SkippedFiles()
     source = expand_home(path, "PATH")
     if is_packed(source):
         raise ValueError(f"{source} is a packed corpus already; give the text that it was packed from")
@@ -203,18 +203,18 @@ def _sources(path: str, pattern: str) -> tuple[list[Path], LeftOut]:
     if not source.is_file():
         what = "is no regular file" if source.exists() else "is no file or folder"
         raise FileNotFoundError(f"{source} {what}; give a text file or a folder")
-    return [source], LeftOut()
+    return [source], SkippedFiles()
 
 
-def _add(writer: _Writer, source: Path, skip: bool, left_out: LeftOut) -> None:
+def _add(writer: _Writer, source: Path, skip: bool, skipped: SkippedFiles) -> None:
     before = writer.file.tell()
     try:
         if not writer.add(utf8_pieces(source, _PIECE)):
-            left_out.add(source, "has the content of another file")
+            skipped.add(source, "has the content of another file")
     except Undecodable as error:
         if not skip:
             raise Undecodable(f"{error}, or leave such files out with --skip-undecodable") from None
-        left_out.add(source, "is not UTF-8 text")
+        skipped.add(source, "is not UTF-8 text")
         writer.file.seek(before)
         writer.file.truncate()
 
@@ -232,7 +232,7 @@ def _write_index(folder: Path, encode: Encode, documents: int, text_bytes: int, 
         "sample": sample_digest(tokens),
         "sha256": {name: _sha256(folder / name) for name in (TOKENS, DOCUMENTS, TOKENIZER) if (folder / name).is_file()},
     }
-    write_record(folder / INDEX, index)
+    write_checksummed_json(folder / INDEX, index)
 
 
 def _sha256(file: Path) -> str:
@@ -305,13 +305,13 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DamagedFileError(f"{file} is {'no file' if os.path.lexists(file) else 'missing'}; pack the text again")
     try:
-        index = read_object(file, _KINDS)
+        index = read_json_object(file, _KINDS)
         wrong = [key for key in ("tokens", "documents", "vocab_size", "text_bytes") if index[key] < 1]
         wrong += ["dtype"] if index["dtype"] not in ("<u1", "<u2", "<u4") else []
         if wrong:
             raise DamagedFileError(f"{', '.join(wrong)} cannot be right")
         if index["format"] == FORMAT:
-            check_record(file, index, required=False)  # one that was packed before there were checksums has none
+            verify_json(file, index, required=False)  # one that was packed before there were checksums has none
     except (OSError, DamagedFileError) as error:
         reason = str(error).removeprefix(f"{file} is damaged: ")
         raise DamagedFileError(f"{file} is damaged: {reason}; pack the text again") from None

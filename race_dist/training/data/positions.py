@@ -73,11 +73,13 @@ def _window(
 ) -> None:
     device = model.embed.weight.device
     carry: ModelCarry | None = model.zero_carry(1, state_dtype=torch.float64)
-    boundaries = [int(b) - batch.starts[0] for b in batch.split.inside(batch.starts[0] + 1, batch.starts[0] + batch.context)]
+    boundaries = [
+        int(b) - batch.starts[0] for b in batch.split.boundaries_in(batch.starts[0] + 1, batch.starts[0] + batch.context)
+    ]
     for start in range(0, batch.context, chunk):
         stop = min(start + chunk, batch.context)
         window = Batch(batch.split, (batch.starts[0] + start,), stop - start, 1)
-        part = window.part(range(1), Shard())
+        part = window.shard(range(1), Shard())
         cu = None
         if batch.split.boundaries is not None:
             inside = [b - start for b in boundaries if start <= b < stop]

@@ -22,7 +22,7 @@ class Undecodable(ValueError):
 
 
 @dataclass
-class LeftOut:
+class SkippedFiles:
     """Files and folders of a text folder that were not read, with why."""
 
     names: list[tuple[str, str]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class LeftOut:
     def __bool__(self) -> bool:
         return bool(self.names)
 
-    def sentence(self, begin: str = "left out") -> str:
+    def describe(self, begin: str = "left out") -> str:
         """``"left out: 5 of the folder's entries: ..."``, empty where nothing was left out."""
         if not self.names:
             return ""
@@ -61,7 +61,7 @@ def check_pattern(path: str, pattern: str) -> None:
         raise ValueError(f"data.pattern = {pattern!r} does not match the file {source}; leave it out, or give the folder")
 
 
-def find_texts(root: Path, pattern: str) -> tuple[list[Path], LeftOut]:
+def find_texts(root: Path, pattern: str) -> tuple[list[Path], SkippedFiles]:
     """The files under ``root`` whose names match, in the order of their relative paths: the same on every machine.
 
     Linked folders are followed, each folder is read once (a folder that is reached by its own path and by links, by its
@@ -79,14 +79,14 @@ def find_texts(root: Path, pattern: str) -> tuple[list[Path], LeftOut]:
         PermissionError: a folder cannot be listed; the message names it.
         ValueError: no file's name matches.
     """
-    left_out = LeftOut()
+    skipped = SkippedFiles()
     files = []
-    for file in _entries(root, pattern, left_out):
+    for file in _entries(root, pattern, skipped):
         why = _unusable(file)
         if why is None:
             files.append(file)
         else:
-            left_out.add(file, why)
+            skipped.add(file, why)
     if not files:
         none = (
             f"no file in {printable(root)} matches the pattern {pattern!r}"
@@ -94,12 +94,12 @@ def find_texts(root: Path, pattern: str) -> tuple[list[Path], LeftOut]:
             else f"there is no file in {printable(root)}"
         )
         raise ValueError(
-            f"no text was found: {none}{left_out.sentence('; left out')}; give a text file, or a folder and a pattern"
+            f"no text was found: {none}{skipped.describe('; left out')}; give a text file, or a folder and a pattern"
         )
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix()), left_out
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix()), skipped
 
 
-def _entries(root: Path, pattern: str, left_out: LeftOut) -> Iterator[Path]:
+def _entries(root: Path, pattern: str, skipped: SkippedFiles) -> Iterator[Path]:
     """What is no folder, of a name that matches, in ``root`` and the folders below it, linked ones last."""
     seen, folders, links = set[tuple[int, int]](), [root], list[Path]()
     while folders or links:
@@ -117,11 +117,11 @@ def _entries(root: Path, pattern: str, left_out: LeftOut) -> Iterator[Path]:
             if not is_folder and not path.match(pattern) and not (entry.is_symlink() and not os.path.exists(path)):
                 continue  # a link to nothing may have been a folder's: it is named whatever its name
             if entry.name.startswith("."):
-                left_out.add(path, "hidden")
+                skipped.add(path, "hidden")
             elif not is_folder:
                 yield path
             elif entry.name in _NOT_TEXT:
-                left_out.add(path, "installed or compiled code")
+                skipped.add(path, "installed or compiled code")
             else:
                 (links if entry.is_symlink() else folders).append(path)
 

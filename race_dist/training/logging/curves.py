@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from race_dist.files import is_kind, read_record
+from race_dist.files import has_json_type, read_checksummed_json
 from race_dist.output_paths import replacing
-from race_dist.training.logging.metrics import UNIFORM_BITS, bits
+from race_dist.training.logging.metrics import UNIFORM_BITS, nats_to_bits
 
 COLOURS = ("#2b6cb0", "#c8502d", "#2f855a", "#805ad5", "#b7791f", "#0f766e", "#b83280", "#4a5568")
 QUIET = "#8a8a8a"
@@ -28,7 +28,7 @@ FADED = 0.35  # how strong the training curve is beside the held-out one
 
 
 @dataclass(frozen=True)
-class Curves:
+class RunCurves:
     """What is drawn of one run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Curves:
         return list(found), list(found.values())
 
 
-def draw_loss(runs: Sequence[Curves], title: str = "") -> Figure:
+def draw_loss(runs: Sequence[RunCurves], title: str = "") -> Figure:
     """Bits per byte over the steps: faint in training, strong held out; the learning rates below."""
     figure = _figure(5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -81,7 +81,7 @@ def draw_loss(runs: Sequence[Curves], title: str = "") -> Figure:
     return _plain(figure, top, bottom)
 
 
-def draw_positions(runs: Sequence[Curves], title: str = "") -> Figure:
+def draw_positions(runs: Sequence[RunCurves], title: str = "") -> Figure:
     """Bits per byte by position in the context, one line per run, context length, text and checkpoint."""
     figure = _figure(4)
     axes = figure.subplots()
@@ -89,7 +89,7 @@ def draw_positions(runs: Sequence[Curves], title: str = "") -> Figure:
     for colour, run in zip(_colours(runs), runs):
         for style, found in zip(itertools.cycle(("-", "--", ":", "-.")), run.positions):
             edges = [max(1, b["start"]) for b in found["buckets"]] + [b["stop"] for b in found["buckets"][-1:]]
-            values = [bits(b["loss"]) / found.get("bytes_per_token", 1.0) for b in found["buckets"]]
+            values = [nats_to_bits(b["loss"]) / found.get("bytes_per_token", 1.0) for b in found["buckets"]]
             drawn = axes.step(edges, [*values, *values[-1:]], where="post", color=colour, linestyle=style, linewidth=2)
             lines.append((drawn[0], f"{run.name}, windows of {found['context']:,}{_text_measured(found)}"))
     axes.set_xscale("log", base=2)
@@ -107,7 +107,7 @@ def _text_measured(found: dict[str, Any]) -> str:
     return f", {text}" + ("" if found.get("step") is None else f", step {found['step']:,}")
 
 
-def draw_progress(runs: Sequence[Curves], title: str = "") -> Figure:
+def draw_progress(runs: Sequence[RunCurves], title: str = "") -> Figure:
     """Gradient norm, speed, and where they are known utilisation and memory, over the steps."""
     wanted = [
         ("grad_norm", "gradient norm", 1.0),
@@ -181,16 +181,16 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
     found = []
     for file in files:
         try:
-            stored = read_record(file, {"context": int, "buckets": list}, required=False)
+            stored = read_checksummed_json(file, {"context": int, "buckets": list}, required=False)
             whole = (
                 stored["context"] >= 1
-                and is_kind(stored.get("bytes_per_token", 1.0), float)
+                and has_json_type(stored.get("bytes_per_token", 1.0), float)
                 and (0 < stored.get("bytes_per_token", 1.0) < math.inf)
                 and bool(stored["buckets"])
             )
             whole = whole and all(_is_bucket(bucket) for bucket in stored["buckets"])
             whole = whole and all(
-                is_kind(stored.get(key, none), (kind, type(None)))
+                has_json_type(stored.get(key, none), (kind, type(None)))
                 for key, kind, none in (("text", str, ""), ("held_out", bool, True), ("step", int, None))
             )
         except (ValueError, OverflowError):
@@ -203,19 +203,19 @@ def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _is_bucket(bucket: Any) -> bool:
     """Whether it says where it starts and stops, and the loss in between."""
-    if not isinstance(bucket, dict) or not all(is_kind(bucket.get(key), int) for key in ("start", "stop")):
+    if not isinstance(bucket, dict) or not all(has_json_type(bucket.get(key), int) for key in ("start", "stop")):
         return False
-    if not is_kind(bucket.get("targets", 0), int) or bucket.get("targets", 0) < 0:
+    if not has_json_type(bucket.get("targets", 0), int) or bucket.get("targets", 0) < 0:
         return False
     loss: Any = bucket.get("loss")
-    return 0 <= bucket["start"] < bucket["stop"] < 2**53 and is_kind(loss, float) and 0 <= loss < math.inf
+    return 0 <= bucket["start"] < bucket["stop"] < 2**53 and has_json_type(loss, float) and 0 <= loss < math.inf
 
 
 def _figure(height: float) -> Figure:
     return Figure(figsize=(8, height), layout="constrained")
 
 
-def _colours(runs: Sequence[Curves]) -> list[str]:
+def _colours(runs: Sequence[RunCurves]) -> list[str]:
     return [COLOURS[n % len(COLOURS)] for n in range(len(runs))]
 
 

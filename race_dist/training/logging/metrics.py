@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from race_dist.terminal import plain_console
-from race_dist.training.records import Board, RecordFile, Troubles, keep_records, read_metrics
+from race_dist.training.records import JsonlWriter, TensorBoardWriter, WriteErrors, read_metrics, truncate_metrics
 
-__all__ = ["UNIFORM_BITS", "Metrics", "bits", "read_metrics"]
+__all__ = ["UNIFORM_BITS", "Metrics", "nats_to_bits", "read_metrics"]
 UNIFORM_BITS = 8.0  # a byte model that has learned nothing
 
 
-def bits(nats: float) -> float:
+def nats_to_bits(nats: float) -> float:
     """Bits of a loss in nats; per byte, where a token is a byte."""
     return nats / math.log(2)
 
@@ -32,7 +32,7 @@ class Metrics:
 
     Attributes:
         seconds_before: that the run had taken before it was resumed.
-        troubles: takes what else could not be written.
+        write_errors: takes what else could not be written.
 
     Args:
         path: of the file; what another process wrote there about later steps than ``after`` is dropped.
@@ -46,14 +46,14 @@ class Metrics:
         self, path: Path, steps: int, console: Console | None = None, *, after: int = 0, board: Path | None = None
     ) -> None:
         self.console = console or plain_console()
-        self.troubles = Troubles(lambda sentence: self.say([sentence]))
-        self._board = None if board is None else Board(board, after, self.troubles)
-        kept, damaged = keep_records(path, after, self.troubles)
+        self.write_errors = WriteErrors(lambda sentence: self.say([sentence]))
+        self._board = None if board is None else TensorBoardWriter(board, after, self.write_errors)
+        kept, damaged = truncate_metrics(path, after, self.write_errors)
         if damaged:
             self.say([f"{path}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out"])
         self._evaluated = {r["step"] for r in kept if r["kind"] == "eval"}
         self.seconds_before = max((r["seconds"] or 0.0 for r in kept if "seconds" in r), default=0.0)
-        self._file = RecordFile(path, self.troubles)
+        self._file = JsonlWriter(path, self.write_errors)
         self._held_out = math.nan
         self._steps = steps
         self._bar = Progress(

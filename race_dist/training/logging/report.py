@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from race_dist.files import is_kind, write_text
+from race_dist.files import has_json_type, write_text
 from race_dist.training.config import TrainConfig
 from race_dist.training.logging.curves import (
     COLOURS,
-    Curves,
+    RunCurves,
     draw_loss,
     draw_positions,
     draw_progress,
@@ -25,7 +25,7 @@ from race_dist.training.logging.curves import (
     shown,
     to_svg,
 )
-from race_dist.training.logging.metrics import bits
+from race_dist.training.logging.metrics import nats_to_bits
 from race_dist.training.records import read_records
 from race_dist.training.rundir import RunDirectory
 
@@ -53,7 +53,7 @@ class _Run:
 
     name: str
     config: TrainConfig
-    curves: Curves
+    curves: RunCurves
     machine: dict[str, Any]
     sample: str
     damaged: int  # lines of its metrics that were left out
@@ -66,7 +66,7 @@ class _Run:
             raise FileNotFoundError(f"{path} has no {directory.metrics.name}: the run has not begun yet")
         sample = directory.sample.read_text(encoding="utf-8", errors="replace") if directory.sample.is_file() else ""
         records, damaged = read_records(directory.metrics)
-        curves = Curves(name, records, read_positions(directory.positions))
+        curves = RunCurves(name, records, read_positions(directory.positions))
         return cls(name, config, curves, directory.read_machine(), sample, damaged)
 
     def last(self, kind: str, key: str) -> float | None:
@@ -153,7 +153,7 @@ def _measurements(runs: Sequence[_Run]) -> str:
                 f"{found['context']:,}",
                 "" if found.get("step") is None else f"{found['step']:,}",
                 f"{targets:,}",
-                f"{bits(nats) / found.get('bytes_per_token', 1.0):.3f}" if targets else "?",
+                f"{nats_to_bits(nats) / found.get('bytes_per_token', 1.0):.3f}" if targets else "?",
             ]
             rows.append(_row(cells[0], cells[1:]))
     return _table(("run", "text", "tokens per window", "checkpoint of step", "targets", "bits per byte"), rows)
@@ -190,7 +190,7 @@ def _number(value: Any, form: str, unit: str = "") -> str:
     """A number in that form; what is none (a file may come from elsewhere) as it is."""
     if value is None:
         return "?"
-    return f"{value:{form}}{unit}" if is_kind(value, float) else str(value)
+    return f"{value:{form}}{unit}" if has_json_type(value, float) else str(value)
 
 
 def _events(runs: Sequence[_Run]) -> str:

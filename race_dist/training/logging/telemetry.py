@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from race_dist.distributed.watchdog import post, posted
+from race_dist.distributed.watchdog import publish, published
 
 # What keeps a clock down, by NVML's bits; idle and settings of the user's own are no trouble.
 _REASONS = {
@@ -47,9 +47,9 @@ class Nvml:
         except pynvml.NVMLError as error:
             raise OSError(f"NVML does not know GPU {uuid}: {error}") from None
 
-    def ask(self, query: str, *arguments: Any) -> Any:
-        """``nvmlDevice<query>(handle, *arguments)``, or None where the card, driver or binding does not answer it."""
-        function = getattr(self._nvml, f"nvmlDevice{query}", None)
+    def query(self, name: str, *arguments: Any) -> Any:
+        """``nvmlDevice<name>(handle, *arguments)``, or None where the card, driver or binding does not answer it."""
+        function = getattr(self._nvml, f"nvmlDevice{name}", None)
         if function is None:
             return None
         try:
@@ -71,31 +71,31 @@ class Nvml:
 
     def joules(self) -> float | None:
         """Energy since the driver was loaded."""
-        answer = self.ask("GetTotalEnergyConsumption")
+        answer = self.query("GetTotalEnergyConsumption")
         return None if answer is None else answer / 1e3
 
     def watts(self) -> float | None:
         """Power drawn now."""
-        answer = self.ask("GetPowerUsage")
+        answer = self.query("GetPowerUsage")
         return None if answer is None else answer / 1e3
 
-    def slowed(self) -> list[str] | None:
+    def throttle_reasons(self) -> list[str] | None:
         """What keeps the clocks down now, in words."""
-        bits = self.ask("GetCurrentClocksEventReasons")
+        bits = self.query("GetCurrentClocksEventReasons")
         if bits is None:
-            bits = self.ask("GetCurrentClocksThrottleReasons")
+            bits = self.query("GetCurrentClocksThrottleReasons")
         return None if bits is None else [name for bit, name in _REASONS.items() if bits & bit]
 
-    def in_trouble(self) -> bool | None:
+    def is_throttled(self) -> bool | None:
         """Whether heat or the power supply keeps the clocks down, which a power cap alone is not."""
-        bits = self.ask("GetCurrentClocksEventReasons")
+        bits = self.query("GetCurrentClocksEventReasons")
         if bits is None:
-            bits = self.ask("GetCurrentClocksThrottleReasons")
+            bits = self.query("GetCurrentClocksThrottleReasons")
         return None if bits is None else bool(bits & _TROUBLE)
 
-    def others(self) -> list[dict[str, Any]] | None:
+    def other_processes(self) -> list[dict[str, Any]] | None:
         """Processes on the GPU beside this one: ``pid`` and ``bytes`` (None where not told)."""
-        running = self.ask("GetComputeRunningProcesses")
+        running = self.query("GetComputeRunningProcesses")
         return None if running is None else [{"pid": p.pid, "bytes": p.usedGpuMemory} for p in running if p.pid != os.getpid()]
 
 
@@ -150,20 +150,20 @@ class Telemetry:
             except (ImportError, OSError) as error:
                 self.missing = str(error)
         self._last: tuple[float, int] | None = None
-        post("gpu", self._post)
+        publish("gpu", self._post)
 
     def read(self) -> Reading:
         """This rank's device now."""
         gpu = self._gpu
         if gpu is None:
             return Reading()
-        memory, trouble = gpu.ask("GetMemoryInfo"), gpu.in_trouble()
+        memory, trouble = gpu.query("GetMemoryInfo"), gpu.is_throttled()
         return Reading(
             joules=gpu.joules(),
             watts=gpu.watts(),
             used=None if memory is None else int(memory.used),
-            clock=gpu.ask("GetClockInfo", gpu.constant("NVML_CLOCK_SM")),
-            celsius=gpu.ask("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
+            clock=gpu.query("GetClockInfo", gpu.constant("NVML_CLOCK_SM")),
+            celsius=gpu.query("GetTemperature", gpu.constant("NVML_TEMPERATURE_GPU")),
             slowed=None if trouble is None else int(trouble),
         )
 
@@ -175,7 +175,7 @@ class Telemetry:
         (largest), ``gpu_clock_mhz`` (lowest), ``gpu_celsius`` (highest), ``gpus_slowed`` (how many); of this rank
         ``peak_memory_gib`` (of its tensors; on a CPU of the process). What is unknown is left out."""
         found: dict[str, float] = {"peak_memory_gib": round(self._peak() / 2**30, 4)}
-        readings = [r for r in posted("gpu").values() if r]
+        readings = [r for r in published("gpu").values() if r]
         for name, key, over in (
             ("power_w", "watts", sum),
             ("gpu_memory_gib", "used", max),
