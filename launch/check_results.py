@@ -10,7 +10,7 @@ Verdict = Literal["ok", "warn", "fail", "unknown"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """An answer to one question about one rank, one node or the whole group.
 
     Attributes:
@@ -41,15 +41,15 @@ class RankReport:
     local_rank: int
     node: str
     facts: dict[str, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckResult] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> RankReport:
         """What ``dataclasses.asdict`` made, from another rank."""
-        return cls(**{**tree, "findings": [Finding(**finding) for finding in tree["findings"]]})
+        return cls(**{**tree, "findings": [CheckResult(**finding) for finding in tree["findings"]]})
 
 
-def compare_facts(reports: Sequence[RankReport]) -> list[Finding]:
+def compare_facts(reports: Sequence[RankReport]) -> list[CheckResult]:
     """One finding a fact: all ranks have it alike, or who differs."""
     found = []
     for name in sorted({name for report in reports for name in report.facts}):
@@ -57,13 +57,15 @@ def compare_facts(reports: Sequence[RankReport]) -> list[Finding]:
         common = max(values, key=lambda value: (values.count(value), value == values[0]))
         odd = [f"{report.node} (rank {report.rank}) has {value}" for report, value in zip(reports, values) if value != common]
         if odd:
-            found.append(Finding(name, "fail", common, f"not the same everywhere: most have {common}, {'; '.join(odd[:8])}"))
+            found.append(
+                CheckResult(name, "fail", common, f"not the same everywhere: most have {common}, {'; '.join(odd[:8])}")
+            )
         else:
-            found.append(Finding(name, "ok" if common != "unknown" else "unknown", common))
+            found.append(CheckResult(name, "ok" if common != "unknown" else "unknown", common))
     return found
 
 
-def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.8) -> list[Finding]:
+def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.8) -> list[CheckResult]:
     """Ranks whose figure ``name`` (larger is better) is below ``slow`` times the median: the nodes that hold up the rest."""
     values = {r.rank: f.value for r in reports for f in r.findings if f.name == name and f.value is not None}
     if len(values) < 2:
@@ -73,11 +75,13 @@ def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.
         f"{r.node} (rank {r.rank}) {values[r.rank]:.3g}" for r in reports if r.rank in values and values[r.rank] < slow * median
     ]
     if late:
-        return [Finding(f"{name}, compared", "warn", median, f"slower than the others' {median:.3g}: {', '.join(late[:8])}")]
-    return [Finding(f"{name}, compared", "ok", median)]
+        return [
+            CheckResult(f"{name}, compared", "warn", median, f"slower than the others' {median:.3g}: {', '.join(late[:8])}")
+        ]
+    return [CheckResult(f"{name}, compared", "ok", median)]
 
 
-def refusals(reports: Iterable[RankReport], shared: Iterable[Finding]) -> list[str]:
+def refusals(reports: Iterable[RankReport], shared: Iterable[CheckResult]) -> list[str]:
     """Why the job should not start here: a sentence each, with the node's name."""
     found = [
         f"{r.node} (rank {r.rank}): {f.name}: {f.detail or f.value}" for r in reports for f in r.findings if f.verdict == "fail"
@@ -85,7 +89,7 @@ def refusals(reports: Iterable[RankReport], shared: Iterable[Finding]) -> list[s
     return found + [f"{f.name}: {f.detail or f.value}" for f in shared if f.verdict == "fail"]
 
 
-def table(reports: Sequence[RankReport], shared: Sequence[Finding]) -> Any:
+def table(reports: Sequence[RankReport], shared: Sequence[CheckResult]) -> Any:
     """A rich table: every finding about the group; of ranks those that are not plainly ok, and one whole rank."""
     from rich.table import Table
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
-from race_dist.launch.check_results import Finding
+from race_dist.launch.check_results import CheckResult
 from race_dist.parallel import all_gather_tensor, all_reduce_sum, barrier, exclusive_scan, group_rank, group_size
 from race_dist.sketch import SketchState
 from race_dist.training.config import TrainConfig
@@ -51,10 +51,10 @@ def facts(config: TrainConfig | None, device: torch.device) -> dict[str, str]:
     return found
 
 
-def node(device: torch.device) -> Iterator[Finding]:
+def node(device: torch.device) -> Iterator[CheckResult]:
     """Limits of this process and this node."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield Finding(
+    yield CheckResult(
         "open files",
         "warn" if 0 < files < 4096 else "ok",
         files,
@@ -62,23 +62,23 @@ def node(device: torch.device) -> Iterator[Finding]:
     )
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     low = device.type == "cuda" and locked != resource.RLIM_INFINITY
-    yield Finding(
+    yield CheckResult(
         "locked memory",
         "warn" if low else "ok",
         None if locked == resource.RLIM_INFINITY else locked,
         f"at most {locked} bytes: RDMA needs ulimit -l unlimited" if low else "",
     )
     shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    yield Finding(
+    yield CheckResult(
         "shared memory",
         "warn" if shm < _GIB else "ok",
         shm,
         f"/dev/shm has {shm / _MIB:.0f} MiB: NCCL wants 1 GiB (--ipc=host or --shm-size)" if shm < _GIB else "",
     )
-    yield Finding("cores", "ok", len(os.sched_getaffinity(0)))
+    yield CheckResult("cores", "ok", len(os.sched_getaffinity(0)))
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
     kind = file_system(cache)
-    yield Finding(
+    yield CheckResult(
         "kernel cache",
         "warn" if kind else "ok",
         str(cache),
@@ -98,7 +98,7 @@ def file_system(path: Path) -> str | None:
     return _SHARED.get(ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF)
 
 
-def disk(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
+def disk(folder: Path, megabytes: int = 64) -> Iterator[CheckResult]:
     """Speed of the disk that checkpoints go to, and whether what is read is what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".preflight-{platform.node()}-{os.getpid()}"
@@ -115,11 +115,11 @@ def disk(folder: Path, megabytes: int = 64) -> Iterator[Finding]:
         good = all(piece == block for piece in _pieces(file))
         read = time.perf_counter() - began
     except OSError as error:
-        yield Finding("disk", "fail", str(folder), str(error))
+        yield CheckResult("disk", "fail", str(folder), str(error))
         return
     finally:
         file.unlink(missing_ok=True)
-    yield Finding(
+    yield CheckResult(
         "disk",
         "ok" if good else "fail",
         {"write_mb_s": round(megabytes * 1.048576 / wrote, 1), "read_mb_s": round(megabytes * 1.048576 / read, 1)},
@@ -133,11 +133,11 @@ def _pieces(file: Path) -> Iterator[bytes]:
             yield piece
 
 
-def space(folder: Path, config: TrainConfig | None) -> Iterator[Finding]:
+def space(folder: Path, config: TrainConfig | None) -> Iterator[CheckResult]:
     """Whether the checkpoints that the run keeps fit on the disk."""
     free = shutil.disk_usage(folder).free
     if config is None:
-        yield Finding("free space", "ok", free)
+        yield CheckResult("free space", "ok", free)
         return
     from race_dist.models import DecoderLM
 
@@ -146,7 +146,7 @@ def space(folder: Path, config: TrainConfig | None) -> Iterator[Finding]:
     kept = getattr(getattr(config, "checkpoint", None), "keep", 1) + 1  # and the one being written
     need = kept * _STATE_BYTES * parameters * (2 if config.precision == "float64" else 1)
     detail = f"{folder} has {free / _GIB:.1f} GiB left, and {kept} checkpoints take {need / _GIB:.1f}"
-    yield Finding(
+    yield CheckResult(
         "free space",
         "fail" if free < need else "ok",
         {"free_gib": round(free / _GIB, 2), "needed_gib": round(need / _GIB, 4)},
@@ -154,16 +154,16 @@ def space(folder: Path, config: TrainConfig | None) -> Iterator[Finding]:
     )
 
 
-def speed(device: torch.device) -> Iterator[Finding]:
+def speed(device: torch.device) -> Iterator[CheckResult]:
     """Memory and matrix product of this rank's device, to find one that is slower than its peers."""
     cuda = device.type == "cuda"
     size, dtype = (256 * _MIB, torch.bfloat16) if cuda else (16 * _MIB, torch.float32)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    yield Finding("copy GB/s", "ok", 2 * size / median_time(lambda: target.copy_(source), device) / 1e9)
+    yield CheckResult("copy GB/s", "ok", 2 * size / median_time(lambda: target.copy_(source), device) / 1e9)
     side = 8192 if cuda else 512
     a = torch.ones(side, side, dtype=dtype, device=device)
-    yield Finding("matmul TFLOP/s", "ok", 2 * side**3 / median_time(lambda: a @ a, device) / 1e12)
+    yield CheckResult("matmul TFLOP/s", "ok", 2 * side**3 / median_time(lambda: a @ a, device) / 1e12)
 
 
 def median_time(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
@@ -183,17 +183,17 @@ def _sync(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def all_reduce(group: ProcessGroup | None, device: torch.device) -> Iterator[Finding]:
+def all_reduce(group: ProcessGroup | None, device: torch.device) -> Iterator[CheckResult]:
     """Sums over all ranks: right to the last bit on small integers, and how fast."""
     rank, world = group_rank(group), group_size(group)
     x = (torch.arange(2**16, device=device, dtype=torch.float32) % 97) * (rank + 1)
     expected = (torch.arange(2**16, device=device, dtype=torch.float32) % 97) * (world * (world + 1) // 2)
     good = bool(torch.equal(all_reduce_sum(x, group), expected))
-    yield Finding("all-reduce", "ok" if good else "fail", good, "" if good else "the sum over the ranks is wrong")
+    yield CheckResult("all-reduce", "ok" if good else "fail", good, "" if good else "the sum over the ranks is wrong")
     for size in (2**10, 2**20, 2**26 if device.type == "cuda" else 2**23):
         data = torch.ones(size // 4, device=device)
         seconds = median_time(lambda data=data: all_reduce_sum(data, group), device)  # type: ignore[misc]
-        yield Finding(
+        yield CheckResult(
             f"all-reduce {_bytes(size)}",
             "ok",
             {"microseconds": round(seconds * 1e6, 1), "bus_gb_s": round(2 * (world - 1) / world * size / seconds / 1e9, 3)},
@@ -207,7 +207,7 @@ def scan(
     heads: int = 16,
     features: int = 64,
     width: int = 128,
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """The exclusive scan of sketches: against a plain sum of the earlier ranks' in float64, and how fast."""
     rank = group_rank(group)
     generator = torch.Generator().manual_seed(rank)
@@ -219,14 +219,14 @@ def scan(
         expected = every[:rank].double().sum(0)
         error = max(error, float((mine - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
     limit = 2.0**-22 * max(1, group_size(group))  # one rounding of float32 an addition
-    yield Finding(
+    yield CheckResult(
         "scan",
         "ok" if error <= limit else "fail",
         error,
         "" if error <= limit else f"differs from the sum of the earlier ranks' sketches by {error:.1e}",
     )
     seconds = median_time(lambda: exclusive_scan(SketchState(mass, values), group), device)
-    yield Finding("scan, microseconds", "ok", round(seconds * 1e6, 1))
+    yield CheckResult("scan, microseconds", "ok", round(seconds * 1e6, 1))
 
 
 def clock_skew(group: ProcessGroup | None) -> float:

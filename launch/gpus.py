@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from race_dist.launch.check_results import Finding, Verdict
+from race_dist.launch.check_results import CheckResult, Verdict
 from race_dist.training.logging.telemetry import Nvml, device_uuid
 
 _GIB = 2**30
@@ -15,19 +15,19 @@ _BUSY = _GIB  # memory that somebody else may hold before a GPU counts as in use
 _FABRIC = {0: "not supported", 1: "not started", 2: "in progress", 3: "completed"}
 
 
-def inspect(device: torch.device) -> list[Finding]:
+def inspect(device: torch.device) -> list[CheckResult]:
     """Findings about a rank's device. Without a GPU or without NVML: one, that says so."""
     if device.type != "cuda":
-        return [Finding("gpu", "unknown", None, "no GPU: the device is the CPU")]
+        return [CheckResult("gpu", "unknown", None, "no GPU: the device is the CPU")]
     try:
         gpu = Nvml(device_uuid(device))
     except (ImportError, OSError) as error:
-        return [Finding("gpu", "unknown", torch.cuda.get_device_name(device), str(error))]
-    name = Finding("gpu", "ok", {"name": torch.cuda.get_device_name(device), "uuid": device_uuid(device)})
+        return [CheckResult("gpu", "unknown", torch.cuda.get_device_name(device), str(error))]
+    name = CheckResult("gpu", "ok", {"name": torch.cuda.get_device_name(device), "uuid": device_uuid(device)})
     return [name, *examine(gpu)]
 
 
-def examine(gpu: Nvml) -> list[Finding]:
+def examine(gpu: Nvml) -> list[CheckResult]:
     """What the driver says about a GPU."""
     return [
         finding
@@ -36,21 +36,23 @@ def examine(gpu: Nvml) -> list[Finding]:
     ]
 
 
-def _one(name: str, value: object, bad: bool, detail: str, verdict: Verdict = "fail") -> Finding:
+def _one(name: str, value: object, bad: bool, detail: str, verdict: Verdict = "fail") -> CheckResult:
     if value is None:
-        return Finding(name, "unknown")
-    return Finding(name, verdict if bad else "ok", value, detail if bad else "")
+        return CheckResult(name, "unknown")
+    return CheckResult(name, verdict if bad else "ok", value, detail if bad else "")
 
 
-def _memory(gpu: Nvml) -> Iterator[Finding]:
+def _memory(gpu: Nvml) -> Iterator[CheckResult]:
     memory = gpu.query("GetMemoryInfo")
     if memory is None:
-        yield Finding("gpu memory", "unknown")
+        yield CheckResult("gpu memory", "unknown")
         return
-    yield Finding("gpu memory", "ok", {"total_gib": round(memory.total / _GIB, 2), "used_gib": round(memory.used / _GIB, 2)})
+    yield CheckResult(
+        "gpu memory", "ok", {"total_gib": round(memory.total / _GIB, 2), "used_gib": round(memory.used / _GIB, 2)}
+    )
 
 
-def _errors(gpu: Nvml) -> Iterator[Finding]:
+def _errors(gpu: Nvml) -> Iterator[CheckResult]:
     mode = gpu.query("GetEccMode")
     yield _one(
         "ecc",
@@ -72,15 +74,15 @@ def _errors(gpu: Nvml) -> Iterator[Finding]:
         )
     rows = gpu.query("GetRemappedRows")
     if rows is None:
-        yield Finding("remapped rows", "unknown")
+        yield CheckResult("remapped rows", "unknown")
         return
     corrected, uncorrected, pending, failure = rows
     value = {"corrected": corrected, "uncorrected": uncorrected, "pending": int(pending), "failure": int(failure)}
     if failure or pending:
         detail = "a row could not be remapped: replace the GPU" if failure else "a remapping waits for a reset of the GPU"
-        yield Finding("remapped rows", "fail", value, detail)
+        yield CheckResult("remapped rows", "fail", value, detail)
     else:
-        yield Finding(
+        yield CheckResult(
             "remapped rows",
             "warn" if uncorrected else "ok",
             value,
@@ -88,7 +90,7 @@ def _errors(gpu: Nvml) -> Iterator[Finding]:
         )
 
 
-def _links(gpu: Nvml) -> Iterator[Finding]:
+def _links(gpu: Nvml) -> Iterator[CheckResult]:
     states = [gpu.query("GetNvLinkState", link) for link in range(_MAX_LINKS)]
     known = [bool(state) for state in states if state is not None]
     value = {"active": sum(known), "inactive": len(known) - sum(known)} if known else None
@@ -103,10 +105,10 @@ def _links(gpu: Nvml) -> Iterator[Finding]:
     )
 
 
-def _fabric(gpu: Nvml) -> Iterator[Finding]:
+def _fabric(gpu: Nvml) -> Iterator[CheckResult]:
     info = gpu.query("GetGpuFabricInfoV") or gpu.query("GetGpuFabricInfo")
     if info is None or info.state == 0:
-        yield Finding("fabric", "unknown", None, "no NVLink fabric" if info is not None else "")
+        yield CheckResult("fabric", "unknown", None, "no NVLink fabric" if info is not None else "")
         return
     value = {"state": _FABRIC.get(info.state, info.state), "status": info.status}
     yield _one(
@@ -117,7 +119,7 @@ def _fabric(gpu: Nvml) -> Iterator[Finding]:
     )
 
 
-def _clocks(gpu: Nvml) -> Iterator[Finding]:
+def _clocks(gpu: Nvml) -> Iterator[CheckResult]:
     kind = gpu.constant("NVML_CLOCK_SM")
     now, most = gpu.query("GetClockInfo", kind), gpu.query("GetMaxClockInfo", kind)
     yield _one("clocks", None if now is None else {"sm_mhz": now, "max_sm_mhz": most}, False, "")
@@ -131,7 +133,7 @@ def _clocks(gpu: Nvml) -> Iterator[Finding]:
     yield _one("temperature", heat, near, f"{heat} C, and it slows down at {limit} C", "warn")
 
 
-def _power(gpu: Nvml) -> Iterator[Finding]:
+def _power(gpu: Nvml) -> Iterator[CheckResult]:
     limit, default = gpu.query("GetEnforcedPowerLimit"), gpu.query("GetPowerManagementDefaultLimit")
     value = (
         None
@@ -148,16 +150,18 @@ def _power(gpu: Nvml) -> Iterator[Finding]:
     yield _one("energy counter", gpu.joules(), False, "")
 
 
-def _pcie(gpu: Nvml) -> Iterator[Finding]:
+def _pcie(gpu: Nvml) -> Iterator[CheckResult]:
     width, most = gpu.query("GetCurrPcieLinkWidth"), gpu.query("GetMaxPcieLinkWidth")
     yield _one("pcie lanes", width, width is not None and most is not None and width < most, f"{width} of {most} lanes", "warn")
 
 
-def _others(gpu: Nvml) -> Iterator[Finding]:
+def _others(gpu: Nvml) -> Iterator[CheckResult]:
     others = gpu.other_processes()
     if others is None:
-        yield Finding("other processes", "unknown")
+        yield CheckResult("other processes", "unknown")
         return
     held = sum(p["bytes"] or 0 for p in others)
     detail = f"processes {', '.join(str(p['pid']) for p in others)} hold {held / _GIB:.2f} GiB"
-    yield Finding("other processes", "fail" if held > _BUSY else "warn" if others else "ok", others, detail if others else "")
+    yield CheckResult(
+        "other processes", "fail" if held > _BUSY else "warn" if others else "ok", others, detail if others else ""
+    )

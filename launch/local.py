@@ -15,7 +15,7 @@ from types import FrameType
 
 from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 from race_dist.launch.rank_env import die_with_parent
-from race_dist.rank_environment import LOOPBACK, STORE_SOCKET, without_rank_variables
+from race_dist.rank_environment import LOOPBACK, STORE_FD_VARIABLE, without_rank_variables
 
 INTERRUPTED = 130
 _POLL = 0.05  # seconds
@@ -75,7 +75,7 @@ def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str])
         ranks = []
         for rank in range(nproc):
             mine = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            held = {STORE_SOCKET: str(number)} if rank == 0 else {}
+            held = {STORE_FD_VARIABLE: str(number)} if rank == 0 else {}
             ranks.append(_spawn([sys.executable, *arguments], mine | held, pass_fds=[number] if rank == 0 else []))
     return ranks
 

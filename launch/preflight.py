@@ -15,8 +15,8 @@ import torch
 from torch.distributed import ProcessGroup
 
 from race_dist.launch import checks, gpus
-from race_dist.launch.check_results import Finding, RankReport, compare_facts, compare_speeds, refusals, table
-from race_dist.launch.rank_env import name_of_rank
+from race_dist.launch.check_results import CheckResult, RankReport, compare_facts, compare_speeds, refusals, table
+from race_dist.launch.rank_env import host_of_rank
 from race_dist.output_paths import check_output_file
 from race_dist.parallel import RankFailure, barrier, gather_objects, init_distributed, shutdown
 from race_dist.rank_environment import local_rank
@@ -37,7 +37,7 @@ class Report:
     """
 
     ranks: list[RankReport]
-    shared: list[Finding]
+    shared: list[CheckResult]
     seconds: float
 
     @property
@@ -85,7 +85,7 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
             mine.findings += [*checks.node(place), *checks.disk(folder), *checks.space(folder, config)]
         skew = checks.clock_skew(group)
         mine.findings.append(
-            Finding(
+            CheckResult(
                 "clock skew",
                 "warn" if abs(skew) > _SKEW else "ok",
                 round(skew, 4),
@@ -94,7 +94,7 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
         )
         shared = [*_visible(folder, group), *checks.all_reduce(group, place), *checks.scan(group, place)] if group else []
         reports = [RankReport.from_json(tree) for tree in gather_objects(asdict(mine), group)]
-        shared = [Finding(**tree) for tree in gather_objects([asdict(f) for f in shared], group)[0]]
+        shared = [CheckResult(**tree) for tree in gather_objects([asdict(f) for f in shared], group)[0]]
     except RankFailure as failure:
         raise RankFailure(_with_nodes(failure), failure.ranks) from failure
     shared += [*compare_facts(reports), *compare_speeds(reports, "copy GB/s"), *compare_speeds(reports, "matmul TFLOP/s")]
@@ -102,7 +102,7 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
     return Report(reports, shared, time.perf_counter() - began)
 
 
-def _visible(folder: Path, group: ProcessGroup | None) -> Iterator[Finding]:
+def _visible(folder: Path, group: ProcessGroup | None) -> Iterator[CheckResult]:
     """Whether every node sees a file that rank 0 writes where checkpoints will go."""
     token = folder / f".preflight-seen-{gather_objects(os.getpid(), group)[0]}"
     if torch.distributed.get_rank() == 0:
@@ -116,7 +116,7 @@ def _visible(folder: Path, group: ProcessGroup | None) -> Iterator[Finding]:
     if torch.distributed.get_rank() == 0:
         token.unlink()
     blind = sorted({name for found, name in seen if not found})
-    yield Finding(
+    yield CheckResult(
         "shared folder",
         "fail" if blind else "ok",
         not blind,
@@ -125,19 +125,19 @@ def _visible(folder: Path, group: ProcessGroup | None) -> Iterator[Finding]:
 
 
 def _with_nodes(failure: RankFailure) -> str:
-    names = {rank: name_of_rank(rank, os.environ) for rank in failure.ranks}
+    names = {rank: host_of_rank(rank, os.environ) for rank in failure.ranks}
     known = [f"rank {rank} is on {name}" for rank, name in names.items() if name]
     return str(failure) + (f" ({'; '.join(known)})" if known else "")
 
 
 def write(report: Report, file: Path) -> None:
     """Write the report as JSON, under a header about this machine."""
-    from race_dist.machine import machine
+    from race_dist.machine import machine_info
 
     check_output_file(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     place = torch.device("cuda" if "cuda" in report.ranks[0].facts else "cpu")
-    file.write_text(report.to_json(machine(place)), encoding="utf-8")
+    file.write_text(report.to_json(machine_info(place)), encoding="utf-8")
 
 
 def show(report: Report) -> None:

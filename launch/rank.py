@@ -20,7 +20,7 @@ EXIT_STOPPED = 75  # the run has saved and stopped because it was told to, and w
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``race-dist`` as one rank; exits with its code."""
     parent = os.getppid()
-    from race_dist.launch.rank_env import bind_to_gpu, die_with_parent, rank_variables, use_local_caches
+    from race_dist.launch.rank_env import bind_to_numa_node, die_with_parent, rank_variables, use_local_caches
     from race_dist.launch.stop import stop_early
     from race_dist.rank_environment import rank_environment
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not faulthandler.is_enabled():
         faulthandler.enable()
     if os.environ.get("RACE_DIST_NUMA") == "1":
-        bind_to_gpu(place.local_rank or 0, place.local_world or 1)
+        bind_to_numa_node(place.local_rank or 0, place.local_world_size or 1)
 
     sys.argv = ["race-dist", *words]
     try:

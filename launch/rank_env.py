@@ -70,7 +70,7 @@ def _of_step(e: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(_tasks_here(e)),
     }
     if "MASTER_ADDR" not in e:
-        found["MASTER_ADDR"] = expand_hosts(e["SLURM_STEP_NODELIST"])[0]
+        found["MASTER_ADDR"] = expand_hostlist(e["SLURM_STEP_NODELIST"])[0]
     if "MASTER_PORT" not in e:
         # one of 8192 ports, by job and step, so that two jobs of one node and two steps of one job meet at different ones
         found["MASTER_PORT"] = str(20000 + (_integer(e, "SLURM_JOB_ID") + _STEP_STRIDE * _integer(e, "SLURM_STEP_ID")) % 8192)
@@ -105,7 +105,7 @@ def _tasks_here(e: Mapping[str, str]) -> int:
     return counts[min(_integer({"SLURM_NODEID": "0", **e}, "SLURM_NODEID"), len(counts) - 1)]
 
 
-def expand_hosts(text: str) -> list[str]:
+def expand_hostlist(text: str) -> list[str]:
     """The names in a Slurm host list: ``"nid[001-003,007],login"``. ValueError where it is none."""
     parts = re.findall(r"((?:[^,\[\]]|\[[^\]]*\])+)", text)
     hosts: list[str] = []
@@ -128,12 +128,12 @@ def _expand(part: str) -> list[str]:
     return [name + end for name in names for end in _expand(match[3])]
 
 
-def name_of_rank(rank: int, environment: Mapping[str, str]) -> str | None:
+def host_of_rank(rank: int, environment: Mapping[str, str]) -> str | None:
     """The node that Slurm gave to a rank (tasks in blocks, as the templates ask); None where it cannot be known."""
     nodes = environment.get("SLURM_STEP_NODELIST")
     if not nodes:
         return None
-    hosts, here = expand_hosts(nodes), 0
+    hosts, here = expand_hostlist(nodes), 0
     for index, host in enumerate(hosts):
         here += _tasks_here({**environment, "SLURM_NODEID": str(index)})
         if rank < here:
@@ -141,7 +141,7 @@ def name_of_rank(rank: int, environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def cores_near(bus_id: str, allowed: Sequence[int] | set[int], root: Path = Path("/sys")) -> set[int]:
+def numa_cores(bus_id: str, allowed: Sequence[int] | set[int], root: Path = Path("/sys")) -> set[int]:
     """The allowed cores of the NUMA node that a PCI device hangs on; all allowed ones where that is not known.
 
     Args:
@@ -167,7 +167,7 @@ def _cores(text: str) -> set[int]:
     return cores
 
 
-def bind_to_gpu(local_rank: int, local_world: int) -> set[int] | None:
+def bind_to_numa_node(local_rank: int, local_world: int) -> set[int] | None:
     """Keep this process on the cores near its GPU, shared out among the ranks of the same NUMA node.
 
     Memory follows: Linux takes it from the node of the core that first touches it.
@@ -181,7 +181,7 @@ def bind_to_gpu(local_rank: int, local_world: int) -> set[int] | None:
         return None
     allowed = os.sched_getaffinity(0)
     count = torch.cuda.device_count()
-    near = [cores_near(_bus_id(i), allowed) for i in range(count)]
+    near = [numa_cores(_bus_id(i), allowed) for i in range(count)]
     mine = near[local_rank % count]
     sharers = [r for r in range(local_world) if near[r % count] == mine]
     cores = share(sorted(mine), sharers.index(local_rank), len(sharers))

@@ -14,10 +14,10 @@ from torch import Tensor
 from race_dist import checks
 from race_dist.checks import DTYPES, readable
 from race_dist.distributed.communication import group_rank, group_size
-from race_dist.hashing import as_bfloat16, check_hash
-from race_dist.ops.autograd import attend, get_backend, is_traced, refuse_transforms, unsupported
+from race_dist.hashing import as_bfloat16, check_tables_and_planes
+from race_dist.ops.autograd import check_no_function_transforms, get_backend, is_traced, single_rank_attention, unsupported
 from race_dist.ops.explain import warn_slow
-from race_dist.ops.inputs import NORMALIZATIONS, Normalization, Problem
+from race_dist.ops.inputs import NORMALIZATIONS, AttentionInputs, Normalization
 from race_dist.parallel.sharding import Layout, check_cu_seqlens, check_layout
 from race_dist.sketch import SketchState
 
@@ -143,7 +143,7 @@ def race_attention(
         ImportError: backend="triton" without triton.
     """
     checks.flag("output_final_state", output_final_state)
-    return attention_of_layer(
+    return layer_attention(
         q,
         k,
         v,
@@ -163,7 +163,7 @@ def race_attention(
     )
 
 
-def attention_of_layer(
+def layer_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -185,7 +185,7 @@ def attention_of_layer(
     """:func:`race_attention` for a layer, which has computed its arguments itself: their values are not looked at, so that NaN
     and Inf of a run that diverges come out as they do on a device, and whoever trains decides."""
     check_backend(backend)
-    refuse_transforms(backend)
+    check_no_function_transforms(backend)
     if check_values:
         for argument, x in (("q", q), ("k", k), ("v", v)):
             checks.tensor(argument, x)
@@ -214,15 +214,15 @@ def attention_of_layer(
         if name == "reference":
             raise ValueError('backend="reference" runs on one rank; under a group use "chunked" or "auto"')
         if torch.compiler.is_compiling() and causal and cu_seqlens is None and layout == "contiguous":
-            from race_dist.parallel.compile_ops import group_attention_in_graph
+            from race_dist.parallel.compile_ops import compiled_context_parallel_attention
 
-            out, final = group_attention_in_graph(problem, group, name, output_final=output_final_state)
+            out, final = compiled_context_parallel_attention(problem, group, name, output_final=output_final_state)
         else:
-            from race_dist.parallel.attention import group_attention
+            from race_dist.parallel.attention import context_parallel_attention
 
-            out, final = group_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
+            out, final = context_parallel_attention(problem, group, layout, get_backend(name), output_final=output_final_state)
     else:
-        out, final = attend(problem, name)
+        out, final = single_rank_attention(problem, name)
     if key_mask is not None:
         out = torch.where(key_mask[..., None, None], out, 0)
     if not output_final_state or final is None:
@@ -236,7 +236,7 @@ def attention_of_layer(
 def check_backend(backend: object) -> None:
     """Raise ValueError unless there is such a backend."""
     if not isinstance(backend, str) or backend not in BACKEND_NAMES:
-        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.shown(backend)}')
+        raise ValueError(f'backend must be "auto", "reference", "chunked" or "triton"; got {checks.short_repr(backend)}')
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +247,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _pick_backend(p: Problem, backend: str) -> str:
+def _pick_backend(p: AttentionInputs, backend: str) -> str:
     if backend == "auto":
         reason = unsupported(p, "triton") if p.q.is_cuda and HAS_TRITON else "needs triton and a CUDA device"
         if reason is not None and p.q.is_cuda and p.q.dtype != torch.float64 and not torch.compiler.is_compiling():
@@ -276,7 +276,7 @@ def _problem(
     *,
     sharded: bool,
     check_values: bool = True,
-) -> Problem:
+) -> AttentionInputs:
     """The inputs, checked and brought to the form that backends take."""
     _check_qkv(q, k, v)
     checks.flag("causal", causal)
@@ -301,13 +301,13 @@ def _problem(
         _check_values(betas if isinstance(beta, Tensor) else None, log_decay if per_head else rates, initial)
         if key_mask is not None:  # a user's padding may be memory that nobody has written: 0 * NaN is NaN
             q, k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (q, k, v))
-    return Problem(q, k, v, planes, betas, rates, key_mask, cu_seqlens, initial, causal, normalization)
+    return AttentionInputs(q, k, v, planes, betas, rates, key_mask, cu_seqlens, initial, causal, normalization)
 
 
 def _check_values(beta: Tensor | None, log_decay: Tensor | None, initial: SketchState | None) -> None:
     """What cannot be right of values that are on the CPU."""
     if beta is not None and readable(beta) and not all(0 < value < math.inf for value in beta.tolist()):
-        raise ValueError(f"beta must be positive and finite; got {checks.shown(beta.tolist())}")
+        raise ValueError(f"beta must be positive and finite; got {checks.short_repr(beta.tolist())}")
     if log_decay is not None and readable(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be 0 or less (a weight of at most 1); its largest value is {log_decay.max().item()}")
     if initial is None or not readable(initial.mass):
@@ -356,7 +356,7 @@ def _check_planes(planes: Tensor, heads: int, dim: int, q: Tensor) -> Tensor:
         )
     if planes.dtype not in DTYPES:
         raise TypeError(f"planes must be float64, float32, bfloat16 or float16; got {planes.dtype}")
-    check_hash(int(planes.shape[-3]), int(planes.shape[-2]))
+    check_tables_and_planes(int(planes.shape[-3]), int(planes.shape[-2]))
     _same_device("planes", planes, q)
     if q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         planes = as_bfloat16(planes)
@@ -367,10 +367,10 @@ def _check_beta(beta: Tensor | float, heads: int, dtype: torch.dtype, q: Tensor)
     """``[Hkv]``, in the compute dtype, on q's device."""
     if not isinstance(beta, Tensor):
         if not checks.is_number(beta):
-            raise TypeError(f"beta must be a number or a tensor; got {checks.described(beta)}")
+            raise TypeError(f"beta must be a number or a tensor; got {checks.typed_repr(beta)}")
         if not 0 < beta <= torch.finfo(dtype).max:
             beyond = f", which {dtype} does not hold" if 0 < beta < math.inf else ""
-            raise ValueError(f"beta must be positive and finite; got {checks.shown(beta)}{beyond}")
+            raise ValueError(f"beta must be positive and finite; got {checks.short_repr(beta)}{beyond}")
         return _constant(float(beta), heads, dtype, q)
     checks.tensor("beta", beta)
     if beta.dtype not in DTYPES or tuple(beta.shape) not in ((), (1,), (heads,)):
@@ -429,7 +429,7 @@ def _check_initial(initial: SketchState | None, shape: tuple[int, int, int, int]
     if initial is None:
         return
     if not isinstance(initial, SketchState):
-        raise TypeError(f"initial_state must be a SketchState; got {checks.described(initial)}")
+        raise TypeError(f"initial_state must be a SketchState; got {checks.typed_repr(initial)}")
     if tuple(initial.values.shape) != shape:
         raise ValueError(
             f"initial_state.values must be [rows, Hkv, S, Dv] = {list(shape)} (a row a batch row or document); "

@@ -30,23 +30,23 @@ _Instance = TypeVar("_Instance")
 _Option = TypeVar("_Option", bound=str)
 
 
-def shown(value: object, limit: int = 80) -> str:
+def short_repr(value: object, limit: int = 80) -> str:
     """A value as a message shows it: one line of at most ``limit`` characters, whatever its ``repr`` does."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} {list(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype} {list(value.shape)}"
-    return messages.shown(value, limit)
+    return messages.short_repr(value, limit)
 
 
-def described(value: object) -> str:
+def typed_repr(value: object) -> str:
     """A value of a wrong type: the type's name and the value."""
-    text = shown(value)
+    text = short_repr(value)
     plain = value is None or text.startswith(("a tensor", "an array", "an integer"))
     return text if plain else f"{type(value).__name__} {text}"
 
 
-def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None, words: str | None = None) -> int:
+def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None, words: str | None = None) -> int:
     """An integer in its range: an int, a NumPy integer or whatever else has ``__index__``, but no bool and no tensor.
 
     ``words``: what is right, where "an integer from ... to ..." does not say it.
@@ -59,11 +59,11 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
         if isinstance(value, torch.SymInt):
             return value  # type: ignore[return-value]
         if isinstance(value, (bool, np.bool_, Tensor, np.ndarray)) or not hasattr(type(value), "__index__"):
-            raise TypeError(f"{name} must be {words or f'an integer{_range(least, most)}'}; got {described(value)}")
+            raise TypeError(f"{name} must be {words or f'an integer{_range(minimum, maximum)}'}; got {typed_repr(value)}")
         value = operator.index(value)
-    if (least is not None and value < least) or (most is not None and value > most):
-        far = f", above {shown(most)}" if most is not None and value > most >= FAR else ""
-        raise ValueError(f"{name} must be {words or f'an integer{_range(least, most)}'}; got {shown(value)}{far}")
+    if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+        far = f", above {short_repr(maximum)}" if maximum is not None and value > maximum >= FAR else ""
+        raise ValueError(f"{name} must be {words or f'an integer{_range(minimum, maximum)}'}; got {short_repr(value)}{far}")
     return int(value)
 
 
@@ -79,8 +79,8 @@ def number(
     value: Any,
     *,
     above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
     words: str | None = None,
 ) -> float:
     """A finite number in its range: an int, a float, or a NumPy number, but no bool and no tensor. ``words``: as above.
@@ -89,9 +89,9 @@ def number(
         TypeError: it is none.
         ValueError: it is out of range, infinite or NaN.
     """
-    words = words or f"a finite number{_range(least, most, above)}"
+    words = words or f"a finite number{_range(minimum, maximum, above)}"
     if not is_number(value):
-        raise TypeError(f"{name} must be {words}; got {described(value)}")
+        raise TypeError(f"{name} must be {words}; got {typed_repr(value)}")
     try:
         found = float(value)
     except OverflowError:  # an integer beyond every float
@@ -99,27 +99,27 @@ def number(
     right = (
         math.isfinite(found)
         and (above is None or found > above)
-        and (least is None or found >= least)
-        and (most is None or found <= most)
+        and (minimum is None or found >= minimum)
+        and (maximum is None or found <= maximum)
     )
     if not right:
-        raise ValueError(f"{name} must be {words}; got {shown(value)}")
+        raise ValueError(f"{name} must be {words}; got {short_repr(value)}")
     return found
 
 
 def seconds(name: str, value: Any) -> float:
     """A time to wait: a number of seconds above 0. Raises TypeError or ValueError."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a positive number of seconds; got {described(value)}")
+        raise TypeError(f"{name} must be a positive number of seconds; got {typed_repr(value)}")
     if not 0 < value <= MAX_SECONDS:
-        raise ValueError(f"{name} must be a positive number of seconds, at most {MAX_SECONDS:,}; got {shown(value)}")
+        raise ValueError(f"{name} must be a positive number of seconds, at most {MAX_SECONDS:,}; got {short_repr(value)}")
     return float(value)
 
 
 def flag(name: str, value: Any) -> bool:
     """True or False, and nothing that stands for them. Raises TypeError."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; got {shown(value)}")
+        raise TypeError(f"{name} must be True or False; got {short_repr(value)}")
     return value
 
 
@@ -135,20 +135,20 @@ def choice(name: str, value: Any, options: Iterable[_Option]) -> _Option:
             if value == option:
                 return option
     error = ValueError if isinstance(value, str) else TypeError
-    raise error(f"{name} must be one of {', '.join(map(repr, options))}; got {shown(value)}")
+    raise error(f"{name} must be one of {', '.join(map(repr, options))}; got {short_repr(value)}")
 
 
 def instance(name: str, value: Any, kind: type[_Instance], fix: str = "") -> _Instance:
     """An instance of a class; ``fix``: what to do, as the sentence's end. Raises TypeError."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}; got {described(value)}{fix and ': '}{fix}")
+        raise TypeError(f"{name} must be a {kind.__name__}; got {typed_repr(value)}{fix and ': '}{fix}")
     return value
 
 
 def callback(name: str, value: Any) -> Any:
     """A function, or None. Raises TypeError."""
     if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function or None; got {described(value)}")
+        raise TypeError(f"{name} must be a function or None; got {typed_repr(value)}")
     return value
 
 
@@ -160,7 +160,7 @@ def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = No
         ValueError: it is sparse or nested, it is on the meta device, or it has another number of dimensions.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {described(value)}")
+        raise TypeError(f"{name} must be a torch.Tensor; got {typed_repr(value)}")
     if value.layout is not torch.strided or value.is_nested:
         raise ValueError(
             f"{name} must be a dense tensor, but is {'nested' if value.is_nested else value.layout}: convert it "
@@ -200,16 +200,16 @@ def rows(name: str, value: Any, count: int) -> slice | Tensor:
             if part is not None:
                 integer(f"{name}: a slice's part", part)
         if value.step is not None and value.step < 1:
-            raise ValueError(f"{words}; got {shown(value)}, which steps backwards: use .flip(0) on the tensors")
+            raise ValueError(f"{words}; got {short_repr(value)}, which steps backwards: use .flip(0) on the tensors")
         return value
     if not isinstance(value, Tensor):
         fix = f": [{value}:{value + 1}] keeps the dimension" if type(value) is int and 0 <= value < count else ""
-        raise TypeError(f"{words}; got {described(value)}{fix}")
+        raise TypeError(f"{words}; got {typed_repr(value)}{fix}")
     tensor(name, value, dtypes=(torch.bool, *INTEGERS), dim=1)
     if value.dtype == torch.bool and len(value) != count:
         raise ValueError(f"{words} [{count}]; got {len(value)} of them")
     if value.dtype != torch.bool and readable(value) and not bool(((value < count) & (value >= -count)).all()):
-        raise ValueError(f"{words} from 0 to {count - 1}; got {shown(value.tolist())}")
+        raise ValueError(f"{words} from 0 to {count - 1}; got {short_repr(value.tolist())}")
     return value
 
 
@@ -223,7 +223,7 @@ def device(name: str, value: Any) -> torch.device | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
-        raise TypeError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {described(value)}")
+        raise TypeError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {typed_repr(value)}")
     if isinstance(value, torch.device) and _is_here(value):
         return value
     try:
@@ -235,7 +235,7 @@ def device(name: str, value: Any) -> torch.device | None:
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError, ImportError) as error:
         here = "'cpu'" + (f", 'cuda:0' to 'cuda:{torch.cuda.device_count() - 1}'" if torch.cuda.is_available() else "")
         reason = (str(error).splitlines() or [""])[0].split(": ")[-1]
-        raise ValueError(f"{name} must be a device of this machine ({here}); got {shown(value)}: {reason}") from None
+        raise ValueError(f"{name} must be a device of this machine ({here}); got {short_repr(value)}: {reason}") from None
     return found
 
 
@@ -249,11 +249,11 @@ def _is_here(place: torch.device) -> bool:
 def dtype(name: str, value: Any, options: tuple[torch.dtype, ...] = DTYPES) -> torch.dtype:
     """One of a few dtypes. Raises TypeError."""
     if not isinstance(value, torch.dtype) or value not in options:
-        raise TypeError(f"{name} must be {' or '.join(map(str, options))}; got {described(value)}")
+        raise TypeError(f"{name} must be {' or '.join(map(str, options))}; got {typed_repr(value)}")
     return value
 
 
-def placement(device_: Any, dtype_: Any) -> dict[str, Any]:
+def factory_kwargs(device_: Any, dtype_: Any) -> dict[str, Any]:
     """``device`` and ``dtype`` of a module's parameters, either of which may be None. Raises TypeError or ValueError."""
     device("device", device_)
     if dtype_ is not None:
@@ -269,7 +269,7 @@ def size(item_bytes: int, **sizes: int) -> None:
     """
     wanted = math.prod(sizes.values()) * item_bytes
     if wanted > MAX_BYTES:
-        named = ", ".join(f"{name} = {shown(value)}" for name, value in sizes.items())
+        named = ", ".join(f"{name} = {short_repr(value)}" for name, value in sizes.items())
         raise ValueError(f"{named} are together more than the 128 TiB that a process can address: make them smaller")
 
 
@@ -281,19 +281,21 @@ def folder(name: str, value: Any) -> Path:
         ValueError: it is empty, too long, or the path of something else.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(f"{name} must be the path of a folder; got {described(value)}")
+        raise TypeError(f"{name} must be the path of a folder; got {typed_repr(value)}")
     text = os.fspath(value)
     if not text.strip() or "\0" in text:
-        raise ValueError(f"{name} must be the path of a folder; got {shown(value)}")
+        raise ValueError(f"{name} must be the path of a folder; got {short_repr(value)}")
     path = Path(text)
     if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise ValueError(
-            f"{name} must be the path of a folder, and file systems hold no name of more than 255 bytes; got {shown(value)}"
+            f"{name} must be the path of a folder, and file systems hold no name over 255 bytes; got {short_repr(value)}"
         )
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
-                raise ValueError(f"{name} must be the path of a folder; got {shown(value)}, but {shown(str(place))} is a file")
+                raise ValueError(
+                    f"{name} must be the path of a folder; got {short_repr(value)}, but {short_repr(str(place))} is a file"
+                )
             break
     return path
 
@@ -301,19 +303,19 @@ def folder(name: str, value: Any) -> Path:
 def mapping(name: str, value: Any) -> Mapping[Any, Any]:
     """A dictionary, or another mapping. Raises TypeError."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dictionary; got {described(value)}")
+        raise TypeError(f"{name} must be a dictionary; got {typed_repr(value)}")
     return value
 
 
-def _range(least: float | None, most: float | None, above: float | None = None) -> str:
-    if most is not None and most >= FAR:  # a bound that nobody comes to but by mistake is not worth a word
-        most = None
-    if least is not None and most is not None:
-        return f" from {_bound(least)} to {_bound(most)}"
+def _range(minimum: float | None, maximum: float | None, above: float | None = None) -> str:
+    if maximum is not None and maximum >= FAR:  # a bound that nobody comes to but by mistake is not worth a word
+        maximum = None
+    if minimum is not None and maximum is not None:
+        return f" from {_bound(minimum)} to {_bound(maximum)}"
     parts = ([f"above {_bound(above)}"] if above is not None else []) + (
-        [f"of at least {_bound(least)}"] if least is not None else []
+        [f"of at least {_bound(minimum)}"] if minimum is not None else []
     )
-    parts += [f"at most {_bound(most)}"] if most is not None else []
+    parts += [f"at most {_bound(maximum)}"] if maximum is not None else []
     return " " + " and ".join(parts) if parts else ""
 
 

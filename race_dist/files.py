@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from race_dist.output_paths import replacing
+from race_dist.output_paths import atomic_write
 
 JsonTypes = Mapping[str, type | tuple[type, ...]]
 
@@ -46,7 +46,7 @@ class DamagedFileError(ValueError):
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, in UTF-8. What UTF-8 cannot hold (half of a surrogate pair) becomes a question mark."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(text.encode("utf-8", "replace"))
 
 
@@ -70,7 +70,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())},
     }
     header[DIGEST] = json_digest(header)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         try:
             save_file(whole, partial, {_HEADER: json.dumps(header)})
         except SafetensorError as error:

@@ -14,7 +14,7 @@ MAX_PLANES = 10  # 2**10 corners a table: past this a table is larger than what 
 MAX_NUMBERS = 2**31  # of the hyperplanes of one call, 16 GiB while they are drawn
 
 
-def corner_signs(num_planes: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+def bucket_signs(num_planes: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """The corners of the ``P``-cube, ``c [R, P]`` with ``R = 2**P``: +1 where bit p of r, most significant first, is 1,
     -1 elsewhere."""
     r = torch.arange(2**num_planes, device=device)
@@ -58,17 +58,17 @@ def sample_planes(
         ValueError: an argument is out of its range, or there is no such device.
         TypeError: an argument is no integer, or the dtype is not floating point.
     """
-    num_tables, num_planes = check_hash(num_tables, num_planes)
-    head_dim = checks.integer("head_dim", head_dim, least=1, most=2**31 - 1)
-    number = 1 if num_heads is None else checks.integer("num_heads", num_heads, least=1, most=2**31 - 1)
-    seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
-    layer = checks.integer("layer", layer, least=0, most=2**63 - 1)
-    head_offset = checks.integer("head_offset", head_offset, least=0, most=2**63 - number)
+    num_tables, num_planes = check_tables_and_planes(num_tables, num_planes)
+    head_dim = checks.integer("head_dim", head_dim, minimum=1, maximum=2**31 - 1)
+    number = 1 if num_heads is None else checks.integer("num_heads", num_heads, minimum=1, maximum=2**31 - 1)
+    seed = checks.integer("seed", seed, minimum=0, maximum=2**64 - 1)
+    layer = checks.integer("layer", layer, minimum=0, maximum=2**63 - 1)
+    head_offset = checks.integer("head_offset", head_offset, minimum=0, maximum=2**63 - number)
     dtype, place = checks.dtype("dtype", dtype), checks.device("device", device)
     count = num_tables * num_planes * head_dim
     if count * number > MAX_NUMBERS:
         raise ValueError(
-            f"num_tables = {checks.shown(num_tables)} times num_planes = {num_planes}, head_dim = {head_dim} and "
+            f"num_tables = {checks.short_repr(num_tables)} times num_planes = {num_planes}, head_dim = {head_dim} and "
             f"num_heads = {number} are more than {MAX_NUMBERS:,} numbers of hyperplanes: make one smaller"
         )
     heads = [_standard_normal(count, seed, layer, head_offset + h) for h in range(number)]
@@ -105,11 +105,11 @@ def _standard_normal(count: int, seed: int, layer: int, head: int) -> np.ndarray
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
 
 
-def check_hash(num_tables: int, num_planes: int) -> tuple[int, int]:
+def check_tables_and_planes(num_tables: int, num_planes: int) -> tuple[int, int]:
     """``L`` and ``P``; ValueError or TypeError unless they are integers with ``L >= 1`` and ``1 <= P <= 10``."""
     return (
-        checks.integer("num_tables", num_tables, least=1),
-        checks.integer("num_planes", num_planes, least=1, most=MAX_PLANES),
+        checks.integer("num_tables", num_tables, minimum=1),
+        checks.integer("num_planes", num_planes, minimum=1, maximum=MAX_PLANES),
     )
 
 
@@ -130,7 +130,7 @@ def soft_hash(x: Tensor, planes: Tensor, beta: Tensor | float) -> Tensor:
     u = project(x, planes).tanh()
     if isinstance(beta, Tensor) and beta.dim() == 1:
         beta = beta[:, None, None, None]
-    return corner_products(2 * beta * u).flatten(-2)
+    return bucket_probabilities(2 * beta * u).flatten(-2)
 
 
 def project(x: Tensor, planes: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def project(x: Tensor, planes: Tensor) -> Tensor:
     return (x @ planes.flatten(-3, -2).mT).unflatten(-1, (tables, number))
 
 
-def corner_products(t: Tensor) -> Tensor:
+def bucket_probabilities(t: Tensor) -> Tensor:
     """``prod_p sigmoid(c[r, p] t[..., p])`` as ``[..., R]`` for t ``[..., P]``."""
     pair = torch.stack([torch.sigmoid(-t), torch.sigmoid(t)], dim=-1)  # [..., P, 2]
     phi = pair[..., 0, :]

@@ -19,7 +19,7 @@ from race_dist import __version__
 _LIBRARIES = ("torch", "triton", "numpy", "fla-core", "flash-attn-3", "megatron-core")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine_info(device: torch.device) -> dict[str, Any]:
     """The header of a benchmark's JSON: processor, accelerator, versions, threads, date."""
     header: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

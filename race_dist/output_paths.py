@@ -77,7 +77,7 @@ def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
 
 
 @contextmanager
-def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, *, mode: int | None = None) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when the block ends, once its bytes are on disk.
 
     After an error ``path`` is as it was, and what was half written is removed.
@@ -119,6 +119,6 @@ def write_private(file: Path, text: str, *, executable: bool = False, what: str 
     """
     check_output_file(file, what)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, mode=0o700 if executable else 0o600) as partial:
+    with atomic_write(file, mode=0o700 if executable else 0o600) as partial:
         partial.write_text(text, encoding="utf-8")
     return file

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 LOOPBACK = "127.0.0.1"
-STORE_SOCKET = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
+STORE_FD_VARIABLE = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
 RANK_VARIABLES = frozenset(
     {
         "RANK",
@@ -22,7 +22,7 @@ RANK_VARIABLES = frozenset(
         "ROLE_RANK",
         "ROLE_NAME",
         "ROLE_WORLD_SIZE",
-        STORE_SOCKET,
+        STORE_FD_VARIABLE,
     }
 )
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_")
@@ -39,16 +39,16 @@ class RankEnvironment:
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int | None = None
-    local_world: int | None = None
-    host: str | None = None
-    port: int = 0
+    local_world_size: int | None = None
+    master_addr: str | None = None
+    master_port: int = 0
 
     @property
-    def all_local(self) -> bool:
+    def single_node(self) -> bool:
         """Whether the launcher says that every rank runs on this machine."""
-        return self.world > 1 and self.local_world == self.world
+        return self.world_size > 1 and self.local_world_size == self.world_size
 
 
 def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:

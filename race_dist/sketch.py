@@ -44,7 +44,7 @@ class SketchState:
         given = {"mass": self.mass, "values": self.values} | ({} if self.log_decay is None else {"log_decay": self.log_decay})
         for name, value in given.items():
             if not isinstance(value, Tensor):
-                raise TypeError(f"SketchState.{name} must be a torch.Tensor; got {checks.described(value)}")
+                raise TypeError(f"SketchState.{name} must be a torch.Tensor; got {checks.typed_repr(value)}")
             if value.layout is not torch.strided:
                 raise ValueError(
                     f"SketchState.{name} must be a dense tensor, but is {value.layout}: convert it with .to_dense()"
@@ -100,7 +100,7 @@ class SketchState:
         """
         if not torch.compiler.is_compiling():
             counts = {"batch": batch, "heads": heads, "features": features, "value_dim": value_dim}
-            counts = {name: checks.integer(name, count, least=name != "batch") for name, count in counts.items()}
+            counts = {name: checks.integer(name, count, minimum=name != "batch") for name, count in counts.items()}
             checks.size(8, **counts)
             checks.dtype("dtype", dtype, _DTYPES)
             checks.flag("decay", decay)
@@ -157,8 +157,10 @@ class SketchState:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-            given = ", ".join([*map(checks.shown, args), *(f"{name}={checks.shown(value)}" for name, value in kwargs.items())])
-            reason = checks.shown((str(error).splitlines() or [""])[0], 200)
+            given = ", ".join(
+                [*map(checks.short_repr, args), *(f"{name}={checks.short_repr(value)}" for name, value in kwargs.items())]
+            )
+            reason = checks.short_repr((str(error).splitlines() or [""])[0], 200)
             raise ValueError(
                 f"SketchState.to takes the args of torch.Tensor.to: a device, a dtype or a tensor; got ({given}): {reason}"
             ) from None

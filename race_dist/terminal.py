@@ -91,7 +91,7 @@ def _discard(stream: IO[str]) -> None:
             os.close(null)
 
 
-def tell(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line, if it can be printed."""
     stream = TolerantStream(sys.stdout)
     stream.write(line + "\n")

@@ -24,7 +24,7 @@ def inputs(dtype: torch.dtype = torch.float32, *, seed: int = 0) -> dict[str, An
 
 def test_backends_agree_through_the_public_name() -> None:
     for seed in range(12):
-        p = draw(seed, Limits(length=150)).problem
+        p = draw(seed, Limits(length=150)).inputs
         if p.normalization == "none" and not p.causal:
             continue  # a backend computes it, the public call refuses it
         options: dict[str, Any] = {
@@ -109,7 +109,7 @@ def test_compile_has_no_graph_break() -> None:
 
 
 def test_the_custom_op_is_registered_right() -> None:
-    p = draw(4, Limits(length=80), dtype=torch.float32).problem
+    p = draw(4, Limits(length=80), dtype=torch.float32).inputs
     initial = (None, None) if p.initial is None else p.initial.tensors()
     arguments = (
         p.q.requires_grad_(),

@@ -55,7 +55,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(Spec, "least", 64)
     monkeypatch.setattr(explain, "_said", set())
-    backend.forget_plans()
+    backend.clear_plan_cache()
 
 
 @pytest.mark.usefixtures("hopper")

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from race_dist.files import (
     DamagedFileError,
+    atomic_write,
     file_digest,
     load_tensors,
     open_tensors,
     read_checksummed_json,
     read_json_object,
-    replacing,
     save_tensors,
     verify_file,
     write_checksummed_json,
@@ -198,7 +198,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "before"
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
-    with suppress(KeyError), replacing(file) as partial:
+    with suppress(KeyError), atomic_write(file) as partial:
         partial.write_text("half")
         raise KeyError
     assert file.read_text() == "before"

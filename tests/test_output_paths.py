@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from race_dist.cli import app
-from race_dist.output_paths import check_output_file, check_output_folder, replacing, write_private
+from race_dist.output_paths import atomic_write, check_output_file, check_output_folder, write_private
 from race_dist.training.weights import save_weights
 
 
@@ -90,7 +90,7 @@ def test_folders_of_files_and_private_files(tmp_path: Path) -> None:
 
 
 def test_private_files_are_private_before_they_are_complete(tmp_path: Path) -> None:
-    with replacing(tmp_path / "file", mode=0o600) as partial:
+    with atomic_write(tmp_path / "file", mode=0o600) as partial:
         assert (stat.S_IMODE(partial.stat().st_mode), partial.read_bytes()) == (0o600, b"")
         partial.write_text("x")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from race_dist.terminal import TolerantStream, plain_console, tell
+from race_dist.terminal import TolerantStream, plain_console, print_line
 
 PROGRAM = """
-from race_dist.terminal import plain_console, tell
+from race_dist.terminal import plain_console, print_line
 console = plain_console()
 for n in range(3):
     console.print("caf\\u00e9 [/b] :smile:")
-    tell("caf\\u00e9")
+    print_line("caf\\u00e9")
 """
 
 
@@ -65,7 +65,7 @@ def test_a_stream_that_is_closed_or_not_there_takes_everything(monkeypatch: pyte
     closed.close()
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stdout", stream)
-        tell("words")
+        print_line("words")
         plain_console().print("words")
         assert TolerantStream(stream).write("words") == 5
         assert not TolerantStream(stream).isatty()

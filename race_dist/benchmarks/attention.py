@@ -17,7 +17,7 @@ from race_dist.benchmarks.baselines import Baseline, baselines_for
 from race_dist.benchmarks.timing import Timing, time_in_turn
 from race_dist.files import write_json
 from race_dist.hashing import sample_planes
-from race_dist.machine import machine, peak_resident_bytes
+from race_dist.machine import machine_info, peak_resident_bytes
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def run(
             rows.append(row)
             ratio = row.forward_backward.p50 / rows[start].forward_backward.p50
             say(f"{row.name:24}{length:>9}{row.forward.p50:>13.2f}{row.forward_backward.p50:>12.2f}{ratio:>12.2f}")
-    report: dict[str, Any] = {"machine": machine(device), "absent": absent, "rows": [row.json() for row in rows]}
+    report: dict[str, Any] = {"machine": machine_info(device), "absent": absent, "rows": [row.json() for row in rows]}
     if memory_length is not None:
         shape = replace(base, length=memory_length)
         added = peak_added_bytes(shape)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from race_dist import RaceConfig
 from race_dist.benchmarks.timing import Timing, time_in_turn
-from race_dist.machine import machine
+from race_dist.machine import machine_info
 from race_dist.models import ModelConfig
 from race_dist.parallel import count_bytes
 
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
             context_parallel_size=dist.get_world_size() if options.what == "bytes" else 1, create_gloo_process_groups=False
         )
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        report: dict[str, Any] = {"machine": machine(device), "model": base}
+        report: dict[str, Any] = {"machine": machine_info(device), "model": base}
         if options.what == "bytes":
             report["rows"] = count_exchanges(base, tuple(options.lengths))
         else:

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from race_dist.benchmarks.profiling import profile
 from race_dist.benchmarks.rates import measured_rates
 from race_dist.files import read_json_object, write_json
-from race_dist.machine import machine, peak_resident_bytes
+from race_dist.machine import machine_info, peak_resident_bytes
 from race_dist.models import DecoderLM
 from race_dist.parallel import all_reduce_max, group_rank, group_size
 from race_dist.planning import GPUS, Cluster, Job, Layout, make_plan
@@ -76,7 +76,7 @@ def run(
         out: where the JSON is written after every length; a picture of the memory beside it, if there are several.
         say: is given a line now and then.
     """
-    header = machine(torch.device(options.device))
+    header = machine_info(torch.device(options.device))
     if options.threads is not None:
         header["torch_threads"] = options.threads
     report: dict[str, Any] = {

@@ -25,7 +25,7 @@ from race_dist.benchmarks.baselines import baselines_for, linear_attention_basel
 from race_dist.benchmarks.decode import time_decode
 from race_dist.benchmarks.timing import time_in_turn
 from race_dist.hashing import sample_planes
-from race_dist.machine import machine
+from race_dist.machine import machine_info
 from race_dist.ops.inputs import Normalization
 
 BASE = Shape(length=2**20, heads=8, head_dim=128, tables=4, planes=4, dtype="bfloat16")
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--skip", default="", help="not those whose name holds one of these, separated by commas")
     options = parser.parse_args()
     device = torch.device("cuda")
-    report: dict[str, Any] = {"machine": machine(device), "measures": {}}
+    report: dict[str, Any] = {"machine": machine_info(device), "measures": {}}
     for name, run in measures(device).items():
         if options.only not in name or any(word in name for word in options.skip.split(",") if word):
             continue

@@ -117,12 +117,12 @@ def train(
 
 def _dry_run(trainer: Trainer) -> None:
     from race_dist.distributed.mesh import shutdown
-    from race_dist.terminal import tell
+    from race_dist.terminal import print_line
     from race_dist.training.dry_run import run_two_steps
 
     for line in run_two_steps(trainer):
         if trainer.ranks.rank == 0:
-            tell(line)
+            print_line(line)
     shutdown()
 
 
@@ -201,11 +201,11 @@ def bench_decode(
 
     from race_dist.benchmarks.decode import time_decode
     from race_dist.files import write_json
-    from race_dist.machine import machine
+    from race_dist.machine import machine_info
 
     place = torch.device(device or default_device())
     report = {
-        "machine": machine(place),
+        "machine": machine_info(place),
         **time_decode(place, heads=heads, head_dim=head_dim, tables=tables, planes=planes, contexts=contexts),
     }
     for context, row in report["microseconds"].items():

@@ -30,7 +30,7 @@ def check_group(group: Any, name: str = "group") -> None:
     if group is None or isinstance(group, ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
         return
     fix = ': give mesh["sp"].get_group()' if type(group).__name__ == "DeviceMesh" else ""
-    raise TypeError(f"{name} must be a torch.distributed.ProcessGroup, or None (one rank); got {checks.described(group)}{fix}")
+    raise TypeError(f"{name} must be a torch.distributed.ProcessGroup, or None (one rank); got {checks.typed_repr(group)}{fix}")
 
 
 def group_size(group: ProcessGroup | None) -> int:
@@ -194,7 +194,7 @@ def all_reduce_max(x: Tensor, group: ProcessGroup | None) -> Tensor:
 def broadcast_tensor(x: Tensor, group: ProcessGroup | None, *, source: int = 0) -> Tensor:
     """Group rank ``source``'s x on every rank, in a new tensor, not differentiable."""
     checks.tensor("x", x)
-    checks.integer("source", source, least=0, most=group_size(group) - 1)
+    checks.integer("source", source, minimum=0, maximum=group_size(group) - 1)
     if group_size(group) == 1:
         return x.detach().clone()
     assert group is not None

@@ -36,7 +36,7 @@ class GradientReducer:
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: ProcessGroup | None) -> None:
         if not isinstance(parameters, Iterable) or isinstance(parameters, (str, bytes, Tensor)):
-            raise TypeError(f"parameters must be a list of parameters; got {checks.described(parameters)}")
+            raise TypeError(f"parameters must be a list of parameters; got {checks.typed_repr(parameters)}")
         parameters = list(parameters)
         for parameter in parameters:
             checks.instance("each of parameters", parameter, Tensor)

@@ -43,19 +43,19 @@ def init_distributed(*, device: str | torch.device | None = None, timeout: float
         torch.cuda.set_device(place)
     if dist.is_initialized():
         return place
-    store = join_store(ranks, seconds) if ranks.world > 1 else HashStore()
-    if ranks.all_local and any(name == "lo" for _, name in socket.if_nameindex()):
+    store = join_store(ranks, seconds) if ranks.world_size > 1 else HashStore()
+    if ranks.single_node and any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo's ports, too, are open to this machine only
     backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend,
         rank=ranks.rank,
-        world_size=ranks.world,
+        world_size=ranks.world_size,
         store=store,
         timeout=seconds,
         device_id=place if place.type == "cuda" else None,
     )
-    if ranks.world > 1:
+    if ranks.world_size > 1:
         watch()
     return place
 
@@ -93,7 +93,7 @@ def build_mesh(dp: int, sp: int, *, timeout: float | None = None) -> DeviceMesh:
         raise RuntimeError("build_mesh needs a job to build from: call race_dist.parallel.init_distributed() first")
     world = dist.get_world_size()
     for name, value in (("dp", dp), ("sp", sp)):
-        checks.integer(name, value, least=1, most=2**31 - 1, words="an integer of at least 1")
+        checks.integer(name, value, minimum=1, maximum=2**31 - 1, words="an integer of at least 1")
     seconds = _job_timeout() if timeout is None else datetime.timedelta(seconds=checks.seconds("timeout", timeout))
     if dp * sp != world:
         raise ValueError(

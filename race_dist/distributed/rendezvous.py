@@ -22,7 +22,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 
 from race_dist.distributed.watchdog import RankFailure, format_ranks
-from race_dist.rank_environment import LOOPBACK, STORE_SOCKET, RankEnvironment
+from race_dist.rank_environment import LOOPBACK, STORE_FD_VARIABLE, RankEnvironment
 from race_dist.strict_config import TIMEOUT_LIMIT
 
 _BACKLOG = 2048
@@ -50,12 +50,14 @@ def join_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
     """
     rank, seconds = place.rank, timeout.total_seconds()
     deadline = time.monotonic() + seconds
-    where = f"MASTER_ADDR={place.host}, MASTER_PORT={place.port}"
+    where = f"MASTER_ADDR={place.master_addr}, MASTER_PORT={place.master_port}"
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher holds it
     try:
         store = _within(seconds + _EXTRA, lambda: (_agents_store if agent else _own_store)(place, timeout))
         lobby = PrefixStore("race_dist/job", store)
-        answer = _within(max(0.1, deadline - time.monotonic()) + _EXTRA, lambda: _enter(lobby, rank, place.world, deadline))
+        answer = _within(
+            max(0.1, deadline - time.monotonic()) + _EXTRA, lambda: _enter(lobby, rank, place.world_size, deadline)
+        )
     except _PortInUse as error:
         raise RankFailure(
             f"rank {rank}: the port of {where} is in use by another program of this machine, so the job cannot "
@@ -73,8 +75,8 @@ def join_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
     job, missing = answer
     if missing:
         raise RankFailure(
-            f"rank {rank}: {format_ranks(missing)} of {place.world} did not join the job at {place.host}:"
-            f"{place.port} within {seconds:g} s",
+            f"rank {rank}: {format_ranks(missing)} of {place.world_size} did not join the job at {place.master_addr}:"
+            f"{place.master_port} within {seconds:g} s",
             missing,
         )
     return job
@@ -107,22 +109,24 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def _agents_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
-    return next(iter(rendezvous("env://", place.rank, place.world, timeout=timeout)))[0]
+    return next(iter(rendezvous("env://", place.rank, place.world_size, timeout=timeout)))[0]
 
 
 def _own_store(place: RankEnvironment, timeout: datetime.timedelta) -> TCPStore:
-    assert place.host is not None
+    assert place.master_addr is not None
     deadline = time.monotonic() + timeout.total_seconds()
-    host = LOOPBACK if place.all_local and _is_here(place.host) else place.host
+    host = LOOPBACK if place.single_node and _is_here(place.master_addr) else place.master_addr
     if place.rank:
-        _await_listener(host, place.port, deadline)
-        return TCPStore(host, place.port, place.world, is_master=False, timeout=_left(deadline), wait_for_workers=False)
-    listener = _listening(host, place.port)
+        _await_listener(host, place.master_port, deadline)
+        return TCPStore(
+            host, place.master_port, place.world_size, is_master=False, timeout=_left(deadline), wait_for_workers=False
+        )
+    listener = _listening(host, place.master_port)
     address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     return TCPStore(
         LOOPBACK if address.is_unspecified else str(address),
-        place.port,
-        place.world,
+        place.master_port,
+        place.world_size,
         is_master=True,
         timeout=timeout,
         wait_for_workers=False,
@@ -189,7 +193,7 @@ def _misleading(host: str, address: str) -> bool:
 
 
 def _inherited(port: int) -> socket.socket | None:
-    number = os.environ.pop(STORE_SOCKET, "")
+    number = os.environ.pop(STORE_FD_VARIABLE, "")
     if not number.isdecimal():
         return None
     try:

@@ -144,7 +144,7 @@ class Backbone(nn.Module):
                 f"{name} reads in both directions, but a W layer is causal: "
                 f"layer_pattern = {config.layer_pattern!r} may hold R and S"
             )
-        where = checks.placement(device, dtype)
+        where = checks.factory_kwargs(device, dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim, std=0.02, **where)
         self.blocks = nn.ModuleList(Block(config, i, causal=causal, **where) for i in range(config.num_layers))
@@ -162,7 +162,7 @@ class Backbone(nn.Module):
             dtype: of convolution tails, keys and values; None: the weights'.
             state_dtype: of sketches; None: float32, or float64 for float64 weights. Token-by-token decoding wants float64.
         """
-        weight, batch = self.embed.weight, checks.integer("batch", batch, least=0)
+        weight, batch = self.embed.weight, checks.integer("batch", batch, minimum=0)
         for name, given in (("dtype", dtype), ("state_dtype", state_dtype)):
             if given is not None:
                 checks.dtype(name, given)

@@ -33,7 +33,7 @@ class SequenceClassifier(Backbone):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if checks.integer("num_classes", num_classes, most=2**31 - 1) < 2:
+        if checks.integer("num_classes", num_classes, maximum=2**31 - 1) < 2:
             raise ValueError(f"num_classes must be at least 2; got {num_classes}")
         super().__init__(config, causal=False, device=device, dtype=dtype)
         self.classify = Linear(config.dim, num_classes, device=device, dtype=dtype)

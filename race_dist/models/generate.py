@@ -45,11 +45,14 @@ def sample(
 
 
 def _check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if checks.number("temperature", temperature, least=0, words="at least 0") and temperature < SMALLEST:
+    if checks.number("temperature", temperature, minimum=0, words="at least 0") and temperature < SMALLEST:
         raise ValueError(f"temperature must be 0 (the most likely token) or at least {SMALLEST:g}; got {temperature}")
     if top_k is not None:
-        checks.integer("top_k", top_k, least=1, words="at least 1, or None")
-    if top_p is not None and checks.number("top_p", top_p, above=0, most=1, words="above 0 and at most 1, or None") < SMALLEST:
+        checks.integer("top_k", top_k, minimum=1, words="at least 1, or None")
+    if (
+        top_p is not None
+        and checks.number("top_p", top_p, above=0, maximum=1, words="above 0 and at most 1, or None") < SMALLEST
+    ):
         raise ValueError(f"top_p must be at least {SMALLEST:g} (temperature=0 takes the most likely token); got {top_p}")
 
 
@@ -109,7 +112,7 @@ def prefill(
         TypeError, ValueError: an argument is of another type or out of its range, or a row has no token at all.
     """
     checks.instance("model", model, DecoderLM)
-    chunk = checks.integer("chunk", chunk, least=1, most=2**62)
+    chunk = checks.integer("chunk", chunk, minimum=1, maximum=2**62)
     checks.tensor("ids", ids, dtypes=checks.INTEGERS, dim=2)
     if ids.shape[1] == 0:
         raise ValueError(f"ids must be [B, T] with at least one token; got {list(ids.shape)}")
@@ -195,10 +198,10 @@ def generate(
         if key_mask is not None:
             key_mask = checks.tensor("key_mask", key_mask, dtypes=(torch.bool,))
             key_mask = _check_prompt_mask("prompt_ids", prompt_ids, key_mask[None] if key_mask.dim() == 1 else key_mask)
-    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, least=0, words="at least 0")
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, minimum=0, words="at least 0")
     _check_choice(temperature, top_k, top_p)
-    seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
-    prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, least=1, most=2**62, words="at least 1")
+    seed = checks.integer("seed", seed, minimum=0, maximum=2**64 - 1)
+    prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, minimum=1, maximum=2**62, words="at least 1")
     return _steps(
         model,
         prompt_ids,

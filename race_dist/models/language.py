@@ -28,11 +28,11 @@ def _check_num_targets(num_targets: Tensor | float | None) -> None:
     if num_targets is None or torch.compiler.is_compiling():
         return
     if not isinstance(num_targets, Tensor):
-        checks.number("num_targets", num_targets, above=0, most=2**53)
+        checks.number("num_targets", num_targets, above=0, maximum=2**53)
         return
     checks.tensor("num_targets", num_targets)
     if num_targets.numel() != 1 or num_targets.dtype not in (*checks.INTEGERS, *checks.DTYPES):
-        raise ValueError(f"num_targets must be a number or a tensor of one number; got {checks.shown(num_targets)}")
+        raise ValueError(f"num_targets must be a number or a tensor of one number; got {checks.short_repr(num_targets)}")
     if checks.readable(num_targets):
         checks.number("num_targets", num_targets.item(), above=0)
 

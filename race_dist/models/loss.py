@@ -63,7 +63,7 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, fused: 
         if x.device != h.device:
             raise ValueError(f"{name} is on {x.device} but h is on {h.device}: move one of them")
     if chunk is not None:
-        checks.integer("chunk", chunk, least=1, most=2**62)
+        checks.integer("chunk", chunk, minimum=1, maximum=2**62)
     if fused is not None:
         checks.flag("fused", fused)
     check_ids("labels (other than -100)", labels.masked_fill(labels == IGNORE_INDEX, 0), weight.shape[0])

@@ -56,7 +56,7 @@ def check_zero_carry(batch: int, device: torch.device | str | None, dtype: torch
     checks.dtype("dtype", dtype)
     if state_dtype is not None:
         checks.dtype("state_dtype", state_dtype, (torch.float64, torch.float32))
-    return checks.integer("batch", batch, least=0, most=2**40)
+    return checks.integer("batch", batch, minimum=0, maximum=2**40)
 
 
 def _check_carry(layer: nn.Module, carry: Carry, batch: int) -> None:

@@ -21,9 +21,9 @@ class ShortConv(Drawn):
         self, channels: int, width: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        channels, width = checks.integer("channels", channels, least=1), checks.integer("width", width, least=1)
+        channels, width = checks.integer("channels", channels, minimum=1), checks.integer("width", width, minimum=1)
         checks.size(2, channels=channels, width=width)
-        checks.placement(device, dtype)
+        checks.factory_kwargs(device, dtype)
         self.weight = torch.nn.Parameter(torch.empty(width, channels, device=device, dtype=dtype))
 
     def initial(self) -> dict[str, float | Tensor]:

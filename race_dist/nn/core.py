@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
-from race_dist.attention import BackendName, attention_of_layer
+from race_dist.attention import BackendName, layer_attention
 from race_dist.hashing import sample_planes
 from race_dist.nn.config import RaceConfig
 from race_dist.nn.init import Drawn, initialize
@@ -37,7 +37,7 @@ def decay_time_constants(heads: int, endless: float = math.inf) -> list[float]:
 
 
 class AttentionOptions(TypedDict):
-    """Keyword arguments of :func:`attention_of_layer` that the layer gives."""
+    """Keyword arguments of :func:`layer_attention` that the layer gives."""
 
     causal: bool
     normalization: Normalization
@@ -82,14 +82,14 @@ class RaceCore(Drawn):
     ) -> None:
         super().__init__()
         checks.instance("config", config, RaceConfig)
-        layer = checks.integer("layer", layer, least=0, most=2**63 - 1)
+        layer = checks.integer("layer", layer, minimum=0, maximum=2**63 - 1)
         checks.flag("init_weights", init_weights)
         if config.num_heads is None:
             raise ValueError("RaceConfig.num_heads is not set: give it (a ModelConfig fills it in)")
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
         self.head_dim, self.rope_base = config.resolved_head_dim, config.resolved_rope_base()
-        where = checks.placement(device, dtype)
+        where = checks.factory_kwargs(device, dtype)
         self.out_norm = (
             RMSNorm(self.num_heads, self.head_dim, eps=config.norm_eps, **where) if config.normalization == "none" else None
         )
@@ -265,7 +265,7 @@ def attend(
     # sampled planes are bfloat16 numbers: nothing is rounded, and a kernel projects once instead of twice
     sampled = v.dtype == torch.bfloat16 and not config.train_planes
     planes = planes.to(torch.bfloat16) if sampled else planes
-    result = attention_of_layer(q, k, v, planes, beta, output_final_state=sequence.return_carry, **options)
+    result = layer_attention(q, k, v, planes, beta, output_final_state=sequence.return_carry, **options)
     if not isinstance(result, tuple):
         return result, None
     out, state = result

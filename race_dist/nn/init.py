@@ -34,7 +34,7 @@ def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
         prefix: put before the parameters' names.
     """
     checks.instance("module", module, nn.Module)
-    seed = checks.integer("seed", seed, least=0, most=2**64 - 1)
+    seed = checks.integer("seed", seed, minimum=0, maximum=2**64 - 1)
     checks.instance("prefix", prefix, str)
     for path, child in module.named_modules(prefix=prefix):
         if isinstance(child, Drawn):
@@ -85,11 +85,11 @@ class Linear(nn.Linear, Drawn):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.gain = checks.number("gain", gain, least=0)
-        in_features = checks.integer("in_features", in_features, least=1, most=2**40)
-        out_features = checks.integer("out_features", out_features, least=1, most=2**40)
+        self.gain = checks.number("gain", gain, minimum=0)
+        in_features = checks.integer("in_features", in_features, minimum=1, maximum=2**40)
+        out_features = checks.integer("out_features", out_features, minimum=1, maximum=2**40)
         checks.size(2, in_features=in_features, out_features=out_features)
-        checks.placement(device, dtype)
+        checks.factory_kwargs(device, dtype)
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -111,11 +111,11 @@ class Embedding(nn.Embedding, Drawn):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.std = checks.number("std", std, least=0)
-        num_embeddings = checks.integer("num_embeddings", num_embeddings, least=1, most=2**40)
-        embedding_dim = checks.integer("embedding_dim", embedding_dim, least=1, most=2**40)
+        self.std = checks.number("std", std, minimum=0)
+        num_embeddings = checks.integer("num_embeddings", num_embeddings, minimum=1, maximum=2**40)
+        embedding_dim = checks.integer("embedding_dim", embedding_dim, minimum=1, maximum=2**40)
         checks.size(2, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        checks.placement(device, dtype)
+        checks.factory_kwargs(device, dtype)
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:

@@ -34,9 +34,9 @@ class RMSNorm(Drawn):
         super().__init__()
         if not shape:
             raise ValueError("RMSNorm needs the shape of its weight, at least one number; got none")
-        shape = tuple(checks.integer("shape", n, least=1, most=2**40) for n in shape)
-        checks.placement(device, dtype)
-        self.eps = checks.number("eps", eps, least=0)
+        shape = tuple(checks.integer("shape", n, minimum=1, maximum=2**40) for n in shape)
+        checks.factory_kwargs(device, dtype)
+        self.eps = checks.number("eps", eps, minimum=0)
         self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def initial(self) -> dict[str, float | Tensor]:

@@ -86,7 +86,7 @@ class RaceAttention(RaceCore):
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.instance("config", config, RaceConfig)
-        checks.number("output_gain", output_gain, least=0)
+        checks.number("output_gain", output_gain, minimum=0)
         checks.flag("init_weights", init_weights)
         if config.dim is None or config.num_heads is None:
             raise ValueError("RaceAttention needs RaceConfig.dim and num_heads: give both (a ModelConfig fills them in)")

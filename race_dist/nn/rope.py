@@ -53,7 +53,7 @@ def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype =
         ValueError: head_dim is odd.
     """
     checks.tensor("positions", positions)
-    head_dim, base = checks.integer("head_dim", head_dim, least=1), checks.number("base", base, above=1)
+    head_dim, base = checks.integer("head_dim", head_dim, minimum=1), checks.number("base", base, above=1)
     checks.dtype("dtype", dtype)
     if positions.dtype != torch.int64:
         raise TypeError(f"positions are {positions.dtype}; they must be torch.int64: smaller integers wrap too early")

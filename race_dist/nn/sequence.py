@@ -112,7 +112,7 @@ class Sequence:
         Raises:
             ValueError: no such layout, a zigzag sequence does not divide, or a shape does not fit.
         """
-        layout, length = check_layout(layout), checks.integer("length", length, least=0)
+        layout, length = check_layout(layout), checks.integer("length", length, minimum=0)
         checks.flag("return_carry", return_carry)
         if key_mask is not None:
             _check_mask(key_mask, length)
@@ -121,7 +121,7 @@ class Sequence:
         if isinstance(position, Tensor):
             checks.tensor("position", position, dtypes=checks.INTEGERS)
         else:
-            position = checks.integer("position", position, least=-(2**62), most=2**62)
+            position = checks.integer("position", position, minimum=-(2**62), maximum=2**62)
         world, rank = group_size(group), group_rank(group)
         if world == 1:
             group = None

@@ -69,14 +69,17 @@ class SoftmaxAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads = checks.integer("dim", dim, least=1, most=WIDEST), checks.integer("num_heads", num_heads, least=1)
-        num_kv_heads = checks.integer("num_kv_heads", num_kv_heads, least=1)
-        head_dim = None if head_dim is None else checks.integer("head_dim", head_dim, least=1, most=WIDEST)
+        dim, num_heads = (
+            checks.integer("dim", dim, minimum=1, maximum=WIDEST),
+            checks.integer("num_heads", num_heads, minimum=1),
+        )
+        num_kv_heads = checks.integer("num_kv_heads", num_kv_heads, minimum=1)
+        head_dim = None if head_dim is None else checks.integer("head_dim", head_dim, minimum=1, maximum=WIDEST)
         rope_base = None if rope_base is None else checks.number("rope_base", rope_base, above=1)
-        checks.number("output_gain", output_gain, least=0)
+        checks.number("output_gain", output_gain, minimum=0)
         checks.flag("init_weights", init_weights)
-        checks.integer("seed", seed, least=0, most=2**64 - 1)
-        checks.placement(device, dtype)
+        checks.integer("seed", seed, minimum=0, maximum=2**64 - 1)
+        checks.factory_kwargs(device, dtype)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads = {num_heads} must be a multiple of num_kv_heads = {num_kv_heads}")
         if head_dim is None and dim % num_heads:

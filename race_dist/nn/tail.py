@@ -232,12 +232,12 @@ def _enter_in_graph(
     piece: tuple[Tensor, ...], carry: TailCarry, sequence: Sequence
 ) -> tuple[list[TailCarry], TailCarry | None]:
     """:func:`_enter` there, by one opaque operator."""
-    from race_dist.parallel.compile_ops import edges_in_graph
+    from race_dist.parallel.compile_ops import compiled_halo_exchange
 
     assert sequence.group is not None
     own = [x[:, x.shape[1] - carry.width :] for x in piece]
     wide = lambda tensors: [t if t.is_floating_point() else t.float() for t in tensors]
-    entering, leaving = edges_in_graph(wide(own), wide(carry.tails), sequence.group)
+    entering, leaving = compiled_halo_exchange(wide(own), wide(carry.tails), sequence.group)
     narrow = lambda tensors: tuple(t if x.is_floating_point() else t > 0.5 for t, x in zip(tensors, own, strict=True))
     full = torch.full_like(carry.count, carry.width)
     first = TailCarry(narrow(entering), carry.count if group_rank(sequence.group) == 0 else full, carry.reset)
@@ -249,12 +249,12 @@ def _enter_masked_in_graph(
 ) -> tuple[list[TailCarry], TailCarry | None]:
     """:func:`_enter` there, where padding leaves a shard fewer tokens than a tail holds, or none: every rank's tail comes to
     every rank. Tails of slot numbers say which of all slots each slot holds."""
-    from race_dist.parallel.compile_ops import gather_in_graph
+    from race_dist.parallel.compile_ops import compiled_all_gather
 
     assert sequence.group is not None
     assert sequence.compactions is not None
     own = TailCarry.of(piece, carry.width, stop=sequence.compactions[0].stop)
-    *gathered, counts = gather_in_graph([*own.tails, own.count], sequence.group)
+    *gathered, counts = compiled_all_gather([*own.tails, own.count], sequence.group)
     every = [torch.cat([before, t.transpose(0, 1).flatten(1, 2)], 1) for before, t in zip(carry.tails, gathered, strict=True)]
     none = torch.zeros_like(own.reset)
     numbers = torch.arange(carry.width, device=own.count.device).expand(own.count.shape[0], -1)

@@ -28,7 +28,7 @@ class WindowAttention(SoftmaxAttention):
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int, **options: Unpack[SoftmaxOptions]) -> None:
         super().__init__(dim, num_heads, num_kv_heads, **options)
-        if checks.integer("window", window, most=2**40) < 2:
+        if checks.integer("window", window, maximum=2**40) < 2:
             raise ValueError(f"window must be at least 2 (a token and the one before it); got {window}")
         self.window = window
 

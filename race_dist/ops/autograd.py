@@ -19,39 +19,39 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from race_dist.ops import reference
-from race_dist.ops.inputs import Begun, Forward, Gradients, Into, Normalization, Problem, total_log_decay
+from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients, Into, Normalization, Started, total_log_decay
 from race_dist.sketch import SketchState
 
 
 class Backend(Protocol):
     """What a backend module offers; docs/architecture.md says what each function means."""
 
-    def forward(self, p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward: ...
+    def forward(self, p: AttentionInputs, out: Tensor | None = None, begun: Started | None = None) -> ForwardResult: ...
 
     def backward(
         self,
-        p: Problem,
-        saved: Forward,
+        p: AttentionInputs,
+        saved: ForwardResult,
         dout: Tensor,
         dfinal: SketchState | None,
         *,
         need_planes: bool,
         need_beta: bool = True,
         into: Into | None = None,
-        begun: Begun | None = None,
+        begun: Started | None = None,
     ) -> Gradients: ...
 
-    def begin_forward(self, p: Problem, out: Tensor | None = None) -> Begun: ...
+    def start_forward(self, p: AttentionInputs, out: Tensor | None = None) -> Started: ...
 
-    def begin_backward(
-        self, p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool, into: Into | None = None
-    ) -> Begun: ...
+    def start_backward(
+        self, p: AttentionInputs, saved: ForwardResult, dout: Tensor, *, need_planes: bool, into: Into | None = None
+    ) -> Started: ...
 
-    def states_shape(self, p: Problem) -> tuple[int, ...]:
+    def states_shape(self, p: AttentionInputs) -> tuple[int, ...]:
         """Shape of ``Forward.states`` (in the compute dtype), from shapes alone."""
         ...
 
-    def unsupported(self, p: Problem) -> str | None:
+    def unsupported(self, p: AttentionInputs) -> str | None:
         """Why this backend cannot compute ``p``, as a sentence's end; None when it can."""
         ...
 
@@ -76,7 +76,7 @@ def get_backend(name: str) -> Backend:
         ) from error
 
 
-def unsupported(p: Problem, backend: str) -> str | None:
+def unsupported(p: AttentionInputs, backend: str) -> str | None:
     """Why a backend cannot compute ``p``, as a sentence's end; None when it can. Traceable: a compiler cannot import."""
     if not torch.compiler.is_compiling():
         return get_backend(backend).unsupported(p)
@@ -126,10 +126,10 @@ def _unsupported(
     return get_backend(backend).unsupported(p)
 
 
-def attend(p: Problem, backend: str) -> tuple[Tensor, SketchState]:
+def single_rank_attention(p: AttentionInputs, backend: str) -> tuple[Tensor, SketchState]:
     """Output ``[B, T, Hq, Dv]`` and final state, differentiable in every float input of ``p``."""
     if backend == "reference":
-        with full_precision(p.q):
+        with autocast_disabled(p.q):
             return reference.attention(p)
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
     given = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, *initial)
@@ -150,7 +150,7 @@ def is_traced(*tensors: Tensor) -> bool:
     )
 
 
-def refuse_transforms(backend: str) -> None:
+def check_no_function_transforms(backend: str) -> None:
     """Raise ValueError inside torch.func's transforms and forward-mode differentiation: the fused backends have one formula,
     that of a backward pass, which these do not call (a tangent would silently be 0)."""
     if backend == "reference" or torch.compiler.is_compiling():
@@ -180,12 +180,14 @@ def _problem(
     values: Tensor | None,
     causal: bool,
     normalization: str,
-) -> Problem:
+) -> AttentionInputs:
     initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
-    return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, cast(Normalization, normalization))
+    return AttentionInputs(
+        q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, causal, cast(Normalization, normalization)
+    )
 
 
-def full_precision(q: Tensor) -> AbstractContextManager[None]:
+def autocast_disabled(q: Tensor) -> AbstractContextManager[None]:
     """A backend's own products keep their dtype: autocast stays outside."""
     kind = q.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
@@ -207,7 +209,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
-    with full_precision(q):
+    with autocast_disabled(q):
         result = get_backend(backend).forward(p)
     return result.out, result.den, result.states, result.final.mass, result.final.values
 
@@ -270,8 +272,8 @@ def _gradients(
     """Of every input that there is, in their order; of the planes and beta if asked for."""
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial_mass, initial_values, causal, normalization)
     dfinal = None if dmass is None or dvalues is None else SketchState.unchecked(dmass, dvalues)
-    saved = Forward(out, den, states, SketchState.unchecked(final_mass, final_values))
-    with full_precision(q):
+    saved = ForwardResult(out, den, states, SketchState.unchecked(final_mass, final_values))
+    with autocast_disabled(q):
         grads = get_backend(backend).backward(p, saved, dout, dfinal, need_planes=need_planes, need_beta=need_beta)
     dinitial = (None, None) if grads.initial is None else (grads.initial.mass, grads.initial.values)
     every = (grads.q, grads.k, grads.v, grads.planes, grads.beta, grads.log_decay, *dinitial)

@@ -15,23 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from race_dist.hashing import corner_products, corner_signs, project
+from race_dist.hashing import bucket_probabilities, bucket_signs, project
 from race_dist.ops.inputs import (
     BUCKET_EPS,
-    Begun,
-    Forward,
+    AttentionInputs,
+    ForwardResult,
     Gradients,
     Into,
-    Problem,
+    Started,
     den_floor,
-    token_documents,
+    document_ids,
     total_log_decay,
 )
 from race_dist.ops.tiling import Links, Tile, Tiling, links
 from race_dist.sketch import SketchState
 
 
-def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
+def forward(p: AttentionInputs, out: Tensor | None = None, begun: Started | None = None) -> ForwardResult:
     """Output (in ``out`` if given), denominators, the states before each tile (causal) or the totals, the final state."""
     if out is None:
         out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
@@ -45,24 +45,24 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
         for tile in tiling:
             work = _load(p, tile)
             _emit(p, work, _read_out(p, work, _of_chunks(states, tile)), out, den)
-    return Forward(out, den, states, _sketch(p, final))
+    return ForwardResult(out, den, states, _sketch(p, final))
 
 
-def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
+def start_forward(p: AttentionInputs, out: Tensor | None = None) -> Started:
     """The final state alone."""
-    return Begun(_sketch(p, _walk(p, Tiling(p))[1]), None)
+    return Started(_sketch(p, _walk(p, Tiling(p))[1]), None)
 
 
 def backward(
-    p: Problem,
-    saved: Forward,
+    p: AttentionInputs,
+    saved: ForwardResult,
     dout: Tensor,
     dfinal: SketchState | None,
     *,
     need_planes: bool,
     need_beta: bool = True,
     into: Into | None = None,
-    begun: Begun | None = None,
+    begun: Started | None = None,
 ) -> Gradients:
     """Gradients of every input (those of q, k, v ``into`` tensors if given), from those of the output and final state."""
     arriving = _augmented(p, dfinal)  # [rows, H, S, E] float64
@@ -97,14 +97,16 @@ def backward(
     return totals.gradients(dinitial, last)
 
 
-def begin_backward(p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool, into: Into | None = None) -> Begun:
+def start_backward(
+    p: AttentionInputs, saved: ForwardResult, dout: Tensor, *, need_planes: bool, into: Into | None = None
+) -> Started:
     """The gradient of the initial state when that of the final state is 0, alone."""
     running = torch.zeros(p.num_states, p.k.shape[2], p.features, p.v.shape[3] + 1, dtype=torch.float64, device=p.q.device)
     if not p.causal:
         for tile in Tiling(p):
             rows = _query_gradient(p, _load(p, tile), _of_chunks(saved.states, tile), saved, dout)
             _add_to_rows(running, rows.dstate, tile)
-        return Begun(_sketch(p, running), None)
+        return Started(_sketch(p, running), None)
     dinitial = torch.zeros_like(running) if p.cu_seqlens is not None else None
     running, nothing = running[:1] if dinitial is not None else running, torch.zeros_like(running)
     for tile in reversed(Tiling(p)):
@@ -112,16 +114,16 @@ def begin_backward(p: Problem, saved: Forward, dout: Tensor, *, need_planes: boo
         state = _states(p, work, saved.states[tile.index])
         dstate = _query_gradient(p, work, state.before, saved, dout).dstate
         running, _ = _pull(p, work, state, dstate, running, nothing, dinitial)
-    return Begun(_sketch(p, running if dinitial is None else dinitial), None)
+    return Started(_sketch(p, running if dinitial is None else dinitial), None)
 
 
-def states_shape(p: Problem) -> tuple[int, ...]:
+def states_shape(p: AttentionInputs) -> tuple[int, ...]:
     """Of ``Forward.states``: the state before each tile, or the totals."""
     shape = (p.k.shape[2], p.features, p.v.shape[3] + 1)
     return (Tiling(p).num_tiles, p.q.shape[0], *shape) if p.causal else (p.num_states, *shape)
 
 
-def unsupported(p: Problem) -> str | None:
+def unsupported(p: AttentionInputs) -> str | None:
     """Always None: this backend computes every problem, on any device."""
     return None
 
@@ -154,7 +156,7 @@ class _Work:
         return self.q.phi
 
 
-def _load(p: Problem, tile: Tile, *, queries: bool = True) -> _Work:
+def _load(p: AttentionInputs, tile: Tile, *, queries: bool = True) -> _Work:
     dtype = p.compute_dtype
     k = _hash(p, tile.take(p.k, dtype))
     keep = tile.valid
@@ -167,14 +169,14 @@ def _load(p: Problem, tile: Tile, *, queries: bool = True) -> _Work:
     return _Work(tile, links(p, tile) if p.causal else None, _hash(p, _take_queries(p, tile, p.q)) if queries else None, k, vx)
 
 
-def _hash(p: Problem, x: Tensor) -> _Rows:
+def _hash(p: AttentionInputs, x: Tensor) -> _Rows:
     rows = x.flatten(2, 3)
     u = project(rows, p.planes.to(rows.dtype)).tanh_()
-    phi = corner_products(2 * p.beta.to(rows.dtype)[:, None, None, None] * u).flatten(-2)
+    phi = bucket_probabilities(2 * p.beta.to(rows.dtype)[:, None, None, None] * u).flatten(-2)
     return _Rows(rows, u, phi.unflatten(2, x.shape[2:4]))
 
 
-def _take_queries(p: Problem, tile: Tile, x: Tensor) -> Tensor:
+def _take_queries(p: AttentionInputs, tile: Tile, x: Tensor) -> Tensor:
     """``x [B, T, Hq, ...]`` as ``[B, Hkv, n, Q, ...]``: the query heads of a key/value head, one after the other."""
     part = tile.take(x, p.compute_dtype).unflatten(1, (p.k.shape[2], -1))
     return part.movedim(2, 3).flatten(3, 4)
@@ -203,13 +205,13 @@ class _States:
     before: Tensor
 
 
-def _sketch(p: Problem, state: Tensor) -> SketchState:
+def _sketch(p: AttentionInputs, state: Tensor) -> SketchState:
     state = state.to(p.state_dtype)
     mass, values = (part.clone(memory_format=torch.contiguous_format) for part in (state[..., -1], state[..., :-1]))
     return SketchState.unchecked(mass, values, total_log_decay(p))
 
 
-def _augmented(p: Problem, state: SketchState | None) -> Tensor:
+def _augmented(p: AttentionInputs, state: SketchState | None) -> Tensor:
     """``[values | mass]`` as float64; zeros for None."""
     if state is None:
         return torch.zeros(p.num_states, p.k.shape[2], p.features, p.v.shape[3] + 1, dtype=torch.float64, device=p.q.device)
@@ -229,7 +231,7 @@ def _add_to_rows(target: Tensor, chunks: Tensor, tile: Tile) -> None:
         target.index_add_(0, tile.document, chunks[0].transpose(0, 1).to(target.dtype))
 
 
-def _states(p: Problem, work: _Work, entering: Tensor) -> _States:
+def _states(p: AttentionInputs, work: _Work, entering: Tensor) -> _States:
     """The chunks' sums and the states before them, from the state that enters the tile ``[B, H, S, E]``."""
     link = work.link
     assert link is not None
@@ -242,7 +244,7 @@ def _states(p: Problem, work: _Work, entering: Tensor) -> _States:
     return _States(sums, before)
 
 
-def _leave(p: Problem, work: _Work, state: _States, entering: Tensor) -> Tensor:
+def _leave(p: AttentionInputs, work: _Work, state: _States, entering: Tensor) -> Tensor:
     """The float64 state after the tile, ``[B, H, S, E]``."""
     link = work.link
     assert link is not None
@@ -253,7 +255,7 @@ def _leave(p: Problem, work: _Work, state: _States, entering: Tensor) -> Tensor:
     return link.across * entering.view_as(local) + local
 
 
-def _walk(p: Problem, tiling: Tiling, out: Tensor | None = None, den: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _walk(p: AttentionInputs, tiling: Tiling, out: Tensor | None = None, den: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Along the tiles, carrying the state; writes outputs where asked.
 
     Returns:
@@ -289,7 +291,7 @@ def _after(work: _Work, state: _States) -> Tensor:
 # --- the forward formula -------------------------------------------------------------------------------------------------
 
 
-def _read_features(p: Problem, work: _Work, before: Tensor) -> tuple[Tensor, Tensor | None]:
+def _read_features(p: AttentionInputs, work: _Work, before: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a query reads buckets with: its features, or for "bucket" its features over (mass + eps); and that sum."""
     if p.normalization != "bucket":
         return work.phi_q, None
@@ -300,7 +302,7 @@ def _read_features(p: Problem, work: _Work, before: Tensor) -> tuple[Tensor, Ten
     return work.phi_q / mass, mass
 
 
-def _read_out(p: Problem, work: _Work, before: Tensor) -> Tensor:
+def _read_out(p: AttentionInputs, work: _Work, before: Tensor) -> Tensor:
     """The read-out before it is divided, ``[B, H, n, Q, E]``; its last column is the denominator."""
     reads, _ = _read_features(p, work, before)
     num = reads @ before
@@ -318,7 +320,7 @@ def _paired(work: _Work, products: Tensor) -> Tensor:
     return products
 
 
-def _emit(p: Problem, work: _Work, num: Tensor, out: Tensor, den: Tensor) -> None:
+def _emit(p: AttentionInputs, work: _Work, num: Tensor, out: Tensor, den: Tensor) -> None:
     """Divide and write."""
     result = num[..., :-1]
     if p.normalization == "global":
@@ -349,7 +351,7 @@ class _QueryGradient:
     row: Tensor | None
 
 
-def _query_gradient(p: Problem, work: _Work, before: Tensor, saved: Forward, dout: Tensor) -> _QueryGradient:
+def _query_gradient(p: AttentionInputs, work: _Work, before: Tensor, saved: ForwardResult, dout: Tensor) -> _QueryGradient:
     reads, mass = _read_features(p, work, before)
     g = _numerator_gradient(p, work, before, saved, dout)
     dreads = g @ before.mT
@@ -374,7 +376,7 @@ def _over_heads(work: _Work, row: Tensor | None) -> Tensor | None:
     return None if row is None else row.unflatten(3, (-1, work.tile.shape[1])).sum(3)
 
 
-def _numerator_gradient(p: Problem, work: _Work, before: Tensor, saved: Forward, dout: Tensor) -> Tensor:
+def _numerator_gradient(p: AttentionInputs, work: _Work, before: Tensor, saved: ForwardResult, dout: Tensor) -> Tensor:
     """``[g | h]``, the gradients of num and den: ``g = do / den``, ``h = -(do . o) / den``.
 
     h is taken from the saved output where that has the working precision; a 16-bit output has lost the digits that h
@@ -397,7 +399,7 @@ def _numerator_gradient(p: Problem, work: _Work, before: Tensor, saved: Forward,
 
 
 def _pull(
-    p: Problem, work: _Work, state: _States, dstate: Tensor, running: Tensor, arriving: Tensor, dinitial: Tensor | None
+    p: AttentionInputs, work: _Work, state: _States, dstate: Tensor, running: Tensor, arriving: Tensor, dinitial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One tile of the suffix walk.
 
@@ -426,7 +428,7 @@ def _pull(
     return link.across * running.view_as(local) + local, suffix
 
 
-def _key_gradient(p: Problem, work: _Work, rows: _QueryGradient, suffix: Tensor) -> tuple[Tensor, Tensor]:
+def _key_gradient(p: AttentionInputs, work: _Work, rows: _QueryGradient, suffix: Tensor) -> tuple[Tensor, Tensor]:
     """``dphi(k) [B, H, n, C, S]`` and ``d[v | 1] [B, H, n, C, E]`` of a causal tile."""
     link = work.link
     assert link is not None
@@ -450,14 +452,14 @@ def _from_suffix(work: _Work, suffix: Tensor) -> tuple[Tensor, Tensor]:
 class _Totals:
     """The gradients of a backward pass as they come together, tile by tile."""
 
-    def __init__(self, p: Problem, need_planes: bool, need_beta: bool, into: Into) -> None:
+    def __init__(self, p: AttentionInputs, need_planes: bool, need_beta: bool, into: Into) -> None:
         self.p = p
         self.q, self.k, self.v = into
         self.beta = torch.zeros(p.beta.shape, dtype=torch.float64, device=p.q.device) if need_beta else None
         self.planes = torch.zeros(p.planes.shape, dtype=torch.float64, device=p.q.device) if need_planes else None
         # of G_i
         self.decay = None if p.log_decay is None else p.q.new_zeros(p.log_decay.shape, dtype=torch.float64)
-        self.signs = corner_signs(p.planes.shape[2], dtype=p.compute_dtype, device=p.q.device)
+        self.signs = bucket_signs(p.planes.shape[2], dtype=p.compute_dtype, device=p.q.device)
 
     def query_side(self, work: _Work, rows: _QueryGradient) -> None:
         assert work.q is not None
@@ -507,11 +509,11 @@ class _Totals:
         )
 
 
-def _decay_gradient(p: Problem, decay: Tensor, last: Tensor) -> Tensor:
+def _decay_gradient(p: AttentionInputs, decay: Tensor, last: Tensor) -> Tensor:
     """``dlog_decay_t = sum over i >= t of dG_i`` inside each document, float64."""
     suffix = decay.flip(1).cumsum(1).flip(1)
     if p.cu_seqlens is None:
         return suffix + last[:, None]
-    document = token_documents(p.cu_seqlens, decay.shape[1])
+    document = document_ids(p.cu_seqlens, decay.shape[1])
     beyond = F.pad(suffix, (0, 0, 0, 1))[:, p.cu_seqlens[1:]]  # what the documents after it hold
     return suffix - beyond[:, document] + last[document]

@@ -24,20 +24,20 @@ def has_pipelines(device: torch.device) -> bool:
 
 
 @lru_cache
-def processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """SMs of the device; 132 (an H100) where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @lru_cache
-def shared_limit(device: torch.device) -> int:
+def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
     if device.type != "cuda":
         return 232_448
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-def tma_rows(*tensors: Tensor) -> bool:
+def supports_tma(*tensors: Tensor) -> bool:
     """Whether TMA (Hopper and later) can move these rows: 16-byte strides, unit stride inside a row."""
     if not tensors[0].is_cuda or capability(tensors[0].device) < 9:
         return False

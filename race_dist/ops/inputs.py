@@ -16,7 +16,7 @@ BUCKET_EPS = 1e-6  # of the "bucket" normalization, as in the paper's released c
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttentionInputs:
     """Inputs of one call on one rank. Tensors may have any strides; nothing here is ever expanded over query heads.
 
     Attributes:
@@ -71,7 +71,7 @@ def den_floor(dtype: torch.dtype) -> float:
     return 2.0**-960 if dtype == torch.float64 else 2.0**-96
 
 
-class Forward(NamedTuple):
+class ForwardResult(NamedTuple):
     """What a forward pass returns.
 
     ``out [B, T, Hq, Dv]`` in q's dtype; ``den [B, T, Hq]`` in the compute dtype ("global" only, else empty);
@@ -84,7 +84,7 @@ class Forward(NamedTuple):
     final: SketchState
 
 
-class Begun(NamedTuple):
+class Started(NamedTuple):
     """The part of a pass that needs nothing from other ranks: the state that goes on to them (forwards the final state,
     backwards the gradient of the initial state), and what the backend has by then and goes on from."""
 
@@ -112,7 +112,7 @@ class Gradients(NamedTuple):
     initial: SketchState | None
 
 
-def total_log_decay(p: Problem) -> Tensor | None:
+def total_log_decay(p: AttentionInputs) -> Tensor | None:
     """Sum of each row's (or document's) log decays, ``[B or N, Hkv]`` in the state dtype; differentiable."""
     if p.log_decay is None:
         return None
@@ -120,10 +120,10 @@ def total_log_decay(p: Problem) -> Tensor | None:
     if p.cu_seqlens is None:
         return log_decay.sum(1)
     total = log_decay.new_zeros(p.num_states, log_decay.shape[2])
-    return total.index_add(0, token_documents(p.cu_seqlens, p.q.shape[1]), log_decay[0])
+    return total.index_add(0, document_ids(p.cu_seqlens, p.q.shape[1]), log_decay[0])
 
 
-def token_documents(cu_seqlens: Tensor, length: int) -> Tensor:
+def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:
     """``[T]``: the document each token belongs to."""
     positions = torch.arange(length, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:], positions, right=True)

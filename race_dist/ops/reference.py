@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from race_dist.hashing import soft_hash
-from race_dist.ops.inputs import BUCKET_EPS, Problem, den_floor
+from race_dist.ops.inputs import BUCKET_EPS, AttentionInputs, den_floor
 from race_dist.sketch import SketchState
 
 
-def attention(p: Problem) -> tuple[Tensor, SketchState]:
+def attention(p: AttentionInputs) -> tuple[Tensor, SketchState]:
     """Output ``[B, T, Hq, Dv]`` in q's dtype and the final state, both differentiable in every float input."""
     if p.cu_seqlens is None:
         return _one_sequence(p, slice(0, p.q.shape[1]), p.initial)
@@ -26,7 +26,7 @@ def attention(p: Problem) -> tuple[Tensor, SketchState]:
     return torch.cat([out for out, _ in parts], 1), SketchState.unchecked(*final)
 
 
-def _one_sequence(p: Problem, tokens: slice, initial: SketchState | None) -> tuple[Tensor, SketchState]:
+def _one_sequence(p: AttentionInputs, tokens: slice, initial: SketchState | None) -> tuple[Tensor, SketchState]:
     """The definition on the tokens of one document (or of all batch rows, when nothing is packed)."""
     dtype = p.compute_dtype
     q, k, v = (x[:, tokens].to(dtype).transpose(1, 2) for x in (p.q, p.k, p.v))  # [B, H, T, D]
@@ -56,7 +56,7 @@ def _one_sequence(p: Problem, tokens: slice, initial: SketchState | None) -> tup
 
 
 def _final_state(
-    p: Problem, phi_k: Tensor, v: Tensor, weight: Tensor, total: Tensor | None, initial: SketchState | None
+    p: AttentionInputs, phi_k: Tensor, v: Tensor, weight: Tensor, total: Tensor | None, initial: SketchState | None
 ) -> SketchState:
     """``sum_j exp(G_last - G_j) phi(k_j) [1 | v_j] + exp(G_last) * initial``."""
     last = weight[:, :, -1, :, None] if weight.shape[2] else weight.new_zeros(*weight.shape[:2], 0, 1)
@@ -69,7 +69,7 @@ def _final_state(
     return SketchState.unchecked(*initial.tensors()[:2]).combine(tokens)
 
 
-def _weights(p: Problem, tokens: slice, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _weights(p: AttentionInputs, tokens: slice, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """How much token i sees of token j, of a state that enters before token 0, and the total log decay."""
     batch, heads, dtype, device = p.q.shape[0], p.k.shape[2], p.compute_dtype, p.q.device
     seen = torch.ones(length, length, dtype=torch.bool, device=device)

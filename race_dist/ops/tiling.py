@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from race_dist.ops.inputs import Problem
+from race_dist.ops.inputs import AttentionInputs
 
 MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 too; -inf itself would make differences NaN
 
@@ -71,7 +71,7 @@ class Tile:
 class Tiling:
     """The tiles of one problem, in order."""
 
-    def __init__(self, p: Problem) -> None:
+    def __init__(self, p: AttentionInputs) -> None:
         batch, length, query_heads, _ = p.q.shape
         self.device = p.q.device
         self.chunk = max(1, min(64 if p.features <= 128 else 128, length))  # one token is decoded without padding
@@ -150,7 +150,7 @@ class Links:
     across: Tensor
 
 
-def links(p: Problem, tile: Tile) -> Links:
+def links(p: AttentionInputs, tile: Tile) -> Links:
     """The weights of a causal tile. Sums of log decays are float64: only their differences are exponentiated."""
     (n, c), dtype, device = tile.shape, p.compute_dtype, p.q.device
     segment = torch.zeros(n, dtype=torch.long, device=device) if tile.begins is None else tile.begins.cumsum(0)

@@ -1,4 +1,4 @@
-"""The attention in Triton kernels: a Problem's tensors bound to the kernels of ``race_dist.kernels``.
+"""The attention in Triton kernels: a AttentionInputs's tensors bound to the kernels of ``race_dist.kernels``.
 
 Causal: tile sums of the keys, a scan over the tiles, the read-out. Backward: a pass over the queries (with the prefix
 states) that also sums the tiles' suffix parts, the scan in reverse, a pass over the keys (with the suffix states).
@@ -24,11 +24,11 @@ from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, fitted_tile, packed_tiles
 from race_dist.ops.device import VERSION
 from race_dist.ops.device import has_pipelines as _has_pipes
-from race_dist.ops.device import processors as _processors
-from race_dist.ops.device import shared_limit as _shared_limit
-from race_dist.ops.device import tma_rows as _bulk
+from race_dist.ops.device import num_sms as _processors
+from race_dist.ops.device import shared_memory_limit as _shared_limit
+from race_dist.ops.device import supports_tma as _bulk
 from race_dist.ops.explain import KernelPlan, warn_slow
-from race_dist.ops.inputs import Begun, Forward, Gradients, Into, Problem, total_log_decay
+from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients, Into, Started, total_log_decay
 from race_dist.sketch import SketchState
 
 SketchT = TypeVar("SketchT", SketchState, SketchState | None)
@@ -49,7 +49,7 @@ MATERIALIZED = {
 }
 
 
-def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -> Forward:
+def forward(p: AttentionInputs, out: Tensor | None = None, begun: Started | None = None) -> ForwardResult:
     """Output (into ``out`` if given), denominators, the states before each tile (causal) or the totals (not causal), and
     the final state. What was ``begun`` differs in the initial state alone."""
     if out is None:
@@ -75,26 +75,26 @@ def forward(p: Problem, out: Tensor | None = None, begun: Begun | None = None) -
     )
     if states.shape != call.kind.announced:  # these rows cannot take the plan that was announced: backward makes its own
         states = states.new_empty(call.kind.announced)
-    return Forward(out, den, states, final)
+    return ForwardResult(out, den, states, final)
 
 
-def begin_forward(p: Problem, out: Tensor | None = None) -> Begun:
+def start_forward(p: AttentionInputs, out: Tensor | None = None) -> Started:
     """The final state, and the tiles' sums."""
     call = _Call(p, moved=() if out is None else (out,))
     parts = call.key_sums()
-    return Begun(call.total(parts, p.initial, reverse=False), (call, parts))
+    return Started(call.total(parts, p.initial, reverse=False), (call, parts))
 
 
 def backward(
-    p: Problem,
-    saved: Forward,
+    p: AttentionInputs,
+    saved: ForwardResult,
     dout: Tensor,
     dfinal: SketchState | None,
     *,
     need_planes: bool,
     need_beta: bool = True,
     into: Into | None = None,
-    begun: Begun | None = None,
+    begun: Started | None = None,
 ) -> Gradients:
     """Gradients of every input (of q, k and v in ``into`` if given), from those of the output and of the final state."""
     call, saved, into, h, row, parts = _query_side(p, saved, dout, need_planes, into) if begun is None else begun.rest
@@ -137,24 +137,26 @@ def backward(
     return Gradients(into.q, into.k, into.v, call.planes_gradient() if need_planes else None, dbeta, dlog_decay, dinitial)
 
 
-def begin_backward(p: Problem, saved: Forward, dout: Tensor, *, need_planes: bool, into: Into | None = None) -> Begun:
+def start_backward(
+    p: AttentionInputs, saved: ForwardResult, dout: Tensor, *, need_planes: bool, into: Into | None = None
+) -> Started:
     """The gradient of the initial state when that of the final state is 0, and all that the queries give."""
     rest = _query_side(p, saved, dout, need_planes, into)
-    return Begun(rest.call.total(rest.parts, None, reverse=True), rest)
+    return Started(rest.call.total(rest.parts, None, reverse=True), rest)
 
 
 class _QuerySide(NamedTuple):
     """The first half of a backward pass; ``parts``: the tiles' sums of the suffix state."""
 
     call: _Call
-    saved: Forward
+    saved: ForwardResult
     into: Into
     h: Tensor | None
     row: Tensor | None
     parts: Tensor
 
 
-def _query_side(p: Problem, saved: Forward, dout: Tensor, need_planes: bool, into: Into | None) -> _QuerySide:
+def _query_side(p: AttentionInputs, saved: ForwardResult, dout: Tensor, need_planes: bool, into: Into | None) -> _QuerySide:
     if into is None:
         into = Into(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (p.q, p.k, p.v)))
     call = _Call(p, need_planes, (dout, *into), (saved.den, saved.states, saved.final.values, saved.final.mass))
@@ -162,7 +164,7 @@ def _query_side(p: Problem, saved: Forward, dout: Tensor, need_planes: bool, int
     return _QuerySide(call, saved, into, *call.query_pass(saved, dout, into.q))
 
 
-def states_shape(p: Problem) -> tuple[int, ...]:
+def states_shape(p: AttentionInputs) -> tuple[int, ...]:
     """Of ``Forward.states``: values, then mass, of each tile (causal) or row."""
     size = p.features * (p.v.shape[3] + 1)
     if _is_decoding(p):
@@ -172,7 +174,7 @@ def states_shape(p: Problem) -> tuple[int, ...]:
     return _num_tiles(p, _plan(p, False, tma=True)), p.k.shape[2], size
 
 
-def unsupported(p: Problem) -> str | None:
+def unsupported(p: AttentionInputs) -> str | None:
     """Why these kernels cannot compute ``p``, as a sentence's end; None when they can."""
     if p.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"takes bfloat16, float16 and float32; got {p.q.dtype}"
@@ -188,7 +190,7 @@ def unsupported(p: Problem) -> str | None:
     return None
 
 
-def explain(p: Problem) -> KernelPlan:
+def explain(p: AttentionInputs) -> KernelPlan:
     """Which kernels run for ``p`` and its gradients, and why no faster ones."""
     plan = _plan(p, p.planes.requires_grad, _bulk(p.q, p.k, p.v))
     if _is_decoding(p):
@@ -203,7 +205,7 @@ def explain(p: Problem) -> KernelPlan:
     )
 
 
-def _plan(p: Problem, need_planes: bool, tma: bool = False) -> Plan:
+def _plan(p: AttentionInputs, need_planes: bool, tma: bool = False) -> Plan:
     """The call's plan, made once for each kind of call: host time decides short sequences. A compiler that traces with
     symbolic sizes specializes here: states are as many as the plan's tiles."""
     _, tables, number, dim = map(int, p.planes.shape)
@@ -298,12 +300,12 @@ def _pipes() -> dict[str, object]:
     }
 
 
-def _is_decoding(p: Problem) -> bool:
+def _is_decoding(p: AttentionInputs) -> bool:
     """One token a row: one launch does it, and a backward pass makes the states it wants."""
     return p.causal and p.cu_seqlens is None and p.q.shape[1] == 1
 
 
-def _num_tiles(p: Problem, plan: Plan) -> int:
+def _num_tiles(p: AttentionInputs, plan: Plan) -> int:
     """Tiles of all rows; for packed documents a bound that needs no look at their lengths."""
     batch, length = p.q.shape[:2]
     if p.cu_seqlens is None:
@@ -334,7 +336,7 @@ class _Kind:
     kernels that such a call runs. Nothing that Triton compiles a kernel for (types, strides, what 16 divides) differs between
     them, so that it need not look at each argument again, which takes half of a launch."""
 
-    def __init__(self, p: Problem, need_planes: bool, moved: tuple[Tensor, ...]) -> None:
+    def __init__(self, p: AttentionInputs, need_planes: bool, moved: tuple[Tensor, ...]) -> None:
         reason = unsupported(p)
         if reason is not None:
             raise ValueError(f'backend="triton" {reason}; use backend="chunked"')
@@ -365,13 +367,13 @@ MOST_KINDS = 512
 _kinds: dict[tuple[object, ...], _Kind] = {}
 
 
-def forget_plans() -> None:
+def clear_plan_cache() -> None:
     """Decide anew how each call runs (tests force other plans)."""
     _make_plan.cache_clear()
     _kinds.clear()
 
 
-def _kind(p: Problem, need_planes: bool, moved: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> _Kind:
+def _kind(p: AttentionInputs, need_planes: bool, moved: tuple[Tensor, ...], read: tuple[Tensor, ...]) -> _Kind:
     given = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *moved, *read)
     key = (
         p.q.device,
@@ -394,7 +396,7 @@ class _Call:
     """One call: its plan, its tiles and the arguments that every kernel takes."""
 
     def __init__(
-        self, p: Problem, need_planes: bool = False, moved: tuple[Tensor, ...] = (), read: tuple[Tensor, ...] = ()
+        self, p: AttentionInputs, need_planes: bool = False, moved: tuple[Tensor, ...] = (), read: tuple[Tensor, ...] = ()
     ) -> None:
         """``moved``: tensors that the kernels read or write by rows, besides q, k and v; ``read``: others that were saved."""
         self.p = p
@@ -463,7 +465,7 @@ class _Call:
         """The last argument of a backward kernel, unless it is a pipeline: the gradient of the planes."""
         return () if self.plan.pipelined else (self.dplanes[half],)
 
-    def with_states(self, saved: Forward) -> Forward:
+    def with_states(self, saved: ForwardResult) -> ForwardResult:
         """With the states before this call's tiles, made anew where the forward pass had other tiles (or none)."""
         p = self.p
         if _is_decoding(p):
@@ -496,7 +498,7 @@ class _Call:
             **choice.options,
         )
 
-    def decode(self, out: Tensor) -> Forward:
+    def decode(self, out: Tensor) -> ForwardResult:
         """The forward pass of one token a row."""
         p = self.p
         batch, value_dim = p.q.shape[0], p.v.shape[3]
@@ -523,7 +525,7 @@ class _Call:
             num_warps=4,
         )
         states = p.q.new_empty(states_shape(p), dtype=torch.float32)
-        return Forward(out, den, states, _with_decay(final, p))
+        return ForwardResult(out, den, states, _with_decay(final, p))
 
     def key_sums(self) -> Tensor:
         """What each tile's keys and values add to the state."""
@@ -552,7 +554,7 @@ class _Call:
         leaving = self._scan(parts, entering, self._new_sketch(), None, reverse=reverse, write=False)
         return _with_decay(leaving, self.p)
 
-    def query_pass(self, saved: Forward, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def query_pass(self, saved: ForwardResult, dout: Tensor, dq: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Writes dq; h, the queries' part of dG, and the tiles' sums of the suffix state."""
         p, blocks = self.p, self.plan["bwd_dq"].spec.NVB
         h = None
@@ -668,7 +670,7 @@ class _Call:
         return self.p.q.new_empty(count, self.heads, self.p.features * (self.p.v.shape[3] + 1), dtype=torch.float32)
 
 
-def _with_decay(state: SketchState, p: Problem) -> SketchState:
+def _with_decay(state: SketchState, p: AttentionInputs) -> SketchState:
     """A row's state with the sum of the row's log decays."""
     return state if p.log_decay is None else replace(state, log_decay=total_log_decay(p))
 

@@ -23,8 +23,8 @@ from torch.distributed import ProcessGroup
 from race_dist.distributed.communication import group_rank, group_size, start_all_reduce
 from race_dist.distributed.consistency import check_same_call
 from race_dist.distributed.eager import eager
-from race_dist.ops.autograd import Backend, full_precision
-from race_dist.ops.inputs import Forward, Gradients, Into, Problem
+from race_dist.ops.autograd import Backend, autocast_disabled
+from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients, Into
 from race_dist.parallel.packed_documents import Documents
 from race_dist.parallel.scan import Algorithm
 from race_dist.parallel.sharding import Layout, check_layout, check_zigzag
@@ -33,8 +33,8 @@ from race_dist.sketch import SketchState
 
 
 @eager
-def group_attention(
-    problem: Problem,
+def context_parallel_attention(
+    problem: AttentionInputs,
     group: ProcessGroup,
     layout: str,
     backend: Backend,
@@ -65,7 +65,7 @@ def group_attention(
         RankFailure: another rank died or did not come.
     """
     layout = check_layout(layout)
-    offset = agree_on_attention(problem, group, layout, backend, output_final, algorithm)
+    offset = check_same_attention(problem, group, layout, backend, output_final, algorithm)
     p = problem
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
     call = Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
@@ -73,8 +73,8 @@ def group_attention(
     return out, SketchState.unchecked(*final) if final else None
 
 
-def agree_on_attention(
-    p: Problem, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool, algorithm: Algorithm
+def check_same_attention(
+    p: AttentionInputs, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool, algorithm: Algorithm
 ) -> int | Tensor:
     """Compare the ranks' calls; the number of rows on earlier ranks where documents are packed, 0 otherwise."""
     length, on_cpu = p.q.shape[1], p.q.device.type == "cpu"
@@ -141,14 +141,14 @@ class Call:
     causal: bool
     normalization: Any
 
-    def problem(self, tensors: Sequence[Tensor | None]) -> Problem:
+    def problem(self, tensors: Sequence[Tensor | None]) -> AttentionInputs:
         q, k, v, planes, beta = cast(list[Tensor], tensors[:5])
         log_decay, key_mask, cu_seqlens, mass, values = tensors[5:]
         initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
-        return Problem(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, self.causal, self.normalization)
+        return AttentionInputs(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, self.causal, self.normalization)
 
-    def route(self, p: Problem) -> Route:
+    def route(self, p: AttentionInputs) -> Route:
         if p.cu_seqlens is not None and self.layout == "contiguous":
             return Documents(self.group, p, self.offset, self.algorithm)
         return Prefix(self.group, self.layout, p, self.algorithm) if p.causal else Total(self.group, p)
@@ -181,13 +181,13 @@ def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Te
     out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
     places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
     finals, kept = [], []
-    with full_precision(p.q):
+    with autocast_disabled(p.q):
         begun, finishes = [], []
         for half, each, place in zip(halves, calls, places):
             initial = _initial(half)
             begun.append(
                 [
-                    backend.begin_forward(replace(one, initial=state), o)
+                    backend.start_forward(replace(one, initial=state), o)
                     for one, state, o in zip(each, route.known(initial), place)
                 ]
             )
@@ -222,12 +222,12 @@ def backward_pass(
     gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
     places = _places(route, halves, gradients)
     work = _backward_calls(p, route, halves, out, dout, kept)
-    with full_precision(p.q):
+    with autocast_disabled(p.q):
         begun, finishes = [], []
         for i, (half, each, place) in enumerate(zip(halves, work, places)):
             begun.append(
                 [
-                    backend.begin_backward(one, saved, d, need_planes=need_planes, into=into)
+                    backend.start_backward(one, saved, d, need_planes=need_planes, into=into)
                     for one, saved, d, into in zip(each.calls, each.saved, each.douts, place)
                 ]
             )
@@ -268,13 +268,13 @@ class _StateSum:
 class _Work(NamedTuple):
     """One half's local calls in the backward pass."""
 
-    calls: list[Problem]
-    saved: list[Forward]
+    calls: list[AttentionInputs]
+    saved: list[ForwardResult]
     douts: list[Tensor]
 
 
 def _backward_calls(
-    p: Problem, route: Route, halves: Sequence[Problem], out: Tensor, dout: Tensor, kept: list[Tensor]
+    p: AttentionInputs, route: Route, halves: Sequence[AttentionInputs], out: Tensor, dout: Tensor, kept: list[Tensor]
 ) -> list[_Work]:
     """The local calls with their initial states, outputs and saved states."""
     work = []
@@ -285,12 +285,12 @@ def _backward_calls(
             den, states, mass, values, initial_mass, initial_values = kept[:6]
             kept = kept[6:]
             calls.append(replace(one, initial=SketchState.unchecked(initial_mass, initial_values)))
-            saved.append(Forward(part, den, states, SketchState.unchecked(mass, values)))
+            saved.append(ForwardResult(part, den, states, SketchState.unchecked(mass, values)))
         work.append(_Work(calls, saved, douts))
     return work
 
 
-def _places(route: Route, halves: Sequence[Problem], gradients: Sequence[Tensor]) -> list[list[Into]]:
+def _places(route: Route, halves: Sequence[AttentionInputs], gradients: Sequence[Tensor]) -> list[list[Into]]:
     """Where each half's local calls write dq, dk and dv: views of the rank's gradients."""
     parts = (_split_heads(x, halves, queries=i == 0) for i, x in enumerate(gradients))
     return [[Into(*each) for each in zip(*map(route.cut.of, half))] for half in zip(*parts)]
@@ -322,24 +322,24 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
 NODE = 8  # GPUs
 
 
-def in_halves(on_gpu: bool, ranks: int) -> bool:
+def splits_heads(on_gpu: bool, ranks: int) -> bool:
     """Whether a layer's heads go in two halves over so many ranks, or all at once."""
     return not on_gpu or ranks > NODE
 
 
-def head_halves(p: Problem, group: ProcessGroup) -> list[Problem]:
+def head_halves(p: AttentionInputs, group: ProcessGroup) -> list[AttentionInputs]:
     """The problem of each half of the key/value heads and their query heads, views; or the whole problem alone."""
     heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
-    bounds = [0, heads // 2, heads] if heads > 1 and in_halves(p.q.is_cuda, group_size(group)) else [0, heads]
+    bounds = [0, heads // 2, heads] if heads > 1 and splits_heads(p.q.is_cuda, group_size(group)) else [0, heads]
     return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
 
 
-def _split_heads(x: Tensor, halves: Sequence[Problem], *, queries: bool) -> tuple[Tensor, ...]:
+def _split_heads(x: Tensor, halves: Sequence[AttentionInputs], *, queries: bool) -> tuple[Tensor, ...]:
     """x ``[B, T, Hq or Hkv, ...]`` as views of the halves' heads."""
     return x.split([(half.q if queries else half.k).shape[2] for half in halves], 2)
 
 
-def _heads(p: Problem, a: int, b: int, repeats: int) -> Problem:
+def _heads(p: AttentionInputs, a: int, b: int, repeats: int) -> AttentionInputs:
     return replace(
         p,
         q=p.q[:, :, a * repeats : b * repeats],
@@ -352,14 +352,14 @@ def _heads(p: Problem, a: int, b: int, repeats: int) -> Problem:
     )
 
 
-def _initial(p: Problem) -> SketchState:
+def _initial(p: AttentionInputs) -> SketchState:
     """The state that enters the whole sequence."""
     if p.initial is not None:
         return p.initial
     return SketchState.empty(p.num_states, p.k.shape[2], p.features, p.v.shape[3], dtype=p.state_dtype, device=p.q.device)
 
 
-def _arriving(dfinal: _StateSum | None, half: Problem, p: Problem, index: int) -> Callable[[], SketchState]:
+def _arriving(dfinal: _StateSum | None, half: AttentionInputs, p: AttentionInputs, index: int) -> Callable[[], SketchState]:
     """How to get one half's gradient of the final state of the whole sequence."""
     heads = half.k.shape[2]
     first = index * (p.k.shape[2] // 2)

@@ -19,17 +19,17 @@ from race_dist.distributed.collectives import tree_sum
 from race_dist.distributed.communication import group_rank, group_size, pack, start_all_gather, start_all_to_all, unpack
 from race_dist.distributed.consistency import check_same_call
 from race_dist.ops.autograd import get_backend
-from race_dist.ops.inputs import Normalization, Problem
-from race_dist.parallel.attention import Call, agree_on_attention, backward_pass, forward_pass, head_halves
+from race_dist.ops.inputs import AttentionInputs, Normalization
+from race_dist.parallel.attention import Call, backward_pass, check_same_attention, forward_pass, head_halves
 from race_dist.sketch import SketchState
 
 KEPT = 6  # tensors that the backward pass wants of each half of the heads
 
 
-def group_attention_in_graph(
-    p: Problem, group: ProcessGroup, backend: str, *, output_final: bool
+def compiled_context_parallel_attention(
+    p: AttentionInputs, group: ProcessGroup, backend: str, *, output_final: bool
 ) -> tuple[Tensor, SketchState | None]:
-    """:func:`race_dist.parallel.attention.group_attention`, contiguous, without documents."""
+    """:func:`race_dist.parallel.attention.context_parallel_attention`, contiguous, without documents."""
     initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
     out, *rest = _group_attention(
         p.q,
@@ -56,7 +56,7 @@ def _group(name: str) -> ProcessGroup:
     return cast(Any, c10d)._resolve_process_group(name)
 
 
-def _call(p: Problem, backend: str, group: ProcessGroup, output_final: bool) -> Call:
+def _call(p: AttentionInputs, backend: str, group: ProcessGroup, output_final: bool) -> Call:
     return Call(group, "contiguous", get_backend(backend), 0, output_final, "auto", p.causal, p.normalization)
 
 
@@ -72,12 +72,14 @@ def _problem(
     values: Tensor | None,
     causal: bool,
     normalization: str,
-) -> Problem:
+) -> AttentionInputs:
     initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
-    return Problem(q, k, v, planes, beta, log_decay, key_mask, None, initial, causal, cast(Normalization, normalization))
+    return AttentionInputs(
+        q, k, v, planes, beta, log_decay, key_mask, None, initial, causal, cast(Normalization, normalization)
+    )
 
 
-@torch.library.custom_op("race_dist::group_attention", mutates_args=())
+@torch.library.custom_op("race_dist::context_parallel_attention", mutates_args=())
 def _group_attention(
     q: Tensor,
     k: Tensor,
@@ -96,13 +98,13 @@ def _group_attention(
 ) -> list[Tensor]:
     p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
     call = _call(p, backend, _group(group), output_final)
-    agree_on_attention(p, call.group, call.layout, call.backend, output_final, call.algorithm)
+    check_same_attention(p, call.group, call.layout, call.backend, output_final, call.algorithm)
     results, kept = forward_pass(call, _inputs(p))
     small = [t if n % KEPT < 2 else t.clone() for n, t in enumerate(kept)]  # states may be views of each other or of inputs
     return [results[0], *(t.clone() for t in results[1:]), *small]
 
 
-def _inputs(p: Problem) -> list[Tensor | None]:
+def _inputs(p: AttentionInputs) -> list[Tensor | None]:
     return [
         p.q,
         p.k,
@@ -153,7 +155,7 @@ def _(  # type: ignore[no-untyped-def]
     return results
 
 
-@torch.library.custom_op("race_dist::group_attention_backward", mutates_args=())
+@torch.library.custom_op("race_dist::context_parallel_attention_backward", mutates_args=())
 def _group_attention_backward(
     q: Tensor,
     k: Tensor,
@@ -232,7 +234,9 @@ cast(Callable[..., None], _group_attention.register_autograd)(_attention_gradien
 # --- the last tokens of the shard before --------------------------------------------------------------------------------
 
 
-def edges_in_graph(own: Sequence[Tensor], before: Sequence[Tensor], group: ProcessGroup) -> tuple[list[Tensor], list[Tensor]]:
+def compiled_halo_exchange(
+    own: Sequence[Tensor], before: Sequence[Tensor], group: ProcessGroup
+) -> tuple[list[Tensor], list[Tensor]]:
     """What enters a rank's shard and what leaves the sequence, of tails that are full: the tail of the rank before (on the
     first rank ``before``, that of the sequence's beginning), and that of the last rank.
 
@@ -296,7 +300,7 @@ cast(Callable[..., None], _edges.register_autograd)(_edges_gradients, setup_cont
 # --- every rank's tensors -------------------------------------------------------------------------------------------------
 
 
-def gather_in_graph(own: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+def compiled_all_gather(own: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
     """``[W, ...]`` each: every rank's tensors, of the same shapes and dtypes; differentiable where they are floating."""
     return _gather(list(own), group.group_name)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import group_rank
-from race_dist.ops.inputs import Problem, token_documents
+from race_dist.ops.inputs import AttentionInputs, document_ids
 from race_dist.parallel.scan import Algorithm, ScanHandle, start_scan
-from race_dist.parallel.shard_partition import Cut
+from race_dist.parallel.shard_partition import ShardPartition
 from race_dist.parallel.state_exchange import Arriving, Finish, States, plain
 from race_dist.sketch import SketchState
 
@@ -25,11 +25,11 @@ class Documents:
     both ways. A document without tokens belongs to rank 0. All of it is computed on the device of ``cu_seqlens``.
     """
 
-    def __init__(self, group: ProcessGroup, p: Problem, offset: int | Tensor, algorithm: Algorithm) -> None:
+    def __init__(self, group: ProcessGroup, p: AttentionInputs, offset: int | Tensor, algorithm: Algorithm) -> None:
         assert p.cu_seqlens is not None
         self.group, self.causal, self.algorithm = group, p.causal, algorithm
         cu, length = p.cu_seqlens, p.q.shape[1]
-        self.cut = Cut(cu_seqlens=(cu - offset).clamp(0, length))
+        self.cut = ShardPartition(cu_seqlens=(cu - offset).clamp(0, length))
         start, end, stop = cu[:-1], cu[1:], offset + length
         filled = end > start
         begins, ends = filled & (start >= offset) & (start < stop), filled & (end > offset) & (end <= stop)
@@ -76,7 +76,7 @@ class Documents:
 
     def rows(self, length: int) -> Tensor | None:
         assert self.cut.cu_seqlens is not None
-        return token_documents(self.cut.cu_seqlens, length)
+        return document_ids(self.cut.cu_seqlens, length)
 
     def _scan(self, carry: SketchState, *, reverse: bool = False) -> ScanHandle[SketchState]:
         return start_scan([carry], self.group, reverse=reverse, algorithm=self.algorithm)

@@ -45,7 +45,7 @@ def fold(carries: Sequence[CarryT]) -> CarryT:
     """Combine one or more carries, earliest first, by pairs: long sums lose few digits."""
     level = list(carries) if isinstance(carries, Sequence) else []
     if not level:
-        raise ValueError(f"fold takes a list of one or more carries; got {checks.described(carries)}")
+        raise ValueError(f"fold takes a list of one or more carries; got {checks.typed_repr(carries)}")
     for carry in level:
         _check_carry(carry, "carries")
     while len(level) > 1:
@@ -345,7 +345,7 @@ def _is_carry(kind: type[Carry]) -> bool:
 def _check(pieces: Sequence[Carry], layout: str, algorithm: str) -> tuple[Layout, Algorithm]:
     layout = check_layout(layout)
     if not isinstance(pieces, (list, tuple)):
-        raise TypeError(f"pieces must be a list of carries; got {checks.described(pieces)}")
+        raise TypeError(f"pieces must be a list of carries; got {checks.typed_repr(pieces)}")
     for piece in pieces:
         _check_carry(piece, "pieces")
     expected = 2 if layout == "zigzag" else 1
@@ -361,7 +361,7 @@ def _check_carry(carry: Any, name: str) -> None:
     if isinstance(carry, type) or not _is_carry(cast(type[Carry], type(carry))):
         raise TypeError(
             f"a scan takes carries (zero, combine, tensors, with_tensors: race_dist.carry.Carry); "
-            f"got {checks.described(carry)} for {name}"
+            f"got {checks.typed_repr(carry)} for {name}"
         )
 
 

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from race_dist.ops.inputs import Problem
+from race_dist.ops.inputs import AttentionInputs
 from race_dist.sketch import SketchState
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardPartition:
     """How one rank's problem is cut.
 
     Attributes:
@@ -29,11 +29,11 @@ class Cut:
     cu_seqlens: Tensor | None = None
 
     @classmethod
-    def zigzag(cls, p: Problem) -> Cut:
+    def zigzag(cls, p: AttentionInputs) -> ShardPartition:
         """Of a causal problem without documents whose rows are two slices of the sequence."""
         return cls("rows", alternate=True) if all(map(_halves_are_rows, (p.q, p.k, p.v))) else cls("halves")
 
-    def calls(self, p: Problem) -> list[Problem]:
+    def calls(self, p: AttentionInputs) -> list[AttentionInputs]:
         """The local calls, without an initial state. q, k and v are not copied."""
         decays = [None, None] if p.log_decay is None else self.of(p.log_decay)
         masks = [None, None] if p.key_mask is None else self.of(p.key_mask)

@@ -58,7 +58,10 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, total: int | None = None) -> Non
 
 def shard_lengths(total: int, world: int) -> list[int]:
     """Rows of each rank under the contiguous layout: the first ``total mod world`` ranks have one more."""
-    total, world = checks.integer("total", total, least=0, most=2**62), checks.integer("world", world, least=1, most=MAX_RANKS)
+    total, world = (
+        checks.integer("total", total, minimum=0, maximum=2**62),
+        checks.integer("world", world, minimum=1, maximum=MAX_RANKS),
+    )
     base, rest = divmod(total, world)
     return [base + (rank < rest) for rank in range(world)]
 
@@ -131,12 +134,12 @@ def local_segments(
     """
     layout = check_layout(layout)
     if not torch.compiler.is_compiling():
-        length = checks.integer("length", length, least=0, most=2**62)
+        length = checks.integer("length", length, minimum=0, maximum=2**62)
         _check_rank(rank, world)
         if not isinstance(offset, Tensor):
-            offset = checks.integer("offset", offset, least=0, most=2**62)
+            offset = checks.integer("offset", offset, minimum=0, maximum=2**62)
         elif offset.dim() != 0 or offset.is_floating_point():
-            raise ValueError(f"offset must be an integer or a 0-dimensional int tensor; got {checks.shown(offset)}")
+            raise ValueError(f"offset must be an integer or a 0-dimensional int tensor; got {checks.short_repr(offset)}")
         check_cu_seqlens(cu_seqlens)
         device = checks.device("device", device)
     if cu_seqlens is not None:
@@ -167,7 +170,7 @@ def shard_rows(
     Raises:
         ValueError: zigzag, and a document (or the sequence) does not divide by ``2 * world``.
     """
-    layout, total = check_layout(layout), checks.integer("total", total, least=0, most=2**62)
+    layout, total = check_layout(layout), checks.integer("total", total, minimum=0, maximum=2**62)
     _check_rank(rank, world)
     check_cu_seqlens(cu_seqlens, total)
     device = checks.device("device", device) if cu_seqlens is None else cu_seqlens.device
@@ -187,8 +190,8 @@ def shard_rows(
 
 
 def _check_rank(rank: int, world: int) -> None:
-    checks.integer("world", world, least=1, most=MAX_RANKS)
-    checks.integer("rank", rank, least=0, most=world - 1)
+    checks.integer("world", world, minimum=1, maximum=MAX_RANKS)
+    checks.integer("rank", rank, minimum=0, maximum=world - 1)
 
 
 def shard_offset(length: int, group: ProcessGroup | None, device: torch.device | str | None = None) -> int | Tensor:
@@ -196,7 +199,7 @@ def shard_offset(length: int, group: ProcessGroup | None, device: torch.device |
 
     An int where the group talks over the CPU; on a CUDA ``device`` a 0-dimensional tensor, read without waiting for it.
     """
-    length = checks.integer("length", length, least=0, most=2**62)
+    length = checks.integer("length", length, minimum=0, maximum=2**62)
     if group_size(group) == 1:
         return 0
     assert group is not None
@@ -231,9 +234,9 @@ def shard_positions(
     Raises:
         ValueError: no such layout, ``length`` is not what ``total`` gives this rank, or zigzag does not divide.
     """
-    layout, length = check_layout(layout), checks.integer("length", length, least=0, most=2**62)
+    layout, length = check_layout(layout), checks.integer("length", length, minimum=0, maximum=2**62)
     rank, world = group_rank(group), group_size(group)
-    total = None if total is None else checks.integer("total", total, least=0, most=2**62)
+    total = None if total is None else checks.integer("total", total, minimum=0, maximum=2**62)
     check_cu_seqlens(cu_seqlens, total if world > 1 else length)
     device = cu_seqlens.device if cu_seqlens is not None else checks.device("device", device)
     offset: int | Tensor = 0
@@ -297,7 +300,7 @@ def _check_dim(x: Tensor, dim: int) -> int:
     checks.tensor("x", x)
     dim = checks.integer("dim", dim)
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim = {checks.shown(dim)} is no dimension of a tensor of shape {list(x.shape)}")
+        raise ValueError(f"dim = {checks.short_repr(dim)} is no dimension of a tensor of shape {list(x.shape)}")
     return dim
 
 
@@ -331,7 +334,7 @@ def unshard_sequence(
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
     dim = _check_dim(x, dim)
     length = x.shape[dim]
-    total = None if total is None else checks.integer("total", total, least=0, most=2**62)
+    total = None if total is None else checks.integer("total", total, minimum=0, maximum=2**62)
     check_cu_seqlens(cu_seqlens, length if world == 1 else total)
     if world == 1:
         _expect_length(length, length if total is None else total, 0, 1)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import group_rank, group_size, start_all_reduce
-from race_dist.ops.inputs import Problem, token_documents
+from race_dist.ops.inputs import AttentionInputs, document_ids
 from race_dist.parallel.scan import Algorithm, start_scan
-from race_dist.parallel.shard_partition import Cut
+from race_dist.parallel.shard_partition import ShardPartition
 from race_dist.parallel.sharding import Layout, local_segments
 from race_dist.sketch import SketchState
 
@@ -32,7 +32,7 @@ Arriving = Callable[[], SketchState]  # waits for the gradient of the final stat
 class Route(Protocol):
     """The exchange of one kind of call."""
 
-    cut: Cut
+    cut: ShardPartition
 
     def known(self, initial: SketchState) -> States:
         """What enters each call, as far as this rank knows it before the exchange."""
@@ -68,15 +68,15 @@ def plain(state: SketchState) -> SketchState:
 class Prefix:
     """Causal: what enters a piece is the combination of the pieces before it."""
 
-    def __init__(self, group: ProcessGroup, layout: Layout, p: Problem, algorithm: Algorithm) -> None:
+    def __init__(self, group: ProcessGroup, layout: Layout, p: AttentionInputs, algorithm: Algorithm) -> None:
         rank, world = group_rank(group), group_size(group)
         self.group, self.layout, self.algorithm = group, layout, algorithm
         zigzag = layout == "zigzag"
         if p.cu_seqlens is not None:
             runs = local_segments(p.q.shape[1], rank, world, layout=layout, cu_seqlens=p.cu_seqlens)
-            self.cut = Cut(alternate=True, cu_seqlens=runs.cu_seqlens)
+            self.cut = ShardPartition(alternate=True, cu_seqlens=runs.cu_seqlens)
         else:
-            self.cut = Cut.zigzag(p) if zigzag else Cut()
+            self.cut = ShardPartition.zigzag(p) if zigzag else ShardPartition()
         self.num_pieces = 2 if zigzag else 1
         self.first = 0 if rank == 0 else None  # the piece that begins the sequence, where this rank has it
         self.last = self.num_pieces - 1 if rank == (0 if zigzag else world - 1) else None
@@ -115,16 +115,18 @@ class Prefix:
     def rows(self, length: int) -> Tensor | None:
         if self.cut.cu_seqlens is None:
             return None
-        return token_documents(self.cut.cu_seqlens, length) // self.num_pieces
+        return document_ids(self.cut.cu_seqlens, length) // self.num_pieces
 
 
 class Total:
     """Not causal: what enters is the sum of the other ranks' sketches, by one all-reduce each way."""
 
-    def __init__(self, group: ProcessGroup, p: Problem) -> None:
+    def __init__(self, group: ProcessGroup, p: AttentionInputs) -> None:
         self.group = group
         world = group_size(group)
-        self.cut = Cut(cu_seqlens=None if p.cu_seqlens is None else p.cu_seqlens // world)  # zigzag: the same of each
+        self.cut = ShardPartition(
+            cu_seqlens=None if p.cu_seqlens is None else p.cu_seqlens // world
+        )  # zigzag: the same of each
 
     def _start(self, own: SketchState, outside: SketchState) -> Finish:
         packed = torch.cat([own.mass.reshape(-1), own.values.reshape(-1)])
@@ -155,4 +157,4 @@ class Total:
         return self._on_first_rank(grads)
 
     def rows(self, length: int) -> Tensor | None:
-        return None if self.cut.cu_seqlens is None else token_documents(self.cut.cu_seqlens, length)
+        return None if self.cut.cu_seqlens is None else document_ids(self.cut.cu_seqlens, length)

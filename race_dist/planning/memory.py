@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from race_dist.parallel.attention import in_halves
+from race_dist.parallel.attention import splits_heads
 from race_dist.planning.clusters import Cluster
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.tally import (
@@ -186,7 +186,7 @@ def scan_bytes(job: Job, layout: Layout) -> int:
 
 def scan_parts(layout: Layout, cluster: Cluster) -> int:
     """Exchanges a RACE layer makes of its heads: two halves, or all at once."""
-    return 2 if in_halves(cluster.gpu.name != "cpu", layout.sp) else 1
+    return 2 if splits_heads(cluster.gpu.name != "cpu", layout.sp) else 1
 
 
 def _exchange(job: Job, layout: Layout, cluster: Cluster) -> int:

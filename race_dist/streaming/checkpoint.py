@@ -39,9 +39,9 @@ from race_dist.files import (
     verify_file,
     write_checksummed_json,
 )
-from race_dist.output_paths import replacing
+from race_dist.output_paths import atomic_write
 from race_dist.streaming.chunks import Tokens
-from race_dist.terminal import tell
+from race_dist.terminal import print_line
 
 KEPT = 2  # generations
 PIECES, PIECE = 64, 4096  # of a text, read for its digest
@@ -88,7 +88,7 @@ class StepCheckpoint:
         checks.folder("folder", self.folder)
         if not checks.is_number(self.every) or not (0 <= self.every <= checks.MAX_BYTES or self.every == float("inf")):
             raise ValueError(
-                f"every must be a number of seconds, 0 or more (inf: only at the end); got {checks.described(self.every)}"
+                f"every must be a number of seconds, 0 or more (inf: only at the end); got {checks.typed_repr(self.every)}"
             )
         checks.instance("key", self.key, str)
         checks.callback("stop", self.stop)
@@ -195,11 +195,11 @@ class Store:
             )
         if chosen is None:
             if own:
-                tell(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
+                print_line(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         if trouble:
-            tell(
+            print_line(
                 f"{'; '.join(trouble)}: the step goes on from what was stored after {chosen.about['done']} chunks of the "
                 f"{chosen.about['phase']} phase"
             )
@@ -287,7 +287,7 @@ class Store:
         if not min_over_ranks(int(generation is not None), self.group):  # it counts for all ranks, or for none
             self.problem = self.problem or "another rank could not store its part of the step"
             if told is None:
-                tell(f"{self.problem}: the step goes on and is stored again later")
+                print_line(f"{self.problem}: the step goes on and is stored again later")
         else:
             assert generation is not None
             self._kept = [*self._kept, generation][-KEPT:]
@@ -322,7 +322,7 @@ class Store:
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Write a file; its size and checksum."""
-        with replacing(self.folder / name) as partial:
+        with atomic_write(self.folder / name) as partial:
             try:
                 save_file(tensors, partial)
             except SafetensorError as error:

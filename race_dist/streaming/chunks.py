@@ -62,7 +62,7 @@ class Text:
     ) -> None:
         for name, tokens in (("input_ids", input_ids), ("labels", labels)):
             _check_tokens(name, tokens)
-        chunk_size = checks.integer("chunk_size", chunk_size, least=1, most=2**62)
+        chunk_size = checks.integer("chunk_size", chunk_size, minimum=1, maximum=2**62)
         if input_ids.ndim != 2 or tuple(input_ids.shape) != tuple(labels.shape):
             raise ValueError(f"input_ids and labels must both be [B, T]; got {list(input_ids.shape)} and {list(labels.shape)}")
         if input_ids.shape[1] == 0:
@@ -169,7 +169,7 @@ class Text:
 
 def _check_tokens(name: str, x: Tokens) -> None:
     if not isinstance(x, (Tensor, np.ndarray)):
-        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {checks.described(x)}")
+        raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {checks.typed_repr(x)}")
     if isinstance(x, Tensor):
         checks.tensor(name, x)
     whole = np.issubdtype(x.dtype, np.integer) if isinstance(x, np.ndarray) else x.dtype in WHOLE

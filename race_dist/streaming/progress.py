@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from race_dist.terminal import tell
+from race_dist.terminal import print_line
 
 HOST_AHEAD = 2  # chunks whose kernels may wait on a device before the host waits for them
 
@@ -143,4 +143,4 @@ class Interrupts:
         if self._heard:
             signal.default_int_handler(number, frame)
         self._heard = True
-        tell("\ninterrupted: ending at the chunk's edge (press Ctrl-C again to end at once)")
+        print_line("\ninterrupted: ending at the chunk's edge (press Ctrl-C again to end at once)")

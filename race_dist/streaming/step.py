@@ -185,7 +185,7 @@ class _Stream:
         cu_seqlens: Tensor | None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a race_dist.models.DecoderLM; got {checks.described(model)}")
+            raise TypeError(f"model must be a race_dist.models.DecoderLM; got {checks.typed_repr(model)}")
         inner = unwrapped(model)
         if not isinstance(inner, DecoderLM):
             raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(inner).__name__}")
@@ -214,7 +214,7 @@ class _Stream:
 
     def targets(self, given: int | None) -> Tensor:
         """What the summed loss is divided by, on the device."""
-        given = None if given is None else checks.integer("num_targets", given, least=1, most=2**53)
+        given = None if given is None else checks.integer("num_targets", given, minimum=1, maximum=2**53)
         return torch.tensor(self.text.count_targets() if given is None else given, device=self.device)
 
     def first_carry(self) -> ModelCarry:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from race_dist.machine import machine
+from race_dist.machine import machine_info
 from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import CheckpointError, CheckpointManager
 from race_dist.training.finalize import finish
@@ -103,7 +103,7 @@ def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
     """What the folder needs so that the run can be used and judged without its text and its machine."""
     ranks = trainer.ranks
     found = {
-        **machine(ranks.device),
+        **machine_info(ranks.device),
         "ranks": ranks.dp * ranks.sp,
         "dp": ranks.dp,
         "sp": ranks.sp,

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from race_dist.output_paths import replacing
+from race_dist.output_paths import atomic_write
 
 LARGEST_STEP = 2**53  # what a float, and so a picture, still counts
 _LARGEST_BACKLOG = 100_000  # records that wait for a disk that is full
@@ -214,6 +214,6 @@ def truncate_metrics(path: Path, step: int, write_errors: WriteErrors) -> tuple[
         if path.exists():
             found, damaged = read_records(path)
             kept = [record for record in found if record["step"] <= step] if step else []
-            with replacing(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     return kept, damaged

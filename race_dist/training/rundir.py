@@ -21,7 +21,7 @@ from race_dist.files import (
     write_text,
 )
 from race_dist.models import DecoderLM
-from race_dist.output_paths import replacing
+from race_dist.output_paths import atomic_write
 from race_dist.parallel import gather_objects, group_rank
 from race_dist.training.checkpoint import CheckpointManager
 from race_dist.training.config import TrainConfig, parse_config
@@ -243,7 +243,7 @@ class RunDirectory:
     def describe(self, facts: Mapping[str, Any], tokenizer: Path | None) -> None:
         """Write down on what the run runs, and with which tokenizer, a copy of which goes into the folder. Raises OSError."""
         if tokenizer is not None:
-            with replacing(self.tokenizer) as partial:
+            with atomic_write(self.tokenizer) as partial:
                 shutil.copyfile(tokenizer, partial)
         write_checksummed_json(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
 

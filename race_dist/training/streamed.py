@@ -24,7 +24,7 @@ from race_dist.streaming import (
 )
 from race_dist.streaming.checkpoint import weights_digest
 from race_dist.streaming.gradients import Reduce
-from race_dist.terminal import tell
+from race_dist.terminal import print_line
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
@@ -79,7 +79,7 @@ class StreamedStep:
             except DamagedStepError as error:  # on every rank: the step is made again from its beginning
                 assert checkpoint is not None
                 checkpoint.clear()
-                tell(f"{error}: beginning the step anew")
+                print_line(f"{error}: beginning the step anew")
                 total += self._backward(sequences, batch.targets, reduce, checkpoint)
             except OtherStepError as error:
                 raise CheckpointError(str(error)) from None
@@ -143,7 +143,7 @@ class StreamedStep:
             self._told = 0.0  # a new step has begun
         if progress.seconds - self._told >= TOLD_EVERY:
             self._told = progress.seconds
-            tell(f"  {progress}")
+            print_line(f"  {progress}")
 
 
 def _read(batch: Batch, rows: range) -> _Rows:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from training_job import RACE_DIST, TrainingJob, wait_for
 
-from race_dist.machine import machine
+from race_dist.machine import machine_info
 
 RANKS = 2
 TIMEOUT = 10.0  # seconds a collective waits
@@ -370,7 +370,7 @@ def main() -> None:
     before = os.getloadavg()[0]  # recoveries are mostly the start of Python and PyTorch: other work shows in them
     with tempfile.TemporaryDirectory() as folder:
         report = run(Path(folder), options.faults, options.seed)
-    header = machine(torch.device("cpu")) | {
+    header = machine_info(torch.device("cpu")) | {
         "command": f"python tests/cluster/chaos.py {' '.join(sys.argv[1:])}",
         "load_average": [round(before, 2), round(os.getloadavg()[0], 2)],
     }

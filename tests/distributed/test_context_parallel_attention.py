@@ -15,7 +15,7 @@ from torch import Tensor
 
 from race_dist import SketchState, race_attention
 from race_dist.distributed.communication import count_bytes
-from race_dist.parallel.attention import group_attention
+from race_dist.parallel.attention import context_parallel_attention
 from race_dist.parallel.sharding import shard_lengths, shard_rows
 
 TOLERANCE = 1e-9
@@ -119,7 +119,7 @@ def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) ->
     cu_seqlens = None if case.documents is None else case.cu_seqlens().to(rows.device)
     options = {"backend": "reference"} if group is None else {"group": group, "layout": case.layout}
     if group is not None and case.algorithm != "auto":
-        options["attend"] = partial(group_attention, algorithm=case.algorithm)
+        options["attend"] = partial(context_parallel_attention, algorithm=case.algorithm)
     result = through(
         leaves["q"],
         leaves["k"],
@@ -150,7 +150,7 @@ def through(*args, attend=None, **kwargs):
     """race_attention, whose attention over a group may be another."""
     if attend is None:
         return race_attention(*args, **kwargs)
-    with mock.patch("race_dist.parallel.attention.group_attention", attend):
+    with mock.patch("race_dist.parallel.attention.context_parallel_attention", attend):
         return race_attention(*args, **kwargs)
 
 

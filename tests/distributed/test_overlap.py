@@ -15,7 +15,7 @@ from race_dist import SketchState, race_attention
 from race_dist.distributed import communication
 from race_dist.ops import chunked
 from race_dist.parallel import scan
-from race_dist.parallel.attention import group_attention
+from race_dist.parallel.attention import context_parallel_attention
 
 
 class Recorder:
@@ -42,9 +42,9 @@ def order_of_events(group):
         q = torch.randn(1, 8, 2, 4, requires_grad=True)
 
         def recorded(p, *_, **options):
-            return group_attention(p, group, "contiguous", Recorder(events), **options)
+            return context_parallel_attention(p, group, "contiguous", Recorder(events), **options)
 
-        with mock.patch("race_dist.parallel.attention.group_attention", recorded):
+        with mock.patch("race_dist.parallel.attention.context_parallel_attention", recorded):
             out = race_attention(q, q, q, torch.ones(1, 1, 4), 1.0, group=group)
         forward, events[:] = [e for e in events if e != "wait all_reduce"], []
         out.sum().backward()
@@ -56,9 +56,9 @@ def order_of_events(group):
 def test_one_half_is_sent_while_the_other_computes() -> None:
     for forward, backward in run_ranks(2, order_of_events):
         assert forward == [
-            "begin_forward",
+            "start_forward",
             "send",
-            "begin_forward",
+            "start_forward",
             "send",
             "wait all_gather",
             "forward",
@@ -66,9 +66,9 @@ def test_one_half_is_sent_while_the_other_computes() -> None:
             "forward",
         ]
         assert backward == [
-            "begin_backward",
+            "start_backward",
             "send",
-            "begin_backward",
+            "start_backward",
             "send",
             "wait all_gather",
             "backward",

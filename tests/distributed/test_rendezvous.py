@@ -19,7 +19,7 @@ from harness import run_ranks
 from race_dist.distributed import rendezvous
 from race_dist.distributed.rendezvous import check_timeout, join_store
 from race_dist.parallel import RankFailure, gather_objects, init_distributed
-from race_dist.rank_environment import STORE_SOCKET, RankEnvironment, rank_environment, without_rank_variables
+from race_dist.rank_environment import STORE_FD_VARIABLE, RankEnvironment, rank_environment, without_rank_variables
 
 ROOT = Path(__file__).parents[2]
 MEETING = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -57,13 +57,13 @@ def test_variables_of_launchers_are_read_and_left_out_for_new_ranks() -> None:
     assert rank_environment({}) == RankEnvironment()
     assert rank_environment({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "2"}) == RankEnvironment(0, 1, 2)
     assert rank_environment(MEETING) == RankEnvironment(1, 2, None, None, "localhost", 29500)
-    assert rank_environment(MEETING | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}).all_local
+    assert rank_environment(MEETING | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}).single_node
     ours = {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
     assert (
         without_rank_variables(
             MEETING
             | ours
-            | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", STORE_SOCKET: "3"}
+            | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0", STORE_FD_VARIABLE: "3"}
         )
         == ours
     )
@@ -198,12 +198,12 @@ def test_a_name_that_leads_to_the_loopback_device_on_one_machine_only_does_not_b
 def test_rank_0_takes_over_the_socket_of_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port, number = server.getsockname()[1], os.dup(server.fileno())
-    monkeypatch.setenv(STORE_SOCKET, str(number))
+    monkeypatch.setenv(STORE_FD_VARIABLE, str(number))
     with rendezvous._listening("127.0.0.1", port) as taken:
         assert taken.fileno() == number
-    assert STORE_SOCKET not in os.environ
+    assert STORE_FD_VARIABLE not in os.environ
     with open(os.devnull) as other:
-        monkeypatch.setenv(STORE_SOCKET, str(other.fileno()))
+        monkeypatch.setenv(STORE_FD_VARIABLE, str(other.fileno()))
         with rendezvous._listening("127.0.0.1", port) as own:  # what is no such socket is left alone
             assert own.fileno() != other.fileno()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from race_dist.ops import chunked
-from race_dist.ops.inputs import Forward, Gradients, Problem
+from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients
 from race_dist.sketch import SketchState
 from tests.kernels.problems import both, double, problem
 from tests.ops.cases import Case, Limits, draw, errors, relative_error
@@ -40,14 +40,14 @@ def on(x: object, device: str) -> object:
     return x.to(device) if isinstance(x, (Tensor, SketchState)) else x
 
 
-def cuda(p: Problem) -> Problem:
-    return Problem(**{f.name: on(getattr(p, f.name), "cuda") for f in fields(Problem)})  # type: ignore[arg-type]
+def cuda(p: AttentionInputs) -> AttentionInputs:
+    return AttentionInputs(**{f.name: on(getattr(p, f.name), "cuda") for f in fields(AttentionInputs)})  # type: ignore[arg-type]
 
 
-def run(case: Case) -> tuple[Forward, Gradients]:
-    forward, gradients = both(cuda(case.problem), case.dout.cuda(), case.dfinal.to("cuda"), need_planes=True)
+def run(case: Case) -> tuple[ForwardResult, Gradients]:
+    forward, gradients = both(cuda(case.inputs), case.dout.cuda(), case.dfinal.to("cuda"), need_planes=True)
     host = [on(x, "cpu") for x in (forward.out, forward.den, forward.states, forward.final)]
-    return Forward(*host), Gradients(*(on(x, "cpu") for x in gradients))  # type: ignore[arg-type]
+    return ForwardResult(*host), Gradients(*(on(x, "cpu") for x in gradients))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -120,7 +120,7 @@ def test_offsets_past_two_to_the_31() -> None:
     p = problem(length=2**22 + 2**18, heads=4)
     assert p.q.numel() > 2**31
     cut = p.q.shape[1] - 4096
-    before = triton_backend.begin_forward(replace(p, q=p.q[:, :cut], k=p.k[:, :cut], v=p.v[:, :cut])).state
+    before = triton_backend.start_forward(replace(p, q=p.q[:, :cut], k=p.k[:, :cut], v=p.v[:, :cut])).state
     tail = replace(p, q=p.q[:, cut:].clone(), k=p.k[:, cut:].clone(), v=p.v[:, cut:].clone(), initial=before)
     dout = torch.randn_like(p.q)
     forward, gradients = both(p, dout, None)

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from race_dist.kernels.plan import KERNELS, shared_bytes
 from race_dist.ops import triton as backend
-from race_dist.ops.inputs import Problem
+from race_dist.ops.inputs import AttentionInputs
 
 WALKS = {
     "tile_sums_fwd": "race_tile_sums_fwd_kernel",
@@ -94,13 +94,13 @@ def problem(
     planes: int = 4,
     value_dim: int = 128,
     wide: bool = False,
-) -> Problem:
+) -> AttentionInputs:
     """A call's tensors, without their elements. ``wide``: float32 planes."""
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
     cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
     hyperplanes = make(4, tables, planes, dim, dtype=torch.float32 if wide else torch.bfloat16)
-    return Problem(
+    return AttentionInputs(
         make(1, 8192, queries, dim),
         make(1, 8192, 4, dim),
         make(1, 8192, 4, value_dim),

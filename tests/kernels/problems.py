@@ -10,21 +10,23 @@ from torch import Tensor
 from race_dist.hashing import sample_planes
 from race_dist.ops import chunked
 from race_dist.ops import triton as triton_backend
-from race_dist.ops.inputs import Forward, Gradients, Problem
+from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients
 from race_dist.sketch import SketchState
 from tests.ops.cases import relative_error
 
 
-def double(p: Problem) -> Problem:
+def double(p: AttentionInputs) -> AttentionInputs:
     """The same problem in float64."""
 
     def cast(x: object) -> object:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    return Problem(**{f.name: cast(getattr(p, f.name)) for f in fields(Problem)})  # type: ignore[arg-type]
+    return AttentionInputs(**{f.name: cast(getattr(p, f.name)) for f in fields(AttentionInputs)})  # type: ignore[arg-type]
 
 
-def both(p: Problem, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool = False) -> tuple[Forward, Gradients]:
+def both(
+    p: AttentionInputs, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool = False
+) -> tuple[ForwardResult, Gradients]:
     """Both passes of the kernels."""
     saved = triton_backend.forward(p)
     return saved, triton_backend.backward(p, saved, dout, dfinal, need_planes=need_planes)
@@ -47,7 +49,7 @@ def problem(
     device: str = "cuda",
     plane_dtype: torch.dtype = torch.bfloat16,
     trained: bool = False,
-) -> Problem:
+) -> AttentionInputs:
     """Normal rows, values with a mean. ``trained``: planes that are no bfloat16 numbers."""
     g = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, length, n, dim, device=device, generator=g) for n in (heads * repeats, heads, heads))
@@ -55,7 +57,7 @@ def problem(
     hyperplanes = sample_planes(tables, planes, dim, num_heads=heads, seed=0, device=device, dtype=plane_dtype)
     if trained:
         hyperplanes = hyperplanes * (1 + 0.01 * torch.randn(hyperplanes.shape, device=device, generator=g).to(plane_dtype))
-    return Problem(
+    return AttentionInputs(
         q.to(dtype),
         k.to(dtype),
         (v + mean).to(dtype),
@@ -82,7 +84,7 @@ def drawn(
     states: bool = False,
     device: str = "cuda",
     **options: object,
-) -> tuple[Problem, Tensor, SketchState | None]:
+) -> tuple[AttentionInputs, Tensor, SketchState | None]:
     """A problem with every option, and gradients of its output and final state. ``decay``: "", "token", or "hard", with
     resets; ``documents``: where they begin, and the end; ``states``: an initial state and a gradient of the final one."""
     g = torch.Generator(device).manual_seed(1)
@@ -109,7 +111,7 @@ def drawn(
 
 
 def check_pipelines(
-    p: Problem, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2, *, need_planes: bool = False
+    p: AttentionInputs, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2, *, need_planes: bool = False
 ) -> None:
     """The pipelines serve ``p``, and agree with the chunked pass in float64 to the rounding of their operands: gradients to
     ``most`` of their norms, which count as no smaller than 1e-5 of the output gradient's (where one token is alone, that of

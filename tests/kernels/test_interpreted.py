@@ -17,7 +17,7 @@ if torch.cuda.is_available():
 from race_dist.attention import race_attention
 from race_dist.kernels.plan import make_plan
 from race_dist.ops import triton as backend
-from race_dist.ops.inputs import Problem
+from race_dist.ops.inputs import AttentionInputs
 from race_dist.sketch import SketchState
 
 SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, documents=5)
@@ -29,12 +29,12 @@ def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         backend, "make_plan", lambda spec, work, **limits: make_plan(spec, work, **limits | {"chunk": 16, "tile": 32})
     )
-    backend.forget_plans()
+    backend.clear_plan_cache()
 
 
 def run(case: Case) -> dict[str, float]:
-    forward = backend.forward(case.problem)
-    return errors(case, forward, backend.backward(case.problem, forward, case.dout, case.dfinal, need_planes=True))
+    forward = backend.forward(case.inputs)
+    return errors(case, forward, backend.backward(case.inputs, forward, case.dout, case.dfinal, need_planes=True))
 
 
 @pytest.mark.parametrize("seed", range(14))
@@ -61,7 +61,7 @@ def test_many_features_go_in_blocks() -> None:
             draw(seed, replace(SMALL, length=20, tables=1, planes=7, repeats=1, heads=1), dtype=torch.float32)
             for seed in range(200)
         )
-        if c.problem.features == 128 and c.problem.normalization == "global"
+        if c.inputs.features == 128 and c.inputs.normalization == "global"
     )
     assert max(run(case).values()) <= 1e-4
 
@@ -71,16 +71,16 @@ def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> No
     case = next(
         c
         for c in (draw(seed, replace(SMALL, length=1), dtype=torch.float32) for seed in range(200))
-        if backend._is_decoding(c.problem) and c.problem.initial is not None
+        if backend._is_decoding(c.inputs) and c.inputs.initial is not None
     )
-    assert case.problem.initial is not None
-    large = SketchState(case.problem.initial.mass.to(dtype) + 2.0**25, case.problem.initial.values.to(dtype))
-    case = replace(case, problem=replace(case.problem, initial=large, log_decay=None))
-    final = backend.forward(case.problem).final
+    assert case.inputs.initial is not None
+    large = SketchState(case.inputs.initial.mass.to(dtype) + 2.0**25, case.inputs.initial.values.to(dtype))
+    case = replace(case, inputs=replace(case.inputs, initial=large, log_decay=None))
+    final = backend.forward(case.inputs).final
     assert final.mass.dtype == dtype
     grown = (final.mass - large.mass).sum(-1)
-    expected = case.problem.planes.shape[1] * (1.0 if case.problem.key_mask is None else 0.0)
-    if dtype == torch.float64 and case.problem.key_mask is None:
+    expected = case.inputs.planes.shape[1] * (1.0 if case.inputs.key_mask is None else 0.0)
+    if dtype == torch.float64 and case.inputs.key_mask is None:
         torch.testing.assert_close(grown, torch.full_like(grown, expected), rtol=1e-5, atol=1e-5)
 
 
@@ -89,20 +89,20 @@ def test_a_chain_of_pieces_is_the_whole() -> None:
     case = next(
         c
         for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
-        if c.problem.causal and c.problem.initial is not None and c.problem.q.shape[1] > 20
+        if c.inputs.causal and c.inputs.initial is not None and c.inputs.q.shape[1] > 20
     )
-    p = case.problem
+    p = case.inputs
     forward = backend.forward(p)
-    final = backend.begin_forward(p).state
+    final = backend.start_forward(p).state
     torch.testing.assert_close(final.values, forward.final.values)
     zero = case.dfinal.zero()
     gradients = backend.backward(p, forward, case.dout, zero, need_planes=False)
     assert gradients.initial is not None
-    begun = backend.begin_backward(p, forward, case.dout, need_planes=False)
+    begun = backend.start_backward(p, forward, case.dout, need_planes=False)
     torch.testing.assert_close(begun.state.values, gradients.initial.values)
     whole = backend.backward(p, forward, case.dout, zero, need_planes=False, begun=begun)
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], gradients[:3]))
-    again = backend.forward(p, begun=backend.begin_forward(p))
+    again = backend.forward(p, begun=backend.start_forward(p))
     assert torch.equal(again.out, forward.out)
     assert torch.equal(again.states, forward.states)
 
@@ -112,12 +112,12 @@ def test_the_public_call_reaches_it() -> None:
     case = next(
         c
         for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
-        if c.problem.cu_seqlens is not None
-        and c.problem.causal
-        and c.problem.log_decay is not None
-        and 0 < c.problem.q.shape[1] < 30
+        if c.inputs.cu_seqlens is not None
+        and c.inputs.causal
+        and c.inputs.log_decay is not None
+        and 0 < c.inputs.q.shape[1] < 30
     )
-    p = case.problem
+    p = case.inputs
     assert tuple(backend.forward(p).states.shape) == backend.states_shape(p)
     results = []
     for name in ("triton", "chunked"):
@@ -141,12 +141,12 @@ def test_the_public_call_reaches_it() -> None:
 def test_what_it_cannot_do_it_says() -> None:
     case = draw(3, SMALL, dtype=torch.float64)
     with pytest.raises(ValueError, match=r'bfloat16, float16 and float32; got torch.float64; use backend="chunked"'):
-        backend.forward(case.problem)
+        backend.forward(case.inputs)
 
 
 def test_the_custom_op_is_registered_right_for_it() -> None:
     """With symbolic sizes too: the states' shape comes from a plan."""
-    p = draw(4, replace(SMALL, length=40), dtype=torch.float32).problem
+    p = draw(4, replace(SMALL, length=40), dtype=torch.float32).inputs
     initial = (None, None) if p.initial is None else p.initial.tensors()
     arguments = (
         p.q.requires_grad_(),
@@ -168,7 +168,7 @@ def test_the_custom_op_is_registered_right_for_it() -> None:
 def test_calls_are_of_one_kind_where_their_tensors_lie_alike() -> None:
     """A kind's compiled kernels run without another look at their arguments: whatever Triton compiles for tells kinds apart."""
     q, k, v = (torch.randn(2, 40, 3, 16) for _ in range(3))
-    p = Problem(q, k, v, torch.randn(3, 2, 3, 16), torch.ones(3), None, None, None, None, True, "global")
+    p = AttentionInputs(q, k, v, torch.randn(3, 2, 3, 16), torch.ones(3), None, None, None, None, True, "global")
     kind = lambda p: backend._Call(p).kind
     assert kind(p) is kind(replace(p, q=q.clone()))
     elsewhere = torch.empty(q.numel() + 1)[1:].view(q.shape)  # 4 bytes further on

@@ -46,7 +46,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
-    backend.forget_plans()
+    backend.clear_plan_cache()
 
 
 PROBLEMS: dict[str, dict[str, object]] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from race_dist.launch import checks
-from race_dist.launch.check_results import Finding, RankReport, compare_facts, compare_speeds, refusals
+from race_dist.launch.check_results import CheckResult, RankReport, compare_facts, compare_speeds, refusals
 from race_dist.launch.gpus import examine, inspect
 from race_dist.parallel import RankFailure
 from race_dist.training.logging import telemetry
@@ -57,7 +57,7 @@ class Answers(Nvml):
         return name
 
 
-def verdicts(**changes: Any) -> dict[str, Finding]:
+def verdicts(**changes: Any) -> dict[str, CheckResult]:
     return {f.name: f for f in examine(Answers(HEALTHY | changes))}
 
 
@@ -136,7 +136,7 @@ def test_ranks_that_differ_are_named_with_their_nodes() -> None:
 def test_a_slow_rank_is_named() -> None:
     ranks = reports(x=["1"] * 4)
     for report, value in zip(ranks, (3000.0, 2990.0, 2000.0, 3010.0)):
-        report.findings.append(Finding("copy GB/s", "ok", value))
+        report.findings.append(CheckResult("copy GB/s", "ok", value))
     (found,) = compare_speeds(ranks, "copy GB/s")
     assert found.verdict == "warn"
     assert "nid1 (rank 2) 2e+03" in found.detail

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from race_dist.launch.rank import take_local_rank
-from race_dist.launch.rank_env import cores_near, expand_hosts, name_of_rank, rank_variables, share, use_local_caches
+from race_dist.launch.rank_env import expand_hostlist, host_of_rank, numa_cores, rank_variables, share, use_local_caches
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -35,7 +35,7 @@ SLURM = {
     ],
 )
 def test_host_lists_are_expanded(text: str, hosts: list[str]) -> None:
-    assert expand_hosts(text) == hosts
+    assert expand_hostlist(text) == hosts
 
 
 def test_under_slurm() -> None:
@@ -85,8 +85,8 @@ def test_ranks_left_over_in_the_shell_do_not_make_each_task_a_run_of_its_own() -
 def test_slurm_nodes_with_unequal_tasks_and_the_node_of_a_rank() -> None:
     uneven = SLURM | {"SLURM_STEP_NODELIST": "a[1-3]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}
     assert rank_variables(uneven)["LOCAL_WORLD_SIZE"] == "1"
-    assert [name_of_rank(r, uneven) for r in range(6)] == ["a1", "a1", "a2", "a2", "a3", None]
-    assert name_of_rank(0, {}) is None
+    assert [host_of_rank(r, uneven) for r in range(6)] == ["a1", "a1", "a2", "a2", "a3", None]
+    assert host_of_rank(0, {}) is None
 
 
 def test_an_interactive_shell_inside_an_allocation_is_no_rank() -> None:
@@ -135,12 +135,12 @@ def test_cores_near_a_gpu_come_from_sysfs(tmp_path: Path) -> None:
     node.mkdir(parents=True)
     (node / "cpulist").write_text("72-143,200\n")
     allowed = set(range(288))
-    assert cores_near("00000009:01:00.0", allowed, tmp_path) == {*range(72, 144), 200}
-    assert cores_near("0009:01:00.0", set(range(70, 80)), tmp_path) == set(range(72, 80))
-    assert cores_near("0009:01:00.0", {0, 1}, tmp_path) == {0, 1}  # none of them is near: all that it may use
-    assert cores_near("0000:99:00.0", allowed, tmp_path) == allowed
+    assert numa_cores("00000009:01:00.0", allowed, tmp_path) == {*range(72, 144), 200}
+    assert numa_cores("0009:01:00.0", set(range(70, 80)), tmp_path) == set(range(72, 80))
+    assert numa_cores("0009:01:00.0", {0, 1}, tmp_path) == {0, 1}  # none of them is near: all that it may use
+    assert numa_cores("0000:99:00.0", allowed, tmp_path) == allowed
     (device / "numa_node").write_text("-1\n")
-    assert cores_near("0009:01:00.0", allowed, tmp_path) == allowed
+    assert numa_cores("0009:01:00.0", allowed, tmp_path) == allowed
 
 
 def test_ranks_of_one_numa_node_share_its_cores() -> None:

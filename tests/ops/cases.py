@@ -10,7 +10,7 @@ from torch import Tensor
 
 from race_dist.hashing import sample_planes
 from race_dist.ops import reference
-from race_dist.ops.inputs import NORMALIZATIONS, Forward, Gradients, Problem
+from race_dist.ops.inputs import NORMALIZATIONS, AttentionInputs, ForwardResult, Gradients
 from race_dist.sketch import SketchState
 
 
@@ -31,7 +31,7 @@ class Limits:
 class Case:
     """A problem and the gradients of its outputs."""
 
-    problem: Problem
+    inputs: AttentionInputs
     dout: Tensor
     dfinal: SketchState
 
@@ -62,7 +62,7 @@ def draw(seed: int, limits: Limits = Limits(), *, dtype: torch.dtype = torch.flo
         initial = SketchState(mass, normal(rows, heads, features, value_dim))
     offset = (0.0, 1.0, 3.0)[pick(0, 2)] if mean is None else mean
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    problem = Problem(
+    problem = AttentionInputs(
         q=normal(batch, length, heads * repeats, dim).to(dtype),
         k=normal(batch, length, heads, dim).to(dtype),
         v=(normal(batch, length, heads, value_dim) + offset).to(dtype),
@@ -98,13 +98,13 @@ def upcast(case: Case) -> Case:
             return x.to(torch.float64)
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    values = {f.name: double(getattr(case.problem, f.name)) for f in fields(Problem)}
-    return Case(Problem(**values), case.dout.double(), case.dfinal.to(torch.float64))  # type: ignore[arg-type]
+    values = {f.name: double(getattr(case.inputs, f.name)) for f in fields(AttentionInputs)}
+    return Case(AttentionInputs(**values), case.dout.double(), case.dfinal.to(torch.float64))  # type: ignore[arg-type]
 
 
-def expected(case: Case) -> tuple[Forward, Gradients]:
+def expected(case: Case) -> tuple[ForwardResult, Gradients]:
     """Outputs and gradients by definition and autograd, float64."""
-    p = upcast(case).problem
+    p = upcast(case).inputs
     names = [n for n in ("q", "k", "v", "planes", "beta", "log_decay") if getattr(p, n) is not None]
     leaves = {n: getattr(p, n).clone().requires_grad_() for n in names}
     initial = None if p.initial is None else [t.clone().requires_grad_() for t in p.initial.tensors()]
@@ -120,12 +120,12 @@ def expected(case: Case) -> tuple[Forward, Gradients]:
     dinitial = None if initial is None else SketchState(*grads[len(names) :])
     final = SketchState(*(t.detach() for t in final.tensors()))
     return (
-        Forward(out.detach(), out.new_empty(0), out.new_empty(0), final),
+        ForwardResult(out.detach(), out.new_empty(0), out.new_empty(0), final),
         Gradients(**{"log_decay": None, "initial": dinitial, **by_name}),
     )  # type: ignore[arg-type]
 
 
-def errors(case: Case, forward: Forward, gradients: Gradients) -> dict[str, float]:
+def errors(case: Case, forward: ForwardResult, gradients: Gradients) -> dict[str, float]:
     """Relative errors, by norm, of everything that a backend returns.
 
     A gradient may be exactly zero (one token alone in its document reads only itself), where a relative error means

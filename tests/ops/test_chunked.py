@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from race_dist.ops import chunked, reference
-from race_dist.ops.inputs import NORMALIZATIONS, Problem
+from race_dist.ops.inputs import NORMALIZATIONS, AttentionInputs
 from race_dist.sketch import SketchState
 from tests.ops.cases import Case, Limits, draw, errors, relative_error
 
 
 def run(case: Case, *, need_planes: bool = True) -> dict[str, float]:
-    forward = chunked.forward(case.problem)
-    gradients = chunked.backward(case.problem, forward, case.dout, case.dfinal, need_planes=need_planes)
+    forward = chunked.forward(case.inputs)
+    gradients = chunked.backward(case.inputs, forward, case.dout, case.dfinal, need_planes=need_planes)
     return errors(case, forward, gradients)
 
 
@@ -57,17 +57,17 @@ def test_the_pieces_of_a_chain_are_the_whole(normalization: str, causal: bool, d
     case = next(
         c
         for c in map(draw, range(1000))
-        if c.problem.causal == causal
-        and c.problem.normalization == normalization
-        and c.problem.initial is not None
-        and c.problem.q.shape[1] > 128
-        and (c.problem.cu_seqlens is None) == (documents == 0)
+        if c.inputs.causal == causal
+        and c.inputs.normalization == normalization
+        and c.inputs.initial is not None
+        and c.inputs.q.shape[1] > 128
+        and (c.inputs.cu_seqlens is None) == (documents == 0)
     )
-    p = case.problem
+    p = case.inputs
     forward = chunked.forward(p)
-    assert relative_error(chunked.begin_forward(p).state.values, forward.final.values) <= 1e-14
+    assert relative_error(chunked.start_forward(p).state.values, forward.final.values) <= 1e-14
     gradients = chunked.backward(p, forward, case.dout, None, need_planes=False)
-    suffix = chunked.begin_backward(p, forward, case.dout, need_planes=False).state
+    suffix = chunked.start_backward(p, forward, case.dout, need_planes=False).state
     assert gradients.initial is not None
     assert gradients.planes is None
     assert relative_error(suffix.values, gradients.initial.values) <= 1e-12
@@ -78,7 +78,7 @@ def test_underflow_gives_zero_rows_and_zero_gradients() -> None:
     """Where a query's bucket was never filled the denominator underflows: zeros, in every backend, and no NaN."""
     q, k = torch.full((1, 70, 1, 4), 5.0), torch.full((1, 70, 1, 4), -5.0)
     planes = torch.ones(1, 1, 10, 4)
-    p = Problem(q, k, torch.randn(1, 70, 1, 3), planes, torch.tensor([30.0]), None, None, None, None, True, "global")
+    p = AttentionInputs(q, k, torch.randn(1, 70, 1, 3), planes, torch.tensor([30.0]), None, None, None, None, True, "global")
     for dtype, beta in ((torch.float32, 30.0), (torch.float64, 300.0)):
         cast = replace(
             p, q=q.to(dtype), k=k.to(dtype), v=p.v.to(dtype), planes=planes.to(dtype), beta=torch.tensor([beta], dtype=dtype)
@@ -93,8 +93,8 @@ def test_underflow_gives_zero_rows_and_zero_gradients() -> None:
 @pytest.mark.parametrize("beta", [4.0, 16.0, 64.0])
 def test_sharp_hashes_have_no_nan_and_stay_exact(beta: float) -> None:
     case = draw(11, Limits(planes=5))
-    p = replace(case.problem, beta=torch.full_like(case.problem.beta, beta))
-    worst = run(replace(case, problem=p))
+    p = replace(case.inputs, beta=torch.full_like(case.inputs.beta, beta))
+    worst = run(replace(case, inputs=p))
     assert max(worst.values()) <= 1e-9, worst
 
 
@@ -102,7 +102,7 @@ def test_a_long_float32_sum_keeps_growing() -> None:
     """A float32 mass fed ones stops at 2**24; a float64 carry through calls does not."""
     ones = torch.ones(1, 64, 1, 2)
     full = SketchState(torch.full((1, 1, 2), 2.0**24, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64))
-    p = Problem(ones, ones, ones, torch.zeros(1, 1, 1, 2), torch.ones(1), None, None, None, full, True, "none")
+    p = AttentionInputs(ones, ones, ones, torch.zeros(1, 1, 1, 2), torch.ones(1), None, None, None, full, True, "none")
     final = chunked.forward(p).final
     assert final.mass.dtype == torch.float64
     assert torch.equal(final.mass, torch.full((1, 1, 2), 2.0**24 + 32, dtype=torch.float64))
@@ -110,7 +110,7 @@ def test_a_long_float32_sum_keeps_growing() -> None:
 
 def test_strided_inputs_are_read_in_place() -> None:
     """[S, B, H, D] views, as other frameworks hold them, give what contiguous inputs give."""
-    case = next(c for c in map(draw, range(100)) if c.problem.cu_seqlens is None and c.problem.q.shape[0] == 2)
-    p = case.problem
+    case = next(c for c in map(draw, range(100)) if c.inputs.cu_seqlens is None and c.inputs.q.shape[0] == 2)
+    p = case.inputs
     views = {n: getattr(p, n).transpose(0, 1).contiguous().transpose(0, 1) for n in ("q", "k", "v")}
     assert torch.equal(chunked.forward(replace(p, **views)).out, chunked.forward(p).out)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from race_dist import SketchState
 from race_dist.distributed.collectives import tree_sum
 from race_dist.distributed.communication import pack, packed_size, unpack
-from race_dist.ops.inputs import Problem
+from race_dist.ops.inputs import AttentionInputs
 from race_dist.parallel import (
     RankFailure,
     all_reduce_sum,
@@ -26,7 +26,7 @@ from race_dist.parallel import (
     shutdown,
     unshard_sequence,
 )
-from race_dist.parallel.shard_partition import Cut
+from race_dist.parallel.shard_partition import ShardPartition
 
 
 def test_pack_and_unpack() -> None:
@@ -78,8 +78,10 @@ def test_zigzag_halves_are_views(batch: int, strided: bool) -> None:
         return x if strided else x.contiguous()
 
     mask, decay = torch.rand(batch, 8) > 0.5, torch.zeros(2).expand(batch, 8, 2)
-    p = Problem(draw(4), draw(2), draw(2), torch.randn(2, 1, 2, 4), torch.ones(2), decay, mask, None, None, True, "global")
-    cut = Cut.zigzag(p)
+    p = AttentionInputs(
+        draw(4), draw(2), draw(2), torch.randn(2, 1, 2, 4), torch.ones(2), decay, mask, None, None, True, "global"
+    )
+    cut = ShardPartition.zigzag(p)
     assert cut.mode == ("halves" if strided and batch > 1 else "rows")
     calls = cut.calls(p)
     for call in calls:

@@ -18,7 +18,7 @@ import torch
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, settings_digest
 from race_dist.benchmarks.quality.variants import describe, model_config
 from race_dist.files import read_json_object, write_json
-from race_dist.machine import machine
+from race_dist.machine import machine_info
 
 
 def score(result: dict[str, Any]) -> float:
@@ -162,7 +162,9 @@ class Board:
         """Make every run that is pending. Returns a line for each that the limit has cut off."""
         for variant in self.protocol.variant:
             model_config(self.protocol, variant, self.protocol.seeds[0])  # said before anything is trained
-        self.results.data["machines"].append({**machine(torch.device(self.options.device)), "side_by_side": self.options.jobs})
+        self.results.data["machines"].append(
+            {**machine_info(torch.device(self.options.device)), "side_by_side": self.options.jobs}
+        )
         try:
             while self._fill() or self.running:
                 self._collect()

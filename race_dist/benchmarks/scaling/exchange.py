@@ -13,9 +13,9 @@ from race_dist.benchmarks.attention import inputs
 from race_dist.benchmarks.scaling.job import Job
 from race_dist.hashing import sample_planes
 from race_dist.ops.autograd import get_backend, unsupported
-from race_dist.ops.inputs import Problem
+from race_dist.ops.inputs import AttentionInputs
 from race_dist.parallel import state_exchange
-from race_dist.parallel.attention import group_attention, in_halves
+from race_dist.parallel.attention import context_parallel_attention, splits_heads
 from race_dist.parallel.scan import Algorithm, start_scan
 from race_dist.sketch import SketchState
 
@@ -64,7 +64,7 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
     whole = job.milliseconds(call, count)
     with mock.patch.object(state_exchange, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
         local = job.milliseconds(call, count)
-    scans = 4 if in_halves(job.device.type == "cuda", count) else 2  # forward and backward
+    scans = 4 if splits_heads(job.device.type == "cuda", count) else 2  # forward and backward
     scan = _scan_of(job, count, algorithm, job.sizes.base.heads * 2 // scans)
     added, alone = max(0.0, whole - local), scans * scan
     return {
@@ -87,7 +87,7 @@ def _call(job: Job, count: int, algorithm: Algorithm) -> Callable[[], object]:
     shape = replace(job.sizes.base, length=job.sizes.per_rank)
     q, k, v = inputs(shape, job.device)
     planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=job.device, dtype=q.dtype)
-    p = Problem(
+    p = AttentionInputs(
         q,
         k,
         v,
@@ -105,7 +105,7 @@ def _call(job: Job, count: int, algorithm: Algorithm) -> Callable[[], object]:
     assert group is not None
 
     def both() -> None:
-        out, _ = group_attention(p, group, "contiguous", backend, output_final=False, algorithm=algorithm)
+        out, _ = context_parallel_attention(p, group, "contiguous", backend, output_final=False, algorithm=algorithm)
         torch.autograd.grad(out, (q, k, v), gradient)
 
     return both

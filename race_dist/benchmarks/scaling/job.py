@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from race_dist.benchmarks.attention import Shape
-from race_dist.machine import machine
+from race_dist.machine import machine_info
 from race_dist.parallel import all_gather_tensor, all_reduce_max, barrier, broadcast_tensor, count_bytes
 from race_dist.planning import GPUS, Cluster
 from race_dist.planning.clusters import match_gpu
@@ -75,7 +75,7 @@ class Job:
         assert dist.group.WORLD is not None
         self.world: ProcessGroup = dist.group.WORLD
         self.report: dict[str, Any] = {
-            "machine": machine(device),
+            "machine": machine_info(device),
             "ranks": self.size,
             "limit_seconds": seconds,
             "torch_nccl": _nccl_version(device),

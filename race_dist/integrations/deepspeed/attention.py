@@ -97,7 +97,7 @@ class SketchAttention(nn.Module):
                 "causal by its config"
             )
         if checks.integer("batch_dim_idx", batch_dim_idx) not in (0, 1):
-            raise ValueError(f"batch_dim_idx must be 0 or 1; got {checks.shown(batch_dim_idx)}")
+            raise ValueError(f"batch_dim_idx must be 0 or 1; got {checks.short_repr(batch_dim_idx)}")
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, x, dim=4)
         q, k, v = ((x, x.transpose(0, 1))[batch_dim_idx] for x in (query, key, value))

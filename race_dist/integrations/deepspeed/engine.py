@@ -124,16 +124,16 @@ def initialize(
     from deepspeed.utils import groups
 
     if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
-        raise TypeError(f"model must be a torch.nn.Module with parameters; got {checks.described(model)}")
+        raise TypeError(f"model must be a torch.nn.Module with parameters; got {checks.typed_repr(model)}")
     if sequence_mesh is not None:
         checks.instance("sequence_mesh", sequence_mesh, SequenceParallelMesh)
     if mpu is not None and not any(name.startswith("get_") and "parallel" in name for name in dir(mpu)):
         raise TypeError(
-            f"mpu must be an object that knows its groups, as Megatron's parallel_state; got {checks.described(mpu)}"
+            f"mpu must be an object that knows its groups, as Megatron's parallel_state; got {checks.typed_repr(mpu)}"
         )
     if mesh_param is not None and not (isinstance(mesh_param, list | tuple) and len(mesh_param) == 2):
         raise TypeError(
-            f"mesh_param must be two numbers of ranks, data-parallel and of a sequence; got {checks.described(mesh_param)}"
+            f"mesh_param must be two numbers of ranks, data-parallel and of a sequence; got {checks.typed_repr(mesh_param)}"
         )
     timeout = checks.seconds("timeout", timeout)
     _check_options(**options)
@@ -174,7 +174,7 @@ def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_par
         ("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
     ):
         if value is not None and not (isinstance(value, kind) or hasattr(value, "step") or callable(value)):
-            raise TypeError(f"{name} must be a {kind.__name__} or a function that makes one; got {checks.described(value)}")
+            raise TypeError(f"{name} must be a {kind.__name__} or a function that makes one; got {checks.typed_repr(value)}")
     if model_parameters is None:
         return
     entries = list(model_parameters) if isinstance(model_parameters, list | tuple) else []
@@ -182,7 +182,7 @@ def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_par
     if wrong or not isinstance(model_parameters, Iterable) or isinstance(model_parameters, str | bytes | Mapping | Tensor):
         raise TypeError(
             "model_parameters must be a list of parameters, or of groups of them; got "
-            f"{checks.described(wrong[0] if wrong else model_parameters)}"
+            f"{checks.typed_repr(wrong[0] if wrong else model_parameters)}"
         )
 
 

@@ -76,10 +76,10 @@ def check_values(config: Mapping[str, Any]) -> None:
     """
     for key, value in config.items():
         if not isinstance(key, str):
-            raise TypeError(f"the keys of a DeepSpeed configuration are strings; got {checks.described(key)}")
+            raise TypeError(f"the keys of a DeepSpeed configuration are strings; got {checks.typed_repr(key)}")
         name = _name(key)
         if key in SECTIONS and not isinstance(value, Mapping):
-            raise TypeError(f"{name} must be an object{_example(key)}; got {checks.described(value)}")
+            raise TypeError(f"{name} must be an object{_example(key)}; got {checks.typed_repr(value)}")
         if key in RULES and not (isinstance(value, str) and value == AUTO):
             RULES[key](name, value)
     for section in ("optimizer", "scheduler"):
@@ -98,18 +98,18 @@ def _check_named(section: str, entry: Mapping[str, Any]) -> None:
     """An optimizer or a scheduler: a name and its parameters."""
     for key, kind, words in (("type", str, "a name"), ("params", Mapping, "an object")):
         if key in entry and not isinstance(entry[key], kind):
-            raise TypeError(f"{_name(f'{section}.{key}')} must be {words}; got {checks.described(entry[key])}")
+            raise TypeError(f"{_name(f'{section}.{key}')} must be {words}; got {checks.typed_repr(entry[key])}")
 
 
 def _check_print(name: str, value: Any) -> None:
     if value is not None and not (checks.is_number(value) and value >= 1):
-        raise ValueError(f"{name} must be a number of at least 1, or null; got {checks.described(value)}")
+        raise ValueError(f"{name} must be a number of at least 1, or null; got {checks.typed_repr(value)}")
 
 
 RULES: dict[str, Callable[[str, Any], object]] = {
-    **dict.fromkeys(COUNTS, partial(checks.integer, least=1, most=2**31 - 1)),
+    **dict.fromkeys(COUNTS, partial(checks.integer, minimum=1, maximum=2**31 - 1)),
     **dict.fromkeys(FLAGS, checks.flag),
-    "gradient_clipping": partial(checks.number, least=0),
+    "gradient_clipping": partial(checks.number, minimum=0),
     "gradient_predivide_factor": partial(checks.number, above=0),
     "steps_per_print": _check_print,
 }
@@ -129,7 +129,7 @@ def validate_with_deepspeed(config: Mapping[str, Any], mpu: Any = None) -> None:
         problem = error.errors()[0]
         where = ".".join([MODELS.get(error.title, error.title), *map(str, problem["loc"])])
         raise ValueError(
-            f'"{where}" of the DeepSpeed configuration: {problem["msg"]}; got {checks.shown(problem["input"])}'
+            f'"{where}" of the DeepSpeed configuration: {problem["msg"]}; got {checks.short_repr(problem["input"])}'
         ) from None
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         words = " ".join(str(error).split()) or type(error).__name__

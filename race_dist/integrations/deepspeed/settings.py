@@ -47,7 +47,7 @@ class RaceSection(StrictConfig):
         if not isinstance(section, Mapping):
             raise ValueError(
                 f'"{RACE_SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
-                f"got {checks.described(section)}"
+                f"got {checks.typed_repr(section)}"
             )
         made = cls.check(dict(section), source=f'"{RACE_SECTION}"')
         RaceConfig.check(made.options, source=f'"{RACE_SECTION}"')
@@ -75,7 +75,9 @@ def read_config(config: Mapping[str, Any] | str | Path) -> ParsedConfig:
             raise FileNotFoundError(f"there is no DeepSpeed configuration {path}")
         config = read_json_object(path)
     if not isinstance(config, Mapping):
-        raise TypeError(f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {checks.described(config)}")
+        raise TypeError(
+            f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {checks.typed_repr(config)}"
+        )
     check_values(config)
     tree = copy.deepcopy(dict(config))
     section = tree.pop(RACE_SECTION, None)
@@ -83,7 +85,9 @@ def read_config(config: Mapping[str, Any] | str | Path) -> ParsedConfig:
     if isinstance(size, str) and size == AUTO:
         return ParsedConfig(tree, None, None if section is None else RaceSection.read(section))
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f'"{SEQUENCE_PARALLEL_SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.shown(size)}')
+        raise ValueError(
+            f'"{SEQUENCE_PARALLEL_SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.short_repr(size)}'
+        )
     return ParsedConfig(tree, size, None if section is None else RaceSection.read(section))
 
 

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from race_dist.files import has_json_type, read_checksummed_json
-from race_dist.output_paths import replacing
+from race_dist.output_paths import atomic_write
 from race_dist.training.logging.metrics import UNIFORM_BITS, nats_to_bits
 
 COLOURS = ("#2b6cb0", "#c8502d", "#2f855a", "#805ad5", "#b7791f", "#0f766e", "#b83280", "#4a5568")
@@ -153,7 +153,7 @@ def shown(name: str) -> str:
 def save_png(figure: Figure, path: Path) -> None:
     """Write a PNG. Raises OSError where it cannot be written."""
     FigureCanvasAgg(figure)
-    with replacing(path) as partial, _any_glyph():
+    with atomic_write(path) as partial, _any_glyph():
         figure.savefig(partial, format="png", dpi=120)
 
 
