@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.strict_config import StrictConfig
 
 _SECRET_WORDS = frozenset(
@@ -141,6 +141,6 @@ def read_environment(value: object) -> object:
         elif isinstance(given, int | float) and not isinstance(given, bool):
             found[name] = str(given)
         else:
-            what = "" if is_secret(str(name)) else f"; got {shown(given)}"
+            what = "" if is_secret(str(name)) else f"; got {short_repr(given)}"
             raise ValueError(f'{where} must be text, a number or a reference {{ from_env = "NAME" }}{what}')
     return found

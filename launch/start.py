@@ -17,7 +17,7 @@ from race_dist.launch.job import JobConfig, load_job
 from race_dist.launch.job_store import Record, recall
 from race_dist.launch.local import supervise
 from race_dist.launch.sbatch import render
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.output_paths import write_private
 from race_dist.rank_environment import without_rank_variables
 from race_dist.training.config import load_config
@@ -178,7 +178,7 @@ def _check_hostfile(file: Path, job: JobConfig) -> None:
     if wrong is not None or not hosts:
         raise ValueError(
             f"--hostfile {file} "
-            + ("names no host" if wrong is None else f"has the line {shown(wrong)}")
+            + ("names no host" if wrong is None else f"has the line {short_repr(wrong)}")
             + "; it wants a line 'HOST slots=N' for each host"
         )
     if len(hosts) < job.nodes:

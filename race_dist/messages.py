@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def shown(value: object, limit: int = 80) -> str:
+def short_repr(value: object, limit: int = 80) -> str:
     """A value on one line of at most ``limit`` characters, whatever its ``repr`` does."""
     if isinstance(value, int) and value.bit_length() > 130:
         return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 
 
 def check_output_file(file: Path, what: str = "the output", *, make_folder: bool = True) -> None:
@@ -37,7 +37,7 @@ def check_output_folder(folder: Path, what: str = "the output", *, follow: bool 
 def _check(path: Path, what: str, *, folder: bool, make: bool) -> None:
     trouble = _trouble(path, folder=folder, make=make)
     if trouble is not None:
-        raise type(trouble)(f"{what} {shown(str(path))} {trouble}".strip())
+        raise type(trouble)(f"{what} {short_repr(str(path))} {trouble}".strip())
 
 
 def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
@@ -52,7 +52,7 @@ def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
         return OSError(f"cannot be used: {getattr(error, 'strerror', None) or error}")
     if stat.S_ISLNK(found):
         return FileExistsError(
-            f"is a symbolic link to {shown(os.readlink(path))}: it is neither written through nor replaced; "
+            f"is a symbolic link to {short_repr(os.readlink(path))}: it is neither written through nor replaced; "
             "remove the link or name the file itself"
         )
     if found and not folder and not stat.S_ISREG(found):
@@ -67,12 +67,12 @@ def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
         parent = parent.parent
     if not parent.is_dir():
         return NotADirectoryError(
-            f"lies in {shown(str(parent))}, which is no folder; choose another path"
+            f"lies in {short_repr(str(parent))}, which is no folder; choose another path"
             if os.path.lexists(parent)
-            else f"lies in {shown(str(parent))}, which is not there; make the folder first"
+            else f"lies in {short_repr(str(parent))}, which is not there; make the folder first"
         )
     if not os.access(parent, os.W_OK | os.X_OK):
-        return PermissionError(f"lies in {shown(str(parent))}, which may not be written into")
+        return PermissionError(f"lies in {short_repr(str(parent))}, which may not be written into")
     return None
 
 

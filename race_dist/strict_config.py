@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 
 SIZE_LIMIT = 2**31 - 1  # of numbers that kernels and libraries index with 32 bits
 COUNT_LIMIT = 2**53  # of numbers that JSON keeps exactly
@@ -195,7 +195,7 @@ def _unknown(model: type[BaseModel], location: tuple[int | str, ...], prefix: st
     table = prefix + key[: len(key) - len(str(location[-1]))]
     near = difflib.get_close_matches(str(location[-1]), owner.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {table}{near[0]}?" if near else f"known are {', '.join(sorted(owner.model_fields))}"
-    return f"unknown key {shown(prefix + key) if not key.isprintable() or not location[-1] else prefix + key}; {hint}"
+    return f"unknown key {short_repr(prefix + key) if not key.isprintable() or not location[-1] else prefix + key}; {hint}"
 
 
 def _key(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
@@ -219,7 +219,7 @@ def _key(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, 
 
 
 def _got(value: object) -> str:
-    return "" if isinstance(value, Mapping | BaseModel) else f"; got {shown(value)}"
+    return "" if isinstance(value, Mapping | BaseModel) else f"; got {short_repr(value)}"
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.output_paths import check_output_file, check_output_folder
 from race_dist.strict_config import COUNT_LIMIT, SIZE_LIMIT
 
@@ -40,10 +40,10 @@ def whole(*names: str, metavar: str, help: str, low: int = 1, high: int = SIZE_L
     def parse(text: str) -> int:
         digits = text.strip()
         if not re.fullmatch(r"[+-]?[0-9]+", digits):
-            raise typer.BadParameter(f"{shown(text)} is not a whole number")
+            raise typer.BadParameter(f"{short_repr(text)} is not a whole number")
         number = int(digits) if len(digits) < 40 else high + 1
         if not low <= number <= high:
-            raise typer.BadParameter(f"it must be from {low:,} to {high:,}; got {shown(text)}")
+            raise typer.BadParameter(f"it must be from {low:,} to {high:,}; got {short_repr(text)}")
         return number
 
     return _option(parse, names, metavar, help)
@@ -63,10 +63,10 @@ def number(*names: str, metavar: str, help: str, low: float, high: float, zero: 
         except ValueError:
             value = math.nan
         if math.isnan(value) or "_" in text or not text.isascii():  # digits of other scripts are none here, as in whole()
-            raise typer.BadParameter(f"{shown(text)} is not a number")
+            raise typer.BadParameter(f"{short_repr(text)} is not a number")
         too_small = value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0])  # 1e-400: it is not meant as 0
         if too_small or not (low <= value <= high or (zero and value == 0)):
-            raise typer.BadParameter(f"it must be {'0 or ' if zero else ''}from {low:g} to {high:g}; got {shown(text)}")
+            raise typer.BadParameter(f"it must be {'0 or ' if zero else ''}from {low:g} to {high:g}; got {short_repr(text)}")
         return value
 
     return _option(parse, names, metavar, help)
@@ -112,7 +112,7 @@ def parse_device(name: str) -> str:
     """A device's name, once it is clear that it is there. Raises typer.BadParameter."""
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
     if not match:
-        raise typer.BadParameter(f"{shown(name)} is no device: give cpu, cuda or cuda:N")
+        raise typer.BadParameter(f"{short_repr(name)} is no device: give cpu, cuda or cuda:N")
     if name != "cpu":
         import torch
 
@@ -131,7 +131,7 @@ def input_file(*names: str, metavar: str, help: str) -> Any:
     def parse(name: str) -> Path:
         path = Path(name)
         if not _ask(path, Path.is_file):
-            raise typer.BadParameter(f"there is no file {shown(name)}")
+            raise typer.BadParameter(f"there is no file {short_repr(name)}")
         return path
 
     return _option(parse, names, metavar, help)
@@ -171,7 +171,7 @@ def _ask(path: Path, question: Callable[[Path], bool]) -> bool:
         pass
     except (OSError, ValueError) as error:
         if not isinstance(error, NotADirectoryError):
-            raise typer.BadParameter(f"{shown(str(path))}: {getattr(error, 'strerror', None) or error}") from None
+            raise typer.BadParameter(f"{short_repr(str(path))}: {getattr(error, 'strerror', None) or error}") from None
     return question(path)
 
 
@@ -181,7 +181,7 @@ def endpoint(*names: str, metavar: str, help: str) -> Any:
     def parse(name: str) -> str:
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?):([0-9]{1,5})", name)
         if not match or not 1 <= int(match[3]) <= 65535:
-            raise typer.BadParameter(f"{shown(name)} is not of the form HOST:PORT, for example node1:29500")
+            raise typer.BadParameter(f"{short_repr(name)} is not of the form HOST:PORT, for example node1:29500")
         return name
 
     return _option(parse, names, metavar, help)
@@ -192,7 +192,7 @@ def host(*names: str, metavar: str, help: str) -> Any:
 
     def parse(name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", name):
-            raise typer.BadParameter(f"{shown(name)} is not the name or the address of a host")
+            raise typer.BadParameter(f"{short_repr(name)} is not the name or the address of a host")
         return name
 
     return _option(parse, names, metavar, help)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, cast
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.models import ModelConfig
 from race_dist.planning.clusters import Cluster
 from race_dist.strict_config import COUNT_LIMIT
@@ -31,11 +31,11 @@ def parse_count(text: str, low: int = 0) -> int:
     number = Decimal(match[1].replace("_", "")) * _SCALES[match[2]] if match else Decimal("NaN")
     if number.is_nan() or number != number.to_integral_value():
         raise ValueError(
-            f"{shown(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
+            f"{short_repr(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
             + (", without commas" if "," in str(text) else "")
         )
     if not low <= number <= COUNT_LIMIT:
-        raise ValueError(f"{shown(text)} is no number of tokens from {low} to {COUNT_LIMIT:,}")
+        raise ValueError(f"{short_repr(text)} is no number of tokens from {low} to {COUNT_LIMIT:,}")
     return int(number)
 
 

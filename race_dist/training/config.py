@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from race_dist.files import read_json_object
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.models import ModelConfig
 from race_dist.strict_config import (
     COUNT_LIMIT,
@@ -274,7 +274,7 @@ class TrainConfig(StrictConfig):
     def _read_deepspeed(cls, value: Any) -> Any:
         for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler") if isinstance(value, Mapping) else ():
             if not isinstance(value.get(key, {}), Mapping):
-                raise ValueError(f"deepspeed.{key} must be a table; got {shown(value[key])}")
+                raise ValueError(f"deepspeed.{key} must be a table; got {short_repr(value[key])}")
         if not isinstance(value, str):
             return value
         try:

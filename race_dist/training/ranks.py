@@ -39,7 +39,7 @@ class RankMesh:
         Raises:
             ValueError: the mesh of the configuration does not fit the number of ranks, or there is no such device.
         """
-        dp, sp = config.parallel.mesh(rank_environment().world)
+        dp, sp = config.parallel.mesh(rank_environment().world_size)
         device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)
         if dp * sp == 1:
             return cls(device)

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.nn import RaceConfig
 from race_dist.parallel import Layout
 from race_dist.parallel.sharding import check_layout
@@ -90,7 +90,7 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
         if self.race_rope not in ("auto", "always", "never"):
             raise ValueError(f'race_rope must be "auto", "always" or "never"; got {self.race_rope!r}')
         if self.race_layout not in ("zigzag", "contiguous"):
-            raise ValueError(f"race_layout must be one of 'zigzag', 'contiguous'; got {shown(self.race_layout)}")
+            raise ValueError(f"race_layout must be one of 'zigzag', 'contiguous'; got {short_repr(self.race_layout)}")
         self.race()
         pattern = self.race_pattern()
         if any(pattern):
@@ -128,7 +128,7 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
             return [bool(each) for each in freq]
         raise ValueError(
             f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
-            f"(softmax) and ones (RACE), one a layer; got {shown(freq)}"
+            f"(softmax) and ones (RACE), one a layer; got {short_repr(freq)}"
         )
 
     @property
@@ -147,13 +147,13 @@ def _check_numbers(config: Any) -> None:
             continue
         whole = float not in kinds
         if isinstance(value, bool) or not issubclass(type(value), numbers.Integral if whole else numbers.Real):
-            raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {shown(value)}")
+            raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {short_repr(value)}")
         if name in COUNTS and not 1 <= value <= LIMIT:
-            raise ValueError(f"{name} must be from 1 to {LIMIT:,}; got {shown(value)}")
+            raise ValueError(f"{name} must be from 1 to {LIMIT:,}; got {short_repr(value)}")
         if name in DROPOUTS and not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1; got {shown(value)}")
+            raise ValueError(f"{name} must be at least 0 and below 1; got {short_repr(value)}")
         if name == "layernorm_epsilon" and not 0 < value < 1:
-            raise ValueError(f"{name} must be above 0 and below 1; got {shown(value)}")
+            raise ValueError(f"{name} must be above 0 and below 1; got {short_repr(value)}")
     heads, groups = config.num_attention_heads, config.num_query_groups
     if config.kv_channels is None and config.hidden_size % heads:
         raise ValueError(

@@ -57,7 +57,7 @@ class MegatronRankMesh(RankMesh):
     def join(cls, config: TrainConfig) -> MegatronRankMesh:
         """As :meth:`race_dist.training.ranks.RankMesh.join`. Raises ValueError for what this engine does not do, before it
         joins."""
-        _, sp = config.parallel.mesh(rank_environment().world)
+        _, sp = config.parallel.mesh(rank_environment().world_size)
         _check(config)
         transformer_config(config.model, tp=config.parallel.tp, cp=sp)
         device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)

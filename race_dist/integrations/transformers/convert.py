@@ -23,7 +23,7 @@ from race_dist.integrations.transformers.settings import (
     Settings,
     stored_options,
 )
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.nn import RaceConfig, initialize
 
 HUB_OPTIONS = (
@@ -73,7 +73,7 @@ def convert(
     """
     decoder = decoder_of(model)
     if not isinstance(inherit_rope, bool):
-        raise TypeError(f"inherit_rope must be True or False; got {shown(inherit_rope)}")
+        raise TypeError(f"inherit_rope must be True or False; got {short_repr(inherit_rope)}")
     chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
     if earlier.layers and (options, inherit_rope) != (stored_options(earlier.layer_config()), earlier.inherit_rope):
@@ -104,7 +104,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
         ValueError: there is no such model, it has no RACE Attention, or its weights do not belong to its settings.
     """
     if not isinstance(path, (str, Path)) or not str(path):
-        raise TypeError(f"path must be a folder or a name on the hub; got {shown(path)}")
+        raise TypeError(f"path must be a folder or a name on the hub; got {short_repr(path)}")
     config = options.pop("config", None)
     if config is None:
         try:
@@ -113,7 +113,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
             reason = " ".join(str(error).split())
             raise ValueError(f"path {str(path)!r} is no folder of a saved model and no name on the hub: {reason}") from None
     if not isinstance(config, PretrainedConfig):
-        raise TypeError(f"config must be a configuration of transformers; got {shown(config)}")
+        raise TypeError(f"config must be a configuration of transformers; got {short_repr(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise ValueError(
             f"path {str(path)!r} is no converted model: its config.json has no {CONFIG_ENTRY}.layers; read it with transformers"
@@ -152,7 +152,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
 def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     """Every option, as they are stored."""
     if race is not None and not isinstance(race, (RaceConfig, Mapping)):
-        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {shown(race)}")
+        raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {short_repr(race)}")
     given = race.model_dump(exclude_unset=True) if isinstance(race, RaceConfig) else dict(race or {})
     unnamed = [name for name in given if not isinstance(name, str)]
     if unnamed:
@@ -169,15 +169,15 @@ def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, (str, bytes, Mapping)) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {shown(layers)}")
+        raise TypeError(f"layers must be indices of layers, as in layers=[0, 2]; got {short_repr(layers)}")
     given = list(layers)
     wrong = [i for i in given if isinstance(i, bool) or not isinstance(i, int)]
     if wrong:
-        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {shown(wrong[0])}")
+        raise TypeError(f"layers must be indices of layers, whole numbers from 0 to {count - 1}; got {short_repr(wrong[0])}")
     chosen = sorted(set(given))
     outside = [i for i in chosen if not 0 <= i < count]
     if outside or not chosen:
-        raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {shown(outside or chosen)}")
+        raise ValueError(f"layers must be among 0 to {count - 1}, at least one; got {short_repr(outside or chosen)}")
     return chosen
 
 
@@ -322,4 +322,4 @@ def freeze_all_but(model: nn.Module, parameters: Iterable[torch.Tensor]) -> None
 
 def _check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {shown(model)}")
+        raise TypeError(f"model must be a torch.nn.Module; got {short_repr(model)}")

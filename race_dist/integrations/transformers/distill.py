@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from race_dist.integrations.transformers.attach import attention_module, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 
 KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")  # of a teacher's call, what its student's layer is told too
 
@@ -36,7 +36,7 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a converted model; got {type(student).__name__}")
     if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & set(batch):
-        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {shown(batch)}")
+        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {short_repr(batch)}")
     layers = {m.layer_idx: m for m in student.modules() if isinstance(m, RaceSelfAttention)}
     if not layers:
         raise ValueError("the student has no RACE layer to teach: convert it first")
@@ -101,7 +101,9 @@ def prediction_loss(
     given = (temperature, share)
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in given)
     if not numbers or not 0 < temperature < float("inf") or not 0 <= share <= 1:
-        raise ValueError(f"temperature must be positive and share from 0 to 1; got {shown(temperature)} and {shown(share)}")
+        raise ValueError(
+            f"temperature must be positive and share from 0 to 1; got {short_repr(temperature)} and {short_repr(share)}"
+        )
     counts = targets != -100
     ours, theirs = (F.log_softmax(x[counts].float() / temperature, -1) for x in (logits, teacher_logits.detach()))
     divergence = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.attach import sequence_parallel
 from race_dist.integrations.transformers.rows import packed_boundaries
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.parallel import (
     all_gather_tensor,
     broadcast_tensor,
@@ -47,7 +47,7 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
     layout = check_layout(layout)
     check_group(group)
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {shown(batch)}")
+        raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {short_repr(batch)}")
     if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].dim() != 2:
         raise ValueError(f"a batch to cut needs input_ids [B, T]; got the keys {', '.join(map(str, batch))}")
     ids = batch["input_ids"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from race_dist.messages import shown
+from race_dist.messages import short_repr
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
 
@@ -53,7 +53,7 @@ class Settings(StrictConfig):
             return cls()
         if not isinstance(entry, Mapping):
             raise ValueError(
-                f"config.{CONFIG_ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {shown(entry)}"
+                f"config.{CONFIG_ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {short_repr(entry)}"
             )
         return cls.check(dict(entry), source=f"config.{CONFIG_ENTRY}")
 
