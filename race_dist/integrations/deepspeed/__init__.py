@@ -1,4 +1,4 @@
-"""RACE Attention under DeepSpeed: sequence parallelism that moves sketches, with ZeRO 0 to 3 and gradients scaled right."""
+"""RACE Attention under DeepSpeed: sequence parallelism that exchanges sketches, with correct gradients for ZeRO 0 to 3."""
 
 from importlib.util import find_spec
 

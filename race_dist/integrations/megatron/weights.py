@@ -1,7 +1,7 @@
-"""The project's own language model as Megatron's GPTModel: names and cuts of the weights, both ways.
+"""Convert weights between :class:`race_dist.models.DecoderLM` and Megatron's GPTModel, and shard them over ranks.
 
-Both models compute the same (tests hold them together), so a run can start from the same weights under either, and what
-Megatron has trained can be generated from by :class:`race_dist.models.DecoderLM`.
+Both models compute the same function (tests compare them). A run can therefore start from the same weights in either model,
+and DecoderLM can generate text with weights that Megatron has trained.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DECAY = {"decay_proj.weight": "weight", "decay_bias": "bias"}
 
 
 def _renamed(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """(own name, Megatron's name) of every weight that is the same in both."""
+    """(DecoderLM's name, Megatron's name) of every weight that is stored in the same form by both."""
     yield from (pair for pair in _ENDS.items() if not (config.tie_embeddings and pair[0] == "head.weight"))
     for i, kind in enumerate(config.layer_kinds):
         mine, theirs = f"blocks.{i}.", f"decoder.layers.{i}."
@@ -52,7 +52,7 @@ def _renamed(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def _projections(config: ModelConfig, layer: int, names: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """What linear_qkv holds of each query group, in order: own name and rows."""
+    """The parts of linear_qkv, in the order within a query group: (DecoderLM's name, rows per group)."""
     width = config.resolved_head_dim
     of_queries = config.num_heads // config.kv_heads * width
     parts = [("q_proj", of_queries), ("gate_proj", of_queries), ("k_proj", width), ("v_proj", width)]
@@ -72,7 +72,7 @@ def to_megatron(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
 
 
 def from_megatron(state: Mapping[str, Tensor], config: ModelConfig, names: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of :func:`to_megatron`; ``names`` are those of the DecoderLM's weights."""
+    """The inverse of :func:`to_megatron`; the keys of ``names`` are the names of the DecoderLM's weights."""
     result = {mine: state[theirs] for mine, theirs in _renamed(config) if mine in names}
     for i in range(config.num_layers):
         parts = _projections(config, i, names)
@@ -133,5 +133,5 @@ def _is_divided(parameter: Any) -> bool:
 
 
 def _halves(name: str, value: Tensor) -> tuple[Tensor, ...]:
-    """The gate and the linear half of a gated MLP's first map are cut one by one."""
+    """The parts of a weight that are sharded separately: the gate and the linear half of a gated MLP's first projection."""
     return value.chunk(2) if name.endswith("mlp.linear_fc1.weight") else (value,)

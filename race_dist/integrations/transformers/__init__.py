@@ -1,6 +1,6 @@
 """RACE Attention in transformers models: ``attn_implementation="race"``, ``convert``, sequence parallelism.
 
-Importing this registers the implementation.
+Importing this package registers the implementation.
 """
 
 from importlib.util import find_spec
