@@ -15,16 +15,16 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.distributed.mesh import DEFAULT_TIMEOUT
-from race_dist.integrations.deepspeed.groups import SequenceParallelMPU
-from race_dist.integrations.deepspeed.keys import validate_with_deepspeed
-from race_dist.integrations.deepspeed.settings import (
+from race_dist.integrations.deepspeed.config import (
     SEQUENCE_PARALLEL_SIZE,
     check_compatible,
     gradient_scale,
     read_config,
     resolve_auto,
 )
-from race_dist.integrations.deepspeed.swap import swap_attention
+from race_dist.integrations.deepspeed.config_checks import validate_with_deepspeed
+from race_dist.integrations.deepspeed.module_injection import swap_attention
+from race_dist.integrations.deepspeed.mpu import SequenceParallelMPU
 from race_dist.nn import RaceCore
 from race_dist.parallel import all_reduce_sum, build_mesh, group_size, init_distributed, shard_sequence
 

@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from race_dist.integrations.transformers import probe
-from race_dist.integrations.transformers.attach import ATTENTION_NAMES, decoder_of, install_decoder_hook
+from race_dist.integrations.transformers import conversion_check
+from race_dist.integrations.transformers.decoder_hook import ATTENTION_NAMES, decoder_of, install_decoder_hook
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.projections import INHERITED_MODULES, Projections
 from race_dist.integrations.transformers.settings import (
@@ -203,7 +203,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     runs = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
     made = {index: _layer(module, index, settings, text) for index, (_, module) in places.items()}
     if runs:
-        calls = probe.observe(decoder, {index: module for index, (_, module) in places.items()})
+        calls = conversion_check.record_calls(decoder, {index: module for index, (_, module) in places.items()})
         for index, (_, module) in places.items():
             _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
     hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
@@ -213,7 +213,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
             setattr(blocks[index], name, made[index].train(module.training))
         install_decoder_hook(model)
         if runs:
-            probe.run(decoder)
+            conversion_check.run(decoder)
     except Exception as error:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, module)
@@ -261,12 +261,12 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
 
 
 def _check(
-    call: probe.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
+    call: conversion_check.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
 ) -> None:
     where = f"layer {index}: {type(attention).__name__}"
     if call is None:
         raise ValueError(f"{where} is not called when the model runs: leave it out of layers")
-    probe.check_same(
+    conversion_check.check_equivalent(
         call, attention, layer.projections, where, longest=longest, rotated=layer.inherit_rope and layer.rope_base is not None
     )
 

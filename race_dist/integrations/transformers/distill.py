@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from race_dist.integrations.transformers.attach import attention_module, decoder_of
+from race_dist.integrations.transformers.decoder_hook import attention_module, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.messages import short_repr
 

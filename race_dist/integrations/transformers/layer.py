@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.cache import cache_layer
 from race_dist.integrations.transformers.projections import Projections
-from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
 from race_dist.nn.norm import compute_dtype
 

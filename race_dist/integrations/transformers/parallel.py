@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import check_group
-from race_dist.integrations.transformers.attach import sequence_parallel
-from race_dist.integrations.transformers.rows import packed_boundaries
+from race_dist.integrations.transformers.batch_sequence import packed_boundaries
+from race_dist.integrations.transformers.decoder_hook import sequence_parallel
 from race_dist.messages import short_repr
 from race_dist.parallel import (
     all_gather_tensor,

@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from race_dist.integrations.transformers.projections import Projections
 
-PROBE = "race_probe"
+RECORDING_IMPLEMENTATION = "race_recording"
 TOKENS = 3
 # tensors that may be passed to an attention function without affecting RACE Attention
-INNOCENT = ("position_ids", "cache_position", "position_embeddings")
+HARMLESS_TENSORS = ("position_ids", "cache_position", "position_embeddings")
 
 
 @dataclass
@@ -31,22 +31,22 @@ class AttentionCall:
 
     Attributes:
         x: input ``[B, T, dim]`` of the module.
-        told: keyword arguments of the module.
+        kwargs: keyword arguments of the module.
         q, k, v: arguments of the attention function, ``[B, H, T, D]``, after rotary positions; None if none was called.
         mask: the pattern that the model combines with the causal mask, or another mask; None if there is none.
-        asked: the other arguments of the attention function.
+        attention_kwargs: the other arguments of the attention function.
         heads: output of the attention function, ``[B, T, Hq * D]``.
         y: output of the module.
     """
 
     x: Tensor
-    told: dict[str, Any]
+    kwargs: dict[str, Any]
     y: Tensor
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
     mask: Any = None
-    asked: dict[str, Any] | None = None
+    attention_kwargs: dict[str, Any] | None = None
     heads: Tensor | None = None
 
 
@@ -72,13 +72,13 @@ def run(decoder: nn.Module) -> None:
             module.training = mode
 
 
-def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
+def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
     """Run the decoder and record the call of each given module, by layer index. Modules that are not called are missing."""
     seen: dict[int, AttentionCall] = {}
     functions: dict[int, dict[str, Any]] = {}
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **asked: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **attention_kwargs: Any
     ) -> tuple[Tensor, None]:
         out = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
         functions[id(module)] = {
@@ -86,7 +86,7 @@ def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int
             "k": key,
             "v": value,
             "mask": attention_mask,
-            "asked": asked,
+            "attention_kwargs": attention_kwargs,
             "heads": out.flatten(2),
         }
         return out, None
@@ -119,23 +119,23 @@ def _mask(*_: Any, **how: Any) -> Pattern | None:
 
 @contextmanager
 def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
-    AttentionInterface.register(PROBE, attention)
-    AttentionMaskInterface.register(PROBE, _mask)
+    AttentionInterface.register(RECORDING_IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(RECORDING_IMPLEMENTATION, _mask)
     found: list[Any] = [getattr(module, "config", None) for module in decoder.modules()]
     configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config in configs.values():
-            config._attn_implementation_internal = PROBE
+            config._attn_implementation_internal = RECORDING_IMPLEMENTATION
         yield
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
         for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(PROBE, None)
+            interface._global_mapping.pop(RECORDING_IMPLEMENTATION, None)
 
 
-def check_same(
+def check_equivalent(
     call: AttentionCall, attention: nn.Module, projections: Projections, where: str, *, longest: int | None, rotated: bool
 ) -> None:
     """Raise ValueError, naming the module, unless the projections alone reproduce the arguments of its attention function.
@@ -161,7 +161,7 @@ def check_same(
     for (name, x), given in zip(own.items(), (call.q, call.k, call.v), strict=True):
         x = x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
         if name != "values":
-            x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
+            x, given = _comparable(x, given, call.kwargs.get("position_embeddings"), rotated)
         if not _close(x, given):
             turned = ", other rotary positions" if rotated else ""
             raise ValueError(
@@ -176,9 +176,9 @@ def check_same(
 
 
 def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
-    asked = call.asked or {}
+    attention_kwargs = call.attention_kwargs or {}
     size = call.mask.size if isinstance(call.mask, Pattern) else None
-    windows = [int(n) for n in (size, asked.get("sliding_window")) if n is not None]
+    windows = [int(n) for n in (size, attention_kwargs.get("sliding_window")) if n is not None]
     if windows and (longest is None or min(windows) < longest):
         raise ValueError(
             f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
@@ -186,12 +186,12 @@ def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: st
         )
     if call.mask is not None and size is None:
         raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
-    if asked.get("softcap") is not None:
+    if attention_kwargs.get("softcap") is not None:
         raise ValueError(
-            f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, "
+            f"{where} caps its logits (softcap = {attention_kwargs['softcap']}), but RACE Attention has no logits: {leave}, "
             "or make the model without a cap"
         )
-    more = [name for name, value in asked.items() if isinstance(value, Tensor) and name not in INNOCENT]
+    more = [name for name, value in attention_kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS_TENSORS]
     if more:
         raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings
 from race_dist.nn import RaceConfig, RaceCore
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 
 from race_dist import checks
 from race_dist.files import read_json_object
-from race_dist.integrations.deepspeed.keys import check_values
+from race_dist.integrations.deepspeed.config_checks import check_values
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
 

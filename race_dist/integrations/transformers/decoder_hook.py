@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from race_dist.distributed.communication import check_group
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_same_on_all_ranks
 from race_dist.parallel.sharding import check_layout

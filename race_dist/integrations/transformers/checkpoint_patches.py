@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from race_dist.integrations.transformers.attach import install_decoder_hook
+from race_dist.integrations.transformers.decoder_hook import install_decoder_hook
 from race_dist.integrations.transformers.layer import LOADING, RaceSelfAttention
 from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings, stored_options
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from race_dist import checks
 from race_dist.distributed.communication import check_group
 from race_dist.integrations.deepspeed.attention import SketchAttention
-from race_dist.integrations.deepspeed.settings import RACE_SECTION, RaceSection
+from race_dist.integrations.deepspeed.config import RACE_SECTION, RaceSection
 from race_dist.models import Backbone
 from race_dist.nn import RaceConfig
 from race_dist.parallel.sharding import check_layout
@@ -79,7 +79,7 @@ def _is_transformers(model: nn.Module) -> bool:
 
 def _share_transformers(model: Any, race: RaceSection | None, group: ProcessGroup | None, layout: str) -> None:
     from race_dist.integrations.transformers import convert, sequence_parallel
-    from race_dist.integrations.transformers.attach import softmax_layers
+    from race_dist.integrations.transformers.decoder_hook import softmax_layers
     from race_dist.integrations.transformers.settings import Settings
 
     softmax = softmax_layers(model)
