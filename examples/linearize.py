@@ -1,10 +1,11 @@
-"""From softmax to RACE on two CPU cores: train a small Llama on text, convert it, and distill it back.
+"""Linearize a softmax model on two CPU cores: train a small Llama on text, convert it to RACE, and distill it.
 
     python examples/linearize.py --out docs/benchmarks/linearize.json
 
-Three phases: the softmax teacher learns bytes of the Python standard library; its layers are converted (all but every fourth
-stay softmax with --softmax-every 4) and learn the teacher's layer outputs; then the whole student learns the teacher's
-predictions and the text's. A student that goes on without a teacher, for as many tokens, is the comparison.
+There are three phases. The softmax teacher is trained on bytes of the Python standard library. Its layers are converted (with
+--softmax-every 4 every fourth layer stays softmax) and trained on the outputs of the teacher's layers. Then the whole student
+is trained on the teacher's predictions and the text. The baseline is a converted student that is trained on the text alone,
+for as many tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WIDTH, LAYERS, HEADS, KV_HEADS = 128, 4, 4, 2
 
 
 class Text:
-    """Batches of bytes: the same ones for the same (seed, step)."""
+    """Batches of bytes from a text; the same seed gives the same batch."""
 
     def __init__(self, path: str, batch: int, length: int) -> None:
         self.corpus, self.batch, self.length = load_corpus(path), batch, length
@@ -43,7 +44,7 @@ class Text:
         return self._windows(self.corpus.train, starts.tolist())
 
     def held_out(self, windows: int) -> Tensor:
-        """Windows spread over the held-out text."""
+        """``windows`` windows, evenly spaced over the held-out text."""
         side = self.corpus.held_out
         step = (len(side) - self.length - 1) // windows
         return self._windows(side, [n * step for n in range(windows)])
@@ -55,7 +56,7 @@ class Text:
 
 @torch.no_grad()
 def bits_per_byte(model: Any, text: Text, windows: int = 64) -> float:
-    """On held-out text."""
+    """The model's bits per byte on held-out text."""
     model.eval()
     total = 0.0
     for rows in text.held_out(windows).split(text.batch):
@@ -68,7 +69,7 @@ def bits_per_byte(model: Any, text: Text, windows: int = 64) -> float:
 def fit(
     model: Any, loss_of: Callable[[Tensor], Tensor], text: Text, *, steps: int, rate: float, seed: int, every: int, label: str
 ) -> list[dict[str, Any]]:
-    """AdamW over what the model lets be trained; a record each ``every`` steps."""
+    """Train the parameters with requires_grad by AdamW; return one record per ``every`` steps."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     records, began = [], time.perf_counter()
@@ -91,7 +92,7 @@ def fit(
 
 
 def language_loss(model: Any) -> Callable[[Tensor], Tensor]:
-    """Cross-entropy on the text."""
+    """The loss of next-byte prediction on the text."""
 
     def loss(rows: Tensor) -> Tensor:
         logits = model(rows[:, :-1], use_cache=False).logits
@@ -101,7 +102,7 @@ def language_loss(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def taught(student: Any, teacher: Any, share: float) -> Callable[[Tensor], Tensor]:
-    """The teacher's predictions beside the text's."""
+    """The distillation loss: ``share`` of the divergence from the teacher's predictions, the rest cross-entropy on the text."""
 
     def loss(rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -112,7 +113,7 @@ def taught(student: Any, teacher: Any, share: float) -> Callable[[Tensor], Tenso
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything; returns the figures."""
+    """Run all phases and return the figures."""
     torch.manual_seed(0)
     text = Text(options.data, options.batch, options.length)
     config = LlamaConfig(
@@ -181,7 +182,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """The curves as a picture."""
+    """Plot the curves and save them as an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -214,19 +215,19 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="python-stdlib", help="a text file, a folder, or python-stdlib")
-    parser.add_argument("--length", type=int, default=256, help="bytes a row")
-    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--length", type=int, default=256, help="bytes per row")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--layer-steps", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=250, help="of learning predictions")
-    parser.add_argument("--share", type=float, default=0.5, help="of the teacher's predictions in the loss")
-    parser.add_argument("--softmax-every", type=int, default=4, help="of so many layers one stays softmax; 0: none")
-    parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
-    parser.add_argument("--save", type=Path, help="save the student there")
-    parser.add_argument("--out", type=Path, help="write the figures there as JSON, and a picture beside it")
+    parser.add_argument("--steps", type=int, default=250, help="steps on the teacher's predictions")
+    parser.add_argument("--share", type=float, default=0.5, help="weight of the teacher's predictions in the loss, 0 to 1")
+    parser.add_argument("--softmax-every", type=int, default=4, help="every N-th layer stays softmax; 0: none does")
+    parser.add_argument("--every", type=int, default=50, help="steps between two evaluations")
+    parser.add_argument("--save", type=Path, help="folder to save the student in")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures; an image is written next to it")
     options = parser.parse_args()
     report = run(options)
     if options.out is not None:

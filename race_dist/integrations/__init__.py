@@ -1,1 +1,1 @@
-"""Adapters that put RACE Attention into other trainers: one package a host, each imported on its own."""
+"""Adapters for other training frameworks: one package per framework, each imported on its own."""

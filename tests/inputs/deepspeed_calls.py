@@ -37,7 +37,7 @@ def initialize(**arguments: Any) -> object:
 
 def read(**keys: Any) -> object:
     """The keys alone: what DeepSpeed itself says of them is checked by :func:`initialize`."""
-    from race_dist.integrations.deepspeed.settings import read_config
+    from race_dist.integrations.deepspeed.config import read_config
 
     return read_config(OK | keys)
 

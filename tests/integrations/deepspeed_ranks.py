@@ -288,7 +288,7 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
     import deepspeed
     from deepspeed.utils import groups
 
-    from race_dist.integrations.deepspeed.groups import SequenceParallelMPU
+    from race_dist.integrations.deepspeed.mpu import SequenceParallelMPU
 
     class DataParallel(SequenceParallelMPU):
         def get_data_parallel_group(self) -> Any:

@@ -86,7 +86,7 @@ def test_what_would_train_wrongly_is_refused(found: dict[str, Any], name: str, m
 
 
 def test_the_wirings_that_are_refused_or_made_up_for_are_wrong_in_the_installed_deepspeed(found: dict[str, Any]) -> None:
-    """Should this fail, DeepSpeed has changed: docs/deepspeed.md and settings.py say what it no longer does."""
+    """Should this fail, DeepSpeed has changed: docs/deepspeed.md and config.py say what it no longer does."""
     result = job(found, "raw")
     for diverging in ("mesh", "mpu"):
         assert result[diverging][0] > 0.1, diverging

@@ -159,7 +159,7 @@ def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("preset", sorted(Path("configs").glob("deepspeed-*.json")), ids=lambda p: p.stem)
 def test_presets_are_read_by_the_trainer_and_by_initialize(preset: Path, text: str) -> None:
-    from race_dist.integrations.deepspeed.settings import read_config
+    from race_dist.integrations.deepspeed.config import read_config
     from race_dist.integrations.deepspeed.trainer import deepspeed_config
 
     config = parse_config(settings(text, engine="deepspeed", deepspeed=str(preset)))

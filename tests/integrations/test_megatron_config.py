@@ -34,8 +34,8 @@ from race_dist.integrations.megatron import (
     get_race_layer_spec,
 )
 from race_dist.integrations.megatron.config import OWNED_BY_MEGATRON, PREFIX
-from race_dist.integrations.megatron.context import SequenceShard
 from race_dist.integrations.megatron.cpu import without_cuda
+from race_dist.integrations.megatron.sequence_shard import SequenceShard
 from race_dist.integrations.megatron.weights import from_megatron, load_full_weights, to_megatron
 
 BARE = {
@@ -231,11 +231,11 @@ def test_the_slot_refuses_what_it_cannot_do(call: Any, message: str) -> None:
 
 def test_planes_stay_float32_and_are_drawn_by_layer_and_head() -> None:
     layer = core(race_seed=5).bfloat16()
-    assert layer.planes.dtype == torch.float32
-    torch.testing.assert_close(layer.planes, sample_planes(2, 3, 8, seed=5, layer=0, num_heads=2), rtol=0, atol=0)
+    assert layer.core.planes.dtype == torch.float32
+    torch.testing.assert_close(layer.core.planes, sample_planes(2, 3, 8, seed=5, layer=0, num_heads=2), rtol=0, atol=0)
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     other = RaceCoreAttention(config(race_seed=5), 2, AttnMaskType.causal)
-    assert not torch.equal(layer.planes, other.planes)
+    assert not torch.equal(layer.core.planes, other.core.planes)
 
 
 def test_a_checkpoint_of_other_planes_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""RACE Attention under DeepSpeed: sequence parallelism that moves sketches, with ZeRO 0 to 3 and gradients scaled right."""
+"""RACE Attention under DeepSpeed: sequence parallelism that exchanges sketches, with correct gradients for ZeRO 0 to 3."""
 
 from importlib.util import find_spec
 
@@ -6,8 +6,8 @@ if find_spec("deepspeed") is None:
     raise ImportError("race_dist.integrations.deepspeed needs DeepSpeed: pip install 'race-dist[deepspeed]'")
 
 from race_dist.integrations.deepspeed.attention import SketchAttention
+from race_dist.integrations.deepspeed.config import RaceSection
 from race_dist.integrations.deepspeed.engine import SequenceParallelMesh, initialize, join
-from race_dist.integrations.deepspeed.settings import RaceSection
-from race_dist.integrations.deepspeed.swap import swap_attention
+from race_dist.integrations.deepspeed.module_injection import swap_attention
 
 __all__ = ["RaceSection", "SequenceParallelMesh", "SketchAttention", "initialize", "join", "swap_attention"]

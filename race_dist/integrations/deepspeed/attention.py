@@ -1,4 +1,4 @@
-"""An attention module that stands where Ulysses' DistributedAttention stood, and moves sketches in place of activations."""
+"""SketchAttention: a replacement for Ulysses' DistributedAttention that exchanges sketches instead of activations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from race_dist.distributed.communication import check_group
 from race_dist.nn import RaceConfig, RaceCore, Sequence
 from race_dist.parallel.sharding import check_layout
 
-# what queries and keys from elsewhere, already turned by rotary positions, can do without
+# Defaults for queries and keys that another module has computed, with rotary positions already applied.
 SKETCH_ATTENTION_DEFAULTS: dict[str, Any] = {
     "normalization": "global",
     "decay": "none",
@@ -24,20 +24,20 @@ SKETCH_ATTENTION_DEFAULTS: dict[str, Any] = {
 
 
 class SketchAttention(nn.Module):
-    """RACE Attention over sharded sequences, called as ``deepspeed.sequence.layer.DistributedAttention`` is.
+    """RACE Attention over sharded sequences, with the call signature of ``deepspeed.sequence.layer.DistributedAttention``.
 
-    Each rank passes all heads of its shard of the sequence and gets the same back; one sketch a head is exchanged. Nothing
-    needs to divide: neither heads nor lengths by the ranks.
+    Each rank passes all heads of its shard of the sequence and gets the output in the same form. The ranks exchange one sketch
+    per head. The numbers of heads and tokens need not be divisible by the number of ranks.
 
     Args:
-        config: with num_heads and head_dim (and num_kv_heads) set. ``decay="token"``, a convolution and a gate need the
-            layer's input, which this module does not see: RaceAttention has them.
-        sequence_process_group: the ranks that share a sequence; None: one rank, until :func:`initialize` says which.
-        layer: index of the layer: layers draw different hyperplanes.
+        config: a config with num_heads and head_dim (and num_kv_heads) set. ``decay="token"``, a convolution and a gate need
+            the layer's input, which this module does not get: use RaceAttention for them.
+        sequence_process_group: the ranks that share a sequence; None: one rank, until :func:`initialize` sets the group.
+        layer: index of the layer: each layer draws its own hyperplanes.
         layout: order of the shards.
 
     Raises:
-        ValueError: the config asks for what only a whole layer has.
+        ValueError: the config has an option that needs the layer's input.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class SketchAttention(nn.Module):
     ) -> Tensor:
         """
         Args:
-            query: ``[B, T, Hq, D]`` with ``batch_dim_idx = 0``, ``[T, B, Hq, D]`` with 1; T is this rank's share.
+            query: ``[B, T, Hq, D]`` with ``batch_dim_idx = 0``, ``[T, B, Hq, D]`` with 1; T is this rank's number of tokens.
             key, value: the same with Hkv heads.
-            rotary_pos_emb: must be None: turn queries and keys before, each rank at its own positions.
-            *args, **kwargs: what a local attention would take; only None (no mask beside the causal one) is accepted.
+            rotary_pos_emb: must be None: apply rotary positions before the call, each rank at its own positions.
+            *args, **kwargs: arguments of a local attention; only None is accepted (no mask other than the causal one).
 
         Returns:
-            The shape of ``query``.
+            The output, in the shape of ``query``.
 
         Raises:
             ValueError: a rotary table or a mask is passed.

@@ -1,4 +1,4 @@
-"""One call that sets up the groups, puts RACE Attention into the model and starts DeepSpeed with the right gradients."""
+"""initialize(): create the process groups, replace the attention, start DeepSpeed and correct the scale of its gradients."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.distributed.mesh import DEFAULT_TIMEOUT
-from race_dist.integrations.deepspeed.groups import SequenceParallelMPU
-from race_dist.integrations.deepspeed.keys import validate_with_deepspeed
-from race_dist.integrations.deepspeed.settings import (
+from race_dist.integrations.deepspeed.config import (
     SEQUENCE_PARALLEL_SIZE,
     check_compatible,
     gradient_scale,
     read_config,
     resolve_auto,
 )
-from race_dist.integrations.deepspeed.swap import swap_attention
+from race_dist.integrations.deepspeed.config_checks import validate_with_deepspeed
+from race_dist.integrations.deepspeed.module_injection import swap_attention
+from race_dist.integrations.deepspeed.mpu import SequenceParallelMPU
 from race_dist.nn import RaceCore
 from race_dist.parallel import all_reduce_sum, build_mesh, group_size, init_distributed, shard_sequence
 
 
 @dataclass(frozen=True)
 class SequenceParallelMesh:
-    """Which ranks share this rank's sequences; ``engine.race``.
+    """The dp x sp mesh of ranks, as ``engine.race``: which ranks share this rank's sequences.
 
     Attributes:
-        sp_group: the ranks; None for one.
-        sp, dp: ranks a sequence, and how many such groups.
-        dp_rank: which of them this rank is in.
+        sp_group: the ranks that share this rank's sequences; None for one rank.
+        sp, dp: number of ranks per sequence, and number of such groups.
+        dp_rank: index of this rank's group.
         layout: order of the shards.
     """
 
@@ -47,12 +47,12 @@ class SequenceParallelMesh:
     layout: str = "contiguous"
 
     def shard(self, x: Tensor, *, dim: int = 1) -> Tensor:
-        """This rank's part of a whole ``x``."""
+        """This rank's shard of ``x``, which every rank holds."""
         return shard_sequence(x, self.sp_group, dim=dim, layout=self.layout).contiguous()
 
     def num_targets(self, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """What each rank divides its summed loss by, so that the gradient is that of the mean over all targets of all ranks:
-        their count / dp. ``labels`` are this rank's shard. Every rank calls it."""
+        """The number by which each rank divides its summed loss, so that the gradient is that of the mean over all targets of
+        all ranks: the global number of targets / dp. ``labels`` are this rank's shard. A collective: every rank calls it."""
         checks.tensor("labels", labels)
         checks.integer("ignore_index", ignore_index)
         world = dist.group.WORLD if dist.is_initialized() else None
@@ -61,23 +61,23 @@ class SequenceParallelMesh:
 
 def join(*, device: str | torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     """Join the job that the environment describes (torchrun, the deepspeed launcher, a plain process) and return this rank's
-    device. Called by :func:`initialize`; call it before where the device is wanted earlier."""
+    device. :func:`initialize` calls it; call it yourself if you need the device earlier."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     timeout = checks.seconds("timeout", timeout)
     place = init_distributed(device=device, timeout=timeout)
-    os.environ.setdefault("LOCAL_RANK", str(place.index or 0))  # DeepSpeed's engine asks for it
+    os.environ.setdefault("LOCAL_RANK", str(place.index or 0))  # DeepSpeed's engine reads it
     if place.type == "cpu":
         _leave_out_shared_memory_op()
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(get_accelerator().communication_backend_name())  # takes what is there
+        deepspeed.init_distributed(get_accelerator().communication_backend_name())  # uses the process group that exists
     return place
 
 
 def _leave_out_shared_memory_op() -> None:
-    """DeepSpeed on the CPU would compile an all-reduce over shared memory, a minute of a C++ compiler's time, that only its
-    inference engine ever calls."""
+    """Keep DeepSpeed on the CPU from compiling a shared-memory all-reduce, which takes a minute and is used by its inference
+    engine only."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -100,25 +100,26 @@ def initialize(
         engine.backward(loss)
         engine.step()
 
-    Read from the DeepSpeed configuration are ``"sequence_parallel_size"`` and ``"race_attention"`` (see
-    :class:`RaceSection`). Each rank's loss is its share of the mean loss of its sequences: shares add up over the ranks of a
-    sequence and are averaged over the sequences, as DeepSpeed averages over data-parallel ranks. The gradient that is applied
-    (and clipped) is then the true one, for ZeRO 0 to 3, whichever way the loss is sent backward.
+    It reads ``"sequence_parallel_size"`` and ``"race_attention"`` (see :class:`RaceSection`) from the DeepSpeed configuration.
+    The loss of each rank is its share of the mean loss of its sequences: shares are summed over the ranks of a sequence and
+    averaged over the data-parallel groups, as DeepSpeed does. The gradient that is applied (and clipped) is then the true one,
+    for ZeRO 0 to 3, with ``engine.backward(loss)`` and with ``loss.backward()``.
 
     Args:
-        model: of this package, of transformers, or with ``DistributedAttention`` or :class:`SketchAttention` modules. Its
-            attention is replaced in place where the configuration has ``"race_attention"``.
+        model: a model of this package, of transformers, or with ``DistributedAttention`` or :class:`SketchAttention` modules.
+            Its attention is replaced in place if the configuration has ``"race_attention"``.
         config: a dictionary or the path of a JSON file.
-        timeout: seconds after which a collective that a rank does not join fails.
-        mpu, mesh_param: DeepSpeed's own; refused where sequences are shared.
+        timeout: seconds after which a collective fails that not all ranks have joined.
+        mpu, mesh_param: DeepSpeed's own arguments; refused if ranks share sequences.
         shared: the mesh, where it is made already; None: made here, neighbouring ranks sharing a sequence.
-        **options: of ``deepspeed.initialize``: optimizer, model_parameters, lr_scheduler, training_data, ...
+        **options: further arguments of ``deepspeed.initialize``: optimizer, model_parameters, lr_scheduler, training_data, ...
 
     Returns:
         DeepSpeed's ``(engine, optimizer, dataloader, lr_scheduler)``; the engine has ``race``, a :class:`SequenceParallelMesh`.
 
     Raises:
-        ValueError: a wiring that would train wrongly (the reason and the fix), or a configuration that does not fit.
+        ValueError: a setting with which gradients would be wrong (the message gives the reason and the fix), or an invalid
+            configuration.
     """
     import deepspeed
     from deepspeed.utils import groups
@@ -156,8 +157,8 @@ def initialize(
     if sequence_mesh.sp_group is not None:
         mpu = SequenceParallelMPU(sequence_mesh.sp_group)
     elif isinstance(groups.mpu, SequenceParallelMPU):
-        groups.mpu = None  # of an earlier engine, which DeepSpeed would go on asking
-    # the number of numbers has to be read before ZeRO-3 takes the parameters apart
+        groups.mpu = None  # left by an earlier engine: DeepSpeed would keep using it
+    # parameter sizes must be read before ZeRO-3 partitions the parameters
     _scale_gradients(model, tree, sp)
     made = deepspeed.initialize(model=model, config=tree, mpu=mpu, mesh_param=mesh_param, **options)
     for module in model.modules():
@@ -168,7 +169,7 @@ def initialize(
 
 
 def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_parameters: Any = None, **others: Any) -> None:
-    """Raise TypeError where an option of ``deepspeed.initialize`` is of another kind."""
+    """Raise TypeError for an option of ``deepspeed.initialize`` of a wrong type."""
     for name, value, kind in (
         ("optimizer", optimizer, torch.optim.Optimizer),
         ("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
@@ -189,13 +190,13 @@ def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_par
 def _check_trained(
     added: Mapping[str, nn.Parameter], *, optimizer: Any = None, model_parameters: Any = None, **others: Any
 ) -> None:
-    """Raise ValueError where an optimizer was made before the attention was replaced, and so would not train what is new."""
+    """Raise ValueError if the optimizer was created before the attention was replaced and lacks the new parameters."""
     if isinstance(optimizer, torch.optim.Optimizer):
         listed = [p for group in optimizer.param_groups for p in group["params"]]
     elif isinstance(model_parameters, list | tuple):
         listed = [p for entry in model_parameters for p in (entry["params"] if isinstance(entry, Mapping) else [entry])]
     else:
-        return  # taken from the model later
+        return  # DeepSpeed takes the parameters from the model later
     seen = {id(p) for p in listed}
     missing = [name for name, p in added.items() if id(p) not in seen]
     if missing:
@@ -221,8 +222,8 @@ def _build_sequence_mesh(sp: int, layout: str, timeout: float) -> SequenceParall
 
 
 def _scale_gradients(model: nn.Module, config: Mapping[str, Any], sp: int) -> None:
-    """Make up, where each gradient arises, for what DeepSpeed's reduction lacks: so any way of calling backward is right."""
-    for handle in vars(model).pop("_race_gradient_hooks", ()):  # of an earlier engine
+    """Correct the scale of DeepSpeed's reduction with a gradient hook on each parameter, for every way to call backward."""
+    for handle in vars(model).pop("_race_gradient_hooks", ()):  # hooks of an earlier engine
         handle.remove()
     handles = []
     for parameter in model.parameters():

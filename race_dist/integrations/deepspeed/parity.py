@@ -1,4 +1,4 @@
-"""Is the gradient that DeepSpeed applies the true one? Measured on the ranks at hand:
+"""Compare the gradient that DeepSpeed applies with the true gradient, on the ranks of this job:
 
 torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.parity
 """
@@ -20,12 +20,12 @@ from race_dist.models import DecoderLM, ModelConfig
 from race_dist.nn import RaceConfig
 from race_dist.parallel import shutdown
 
-VOCAB, LENGTH, ROWS = 31, 23, 2  # a length that divides by no number of ranks
-RATE = 2.0**14  # weights are then small beside a step, and their difference is the gradient to float32 precision
+VOCAB, LENGTH, ROWS = 31, 23, 2  # a length that no number of ranks divides
+RATE = 2.0**14  # so large that weights are small beside a step: their difference is the gradient to float32 precision
 
 
 class Case(NamedTuple):
-    """One wiring. ``backward``: "engine" (``engine.backward(loss)``) or "tensor" (``loss.backward()``)."""
+    """One configuration. ``backward``: "engine" (``engine.backward(loss)``) or "tensor" (``loss.backward()``)."""
 
     stage: int
     sp: int
@@ -40,12 +40,12 @@ class Case(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """Applied over true gradient.
+    """The applied gradient compared with the true one.
 
-    ``ratio``: of the whole gradient, projected on the true one. ``distance``: of the two, over the true one's norm.
-    ``worst``: the ratio of the parameter that is furthest from 1. ``spread``: the largest difference of a weight between
-    ranks after the step. ``rounding``: the distance of the gradient that one process computes in float32, without DeepSpeed:
-    what the arithmetic of this machine alone is off by.
+    ``ratio``: the applied gradient projected on the true one, over all parameters; 1 is right. ``distance``: the norm of their
+    difference, relative to the norm of the true one. ``worst``: the ratio of the parameter that is furthest from 1. ``spread``:
+    the largest difference of a weight between ranks after the step. ``rounding``: the distance of a gradient that one process
+    computes in float32 without DeepSpeed, which shows the error of float32 arithmetic alone.
     """
 
     ratio: float
@@ -56,7 +56,7 @@ class Ratio(NamedTuple):
 
 
 def cases(world: int) -> Iterator[Case]:
-    """Every ZeRO stage, mesh of ``world`` ranks and clipping on or off, then what else changes the way of a gradient."""
+    """Every ZeRO stage and mesh of ``world`` ranks, with and without clipping, then other options that affect the reduction."""
     meshes = [(sp, world // sp) for sp in (1, 2, 4) if world % sp == 0]
     for stage in range(4):
         for sp, dp in meshes:
@@ -68,15 +68,15 @@ def cases(world: int) -> Iterator[Case]:
         yield Case(stage, sp, dp, accumulate=2)
         yield Case(stage, sp, dp, backward="tensor")
         yield Case(stage, sp, dp, bfloat16=True)
-    yield Case(3, sp, dp, reduce_scatter=False, bucket=600)  # some parameters are larger, some are not
+    yield Case(3, sp, dp, reduce_scatter=False, bucket=600)  # some parameters are larger than the bucket, some are smaller
     yield Case(3, sp, dp, bucket=600)
 
 
 def measure(case: Case) -> Ratio:
-    """Train one step by SGD under DeepSpeed and compare it with the gradient of one process. Every rank calls it.
+    """Take one SGD step under DeepSpeed and compare it with the gradient of one process. A collective: every rank calls it.
 
     Raises:
-        ValueError: the wiring is refused.
+        ValueError: the configuration is refused.
     """
     place = join()
     config = ModelConfig(
@@ -91,7 +91,7 @@ def measure(case: Case) -> Ratio:
     )
     draw = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(VOCAB, (2, case.accumulate, case.dp * ROWS, LENGTH), generator=draw)
-    labels[:, -1, 3:9] = -100  # replicas differ in how many targets they have
+    labels[:, -1, 3:9] = -100  # data-parallel groups have different numbers of targets
     truth = _truth(config, ids, labels, case)
     model = DecoderLM(config).to(place)
     before = {name: p.detach().double().cpu() for name, p in model.named_parameters()}
@@ -112,7 +112,7 @@ def measure(case: Case) -> Ratio:
 def _truth(
     config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case, dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
-    """The gradient without DeepSpeed, in one process: in ``dtype``, or of the narrow weights."""
+    """The gradient without DeepSpeed, in one process: in ``dtype``, or of bfloat16 weights if the case is bfloat16."""
     model = DecoderLM(config).bfloat16() if case.bfloat16 else DecoderLM(config, dtype=dtype)
     for x, y in zip(ids, labels, strict=True):
         (model(x, y) / len(ids)).backward()
@@ -140,7 +140,7 @@ def _deepspeed(case: Case) -> dict[str, Any]:
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The float32 weights, whole, wherever DeepSpeed keeps them."""
+    """The full float32 weights, wherever DeepSpeed stores them."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     whole = safe_get_full_fp32_param if engine.zero_optimization_stage() else lambda p: p.detach()
@@ -167,7 +167,7 @@ def _compare(
 
 
 def main() -> None:
-    """Measure every case of this number of ranks; rank 0 prints a line each."""
+    """Measure every case for this number of ranks; rank 0 prints one line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the figures there, as JSON")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Bytes that one attention layer hands to collectives, forward and backward: Ulysses' all-to-all beside RACE's sketches.
+"""Bytes that one attention layer passes to collectives, forward and backward: Ulysses' all-to-all and RACE's sketches.
 
 torchrun --nproc-per-node 4 -m race_dist.integrations.deepspeed.traffic
 """
@@ -24,7 +24,7 @@ from race_dist.parallel import count_bytes, shutdown
 
 
 class Layer(NamedTuple):
-    """The widths of an attention layer; bfloat16, batch 1."""
+    """The sizes of an attention layer; bfloat16, batch 1."""
 
     heads: int = 16
     kv_heads: int = 4
@@ -34,12 +34,12 @@ class Layer(NamedTuple):
 
 
 def ulysses_bytes(layer: Layer, length: int, world: int) -> int:
-    """Of a rank: q, k, v and the output once each way, forward, and their gradients, backward; bfloat16."""
+    """Bytes per rank in bfloat16: q, k, v and the output are exchanged in the forward pass, their gradients in the backward."""
     return 2 * (length // world) * 2 * (layer.heads + layer.kv_heads) * layer.head_dim * 2
 
 
 def count_ulysses(layer: Layer, length: int) -> int:
-    """Of this rank, counted at ``torch.distributed``. What attends inside does not matter to it and returns its queries."""
+    """Bytes of this rank, counted in ``torch.distributed``. The inner attention does not matter and returns its queries."""
     from deepspeed.sequence.layer import DistributedAttention
 
     class Queries(nn.Module):
@@ -53,7 +53,7 @@ def count_ulysses(layer: Layer, length: int) -> int:
 
 
 def count_race(layer: Layer, length: int) -> int:
-    """Of this rank, as this package's collectives count themselves."""
+    """Bytes of this rank, as counted by this package's collectives."""
     config = RaceConfig(
         num_heads=layer.heads,
         num_kv_heads=layer.kv_heads,
@@ -78,7 +78,7 @@ def _run(attention: Callable[[Tensor, Tensor, Tensor], Tensor], layer: Layer, le
 
 @contextmanager
 def _counted_all_to_all() -> Iterator[list[int]]:
-    """Count the input buffers of every all-to-all that goes through torch.distributed."""
+    """Count the bytes of the input buffers of every all-to-all in torch.distributed."""
     count, plain = [0], dist.all_to_all_single
 
     def counted(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -93,10 +93,10 @@ def _counted_all_to_all() -> Iterator[list[int]]:
 
 
 def measure(lengths: list[int], layer: Layer = Layer()) -> list[dict[str, int]]:  # noqa: B008
-    """Counted at each length; every rank calls it.
+    """Count the bytes at each length. A collective: every rank calls it.
 
     Raises:
-        AssertionError: Ulysses' count is not what :func:`ulysses_bytes` says.
+        AssertionError: the count of Ulysses differs from :func:`ulysses_bytes`.
     """
     join()
     rows = []
@@ -108,7 +108,7 @@ def measure(lengths: list[int], layer: Layer = Layer()) -> list[dict[str, int]]:
 
 
 def main() -> None:
-    """Count at 4K and 64K tokens; beyond, compute: Ulysses' grow with the length, RACE's do not depend on it."""
+    """Count at 4K and 64K tokens, and compute the bytes of longer sequences: Ulysses' grow with the length, RACE's do not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="4096,65536", help="counted")
     parser.add_argument("--computed", default="1048576", help="computed")
@@ -119,7 +119,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = [row | {"how": "counted"} for row in measure(numbers(options.lengths))]
     world = dist.get_world_size()
     sketches = {row["race"] for row in rows}
-    if len(sketches) == 1:  # only then may it be said of other lengths
+    if len(sketches) == 1:  # RACE's bytes did not depend on the length
         rows += [
             {"length": n, "ulysses": ulysses_bytes(Layer(), n, world), "race": sketches.copy().pop(), "how": "computed"}
             for n in numbers(options.computed)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from race_dist.integrations.deepspeed.config import RACE_SECTION, SEQUENCE_PARALLEL_SIZE
 from race_dist.integrations.deepspeed.engine import SequenceParallelMesh, initialize
-from race_dist.integrations.deepspeed.settings import RACE_SECTION, SEQUENCE_PARALLEL_SIZE
 from race_dist.models import DecoderLM
 from race_dist.parallel import DataParallelModel, all_reduce_sum
 from race_dist.training.checkpoint import CheckpointManager, SavedCheckpoint

@@ -1,9 +1,9 @@
-"""RACE Attention in Megatron-core: a config, the core_attention slot, specs, arguments, and a trainer from pip alone."""
+"""RACE Attention in megatron-core: config, core_attention module, layer specs, arguments, and a training engine."""
 
 import warnings
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that Apex and Transformer Engine are not there is said by each of its modules
+    warnings.simplefilter("ignore")  # every module of megatron-core warns that Apex and Transformer Engine are missing
     try:
         import megatron.core.models.gpt
         import megatron.core.optimizer  # noqa: F401

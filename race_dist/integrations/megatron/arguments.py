@@ -1,4 +1,4 @@
-"""Arguments for Megatron-LM's parser: the race_* fields as ``--race-...``."""
+"""Arguments for Megatron-LM's parser: every race_* field of RaceTransformerConfig as ``--race-...``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from race_dist.nn import RaceConfig
 
 
 def add_race_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add one argument a race_* field; returns the parser, as Megatron-LM's ``extra_args_provider`` must.
+    """Add one argument per race_* field and return the parser, as Megatron-LM's ``extra_args_provider`` must.
 
-    ``core_transformer_config_from_args(args, RaceTransformerConfig)`` then makes the config.
+    ``core_transformer_config_from_args(args, RaceTransformerConfig)`` then builds the config.
     """
     group = parser.add_argument_group(title="RACE Attention")
     hints = get_type_hints(RaceTransformerConfig)
@@ -35,7 +35,7 @@ def add_race_args(parser: ArgumentParser) -> ArgumentParser:
 
 
 class _OneOrMany(Action):
-    """One number as a number, several as a tuple."""
+    """Store one value as a number and several values as a tuple."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))

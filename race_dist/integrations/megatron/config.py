@@ -1,4 +1,4 @@
-"""RaceTransformerConfig: Megatron's TransformerConfig with the choices of RaceConfig under the prefix ``race_``."""
+"""RaceTransformerConfig: Megatron's TransformerConfig plus the fields of RaceConfig with the prefix ``race_``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from race_dist.parallel import Layout
 from race_dist.parallel.sharding import check_layout
 
 PREFIX = "race_"
-# What a RaceConfig says that Megatron's own fields say already: widths, heads, the mask's type, rotary_base.
+# Fields of RaceConfig for which Megatron has its own: widths, numbers of heads, the mask type, rotary_base.
 OWNED_BY_MEGATRON = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal", "rope_base")
 RACE_FIELDS = tuple(name for name in RaceConfig.model_fields if name not in OWNED_BY_MEGATRON)
 _DEFAULTS = RaceConfig()
@@ -41,22 +41,22 @@ DROPOUTS = ("attention_dropout", "hidden_dropout")
 
 @dataclass
 class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
-    """A TransformerConfig whose self-attention layers are RACE, all of them or those that ``linear_attention_freq`` says.
+    """A TransformerConfig whose self-attention layers are RACE: all of them, or those that ``linear_attention_freq`` selects.
 
-    ``linear_attention_freq`` has Megatron's meaning: None makes every layer RACE, N makes every N-th layer softmax, a list
-    has 1 for RACE and 0 for softmax, one entry a layer.
+    ``linear_attention_freq``: None makes every layer RACE, N makes every N-th layer softmax, a list has one entry per
+    layer, 1 for RACE and 0 for softmax.
 
     Attributes:
-        race_num_tables ... race_backend: as in :class:`race_dist.RaceConfig`, with its defaults. ``race_beta_init`` with
-            one number a head counts ``num_query_groups`` heads. ``race_seed`` is also that of the RACE layers' own initial
-            weights, which depend on nothing else: they are the same for every tensor-parallel size.
-        race_rope: whether RACE layers turn queries and keys by their positions, where the model has rotary embeddings:
-            "auto" (only without decay, as :class:`race_dist.RaceConfig` does), "always" or "never".
-        race_layout: order of the shards under context parallelism: "zigzag" (what Megatron's data loaders hand a layer) or
-            "contiguous" (where the caller cuts the batch itself).
+        race_num_tables ... race_backend: as in :class:`race_dist.RaceConfig`, with the same defaults. A tuple
+            ``race_beta_init`` has one number per query group (``num_query_groups``). ``race_seed`` also seeds the initial
+            weights of the RACE layers, which are therefore the same for every tensor-parallel size.
+        race_rope: whether RACE layers apply the model's rotary positions to queries and keys: "auto" (only without decay,
+            as in :class:`race_dist.RaceConfig`), "always" or "never".
+        race_layout: order of the shards under context parallelism: "zigzag" (the order of Megatron's data loaders) or
+            "contiguous" (for callers that shard the batch themselves).
 
     Raises:
-        ValueError: a field is out of its range, or asks of a RACE layer what it cannot do; the message says why.
+        ValueError: a field is out of its range, or requests what a RACE layer does not support; the message gives the reason.
     """
 
     attention_dropout: float = 0.0
@@ -78,7 +78,7 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
     race_backend: Literal["auto", "reference", "chunked", "triton"] = _DEFAULTS.backend
     race_rope: Literal["auto", "always", "never"] = "auto"
     race_layout: Literal["zigzag", "contiguous"] = "zigzag"
-    # Attention overwrites num_query_groups in its copy of the config where there are fewer than ranks.
+    # A copy of num_query_groups: Megatron's Attention overwrites the original where there are fewer groups than ranks.
     race_query_groups: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
             _refuse_what_cannot_be(self, hybrid=not all(pattern))
 
     def race(self, *, causal: bool = True) -> RaceConfig:
-        """The choices as a RaceConfig, widths and heads filled in. Raises ValueError naming the field with its prefix."""
+        """The race_* fields as a RaceConfig, with widths and heads. ValueError names a wrong field with its prefix."""
         chosen = {name: getattr(self, PREFIX + name) for name in RACE_FIELDS}
         try:
             return RaceConfig(
@@ -133,12 +133,12 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
 
     @property
     def race_uses_rope(self) -> bool:
-        """Whether RACE layers turn queries and keys."""
+        """Whether RACE layers apply rotary positions to queries and keys."""
         return self.race_rope == "always" or (self.race_rope == "auto" and self.race_decay == "none")
 
 
 def _check_numbers(config: Any) -> None:
-    """Raise ValueError for numbers of Megatron's that cannot be right: it computes with them before it looks at them."""
+    """Raise ValueError for Megatron's own numbers that are out of range: Megatron computes with them before it checks them."""
     hints = get_type_hints(TransformerConfig)
     for name, hint in hints.items():
         kinds = set(get_args(hint) or (hint,))
@@ -165,10 +165,10 @@ def _check_numbers(config: Any) -> None:
 
 
 def require_race_config(config: object, where: str) -> RaceTransformerConfig:
-    """``config``, once it is clear that it has the race_* fields; TypeError naming the fix where it has not.
+    """Return ``config`` if it is a RaceTransformerConfig; raise TypeError with the fix if it is not.
 
-    Megatron hands deep copies to attention where there are fewer query groups than ranks: what counts is the class. Newer
-    builders hand a model's config to specs that they call: its ``transformer`` is meant then.
+    Megatron passes deep copies of the config to attention where there are fewer query groups than ranks, so the class is
+    checked and not the object. Newer builders pass a model's config, whose ``transformer`` attribute is the one checked.
     """
     config = getattr(config, "transformer", config)
     if isinstance(config, RaceTransformerConfig):
@@ -180,7 +180,7 @@ def require_race_config(config: object, where: str) -> RaceTransformerConfig:
 
 
 def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
-    """Options of Megatron that a sketch has no room for."""
+    """Raise ValueError for options of Megatron that RACE layers do not support."""
     reasons = {
         "multi_latent_attention": "its keys and values are not per head",
         "qk_clip": "it clips logits, and there are none",
@@ -220,7 +220,7 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
 
 
 def _with_prefix(sentence: str) -> str:
-    """What RaceConfig says about a field, the field named with its prefix."""
+    """An error message of RaceConfig with the field names prefixed by ``race_``."""
     names = "|".join(sorted(RACE_FIELDS, key=len, reverse=True))
     return re.sub(rf"(?<![\w.])({names})(?=[ =])", rf"{PREFIX}\1", sentence)
 

@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
-from torch import Tensor
+from torch import Tensor, nn
 
-from race_dist.hashing import sample_planes
 from race_dist.integrations.megatron.config import require_race_config
-from race_dist.integrations.megatron.context import SequenceShard, check_causal_mask, combine_masks, is_causal, padding_mask
-from race_dist.integrations.megatron.heads import HeadModule
-from race_dist.nn.conv import short_conv
-from race_dist.nn.core import apply_qk_norm, attend, decay_time_constants
-from race_dist.nn.init import seeded_normal
-from race_dist.nn.norm import compute_dtype, rms
-from race_dist.nn.sequence import Sequence
-from race_dist.nn.tail import SpanWithTail, run_with_tail
+from race_dist.integrations.megatron.masks import check_causal_mask, combine_masks, is_causal, padding_mask
+from race_dist.integrations.megatron.sequence_shard import SequenceShard
+from race_dist.integrations.megatron.tensor_parallel import HeadModule
+from race_dist.nn import RaceCore
+
+PLANES_ORIGIN = ("race_seed", "layer", "race_num_tables", "race_num_planes", "race_share_planes")
 
 
 class RaceCoreAttention(HeadModule):
-    """From queries, keys and values to each head's output, over the tensor-parallel rank's heads and the context-parallel
-    rank's tokens.
+    """Attention of the heads of this tensor-parallel rank over the tokens of this context-parallel rank.
 
-    It has what RACE adds between the projections: short convolution, length and sharpness per head, hyperplanes, decay
-    ("token" needs the layer's input: :class:`race_dist.integrations.megatron.RaceSelfAttention` passes it), output norm.
-    Hyperplanes that are not trained are no part of a checkpoint but for what they are drawn from (``planes_of``), and
-    stay float32 whatever the model is cast to.
+    It translates Megatron's call to :class:`race_dist.nn.RaceCore`, the layer that all models of this package use: short
+    convolution, query and key norm, hash, decay, attention and output norm. (``race_decay = "token"`` needs the layer's input:
+    :class:`race_dist.integrations.megatron.RaceSelfAttention` computes the decay and passes it.) Hyperplanes that are not
+    trained stay float32 whatever the model is cast to. A checkpoint does not contain them; it records what they are drawn from
+    in ``planes_of``.
 
     Args:
         config: a RaceTransformerConfig.
-        layer_number: from 1, of the whole model.
+        layer_number: index of the layer in the whole model, from 1.
         attn_mask_type: causal, padding_causal, no_mask or padding.
         attention_type: "self".
         attention_dropout: None or 0.
         softmax_scale: None.
-        cp_comm_type: not looked at: only sketches are exchanged.
-        pg_collection: with tp and cp; None takes parallel_state's.
+        cp_comm_type: ignored: context-parallel ranks exchange sketches only.
+        pg_collection: process groups, with tp and cp; None: those of parallel_state.
+
+    Attributes:
+        core: the RaceCore of this rank's heads. Its parameters have flat names in the state dict: see :func:`state_dict_name`.
 
     Raises:
         TypeError: the config has no race_* fields.
-        ValueError: an argument asks for what RACE does not have.
+        ValueError: an argument requests what RACE layers do not support.
     """
 
     def __init__(
@@ -71,92 +72,22 @@ class RaceCoreAttention(HeadModule):
         super().__init__(config, pg_collection.tp)
         self.cp_group, self.layer, self.attn_mask_type = pg_collection.cp, layer_number - 1, attn_mask_type
         self.race = config.race(causal=is_causal(attn_mask_type))
-        self._mask_seen = False
-        self._build_parameters()
-        self._build_constants()
-
-    def _build_parameters(self) -> None:
-        race, heads, groups = self.race, int(self.config.num_attention_heads), self.config.race_query_groups
-        if race.short_conv:
-            convolved = [("q_conv", heads, self.add_parameter), ("k_conv", groups, self.add_kv_parameter)]
-            convolved += [("v_conv", groups, self.add_kv_parameter)] if race.conv_values else []
-            for name, count, add in convolved:
-                add(
-                    name,
-                    seeded_normal(
-                        (race.short_conv, count * race.resolved_head_dim),
-                        0.5 * race.short_conv**-0.5,
-                        race.seed,
-                        f"race.{self.layer}.{name}.weight",
-                    ),
-                    dim=1,
-                )
-        if race.qk_norm:
-            self.add_parameter("q_scale", torch.ones(heads, 1))
-            self.add_kv_parameter("k_scale", torch.ones(groups, 1))
-        if race.train_beta:
-            self.add_kv_parameter("log_beta", self._betas().log())
-        if race.train_planes:
-            planes = sample_planes(
-                race.num_tables,
-                race.num_planes,
-                race.resolved_head_dim,
-                seed=race.seed,
-                layer=self.layer,
-                num_heads=None if race.share_planes else groups,
-            )
-            if race.share_planes:
-                self.add_parameter("planes", planes, divided=False)
-            else:
-                self.add_kv_parameter("planes", planes)
-        if race.normalization == "none":
-            self.add_parameter("out_norm", torch.ones(heads, race.resolved_head_dim))
-
-    def _betas(self) -> Tensor:
-        """``[groups]`` sharpness at the start, of all heads."""
-        return torch.tensor(self.race.beta_init, dtype=torch.float64).expand(self.config.race_query_groups).clone()
-
-    def _build_constants(self) -> None:
-        """What the config says: made anew whenever the module moves or changes its dtype, never rounded."""
-        where = self._where()
-        for name, value in self._constants(torch.empty(0, **where)).items():
-            self.register_buffer(name, value, persistent=False)
+        self.core = RaceCore(self.race, self.layer, partition=self.heads, short_conv=True, **self.factory_kwargs())
+        sharded = self.heads.mark(dict(self.core.named_parameters()), self.core.head_axes())
+        self.sharded_dims = {state_dict_name(f"core.{name}"): dim for name, dim in sharded.items()}
         if not self.race.train_planes:
-            self.register_buffer("planes_of", torch.tensor(self._origin(), dtype=torch.int64, device=where["device"]))
+            origin = torch.tensor(self._planes_origin(), dtype=torch.int64, device=self.factory_kwargs()["device"])
+            self.register_buffer("planes_of", origin)
+        self.register_state_dict_post_hook(_flatten_names)
+        self.register_load_state_dict_pre_hook(_nest_names)
+        self._mask_was_checked = False
 
-    def _origin(self) -> list[int]:
-        """What the hyperplanes are drawn from."""
-        return [self.race.seed, self.layer, self.race.num_tables, self.race.num_planes, int(self.race.share_planes)]
+    # --- checkpoints -------------------------------------------------------------------------------------------------------
 
-    def _constants(self, like: Tensor) -> dict[str, Tensor]:
-        race, share = self.race, self.share
-        where: dict[str, Any] = {"device": like.device, "dtype": compute_dtype(like)}
-        own = slice(share.first_kv_head, share.first_kv_head + share.kv_heads)
-        constants = {}
-        if not race.train_planes:
-            constants["planes"] = sample_planes(
-                race.num_tables,
-                race.num_planes,
-                race.resolved_head_dim,
-                seed=race.seed,
-                layer=self.layer,
-                num_heads=None if race.share_planes else share.kv_heads,
-                head_offset=0 if race.share_planes else share.first_kv_head,
-            ).to(**where)
-        if not race.train_beta:
-            constants["beta"] = self._betas()[own].to(**where)
-        if race.decay == "multiscale":
-            rates = [-1 / n for n in decay_time_constants(self.config.race_query_groups)]
-            constants["log_decay"] = torch.tensor(rates[own], dtype=torch.float64).to(**where)
-        return constants
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        like = next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
-        if like is not None:
-            for name, value in self._constants(like).items():
-                self._buffers[name] = value
-        return self
+    def _planes_origin(self) -> list[int]:
+        """The values that determine the hyperplanes, in the order of :data:`PLANES_ORIGIN`."""
+        race = self.race
+        return [race.seed, self.layer, race.num_tables, race.num_planes, int(race.share_planes)]
 
     def _load_from_state_dict(
         self,
@@ -168,20 +99,22 @@ class RaceCoreAttention(HeadModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        loaded, own = state_dict.get(prefix + "planes_of"), self._origin()  # dist_checkpointing has written the buffer already
+        # The buffer cannot be compared: dist_checkpointing has already loaded into it.
+        loaded, own = state_dict.get(prefix + "planes_of"), self._planes_origin()
         if loaded is not None and "planes_of" in self._buffers and loaded.tolist() != own:
-            names = ("race_seed", "layer", "race_num_tables", "race_num_planes", "race_share_planes")
-            differ = [
-                f"{name} {there} there and {here} here"
-                for name, there, here in zip(names, loaded.tolist(), own, strict=True)
-                if there != here
+            differences = [
+                f"{name} {stored} there and {here} here"
+                for name, stored, here in zip(PLANES_ORIGIN, loaded.tolist(), own, strict=True)
+                if stored != here
             ]
             error_msgs.append(
                 f"{prefix.removesuffix('.')}: the checkpoint's weights were trained with other hyperplanes: "
-                + ", ".join(differ)
+                + ", ".join(differences)
             )
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    # --- forward -----------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -199,19 +132,19 @@ class RaceCoreAttention(HeadModule):
         Args:
             query: ``[s, b, heads, d]``, or ``[t, heads, d]`` with packed documents (THD).
             key, value: ``[s, b, groups, d]`` or ``[t, groups, d]``.
-            attention_mask: None, the plain causal mask, or ``[b, 1, 1, s]`` bool whose True says that a token is padding
-                (padding types): it is absent, so nothing is added to the sketch, decayed or convolved there.
-            attn_mask_type: None is the layer's own.
-            attention_bias: with race_decay = "token" the log decays ``[s, b, groups]``, at most 0; else None. They are a
-                bias in Megatron's sense, ``sum of log_decay over j < i' <= i`` on the similarity of i and j, given by
-                token.
-            packed_seq_params: documents and, under dynamic context parallelism, the group of this call.
+            attention_mask: None, the plain causal mask, or (with the padding types) ``[b, 1, 1, s]`` bool, True for padding. A
+                padding token is absent: it is not added to the sketch, causes no decay and is seen by no convolution.
+            attn_mask_type: None: the type of the layer.
+            attention_bias: with ``race_decay = "token"`` the log decays ``[s, b, groups]``, at most 0; else None. They are a
+                bias in Megatron's sense, given per token: the similarity of tokens i and j gets the sum of the log decays over
+                ``j < i' <= i``.
+            packed_seq_params: packed documents and, under dynamic context parallelism, the group of this call.
 
         Returns:
             ``[s, b, heads * d]`` or ``[t, heads * d]``.
 
         Raises:
-            ValueError: a mask or an argument that RACE has no room for; the message says why.
+            ValueError: a mask or an argument that RACE layers do not support; the message gives the reason.
         """
         mask_type = attn_mask_type or self.attn_mask_type
         thd = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
@@ -220,77 +153,62 @@ class RaceCoreAttention(HeadModule):
                 f"{query.shape[0]} queries came with {key.shape[0]} keys and attn_mask_type {mask_type.name}, as "
                 "in decoding with cached keys; a RACE layer decodes from a sketch, which Megatron does not keep"
             )
-        q, k, v = (x[None] if thd else x.transpose(0, 1) for x in (query, key, value))
-        rows = SequenceShard.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
-        key_mask = combine_masks(rows.key_mask, padding_mask(attention_mask, mask_type, *q.shape[:2]))
-        self._look_at_mask(attention_mask, mask_type, rows)
-        sequence = rows.sequence(key_mask, q.device)
-        if self.race.short_conv:
-            q, k, v = self._convolve(q, k, v, sequence)
-        if self.race.qk_norm:
-            eps = self.race.norm_eps
-            q, k = apply_qk_norm(q, self.q_scale, eps), apply_qk_norm(k, self.of_own_kv_heads("k_scale"), eps)
-        out, _ = attend(
-            self.race,
-            q.to(v.dtype),
-            k.to(v.dtype),
-            v,
-            self._planes(),
-            self._beta(v),
-            self._decay(attention_bias, thd),
-            None,
-            sequence,
-        )
-        if self.race.normalization == "none":
-            out = (rms(out, self.race.norm_eps) * self.out_norm.to(compute_dtype(out))).to(out.dtype)
+        q, k, v = (x[None] if thd else x.transpose(0, 1) for x in (query, key, value))  # [B, T, H, D]
+        shard = SequenceShard.of(q.shape[1], packed_seq_params, self.cp_group, self.config.layout, q.device)
+        key_mask = combine_masks(shard.key_mask, padding_mask(attention_mask, mask_type, *q.shape[:2]))
+        self._check_causal_mask(attention_mask, mask_type, shard)
+        sequence = shard.sequence(key_mask, q.device)
+        (q, k, v), _ = self.core.convolve(q, k, v, None, sequence)
+        out, _ = self.core(q, k, v, None, sequence, log_decay=self._token_decay(attention_bias, thd))
         return out[0].flatten(1) if thd else out.transpose(0, 1).flatten(2)
 
-    def _look_at_mask(self, mask: Tensor | None, mask_type: AttnMaskType, rows: SequenceShard) -> None:
-        """Check a causal mask's values: on the CPU always, on a device once (it waits, and no graph could hold it)."""
+    def _check_causal_mask(self, mask: Tensor | None, mask_type: AttnMaskType, shard: SequenceShard) -> None:
+        """Check the values of a causal mask: on the CPU in every call, on a device once, because the check synchronizes."""
         if mask is None or mask_type != AttnMaskType.causal:
             return
-        if mask.device.type == "cpu" or not (self._mask_seen or torch.cuda.is_current_stream_capturing()):
-            check_causal_mask(mask, rows)
-            self._mask_seen = True
+        if mask.device.type == "cpu" or not (self._mask_was_checked or torch.cuda.is_current_stream_capturing()):
+            check_causal_mask(mask, shard)
+            self._mask_was_checked = True
 
-    def _convolve(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (and values, where the config says so), each plus its short convolution over tokens that are not
-        padding."""
-        convs = [self.q_conv, self.of_own_kv_heads("k_conv", dim=1)]
-        convs += [self.of_own_kv_heads("v_conv", dim=1)] if self.race.conv_values else []
-        tensors = (q, k, v)
-        flat = tuple(x.flatten(2) for x in tensors[: len(convs)])
-
-        def taps(piece: SpanWithTail) -> tuple[Tensor, ...]:
-            return tuple(short_conv(part, taps, piece.documents) for part, taps in zip(piece.tensors, convs, strict=True))
-
-        more, _ = run_with_tail(flat, self.race.short_conv - 1, None, sequence, taps)
-        added = [x + part.view_as(x) for x, part in zip(tensors, more)]
-        return added[0], added[1], added[2] if self.race.conv_values else v
-
-    def _planes(self) -> Tensor:
-        if self.race.train_planes:
-            return self.summed_over_ranks(self.planes) if self.race.share_planes else self.of_own_kv_heads("planes")
-        planes: Tensor = self.planes
-        return planes
-
-    def _beta(self, v: Tensor) -> Tensor:
-        """``[groups]``."""
-        if self.race.train_beta:
-            return self.of_own_kv_heads("log_beta").to(compute_dtype(v)).exp()
-        beta: Tensor = self.beta
-        return beta
-
-    def _decay(self, bias: Tensor | None, thd: bool) -> Tensor | None:
-        """``[groups]``, ``[B, T, groups]`` or None."""
+    def _token_decay(self, bias: Tensor | None, thd: bool) -> Tensor | None:
+        """The log decays ``[B, T, groups]``, or None without decay per token."""
         if self.race.decay != "token":
             if bias is not None:
                 raise ValueError("attention_bias came to a RACE layer, which has no logits to add it to: leave it out")
-            return self.log_decay if self.race.decay == "multiscale" else None
+            return None
         if bias is None:
             raise ValueError(
-                'race_decay is "token": the decay is computed from the layer\'s input, which core_attention is '
-                'not given. Build the layer with get_race_layer_spec, or set race_decay to "multiscale" or '
-                '"none"'
+                'race_decay is "token": the decay is computed from the layer\'s input, which core_attention does '
+                'not get. Build the layer with get_race_layer_spec, or set race_decay to "multiscale" or "none"'
             )
         return bias.view(1, -1, bias.shape[-1]) if thd else bias.transpose(0, 1)
+
+
+# --- names in the state dict -----------------------------------------------------------------------------------------------
+
+_NESTED_NAME = re.compile(r"^(|(?:.*\.)?core_attention\.)core\.(\w+?)(?:\.weight)?$")
+
+
+def state_dict_name(parameter: str) -> str:
+    """The name in the state dict and in checkpoints of a parameter of a model, a layer or a RaceCoreAttention.
+
+    Parameters of the core are flat there: ``core_attention.core.q_conv.weight`` is ``core_attention.q_conv``.
+    """
+    return _NESTED_NAME.sub(r"\1\2", parameter)
+
+
+def _flatten_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state-dict hook: rename the parameters of the core as :func:`state_dict_name` says."""
+    for name in _core_names(module):
+        state_dict[prefix + state_dict_name(name)] = state_dict.pop(prefix + name)
+
+
+def _nest_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The inverse of :func:`_flatten_names`, before a state dict is loaded."""
+    for name in _core_names(module):
+        if (flat := prefix + state_dict_name(name)) in state_dict:
+            state_dict[prefix + name] = state_dict.pop(flat)
+
+
+def _core_names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters() if name.startswith("core.")]

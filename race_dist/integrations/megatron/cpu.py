@@ -1,4 +1,4 @@
-"""megatron-core on machines without a GPU: it asks CUDA for devices and random states even for models on the CPU."""
+"""Run megatron-core on machines without a GPU, although it asks CUDA for devices and random states."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.overrides import TorchFunctionMode
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """What is asked for on CUDA is made on the CPU. It does not reach into backward passes; what is patched below does."""
+    """Create on the CPU what is requested on CUDA. This mode does not apply in backward passes; the patches below do."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return args[0]
         if func is Tensor.type and len(args) == 1 and not kwargs:
-            return func(args[0]).replace("torch.", "torch.cuda.", 1)  # the optimizer asserts that it is this one
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)  # megatron-core's optimizer asserts this name
         if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
@@ -30,9 +30,9 @@ class _CpuForCuda(TorchFunctionMode):
 
 @contextmanager
 def without_cuda() -> Iterator[None]:
-    """Let megatron-core run on the CPU inside the block; where there is CUDA, nothing is changed.
+    """Let megatron-core run on the CPU inside the block. Where CUDA is available this does nothing.
 
-    For training runs without a GPU, and tests. Models want ``use_cpu_initialization=True`` and no dropout.
+    For tests and training runs without a GPU. Models need ``use_cpu_initialization=True`` and no dropout.
     """
     if torch.cuda.is_available():
         yield

@@ -1,4 +1,4 @@
-"""The project's language model built from megatron-core's modules, from the same ModelConfig."""
+"""Build this package's language model from megatron-core's modules: ModelConfig to RaceTransformerConfig and GPTModel."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from race_dist.nn import SoftmaxConfig
 def transformer_config(
     model: ModelConfig, *, tp: int = 1, cp: int = 1, dtype: torch.dtype = torch.float32, **more: Any
 ) -> RaceTransformerConfig:
-    """The RaceTransformerConfig of a model that computes what ``DecoderLM(model)`` does.
+    """The RaceTransformerConfig of a GPTModel that computes the same function as ``DecoderLM(model)``.
 
     Args:
-        model: what to build; its layers are R and S.
-        tp, cp: tensor- and context-parallel ranks.
-        dtype: of the parameters.
-        more: fields of RaceTransformerConfig.
+        model: the model to build; its layers are R (RACE) and S (softmax).
+        tp, cp: numbers of tensor- and context-parallel ranks.
+        dtype: dtype of the parameters.
+        more: further fields of RaceTransformerConfig.
 
     Raises:
-        ValueError: Megatron's modules cannot be arranged to compute the same.
+        ValueError: Megatron's modules cannot compute the same function.
     """
     kinds, race = model.layer_kinds, model.race
     if "W" in kinds:

@@ -1,69 +1,65 @@
-"""RaceSelfAttention: Megatron's self-attention with what RACE computes from the layer's input: decay and output gate."""
+"""RaceSelfAttention: Megatron's self-attention plus what RACE computes from the layer's input: decay and output gate."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from torch import Tensor
+from torch import Tensor, nn
 
 from race_dist.integrations.megatron.config import require_race_config
 from race_dist.integrations.megatron.core_attention import RaceCoreAttention
-from race_dist.integrations.megatron.heads import HeadModule
-from race_dist.nn.core import ENDLESS_MEMORY, decay_time_constants
-from race_dist.nn.gate import apply_output_gate
-from race_dist.nn.init import seeded_normal
-from race_dist.nn.norm import compute_dtype
+from race_dist.integrations.megatron.tensor_parallel import HeadModule
+from race_dist.nn.decay import initial_decay_bias, token_log_decay
+from race_dist.nn.initialization import seeded_normal
+from race_dist.nn.output_gate import apply_output_gate
 from race_dist.parallel import group_rank, group_size
 
 
 class TokenDecay(HeadModule):
-    """How much each head forgets at each token, computed from the layer's input in float32.
+    """The log decay of each head and token, computed from the layer's input in float32.
 
-    Weight and bias are whole on every tensor-parallel rank: that costs less than gathering the input, and under sequence
+    Weight and bias are replicated on every tensor-parallel rank, which costs less than gathering the input. Under sequence
     parallelism each rank computes its own rows for all heads.
     """
 
     def __init__(self, config: Any, layer_number: int, tp_group: Any) -> None:
         super().__init__(config, tp_group)
-        race, heads = config.race(), config.race_query_groups
-        rates = (1 / torch.tensor(decay_time_constants(heads, ENDLESS_MEMORY), dtype=torch.float64)).expm1().log()
-        weight = seeded_normal(
-            (heads, config.hidden_size), config.hidden_size**-0.5, race.seed, f"race.{layer_number - 1}.decay_proj.weight"
-        )
-        self.add_parameter("weight", weight, divided=False)
-        self.add_parameter("bias", rates, divided=False)
-        for parameter in self.parameters():  # its gradient is this rank's rows': finalize_model_grads adds them up
-            parameter.sequence_parallel = config.sequence_parallel
+        heads, dim = config.race_query_groups, config.hidden_size
+        name = f"race.{layer_number - 1}.decay_proj.weight"
+        self.weight = self._parameter(seeded_normal((heads, dim), dim**-0.5, config.race().seed, name))
+        self.bias = self._parameter(initial_decay_bias(heads))
+
+    def _parameter(self, value: Tensor) -> nn.Parameter:
+        parameter: Any = nn.Parameter(value.to(**self.factory_kwargs()))
+        # under sequence parallelism its gradient is that of this rank's rows: finalize_model_grads sums it over the ranks
+        parameter.sequence_parallel = self.config.sequence_parallel
+        return cast(nn.Parameter, parameter)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[s (or s/tp), b, h]`` to this rank's log decays ``[s, b, groups]``, at most 0."""
-        dtype = compute_dtype(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            decay = -F.softplus(F.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)))
+        decay = token_log_decay(hidden, self.weight, self.bias)
         if self.config.sequence_parallel:
             decay = gather_from_sequence_parallel_region(decay, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
-            decay = self.summed_over_ranks(decay)
-        return decay.narrow(2, self.share.first_kv_head, self.share.kv_heads)
+            decay = self.heads.sum_gradients(decay)
+        return self.heads.key_value.narrow(decay, 2)
 
 
 class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention around :class:`RaceCoreAttention`.
 
-    The decay of each token goes to core_attention as its attention_bias; the gate is Megatron's output gate (a part of
-    linear_qkv) with race_gate_activation. The layer's input must be normalised before it: no layer norm fused into linear_qkv.
+    The decay of each token is passed to core_attention as its attention_bias. The gate is Megatron's output gate (a part of
+    linear_qkv) with race_gate_activation. The layer's input must be normalised, so no layer norm is fused into linear_qkv.
 
     Raises:
         TypeError: the config has no race_* fields.
-        ValueError: in the forward pass, what RACE layers cannot do: inference contexts, cross attention, rotary
-            positions of zigzag shards on contiguous ones.
+        ValueError: in the forward pass, for what RACE layers do not support: inference contexts, cross attention, and rotary
+            positions of zigzag shards on contiguous shards.
     """
 
     def __init__(
@@ -77,7 +73,7 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
     ) -> None:
         config = require_race_config(config, "RaceSelfAttention")
         if config.race_output_gate and not config.attention_output_gate:
-            config = copy.copy(config)  # softmax layers of the same model have none
+            config = copy.copy(config)  # softmax layers of the same model have no gate
             config.attention_output_gate = True
         super().__init__(config, submodules, layer_number, attn_mask_type, *args, **kwargs)
         if not isinstance(self.core_attention, RaceCoreAttention):
@@ -98,11 +94,11 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Megatron's: ``[s, b, h]`` to output and bias."""
+        """Megatron's forward: ``[s, b, h]`` to output and bias."""
         if inference_context is not None or kwargs.get("inference_params") is not None:
             raise ValueError(
                 "RACE layers do not decode inside Megatron's inference contexts: these cache keys and values, "
-                "and dynamic batching does not call core_attention at all; decode with race_dist.models"
+                "and dynamic batching does not call core_attention at all; generate with race_dist.models"
             )
         if key_value_states is not None:
             raise ValueError("RACE layers attend to their own sequence only: key_value_states must be None")
@@ -112,14 +108,14 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
             rotary_pos_emb = None
         elif rotary_pos_emb is not None and self.config.race_layout == "contiguous" and group_size(self.pg_collection.cp) > 1:
             raise ValueError(
-                'race_layout is "contiguous", but Megatron turns queries and keys by the positions of zigzag '
-                'shards: set race_rope to "never" or race_layout to "zigzag"'
+                'race_layout is "contiguous", but Megatron applies the rotary positions of zigzag shards: '
+                'set race_rope to "never" or race_layout to "zigzag"'
             )
         bias = None if self.decay is None else self.decay(hidden_states)
         return super().forward(hidden_states, attention_mask, None, None, rotary_pos_emb, *args, attention_bias=bias, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's; the gate is cut to this rank's heads where a key/value head serves several ranks."""
+        """Megatron's method; where a key/value head serves several ranks, it also selects the gate of this rank's heads."""
         result = super().get_query_key_value_tensors(*args, **kwargs)
         if len(result) == 4 and result[3].shape[2] != result[0].shape[2]:
             query, key, value, gate = result
@@ -140,9 +136,9 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Selective recompute: the decay is an input too, so that its gradient finds its way back."""
+        """Selective recomputation. The decay is passed as an input of the recomputed function, so that it gets a gradient."""
 
-        def again(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        def recompute(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
             out: Tensor = self.core_attention(
                 q,
                 k,
@@ -154,7 +150,7 @@ class RaceSelfAttention(SelfAttention):  # type: ignore[misc]
             )
             return out
 
-        result: Tensor = tensor_parallel.checkpoint(again, False, query, key, value, attention_bias)
+        result: Tensor = tensor_parallel.checkpoint(recompute, False, query, key, value, attention_bias)
         return result
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:

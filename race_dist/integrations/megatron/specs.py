@@ -1,4 +1,4 @@
-"""Layer specs: Megatron's own, with RACE in place of softmax where the config says so."""
+"""Layer specs for megatron-core: its own specs, with RACE layers where the config selects them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _provider(use_transformer_engine: bool) -> Any:
 
 
 def with_race(layer: ModuleSpec, provider: Any, *, rms_norm: bool) -> ModuleSpec:
-    """A layer spec of Megatron's with RACE as its self-attention; everything else stays.
+    """One of Megatron's layer specs with RACE as its self-attention; everything else is unchanged.
 
-    A layer norm fused into linear_qkv becomes one before it, under the same name in a checkpoint: the decay reads its
-    output too.
+    A layer norm that is fused into linear_qkv becomes a separate norm before it, with the same name in a checkpoint: the
+    decay is computed from the output of the norm too.
     """
     parts = layer.submodules
     attention = parts.self_attention
@@ -60,15 +60,16 @@ def with_race(layer: ModuleSpec, provider: Any, *, rms_norm: bool) -> ModuleSpec
 
 
 def get_race_layer_spec(config: RaceTransformerConfig, use_transformer_engine: bool | None = None) -> ModuleSpec:
-    """The spec of one RACE layer, as GPTModel takes it where every layer is RACE.
+    """The spec of one RACE layer, for a GPTModel in which every layer is RACE.
 
     Args:
-        config: of the model.
-        use_transformer_engine: for everything but the attention; None: what ``config.transformer_impl`` says.
+        config: the model's config.
+        use_transformer_engine: whether everything but the attention is Transformer Engine's; None: as
+            ``config.transformer_impl`` says.
 
     Raises:
         TypeError: the config has no race_* fields.
-        ImportError: Transformer Engine is asked for and not installed.
+        ImportError: Transformer Engine is requested and not installed.
     """
     config = require_race_config(config, "get_race_layer_spec")
     use_te = _uses_te(config, use_transformer_engine)
@@ -97,13 +98,13 @@ def get_race_block_spec(
     """The specs of this pipeline stage's layers: RACE or softmax by ``linear_attention_freq``, dense or experts by
     ``moe_layer_freq``.
 
-    This is the callable for builders that call what they are given with the config (and the virtual stage).
+    Pass this function to builders that call a spec with the config (and the virtual pipeline stage).
 
     Args:
-        config: of the model.
+        config: the model's config.
         vp_stage: virtual pipeline stage.
-        use_transformer_engine: None: what ``config.transformer_impl`` says.
-        pp_rank: pipeline stage; None: this process's.
+        use_transformer_engine: None: as ``config.transformer_impl`` says.
+        pp_rank: pipeline stage; None: the stage of this process.
 
     Raises:
         TypeError, ImportError: as :func:`get_race_layer_spec`.
@@ -132,7 +133,7 @@ def _uses_te(config: RaceTransformerConfig, asked: bool | None) -> bool:
 
 
 def _layers_of_stage(config: Any, count: int, vp_stage: int | None, pp_rank: int | None) -> list[int]:
-    """Global indices from 0 of the layers that the stage holds."""
+    """Global indices, from 0, of the layers that the pipeline stage holds."""
     if config.pipeline_model_parallel_layout is not None:
         return list(
             config.pipeline_model_parallel_layout.get_layer_id_list(
@@ -144,10 +145,10 @@ def _layers_of_stage(config: Any, count: int, vp_stage: int | None, pp_rank: int
 
 
 class RaceTransformerLayer(TransformerLayer):  # type: ignore[misc]
-    """A layer that finds out from the config whether it is RACE or softmax: for builders that take one spec for all layers
-    and never call it (``--spec race_dist.integrations.megatron race_layer_local_spec``).
+    """A layer that reads from the config whether it is RACE or softmax.
 
-    Its submodules are a pair: those of a RACE layer and those of a softmax layer.
+    It is for builders that use one spec object for all layers (``--spec race_dist.integrations.megatron
+    race_layer_local_spec``). Its submodules are a pair: those of a RACE layer and those of a softmax layer.
     """
 
     def __init__(
@@ -167,16 +168,18 @@ def _module_level(layer: ModuleSpec, provider: Any) -> ModuleSpec:
     return ModuleSpec(module=RaceTransformerLayer, submodules=(race.submodules, layer.submodules))
 
 
-# RMSNorm, dense, from the local modules or from Transformer Engine's: objects, for builders that import a name and use it.
+# Specs with RMSNorm and a dense MLP, from megatron-core's or Transformer Engine's modules, for builders that import a name.
 race_layer_local_spec = _module_level(get_gpt_layer_local_spec(normalization="RMSNorm"), LocalSpecProvider())
 race_layer_te_spec = _module_level(get_gpt_layer_with_transformer_engine_spec(), TESpecProvider()) if HAVE_TE else None
 
 
 def get_race_hybrid_stack_spec() -> ModuleSpec:
-    """For HybridModel (megatron-core after 0.16): its stack with RACE in the place of ``G`` in ``hybrid_layer_pattern``.
+    """The stack spec of HybridModel (megatron-core after 0.16) with RACE layers where ``hybrid_layer_pattern`` has ``G``.
 
-    The model's config must be a RaceTransformerConfig. Raises ImportError where megatron-core has no HybridModel or
-    Transformer Engine, which its stack is made of, is not installed.
+    The model's config must be a RaceTransformerConfig.
+
+    Raises:
+        ImportError: this megatron-core has no HybridModel, or Transformer Engine is not installed, which its stack needs.
     """
     try:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec

@@ -1,7 +1,7 @@
-"""The project's own language model as Megatron's GPTModel: names and cuts of the weights, both ways.
+"""Convert weights between :class:`race_dist.models.DecoderLM` and Megatron's GPTModel, and shard them over ranks.
 
-Both models compute the same (tests hold them together), so a run can start from the same weights under either, and what
-Megatron has trained can be generated from by :class:`race_dist.models.DecoderLM`.
+Both models compute the same function (tests compare them). A run can therefore start from the same weights in either model,
+and DecoderLM can generate text with weights that Megatron has trained.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from race_dist.integrations.megatron.core_attention import state_dict_name
 from race_dist.models import ModelConfig
 from race_dist.parallel import all_gather_tensor, group_rank, group_size
 
@@ -27,32 +28,33 @@ _LAYER = {
     "mixer.o_proj.weight": "self_attention.linear_proj.weight",
     "ffn.down_proj.weight": "mlp.linear_fc2.weight",
 }
-_CORE = {
-    "q_scale": "q_scale",
-    "k_scale": "k_scale",
-    "log_beta": "log_beta",
-    "planes": "planes",
-    "q_conv.weight": "q_conv",
-    "k_conv.weight": "k_conv",
-    "v_conv.weight": "v_conv",
-    "out_norm.weight": "out_norm",
-}
+_CORE = (
+    "q_scale",
+    "k_scale",
+    "log_beta",
+    "planes",
+    "q_conv.weight",
+    "k_conv.weight",
+    "v_conv.weight",
+    "out_norm.weight",
+)
 _DECAY = {"decay_proj.weight": "weight", "decay_bias": "bias"}
 
 
 def _renamed(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """(own name, Megatron's name) of every weight that is the same in both."""
+    """(DecoderLM's name, Megatron's name) of every weight that is stored in the same form by both."""
     yield from (pair for pair in _ENDS.items() if not (config.tie_embeddings and pair[0] == "head.weight"))
     for i, kind in enumerate(config.layer_kinds):
-        mine, theirs = f"blocks.{i}.", f"decoder.layers.{i}."
-        yield from ((mine + a, theirs + b) for a, b in _LAYER.items())
+        own, other = f"blocks.{i}.", f"decoder.layers.{i}."
+        yield from ((own + a, other + b) for a, b in _LAYER.items())
         if kind == "R":
-            yield from ((f"{mine}mixer.{a}", f"{theirs}self_attention.core_attention.{b}") for a, b in _CORE.items())
-            yield from ((f"{mine}mixer.{a}", f"{theirs}self_attention.decay.{b}") for a, b in _DECAY.items())
+            core = f"{other}self_attention.core_attention.core."
+            yield from ((f"{own}mixer.{name}", state_dict_name(core + name)) for name in _CORE)
+            yield from ((f"{own}mixer.{a}", f"{other}self_attention.decay.{b}") for a, b in _DECAY.items())
 
 
 def _projections(config: ModelConfig, layer: int, names: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """What linear_qkv holds of each query group, in order: own name and rows."""
+    """The parts of linear_qkv, in the order within a query group: (DecoderLM's name, rows per group)."""
     width = config.resolved_head_dim
     of_queries = config.num_heads // config.kv_heads * width
     parts = [("q_proj", of_queries), ("gate_proj", of_queries), ("k_proj", width), ("v_proj", width)]
@@ -60,8 +62,8 @@ def _projections(config: ModelConfig, layer: int, names: Mapping[str, Any]) -> l
 
 
 def to_megatron(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A DecoderLM's weights under the names of a GPTModel that is not cut: :func:`load_full_weights` cuts them."""
-    result = {theirs: state[mine] for mine, theirs in _renamed(config) if mine in state}
+    """A DecoderLM's weights, unsharded, under the names of a GPTModel's state dict; :func:`load_full_weights` shards them."""
+    result = {other: state[own] for own, other in _renamed(config) if own in state}
     for i in range(config.num_layers):
         groups = [state[name].unflatten(0, (config.kv_heads, rows)) for name, rows in _projections(config, i, state)]
         result[f"decoder.layers.{i}.self_attention.linear_qkv.weight"] = torch.cat(groups, 1).flatten(0, 1)
@@ -72,8 +74,8 @@ def to_megatron(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
 
 
 def from_megatron(state: Mapping[str, Tensor], config: ModelConfig, names: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of :func:`to_megatron`; ``names`` are those of the DecoderLM's weights."""
-    result = {mine: state[theirs] for mine, theirs in _renamed(config) if mine in names}
+    """The inverse of :func:`to_megatron`; the keys of ``names`` are the names of the DecoderLM's weights."""
+    result = {own: state[other] for own, other in _renamed(config) if own in names}
     for i in range(config.num_layers):
         parts = _projections(config, i, names)
         qkv = state[f"decoder.layers.{i}.self_attention.linear_qkv.weight"].unflatten(0, (config.kv_heads, -1))
@@ -86,26 +88,31 @@ def from_megatron(state: Mapping[str, Tensor], config: ModelConfig, names: Mappi
 
 @torch.no_grad()
 def load_full_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: ProcessGroup | None) -> None:
-    """Fill a GPTModel, cut over tensor-parallel ranks, from whole weights under its names.
+    """Fill a GPTModel that is sharded over tensor-parallel ranks from full weights.
+
+    Args:
+        model: filled in place.
+        full: every weight, by its name in the state dict or its parameter name.
+        tp_group: the tensor-parallel ranks.
 
     Raises:
-        ValueError: a weight of the model is not there, or one that is there is not the model's.
+        ValueError: a weight of the model is missing, or one is not a weight of the model.
     """
-    own: dict[str, Any] = dict(model.named_parameters())
-    if own.keys() != full.keys():
+    parameters: dict[str, Any] = {state_dict_name(name): p for name, p in model.named_parameters()}
+    values = {state_dict_name(name): value for name, value in full.items()}
+    if parameters.keys() != values.keys():
         raise ValueError(
             "the weights do not fit the model: missing are "
-            + (", ".join(sorted(own.keys() - full.keys())) or "none")
+            + (", ".join(sorted(parameters.keys() - values.keys())) or "none")
             + "; not the model's are "
-            + (", ".join(sorted(full.keys() - own.keys())) or "none")
+            + (", ".join(sorted(values.keys() - parameters.keys())) or "none")
         )
     rank, size = group_rank(tp_group), group_size(tp_group)
-    for name, parameter in own.items():
-        value = full[name]
-        if _is_divided(parameter):
-            value = torch.cat(
-                [part.chunk(size, parameter.partition_dim)[rank] for part in _halves(name, value)], parameter.partition_dim
-            )
+    for name, parameter in parameters.items():
+        value = values[name]
+        if _is_sharded(parameter):
+            dim = parameter.partition_dim
+            value = torch.cat([part.chunk(size, dim)[rank] for part in _sharded_parts(name, value)], dim)
         parameter.copy_(value)
 
 
@@ -113,25 +120,25 @@ def load_full_weights(model: nn.Module, full: Mapping[str, Tensor], tp_group: Pr
 def gather_full_weights(
     model: nn.Module, tp_group: ProcessGroup | None, read: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
 ) -> dict[str, Tensor]:
-    """A GPTModel's weights (or what ``read`` finds at each: its gradient), put together from the tensor-parallel ranks.
+    """The full weights of a GPTModel, by their names in the state dict, gathered from the tensor-parallel ranks.
 
-    Every rank of the group calls it.
+    ``read`` returns what is gathered for each parameter, for example its gradient. A collective: every rank calls it.
     """
     result = {}
     for name, parameter in model.named_parameters():
         value = read(parameter)
-        if _is_divided(parameter) and group_size(tp_group) > 1:
+        if _is_sharded(parameter) and group_size(tp_group) > 1:
             dim = cast(Any, parameter).partition_dim
-            parts = [_halves(name, part) for part in all_gather_tensor(value, tp_group)]
+            parts = [_sharded_parts(name, part) for part in all_gather_tensor(value, tp_group)]
             value = torch.cat([torch.cat(half, dim) for half in zip(*parts, strict=True)], dim)
-        result[name] = value
+        result[state_dict_name(name)] = value
     return result
 
 
-def _is_divided(parameter: Any) -> bool:
+def _is_sharded(parameter: Any) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-def _halves(name: str, value: Tensor) -> tuple[Tensor, ...]:
-    """The gate and the linear half of a gated MLP's first map are cut one by one."""
+def _sharded_parts(name: str, value: Tensor) -> tuple[Tensor, ...]:
+    """The parts of a weight that are sharded separately: the gate and the linear half of a gated MLP's first projection."""
     return value.chunk(2) if name.endswith("mlp.linear_fc1.weight") else (value,)

@@ -12,12 +12,12 @@ from race_dist.nn import RaceCarry
 
 
 class RaceCacheLayer(CacheLayerMixin):
-    """A carry and how many tokens it has seen. Its size does not depend on their number.
+    """The carry of a RACE layer and the number of tokens it has seen. Its size does not depend on that number.
 
     Attributes:
-        carry: what the layer goes on from; None before the first token.
-        seen: tokens, padding included.
-        position: of the next token: those that are no padding, one number or ``[B]`` where there was padding.
+        carry: the state that the layer continues from; None before the first token.
+        seen: number of tokens, padding included.
+        position: position of the next token, which counts real tokens only: one number, or ``[B]`` if there was padding.
     """
 
     is_sliding = False
@@ -30,11 +30,11 @@ class RaceCacheLayer(CacheLayerMixin):
         self.position: Tensor | int = 0
 
     def advance(self, carry: RaceCarry, tokens: int, position: Tensor | int) -> None:
-        """Take the carry after ``tokens`` more, and the position after them."""
+        """Store the carry after ``tokens`` more tokens, and the position after them."""
         self.carry, self.seen, self.position, self.is_initialized = carry, self.seen + tokens, position, True
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the layer brings its own state."""
+        """Do nothing: the layer creates its own state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(
@@ -75,7 +75,7 @@ class RaceCacheLayer(CacheLayerMixin):
         self._each(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Nothing: the layer moves its carry to its input."""
+        """Do nothing: the layer moves its carry to the device of its input."""
 
     def crop(self, *args: Any) -> None:
         raise ValueError(
@@ -85,10 +85,10 @@ class RaceCacheLayer(CacheLayerMixin):
 
 
 def cache_layer(cache: Cache, index: int) -> RaceCacheLayer:
-    """The place of layer ``index`` in ``cache``, made on first use.
+    """The entry of layer ``index`` in ``cache``, created on first use.
 
     Raises:
-        TypeError: the cache is of a kind that grows no layers.
+        TypeError: the cache is not a DynamicCache, or its entry holds keys and values.
     """
     check_cache(cache)
     while len(cache.layers) <= index:
@@ -102,7 +102,7 @@ def cache_layer(cache: Cache, index: int) -> RaceCacheLayer:
 
 
 def check_cache(cache: object) -> None:
-    """Raise TypeError for a cache of a kind that grows no layers."""
+    """Raise TypeError unless the cache is a DynamicCache."""
     if not isinstance(cache, DynamicCache):
         raise TypeError(
             f"RACE layers decode with a DynamicCache (the default); got {type(cache).__name__}: leave cache_implementation out"
@@ -110,7 +110,7 @@ def check_cache(cache: object) -> None:
 
 
 def cached_bytes(cache: Cache) -> int:
-    """Bytes of everything that a cache keeps."""
+    """The number of bytes of all tensors in a cache."""
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be a cache of transformers; got {type(cache).__name__}")
     tensors: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Turning attention modules of a transformers model into RACE layers, and reading such a model back."""
+"""Convert attention modules of a transformers model to RACE layers, and load a converted model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from race_dist.integrations.transformers import probe
-from race_dist.integrations.transformers.attach import ATTENTION_NAMES, decoder_of, install_decoder_hook
+from race_dist.integrations.transformers import conversion_check
+from race_dist.integrations.transformers.decoder_hook import ATTENTION_NAMES, decoder_of, install_decoder_hook
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.projections import INHERITED_MODULES, Projections
 from race_dist.integrations.transformers.settings import (
@@ -45,31 +45,33 @@ def convert(
     race: RaceConfig | Mapping[str, Any] | None = None,
     inherit_rope: bool = False,
 ) -> PreTrainedModel:
-    """Replace attention modules by RACE layers, in place. Projections and query and key norms keep their weights; what is new
-    (lengths of queries and keys, sharpness, convolution, rates of decay, norm, gate) starts from ``race.seed``.
+    """Replace attention modules by RACE layers, in place.
 
-    Every parameter of a replaced module is taken over, and the model is run on three tokens before and after, so that what a
-    module does beside its attention is found out: where a RACE layer would leave something out, the model stays as it was and
-    the conversion is refused. (A model on the meta device cannot be run: there only names and shapes are checked.)
+    Projections and query and key norms keep their weights. The new parameters (query and key scales, beta, convolution, decay
+    rates, norm, gate) are initialized from ``race.seed``.
 
-    ``generate`` then decodes with a state of constant size in these layers, ``save_pretrained`` saves the model, and
-    :func:`from_pretrained` or transformers' own ``from_pretrained`` (with this package imported) reads it back. Layers left out
-    stay softmax: a hybrid.
+    Every parameter of a replaced module is taken over. The model is also run on three tokens before and after, to find
+    operations of the module other than its attention. If a RACE layer would omit a parameter or an operation, the conversion is
+    refused and the model is unchanged. (A model on the meta device cannot be run: only names and shapes are checked.)
+
+    Afterwards ``generate`` decodes with a state of constant size in these layers, ``save_pretrained`` saves the model, and
+    :func:`from_pretrained` or transformers' own ``from_pretrained`` (with this package imported) loads it. Layers that are not
+    listed stay softmax, which makes a hybrid.
 
     Args:
         model: a Llama, Qwen, Mistral, OLMo, StableLM, Cohere or GPT-NeoX class model.
-        layers: indices to replace; None: all.
-        race: options of the layers, a :class:`RaceConfig` or some of its fields. What is left out is a RaceConfig's default,
-            but for ``normalization="global"`` and ``output_gate=False``, from which imitating softmax starts nearer.
-        inherit_rope: turn queries and keys by the model's own rotary positions. By default RACE layers with decay have none,
-            and others make their own of the base ``rope_base``.
+        layers: indices of the layers to replace; None: all.
+        race: options of the layers: a :class:`RaceConfig` or some of its fields. Other fields have RaceConfig's defaults,
+            except ``normalization="global"`` and ``output_gate=False``, which start closer to softmax.
+        inherit_rope: whether to apply the model's own rotary positions to queries and keys. By default RACE layers with decay
+            have no positions, and others compute their own with the base ``rope_base``.
 
     Returns:
-        The model. Its configuration is a copy of its own: another model that was made of the same one keeps what it says.
+        The model. It gets its own copy of the configuration, so other models that share the original are not affected.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; no such layer, one that is a RACE layer already, one of an unknown kind, or
-            one that has or does something that a RACE layer does not.
+        ValueError, TypeError: an argument is wrong; a layer does not exist, is a RACE layer already or is of an unknown kind;
+            or a layer has a parameter or an operation that a RACE layer does not have.
     """
     decoder = decoder_of(model)
     if not isinstance(inherit_rope, bool):
@@ -92,16 +94,16 @@ def convert(
 
 
 def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Read a model with RACE Attention (converted, or of ``attn_implementation="race"``) that ``save_pretrained`` wrote.
+    """Load a model with RACE Attention (converted, or with ``attn_implementation="race"``) that ``save_pretrained`` wrote.
 
-    It is transformers' ``from_pretrained`` for the class that the configuration names, and refuses a softmax model.
+    This calls transformers' ``from_pretrained`` of the class that the configuration names, and refuses a softmax model.
 
     Args:
-        path: its folder, or its name on the hub.
-        **options: of transformers' ``from_pretrained``: dtype, device_map, revision, ...
+        path: folder of the model, or its name on the hub.
+        **options: arguments of transformers' ``from_pretrained``: dtype, device_map, revision, ...
 
     Raises:
-        ValueError: there is no such model, it has no RACE Attention, or its weights do not belong to its settings.
+        ValueError: there is no such model, it has no RACE Attention, or its weights were trained with other settings.
     """
     if not isinstance(path, (str, Path)) or not str(path):
         raise TypeError(f"path must be a folder or a name on the hub; got {short_repr(path)}")
@@ -126,7 +128,7 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def build(model: PreTrainedModel, settings: Settings) -> None:
-    """Put the layers that a configuration says are converted into a model that is just made.
+    """Replace the layers that the configuration lists as converted, in a model that has just been created.
 
     Raises:
         ValueError: the model has no such layers.
@@ -141,7 +143,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
         options = stored_options(settings.layer_config())
         _replace_all(model, settings.model_copy(update={"layers": tuple(missing), "options": options}))
     for module in model.modules():
-        if isinstance(module, RaceSelfAttention):  # transformers draws no weights over ours
+        if isinstance(module, RaceSelfAttention):  # keeps transformers from reinitializing these weights
             for part in (
                 module,
                 *(m for name, m in module.named_modules() if name and name.split(".")[0] not in INHERITED_MODULES),
@@ -150,7 +152,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every option, as they are stored."""
+    """All options in the form in which they are stored."""
     if race is not None and not isinstance(race, (RaceConfig, Mapping)):
         raise TypeError(f"race must be a RaceConfig or a dictionary of its fields; got {short_repr(race)}")
     given = race.model_dump(exclude_unset=True) if isinstance(race, RaceConfig) else dict(race or {})
@@ -182,7 +184,7 @@ def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
 
 
 def _attention_of(block: nn.Module, index: int) -> tuple[str, nn.Module]:
-    """Name and module of a block's attention."""
+    """The name and the module of a block's attention."""
     for name in ATTENTION_NAMES:
         if isinstance(found := getattr(block, name, None), nn.Module):
             return name, found
@@ -190,7 +192,7 @@ def _attention_of(block: nn.Module, index: int) -> tuple[str, nn.Module]:
 
 
 def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
-    """Replace the layers of the settings; where one cannot be, the model is as before and ValueError says why."""
+    """Replace the layers that the settings list. If one cannot be replaced, restore the model and raise ValueError."""
     decoder = decoder_of(model)
     blocks: Any = decoder.layers
     places = {index: _attention_of(blocks[index], index) for index in settings.layers}
@@ -201,7 +203,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     runs = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
     made = {index: _layer(module, index, settings, text) for index, (_, module) in places.items()}
     if runs:
-        calls = probe.observe(decoder, {index: module for index, (_, module) in places.items()})
+        calls = conversion_check.record_calls(decoder, {index: module for index, (_, module) in places.items()})
         for index, (_, module) in places.items():
             _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
     hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
@@ -211,7 +213,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
             setattr(blocks[index], name, made[index].train(module.training))
         install_decoder_hook(model)
         if runs:
-            probe.run(decoder)
+            conversion_check.run(decoder)
     except Exception as error:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, module)
@@ -224,7 +226,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
-    """The RACE layer for the place of an attention module."""
+    """The RACE layer that replaces an attention module."""
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
         raise ValueError(f"{where} reads later tokens too, but converted layers are causal: leave it out of layers")
@@ -249,7 +251,8 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
         dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0
     )
     weights = list(attention.get_submodule(found.names[-1]).parameters())
-    like = next((p for p in (*weights, *attention.parameters()) if p.is_floating_point()), torch.empty(0))  # none: quantised
+    # no floating-point parameter: quantized weights
+    like = next((p for p in (*weights, *attention.parameters()) if p.is_floating_point()), torch.empty(0))
     layer = RaceSelfAttention(
         attention, found, race, index, inherit_rope=settings.inherit_rope, device=like.device, dtype=like.dtype
     )
@@ -258,18 +261,18 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
 
 
 def _check(
-    call: probe.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
+    call: conversion_check.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
 ) -> None:
     where = f"layer {index}: {type(attention).__name__}"
     if call is None:
         raise ValueError(f"{where} is not called when the model runs: leave it out of layers")
-    probe.check_same(
+    conversion_check.check_equivalent(
         call, attention, layer.projections, where, longest=longest, rotated=layer.inherit_rope and layer.rope_base is not None
     )
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Give the model a configuration of its own: a softmax model that was made of the same one stays softmax when saved."""
+    """Give the model its own copy of the configuration: a softmax model that shares the original is still saved as softmax."""
     copies: dict[int, Any] = {}
     model.config = copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -309,7 +312,7 @@ def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Para
 
 
 def freeze_all_but(model: nn.Module, parameters: Iterable[torch.Tensor]) -> None:
-    """Let only ``parameters`` of the model be trained."""
+    """Set ``requires_grad`` for ``parameters`` of the model, and clear it for all others."""
     _check_module(model)
     if isinstance(parameters, torch.Tensor) or not isinstance(parameters, Iterable):
         raise TypeError(

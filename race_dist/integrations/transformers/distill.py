@@ -1,7 +1,7 @@
-"""Teaching a converted model what its softmax teacher does: first layer by layer, then as a whole.
+"""Losses for distilling a softmax teacher into a converted model: first layer by layer, then on the predictions.
 
-The recipe is the usual one for making a softmax model linear: match each replaced layer's output on the teacher's own hidden
-states (mean squared error), then the teacher's predictions (Kullback-Leibler divergence) beside the text's (cross-entropy).
+This is the usual recipe for linearizing a softmax model: match the output of each replaced layer on the teacher's hidden states
+(mean squared error), then the teacher's predictions (Kullback-Leibler divergence) together with the text (cross-entropy).
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from race_dist.integrations.transformers.attach import attention_module, decoder_of
+from race_dist.integrations.transformers.decoder_hook import attention_module, decoder_of
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.messages import short_repr
 
-KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")  # of a teacher's call, what its student's layer is told too
+# arguments of the teacher's layer that are passed to the student's layer too
+KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")
 
 
 def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """How far the RACE layers' outputs are from the teacher's, on the teacher's hidden states: the mean squared error over
-    the mean square, averaged over the layers. 1 is a layer that says nothing, 0 one that has learned all.
+    """The error of the RACE layers' outputs on the teacher's hidden states, relative to the teacher's outputs.
+
+    It is the mean squared error divided by the mean square of the target, averaged over the layers: 1 for a layer that outputs
+    zeros, 0 for a perfect match.
 
     Args:
-        teacher: the model before its conversion; no gradients are taken through it.
+        teacher: the model before its conversion; it gets no gradients.
         student: the converted model.
-        batch: input_ids ``[B, T]`` and what else the teacher takes; attention_mask marks padding, which is left out.
+        batch: input_ids ``[B, T]`` and further arguments of the teacher; attention_mask marks padding, which is excluded.
 
     Raises:
-        ValueError: the student has no RACE layer, or the teacher makes NaN or infinity of real tokens (looked at on the CPU).
+        ValueError: the student has no RACE layer, or the teacher computes NaN or Inf at real tokens (checked on the CPU).
     """
     if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a converted model; got {type(student).__name__}")
@@ -46,7 +49,7 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
     mask = batch.get("attention_mask")
     losses = []
     for index, (x, told, target) in seen.items():
-        if mask is not None:  # a teacher's own numbers at padding are anything, NaN too
+        if mask is not None:  # the teacher's values at padding are arbitrary and may be NaN
             kept = mask.to(x.device).ne(0)[..., None]
             x, target = torch.where(kept, x, 0), torch.where(kept, target, 0)
         if x.device.type == "cpu" and not (x.isfinite().all() and target.isfinite().all()):
@@ -62,7 +65,7 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
 
 @contextmanager
 def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any], Tensor]]]:
-    """What goes into and comes out of some of the teacher's attention modules."""
+    """Record (input, passed arguments, output) of the teacher's attention modules with the wanted layer indices."""
     seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
     handles = []
     for index, block in enumerate(decoder_of(teacher).layers):  # type: ignore[arg-type]
@@ -84,16 +87,16 @@ def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[di
 def prediction_loss(
     logits: Tensor, teacher_logits: Tensor, targets: Tensor, *, temperature: float = 1.0, share: float = 0.5
 ) -> Tensor:
-    """``share * KL(teacher || student) + (1 - share) * cross-entropy``, the mean over targets that count.
+    """``share * KL(teacher || student) + (1 - share) * cross-entropy``, averaged over the targets that are not ignored.
 
     Args:
         logits, teacher_logits: ``[B, T, vocab]``.
-        targets: ``[B, T]`` int64, the target of each position; -100 does not count.
-        temperature: of both distributions in the divergence, which is scaled by its square.
-        share: of the divergence, 0 to 1.
+        targets: ``[B, T]`` int64, the target of each position; -100 is ignored.
+        temperature: temperature of both distributions in the divergence, which is scaled by its square.
+        share: weight of the divergence, 0 to 1.
 
     Raises:
-        ValueError: temperature or share are out of their range.
+        ValueError: temperature or share is out of its range.
     """
     for name, x in (("logits", logits), ("teacher_logits", teacher_logits), ("targets", targets)):
         if not isinstance(x, Tensor):

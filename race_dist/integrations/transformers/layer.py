@@ -1,4 +1,4 @@
-"""A transformers attention module whose attention is RACE Attention: the projections stay, the rest is new."""
+"""The RACE layer that replaces a transformers attention module and keeps its projections."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.cache import cache_layer
 from race_dist.integrations.transformers.projections import Projections
-from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
 from race_dist.nn.norm import compute_dtype
 
-LOADING = ContextVar("loading", default=False)  # whether from_pretrained fills a model: it looks at the settings afterwards
-READ_BY_BLOCKS = ("attention_type", "is_sliding")  # of an attention module, in transformers 4
-SETTINGS_STEP = 512  # bytes: settings of other lengths have a tensor of the same shape
+LOADING = ContextVar("loading", default=False)  # whether from_pretrained is loading a model: it checks the settings afterwards
+# attributes of an attention module that decoder blocks read, in transformers 4
+READ_BY_BLOCKS = ("attention_type", "is_sliding")
+SETTINGS_STEP = 512  # bytes: the size is rounded up, so that settings of different lengths have the same shape
 
 
 class RaceSelfAttention(RaceAttention):
     """RACE Attention with the projections (and the query and key norms, if any) of a transformers attention module.
 
-    Its buffer ``race_settings`` (uint8) has the settings as JSON: they belong to the weights, and a checkpoint whose settings
-    are not those of the model is refused.
+    The buffer ``race_settings`` (uint8) holds the settings as JSON. They are stored with the weights, and a checkpoint with
+    other settings than the model's is refused.
 
     Args:
         attention: the module to replace.
-        projections: what of it to take over.
-        config: of the RACE layer; its widths must be the module's.
+        projections: the submodules to take over.
+        config: config of the RACE layer; its widths must be the module's.
         layer_idx: index of the layer.
-        inherit_rope: whether the model's own rotary positions turn queries and keys.
+        inherit_rope: whether to apply the model's own rotary positions to queries and keys.
         device, dtype: of the new parameters.
 
     Raises:
-        ValueError: the module is of no known kind.
+        ValueError: the module is of an unknown kind.
     """
 
     race_settings: Tensor
@@ -63,7 +64,7 @@ class RaceSelfAttention(RaceAttention):
         self.register_buffer("race_settings", _as_bytes(self._settings()).to(device))
 
     def _build_projections(self, dim: int, output_gain: float, where: dict[str, Any]) -> None:
-        """None: they are the replaced module's."""
+        """Build none: the projections are those of the replaced module."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.projections.project(self, x)
@@ -72,7 +73,7 @@ class RaceSelfAttention(RaceAttention):
         return self.projections.output(self, y)
 
     def _settings(self) -> dict[str, Any]:
-        """All that changes what the layer computes from its weights."""
+        """All settings that affect what the layer computes with its weights."""
         return {
             "layer": self.layer_idx,
             "inherit_rope": self.inherit_rope,
@@ -80,7 +81,7 @@ class RaceSelfAttention(RaceAttention):
         }
 
     def settings_mismatch(self, stored: Tensor) -> str | None:
-        """Why weights with these ``race_settings`` do not belong here; None where they do."""
+        """Why weights with these ``race_settings`` do not fit this layer, or None if they fit."""
         own, there = self._settings(), _from_bytes(stored)
         if there is None:
             return (
@@ -113,9 +114,9 @@ class RaceSelfAttention(RaceAttention):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def reset_constants_on_weight_device(self) -> None:
-        """Make the constants anew where the weights are: a loader has put them there without ``.to``."""
+        """Recompute the constants on the device of the weights, which a loader has placed there without ``.to``."""
         like: Tensor | None = next((p for p in self.parameters() if not p.is_meta), None)
-        if like is None:  # offloaded: they come to this device when the layer runs
+        if like is None:  # offloaded weights: they are moved to this device when the layer runs
             device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
             like = torch.empty(0, device="cpu" if device is None else device, dtype=next(self.parameters()).dtype)
         self.reset_constants(like)
@@ -165,14 +166,14 @@ class RaceSelfAttention(RaceAttention):
         return race_sequence.unfold(y), None
 
     def _past(self, carry: RaceCarry | None, x: Tensor) -> RaceCarry:
-        """The carry to go on from, on the device of ``x``; decoding starts from a float64 sketch, whose mass keeps
-        growing past 2**24 tokens."""
+        """The carry to continue from, on the device of ``x``. Decoding starts with a float64 sketch: a float32 mass stops
+        growing at 2**24 tokens."""
         if carry is None:
             return self.zero_carry(x.shape[0], device=x.device, dtype=x.dtype, state_dtype=torch.float64)
         return carry.with_tensors(tuple(t.to(x.device) for t in carry.tensors()))
 
     def _turned(self, rows: BatchSequence, embeddings: tuple[Tensor, Tensor] | None, x: Tensor) -> Sequence:
-        """The sequence, with the model's cosines and sines where this layer inherits them."""
+        """The sequence, with the model's rotary cosines and sines if this layer inherits them."""
         if not self.inherit_rope or self.rope_base is None:
             return rows.sequence
         if embeddings is None:
@@ -187,7 +188,7 @@ class RaceSelfAttention(RaceAttention):
 
 
 def _next_position(sequence: Sequence, position: Tensor | int) -> Tensor | int:
-    """Of the token after the sequence, whose first is at ``position``."""
+    """The position of the token after the sequence, whose first token has ``position``."""
     if sequence.key_mask is None and sequence.cu_seqlens is None:
         return position + sequence.length
     return sequence.end_position()
@@ -200,7 +201,7 @@ def _as_bytes(settings: dict[str, Any]) -> Tensor:
 
 
 def _from_bytes(stored: Tensor) -> dict[str, Any] | None:
-    """What :func:`_as_bytes` was given; None where it is no such tensor."""
+    """The inverse of :func:`_as_bytes`; None for any other tensor."""
     try:
         found = json.loads(bytes(stored.detach().cpu().to(torch.uint8).tolist()))
     except (ValueError, RuntimeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""Batches whose sequences several ranks share: cutting one, reading them from any data loader, HF's Trainer over them."""
+"""Batches for sequence parallelism: shard one batch, shard the batches of a data loader, or train with HF's Trainer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import check_group
-from race_dist.integrations.transformers.attach import sequence_parallel
-from race_dist.integrations.transformers.rows import packed_boundaries
+from race_dist.integrations.transformers.batch_sequence import packed_boundaries
+from race_dist.integrations.transformers.decoder_hook import sequence_parallel
 from race_dist.messages import short_repr
 from race_dist.parallel import (
     all_gather_tensor,
@@ -27,22 +27,22 @@ IGNORE_INDEX = -100
 
 
 def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout: str = "contiguous") -> dict[str, Any]:
-    """This rank's part of a batch that every rank of ``group`` holds whole.
+    """This rank's shard of a batch that every rank of ``group`` holds.
 
-    Tensors ``[B, T]`` are cut along T. Added are what a shard alone does not say: ``position_ids``; ``shift_labels``, the
-    target of each position, and ``num_items_in_batch``, the targets of the whole batch, by which transformers' causal
-    losses divide; ``cu_seq_lens_q`` of the whole sequence where positions start anew inside a row (one row only).
+    Tensors ``[B, T]`` are sharded along T. The result also has what a shard alone does not contain: ``position_ids``;
+    ``shift_labels``, the target of each position; ``num_items_in_batch``, the number of targets of the whole batch, by which
+    transformers' causal losses divide; ``cu_seq_lens_q`` of the whole sequence if positions restart inside the row (of one).
 
-        loss = model(**shard_batch(batch, group)).loss       # this rank's share: shares and their gradients add up
+        loss = model(**shard_batch(batch, group)).loss       # a share: losses and gradients are summed over the ranks
 
     Args:
-        batch: ``input_ids [B, T]`` and, where they are given, labels (the tokens themselves, as transformers wants them),
-            attention_mask, position_ids.
-        group: the ranks; None is one.
+        batch: ``input_ids [B, T]`` and optionally labels (the tokens themselves, as in transformers), attention_mask,
+            position_ids.
+        group: the ranks that share the sequences; None: one rank.
         layout: "contiguous" or "zigzag".
 
     Raises:
-        ValueError: no input_ids, several packed rows, or a length that the layout cannot cut.
+        ValueError: there are no input_ids, several packed rows, or a length that the layout cannot divide.
     """
     layout = check_layout(layout)
     check_group(group)
@@ -82,13 +82,13 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
 
 
 class ShardedLoader:
-    """Batches of a data loader, each shared by all ranks of a group.
+    """A data loader whose batches are each shared by all ranks of a group.
 
-    Every rank's loader gives its own batches, as for data parallelism; the ranks of the group take turns: first all share
-    the batch of the group's first rank, then that of its second, and so on. So no token is read twice.
+    The loader of every rank gives its own batches, as for data parallelism. All ranks of the group first share the batch of the
+    group's first rank, then that of its second rank, and so on, so no token is read twice.
 
     Args:
-        loader: of dictionaries of tensors ``[B, T]``; equally many batches on each rank, with the same keys.
+        loader: yields dictionaries of tensors ``[B, T]``: as many batches on each rank, with the same keys.
         group, layout: as for :func:`shard_batch`.
     """
 
@@ -122,14 +122,13 @@ class ShardedLoader:
 
 
 def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
-    """HF's Trainer (or a subclass of it) whose ranks share sequences: a class with two more arguments, ``group`` and
-    ``layout``.
+    """A subclass of HF's Trainer (or of ``trainer_class``) for sequence parallelism, with arguments ``group`` and ``layout``.
 
         mesh = build_mesh(dp, sp)
         trainer = sequence_parallel_trainer()(model, args, group=mesh["sp"].get_group(), train_dataset=...)
 
-    It is the Trainer's own data parallelism (DDP) underneath: its loss is the global mean over all targets, whatever the
-    mesh. A step of the trainer is one batch of ``per_device_train_batch_size`` rows a group.
+    It uses the Trainer's own data parallelism (DDP): the loss is the global mean over all targets for every mesh. A step of the
+    trainer is one batch of ``per_device_train_batch_size`` rows per group.
     """
     from transformers import Trainer
 
@@ -155,7 +154,8 @@ def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
         ) -> Any:
-            """The share, as often as the Trainer's average over the ranks wants it; with num_items_in_batch it sees to that."""
+            """This rank's share of the loss, times the group size: the Trainer averages over the ranks. With
+            num_items_in_batch the Trainer scales the loss itself."""
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
             if model.training or num_items_in_batch is not None:
                 return result

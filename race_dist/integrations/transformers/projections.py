@@ -1,4 +1,4 @@
-"""What of a transformers attention module a RACE layer takes over: its projections and its query and key norms."""
+"""The submodules of a transformers attention module that a RACE layer takes over: projections, and query and key norms."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # Llama, Qwen, Mistral and their kin
+SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")  # Llama, Qwen, Mistral and similar models
 FUSED = ("query_key_value", "dense")  # GPT-NeoX
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 INHERITED_MODULES = (*SEPARATE, *FUSED, *(name for pair in NORMS for name in pair))
-POSITION_BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")  # of rotary positions, which the model owns
+# buffers of rotary positions, which belong to the model
+POSITION_BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
 
 
 @dataclass(frozen=True)
 class Projections:
-    """The parts of one attention module and their widths.
+    """The submodules of one attention module and their widths.
 
     Attributes:
-        names: of the submodules that project: :data:`SEPARATE` or :data:`FUSED`.
-        norms: names of the norms of queries and keys, or None.
-        heads, kv_heads: of queries; of keys and values.
+        names: names of the projections: :data:`SEPARATE` or :data:`FUSED`.
+        norms: names of the query norm and the key norm, or None.
+        heads, kv_heads: numbers of query heads and of key/value heads.
         head_dim: width of a head.
     """
 
@@ -33,11 +34,11 @@ class Projections:
 
     @classmethod
     def of(cls, attention: nn.Module, config: Any, where: str) -> Projections:
-        """Of a module in a model with this (text) configuration; ``where`` names it in errors.
+        """The projections of a module in a model with this (text) configuration; ``where`` names it in errors.
 
         Raises:
-            ValueError: the module is of no known kind, its projections have other widths than the configuration says, or it
-                has a parameter or buffer that belongs to none of the parts.
+            ValueError: the module is of an unknown kind, its projections have other widths than the configuration, or it
+                has a parameter or buffer that belongs to none of these submodules.
         """
         names = next((kind for kind in (SEPARATE, FUSED) if all(hasattr(attention, part) for part in kind)), None)
         if names is None:
@@ -69,7 +70,7 @@ class Projections:
                 )
 
     def _check_parameters(self, attention: nn.Module, where: str) -> None:
-        """Every parameter and buffer of the module lies in a part that is taken over."""
+        """Raise ValueError unless every parameter and buffer of the module is in a submodule that is taken over."""
         parts = (*self.names, *(self.norms or ()))
         known = {id(t) for name in parts for t in _tensors(getattr(attention, name)).values()}
         left = [
@@ -84,7 +85,7 @@ class Projections:
             )
 
     def project(self, attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hkv * D]`` of ``x [B, T, dim]``, norms applied."""
+        """Queries ``[B, T, Hq * D]``, keys and values ``[B, T, Hkv * D]`` of ``x [B, T, dim]``, after their norms."""
         if self.names is FUSED:
             made = attention.get_submodule("query_key_value")(x).unflatten(-1, (self.heads, 3, self.head_dim)).unbind(3)
             q, k, v = (t.flatten(2) for t in made)
@@ -95,13 +96,13 @@ class Projections:
         return q, k, v
 
     def output(self, attention: nn.Module, y: Tensor) -> Tensor:
-        """``[B, T, dim]`` of the heads' outputs ``[B, T, Hq * D]``."""
+        """The output projection: ``[B, T, Hq * D]`` to ``[B, T, dim]``."""
         projected: Tensor = attention.get_submodule(self.names[-1])(y)
         return projected
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """A norm over all heads (OLMo 2), per head (Qwen, Cohere), or made of one norm per head (StableLM).
-        ``[B, T, H * D]`` to the same."""
+        """Apply a norm over all heads (OLMo 2), over each head (Qwen, Cohere), or a list with one norm per head (StableLM).
+        ``x`` and the result are ``[B, T, H * D]``."""
         weight = getattr(norm, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() == x.shape[-1] != self.head_dim:
             result: Tensor = norm(x)

@@ -1,4 +1,4 @@
-"""What race-dist keeps in a transformers configuration: the entry ``race_attention`` of ``config.json``."""
+"""The settings of RACE in a transformers configuration: the entry ``race_attention`` of ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from race_dist.strict_config import StrictConfig
 IMPLEMENTATION = "race"
 CONFIG_ENTRY = "race_attention"
 
-# What attn_implementation="race" has where its options say nothing: it adds no parameters to a model.
+# Defaults of attn_implementation="race", which adds no parameters to a model.
 IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
     "normalization": "global",
     "decay": "none",
@@ -23,7 +23,7 @@ IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
     "train_beta": False,
     "rope_base": None,
 }
-# What a converted layer has: outputs are averages of values, as softmax's are, which is nearer to what it is to imitate.
+# Defaults of converted layers: their outputs are averages of values, as with softmax, which is closer to the replaced layer.
 CONVERSION_DEFAULTS: dict[str, Any] = {"normalization": "global", "output_gate": False}
 MODEL_FIELDS = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal")
 
@@ -32,9 +32,9 @@ class Settings(StrictConfig):
     """``config.race_attention``.
 
     Attributes:
-        layers: indices of the layers that :func:`convert` has replaced, in order; none with ``attn_implementation``.
+        layers: indices of the layers that :func:`convert` has replaced, in order; empty with ``attn_implementation="race"``.
         options: fields of :class:`race_dist.RaceConfig`.
-        inherit_rope: whether converted layers turn queries and keys by the model's own rotary positions.
+        inherit_rope: whether converted layers apply the model's own rotary positions to queries and keys.
     """
 
     layers: tuple[int, ...] = ()
@@ -43,26 +43,27 @@ class Settings(StrictConfig):
 
     @classmethod
     def of(cls, config: Any) -> Settings:
-        """The settings of a transformers configuration; the defaults where it has none.
+        """The settings of a transformers configuration; the defaults if it has none.
 
         Raises:
-            ValueError: the entry is not of this form.
+            ValueError: the entry does not have this form.
         """
         entry = getattr(config, CONFIG_ENTRY, None)
         if entry is None:
             return cls()
         if not isinstance(entry, Mapping):
             raise ValueError(
-                f"config.{CONFIG_ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; got {short_repr(entry)}"
+                f"config.{CONFIG_ENTRY} must be a dictionary with the keys {', '.join(cls.model_fields)}; "
+                f"got {short_repr(entry)}"
             )
         return cls.check(dict(entry), source=f"config.{CONFIG_ENTRY}")
 
     def store(self, config: Any) -> None:
-        """Write them into a transformers configuration, which saves them with the model."""
+        """Write the settings into a transformers configuration, which is saved with the model."""
         setattr(config, CONFIG_ENTRY, self.model_dump(mode="json"))
 
     def implementation_config(self) -> RaceConfig:
-        """What ``attn_implementation="race"`` computes.
+        """The RaceConfig of ``attn_implementation="race"``.
 
         Raises:
             ValueError: an option is out of its range, or needs parameters.
@@ -78,7 +79,7 @@ class Settings(StrictConfig):
         return config
 
     def layer_config(self) -> RaceConfig:
-        """What converted layers compute.
+        """The RaceConfig of converted layers.
 
         Raises:
             ValueError: an option is out of its range.
@@ -87,6 +88,6 @@ class Settings(StrictConfig):
 
 
 def stored_options(config: RaceConfig) -> dict[str, Any]:
-    """Every field but those that the model says, as JSON has them: what ``config.json`` keeps, so that a default that
-    changes later changes no model."""
+    """All fields except those that the model determines, in JSON form: what ``config.json`` stores. Defaults are stored too, so
+    that a later change of a default does not change a saved model."""
     return config.model_dump(mode="json", exclude=set(MODEL_FIELDS))

@@ -1,4 +1,4 @@
-"""Where the rows of a transformers batch stand: padding, packed documents, positions, the ranks that share them."""
+"""The Sequence of a transformers batch: padding, packed documents, positions, and the ranks that share the sequences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from race_dist.nn import Sequence
 
 @dataclass(frozen=True)
 class BatchSequence:
-    """A batch ``[B, T]`` as RACE layers take it.
+    """A batch ``[B, T]`` in the form that RACE layers process.
 
     Attributes:
-        sequence: of the rows; of one long row where ``folded``.
+        sequence: the Sequence of the rows; if ``folded``, of one long row.
         batch: ``B``.
-        folded: whether the batch's rows are laid one after the other, as documents of one row: what packed rows need.
+        folded: whether the rows of the batch are concatenated into one row of packed documents.
     """
 
     sequence: Sequence
@@ -26,7 +26,7 @@ class BatchSequence:
     folded: bool = False
 
     def fold(self, x: Tensor) -> Tensor:
-        """``[B, T, ...]`` as ``sequence`` describes it: the same, or ``[1, B * T, ...]``."""
+        """``x [B, T, ...]`` in the shape of ``sequence``: unchanged, or ``[1, B * T, ...]`` if folded."""
         return x.reshape(1, -1, *x.shape[2:]) if self.folded else x
 
     def unfold(self, x: Tensor) -> Tensor:
@@ -48,23 +48,24 @@ def batch_sequence(
     group: ProcessGroup | None = None,
     layout: str = "contiguous",
 ) -> BatchSequence:
-    """What a call of a transformers model says about its rows.
+    """The BatchSequence of a call of a transformers model.
 
-    As in transformers, positions that start anew mean packed documents only where there is no mask and no past. Padding is
-    absent: without ``position_ids``, positions count the tokens that are none.
+    As in transformers, positions that restart mean packed documents only if there is no mask and no cache. Padding is absent:
+    without ``position_ids``, positions count the tokens that are not padding.
 
     Args:
         batch, length: ``B`` and ``T`` of the new tokens on this rank.
         attention_mask: ``[B, past + T]``, 0 where a token is padding.
         position_ids: ``[B, T]`` or ``[1, T]``.
         cu_seqlens: ``[N + 1]`` boundaries of documents packed in one row (of the whole sequence, under a group).
-        past: tokens that a cache has seen, padding included.
-        position: those that are no padding, an int or ``[B]``; None: the mask says it, and without a mask all are real.
+        past: number of cached tokens, padding included.
+        position: number of cached tokens that are not padding, an int or ``[B]``; None: counted from the mask, or ``past``
+            without a mask.
         return_carry: whether the carry after the rows is wanted.
         group, layout: ranks that each hold a shard of the rows.
 
     Raises:
-        ValueError: a mask of another kind than padding, or packed rows in a place where they cannot be told apart.
+        ValueError: the mask is not a padding mask, or packed rows cannot be processed in this call.
     """
     mask = None if attention_mask is None else _key_mask(attention_mask, batch, past, length)
     if position is None:
@@ -82,7 +83,8 @@ def batch_sequence(
             f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
             f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row"
         )
-    if position_ids is not None and position_ids.dim() == 3:  # of images and text (M-RoPE): those of text come first, if at all
+    # M-RoPE positions of images and text: those of text come first, if they are there
+    if position_ids is not None and position_ids.dim() == 3:
         position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is not None:
         position_ids = position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
@@ -114,14 +116,14 @@ def batch_sequence(
 
 
 def packed_boundaries(position_ids: Tensor) -> Tensor | None:
-    """``[N + 1]`` int64 boundaries of the documents that ``position_ids [B, T]`` tell apart, the batch's rows laid one
-    after the other; None where every row is one document."""
+    """``[N + 1]`` int64 document boundaries in the concatenated rows, from positions ``[B, T]`` that restart; None if every row
+    is one document."""
     starts = _starts(position_ids)
     return boundaries(starts) if bool(starts[:, 1:].any()) else None
 
 
 def _check_one_document(position_ids: Tensor, positions: Tensor) -> None:
-    """Raise ValueError unless the given positions of a shard run on as those of one document do."""
+    """Raise ValueError unless the given positions of a shard increase by one, as those of a single document do."""
     ahead = position_ids - positions
     if bool((ahead != ahead[:, :1]).any()):
         raise ValueError(
@@ -131,13 +133,13 @@ def _check_one_document(position_ids: Tensor, positions: Tensor) -> None:
 
 
 def _starts(position_ids: Tensor) -> Tensor:
-    """``[B, T]`` bool: whether a document begins there; each row begins one."""
+    """``[B, T]`` bool: whether a document begins at the token; one begins at the start of each row."""
     begun = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return torch.cat([torch.ones_like(begun[:, :1]), begun], 1)
 
 
 def boundaries(starts: Tensor) -> Tensor:
-    """``[N + 1]`` int64 of ``[B, T]`` bool."""
+    """``[N + 1]`` int64 boundaries from the document starts ``[B, T]`` bool."""
     flat = starts.reshape(-1)
     return torch.cat([flat.nonzero()[:, 0], torch.tensor([flat.numel()], device=flat.device)])
 

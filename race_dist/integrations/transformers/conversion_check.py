@@ -1,8 +1,8 @@
-"""What a transformers attention module does around its attention, found out by running the model on three tokens.
+"""Check that a RACE layer can replace an attention module, by running the model on three tokens.
 
-A module's parameters say what it has, not what it does with them: a clipped projection, a norm after the attention, a gate or
-a scale are in its ``forward``. So the model runs once with an attention function that notes what it is handed, and a RACE
-layer that takes a module's place must make the same queries, keys and values of the same input, and the same output of the
+The parameters of a module do not show what its ``forward`` does with them: it may clip a projection, apply a norm after the
+attention, a gate or a scale. The model therefore runs once with an attention function that records its arguments. A RACE layer
+may replace the module only if it computes the same queries, keys and values from the same input, and the same output from the
 same heads.
 """
 
@@ -19,46 +19,47 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from race_dist.integrations.transformers.projections import Projections
 
-PROBE = "race_probe"
+RECORDING_IMPLEMENTATION = "race_recording"
 TOKENS = 3
-INNOCENT = ("position_ids", "cache_position", "position_embeddings")  # tensors that an attention function may be handed
+# tensors that may be passed to an attention function without affecting RACE Attention
+HARMLESS_TENSORS = ("position_ids", "cache_position", "position_embeddings")
 
 
 @dataclass
 class AttentionCall:
-    """One run of an attention module.
+    """The recorded inputs and outputs of one call of an attention module.
 
     Attributes:
-        x: its input ``[B, T, dim]``.
-        told: its keyword arguments.
-        q, k, v: what its attention function was handed, ``[B, H, T, D]``, positions applied; None where it called none.
-        mask: the pattern that the model asked for beside causality, or another mask; None for none.
-        asked: the other arguments of the attention function.
-        heads: the output of the attention, ``[B, T, Hq * D]``.
-        y: the module's output.
+        x: input ``[B, T, dim]`` of the module.
+        kwargs: keyword arguments of the module.
+        q, k, v: arguments of the attention function, ``[B, H, T, D]``, after rotary positions; None if none was called.
+        mask: the pattern that the model combines with the causal mask, or another mask; None if there is none.
+        attention_kwargs: the other arguments of the attention function.
+        heads: output of the attention function, ``[B, T, Hq * D]``.
+        y: output of the module.
     """
 
     x: Tensor
-    told: dict[str, Any]
+    kwargs: dict[str, Any]
     y: Tensor
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
     mask: Any = None
-    asked: dict[str, Any] | None = None
+    attention_kwargs: dict[str, Any] | None = None
     heads: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A mask that is not only causal: a window or chunk of ``size`` tokens, or something else (None)."""
+    """A pattern beside the causal mask: a window or chunk of ``size`` tokens, or an unknown pattern (None)."""
 
     size: int | None
 
 
 @torch.no_grad()
 def run(decoder: nn.Module) -> None:
-    """Run a decoder on a few tokens, in evaluation mode, without a cache."""
+    """Run a decoder on three tokens, in evaluation mode, without a cache."""
     modes = [(module, module.training) for module in decoder.modules()]
     decoder.eval()
     try:
@@ -71,13 +72,13 @@ def run(decoder: nn.Module) -> None:
             module.training = mode
 
 
-def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
-    """Run the decoder and note what each of the modules does; those that were not reached are left out."""
+def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
+    """Run the decoder and record the call of each given module, by layer index. Modules that are not called are missing."""
     seen: dict[int, AttentionCall] = {}
     functions: dict[int, dict[str, Any]] = {}
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **asked: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **attention_kwargs: Any
     ) -> tuple[Tensor, None]:
         out = value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous()
         functions[id(module)] = {
@@ -85,7 +86,7 @@ def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int
             "k": key,
             "v": value,
             "mask": attention_mask,
-            "asked": asked,
+            "attention_kwargs": attention_kwargs,
             "heads": out.flatten(2),
         }
         return out, None
@@ -109,7 +110,7 @@ def observe(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int
 
 
 def _mask(*_: Any, **how: Any) -> Pattern | None:
-    """In the place of a mask: which pattern it would have."""
+    """A mask function that returns the pattern of the mask instead of the mask."""
     function = getattr(how.get("mask_function"), "__qualname__", "")
     if how.get("local_size") is not None:
         return Pattern(int(how["local_size"]))
@@ -118,34 +119,34 @@ def _mask(*_: Any, **how: Any) -> Pattern | None:
 
 @contextmanager
 def _implementation(decoder: nn.Module, attention: Any) -> Iterator[None]:
-    AttentionInterface.register(PROBE, attention)
-    AttentionMaskInterface.register(PROBE, _mask)
+    AttentionInterface.register(RECORDING_IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(RECORDING_IMPLEMENTATION, _mask)
     found: list[Any] = [getattr(module, "config", None) for module in decoder.modules()]
     configs = {id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config in configs.values():
-            config._attn_implementation_internal = PROBE
+            config._attn_implementation_internal = RECORDING_IMPLEMENTATION
         yield
     finally:
         for config, name in before:
             config._attn_implementation_internal = name
         for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(PROBE, None)
+            interface._global_mapping.pop(RECORDING_IMPLEMENTATION, None)
 
 
-def check_same(
+def check_equivalent(
     call: AttentionCall, attention: nn.Module, projections: Projections, where: str, *, longest: int | None, rotated: bool
 ) -> None:
-    """Raise ValueError, naming the module, unless projections alone make what its attention function was handed.
+    """Raise ValueError, naming the module, unless the projections alone reproduce the arguments of its attention function.
 
     Args:
-        call: of the module.
+        call: the recorded call of the module.
         attention: the module.
-        projections: what a RACE layer would take over.
-        where: names the module in errors.
-        longest: of the model's sequences: a window that long cuts nothing.
-        rotated: whether the RACE layer is to turn queries and keys as the model does.
+        projections: the submodules that a RACE layer would take over.
+        where: name of the module in errors.
+        longest: longest sequence of the model: a sliding window of that size has no effect.
+        rotated: whether the RACE layer applies the model's rotary positions to queries and keys.
     """
     leave = "leave this layer out of layers (it stays softmax)"
     if call.q is None or call.k is None or call.v is None or call.heads is None:
@@ -160,7 +161,7 @@ def check_same(
     for (name, x), given in zip(own.items(), (call.q, call.k, call.v), strict=True):
         x = x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
         if name != "values":
-            x, given = _comparable(x, given, call.told.get("position_embeddings"), rotated)
+            x, given = _comparable(x, given, call.kwargs.get("position_embeddings"), rotated)
         if not _close(x, given):
             turned = ", other rotary positions" if rotated else ""
             raise ValueError(
@@ -175,9 +176,9 @@ def check_same(
 
 
 def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
-    asked = call.asked or {}
+    attention_kwargs = call.attention_kwargs or {}
     size = call.mask.size if isinstance(call.mask, Pattern) else None
-    windows = [int(n) for n in (size, asked.get("sliding_window")) if n is not None]
+    windows = [int(n) for n in (size, attention_kwargs.get("sliding_window")) if n is not None]
     if windows and (longest is None or min(windows) < longest):
         raise ValueError(
             f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
@@ -185,12 +186,12 @@ def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: st
         )
     if call.mask is not None and size is None:
         raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
-    if asked.get("softcap") is not None:
+    if attention_kwargs.get("softcap") is not None:
         raise ValueError(
-            f"{where} caps its logits (softcap = {asked['softcap']}), but RACE Attention has no logits: {leave}, "
+            f"{where} caps its logits (softcap = {attention_kwargs['softcap']}), but RACE Attention has no logits: {leave}, "
             "or make the model without a cap"
         )
-    more = [name for name, value in asked.items() if isinstance(value, Tensor) and name not in INNOCENT]
+    more = [name for name, value in attention_kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS_TENSORS]
     if more:
         raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")
 
@@ -202,10 +203,10 @@ def _parts(projections: Projections, name: str) -> tuple[str, ...]:
 
 
 def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
-    """Queries or keys without positions ``[B, H, T, D]``, and as the model has them, made comparable.
+    """Make queries or keys before rotary positions, ``x [B, H, T, D]``, comparable with the model's, ``given``.
 
-    Where a RACE layer is to turn them as well it turns halves; else only the first token counts, at position 0, where nothing
-    is turned, though some models make it longer there (YaRN).
+    If the RACE layer applies rotary positions too, they are applied to the halves of each head here. Otherwise only the first
+    token is compared: at position 0 nothing is rotated, though some models scale it there (YaRN).
     """
     if not isinstance(embeddings, tuple) or not isinstance(embeddings[0], Tensor):
         return x[:, :, :1], given[:, :, :1]

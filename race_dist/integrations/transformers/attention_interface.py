@@ -1,4 +1,4 @@
-"""``attn_implementation="race"``: RACE Attention where transformers calls its attention function."""
+"""``attn_implementation="race"``: RACE Attention as one of transformers' attention functions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings
 from race_dist.nn import RaceConfig, RaceCore
 
 
 def register() -> None:
-    """Make ``attn_implementation="race"`` known to transformers, with a mask function that keeps padding."""
+    """Register ``attn_implementation="race"`` with transformers, with a mask function that passes the padding mask on."""
     AttentionInterface.register(IMPLEMENTATION, race_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, race_mask)
 
 
 def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int | None = None, **kwargs: Any) -> Tensor | None:
-    """The padding mask as it is, ``[B, keys]``; causality and packed documents are RACE Attention's own.
+    """The unchanged padding mask ``[B, keys]``; RACE Attention itself handles causality and packed documents.
 
     Raises:
-        ValueError: the model mixes another pattern into the causal one.
+        ValueError: the model combines another pattern with the causal mask.
     """
     if kwargs.get("use_vmap") or "or_mask" in getattr(kwargs.get("mask_function"), "__qualname__", ""):
         raise ValueError(
@@ -64,28 +64,28 @@ def race_attention_forward(
     race_sequence: BatchSequence | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function.
+    """The attention function that transformers calls.
 
     Args:
         module: the attention layer; its ``config.race_attention["options"]`` holds fields of :class:`RaceConfig` that
-            need no parameters (num_tables, num_planes, beta_init, seed, ...). ``scaling`` plays no part: a hash is
-            sharpened by ``beta_init``.
-        query: ``[B, Hq, T, D]``, positions applied.
-        key, value: ``[B, Hkv, Tk, D]``: those of a cache, then those of the query's tokens.
+            need no parameters (num_tables, num_planes, beta_init, seed, ...). ``scaling`` is ignored: ``beta_init`` sets
+            the sharpness of the hash.
+        query: ``[B, Hq, T, D]``, after rotary positions.
+        key, value: ``[B, Hkv, Tk, D]``: cached keys and values, then those of the query's tokens.
         attention_mask: ``[B, Tk]`` from :func:`race_mask`.
         position_ids, cu_seq_lens_q: packed documents.
         race_sequence: what all layers of a model share, where :func:`attach` has found it out already.
 
     Returns:
-        ``[B, T, Hq, D]``, and no weights.
+        ``[B, T, Hq, D]``, and None in the place of attention weights.
 
     Raises:
-        ValueError: something is asked for that RACE Attention has not: dropout, a window, a cap, weights.
+        ValueError: dropout, a sliding window, a logit cap, attention weights or another unsupported feature is requested.
     """
     given = query.shape[2]
     if (
         race_sequence is not None and not race_sequence.sequence.length
-    ):  # a shard without tokens; the one that is there is nobody's
+    ):  # a shard without tokens: the token that is there is a placeholder
         query, key, value = (x[:, :, :0] for x in (query, key, value))
     batch, _, length, _ = query.shape
     keys = key.shape[2]
@@ -107,7 +107,7 @@ def race_attention_forward(
         )
     else:
         rows = race_sequence
-    if keys != length:  # a cache of all keys: only the last rows are asked for
+    if keys != length:  # the cache holds all keys: outputs are needed for the last rows only
         query = F.pad(query, (0, 0, keys - length, 0))
     q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
     out, _ = core(q, k, v, None, rows.sequence)
@@ -146,7 +146,7 @@ def _refuse(
 
 
 def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
-    """The core of a layer, made on first use; it has no parameters and adds nothing to a checkpoint."""
+    """The RaceCore of a layer, created on first use. It has no parameters and adds nothing to a checkpoint."""
     core = getattr(module, "race_core", None)
     shape = (query.shape[1], key.shape[1], query.shape[3], getattr(module, "is_causal", True) is not False)
     made_for = (repr(getattr(module.config, CONFIG_ENTRY, None)), shape)
@@ -170,7 +170,7 @@ def _make_core(module: Any, heads: int, kv_heads: int, head_dim: int, causal: bo
 
 
 def _without_parameters(core: RaceCore) -> RaceCore:
-    """Turn what would be trained (scales of one) into constants."""
+    """Turn parameters (scales of one) into constant buffers."""
     for part in core.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             del part._parameters[name]

@@ -1,4 +1,4 @@
-"""The ranks that share a sequence, in the form in which DeepSpeed asks for them."""
+"""The process groups of sequence parallelism as a DeepSpeed ``mpu`` (model parallel unit)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from race_dist.parallel import group_rank, group_size
 
 
 class SequenceParallelMPU:
-    """DeepSpeed's ``mpu`` of a dp x sp mesh: an object, where ``deepspeed.runtime.sequence_parallel.parallel_state_sp`` is a
-    module that holds one mesh a process.
+    """The ``mpu`` of a dp x sp mesh, as an object per engine.
 
-    It has no get_data_parallel_group: with one DeepSpeed would reduce gradients over that group alone.
+    (``deepspeed.runtime.sequence_parallel.parallel_state_sp`` is a module and holds one mesh per process.) It has no
+    get_data_parallel_group: DeepSpeed would reduce gradients over that group alone.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -22,7 +22,7 @@ class SequenceParallelMPU:
         self._world: ProcessGroup = world
 
     def initialize_sequence_parallel(self, sequence_parallel_size: int) -> None:
-        """Nothing is left to do. (By this name DeepSpeed knows an mpu of sequences.)"""
+        """Do nothing. DeepSpeed recognizes an mpu with sequence parallelism by this method."""
 
     def get_sequence_parallel_group(self) -> ProcessGroup:
         return self._group

@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration says about sequences and RACE Attention, and the wirings that are refused."""
+"""Parse the sequence-parallel and RACE keys of a DeepSpeed configuration, and refuse incompatible settings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import ConfigDict
 
 from race_dist import checks
 from race_dist.files import read_json_object
-from race_dist.integrations.deepspeed.keys import check_values
+from race_dist.integrations.deepspeed.config_checks import check_values
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
 
 SEQUENCE_PARALLEL_SIZE, RACE_SECTION = "sequence_parallel_size", "race_attention"
-AUTO = "auto"  # "what the caller makes of it", as in transformers' DeepSpeed configurations
+AUTO = "auto"  # a value that the caller fills in, as in transformers' DeepSpeed configurations
 ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")
 
 
@@ -38,7 +38,7 @@ class RaceSection(StrictConfig):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields of RaceConfig that are given."""
+        """The fields of RaceConfig that the section sets."""
         return dict(self.model_extra or {})
 
     @classmethod
@@ -55,8 +55,8 @@ class RaceSection(StrictConfig):
 
 
 class ParsedConfig(NamedTuple):
-    """``config`` for DeepSpeed, without our section; ``sp`` ranks that share a sequence (None: all); ``race``: our section,
-    or None where the attention stays as it is."""
+    """``config``: the configuration for DeepSpeed, without the section of this package; ``sp``: number of ranks that share a
+    sequence (None: all); ``race``: the section, or None if the attention is not replaced."""
 
     config: dict[str, Any]
     sp: int | None
@@ -67,7 +67,7 @@ def read_config(config: Mapping[str, Any] | str | Path) -> ParsedConfig:
     """Split a DeepSpeed configuration, given as a dictionary or as the path of a JSON file.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: there is none, or it is not of this form.
+        FileNotFoundError, ValueError, TypeError: the file does not exist, or the configuration does not have this form.
     """
     if isinstance(config, str | Path):
         path = Path(config)
@@ -92,8 +92,8 @@ def read_config(config: Mapping[str, Any] | str | Path) -> ParsedConfig:
 
 
 def resolve_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
-    """A configuration whose "auto" is made up: bf16 as the model's weights are, a micro-batch of 1 where nothing says the
-    size of a batch, and DeepSpeed's own defaults elsewhere."""
+    """Replace the "auto" values: bf16 is enabled if the model's weights are bfloat16, the micro-batch is 1 if no batch size is
+    set, and other keys are removed so that DeepSpeed's defaults apply."""
 
     def settled(value: Any) -> Any:
         return {k: settled(v) for k, v in value.items() if v != AUTO} if isinstance(value, Mapping) else value
@@ -107,10 +107,10 @@ def resolve_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
 
 
 def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh_param: object = None) -> None:
-    """Refuse what does not give the gradient of the whole batch when ``sp > 1`` ranks share a sequence.
+    """Refuse settings that do not give the gradient of the whole batch if ``sp > 1`` ranks share a sequence.
 
     Raises:
-        ValueError: the reason, and what to do instead.
+        ValueError: the setting, the reason and what to do instead.
     """
     if sp == 1:
         return
@@ -166,12 +166,11 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
 
 
 def gradient_scale(config: Mapping[str, Any], sp: int, numel: int) -> int:
-    """What DeepSpeed's reduction lacks for a parameter of ``numel`` numbers.
+    """The factor that corrects DeepSpeed's reduction for a parameter of ``numel`` elements.
 
-    DeepSpeed sums over the ranks of a sequence and averages over sequences, except in ZeRO-3's reduce-scatter, which
-    averages over all ranks: there gradients come out ``sp`` times too small. That path is taken with
-    ``"reduce_scatter"`` (the default); without it by parameters larger than a bucket, or by all if gradients are not
-    contiguous.
+    DeepSpeed sums over the ranks of a sequence and averages over the data-parallel groups, except in ZeRO-3's reduce-scatter,
+    which averages over all ranks: there gradients are ``sp`` times too small. That path is taken with ``"reduce_scatter"``
+    (the default). Without it, it is taken by parameters larger than a bucket, or by all if gradients are not contiguous.
     """
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) != 3:

@@ -1,4 +1,4 @@
-"""One look at a batch for all layers of a model, and the ranks that share it."""
+"""The hook in front of a transformers decoder: it describes the batch once for all layers, and sets the ranks that share it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from race_dist.distributed.communication import check_group
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
-from race_dist.integrations.transformers.rows import BatchSequence, batch_sequence
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
 from race_dist.parallel import check_same_on_all_ranks
 from race_dist.parallel.sharding import check_layout
@@ -23,16 +23,16 @@ ATTENTION_NAMES = ("self_attn", "attention")  # of a block
 
 
 class DecoderHook:
-    """Before a decoder runs: find out where its rows stand and hand that to every layer, as ``race_sequence``.
+    """A forward pre-hook: describe the rows of the batch and pass the description to every layer, as ``race_sequence``.
 
-    Where there is padding and the caller gives no positions, the decoder is told those that count real tokens. A shard without
-    tokens, which transformers' own layers cannot reshape, becomes one token whose outputs are cut off again.
+    If there is padding and the caller gives no positions, the hook adds positions that count real tokens only. A shard without
+    tokens, which transformers' own layers cannot reshape, is replaced by one token whose outputs are removed afterwards.
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.group: ProcessGroup | None = None
         self.layout = "contiguous"
-        self.implementation = ""  # when the group was set: another one may see its own shard only
+        self.implementation = ""  # the one that was set when the group was set: another one might see its own shard only
         parameters = inspect.signature(type(decoder).forward).parameters
         self._names = list(parameters)
         self._takes_rows = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -85,7 +85,7 @@ class DecoderHook:
 
     @staticmethod
     def _caches(decoder: Any, call: dict[str, Any]) -> bool:
-        """Whether the decoder is about to make a cache of its own that somebody will go on from: not in training."""
+        """Whether the decoder will create a cache that later calls continue from. In training it does not."""
         wanted = call.get("use_cache")
         if wanted is None:
             wanted = getattr(decoder.config, "use_cache", False)
@@ -99,13 +99,13 @@ def attention_module(block: nn.Module) -> nn.Module | None:
 
 
 def _one_token(x: Tensor, name: str) -> dict[str, Any]:
-    """What a decoder is given in the place of a shard ``x [B, 0, ...]``."""
+    """The arguments that replace a shard ``x [B, 0, ...]`` without tokens."""
     position = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
     return {name: x.new_zeros(x.shape[0], 1, *x.shape[2:]), "position_ids": position, "attention_mask": None}
 
 
 def _cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """After a decoder has run: what it makes of the token in the place of no tokens is taken away."""
+    """A forward hook: remove the outputs of the token that stands for a shard without tokens."""
     rows = kwargs.get("race_sequence")
     if not isinstance(rows, BatchSequence) or rows.sequence.length or not hasattr(output, "last_hidden_state"):
         return output
@@ -117,8 +117,10 @@ def _cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
 
 
 def _seen(cache: Any) -> tuple[int, Tensor | int | None]:
-    """Tokens that a cache has seen, padding included, and the position of the next; asked of a RACE layer where it has one.
-    Without one the position is None: the mask says it."""
+    """The number of tokens in a cache, padding included, and the position of the next token.
+
+    Both are read from a RACE layer of the cache. Without one the position is None: it follows from the mask.
+    """
     if cache is None:
         return 0, 0
     own = [layer for layer in cache.layers if isinstance(layer, RaceCacheLayer)]
@@ -126,10 +128,10 @@ def _seen(cache: Any) -> tuple[int, Tensor | int | None]:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The stack of layers inside a language model.
+    """The stack of decoder layers inside a language model.
 
     Raises:
-        TypeError: this is no transformers decoder.
+        TypeError: the model is not a transformers decoder.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: a transformers model is needed; got {type(model).__name__}")
@@ -142,7 +144,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def install_decoder_hook(model: nn.Module) -> DecoderHook:
-    """The hook of a model's decoder, put there on first use."""
+    """The hook of a model's decoder, installed on first use."""
     decoder = decoder_of(model)
     for hook in decoder._forward_pre_hooks.values():
         if isinstance(hook, DecoderHook):
@@ -163,13 +165,13 @@ def softmax_layers(model: nn.Module) -> list[int]:
 
 
 def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: str = "contiguous") -> None:
-    """Let the ranks of ``group`` share every sequence: from now on each calls the model with its shard.
+    """Let the ranks of ``group`` share every sequence: from now on each rank calls the model with its shard.
 
-    :func:`shard_batch` cuts a batch. With it each rank's loss is its share of the batch's mean loss: the ranks' losses and
-    gradients add up. ``group=None`` ends it.
+    :func:`shard_batch` shards a batch. Each rank's loss is then its share of the mean loss of the batch: losses and gradients
+    are summed over the ranks. ``group=None`` switches sequence parallelism off.
 
     Raises:
-        ValueError: a layer is softmax attention, which would see its own shard only; or the ranks' models differ.
+        ValueError: a layer is softmax attention, which would see its own shard only, or the models of the ranks differ.
     """
     check_group(group)
     layout = check_layout(layout)
@@ -191,7 +193,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
 
 
 class _Shares:
-    """Before a model that shares its sequences runs: refuse a loss that would not be a share."""
+    """A forward pre-hook of a model whose sequences are sharded: refuse labels without what their loss needs."""
 
     def __init__(self, hook: DecoderHook) -> None:
         self._hook = hook

@@ -1,20 +1,18 @@
-"""What makes a saved model come back as it was: ``config.json`` says that the attention is RACE, and models are built by it.
+"""Patches of transformers' base classes that save and load RACE models: ``config.json`` records the attention.
 
-transformers leaves the attention implementation out of ``config.json``, and knows nothing of converted layers: a model that was
-trained with RACE would come back as softmax. So while this package is imported, some methods of transformers' base classes do
-a little more:
+transformers does not store the attention implementation in ``config.json`` and does not know converted layers, so a model
+trained with RACE would be loaded as softmax. Importing this package therefore extends these methods of transformers' classes:
 
-- ``PreTrainedConfig.to_dict`` writes ``_attn_implementation`` ("race", or "race_converted" where layers were converted) and
-  every option of RACE. transformers reads that key in every version; where this package is not imported it knows neither name
-  and raises.
-- ``PreTrainedConfig.from_dict`` lets an ``attn_implementation`` that the caller gives come before the stored one.
-- ``PreTrainedModel._check_and_adjust_attn_implementation`` (each model asks it when it is made or switched) checks the options,
+- ``PreTrainedConfig.to_dict`` writes ``_attn_implementation`` ("race", or "race_converted" if layers were converted) and
+  every option of RACE. Every version of transformers reads that key; without this package it knows neither name and raises.
+- ``PreTrainedConfig.from_dict`` gives an ``attn_implementation`` of the caller precedence over the stored one.
+- ``PreTrainedModel._check_and_adjust_attn_implementation`` (called when a model is created or switched) checks the options,
   and refuses "race" for models with cross attention.
-- ``PreTrainedModel.post_init`` (the end of each model's ``__init__``) puts the converted layers in.
-- ``PreTrainedModel.from_pretrained`` makes hyperplanes anew, which are in no checkpoint, and checks that the weights were
-  trained with the settings that the configuration has. It refuses a configuration of the caller's that names no attention
-  where the saved one says "race".
-- ``Trainer._load_from_checkpoint`` (it resumes a run, by weights alone) refuses a checkpoint of another attention.
+- ``PreTrainedModel.post_init`` (called at the end of each model's ``__init__``) inserts the converted layers.
+- ``PreTrainedModel.from_pretrained`` recomputes the hyperplanes, which are not in a checkpoint, and checks that the weights
+  were trained with the settings of the configuration. It refuses a configuration of the caller that names no attention if
+  the saved one names "race".
+- ``Trainer._load_from_checkpoint`` (called to resume a run) refuses a checkpoint with another attention.
 """
 
 from __future__ import annotations
@@ -29,19 +27,19 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from race_dist.integrations.transformers.attach import install_decoder_hook
+from race_dist.integrations.transformers.decoder_hook import install_decoder_hook
 from race_dist.integrations.transformers.layer import LOADING, RaceSelfAttention
 from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings, stored_options
 
-CONVERTED = "race_converted"  # the stored name where layers were converted and the others are softmax
+CONVERTED = "race_converted"  # the stored name of a model with converted layers
 KEY = "_attn_implementation"
 
 
 def install(build: Callable[[PreTrainedModel, Settings], None]) -> None:
-    """Change transformers' base classes, once.
+    """Patch transformers' base classes, once.
 
     Args:
-        build: puts the converted layers of the settings into a model that has none yet.
+        build: inserts the converted layers of the settings into a model that has none yet.
     """
     if hasattr(PretrainedConfig.to_dict, "race"):
         return
@@ -53,7 +51,7 @@ def install(build: Callable[[PreTrainedModel, Settings], None]) -> None:
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Replace a method (or class method) by ``around(original, self or class, ...)``."""
+    """Replace a method (or class method) by a call of ``around(original, self or class, ...)``."""
     found = owner.__dict__[name]
     original = found.__func__ if isinstance(found, classmethod) else found
 
@@ -88,7 +86,7 @@ def _own(config: Any) -> str | None:
 
 
 def _stored_implementation(config: Any) -> str | dict[str, Any] | None:
-    """What to store: a name, or one per part (``""`` is the whole) where a model is made of several and they differ."""
+    """The value to store: one name, or one name per sub-configuration (``""`` is the model's own) if they differ."""
     own = _own(config)
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     found = {name: _stored_implementation(part) for name, part in parts.items() if isinstance(part, PretrainedConfig)}
@@ -128,11 +126,11 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
 
 
 def _attach(model: Any, *, named: bool = False) -> None:
-    """Let a decoder whose attention is "race" (or is about to be: ``named``) look at its batches once for all layers. Models of
-    another build do without: each layer looks then."""
+    """Install the decoder hook if the attention is "race", or is about to be (``named``). Models of another structure do
+    without it: each of their layers then describes the batch itself."""
     if not named and getattr(model.config, KEY, None) != IMPLEMENTATION:
         return
-    with contextlib.suppress(TypeError, AttributeError):  # no decoder, or not yet made
+    with contextlib.suppress(TypeError, AttributeError):  # no decoder, or not created yet
         install_decoder_hook(model)
 
 
@@ -144,19 +142,19 @@ def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Sett
     if not settings.layers:
         return
     build(model, settings)
-    if LOADING.get():  # what the checkpoint does not fill is seen by it
+    if LOADING.get():  # settings that the checkpoint does not fill stay zero, which finish_loading detects
         for module in model.modules():
             if isinstance(module, RaceSelfAttention):
                 module.race_settings.zero_()
 
 
 def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> None:
-    """Raise ValueError where a folder's model has attn_implementation="race" and the caller's own configuration names none."""
+    """Raise ValueError if the saved model has attn_implementation="race" and the caller's configuration names none."""
     chosen = getattr(config, KEY + "_internal", None) is not None or attn_implementation is not None
     if chosen or not isinstance(config, PretrainedConfig) or not isinstance(path, (str, Path)):
         return
     stored, entries = Path(path) / "config.json", None
-    with contextlib.suppress(OSError, ValueError):  # transformers says what is wrong with it
+    with contextlib.suppress(OSError, ValueError):  # transformers reports the error itself
         entries = json.loads(stored.read_text(encoding="utf-8"))
     if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
         raise ValueError(
@@ -187,10 +185,10 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def finish_loading(model: nn.Module) -> None:
-    """Make what no checkpoint holds, and check that the weights belong to the settings.
+    """Check that the weights of RACE layers fit their settings, and recompute the constants that are not in a checkpoint.
 
     Raises:
-        ValueError: a RACE layer's weights are not in the checkpoint, or were trained with other settings.
+        ValueError: the weights of a RACE layer are not in the checkpoint, or were trained with other settings.
     """
     for name, module in model.named_modules():
         if isinstance(module, RaceSelfAttention):
@@ -200,7 +198,7 @@ def finish_loading(model: nn.Module) -> None:
             module.reset_constants_on_weight_device()
 
 
-# --- HF's Trainer, which is costly to import: it is changed once it is there and a model is made --------------------------
+# --- HF's Trainer is slow to import: it is patched when a model is created and the Trainer has been imported ---------------
 
 
 def _guard_trainer() -> None:
@@ -216,7 +214,7 @@ def _resume(original: Any, trainer: Any, folder: str, *args: Any, **kwargs: Any)
 
 
 def check_same_attention(folder: str | Path, config: Any) -> None:
-    """Raise ValueError where the checkpoint in a folder has another attention than a model of this configuration."""
+    """Raise ValueError if the checkpoint in a folder has another attention than a model with this configuration."""
     stored = Path(folder) / "config.json"
     if not isinstance(config, PretrainedConfig) or not stored.is_file():
         return
@@ -232,7 +230,7 @@ def check_same_attention(folder: str | Path, config: Any) -> None:
 
 
 def _attention(entries: dict[str, Any]) -> tuple[Any, Any]:
-    """Implementation and settings, but for the backend, of a configuration as JSON has it."""
+    """The implementation and the settings, without the backend, of a configuration in JSON form."""
     name, settings = entries.get(KEY), entries.get(CONFIG_ENTRY) or {}
     options = {key: value for key, value in settings.get("options", {}).items() if key != "backend"}
     return name, (settings | {"options": options} if name else None)

@@ -1,4 +1,4 @@
-"""What the keys of a DeepSpeed configuration may hold: DeepSpeed itself takes much as it comes and fails later, or never."""
+"""Checks of the values in a DeepSpeed configuration: DeepSpeed accepts many wrong values and fails later, or not at all."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ MODELS = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Raise where a key holds what DeepSpeed would stumble over, or take without a word.
+    """Check the types and ranges of the values that DeepSpeed does not check itself.
 
     Raises:
-        TypeError: a value is of another kind.
+        TypeError: a value has the wrong type.
         ValueError: a value is out of its range.
     """
     for key, value in config.items():
@@ -95,7 +95,7 @@ def _name(key: str) -> str:
 
 
 def _check_named(section: str, entry: Mapping[str, Any]) -> None:
-    """An optimizer or a scheduler: a name and its parameters."""
+    """Check the section of an optimizer or a scheduler: a name and its parameters."""
     for key, kind, words in (("type", str, "a name"), ("params", Mapping, "an object")):
         if key in entry and not isinstance(entry[key], kind):
             raise TypeError(f"{_name(f'{section}.{key}')} must be {words}; got {checks.typed_repr(entry[key])}")
@@ -116,7 +116,7 @@ RULES: dict[str, Callable[[str, Any], object]] = {
 
 
 def validate_with_deepspeed(config: Mapping[str, Any], mpu: Any = None) -> None:
-    """Let DeepSpeed read the configuration, and say in one sentence what it does not take.
+    """Let DeepSpeed parse the configuration, and turn its error into one sentence.
 
     Raises:
         ValueError: DeepSpeed does not accept the configuration.

@@ -1,4 +1,4 @@
-"""Finding what in a model attends, putting RACE Attention there, and telling it which ranks share its sequences."""
+"""Replace the attention modules of a model by RACE Attention, and set the ranks that share its sequences."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.distributed import ProcessGroup
 from race_dist import checks
 from race_dist.distributed.communication import check_group
 from race_dist.integrations.deepspeed.attention import SketchAttention
-from race_dist.integrations.deepspeed.settings import RACE_SECTION, RaceSection
+from race_dist.integrations.deepspeed.config import RACE_SECTION, RaceSection
 from race_dist.models import Backbone
 from race_dist.nn import RaceConfig
 from race_dist.parallel.sharding import check_layout
 
 
 class _Passes:
-    """Before a model of ours runs: pass it the ranks that share its sequences, unless the caller does."""
+    """A forward pre-hook of this package's models: pass the sequence-parallel group, unless the caller passes one."""
 
     def __init__(self) -> None:
         self.group: ProcessGroup | None = None
@@ -29,20 +29,21 @@ class _Passes:
 
 
 def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGroup | None, layout: str = "contiguous") -> None:
-    """Make every attention of ``model`` RACE Attention over the ranks of ``group``, in place.
+    """Replace every attention of ``model`` by RACE Attention over the ranks of ``group``, in place.
 
-    - A model of this package (DecoderLM, ...) has it already: its forward is passed the group.
+    - A model of this package (DecoderLM, ...) is not changed: the group is passed to its forward.
     - A transformers model is converted (``race_dist.integrations.transformers.convert``) unless its layers are RACE layers or
       its implementation is "race".
-    - In any other model each ``DistributedAttention`` (Ulysses) is replaced by a :class:`SketchAttention`, and SketchAttention
-      modules are told their group.
+    - In any other model each ``DistributedAttention`` (Ulysses) is replaced by a :class:`SketchAttention`, and the group of
+      SketchAttention modules is set.
 
     Args:
-        race: options; None: nothing is replaced, what is RACE already is told its group.
+        model: the model.
+        race: options; None: nothing is replaced, and only the group of existing RACE attention is set.
         group, layout: the ranks that share sequences, and the order of their shards.
 
     Raises:
-        ValueError: sequences are to be shared but nothing in the model can.
+        ValueError: ranks are to share sequences, but no attention in the model supports it.
     """
     checks.instance("model", model, nn.Module)
     if race is not None:
@@ -78,7 +79,7 @@ def _is_transformers(model: nn.Module) -> bool:
 
 def _share_transformers(model: Any, race: RaceSection | None, group: ProcessGroup | None, layout: str) -> None:
     from race_dist.integrations.transformers import convert, sequence_parallel
-    from race_dist.integrations.transformers.attach import softmax_layers
+    from race_dist.integrations.transformers.decoder_hook import softmax_layers
     from race_dist.integrations.transformers.settings import Settings
 
     softmax = softmax_layers(model)
@@ -89,7 +90,7 @@ def _share_transformers(model: Any, race: RaceSection | None, group: ProcessGrou
 
 
 def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGroup | None, layout: str) -> int:
-    """Replace Ulysses' modules and tell SketchAttention modules their group; how many there are."""
+    """Replace Ulysses' modules and set the group of SketchAttention modules; return their number."""
     from deepspeed.sequence.layer import DistributedAttention
 
     found = 0
@@ -114,7 +115,7 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
 def _sketch_attention(
     owner: nn.Module, race: RaceSection, group: ProcessGroup | None, layout: str, index: int, name: str
 ) -> SketchAttention:
-    """For one place of a model; widths come from the section, or from the module that owns the place."""
+    """The SketchAttention for one place in a model; widths come from the section, or from attributes of the parent module."""
     options = dict(race.options)
     for field, names in (
         ("num_heads", ("num_heads", "num_attention_heads")),
