@@ -1,1 +1,1 @@
-"""Benchmarks that ship with the package: ``race-dist bench ...``. Each times its peers in the same run."""
+"""Benchmarks that ship with the package: ``race-dist bench ...``. Each times its baselines in the same run."""

@@ -1,4 +1,4 @@
-"""``race-dist bench attention``: one attention call, forward and forward + backward, beside its peers."""
+"""``race-dist bench attention``: one attention call, forward and forward + backward, next to baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from race_dist.machine import machine_info, peak_resident_bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention problem: B = 1; ``kv_heads``: None is as many key/value heads as query heads."""
+    """Sizes of one attention call with B = 1; ``kv_heads = None``: as many key/value heads as query heads."""
 
     length: int
     heads: int = 2
@@ -42,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was timed, on what, and how long it took."""
+    """One line of the table: the candidate, the sizes, and the times."""
 
     name: str
     shape: Shape
@@ -60,7 +60,7 @@ class Row:
 
 
 def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
-    """Random q, k, v ``[1, T, H, D]`` that want gradients."""
+    """Random q, k, v ``[1, T, H, D]`` that require gradients."""
     dtype = getattr(torch, shape.dtype)
     generator = torch.Generator(device).manual_seed(0)
     kv_heads = shape.kv_heads or shape.heads
@@ -70,24 +70,24 @@ def inputs(shape: Shape, device: torch.device) -> list[Tensor]:
 
 def race(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The attention under test."""
-    dtype = torch.bfloat16 if shape.dtype == "bfloat16" else torch.float32  # they are bfloat16 numbers
+    dtype = torch.bfloat16 if shape.dtype == "bfloat16" else torch.float32  # sampled planes are bfloat16 numbers
     planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, dtype=dtype)
     return lambda q, k, v: race_attention(q, k, v, planes, 2.0, causal=shape.causal)
 
 
 def compare(shape: Shape, device: torch.device, *, repeats: int, slowest: float, skip: set[str]) -> Iterator[Row]:
-    """Rows of RACE and of every peer, timed in turn.
+    """Rows of RACE and of every baseline, timed in turn.
 
     Args:
-        slowest: seconds; a peer whose forward + backward takes longer is added to ``skip`` for longer sequences.
-        skip: names of peers that are left out; grows.
+        slowest: seconds; a baseline whose forward + backward takes longer is added to ``skip`` for longer sequences.
+        skip: names of baselines that are not timed; the function adds to it.
     """
     q, k, v = inputs(shape, device)
     gradient = torch.randn(1, shape.length, shape.heads, shape.head_dim, device=device, dtype=q.dtype)
     candidates: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"race": race(shape, device)}
-    for peer in baselines_for(shape, device):
-        if peer.call is not None and peer.name not in skip:
-            candidates[peer.name] = peer.call
+    for baseline in baselines_for(shape, device):
+        if baseline.call is not None and baseline.name not in skip:
+            candidates[baseline.name] = baseline.call
 
     def forward(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], object]:
         def run() -> None:
@@ -108,9 +108,9 @@ def compare(shape: Shape, device: torch.device, *, repeats: int, slowest: float,
 
 
 def peak_added_bytes(shape: Shape) -> int:
-    """Resident bytes that q, k, v, out, their gradients and all that a forward + backward pass needs add, on the CPU.
+    """Resident bytes that a forward + backward pass adds on the CPU: q, k, v, out, their gradients and temporaries.
 
-    Measured in a process of its own, whose peak is nobody else's.
+    Measured in a separate process, whose peak includes nothing else.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak, shape).result()
@@ -124,7 +124,7 @@ def _peak(shape: Shape) -> int:
         out = call(*tensors)
         out.backward(torch.ones_like(out))
 
-    step(replace(shape, length=256))  # libraries and thread pools are loaded once, whatever the length
+    step(replace(shape, length=256))  # loads libraries and starts thread pools
     before = peak_resident_bytes()
     step(shape)
     return peak_resident_bytes() - before
@@ -140,18 +140,18 @@ def run(
     memory_length: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The whole comparison, as the JSON that is stored.
+    """Run the comparison; the result is the JSON that is stored.
 
     Args:
-        base: every problem but for its length.
+        base: the sizes, without the length.
         lengths: of the sequences.
-        slowest: seconds; peers slower than this leave the comparison at longer sequences.
+        slowest: seconds; baselines slower than this are not timed at longer lengths.
         memory_length: also measure the resident memory that a pass adds at this length (CPU).
-        say: is given one line a row.
+        say: receives one line per row.
     """
     rows: list[Row] = []
     skip: set[str] = set()
-    absent: dict[str, str] = {p.name: p.absent for p in _every_peer(base, device) if p.absent}
+    absent: dict[str, str] = {p.name: p.absent for p in _all_baselines(base, device) if p.absent}
     for name, reason in absent.items():
         say(f"{name}: left out, {reason}")
     say(f"{'':24}{'T':>9}{'forward ms':>13}{'both ms':>12}{'times RACE':>12}")
@@ -178,12 +178,12 @@ def run(
     return report
 
 
-def _every_peer(base: Shape, device: torch.device) -> list[Baseline]:
+def _all_baselines(base: Shape, device: torch.device) -> list[Baseline]:
     return baselines_for(replace(base, length=256), device)
 
 
 def store(report: dict[str, Any], path: Path) -> Path:
-    """Write the JSON and, beside it, a picture of it; returns the picture's path."""
+    """Write the JSON and a plot next to it; returns the plot's path."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What RACE is timed against: what people use today for the same job, at its best settings."""
+"""Baselines of the attention benchmark: softmax and linear attention implementations at their best settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A competitor: ``call(q, k, v)`` on ``[B, T, H, D]``, or why it is ``absent``."""
+    """One baseline: ``call(q, k, v)`` on ``[B, T, H, D]``, or the reason why it is ``absent``."""
 
     name: str
     call: Call | None
@@ -28,7 +28,7 @@ class Baseline:
 
 
 def baselines_for(shape: Shape, device: torch.device) -> list[Baseline]:
-    """Every peer, present or absent, for one problem."""
+    """Every baseline, present or absent, for these sizes."""
     if device.type != "cuda":
         return [Baseline("sdpa", _sdpa(shape)), Baseline("elu linear attention", _elu_linear(shape))]
     return [
@@ -55,7 +55,7 @@ def _flash_attention_3(shape: Shape) -> Baseline:
 
 
 def _chunked_race(shape: Shape, device: torch.device) -> Call:
-    """The same attention in chunks of plain PyTorch: what its kernels buy."""
+    """The same attention by the PyTorch backend: the speedup of the kernels."""
     from race_dist.attention import race_attention
     from race_dist.hashing import sample_planes
 
@@ -87,7 +87,7 @@ def _sdpa(shape: Shape, backend: SDPBackend | None = None) -> Call:
 
 
 def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
-    """elu + 1 linear attention in chunks of plain PyTorch: the same order of work, another feature map (D features)."""
+    """elu + 1 linear attention in chunks of plain PyTorch: the same complexity with another feature map (D features)."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0)))
@@ -106,7 +106,7 @@ def _elu_linear(shape: Shape, chunk: int = 64) -> Call:
 
 
 def linear_attention_baseline(shape: Shape, device: torch.device) -> Call:
-    """RACE as it is built today: compiled features, then the chunked linear attention of flash-linear-attention.
+    """RACE from existing parts: compiled features, then the chunked linear attention of flash-linear-attention.
 
     Raises:
         ImportError: fla-core is not installed.

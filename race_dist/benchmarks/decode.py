@@ -1,4 +1,4 @@
-"""``race-dist bench decode``: the device time of one token through one attention layer, at any length of context."""
+"""``race-dist bench decode``: device time of decoding one token with one attention layer, at any context length."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def time_decode(
     contexts: tuple[int, ...] = (1_000, 1_000_000, 1_000_000_000),
     steps: int = 50,
 ) -> dict[str, Any]:
-    """Microseconds of one decode step after each context: on a GPU device time, replays of a CUDA graph of ``steps`` steps.
+    """Microseconds of one decode step after each context: on a GPU, device time of replays of a CUDA graph of ``steps`` steps.
 
-    The state of a context of n tokens is that of random features: its mass sums to n in every table.
+    The state stands for n random tokens: its mass sums to n in every table.
     """
     dtype = torch.bfloat16
     hyperplanes = sample_planes(tables, planes, head_dim, seed=0, device=device, dtype=dtype)
@@ -40,12 +40,14 @@ def time_decode(
             with torch.no_grad():
                 race_attention(q, k, v, hyperplanes, beta, initial_state=state, output_final_state=True)
 
-        rows[context] = Timing.of(_replays(step, device, steps) if device.type == "cuda" else _steps(step, steps)).json()
+        rows[context] = Timing.of(
+            _graph_microseconds(step, device, steps) if device.type == "cuda" else _wall_microseconds(step, steps)
+        ).json()
     return {"heads": heads, "head_dim": head_dim, "tables": tables, "planes": planes, "microseconds": rows}
 
 
-def _steps(step: Any, steps: int) -> list[float]:
-    """Microseconds of each of ``steps`` calls, by the clock."""
+def _wall_microseconds(step: Any, steps: int) -> list[float]:
+    """Microseconds of each of ``steps`` calls, wall-clock time."""
     step()
     samples = []
     for _ in range(steps):
@@ -55,8 +57,8 @@ def _steps(step: Any, steps: int) -> list[float]:
     return samples
 
 
-def _replays(step: Any, device: torch.device, steps: int) -> list[float]:
-    """Microseconds of a step, by events around replays of a graph that holds ``steps`` of them."""
+def _graph_microseconds(step: Any, device: torch.device, steps: int) -> list[float]:
+    """Microseconds per step, by CUDA events around replays of a graph of ``steps`` steps."""
     for _ in range(3):
         step()
     torch.cuda.synchronize(device)

@@ -1,12 +1,12 @@
-"""A GPTModel of megatron-core with RACE layers beside the same with softmax, and what context parallelism exchanges.
+"""A GPTModel of megatron-core with RACE layers compared with softmax, and the bytes that context parallelism exchanges.
 
     python -m race_dist.benchmarks.megatron step --out docs/benchmarks/megatron-h100.json
     torchrun --nproc-per-node 2 -m race_dist.benchmarks.megatron bytes --out docs/benchmarks/megatron-bytes.json
 
 ``step`` times a whole training step (forward, backward, megatron-core's mixed-precision Adam) and its peak memory, for three
-attentions in the same model: RACE, megatron-core's own softmax (the one that comes from pip, without extensions: it makes
-the matrix of scores) and PyTorch's fused softmax in the same slot. ``bytes`` counts what a rank hands to collectives for one
-layer, forward and backward, beside what the all-to-all of megatron-core's other linear layers hands on for the same heads.
+attentions in the same model: RACE, megatron-core's own softmax (the implementation without extensions, which materializes the
+matrix of scores) and PyTorch's fused softmax in the same slot. ``bytes`` counts the bytes that a rank passes to collectives for
+one layer, forward and backward, compared with the all-to-all of megatron-core's other linear layers for the same heads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from race_dist.machine import machine_info
 from race_dist.models import ModelConfig
 from race_dist.parallel import count_bytes
 
-# 92 million parameters in the blocks; the vocabulary is small, so that what is measured is not its logits
+# 92 million parameters in the blocks; a small vocabulary, so that logits do not dominate
 BASE = {"vocab_size": 256, "dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 2048}
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 ATTENTIONS = ("race", "softmax (fused)", "softmax (megatron-core)")
@@ -61,7 +61,7 @@ class FusedSoftmax(nn.Module):
 def build_step(
     name: str, model: ModelConfig, length: int, dtype: torch.dtype, recompute: bool, device: torch.device
 ) -> Callable[[], None]:
-    """One training step of the model with that attention over one sequence, as megatron-core trains: its
+    """One training step of the model with the attention ``name`` over one sequence, with megatron-core's
     DistributedDataParallel, mixed precision and Adam."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
@@ -86,8 +86,8 @@ def build_step(
         position_embedding_type="none",
         share_embeddings_and_output_weights=False,
     ).to(device)
-    narrow = Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt
-    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), narrow)
+    module = Float16Module(config, gpt) if dtype == torch.bfloat16 else gpt
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=1e-4, bf16=dtype == torch.bfloat16, params_dtype=dtype, clip_grad=1.0),
         [ddp],
@@ -109,8 +109,8 @@ def build_step(
 def _with_core(layer: Any, core: type[nn.Module]) -> Any:
     parts = layer.submodules
     attention = parts.self_attention
-    inside = replace(attention.submodules, core_attention=core)
-    return replace(layer, submodules=replace(parts, self_attention=replace(attention, submodules=inside)))
+    submodules = replace(attention.submodules, core_attention=core)
+    return replace(layer, submodules=replace(parts, self_attention=replace(attention, submodules=submodules)))
 
 
 def time_steps(
@@ -124,18 +124,18 @@ def time_steps(
     device: torch.device,
     say: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every attention at every length; an attention leaves once it is out of memory or a step takes more than
-    ``slowest`` seconds."""
-    model, left = model_config(base), list(ATTENTIONS)
+    """A row for every attention at every length; an attention is not timed at longer lengths once it runs out of memory or a
+    step takes more than ``slowest`` seconds."""
+    model, remaining = model_config(base), list(ATTENTIONS)
     for length in lengths:
-        for name in tuple(left):
+        for name in tuple(remaining):
             row: dict[str, Any] = {"attention": name, "length": length}
             try:
                 row |= _time_one(name, model, length, dtype, recompute, repeats, device)
             except torch.OutOfMemoryError:
                 row["out_of_memory"] = True
             if "out_of_memory" in row or row["step_ms"]["p50"] > 1e3 * slowest:
-                left.remove(name)
+                remaining.remove(name)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -158,11 +158,11 @@ def _time_one(
     return row
 
 
-# --- what context parallelism exchanges ---------------------------------------------------------------------------------
+# --- bytes of context parallelism ---------------------------------------------------------------------------------------
 
 
 def bytes_of_race(model: ModelConfig, length: int, cp: int) -> int:
-    """What this rank hands to collectives for one RACE layer's attention, forward and backward, at ``length`` tokens."""
+    """Bytes that this rank passes to collectives for one RACE layer's attention, forward and backward, at ``length`` tokens."""
     from megatron.core.transformer.enums import AttnMaskType
 
     from race_dist.integrations.megatron import RaceCoreAttention
@@ -180,18 +180,18 @@ def bytes_of_race(model: ModelConfig, length: int, cp: int) -> int:
 
 
 def bytes_of_all_to_all(model: ModelConfig, length: int, cp: int) -> int:
-    """The same of a linear layer that exchanges tokens for heads (as GatedDeltaNet of megatron-core does: queries, keys,
-    values, gate and two numbers a head go there, the output comes back), by megatron-core's own functions."""
+    """The same for a linear layer that exchanges tokens for heads by megatron-core's own all-to-all, as its GatedDeltaNet does:
+    queries, keys, values, gate and two numbers per head are sent, and the output is sent back."""
     from megatron.core import parallel_state
     from megatron.core.ssm.mamba_context_parallel import _all_to_all_cp2hp, _all_to_all_hp2cp
 
     group, local = parallel_state.get_context_parallel_group(), length // cp
     width = model.num_heads * model.resolved_head_dim
-    there = torch.randn(local, 1, 4 * width + 2 * model.num_heads, requires_grad=True)
-    back = torch.randn(length, 1, width // cp, requires_grad=True)
+    sent = torch.randn(local, 1, 4 * width + 2 * model.num_heads, requires_grad=True)
+    returned = torch.randn(length, 1, width // cp, requires_grad=True)
     with _counting_all_to_all() as counted:
-        _all_to_all_cp2hp(there, group).sum().backward()
-        _all_to_all_hp2cp(back, group).sum().backward()
+        _all_to_all_cp2hp(sent, group).sum().backward()
+        _all_to_all_hp2cp(returned, group).sum().backward()
     return sum(counted)
 
 
@@ -212,7 +212,7 @@ def _counting_all_to_all() -> Iterator[list[int]]:
 
 
 def count_exchanges(base: dict[str, int], lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row a length: bytes that this rank hands on for one layer, float32."""
+    """One row per length: bytes that this rank sends for one layer, float32."""
     model, cp = model_config(base), dist.get_world_size()
     return [
         {
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
                 slowest=options.slowest,
             ):
                 report["rows"].append(row)
-                _write(report, options.out)  # a run that is cut short keeps what it has
+                _write(report, options.out)  # an interrupted run keeps its results
         _write(report, options.out)
         parallel_state.destroy_model_parallel()
     shutdown()
@@ -286,8 +286,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in (("dim", 768), ("layers", 12), ("heads", 12), ("ffn", 2048), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--recompute", action="store_true", help="compute each layer again in the backward pass")
-    parser.add_argument("--slowest", type=float, default=5.0, help="seconds a step, after which an attention leaves")
+    parser.add_argument("--recompute", action="store_true", help="recompute each layer in the backward pass")
+    parser.add_argument(
+        "--slowest", type=float, default=5.0, help="seconds per step; slower attentions are not timed at longer lengths"
+    )
     parser.add_argument("--out", type=Path, default=None, help="a JSON file; left out: printed")
     return parser
 

@@ -1,4 +1,4 @@
-"""Where the time of a call goes, kernel by kernel."""
+"""Profile of one call, kernel by kernel."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-ROWS = 60
+MAX_ROWS = 60
 
 
 def profile(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """The call's kernels by their time in all; on the CPU operators, "outer/inner" where one of this package's ran them.
+    """The call's kernels by total time; on the CPU its operators, named "outer/inner" inside one of this package's operators.
 
     Returns:
-        ``wall_ms``, ``busy_ms`` (kernels alone) and ``kernels``: name, calls and ms, the slowest first.
+        ``wall_ms``, ``busy_ms`` (sum over kernels) and ``kernels``: name, calls and ms, slowest first.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
@@ -28,7 +28,7 @@ def profile(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
         wall = time.perf_counter() - start
     kernels = _device_kernels(profiler) if cuda else _operators(profiler)
     kernels.sort(key=lambda k: -k["ms"])
-    return {"wall_ms": 1e3 * wall, "busy_ms": sum(k["ms"] for k in kernels), "kernels": kernels[:ROWS]}
+    return {"wall_ms": 1e3 * wall, "busy_ms": sum(k["ms"] for k in kernels), "kernels": kernels[:MAX_ROWS]}
 
 
 def _device_kernels(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def _device_kernels(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
 
 
 def _operators(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """Time in an operator itself, apart from those that it calls."""
+    """Self time of each operator, without the operators that it calls."""
     rows: dict[str, dict[str, Any]] = {}
     for event in profiler.events() or ():
         outer, name = event.cpu_parent, event.name[:120]

@@ -1,7 +1,7 @@
 """``race-dist bench streaming``: one exact optimizer step of a whole model over one very long sequence.
 
-Each length is measured in a process of its own, whose peak memory is nobody else's. Before the step that counts, three
-chunks are streamed once, so that libraries, kernels and compiled graphs are there.
+Each length is measured in a separate process, whose peak memory includes nothing else. Before the measured step three chunks
+are streamed once, which loads libraries and compiles kernels and graphs.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from race_dist.training.config import TrainConfig
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.optim import build_optimizer
 
-WARM_CHUNKS = 3
-AGREE_EVERY = 16  # chunks after which the ranks of a group compare their clocks
+WARMUP_CHUNKS = 3
+SYNC_EVERY = 16  # chunks after which the ranks of a group compare their clocks
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a step is run.
+    """Options of a measured step.
 
     Attributes:
         chunk_size, keep: of :func:`race_dist.streaming.streamed_backward`.
         device: "cpu" or "cuda".
-        compiled: compile the blocks and the last norm with torch.compile first.
-        threads: of PyTorch on the CPU; None leaves it alone.
-        limit: seconds after which a step ends with what it has; None: it runs to its end.
-        store: a folder in which a step under way is stored, so that it can be run in pieces; None: it is not.
-        every: seconds between two times of storing.
-        profile: also list the kernels of a few chunks by their time.
+        compiled: compile the blocks and the last norm with torch.compile.
+        threads: of PyTorch on the CPU; None: PyTorch's default.
+        limit: seconds after which a step ends with partial results; None: it runs to its end.
+        store: a folder for checkpoints inside the step, so that it can be run in several calls; None: no checkpoints.
+        every: seconds between two checkpoints.
+        profile: also list the kernels of a few chunks by time.
     """
 
     chunk_size: int
@@ -67,14 +67,14 @@ class Options:
 def run(
     config: TrainConfig, lengths: list[int], options: Options, *, out: Path | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """One step at each length, as the JSON that is stored.
+    """Measure one step at each length; the result is the JSON that is stored.
 
     Args:
         config: model, text, optimizer and precision, as for training.
         lengths: tokens of each sequence.
-        options: how.
-        out: where the JSON is written after every length; a picture of the memory beside it, if there are several.
-        say: is given a line now and then.
+        options: of the steps.
+        out: file to which the JSON is written after every length, with a plot of the memory for several lengths.
+        say: receives progress lines.
     """
     header = machine_info(torch.device(options.device))
     if options.threads is not None:
@@ -98,17 +98,16 @@ def run(
 
 
 def measure(config: TrainConfig, length: int, options: Options, group: ProcessGroup | None = None) -> dict[str, Any]:
-    """One optimizer step over ``length`` tokens, in this process, its sequence shared by the ranks of ``group``. The keys of
-    the result:
+    """One optimizer step over ``length`` tokens in this process; the ranks of ``group`` share the sequence. Keys of the result:
 
-    ``tokens``, ``text_tokens`` (the text repeats where it is shorter), ``parameters``, ``loss`` (mean, nats a token, before
+    ``tokens``, ``text_tokens`` (the text repeats where it is shorter), ``parameters``, ``loss`` (mean, nats per token, before
     the step), ``gradient_norm``, ``warmup_seconds`` (compiling included), ``forward_seconds``, ``backward_seconds``,
     ``optimizer_seconds``, ``seconds`` (their sum), ``flops`` (8 x parameters x tokens and the attention), ``mfu`` (of the
-    GPU's dense peak), ``peak_bytes`` (resident memory of the process, or allocated on the device), ``state_bytes`` of it
-    the carries at chunk starts, which grow with the sequence. A step that met its limit has ``stopped``, how far it came
+    GPU's dense peak), ``peak_bytes`` (resident memory of the process, or allocated on the device), ``state_bytes`` of it the
+    carries at chunk starts, which grow with the sequence. A step that reached its limit has ``stopped``, its progress
     (``reached``) and, from the backward phase on, ``projected_seconds`` in place of ``seconds``. Of a step in several pieces
-    times are summed and peaks are the highest. ``planned`` is the planner's prediction; ``rates``, of a profiled run, are what
-    ``race-dist plan --rates`` takes (copy them to a file of their own).
+    times are summed and peaks are maxima. ``planned`` is the planner's prediction; ``rates``, of a profiled run, are the
+    input of ``race-dist plan --rates`` (copy them to a file).
     """
     device = torch.device(options.device)
     if options.threads is not None:
@@ -128,7 +127,7 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         "state_bytes": carry * -(-length // (options.chunk_size * group_size(group))),
     }
 
-    def stream(count: int, watch: _Watch | None = None) -> torch.Tensor:
+    def stream(count: int, timer: _StepTimer | None = None) -> torch.Tensor:
         with _autocast(config, device):
             return streamed_backward(
                 model,
@@ -137,25 +136,25 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
                 chunk_size=options.chunk_size,
                 keep=options.keep,
                 group=group,
-                progress=watch,
-                checkpoint=None if watch is None else watch.checkpoint,
+                progress=timer,
+                checkpoint=None if timer is None else timer.checkpoint,
             )
 
     step = options.chunk_size * group_size(group)
-    warm = min(length, WARM_CHUNKS * step + length % step)  # a ragged last chunk has a graph of its own
+    warm = min(length, WARMUP_CHUNKS * step + length % step)  # a shorter last chunk has a separate graph
     row["warmup_seconds"] = _seconds(lambda: stream(warm), device)
     if options.profile:
         row["profile"] = {"tokens": warm, **profile(lambda: stream(warm), device)}
         row |= _rates(config, options, warm, row["profile"]["kernels"])
     optimizer.zero_grad()
     _reset_peak(device)
-    watch = _Watch(device, options, length, group)
+    timer = _StepTimer(device, options, length, group)
     try:
-        row["loss"] = float(stream(length, watch))
-    except (_OutOfTime, StepInterrupted) as stop:
-        row |= {"stopped": {"why": str(stop)}} | watch.partial()
+        row["loss"] = float(stream(length, timer))
+    except (_TimeLimitReached, StepInterrupted) as stop:
+        row |= {"stopped": {"why": str(stop)}} | timer.partial()
     else:
-        row |= watch.phases()
+        row |= timer.phases()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         row["gradient_norm"] = float(norm)
         row["optimizer_seconds"] = _seconds(lambda: _apply(model, optimizer, config, norm), device)
@@ -169,12 +168,11 @@ def measure(config: TrainConfig, length: int, options: Options, group: ProcessGr
         row["tflops_per_second"] = row["flops"] / seconds / 1e12
         if gpu is not None:
             row["mfu"] = row["flops"] / seconds / (gpu.flops["bfloat16"] * group_size(group))
-    return row | watch.peaks("seconds" in row)
+    return row | timer.peaks("seconds" in row)
 
 
 def _planned(config: TrainConfig, length: int, options: Options, group: ProcessGroup | None) -> dict[str, Any]:
-    """What the planner says of the same step: ``planned`` seconds by part and bytes at the highest moment of a
-    first step, which is what is measured."""
+    """The planner's prediction: ``planned`` seconds by part, and peak bytes of a first step, which is what is measured."""
     gpu, ranks = _gpu(options), group_size(group)
     if options.keep == "subtract" or gpu is None:
         return {}
@@ -199,14 +197,15 @@ def _gpu(options: Options) -> GPU | None:
 
 
 def _apply(model: DecoderLM, optimizer: torch.optim.Optimizer, config: TrainConfig, norm: torch.Tensor) -> None:
-    """Clip and step, as training does."""
+    """Clip gradients and update the weights, as training does."""
     if config.optim.clip:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.clip, norm)
     optimizer.step()
 
 
 def _text(config: TrainConfig, length: int) -> tuple[NDArray[np.uint8], int]:
-    """``length + 1`` bytes of the text, repeated from its beginning where it is shorter; and how many it has."""
+    """``length + 1`` bytes of the text, repeated from its beginning where it is shorter; and the number of bytes of the
+    text."""
     corpus = load_corpus(config.data.path, config.data.pattern)
     text = corpus.tokens
     if corpus.skipped:
@@ -226,24 +225,24 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-class _OutOfTime(Exception):
-    """The step's limit has passed."""
+class _TimeLimitReached(Exception):
+    """The step has reached its time limit."""
 
 
-class _Watch:
-    """Times the phases of a step over all its pieces, says how far it is, and ends it at its limit."""
+class _StepTimer:
+    """Times the phases of a step over all its pieces, prints its progress, and ends it at its time limit."""
 
     def __init__(self, device: torch.device, options: Options, length: int, group: ProcessGroup | None) -> None:
         self._device, self._limit, self._length, self._group = device, options.limit, length, group
         self._spent, self._peak, self._pieces, self._file = {"forward": 0.0, "backward": 0.0}, 0, 1, None
         self.checkpoint: StepCheckpoint | None = None
         if options.store is not None:
-            self.checkpoint = StepCheckpoint(Path(options.store), options.every, f"{length} tokens", lambda: self._over)
+            self.checkpoint = StepCheckpoint(Path(options.store), options.every, f"{length} tokens", lambda: self._stop)
             self._file = Path(options.store) / f"{length}-tokens.json"
         if self._file is not None and self._file.exists():
             before = read_json_object(self._file, {"spent": dict, "peak_bytes": int, "pieces": int})
             self._spent, self._peak, self._pieces = before["spent"], before["peak_bytes"], before["pieces"] + 1
-        self._last, self._told, self._over = time.perf_counter(), 0.0, False
+        self._last, self._next_line, self._stop = time.perf_counter(), 0.0, False
         self._progress: Progress | None = None
 
     def __call__(self, progress: Progress) -> None:
@@ -251,20 +250,20 @@ class _Watch:
         if progress.phase == "forward" and progress.chunk == progress.chunks - 1 and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._add(progress.phase)
-        if progress.seconds >= self._told:
-            self._told = progress.seconds + 20
+        if progress.seconds >= self._next_line:
+            self._next_line = progress.seconds + 20
             self._write()
             if group_rank(self._group) == 0:
                 print(f"  {progress}", flush=True)
-        self._over = self._limit is not None and self._passed(progress, self._limit)
-        if self._over and self.checkpoint is None:
-            raise _OutOfTime(f"after {progress}")
+        self._stop = self._limit is not None and self._passed(progress, self._limit)
+        if self._stop and self.checkpoint is None:
+            raise _TimeLimitReached(f"after {progress}")
 
     def _passed(self, progress: Progress, limit: float) -> bool:
-        """Whether the limit has: on any rank of a group, which asks now and then."""
+        """Whether the limit has passed on any rank; a group compares its clocks every ``SYNC_EVERY`` chunks."""
         if self._group is None:
             return progress.seconds > limit
-        if progress.chunk % AGREE_EVERY:
+        if progress.chunk % SYNC_EVERY:
             return False
         seconds = torch.tensor(progress.seconds, dtype=torch.float64, device=self._device)
         return float(all_reduce_max(seconds, self._group)) > limit
@@ -281,14 +280,14 @@ class _Watch:
             write_json(self._file, {"spent": self._spent, "peak_bytes": peak, "pieces": self._pieces})
 
     def phases(self) -> dict[str, Any]:
-        """Seconds of each phase of a step that has ended."""
+        """Seconds of each phase of a finished step."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._add("backward")
         return {"forward_seconds": self._spent["forward"], "backward_seconds": self._spent["backward"], "pieces": self._pieces}
 
     def partial(self) -> dict[str, Any]:
-        """What a step that was stopped has shown: its pace, and from it the seconds of a whole step, if it came so far."""
+        """Results of a stopped step: its throughput, and in the backward phase the projected seconds of a whole step."""
         self._write()
         at = self._progress
         result: dict[str, Any] = {"pieces": self._pieces, **{f"{k}_seconds": v for k, v in self._spent.items() if v}}
@@ -304,10 +303,10 @@ class _Watch:
             result["projected_seconds"] = self._spent["forward"] + self._spent["backward"] * self._length / at.tokens
         return result
 
-    def peaks(self, ended: bool) -> dict[str, int]:
-        """Of memory, over all pieces; what was stored of a step that has ended is removed."""
+    def peaks(self, finished: bool) -> dict[str, int]:
+        """Peak memory over all pieces; removes the checkpoints of a finished step."""
         now = _peak(self._device)
-        if ended and self.checkpoint is not None:
+        if finished and self.checkpoint is not None:
             self.checkpoint.clear()
             if self._file is not None and group_rank(self._group) == 0:
                 self._file.unlink(missing_ok=True)
@@ -342,7 +341,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def store(report: dict[str, Any], path: Path) -> None:
-    """Write the JSON and, where there are several lengths, a picture of memory and pace beside it."""
+    """Write the JSON and, for several lengths, a plot of the memory next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)
     if len(report["rows"]) < 2:
@@ -358,7 +357,7 @@ def store(report: dict[str, Any], path: Path) -> None:
         axes.plot(tokens, [row["peak_bytes"] / 2**20 for row in rows], marker="o", label="peak")
         axes.plot(
             tokens,
-            [(row["peak_bytes"] - _on_device(report, row)) / 2**20 for row in rows],
+            [(row["peak_bytes"] - _carry_bytes_on_device(report, row)) / 2**20 for row in rows],
             marker="o",
             label="without the carries at chunk starts",
         )
@@ -375,7 +374,7 @@ def store(report: dict[str, Any], path: Path) -> None:
         figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
-def _on_device(report: dict[str, Any], row: dict[str, Any]) -> int:
-    """Bytes of carries among the peak: on a GPU those that wait on the host are not."""
-    waits_elsewhere = report["keep"] == "host" and report["device"] == "cuda"
-    return 0 if waits_elsewhere else int(row["state_bytes"])
+def _carry_bytes_on_device(report: dict[str, Any], row: dict[str, Any]) -> int:
+    """Bytes of carries that the peak includes: not those that a GPU run stores on the host."""
+    on_host = report["keep"] == "host" and report["device"] == "cuda"
+    return 0 if on_host else int(row["state_bytes"])

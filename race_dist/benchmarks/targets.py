@@ -1,8 +1,8 @@
-"""One GPU's figures for the attention, measure by measure: times by device events, peak memory, peers in the same run.
+"""One GPU's figures for the attention: times by device events, peak memory, baselines in the same run.
 
     python -m race_dist.benchmarks.targets --out docs/benchmarks/attention-h100.json
 
-Each measure is written as soon as it is there, so that a run that is cut short keeps what it has.
+Each measurement is written as soon as it is done, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def attention_call(
     decay: bool = False,
     planes: Tensor | None = None,
 ) -> Call:
-    """The attention as README calls it: planes as ``sample_planes`` returns them, unless given."""
+    """The attention as README calls it, with planes as ``sample_planes`` returns them unless given."""
     if planes is None:
         planes = sampled(shape, device)
     log_decay = None
@@ -53,7 +53,7 @@ def attention_call(
 
 
 def sampled(shape: Shape, device: torch.device, **options: Any) -> Tensor:
-    """The planes of a shape."""
+    """Sampled planes of a shape."""
     return sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=device, **options)
 
 
@@ -61,7 +61,7 @@ def measure(
     shape: Shape, calls: dict[str, Call], device: torch.device, *, repeats: int = 5, also: tuple[Tensor, ...] = ()
 ) -> dict[str, Any]:
     """Forward, and forward + backward, of each call in turn; peak memory of the first over q, k, v, o and gradients.
-    ``also``: what else gets a gradient."""
+    ``also``: further tensors that get a gradient."""
     q, k, v = inputs(shape, device)
     gradient = torch.randn_like(q)
 
@@ -92,7 +92,7 @@ def measure(
 
 
 def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every measure by name."""
+    """Every measurement by name."""
     mine = lambda shape: {"race": attention_call(shape, device)}
     small, wide = replace(BASE, tables=2, planes=2), replace(BASE, tables=1, planes=8)
     tables = {f"P=4 L={n}": replace(BASE, tables=n) for n in (8, 16)}
@@ -118,14 +118,14 @@ def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
         "longest, 4 heads": lambda: measure(longest, mine(longest), device, repeats=1),
     }
     for length in (4096, 8192, 16384, 131072):
-        result[f"softmax, T = {length}"] = partial(_beside_softmax, replace(BASE, length=length), device)
+        result[f"softmax, T = {length}"] = partial(_next_to_softmax, replace(BASE, length=length), device)
     result["linear attention, T = 2**20"] = lambda: measure(
         BASE, {**mine(BASE), "compiled features + fla": linear_attention_baseline(BASE, device)}, device, repeats=3
     )
     result["P=8 L=1"] = lambda: measure(wide, mine(wide), device, repeats=3)
     grouped = replace(BASE, kv_heads=2)
     result["grouped 4:1"] = lambda: measure(grouped, mine(grouped), device)
-    # Families without a pipeline: what they cost today.
+    # Kernel families without a pipelined version.
     for name, shape in {
         **tables,
         "P=8 L=1, not causal": replace(wide, causal=False),
@@ -149,15 +149,15 @@ def _plain(shape: Shape, device: torch.device) -> dict[str, Any]:
     return measure(shape, {"race": attention_call(shape, device)}, device, repeats=1)
 
 
-def _beside_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Of one call at a time, whose host begins when the device is idle; and of the same calls captured in CUDA graphs, where
-    the device's time is left."""
-    peers = {
-        peer.name: peer.call
-        for peer in baselines_for(shape, device)
-        if peer.call is not None and peer.name.startswith(("sdpa", "flash"))
+def _next_to_softmax(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Times of single calls, launched while the device is idle, and of the same calls captured in CUDA graphs, which leaves
+    device time only."""
+    baselines = {
+        baseline.name: baseline.call
+        for baseline in baselines_for(shape, device)
+        if baseline.call is not None and baseline.name.startswith(("sdpa", "flash"))
     }
-    calls, repeats = {"race": attention_call(shape, device), **peers}, 10 if shape.length < 2**17 else 2
+    calls, repeats = {"race": attention_call(shape, device), **baselines}, 10 if shape.length < 2**17 else 2
     result = measure(shape, calls, device, repeats=repeats)
     graphs = {name: _captured(call, shape, device) for name, call in calls.items()}
     for name, timing in time_in_turn({n: graph.replay for n, graph in graphs.items()}, device, repeats=repeats).items():
@@ -172,7 +172,7 @@ def _captured(call: Call, shape: Shape, device: torch.device) -> torch.cuda.CUDA
     step = lambda: torch.autograd.grad(call(q, k, v), (q, k, v), gradient)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # compiles, and leaves autograd's own set-up behind
+    with torch.cuda.stream(side):  # compiles kernels and initializes autograd outside the capture
         step()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -182,11 +182,11 @@ def _captured(call: Call, shape: Shape, device: torch.device) -> torch.cuda.CUDA
 
 
 def main() -> None:
-    """Measure what was asked for, writing as it goes."""
+    """Run the selected measurements and write each result at once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="measures whose name holds this")
-    parser.add_argument("--skip", default="", help="not those whose name holds one of these, separated by commas")
+    parser.add_argument("--only", default="", help="measurements whose name contains this")
+    parser.add_argument("--skip", default="", help="skip measurements whose name contains one of these, separated by commas")
     options = parser.parse_args()
     device = torch.device("cuda")
     report: dict[str, Any] = {"machine": machine_info(device), "measures": {}}
@@ -197,7 +197,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         try:
             report["measures"][name] = run()
-        except (RuntimeError, ImportError, ValueError) as error:  # out of memory, an absent peer
+        except (RuntimeError, ImportError, ValueError) as error:  # out of memory, a missing baseline
             report["measures"][name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(name, _summary(report["measures"][name]), flush=True)
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A picture of forward + backward times by length, RACE beside softmax, from the measures at BASE's sizes."""
+    """Plot forward + backward times by length, RACE and softmax, from the measurements at BASE's sizes."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""Timing by quantiles, several candidates in turn, so that a machine that drifts drifts for all of them."""
+"""Timing by quantiles, several candidates in turn, so that a drift of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median, the tenth and ninetieth percentiles, and how many calls."""
+    """Milliseconds of one call: the median, the tenth and ninetieth percentiles, and the number of calls."""
 
     p50: float
     p10: float
@@ -21,7 +21,7 @@ class Timing:
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
-        """From milliseconds of single calls."""
+        """The quantiles of the calls' milliseconds."""
         ordered = sorted(samples)
         pick = lambda share: ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
         return cls(round(statistics.median(ordered), 4), round(pick(0.1), 4), round(pick(0.9), 4), len(ordered))
@@ -34,7 +34,8 @@ class Timing:
 def time_in_turn(
     candidates: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = 5, warmup: int = 1
 ) -> dict[str, Timing]:
-    """Each candidate ``repeats`` times, A B C A B C ..., after ``warmup`` rounds. CUDA is timed by device events."""
+    """Time each candidate ``repeats`` times, in the order A B C A B C ..., after ``warmup`` rounds. CUDA is timed by device
+    events."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
         for name, call in candidates.items():

@@ -1,9 +1,9 @@
 """Differentiable collectives over tensors that travel packed in one buffer.
 
-Each is an autograd function whose backward is a collective too, so every rank must run it: each returns a *token*, and
-:func:`attach` ties the token to whatever a rank makes of the result, also where it makes nothing of it. Autograd runs
-functions in the reverse of the order they were called in, so the collectives of a backward pass meet in order.
-The loss is the sum of the ranks' losses: the gradient of what one rank gave is the sum over the ranks that used it.
+Each is an autograd function whose backward is a collective too, so every rank must run it. Therefore each returns a *token*,
+and :func:`attach` makes the rank's results depend on the token, even where they do not use what the collective returned.
+Autograd runs functions in the reverse order of their calls, so the collectives of a backward pass run in the same order on
+every rank. The loss is the sum of the ranks' losses: the gradient of a rank's input is the sum over the ranks that used it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum of ``[n, ...]`` over n >= 1 by pairs: the same order on every rank, and few digits lost."""
+    """Pairwise sum of ``[n, ...]`` over n >= 1: the same order on every rank, and small rounding errors."""
     while x.shape[0] > 1:
         half = x.shape[0] // 2
         x = torch.cat([x[:half] + x[half : 2 * half], x[2 * half :]])
@@ -40,7 +40,7 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Tensors -> token, ``[W, ...]`` each. Backward: every rank's gradient of this rank's row, summed."""
+    """Tensors -> token and ``[W, ...]`` per tensor. Backward: all-to-all of the gradients, and the sum for this rank's row."""
 
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, *tensors: Tensor) -> Tensors:
@@ -54,12 +54,12 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         world = group_size(ctx.group)
-        back = unpack(start_all_to_all(pack(grads, rows=world), ctx.group).wait(), [g[0] for g in grads])
-        return None, *(tree_sum(g) if g.is_floating_point() else None for g in back)
+        returned = unpack(start_all_to_all(pack(grads, rows=world), ctx.group).wait(), [g[0] for g in grads])
+        return None, *(tree_sum(g) if g.is_floating_point() else None for g in returned)
 
 
 class _Shift(torch.autograd.Function):
-    """Tensors -> token, those of the rank ``by`` places before. Backward: the shift back."""
+    """Tensors -> token and the tensors of rank ``rank - by``. Backward: the opposite shift."""
 
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, by: int, *tensors: Tensor) -> Tensors:
@@ -71,12 +71,12 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        back = unpack(start_shift(pack(grads), -ctx.by, ctx.group).wait(), grads)
-        return None, None, *(g if g.is_floating_point() else None for g in back)
+        returned = unpack(start_shift(pack(grads), -ctx.by, ctx.group).wait(), grads)
+        return None, None, *(g if g.is_floating_point() else None for g in returned)
 
 
 class _Broadcast(torch.autograd.Function):
-    """Tensors -> token, those of group rank ``source``. Backward: the sum of the gradients, to the source."""
+    """Tensors -> token and the tensors of group rank ``source``. Backward: the sum of the gradients, on the source."""
 
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, source: int, *tensors: Tensor) -> Tensors:
@@ -98,7 +98,8 @@ class _Broadcast(torch.autograd.Function):
 
 
 class _SumOfOthers(torch.autograd.Function):
-    """Floating tensors -> their sums over the other ranks: one all-reduce, less this rank's own. Its own adjoint."""
+    """Floating-point tensors -> their sums over the other ranks: one all-reduce minus this rank's own. It is its own
+    adjoint."""
 
     @staticmethod
     def forward(ctx: Any, group: ProcessGroup, *tensors: Tensor) -> Tensors:
@@ -112,7 +113,7 @@ class _SumOfOthers(torch.autograd.Function):
 
 
 class _Attach(torch.autograd.Function):
-    """Tokens and tensors -> the tensors, whose backward reaches the tokens with zeros."""
+    """Tokens and tensors -> the tensors; the backward pass gives the tokens zero gradients."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tokens_and_tensors: Tensor) -> Tensors:
@@ -130,13 +131,13 @@ def _token(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gather(tensors: Sequence[Tensor], group: ProcessGroup) -> tuple[Tensor, Tensors]:
-    """A token, and ``[W, *t.shape]`` for each tensor: all ranks' tensors of equal shapes."""
+    """All-gather of tensors whose shapes are equal on all ranks: a token, and ``[W, *t.shape]`` per tensor."""
     token, *gathered = _Gather.apply(group, *tensors)
     return token, tuple(gathered)
 
 
 def shift(tensors: Sequence[Tensor], by: int, group: ProcessGroup) -> tuple[Tensor, Tensors]:
-    """A token, and the tensors of the rank ``by`` places before this one; zeros where there is none."""
+    """A token, and the tensors of rank ``rank - by``; zeros where there is no such rank."""
     token, *received = _Shift.apply(group, by, *tensors)
     return token, tuple(received)
 
@@ -148,7 +149,7 @@ def broadcast(tensors: Sequence[Tensor], source: int, group: ProcessGroup) -> tu
 
 
 def attach(tokens: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensors:
-    """The tensors, made to depend on the tokens."""
+    """The tensors, with a dependency on the tokens in the autograd graph."""
     floating = [i for i, t in enumerate(tensors) if t.is_floating_point()]
     if not (tokens and floating):
         return tuple(tensors)
@@ -157,7 +158,7 @@ def attach(tokens: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensors:
 
 
 def sum_of_others(tensors: Sequence[Tensor], group: ProcessGroup) -> Tensors:
-    """Sums over the other ranks of tensors of one dtype, in one all-reduce. Not differentiable."""
+    """Sums over the other ranks of tensors of the same dtype, in one all-reduce. Not differentiable."""
     own = torch.cat([t.detach().reshape(-1) for t in tensors])
     others = start_all_reduce(own, group).wait() - own
     parts = others.split([t.numel() for t in tensors])

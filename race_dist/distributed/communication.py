@@ -1,6 +1,6 @@
-"""Collectives as the project uses them: tensors of one carry packed in one buffer, counted, watched for failures.
+"""Collectives without gradients: asynchronous, counted by bytes, with failures that name the rank; packed buffers.
 
-Nothing here is differentiable (:mod:`race_dist.distributed.collectives` is) and nothing waits for the device on CUDA.
+The differentiable ones are in :mod:`race_dist.distributed.collectives`. Nothing synchronizes the host with the device on CUDA.
 A group of None is one rank.
 """
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from race_dist import checks
-from race_dist.distributed.watchdog import watched
+from race_dist.distributed.watchdog import name_failed_rank
 
 _ALIGN = 16  # bytes; tensors of any dtype can be viewed in place inside a packed buffer
 _all_gather_single: Callable[..., Work | None] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def check_group(group: Any, name: str = "group") -> None:
-    """Raise TypeError unless it is a group of ranks, or None."""
+    """Raise TypeError unless ``group`` is a process group or None."""
     if group is None or isinstance(group, ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
         return
     fix = ': give mesh["sp"].get_group()' if type(group).__name__ == "DeviceMesh" else ""
@@ -34,7 +34,7 @@ def check_group(group: Any, name: str = "group") -> None:
 
 
 def group_size(group: ProcessGroup | None) -> int:
-    """Number of ranks; 1 for None. TypeError where it is no group."""
+    """Number of ranks; 1 for None. TypeError for anything but a group."""
     if group is None:
         return 1
     check_group(group)
@@ -55,7 +55,7 @@ def group_rank(group: ProcessGroup | None) -> int:
 
 @dataclass
 class ByteCount:
-    """What this rank handed to collectives: ``bytes`` of input buffers and ``calls``, in all and by collective."""
+    """What this rank sent: ``bytes`` of the collectives' input buffers and number of ``calls``, in total and by collective."""
 
     bytes: int = 0
     calls: int = 0
@@ -68,12 +68,12 @@ class ByteCount:
         self.by_op[op] = (calls + 1, total + size)
 
 
-_counters: list[ByteCount] = []  # backward passes run on autograd's threads, so a context variable would miss them
+_counters: list[ByteCount] = []  # not a context variable: backward passes run on autograd's threads
 
 
 @contextmanager
 def count_bytes() -> Iterator[ByteCount]:
-    """Count what this rank hands to this package's collectives inside the block.
+    """Count the bytes that this rank passes to this package's collectives inside the block.
 
     with count_bytes() as count:
         step()
@@ -88,7 +88,7 @@ def count_bytes() -> Iterator[ByteCount]:
 
 
 class PendingCollective:
-    """A collective under way. :meth:`wait` gives its result; the buffers live until then."""
+    """A collective that has been started. :meth:`wait` returns its result; the buffers live until then."""
 
     def __init__(
         self, op: str, group: ProcessGroup, works: Sequence[Work | None], result: Tensor, inputs: Sequence[Tensor] = ()
@@ -97,7 +97,7 @@ class PendingCollective:
 
     def wait(self) -> Tensor:
         """Wait (on CUDA: make the current stream wait) and return the result."""
-        with watched(self._group, self._op, enter=False):
+        with name_failed_rank(self._group, self._op, count=False):
             for work in self._works:
                 if work is not None:
                     work.wait()
@@ -115,7 +115,7 @@ def start_all_gather(x: Tensor, group: ProcessGroup) -> PendingCollective:
     x = x.contiguous()
     _record("all_gather", x)
     out = x.new_empty((group_size(group), *x.shape))
-    with watched(group, "all_gather"):
+    with name_failed_rank(group, "all_gather"):
         work = _all_gather_single(out.view(-1), x.view(-1), group=group, async_op=True) if x.numel() else None
     return PendingCollective("all_gather", group, [work], out, [x])
 
@@ -125,7 +125,7 @@ def start_all_to_all(x: Tensor, group: ProcessGroup) -> PendingCollective:
     x = x.contiguous()
     _record("all_to_all", x)
     out = torch.empty_like(x)
-    with watched(group, "all_to_all"):
+    with name_failed_rank(group, "all_to_all"):
         work = dist.all_to_all_single(out, x, group=group, async_op=True) if x.numel() else None
     return PendingCollective("all_to_all", group, [work], out, [x])
 
@@ -135,7 +135,7 @@ def start_all_reduce(x: Tensor, group: ProcessGroup, *, op: str = "sum") -> Pend
     out = x.clone(memory_format=torch.contiguous_format)
     _record("all_reduce", out)
     reduce = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
-    with watched(group, "all_reduce"):
+    with name_failed_rank(group, "all_reduce"):
         work = dist.all_reduce(out, op=reduce, group=group, async_op=True) if out.numel() else None
     return PendingCollective("all_reduce", group, [work], out)
 
@@ -144,20 +144,20 @@ def start_broadcast(x: Tensor, source: int, group: ProcessGroup) -> PendingColle
     """Group rank ``source``'s x, on every rank, in a new tensor."""
     out = x.clone(memory_format=torch.contiguous_format)
     _record("broadcast", out)
-    with watched(group, "broadcast"):
+    with name_failed_rank(group, "broadcast"):
         work = dist.broadcast(out, group=group, group_src=source, async_op=True) if out.numel() else None
     return PendingCollective("broadcast", group, [work], out)
 
 
-def start_shift(x: Tensor, by: int, group: ProcessGroup, *, around: bool = False) -> PendingCollective:
-    """x of the rank ``by`` places before this one (after, when negative); zeros where none is, or, ``around``, that of the
-    ranks counted in a ring."""
+def start_shift(x: Tensor, by: int, group: ProcessGroup, *, ring: bool = False) -> PendingCollective:
+    """Point-to-point shift: x of rank ``rank - by``; where there is no such rank, zeros, or with ``ring`` x of rank
+    ``(rank - by) % W``."""
     x = x.contiguous()
     rank, world = group_rank(group), group_size(group)
     received, works = torch.zeros_like(x), []
-    with watched(group, "shift"):
+    with name_failed_rank(group, "shift"):
         ops = []
-        to, source = ((rank + by) % world, (rank - by) % world) if around else (rank + by, rank - by)
+        to, source = ((rank + by) % world, (rank - by) % world) if ring else (rank + by, rank - by)
         if 0 <= to < world and x.numel():
             _record("shift", x)
             ops.append(dist.P2POp(dist.isend, x, group=group, group_peer=to))
@@ -211,10 +211,10 @@ def all_gather_tensor(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
-    """Every rank's value, in rank order: facts for a decision that all ranks take alike. Not for data.
+    """Every rank's value, in rank order: for decisions that all ranks must take alike. Not for data.
 
-    Values travel as JSON, never as pickles, so a rank can send no code to another: tuples arrive as lists and the keys of
-    mappings as text, for one rank too.
+    Values travel as JSON and not as pickles, so that a rank cannot send code to another. Tuples arrive as lists and keys of
+    mappings as text, also with one rank.
 
     Args:
         value: of JSON types: None, bool, int, float, str, lists and mappings of them.
@@ -227,15 +227,15 @@ def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
     if group_size(group) == 1:
         return [json.loads(body)]
     assert group is not None
-    with watched(group, "gather_objects"):
-        place = group_device(group)
+    with name_failed_rank(group, "gather_objects"):
+        device = group_device(group)
         mine = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-        sizes = torch.empty(group_size(group), dtype=torch.int64, device=place)
-        _all_gather_into(sizes, torch.tensor([len(mine)], device=place), group)
+        sizes = torch.empty(group_size(group), dtype=torch.int64, device=device)
+        _all_gather_into(sizes, torch.tensor([len(mine)], device=device), group)
         longest = int(sizes.max())
-        sent = torch.zeros(longest, dtype=torch.uint8, device=place)
-        sent[: len(mine)] = mine.to(place)
-        received = torch.empty(group_size(group), longest, dtype=torch.uint8, device=place)
+        sent = torch.zeros(longest, dtype=torch.uint8, device=device)
+        sent[: len(mine)] = mine.to(device)
+        received = torch.empty(group_size(group), longest, dtype=torch.uint8, device=device)
         _all_gather_into(received.view(-1), sent, group)
     rows = received.cpu().numpy()
     return [json.loads(rows[rank, :size].tobytes()) for rank, size in enumerate(sizes.tolist())]
@@ -258,21 +258,21 @@ def _all_gather_into(out: Tensor, x: Tensor, group: ProcessGroup) -> None:
 
 
 def group_device(group: ProcessGroup) -> torch.device:
-    """Where tensors for the group's collectives lie: the CPU where the group talks over it, else this rank's GPU."""
+    """Device of tensors for the group's collectives: the CPU where the group has a CPU backend, else this rank's GPU."""
     types = {device.type for device in group._device_types}
     return torch.device("cpu") if "cpu" in types else torch.device("cuda", torch.cuda.current_device())
 
 
 def barrier(group: ProcessGroup | None) -> None:
-    """Wait until every rank of the group has come here."""
+    """Wait until every rank of the group has called this."""
     if group_size(group) > 1:
         assert group is not None
-        with watched(group, "barrier"):
+        with name_failed_rank(group, "barrier"):
             dist.barrier(group)
 
 
 def packed_size(tensors: Sequence[Tensor]) -> int:
-    """Bytes of a packed buffer."""
+    """Bytes of the packed buffer of these tensors."""
     return sum(_padded(t.numel() * t.element_size()) for t in tensors)
 
 
@@ -289,7 +289,7 @@ def pack(tensors: Sequence[Tensor], rows: int | None = None) -> Tensor:
     for t in tensors:
         size = t.numel() * t.element_size() // count
         if not size:
-            continue  # a view of no bytes has no stride that fits
+            continue  # a view of an empty tensor has no valid stride
         buffer[:, start : start + size].view(t.dtype).copy_(t.detach().reshape(count, -1))
         start += _padded(size)
     return buffer if lead else buffer[0]

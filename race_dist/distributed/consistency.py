@@ -1,4 +1,5 @@
-"""Ranks that should do the same thing say so first, so that a mismatch is an error with a name and not a hang."""
+"""Consistency checks: ranks compare their calls before data moves, so that a mismatch is an error that names it and not a
+hang."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from race_dist.distributed.watchdog import format_ranks
 
 _DIGEST_BYTES = 32
 _TEXT_BYTES = 4096
-_FEW = 4  # ranks that an error lists one by one
+_MAX_LISTED = 4  # ranks that an error lists one by one
 
 
 def check_same_on_all_ranks(facts: Mapping[str, object], group: ProcessGroup | None, *, what: str = "this run") -> None:
@@ -26,10 +27,9 @@ def check_same_on_all_ranks(facts: Mapping[str, object], group: ProcessGroup | N
         check_same_on_all_ranks({"planes": digest, "config": digest, "code": version}, group)
 
     Args:
-        facts: names and values that print the same when they are the same (digests, versions, shapes), equal names on
-            every rank.
+        facts: names and values (digests, versions, shapes), compared as text; the names are the same on every rank.
         group: the ranks to compare; None is one rank.
-        what: named in the error.
+        what: what is compared, for the error.
 
     Raises:
         ValueError: the ranks differ; the message names the ranks and the facts.
@@ -40,7 +40,7 @@ def check_same_on_all_ranks(facts: Mapping[str, object], group: ProcessGroup | N
         _compare({k: str(v) for k, v in facts.items()}, group, group_device(group), what, length=0)
 
 
-_agreed: set[tuple[str, ...]] = set()  # (group, call, facts) that a CUDA group has compared already
+_compared: set[tuple[str, ...]] = set()  # (group, call, facts) that a CUDA group has compared already
 
 
 def check_same_call(
@@ -52,16 +52,16 @@ def check_same_call(
     length: int = 0,
     need_lengths: bool = False,
 ) -> Tensor | None:
-    """Make sure that every rank of ``group`` is making this very call, before any data moves.
+    """Check that every rank of ``group`` makes the same call, before any data moves.
 
-    On the CPU the ranks compare a header of fixed size at each call. On CUDA that would wait for the device, so they
-    compare once for each new set of facts, and a mismatch that first shows later runs into the group's timeout.
+    On the CPU the ranks compare a header of fixed size at each call. On CUDA that would synchronize with the device, so they
+    compare once per new set of facts; a mismatch in a later call ends in the group's timeout.
 
     Args:
         op: name of the call.
-        facts: what must be the same on every rank.
-        group: more than one rank.
-        device: where the data is.
+        facts: values that must be the same on every rank.
+        group: the ranks, more than one.
+        device: of the data.
         length: this rank's number of rows; may differ between ranks.
         need_lengths: on CUDA, exchange ``length`` too (on the CPU it travels in the header).
 
@@ -72,12 +72,12 @@ def check_same_call(
         ValueError: the ranks' calls differ; the message names the ranks and what differs.
     """
     key = (group.group_name, op, *map(str, facts.values()))
-    if device.type == "cpu" or key not in _agreed:
+    if device.type == "cpu" or key not in _compared:
         text = {"call": op, **{k: str(v) for k, v in facts.items()}}
         lengths = _compare(text, group, device, f"{op} over the ranks {dist.get_process_group_ranks(group)}", length)
         if device.type == "cpu":
             return lengths
-        _agreed.add(key)
+        _compared.add(key)
     if not need_lengths:
         return None
     return start_all_gather(torch.full((1,), length, device=device), group).wait().view(-1)
@@ -86,11 +86,11 @@ def check_same_call(
 def all_gather_lengths(
     length: int, group: ProcessGroup, device: torch.device | str | None, op: str, facts: Mapping[str, object]
 ) -> Tensor:
-    """``[W]`` int64 numbers of rows of the ranks, on the group's own device."""
-    place = torch.device(device) if device is not None else torch.device("cpu")
-    if place.type not in _backends(group):
-        place = group_device(group)
-    lengths = check_same_call(op, facts, group, place, length=length, need_lengths=True)
+    """``[W]`` int64: the number of rows on each rank, on the group's own device."""
+    target = torch.device(device) if device is not None else torch.device("cpu")
+    if target.type not in _backends(group):
+        target = group_device(group)
+    lengths = check_same_call(op, facts, group, target, length=length, need_lengths=True)
     assert lengths is not None
     return lengths
 
@@ -104,7 +104,7 @@ def _digest(text: Mapping[str, str]) -> bytes:
 
 
 def _compare(text: dict[str, str], group: ProcessGroup, device: torch.device, what: str, length: int) -> Tensor:
-    """Gather (digest, length); on a difference gather the texts and raise."""
+    """All-gather (digest, length); where digests differ, all-gather the texts and raise."""
     header = _digest(text) + length.to_bytes(8, "little")
     headers = start_all_gather(torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device), group).wait()
     if (headers[:, :_DIGEST_BYTES] == headers[:1, :_DIGEST_BYTES]).all():
@@ -129,14 +129,14 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
     for name in sorted({name for text in texts for name in text}):
         values = [text.get(name, "(absent)") for text in texts]
         common = max(values, key=lambda value: (values.count(value), value == values[0]))
-        odd = [(ranks[i], value) for i, value in enumerate(values) if value != common]
-        if odd:
-            rest = [ranks[i] for i, value in enumerate(values) if value == common]
-            usual = format_ranks(rest) if len(rest) <= _FEW else f"{len(rest)} ranks"
+        differing = [(ranks[i], value) for i, value in enumerate(values) if value != common]
+        if differing:
+            majority = [ranks[i] for i, value in enumerate(values) if value == common]
+            usual = format_ranks(majority) if len(majority) <= _MAX_LISTED else f"{len(majority)} ranks"
             parts.append(
                 f"{name} is {common} on {usual}, but "
-                + ", ".join(f"{value} on rank {rank}" for rank, value in odd[:_FEW])
-                + (f" and so on for {len(odd)} ranks" if len(odd) > _FEW else "")
+                + ", ".join(f"{value} on rank {rank}" for rank, value in differing[:_MAX_LISTED])
+                + (f" and so on for {len(differing)} ranks" if len(differing) > _MAX_LISTED else "")
             )
     return (
         f"the ranks do not agree on {what} (this is rank {ranks[group_rank(group)]}): "
@@ -146,12 +146,12 @@ def _difference(texts: list[dict[str, str]], group: ProcessGroup, what: str) -> 
 
 
 def min_over_ranks(value: int, group: ProcessGroup | None) -> int:
-    """The least of the ranks' integers, the same on every rank; by the CPU where the group talks over it."""
+    """The minimum of the ranks' integers, the same on every rank; on the CPU where the group has a CPU backend."""
     return -max_over_ranks([-value], group)[0]
 
 
 def max_over_ranks(values: list[int], group: ProcessGroup | None) -> list[int]:
-    """The greatest of the ranks' integers, one by one; by the CPU where the group talks over it."""
+    """The elementwise maximum of the ranks' integers; on the CPU where the group has a CPU backend."""
     if group_size(group) == 1:
         return values
     assert group is not None

@@ -1,6 +1,6 @@
-"""Parameters over many ranks, whole on each or sharded (FSDP2), with gradients that are sums and not means.
+"""Data parallelism: parameters replicated on every rank or sharded (FSDP2), with gradients that are sums and not means.
 
-Each rank's loss is its share of the whole loss, so the gradient is the sum over the ranks.
+Each rank's loss is its share of the global loss, so the global gradient is the sum over the ranks.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.distributed.communication import PendingCollective, group_size, start_all_reduce
-from race_dist.distributed.watchdog import RankFailure, watched
+from race_dist.distributed.watchdog import RankFailure, name_failed_rank
 
 BUCKET_BYTES = 32 * 2**20
 
 
 class GradientReducer:
-    """Sums gradients over the ranks, bucket by bucket, while the backward pass still runs.
+    """All-reduce of gradients in buckets that overlaps the backward pass.
 
-    As PyTorch's DDP does, but its buckets are re-ordered after the first step, and then round otherwise: a run that is
-    resumed would not repeat the one that was not interrupted. Here their order is that of the parameters, backwards.
+    PyTorch's DDP re-orders its buckets after the first step, which changes rounding: a resumed run would not repeat the
+    uninterrupted one bit by bit. Here buckets have the reverse order of the parameters.
 
-        with reducer.reduce_on_exit():           # gradients of every backward pass inside add up; at its end they are summed
+        with reducer.reduce_on_exit():           # gradients of the backward passes inside accumulate; they are all-reduced at
+        the end
             loss.backward()
 
     Args:
-        parameters: those that are trained.
-        group: the ranks; None for one.
+        parameters: of the model.
+        group: the ranks; None is one rank.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: ProcessGroup | None) -> None:
@@ -42,74 +43,76 @@ class GradientReducer:
             checks.instance("each of parameters", parameter, Tensor)
         self.group = group if group_size(group) > 1 else None
         self._buckets: list[list[nn.Parameter]] = []
-        self._eager = False  # whether buckets go as soon as they are full
-        self._waiting: list[int] = []
-        self._sent: list[PendingCollective] = []
+        self._overlap = False  # whether a bucket is reduced as soon as it is complete
+        self._missing_grads: list[int] = []
+        self._reductions: list[PendingCollective] = []
         if self.group is None:
             return
         trained = [p for p in parameters if p.requires_grad]
-        room = 0
+        free_bytes = 0
         for p in reversed(trained):
             size = p.numel() * p.element_size()
-            if size > room or p.dtype != self._buckets[-1][0].dtype:
+            if size > free_bytes or p.dtype != self._buckets[-1][0].dtype:
                 self._buckets.append([])
-                room = max(size, BUCKET_BYTES)
+                free_bytes = max(size, BUCKET_BYTES)
             self._buckets[-1].append(p)
-            room -= size
+            free_bytes -= size
         for index, bucket in enumerate(self._buckets):
             for p in bucket:
-                p.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))
+                p.register_post_accumulate_grad_hook(lambda _, index=index: self._grad_ready(index))
 
     @contextmanager
     def reduce_on_exit(self, *, overlap: bool = True) -> Iterator[None]:
-        """Around the backward pass (or passes) after which the gradients are to be summed.
+        """Context of the backward pass (or passes) after which gradients are summed over the ranks.
 
         Args:
-            overlap: send each bucket as soon as it is complete: right if this is one backward pass that reaches every
-                parameter once. Otherwise all are sent at the end.
+            overlap: reduce each bucket as soon as it is complete. Correct for one backward pass that reaches every parameter
+                once; otherwise all buckets are reduced at the end.
         """
-        self._eager = overlap and self.group is not None
-        self._waiting, self._sent = [len(bucket) for bucket in self._buckets], []
+        self._overlap = overlap and self.group is not None
+        self._missing_grads, self._reductions = [len(bucket) for bucket in self._buckets], []
         try:
-            with guarded(self.group, "the sum of gradients"):
+            with explain_failure(self.group, "the sum of gradients"):
                 yield
-                self._finish()
+                self._wait_and_store()
         finally:
-            self._eager, self._sent = False, []
+            self._overlap, self._reductions = False, []
 
-    def _ready(self, index: int) -> None:
-        if self._eager:
-            self._waiting[index] -= 1
-            while len(self._sent) < len(self._buckets) and self._waiting[len(self._sent)] <= 0:  # in order on every rank
-                self._send()
+    def _grad_ready(self, index: int) -> None:
+        if self._overlap:
+            self._missing_grads[index] -= 1
+            while (
+                len(self._reductions) < len(self._buckets) and self._missing_grads[len(self._reductions)] <= 0
+            ):  # in the same order on every rank
+                self._reduce_next()
 
-    def _send(self) -> None:
+    def _reduce_next(self) -> None:
         assert self.group is not None
-        bucket = self._buckets[len(self._sent)]
+        bucket = self._buckets[len(self._reductions)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
-        self._sent.append(start_all_reduce(flat, self.group))
+        self._reductions.append(start_all_reduce(flat, self.group))
 
-    def _finish(self) -> None:
-        while len(self._sent) < len(self._buckets):
-            self._send()
-        for bucket, sent in zip(self._buckets, self._sent):
+    def _wait_and_store(self) -> None:
+        while len(self._reductions) < len(self._buckets):
+            self._reduce_next()
+        for bucket, sent in zip(self._buckets, self._reductions):
             for p, part in zip(bucket, sent.wait().split([p.numel() for p in bucket])):
                 p.grad = part.view_as(p)
 
 
 class DataParallelModel:
-    """A model over a group of ranks. It is called like the module itself.
+    """A model whose parameters a group of ranks shares. It is called like the module itself.
 
-        replica = DataParallelModel.replicated(model, group)  # or fully_sharded(model, group, model.blocks, ...)
-        for n, (inputs, labels) in enumerate(parts):
-            with replica.backward(last=n == len(parts) - 1):     # after the last the gradients are those of all ranks
+        replica = DataParallelModel.replicated(model, group)               # or DataParallelModel.fully_sharded(model, group,
+        model.blocks, ...) for n, (inputs, labels) in enumerate(parts):
+            with replica.backward(last=n == len(parts) - 1):     # after the last part, gradients are summed over the ranks
                 replica(inputs, labels).backward()
 
     Attributes:
         model: the module that holds the parameters (DTensors, where they are sharded).
-        group: the ranks that share the parameters; None for one.
-        is_sharded: whether each rank holds a part of every parameter.
-        sums: of the gradients of whole replicas.
+        group: the ranks that share the parameters; None is one rank.
+        is_sharded: whether each rank holds a shard of every parameter.
+        reducer: all-reduce of the gradients of replicated parameters.
     """
 
     def __init__(self, model: nn.Module, group: ProcessGroup | None, *, is_sharded: bool) -> None:
@@ -127,12 +130,13 @@ class DataParallelModel:
     def fully_sharded(
         cls, model: nn.Module, group: ProcessGroup | None, units: Iterable[nn.Module], *, device_type: str
     ) -> DataParallelModel:
-        """Parameters, gradients and optimizer states divided over the ranks; each unit's are gathered while it runs.
+        """Parameters, gradients and optimizer states sharded over the ranks (FSDP2); each unit's parameters are gathered
+        while it runs.
 
-        The model may be on the meta device: ``to_empty`` and initialisation come afterwards.
+        The model may be on the meta device: ``to_empty`` and initialization follow.
 
         Raises:
-            ImportError: this PyTorch has no ``fully_shard`` that can sum.
+            ImportError: this PyTorch has no ``fully_shard`` that can sum gradients.
         """
         if group is None or group_size(group) == 1:
             return cls(model, None, is_sharded=False)
@@ -153,15 +157,15 @@ class DataParallelModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        with guarded(self.group if self.is_sharded else None, "the forward pass"):
+        with explain_failure(self.group if self.is_sharded else None, "the forward pass"):
             return self.model(*args, **kwargs)
 
     @contextmanager
     def backward(self, *, last: bool = True) -> Iterator[None]:
-        """Around forward and backward of one part of a step: after the last one the gradients are those of all ranks."""
+        """Context of forward and backward of one micro-batch; after the last one, gradients are summed over the ranks."""
         if self.is_sharded:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-            with guarded(self.group, "the backward pass"):
+            with explain_failure(self.group, "the backward pass"):
                 yield
         elif last:
             with self.reducer.reduce_on_exit():
@@ -170,25 +174,26 @@ class DataParallelModel:
             yield
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by name, whole; a collective where they are sharded: all ranks go through to the end."""
+        """Every unsharded parameter by name. A collective where parameters are sharded: every rank must exhaust the
+        iterator."""
         for name, parameter in self.model.named_parameters():
             yield name, full_tensor(parameter.detach())
 
 
 @contextmanager
-def guarded(group: ProcessGroup | None, op: str) -> Iterator[None]:
-    """As :func:`watched`, but an error that no rank's failure explains stays what it was."""
+def explain_failure(group: ProcessGroup | None, op: str) -> Iterator[None]:
+    """As :func:`name_failed_rank`, but an error that no rank's failure explains is raised unchanged."""
     if group is None:
         yield
         return
     own: RuntimeError | None = None
     try:
-        with watched(group, op):
+        with name_failed_rank(group, op):
             try:
                 yield
             except RankFailure:
                 raise
-            except torch.OutOfMemoryError as error:  # nothing to ask the other ranks about
+            except torch.OutOfMemoryError as error:  # the other ranks cannot explain it
                 own = error
             except RuntimeError as error:
                 own = error
@@ -201,7 +206,7 @@ def guarded(group: ProcessGroup | None, op: str) -> Iterator[None]:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """A sharded tensor, whole, on every rank (a collective); any other as it is."""
+    """The unsharded tensor of a DTensor, on every rank (a collective); any other tensor unchanged."""
     from torch.distributed.tensor import DTensor
 
     checks.instance("x", x, Tensor)

@@ -1,4 +1,4 @@
-"""Keeping communication out of compiled graphs."""
+"""A decorator that keeps functions with collectives out of compiled graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def eager(fn: Callable[P, R]) -> Callable[P, R]:
-    """``torch.compiler.disable``, without importing the compiler (seconds) in processes that never use it."""
+    """``torch.compiler.disable``, but without importing the compiler, which takes seconds, in processes that never compile."""
     disabled: list[Callable[P, R]] = []
 
     @functools.wraps(fn)

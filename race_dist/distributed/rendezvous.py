@@ -1,8 +1,8 @@
-"""How the ranks of a job find each other: the variables of a launcher, and the store at MASTER_ADDR and MASTER_PORT.
+"""Rendezvous: how the ranks of a job find each other through the store at MASTER_ADDR and MASTER_PORT.
 
-Rank 0 holds the store. It listens where it was told to: on the loopback device alone where all ranks are on this machine,
-else at the address that MASTER_ADDR names. Whatever stands there instead (another job's store, a program that accepts and
-never answers), every rank ends within the timeout, in one sentence with its own number.
+Rank 0 hosts the store. It listens on the loopback interface only where all ranks are on this machine, else at the address of
+MASTER_ADDR. If another process listens there (another job's store, a program that accepts connections and never answers), every
+rank ends within the timeout with one sentence that has its rank.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from race_dist.rank_environment import LOOPBACK, STORE_FD_VARIABLE, RankEnvironm
 from race_dist.strict_config import TIMEOUT_LIMIT
 
 _BACKLOG = 2048
-_EXTRA = 0.5  # seconds beyond the timeout in which the store's own error may come
+_GRACE = 0.5  # seconds after the timeout in which the store's own error may arrive
 
 
 def check_timeout(timeout: object, name: str = "timeout") -> datetime.timedelta:
-    """The seconds that ranks wait for each other. ValueError or TypeError where it is no number, or none that can be waited."""
+    """The timeout of the ranks' collectives. TypeError or ValueError unless it is a positive number of seconds within the
+    limit."""
     if isinstance(timeout, bool) or not isinstance(timeout, int | float):
         raise TypeError(f"{name} must be a number of seconds; got {timeout!r}")
     if not 0 < timeout <= TIMEOUT_LIMIT or math.isnan(timeout):
@@ -38,25 +39,26 @@ def check_timeout(timeout: object, name: str = "timeout") -> datetime.timedelta:
     return datetime.timedelta(seconds=timeout)
 
 
-def join_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
-    """The job's store, once every rank has come to it.
+def join_store(environment: RankEnvironment, timeout: datetime.timedelta) -> Any:
+    """The job's store, once every rank has joined it.
 
     Args:
-        place: of this rank.
-        timeout: for all ranks to come.
+        environment: of this rank.
+        timeout: for all ranks to join.
 
     Raises:
-        RankFailure: a rank did not come within the timeout, or what stands at the meeting point is not this job.
+        RankFailure: a rank did not join within the timeout, or the process that listens there does not belong to this job.
     """
-    rank, seconds = place.rank, timeout.total_seconds()
+    rank, seconds = environment.rank, timeout.total_seconds()
     deadline = time.monotonic() + seconds
-    where = f"MASTER_ADDR={place.master_addr}, MASTER_PORT={place.master_port}"
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher holds it
+    where = f"MASTER_ADDR={environment.master_addr}, MASTER_PORT={environment.master_port}"
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the launcher hosts the store
     try:
-        store = _within(seconds + _EXTRA, lambda: (_agents_store if agent else _own_store)(place, timeout))
-        lobby = PrefixStore("race_dist/job", store)
-        answer = _within(
-            max(0.1, deadline - time.monotonic()) + _EXTRA, lambda: _enter(lobby, rank, place.world_size, deadline)
+        store = _call_with_timeout(seconds + _GRACE, lambda: (_agent_store if agent else _own_store)(environment, timeout))
+        shared_store = PrefixStore("race_dist/job", store)
+        answer = _call_with_timeout(
+            max(0.1, deadline - time.monotonic()) + _GRACE,
+            lambda: _join_start(shared_store, rank, environment.world_size, deadline),
         )
     except _PortInUse as error:
         raise RankFailure(
@@ -75,20 +77,20 @@ def join_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
     job, missing = answer
     if missing:
         raise RankFailure(
-            f"rank {rank}: {format_ranks(missing)} of {place.world_size} did not join the job at {place.master_addr}:"
-            f"{place.master_port} within {seconds:g} s",
+            f"rank {rank}: {format_ranks(missing)} of {environment.world_size} did not join the job at "
+            f"{environment.master_addr}:{environment.master_port} within {seconds:g} s",
             missing,
         )
     return job
 
 
 class _PortInUse(OSError):
-    """Somebody else listens at the port."""
+    """Another process listens at the port."""
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The call's result; TimeoutError when there is none in time. A store's client waits without end for one that accepts its
-    connection and never answers, so the call runs in a thread, which is then left behind."""
+def _call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
+    """The call's result; TimeoutError where it does not return in time. The store's client has no timeout for a server that
+    accepts its connection and never answers, so the call runs in a thread, which is abandoned then."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -108,25 +110,30 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     return value
 
 
-def _agents_store(place: RankEnvironment, timeout: datetime.timedelta) -> Any:
-    return next(iter(rendezvous("env://", place.rank, place.world_size, timeout=timeout)))[0]
+def _agent_store(environment: RankEnvironment, timeout: datetime.timedelta) -> Any:
+    return next(iter(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)))[0]
 
 
-def _own_store(place: RankEnvironment, timeout: datetime.timedelta) -> TCPStore:
-    assert place.master_addr is not None
+def _own_store(environment: RankEnvironment, timeout: datetime.timedelta) -> TCPStore:
+    assert environment.master_addr is not None
     deadline = time.monotonic() + timeout.total_seconds()
-    host = LOOPBACK if place.single_node and _is_here(place.master_addr) else place.master_addr
-    if place.rank:
-        _await_listener(host, place.master_port, deadline)
+    host = LOOPBACK if environment.single_node and _is_local(environment.master_addr) else environment.master_addr
+    if environment.rank:
+        _await_listener(host, environment.master_port, deadline)
         return TCPStore(
-            host, place.master_port, place.world_size, is_master=False, timeout=_left(deadline), wait_for_workers=False
+            host,
+            environment.master_port,
+            environment.world_size,
+            is_master=False,
+            timeout=_remaining(deadline),
+            wait_for_workers=False,
         )
-    listener = _listening(host, place.master_port)
+    listener = _listen(host, environment.master_port)
     address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
     return TCPStore(
         LOOPBACK if address.is_unspecified else str(address),
-        place.master_port,
-        place.world_size,
+        environment.master_port,
+        environment.world_size,
         is_master=True,
         timeout=timeout,
         wait_for_workers=False,
@@ -135,7 +142,7 @@ def _own_store(place: RankEnvironment, timeout: datetime.timedelta) -> TCPStore:
 
 
 def _await_listener(host: str, port: int, deadline: float) -> None:
-    """Until somebody listens there. ConnectionError by the deadline; the store's own client would say so in many lines."""
+    """Wait until a server listens there. ConnectionError after the deadline; the store's own client would print many lines."""
     while True:
         try:
             socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
@@ -146,8 +153,8 @@ def _await_listener(host: str, port: int, deadline: float) -> None:
         time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
 
 
-def _is_here(host: str) -> bool:
-    """Whether a host's name or address is one of this machine."""
+def _is_local(host: str) -> bool:
+    """Whether a host name or address belongs to this machine."""
     try:
         with socket.create_server((_address(host)[1][0], 0), family=_address(host)[0]):
             return True
@@ -157,22 +164,22 @@ def _is_here(host: str) -> bool:
 
 def _address(host: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
     found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    found.sort(key=lambda each: each[0] != socket.AF_INET)
+    found.sort(key=lambda info: info[0] != socket.AF_INET)
     return found[0][0], found[0][4]
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address that ``host`` names; at all of this machine's where other nodes must know it by
-    another one. A socket that a launcher has opened beforehand is taken over."""
-    inherited = _inherited(port)
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at the address of ``host``, or at all addresses of this machine where other nodes must use another
+    address than this machine resolves. A socket that a launcher has opened is inherited."""
+    inherited = _inherited_socket(port)
     if inherited is not None:
         return inherited
     try:
         try:
             family, address = _address(host)
-            if not _misleading(host, address[0]):
+            if not _resolves_to_loopback(host, address[0]):
                 return socket.create_server((address[0], port), family=family, backlog=_BACKLOG)
-        except OSError as error:  # no such name here, or a translated or virtual address
+        except OSError as error:  # the name does not resolve here, or the address is translated or virtual
             if error.errno != errno.EADDRNOTAVAIL and not isinstance(error, socket.gaierror):
                 raise
         if socket.has_dualstack_ipv6():
@@ -184,15 +191,15 @@ def _listening(host: str, port: int) -> socket.socket:
         raise
 
 
-def _misleading(host: str, address: str) -> bool:
-    """Whether a name that is not one of the loopback device leads there all the same: on some systems a machine's own name
-    does on that machine alone, and the other nodes know it by its real address."""
+def _resolves_to_loopback(host: str, address: str) -> bool:
+    """Whether a name other than localhost resolves to a loopback address: on some systems a machine's own name does on that
+    machine only, while other nodes resolve its real address."""
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     name = host.partition(".")[0].lower()
     return loopback and host != address and name not in ("localhost", "ip6-localhost", "localhost6")
 
 
-def _inherited(port: int) -> socket.socket | None:
+def _inherited_socket(port: int) -> socket.socket | None:
     number = os.environ.pop(STORE_FD_VARIABLE, "")
     if not number.isdecimal():
         return None
@@ -206,45 +213,45 @@ def _inherited(port: int) -> socket.socket | None:
         listens = 0
     if listens:
         return taken
-    taken.detach()  # somebody else's number
+    taken.detach()  # the descriptor belongs to something else
     return None
 
 
-def _enter(lobby: Any, rank: int, world: int, deadline: float) -> tuple[Any, list[int]]:
-    """This start's own part of the store, and the ranks that did not come to it.
+def _join_start(shared_store: Any, rank: int, world: int, deadline: float) -> tuple[Any, list[int]]:
+    """The store's prefix for this start of the job, and the ranks that did not join it.
 
-    A launcher that starts failed ranks again may keep its store, full of what the ranks before have left. So rank 0 makes a
-    name for this start and gives it to every rank that says hello with a word never used before.
+    A launcher that restarts failed ranks may keep its store with the keys of the ranks before. So rank 0 draws a name for this
+    start and gives it to every rank that announces itself with a token never used before.
     """
-    word = secrets.token_hex(8)
-    lobby.set(f"hello/{rank}", word)
+    token = secrets.token_hex(8)
+    shared_store.set(f"joining/{rank}", token)
     if rank:
         try:
-            lobby.wait([f"welcome/{word}"], _left(deadline))
+            shared_store.wait([f"start_of/{token}"], _remaining(deadline))
         except RuntimeError:
             return None, [0]
-    start = lobby.get(f"welcome/{word}").decode() if rank else secrets.token_hex(8)
-    job, keys = PrefixStore(start, lobby), [f"here/{r}" for r in range(world)]
+    start = shared_store.get(f"start_of/{token}").decode() if rank else secrets.token_hex(8)
+    job, keys = PrefixStore(start, shared_store), [f"joined/{r}" for r in range(world)]
     job.set(keys[rank], "1")
     if rank:
         try:
-            job.wait(keys, _left(deadline))
+            job.wait(keys, _remaining(deadline))
         except RuntimeError:
             return job, [r for r, key in enumerate(keys) if not job.check([key])]
         return job, []
-    greeted: set[str] = set()
+    answered: set[str] = set()
     while not job.check(keys):
         if time.monotonic() > deadline:
             return job, [r for r, key in enumerate(keys) if not job.check([key])]
         for r in range(1, world):
-            if lobby.check([f"hello/{r}"]) and (other := lobby.get(f"hello/{r}").decode()) not in greeted:
-                lobby.set(f"welcome/{other}", start)
-                greeted.add(other)
+            if shared_store.check([f"joining/{r}"]) and (other := shared_store.get(f"joining/{r}").decode()) not in answered:
+                shared_store.set(f"start_of/{other}", start)
+                answered.add(other)
         time.sleep(0.01)
     return job, []
 
 
-def _left(deadline: float) -> datetime.timedelta:
+def _remaining(deadline: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
 
 

@@ -189,22 +189,22 @@ def test_the_store_listens_where_it_was_told_to(host: str, local: int | None, lo
 
 
 def test_a_name_that_leads_to_the_loopback_device_on_one_machine_only_does_not_bind_there() -> None:
-    assert rendezvous._misleading("node7", "127.0.1.1")
-    assert not rendezvous._misleading("localhost", "127.0.0.1")
-    assert not rendezvous._misleading("127.0.0.1", "127.0.0.1")
-    assert not rendezvous._misleading("node7", "10.0.0.7")
+    assert rendezvous._resolves_to_loopback("node7", "127.0.1.1")
+    assert not rendezvous._resolves_to_loopback("localhost", "127.0.0.1")
+    assert not rendezvous._resolves_to_loopback("127.0.0.1", "127.0.0.1")
+    assert not rendezvous._resolves_to_loopback("node7", "10.0.0.7")
 
 
 def test_rank_0_takes_over_the_socket_of_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port, number = server.getsockname()[1], os.dup(server.fileno())
     monkeypatch.setenv(STORE_FD_VARIABLE, str(number))
-    with rendezvous._listening("127.0.0.1", port) as taken:
+    with rendezvous._listen("127.0.0.1", port) as taken:
         assert taken.fileno() == number
     assert STORE_FD_VARIABLE not in os.environ
     with open(os.devnull) as other:
         monkeypatch.setenv(STORE_FD_VARIABLE, str(other.fileno()))
-        with rendezvous._listening("127.0.0.1", port) as own:  # what is no such socket is left alone
+        with rendezvous._listen("127.0.0.1", port) as own:  # what is no such socket is left alone
             assert own.fileno() != other.fileno()
 
 

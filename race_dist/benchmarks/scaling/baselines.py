@@ -1,4 +1,4 @@
-"""RACE beside softmax attention over the same ranks, on the same shapes."""
+"""RACE and softmax attention over the same ranks, with the same shapes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from race_dist.benchmarks.scaling.job import Job
 from race_dist.benchmarks.scaling.softmax import ring, ulysses
 from race_dist.hashing import sample_planes
 
-SLOWEST = 15.0  # seconds that one more call of a peer may take
+SLOWEST = 15.0  # seconds that one call of a baseline may take
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Forward + backward of each over all ranks; softmax leaves where a call would take too long."""
+    """Forward + backward of each over all ranks; softmax is skipped where a call would take too long."""
     rows: list[dict[str, Any]] = []
     last: dict[str, float] = {}
-    for tokens in job.sizes.peers:
+    for tokens in job.sizes.baselines:
         for name in ("race", "ulysses", "ring"):
-            reason = _why_not(job, name, tokens, last)
+            reason = _reason_to_skip(job, name, tokens, last)
             row: dict[str, Any] = {"name": name, "tokens": tokens, "ranks": job.size}
             if reason is None:
                 row["both_ms"] = last[name] = _time(job, name, tokens)
@@ -38,13 +38,13 @@ def measure(job: Job) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _why_not(job: Job, name: str, tokens: int, last: dict[str, float]) -> str | None:
+def _reason_to_skip(job: Job, name: str, tokens: int, last: dict[str, float]) -> str | None:
     if name == "ulysses" and job.sizes.base.heads % job.size:
-        return f"{job.sizes.base.heads} heads do not divide by {job.size} ranks"
+        return f"{job.sizes.base.heads} heads are not a multiple of {job.size} ranks"
     if name == "race" or name not in last:
         return None
     expected = last[name] / 1e3 * (tokens / last[name + " tokens"]) ** 2
-    return f"would take about {expected:.0f} s a call" if expected > SLOWEST or 3 * expected > job.left() else None
+    return f"would take about {expected:.0f} s per call" if expected > SLOWEST or 3 * expected > job.seconds_left() else None
 
 
 def _time(job: Job, name: str, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Whether ranks that share a sequence compute what one rank does: attention, a training step, a streamed step."""
+"""Exactness of context parallelism compared with one rank: attention, a training step, a streamed step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from race_dist.streaming import streamed_backward
 
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag")
 FLOAT32_LIMIT = 1e-5  # relative error against one rank
-NOISE, ROUNDING = 2.0, 2.0**-9  # times the error that bfloat16 itself makes on one rank; and what one rounding may be
+NOISE, ROUNDING = 2.0, 2.0**-9  # limit as a multiple of bfloat16's own error on one rank; and at least one rounding
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Relative errors of all ranks against one of them: float32, and bfloat16 beside the error of bfloat16 itself."""
+    """Relative errors of all ranks against one rank: float32, and bfloat16 with the error of bfloat16 itself for comparison."""
     result: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -59,13 +59,13 @@ def _attention(job: Job, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
         out = race_attention(q, k, v, planes.to(q.dtype), 2.0, group=job.group(job.size) if shared else None, layout=layout)
         return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
 
-    cut = lambda x: shard_sequence(x, job.group(job.size), dim=1, layout=layout)
-    one, many = run(whole, shared=False), run([cut(x) for x in whole], shared=True)
-    errors = {name: job.largest(_error(a, cut(b))) for name, a, b in zip(names, many, one, strict=True)}
+    shard = lambda x: shard_sequence(x, job.group(job.size), dim=1, layout=layout)
+    one, many = run(whole, shared=False), run([shard(x) for x in whole], shared=True)
+    errors = {name: job.max_over_ranks(_error(a, shard(b))) for name, a, b in zip(names, many, one, strict=True)}
     if dtype == torch.float32:
         return _verdict(errors, None)
     true = run([t.float() for t in whole], shared=False)
-    return _verdict(errors, {name: job.largest(_error(a, b)) for name, a, b in zip(names, one, true, strict=True)})
+    return _verdict(errors, {name: job.max_over_ranks(_error(a, b)) for name, a, b in zip(names, one, true, strict=True)})
 
 
 def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> dict[str, Any]:
@@ -85,9 +85,9 @@ def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> 
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(0, 256, (1, length), generator=generator).to(job.device) for _ in range(2))
 
-    def run(narrow: bool, group: Any) -> tuple[Tensor, Tensor]:
+    def run(bfloat16: bool, group: Any) -> tuple[Tensor, Tensor]:
         model.zero_grad()
-        with torch.autocast(job.device.type, torch.bfloat16) if narrow else nullcontext():
+        with torch.autocast(job.device.type, torch.bfloat16) if bfloat16 else nullcontext():
             if layout is None:
                 loss = streamed_backward(
                     model, ids, labels, chunk_size=-(-length // (3 * (job.size if group else 1))), group=group
@@ -98,10 +98,10 @@ def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> 
             loss.backward()
         return all_reduce_sum(loss, group), all_reduce_sum(_flat(model), group)
 
-    narrow, names = dtype == torch.bfloat16, ("loss", "gradient")
-    one, many = run(narrow, None), run(narrow, job.group(job.size))
-    errors = {name: job.largest(_error(a, b)) for name, a, b in zip(names, many, one, strict=True)}
-    if not narrow:
+    bfloat16, names = dtype == torch.bfloat16, ("loss", "gradient")
+    one, many = run(bfloat16, None), run(bfloat16, job.group(job.size))
+    errors = {name: job.max_over_ranks(_error(a, b)) for name, a, b in zip(names, many, one, strict=True)}
+    if not bfloat16:
         return _verdict(errors, None)
     true = run(False, None)
     return _verdict(errors, {name: _error(a, b) for name, a, b in zip(names, one, true, strict=True)})

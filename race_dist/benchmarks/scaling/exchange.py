@@ -1,4 +1,4 @@
-"""The scan by itself, and how much of it runs beside the attention's own work."""
+"""Time of the exclusive scan alone, and how much of it overlaps the attention's computation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _scan(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
 
 
 class _NoScan:
-    """Stands where a scan is, and exchanges nothing."""
+    """A scan without communication."""
 
     def __init__(self, pieces: Sequence[SketchState]) -> None:
         self._pieces = pieces
@@ -59,7 +59,7 @@ class _NoScan:
 
 
 def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
-    """The same local work with the exchange left out says what the exchange adds."""
+    """The time that the exchange adds: with it minus without it, for the same local computation."""
     call = _call(job, count, algorithm) if job.takes_part(count) else lambda: None
     whole = job.milliseconds(call, count)
     with mock.patch.object(state_exchange, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
@@ -77,7 +77,7 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
 
 
 def _scan_of(job: Job, count: int, algorithm: Algorithm, heads: int) -> float:
-    """Milliseconds of the scan of so many of the timed attention's heads."""
+    """Milliseconds of the scan of the state of ``heads`` heads."""
     base = job.sizes.base
     state = SketchState.empty(1, heads, base.tables * 2**base.planes, base.head_dim, device=job.device)
     return job.milliseconds(lambda: start_scan([state], job.group(count), algorithm=algorithm).wait(), count, repeats=REPEATS)

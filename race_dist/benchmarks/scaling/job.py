@@ -1,4 +1,4 @@
-"""The ranks of a measurement, its sizes, its clock, and the JSON that it leaves behind whatever happens."""
+"""A measurement over several ranks: its sizes, its timing, and the JSON that is written after every part."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from race_dist.planning.clusters import match_gpu
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the problems are; :data:`LARGE` for GPUs, :data:`SMALL` for a try on CPUs.
+    """How large the problems are; :data:`LARGE` for GPUs, :data:`SMALL` for a test on CPUs.
 
     Attributes:
-        base: the attention that is timed, at any length.
-        exact: tokens of the problems whose results are compared.
-        lengths: tokens in all, shared by 1, 2, 4, ... ranks (strong scaling), each with its heads: the longest fit one GPU of
-            80 GB with few.
-        per_rank: tokens a rank (weak scaling).
-        peers: tokens in all of the comparison with softmax over many ranks.
+        base: sizes of the timed attention, without the length.
+        exact: tokens of the inputs whose results are compared.
+        lengths: total tokens, shared by 1, 2, 4, ... ranks (strong scaling), each with its number of heads: with few heads the
+            longest fit one GPU of 80 GB.
+        per_rank: tokens per rank (weak scaling).
+        baselines: total tokens of the comparison with softmax over many ranks.
         state_heads: heads of the sketch whose scan is timed.
-        repeats: how often a call is timed.
+        repeats: timed calls.
     """
 
     base: Shape
     exact: int
     lengths: tuple[tuple[int, int], ...]
     per_rank: int
-    peers: tuple[int, ...]
+    baselines: tuple[int, ...]
     state_heads: int
     repeats: int
 
@@ -58,18 +58,18 @@ SMALL = Sizes(Shape(0, heads=4, head_dim=16, tables=2, planes=2), 96, ((1024, 4)
 
 
 class Job:
-    """One call: its ranks, its clock and its report.
+    """One run of the benchmark: its ranks, its time limit and its report.
 
     Attributes:
         device: of this rank.
-        sizes: of the problems.
-        report: what rank 0 writes after every measure.
+        sizes: of the inputs.
+        report: JSON that rank 0 writes after every measurement.
     """
 
     def __init__(self, device: torch.device, sizes: Sizes, out: Path, seconds: float) -> None:
         self.device, self.sizes, self._out = device, sizes, out
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._began, self._seconds = time.monotonic(), seconds
+        self._started, self._seconds = time.monotonic(), seconds
         self.counts = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < self.size} | {self.size})
         self._groups = {n: dist.new_group(list(range(n))) for n in self.counts if n < self.size}
         assert dist.group.WORLD is not None
@@ -90,42 +90,42 @@ class Job:
         return self.rank < count
 
     def cluster(self, count: int) -> Cluster:
-        """These ranks as the planner sees them."""
+        """The first ``count`` ranks as the planner's cluster."""
         gpu = match_gpu(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return Cluster(gpu or GPUS["cpu"], count, max(count, 1))
 
     def say(self, text: str) -> None:
-        """A line from rank 0."""
+        """Print a line on rank 0."""
         if self.rank == 0:
-            print(f"[{time.monotonic() - self._began:6.1f} s] {text}", flush=True)
+            print(f"[{time.monotonic() - self._started:6.1f} s] {text}", flush=True)
 
-    def left(self) -> float:
-        """Seconds that rank 0 still has, the same on every rank."""
-        mine = torch.tensor(self._seconds - (time.monotonic() - self._began), dtype=torch.float64, device=self.device)
+    def seconds_left(self) -> float:
+        """Seconds until the time limit by rank 0's clock, the same on every rank."""
+        mine = torch.tensor(self._seconds - (time.monotonic() - self._started), dtype=torch.float64, device=self.device)
         return float(broadcast_tensor(mine, self.world))
 
     def write(self) -> None:
-        """Store the report as it is."""
+        """Write the report."""
         if self.rank == 0:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._out.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
 
-    def largest(self, value: float) -> float:
-        """Over all ranks."""
+    def max_over_ranks(self, value: float) -> float:
+        """The maximum over all ranks."""
         return float(all_reduce_max(torch.tensor(value, dtype=torch.float64, device=self.device), self.world))
 
-    def every(self, value: float) -> list[float]:
-        """Of each rank."""
+    def all_values(self, value: float) -> list[float]:
+        """The values of all ranks."""
         return [float(v) for v in all_gather_tensor(torch.tensor(value, dtype=torch.float64, device=self.device), self.world)]
 
     def milliseconds(self, call: Callable[[], object], count: int, *, repeats: int | None = None) -> float:
-        """The median time of a call that the first ``count`` ranks make together, of the slowest rank; all ranks wait."""
+        """The median time of a call that the first ``count`` ranks make together, on the slowest rank; all ranks wait."""
         mine = 0.0
         if self.takes_part(count):
             call()
             mine = statistics.median(self._once(call, count) for _ in range(repeats or self.sizes.repeats))
         barrier(self.world)
-        return self.largest(mine)
+        return self.max_over_ranks(mine)
 
     def _once(self, call: Callable[[], object], count: int) -> float:
         barrier(self.group(count))
@@ -142,18 +142,18 @@ class Job:
         return begin.elapsed_time(end)
 
     def sent(self, call: Callable[[], object]) -> dict[str, Any]:
-        """What this rank hands to collectives in a call, by collective: calls and bytes."""
+        """Calls and bytes that this rank passes to collectives in a call, by collective."""
         with count_bytes() as count:
             call()
         return {"bytes": count.bytes, "calls": count.calls, "by_op": {op: list(pair) for op, pair in count.by_op.items()}}
 
     def fits(self, size: float) -> bool:
-        """Whether ``size`` bytes fit into what is free on every rank's device (a CPU: 2 GiB)."""
+        """Whether ``size`` bytes fit into the free memory of every rank's device (a CPU: 2 GiB)."""
         free = 2.0**31
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             free = float(torch.cuda.mem_get_info(self.device)[0])
-        return self.largest(size / free) <= 0.95
+        return self.max_over_ranks(size / free) <= 0.95
 
 
 def _nccl_version(device: torch.device) -> list[int] | None:

@@ -19,7 +19,7 @@ from race_dist.nn import Sequence
 
 
 def strong(job: Job) -> dict[str, Any]:
-    """A sequence of fixed length over more and more ranks."""
+    """Strong scaling: a fixed length over more and more ranks."""
     rows: list[dict[str, Any]] = []
     for tokens, heads in job.sizes.lengths:
         for count in job.counts:
@@ -28,13 +28,13 @@ def strong(job: Job) -> dict[str, Any]:
         _compare_with_fewest([row for row in rows if row["tokens"] == tokens], strong=True)
         job.report["strong"] = {"rows": rows}
         job.write()
-        if job.left() < 0:
+        if job.seconds_left() < 0:
             break
     return {"rows": rows}
 
 
 def weak(job: Job) -> dict[str, Any]:
-    """A fixed length a rank: the attention, and a whole RACE layer in a dtype that autocast gives."""
+    """Weak scaling: a fixed length per rank, for the attention and for a RACE layer under autocast."""
     calls = [_row(job, job.sizes.per_rank * count, job.sizes.base.heads, count) for count in job.counts]
     _compare_with_fewest(calls, strong=False)
     layers = [_layer_row(job, count) for count in job.counts]
@@ -47,14 +47,14 @@ def _row(job: Job, tokens: int, heads: int, count: int) -> dict[str, Any]:
     shape = replace(job.sizes.base, length=tokens // count, heads=heads)
     row: dict[str, Any] = {"tokens": tokens, "heads": heads, "ranks": count}
     if not job.fits(1.1 * shape.tensor_bytes):
-        return row | {"skipped": f"q, k, v, output and gradients need {shape.tensor_bytes / 2**30:.0f} GiB a rank"}
+        return row | {"skipped": f"q, k, v, output and gradients need {shape.tensor_bytes / 2**30:.0f} GiB per rank"}
     forward, both = _calls(job, shape, count)
     row |= {"forward_ms": job.milliseconds(forward, count), "both_ms": job.milliseconds(both, count)}
     return row | {"predicted_both_ms": attention_milliseconds(job, shape, count)}
 
 
 def _calls(job: Job, shape: Shape, count: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One call of the first ``count`` ranks without and with gradients."""
+    """The call of the first ``count`` ranks without and with gradients."""
     if not job.takes_part(count):
         return (lambda: None), (lambda: None)
     q, k, v = inputs(shape, job.device)
@@ -72,7 +72,7 @@ def _calls(job: Job, shape: Shape, count: int) -> tuple[Callable[[], object], Ca
 
 
 def _layer_row(job: Job, count: int) -> dict[str, Any]:
-    """Forward + backward of a RaceAttention layer as it is by default."""
+    """Forward + backward of a RaceAttention layer with its defaults."""
     base = job.sizes.base
     dim, tokens = base.heads * base.head_dim, job.sizes.per_rank
     row: dict[str, Any] = {"tokens": tokens * count, "ranks": count}
@@ -83,10 +83,10 @@ def _layer_row(job: Job, count: int) -> dict[str, Any]:
         config = RaceConfig(dim=dim, num_heads=base.heads, num_tables=base.tables, num_planes=base.planes)
         layer = RaceAttention(config).to(job.device)
         x = torch.randn(1, tokens, dim, device=job.device, requires_grad=True)
-        narrow = torch.autocast(job.device.type, torch.bfloat16) if base.dtype == "bfloat16" else nullcontext()
+        autocast = torch.autocast(job.device.type, torch.bfloat16) if base.dtype == "bfloat16" else nullcontext()
 
         def call() -> None:
-            with narrow:
+            with autocast:
                 sequence = Sequence.of(tokens, group=job.group(count), return_carry=False, device=job.device)
                 y, _ = layer(x, None, sequence)
             y.sum().backward()
@@ -95,7 +95,7 @@ def _layer_row(job: Job, count: int) -> dict[str, Any]:
 
 
 def _compare_with_fewest(rows: list[dict[str, Any]], *, strong: bool) -> None:
-    """Efficiency against the fewest ranks that were measured: 1 is linear."""
+    """Efficiency relative to the smallest number of ranks that was measured: 1 is linear scaling."""
     measured = [row for row in rows if "both_ms" in row]
     for row in measured:
         first = measured[0]

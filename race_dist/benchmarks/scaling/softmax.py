@@ -1,7 +1,7 @@
-"""Softmax attention over many ranks, as RACE's peers: Ulysses (heads for tokens, all-to-all) and a ring of blocks.
+"""Softmax attention over many ranks as baselines: Ulysses (all-to-all of heads for tokens) and ring attention.
 
-Both are exact and causal, and use PyTorch's flash attention for the local work. The ring holds its sequence in zigzag order,
-so that every rank has the same work.
+Both are exact and causal, and use PyTorch's flash attention for the local work. Ring attention uses zigzag shards, so that
+every rank has the same work.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import group_rank, group_size, start_all_to_all, start_shift
 
-Block = tuple[Tensor, Tensor, tuple[Any, ...]]  # output, log of the summed exponentials, what the backward pass wants
+Block = tuple[Tensor, Tensor, tuple[Any, ...]]  # output, log-sum-exp, further tensors for the backward pass
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Block:
-    """Of ``[B, H, T, D]``: output, ``[B, H, T]`` float32 log-sum-exp, and the rest that the backward pass takes."""
+    """Attention of ``[B, H, T, D]``: output, ``[B, H, T]`` float32 log-sum-exp, and further tensors for the backward pass."""
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse, ()
@@ -29,7 +29,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Block:
 def flash_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple[Any, ...], *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block, from the output and log-sum-exp of all blocks."""
+    """Gradients of one block, given the output and log-sum-exp of all blocks."""
     if q.device.type == "cpu":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(dout, q, k, v, out, lse, 0.0, causal)
@@ -52,7 +52,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def ulysses(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
-    """Contiguous shards ``[B, T/W, H, D]`` to the same; the heads divide by the ranks."""
+    """Attention over contiguous shards ``[B, T/W, H, D]``; the number of heads is a multiple of the ranks."""
     world = group_size(group)
 
     def to_heads(x: Tensor) -> Tensor:
@@ -66,12 +66,13 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def ring(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
-    """Zigzag shards ``[B, T/W, H, D]`` to the same: keys and values travel around the ranks."""
+    """Attention over zigzag shards ``[B, T/W, H, D]``: keys and values are passed around the ring of ranks."""
     return _Ring.apply(q, k, v, group)
 
 
 class _Ring(torch.autograd.Function):
-    """Rank r holds slices r and 2W-1-r. Of rank s < r all queries see the first slice; of s > r the later queries see both."""
+    """Rank r holds slices r and 2W-1-r. All queries see the first slice of rank s < r; the later half of the
+    queries sees both slices of rank s > r."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
@@ -80,7 +81,7 @@ class _Ring(torch.autograd.Function):
         out = out.float()
         ctx.rests = [rest]
         half = q.shape[2] // 2
-        for step, (_, source, (keys, values)) in enumerate(_around((k, v), group)):
+        for step, (_, source, (keys, values)) in enumerate(_ring_steps((k, v), group)):
             if step == 0:
                 continue
             rows, columns = _part(source, group_rank(group), half)
@@ -89,7 +90,7 @@ class _Ring(torch.autograd.Function):
             )
             ctx.rests.append(rest)
             total = torch.logaddexp(lse[:, :, rows], part_lse)
-            weights = ((each - total).exp()[..., None] for each in (lse[:, :, rows], part_lse))
+            weights = ((one - total).exp()[..., None] for one in (lse[:, :, rows], part_lse))
             out[:, :, rows] = next(weights) * out[:, :, rows] + next(weights) * part.float()
             lse[:, :, rows] = total
         ctx.group = group
@@ -103,35 +104,35 @@ class _Ring(torch.autograd.Function):
         group, dout = ctx.group, dout.transpose(1, 2).contiguous()
         rank, half = group_rank(group), q.shape[2] // 2
         dq, dk, dv = (g.float() for g in flash_backward(dout, q, k, v, out, lse, ctx.rests[0], causal=True))
-        for step, (_, source, (keys, values)) in enumerate(_around((k, v), group)):
+        for step, (_, source, (keys, values)) in enumerate(_ring_steps((k, v), group)):
             if step == 0:
                 continue
-            dk, dv = (_turn(x, group) for x in (dk, dv))  # the gradients travel with their keys
+            dk, dv = (_pass_on(x, group) for x in (dk, dv))  # gradients are passed on with their keys and values
             rows, columns = _part(source, rank, half)
             d, queries, o, total = (x[:, :, rows].contiguous() for x in (dout, q, out, lse))
-            near_keys, near_values = (x[:, :, columns].contiguous() for x in (keys, values))
-            grads = flash_backward(d, queries, near_keys, near_values, o, total, ctx.rests[step], causal=False)
+            block_keys, block_values = (x[:, :, columns].contiguous() for x in (keys, values))
+            grads = flash_backward(d, queries, block_keys, block_values, o, total, ctx.rests[step], causal=False)
             dq[:, :, rows] += grads[0]
             dk[:, :, columns] += grads[1]
             dv[:, :, columns] += grads[2]
-        dk, dv = (_turn(x, group) for x in (dk, dv))  # home
+        dk, dv = (_pass_on(x, group) for x in (dk, dv))  # back to the owner
         return *(g.transpose(1, 2).to(q.dtype) for g in (dq, dk, dv)), None
 
 
 def _part(source: int, rank: int, half: int) -> tuple[slice, slice]:
-    """Rows of this rank's queries and of the keys of ``source`` that meet."""
+    """Rows of this rank's queries and of the keys of ``source`` that attend to each other."""
     return (slice(None), slice(0, half)) if source < rank else (slice(half, None), slice(None))
 
 
-def _turn(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x of the rank before this one, the last one's on the first."""
-    return start_shift(x, 1, group, around=True).wait()
+def _pass_on(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x of the previous rank in the ring."""
+    return start_shift(x, 1, group, ring=True).wait()
 
 
-def _around(tensors: tuple[Tensor, Tensor], group: ProcessGroup) -> Any:
-    """``(step, source, tensors)``: this rank's own, then those of the ranks before it, one after the other."""
+def _ring_steps(tensors: tuple[Tensor, Tensor], group: ProcessGroup) -> Any:
+    """``(step, source, tensors)``: this rank's own tensors, then those of the previous ranks in turn."""
     world, rank = group_size(group), group_rank(group)
     yield 0, rank, tensors
     for step in range(1, world):
-        tensors = (_turn(tensors[0], group), _turn(tensors[1], group))
+        tensors = (_pass_on(tensors[0], group), _pass_on(tensors[1], group))
         yield step, (rank - step) % world, tensors
