@@ -13,12 +13,13 @@ from race_dist.hashing import sample_planes
 from race_dist.integrations.megatron.config import require_race_config
 from race_dist.integrations.megatron.context import SequenceShard, check_causal_mask, combine_masks, is_causal, padding_mask
 from race_dist.integrations.megatron.heads import HeadModule
-from race_dist.nn.conv import short_conv
-from race_dist.nn.core import apply_qk_norm, attend, decay_time_constants
-from race_dist.nn.init import seeded_normal
+from race_dist.nn.decay import decay_time_constants
+from race_dist.nn.initialization import seeded_normal
 from race_dist.nn.norm import compute_dtype, rms
+from race_dist.nn.race_core import apply_qk_norm, attend
 from race_dist.nn.sequence import Sequence
-from race_dist.nn.tail import SpanWithTail, run_with_tail
+from race_dist.nn.short_conv import short_conv
+from race_dist.nn.tail_carry import SpanWithTail, run_with_tail
 
 
 class RaceCoreAttention(HeadModule):

@@ -16,10 +16,10 @@ from torch import Tensor
 from race_dist.integrations.megatron.config import require_race_config
 from race_dist.integrations.megatron.core_attention import RaceCoreAttention
 from race_dist.integrations.megatron.heads import HeadModule
-from race_dist.nn.core import ENDLESS_MEMORY, decay_time_constants
-from race_dist.nn.gate import apply_output_gate
-from race_dist.nn.init import seeded_normal
+from race_dist.nn.decay import LONG_TIME_CONSTANT, decay_time_constants
+from race_dist.nn.initialization import seeded_normal
 from race_dist.nn.norm import compute_dtype
+from race_dist.nn.output_gate import apply_output_gate
 from race_dist.parallel import group_rank, group_size
 
 
@@ -33,7 +33,7 @@ class TokenDecay(HeadModule):
     def __init__(self, config: Any, layer_number: int, tp_group: Any) -> None:
         super().__init__(config, tp_group)
         race, heads = config.race(), config.race_query_groups
-        rates = (1 / torch.tensor(decay_time_constants(heads, ENDLESS_MEMORY), dtype=torch.float64)).expm1().log()
+        rates = (1 / torch.tensor(decay_time_constants(heads, LONG_TIME_CONSTANT), dtype=torch.float64)).expm1().log()
         weight = seeded_normal(
             (heads, config.hidden_size), config.hidden_size**-0.5, race.seed, f"race.{layer_number - 1}.decay_proj.weight"
         )
