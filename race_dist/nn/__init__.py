@@ -24,6 +24,7 @@ from race_dist.nn.sequence import Sequence, Span
 from race_dist.nn.short_conv import ConvolvedCarry, ShortConv
 from race_dist.nn.tail_carry import TailCarry
 from race_dist.nn.window import WindowAttention, WindowKind
+from race_dist.renamed_modules import renamed_attribute
 
 for _kind in (RaceKind(), WindowKind(), FullKind()):
     register_layer_kind(_kind)
@@ -65,3 +66,9 @@ __all__ = [
     "streamable_letters",
     "unregister_layer_kind",
 ]
+
+RENAMED = {"Drawn": "SeededModule"}
+
+
+def __getattr__(name: str) -> object:
+    return renamed_attribute(__name__, RENAMED, name)
