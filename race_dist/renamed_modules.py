@@ -1,4 +1,4 @@
-"""Modules that were imported under another name before version 0.2: the old names work for one release, with a warning."""
+"""Modules and public names that were renamed before version 0.2: the old names work for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -39,3 +39,17 @@ def install() -> None:
     """Make the old names importable, once per process."""
     if not any(isinstance(finder, RenamedModules) for finder in sys.meta_path):
         sys.meta_path.append(RenamedModules())
+
+
+def renamed_attribute(module: str, renamed: dict[str, str], name: str) -> object:
+    """The ``__getattr__`` of a module whose public names were renamed: the value under the new name, with a warning.
+
+    Raises:
+        AttributeError: ``name`` is no old name.
+    """
+    if name not in renamed:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = renamed[name]
+    message = f"{module}.{name} is now {module}.{new}; the old name stops working with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return getattr(sys.modules[module], new)

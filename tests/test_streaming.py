@@ -292,5 +292,5 @@ def test_full_softmax_is_refused_with_the_reason() -> None:
 def test_padding_is_refused_with_what_to_do_instead(call: Any) -> None:
     ids, labels = text(2, 6)
     given = (ids,) if call is streamed_prompt else (ids, labels)
-    with pytest.raises(ValueError, match=r"key_mask.*(cu_seqlens|race_dist\.models\.read)"):
+    with pytest.raises(ValueError, match=r"key_mask.*(cu_seqlens|race_dist\.models\.prefill)"):
         call(model(), *given, chunk_size=4, key_mask=torch.ones(2, 6, dtype=torch.bool))

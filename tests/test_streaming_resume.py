@@ -17,7 +17,7 @@ from torch import Tensor
 
 from race_dist.distributed.communication import packed_size
 from race_dist.models import DecoderLM
-from race_dist.streaming import Progress, StepCheckpoint, StepInterrupted, carries, streamed_backward
+from race_dist.streaming import Progress, StepCheckpoint, StepInterrupted, carry_stack, streamed_backward
 from tests.test_streaming import assert_same, gradients, model, text
 
 LENGTH, CHUNK = 43, 10  # five chunks: 4 forward, 5 backward
@@ -195,7 +195,7 @@ def test_carries_in_several_slabs(rows: int, tmp_path: Path, monkeypatch: pytest
     net, again = model(), model()
     step(net)
     size = packed_size(net.zero_carry(1, state_dtype=torch.float64).tensors())
-    monkeypatch.setattr(carries, "SLAB", rows * size)
+    monkeypatch.setattr(carry_stack, "SLAB_BYTES", rows * size)
     with pytest.raises(StepInterrupted):
         step(model(), checkpoint=StepCheckpoint(tmp_path, every=0, stop=after(6)))
     step(again, checkpoint=StepCheckpoint(tmp_path, every=0))

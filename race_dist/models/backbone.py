@@ -1,4 +1,4 @@
-"""The stack of blocks that every model here is made of."""
+"""The stack of blocks shared by all models: embedding, blocks, last norm, and the carry of a model."""
 
 from __future__ import annotations
 
@@ -14,40 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from race_dist import checks
-from race_dist.carry import Carry
 from race_dist.models.config import ModelConfig
-from race_dist.nn import (
-    Embedding,
-    FullAttention,
-    Linear,
-    RaceAttention,
-    RMSNorm,
-    Sequence,
-    WindowAttention,
-    initialize,
-)
+from race_dist.nn import Embedding, LayerCarry, Linear, RMSNorm, Sequence, initialize, kinds_in, layer_kind, registered_kinds
 from race_dist.nn.norm import compute_dtype
-
-Mixer = RaceAttention | WindowAttention | FullAttention
-
-
-def build_mixer(config: ModelConfig, layer: int, *, causal: bool, **where: Any) -> Mixer:
-    """The mixing layer of block ``layer``; its weights are left to :func:`race_dist.nn.initialize`."""
-    kind, gain = config.layer_kinds[layer], (2 * config.num_layers) ** -0.5
-    if kind == "R":
-        return RaceAttention(config.race, layer, output_gain=gain, init_weights=False, **where)
-    widths = (config.dim, config.num_heads, config.kv_heads)
-    options = {
-        "head_dim": config.head_dim,
-        "rope_base": config.rope_base,
-        "config": config.softmax,
-        "output_gain": gain,
-        "init_weights": False,
-        **where,
-    }
-    if kind == "W":
-        return WindowAttention(*widths, config.window, **options)
-    return FullAttention(*widths, causal=causal, **options)
 
 
 class SwiGLU(nn.Module):
@@ -69,9 +38,11 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, *, causal: bool, **where: Any) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
-        self.mixer = build_mixer(config, layer, causal=causal, **where)
+        gain = (2 * config.num_layers) ** -0.5
+        kind = layer_kind(config.layer_kinds[layer])
+        self.mixer = kind.build(config, layer, causal=causal, output_gain=gain, init_weights=False, **where)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
-        self.ffn = SwiGLU(config.dim, config.resolved_ffn_dim, output_gain=(2 * config.num_layers) ** -0.5, **where)
+        self.ffn = SwiGLU(config.dim, config.resolved_ffn_dim, output_gain=gain, **where)
 
     def forward(self, x: Tensor, carry: Any, sequence: Sequence) -> tuple[Tensor, Any]:
         """``x [B, T, dim]`` to the same, and the mixing layer's carry."""
@@ -82,15 +53,15 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class ModelCarry:
-    """What a model carries from one piece of a sequence to the next.
+    """The carry of a model from one piece of a sequence to the next.
 
     Attributes:
-        layers: one carry a block.
-        position: int64, 0-dimensional: tokens of the open document that have been seen; ``[B]``, real tokens of each row's,
-            behind a piece with a key_mask.
+        layers: one carry per block.
+        position: int64: the number of tokens of the open document that have been seen: 0-dimensional, or ``[B]`` after a piece
+            with a key_mask, counting the real tokens of each row.
     """
 
-    layers: tuple[Carry, ...]
+    layers: tuple[LayerCarry, ...]
     position: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -124,11 +95,11 @@ class Backbone(nn.Module):
 
     Args:
         config: of the model.
-        causal: whether a token reads only itself and what came before.
+        causal: whether a token reads only itself and the tokens before it.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: the RACE layers are causal and the model is not, or the other way round.
+        ValueError: a layer reads in another direction than the model.
     """
 
     def __init__(
@@ -137,13 +108,7 @@ class Backbone(nn.Module):
         super().__init__()
         name = type(self).__name__
         checks.instance("config", config, ModelConfig, f"{name}(ModelConfig(...))")
-        if "R" in config.layer_kinds and config.race.causal != causal:
-            raise ValueError(f"{name} needs race.causal = {causal}: make it with race=RaceConfig(causal={causal}, ...)")
-        if "W" in config.layer_kinds and not causal:
-            raise ValueError(
-                f"{name} reads in both directions, but a W layer is causal: "
-                f"layer_pattern = {config.layer_pattern!r} may hold R and S"
-            )
+        _check_direction(name, config, causal)
         where = checks.factory_kwargs(device, dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim, std=0.02, **where)
@@ -151,7 +116,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.dim, eps=config.norm_eps, **where)
 
     def initialize(self, seed: int | None = None) -> None:
-        """Fill the weights from ``seed`` (None: the config's) and their names alone: the same on every rank."""
+        """Fill the weights from ``seed`` (None: ``config.seed``) and their names, so that they are the same on every rank."""
         initialize(self, self.config.seed if seed is None else seed)
 
     def zero_carry(self, batch: int, *, dtype: torch.dtype | None = None, state_dtype: torch.dtype | None = None) -> ModelCarry:
@@ -160,7 +125,7 @@ class Backbone(nn.Module):
         Args:
             batch: rows.
             dtype: of convolution tails, keys and values; None: the weights'.
-            state_dtype: of sketches; None: float32, or float64 for float64 weights. Token-by-token decoding wants float64.
+            state_dtype: of sketches; None: float32, or float64 for float64 weights. Token-by-token decoding needs float64.
         """
         weight, batch = self.embed.weight, checks.integer("batch", batch, minimum=0)
         for name, given in (("dtype", dtype), ("state_dtype", state_dtype)):
@@ -185,15 +150,15 @@ class Backbone(nn.Module):
 
         Args:
             input_ids: ``[B, T]`` int: this rank's tokens.
-            carry: what came before the sequence (under a group: the same on every rank), or None.
-            cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1). The first continues the carry:
-                it is empty where that document had ended.
-            key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent. Real tokens and the
-                carry get what they would get without it; its own hidden state is 0, without a gradient. Under a group every
-                rank gives one or none does.
-            group: ranks that each hold a shard of the sequence.
-            layout: order of the shards, "contiguous" or "zigzag".
-            return_carry: whether the outgoing carry is wanted; without it None is returned in its place.
+            carry: the carry before the sequence (under a group the same on every rank), or None.
+            cu_seqlens: ``[N + 1]`` int: the boundaries of packed documents in the whole sequence (B = 1). The first document
+                continues the carry; it is empty where that document had ended.
+            key_mask: ``[B, T]`` bool, False for padding, which may stand anywhere. A False token is absent: real tokens and the
+                carry are those of the sequence without it. Its hidden state is 0 and has no gradient. Under a group either
+                every rank gives a mask or none does.
+            group: the ranks that each hold a shard of the sequence.
+            layout: the order of the shards, "contiguous" or "zigzag".
+            return_carry: whether to compute the outgoing carry; otherwise None is returned in its place.
 
         Returns:
             ``h [B, T, dim]`` and the carry after the whole sequence.
@@ -202,7 +167,7 @@ class Backbone(nn.Module):
             checks.instance("carry", carry, ModelCarry, "make it with zero_carry")
             if len(carry.layers) != len(self.blocks):
                 raise ValueError(f"carry is of a model of {len(carry.layers)} layers; this one has {len(self.blocks)}")
-        x, sequence = self.enter(
+        x, sequence = self.embed_inputs(
             input_ids,
             0 if carry is None else carry.position,
             cu_seqlens=cu_seqlens,
@@ -226,7 +191,7 @@ class Backbone(nn.Module):
             return h, None
         return h, ModelCarry(tuple(layers), sequence.end_position(None if carry is None else carry.position))
 
-    def enter(
+    def embed_inputs(
         self,
         input_ids: Tensor,
         position: Tensor | int = 0,
@@ -237,11 +202,15 @@ class Backbone(nn.Module):
         layout: str = "contiguous",
         return_carry: bool = True,
     ) -> tuple[Tensor, Sequence]:
-        """What :meth:`hidden` gives its first block: embedded tokens ``[B, T, dim]``, and where they stand. ``position``: of
-        the first token; the rest as there."""
+        """The input of the first block: embedded tokens ``[B, T, dim]``, and their sequence.
+
+        Args:
+            position: of the first token.
+            input_ids, cu_seqlens, key_mask, group, layout, return_carry: as for :meth:`hidden`.
+        """
         self._check_shapes(input_ids, key_mask, cu_seqlens)
         if key_mask is not None:
-            input_ids = torch.where(key_mask, input_ids, 0)  # whatever stands there
+            input_ids = torch.where(key_mask, input_ids, 0)  # padding may hold any value
         check_ids("input_ids", input_ids, self.config.vocab_size)
         sequence = Sequence.of(
             input_ids.shape[1],
@@ -260,7 +229,7 @@ class Backbone(nn.Module):
         return cast(Iterable[Block], self.blocks)
 
     def _rotation_kinds(self) -> set[tuple[int, float]]:
-        """(head_dim, base) of every mixing layer with positions."""
+        """(head_dim, base) of every mixing layer with rotary positions."""
         kinds = set()
         for block in self._blocks():
             if block.mixer.rope_base is not None:
@@ -292,8 +261,23 @@ class Backbone(nn.Module):
             raise ValueError(f"key_mask is on {key_mask.device} but input_ids is on {input_ids.device}: move one of them")
 
 
+def _check_direction(name: str, config: ModelConfig, causal: bool) -> None:
+    """Raise ValueError where a layer reads in another direction than the model."""
+    for kind in kinds_in(config.layer_kinds):
+        if kind.is_causal(config) in (None, causal):
+            continue
+        if kind.direction == "config":
+            options = f"{kind.options_name}={type(kind.options(config)).__name__}(causal={causal}, ...)"
+            raise ValueError(f"{name} needs {kind.options_name}.causal = {causal}: make it with {options}")
+        others = " and ".join(other.letter for other in registered_kinds() if other.direction != "causal")
+        raise ValueError(
+            f"{name} reads in both directions, but a {kind.letter} layer is causal: "
+            f"layer_pattern = {config.layer_pattern!r} may hold {others}"
+        )
+
+
 def check_ids(name: str, ids: Tensor, vocab_size: int, bound: str = "vocab_size") -> None:
-    """Raise ValueError for ids outside the vocabulary (or what ``bound`` names), where they can be read without waiting."""
+    """Raise ValueError for ids outside the vocabulary (or ``bound``), where reading them does not wait for a device."""
     if not checks.readable(ids):
         return
     low, high = int(ids.min()), int(ids.max())

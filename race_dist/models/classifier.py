@@ -17,7 +17,7 @@ from race_dist.parallel import group_size
 
 
 class SequenceClassifier(Backbone):
-    """A bidirectional encoder whose mean hidden state says what class a sequence is of.
+    """A bidirectional encoder with a linear classifier on its mean hidden state.
 
     Args:
         config: of the encoder, with ``race=RaceConfig(causal=False)`` and layers R and S.
@@ -50,13 +50,13 @@ class SequenceClassifier(Backbone):
     ) -> Tensor:
         """Logits ``[B, classes]``, or the mean loss when ``labels [B]`` are given.
 
-        Under a group the logits are those of the whole sequence, on every rank, and each rank's loss is its equal
-        share: the ranks' losses and gradients add up.
+        Under a group every rank returns the logits of the whole sequence, and an equal share of the loss: losses and gradients
+        add up over the ranks.
 
         Args:
             input_ids: ``[B, T]`` int: this rank's tokens.
             labels: ``[B]`` int64, the same on every rank.
-            key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent.
+            key_mask: ``[B, T]`` bool, False for padding, which may stand anywhere: a False token is absent.
             group, layout: as for a language model.
         """
         if labels is not None:

@@ -1,4 +1,4 @@
-"""ModelConfig: every choice about a model's shape, checked when it is made."""
+"""ModelConfig: the shape of a model and the options of its layers, validated."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from race_dist.nn import RaceConfig, SoftmaxConfig
+from race_dist.nn import RaceConfig, SoftmaxConfig, registered_kinds
 from race_dist.nn.config import WIDTH_LIMIT
+from race_dist.nn.registry import described_kinds
 from race_dist.strict_config import COUNT_LIMIT, SEED_LIMIT, SIZE_LIMIT, StrictConfig
-
-LAYER_KINDS = {"R": "RACE", "W": "sliding-window softmax", "S": "full softmax"}
 
 
 class ModelConfig(StrictConfig):
@@ -64,9 +63,8 @@ class ModelConfig(StrictConfig):
     @field_validator("layer_pattern")
     @classmethod
     def _pattern(cls, value: str) -> str:
-        if not value or set(value) - set(LAYER_KINDS):
-            kinds = ", ".join(f"{letter} = {kind}" for letter, kind in LAYER_KINDS.items())
-            raise ValueError(f"is a string of {kinds}")
+        if not value or set(value) - {kind.letter for kind in registered_kinds()}:
+            raise ValueError(f"is a string of {described_kinds()}")
         return value
 
     @model_validator(mode="after")
@@ -102,5 +100,5 @@ class ModelConfig(StrictConfig):
 
     @property
     def layer_kinds(self) -> str:
-        """One letter a block."""
+        """One letter per block (:mod:`race_dist.nn.registry`)."""
         return (self.layer_pattern * self.num_layers)[: self.num_layers]

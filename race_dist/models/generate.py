@@ -1,4 +1,4 @@
-"""Token-by-token generation: the carry is all that is kept of the past."""
+"""Prefill and token-by-token generation: a model's carry is all that is stored of the text so far."""
 
 from __future__ import annotations
 
@@ -23,40 +23,42 @@ def sample(
     generator: torch.Generator | None = None,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """One token id a row, ``[B]``, of logits ``[B, vocab]``.
+    """Sample one token id per row, ``[B]``, from logits ``[B, vocab]``.
 
     Args:
         temperature: 0 takes the most likely token.
-        top_k: draw from the k most likely only.
-        top_p: draw from the fewest most likely tokens whose probabilities reach p.
-        generator: of the draw.
-        allowed: ``[vocab]`` bool, False for ids that are never drawn, on the logits' device; None: all may be.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least p.
+        generator: random number generator of the sample.
+        allowed: ``[vocab]`` bool on the logits' device, False for ids that are never sampled; None: all ids may be.
 
     Raises:
-        TypeError, ValueError: an argument is of another type or out of its range, or the logits hold NaN or Inf.
+        TypeError, ValueError: an argument has another type or is out of range, or the logits contain NaN or Inf.
     """
     checks.tensor("logits", logits, dtypes=checks.DTYPES, dim=2)
-    _check_choice(temperature, top_k, top_p)
+    _check_sampling(temperature, top_k, top_p)
     if generator is not None:
         checks.instance("generator", generator, torch.Generator)
     if checks.readable(logits) and not bool((logits < float("inf")).all() & (logits > float("-inf")).any(-1).all()):
-        raise ValueError("logits hold NaN or Inf, from which no token can be drawn: the model has diverged")
-    return _draw(logits, temperature, top_k, top_p, generator, allowed)
+        raise ValueError("logits hold NaN or Inf, from which no token can be sampled: the model has diverged")
+    return _sample(logits, temperature, top_k, top_p, generator, allowed)
 
 
-def _check_choice(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if checks.number("temperature", temperature, minimum=0, words="at least 0") and temperature < SMALLEST:
-        raise ValueError(f"temperature must be 0 (the most likely token) or at least {SMALLEST:g}; got {temperature}")
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if checks.number("temperature", temperature, minimum=0, words="at least 0") and temperature < MIN_SAMPLING_VALUE:
+        raise ValueError(f"temperature must be 0 (the most likely token) or at least {MIN_SAMPLING_VALUE:g}; got {temperature}")
     if top_k is not None:
         checks.integer("top_k", top_k, minimum=1, words="at least 1, or None")
     if (
         top_p is not None
-        and checks.number("top_p", top_p, above=0, maximum=1, words="above 0 and at most 1, or None") < SMALLEST
+        and checks.number("top_p", top_p, above=0, maximum=1, words="above 0 and at most 1, or None") < MIN_SAMPLING_VALUE
     ):
-        raise ValueError(f"top_p must be at least {SMALLEST:g} (temperature=0 takes the most likely token); got {top_p}")
+        raise ValueError(
+            f"top_p must be at least {MIN_SAMPLING_VALUE:g} (temperature=0 takes the most likely token); got {top_p}"
+        )
 
 
-def _draw(
+def _sample(
     logits: Tensor,
     temperature: float,
     top_k: int | None,
@@ -68,26 +70,26 @@ def _draw(
         logits = logits.masked_fill(~allowed, float("-inf"))
     if temperature == 0:
         return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: however small the temperature, none is Inf
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: finite at any temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p is not None and top_p < 1:
         ordered, index = logits.softmax(-1).sort(dim=-1, descending=True)
-        surplus = ordered.cumsum(-1) - ordered >= top_p  # what is likelier reaches p already
+        surplus = ordered.cumsum(-1) - ordered >= top_p  # tokens after those that reach p
         logits = logits.masked_fill(torch.zeros_like(surplus).scatter(1, index, surplus), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-SMALLEST = 1e-30  # of temperature and top_p: what float32 divides by and compares with
+MIN_SAMPLING_VALUE = 1e-30  # of temperature and top_p: safe in float32
 
 
 @dataclass(frozen=True)
 class PromptState:
-    """What a model remembers of a text, whatever its length: enough to go on from it.
+    """The state of a model after a text of any length, from which generation continues.
 
     Attributes:
-        carry: after the last token.
-        hidden: ``[B, dim]``: the last token's hidden state, from which the next one is drawn.
+        carry: the carry after the last token.
+        hidden: ``[B, dim]``: the hidden state of the last token, from which the next token is sampled.
     """
 
     carry: ModelCarry
@@ -98,18 +100,19 @@ class PromptState:
 def prefill(
     model: DecoderLM, ids: Tensor, before: PromptState | None = None, *, chunk: int = 8192, key_mask: Tensor | None = None
 ) -> PromptState:
-    """Go through a text, ``chunk`` tokens at a time. Texts of several lengths go in one batch, padded anywhere: ``generate``
-    goes on from what this returns.
+    """Run a model over a text, ``chunk`` tokens at a time. :func:`generate` continues from the state that this returns.
+
+    Texts of several lengths go in one batch; padding may stand anywhere.
 
     Args:
-        model: in eval or training mode, no gradients are taken.
+        model: in eval or training mode; no gradients are computed.
         ids: ``[B, T]`` int, at least one token.
-        before: what came before it; None: it is the beginning.
+        before: the state of the text before ``ids``; None: ``ids`` begin the text.
         chunk: tokens of each row whose activations exist at a time.
-        key_mask: ``[B, T]`` bool, False for padding. A row of nothing else stays as it was ``before``.
+        key_mask: ``[B, T]`` bool, False for padding. A row with only padding keeps its state ``before``.
 
     Raises:
-        TypeError, ValueError: an argument is of another type or out of its range, or a row has no token at all.
+        TypeError, ValueError: an argument has another type or is out of range, or a row has no token.
     """
     checks.instance("model", model, DecoderLM)
     chunk = checks.integer("chunk", chunk, minimum=1, maximum=2**62)
@@ -121,7 +124,7 @@ def prefill(
     if key_mask is not None:
         checks.tensor("key_mask", key_mask, dtypes=(torch.bool,), dim=2)
         _check_prompt_mask("ids", ids, key_mask, continued=before is not None)
-    # float64: a float32 mass that is fed single tokens stops growing at 2**24
+    # float64 sketches: a float32 mass stops growing at 2**24 tokens
     carry = model.zero_carry(ids.shape[0], state_dtype=torch.float64) if before is None else before.carry
     hidden = None if before is None else before.hidden
     for start in range(0, ids.shape[1], chunk):
@@ -134,7 +137,7 @@ def prefill(
 
 
 def _check_prompt_mask(name: str, ids: Tensor, key_mask: Tensor, *, continued: bool = False) -> Tensor:
-    """The mask; ValueError unless it is of these ids and leaves each text that begins there a token."""
+    """The mask; ValueError unless it has the shape of ``ids`` and each text that begins has a token."""
     if key_mask.shape != ids.shape:
         raise ValueError(f"key_mask must be bool {list(ids.shape)} like {name}; got {list(key_mask.shape)}")
     if not continued and not bool(key_mask.any(1).all()):
@@ -144,10 +147,10 @@ def _check_prompt_mask(name: str, ids: Tensor, key_mask: Tensor, *, continued: b
 
 
 def _last_real(h: Tensor, real: Tensor, before: Tensor | None) -> Tensor:
-    """``[B, dim]``: the hidden state of each row's last real token, or that from before where there is none."""
-    place = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # 0: none
-    last = h.take_along_dim((place - 1).clamp(min=0)[:, None, None], 1)[:, 0]
-    return last if before is None else torch.where(place[:, None] > 0, last, before)
+    """``[B, dim]``: the hidden state of each row's last real token; ``before`` where a row has none."""
+    count = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # index of the last real token + 1; 0: none
+    last = h.take_along_dim((count - 1).clamp(min=0)[:, None, None], 1)[:, 0]
+    return last if before is None else torch.where(count[:, None] > 0, last, before)
 
 
 def generate(
@@ -165,29 +168,29 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield ``max_new_tokens`` times the next token of each row, ``[B]`` int64.
 
-    The prompt goes through the model ``prefill_chunk`` tokens at a time; after it every token costs the same time and no
-    more memory (but for full softmax layers, which keep every key).
+    The prompt is prefilled ``prefill_chunk`` tokens at a time. After that every token takes the same time and no additional
+    memory, except in full softmax layers, which store every key.
 
     Args:
-        model: in eval or training mode, no gradients are taken.
-        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token, or what was read already.
+        model: in eval or training mode; no gradients are computed.
+        prompt_ids: ``[B, T]`` or ``[T]`` int, at least one token; or the state of a prompt that was prefilled before.
         max_new_tokens: 0 or more.
         temperature: 0 takes the most likely token.
-        top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.
-        seed: of the draws.
-        prefill_chunk: tokens of the prompt at a time.
-        allowed: ids that may be drawn, where the vocabulary is padded: ``[vocab]`` bool, or a number n for the ids below n.
+        top_k, top_p: as for :func:`sample`.
+        seed: of the random numbers.
+        prefill_chunk: tokens of the prompt whose activations exist at a time.
+        allowed: ids that may be sampled, where the vocabulary is padded: ``[vocab]`` bool, or a number n for the ids below n.
             None: all.
-        key_mask: bool like prompt_ids, False for padding, which may stand anywhere: prompts of several lengths. Each row gets
-            the tokens that it would get alone.
+        key_mask: bool like prompt_ids, False for padding, which may stand anywhere: for prompts of several lengths. Each row
+            gets the tokens that it would get alone.
 
     Raises:
-        TypeError, ValueError: an argument is of another type or out of its range.
+        TypeError, ValueError: an argument has another type or is out of range.
     """
     checks.instance("model", model, DecoderLM)
     if isinstance(prompt_ids, PromptState) and key_mask is not None:
         raise ValueError(
-            "key_mask is of a prompt's tokens, but prompt_ids is what was read already: give it to "
+            "key_mask belongs to a prompt's tokens, but prompt_ids is a PromptState: give the mask to "
             "prefill(model, ids, before, key_mask=...)"
         )
     if not isinstance(prompt_ids, PromptState):
@@ -199,10 +202,10 @@ def generate(
             key_mask = checks.tensor("key_mask", key_mask, dtypes=(torch.bool,))
             key_mask = _check_prompt_mask("prompt_ids", prompt_ids, key_mask[None] if key_mask.dim() == 1 else key_mask)
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, minimum=0, words="at least 0")
-    _check_choice(temperature, top_k, top_p)
+    _check_sampling(temperature, top_k, top_p)
     seed = checks.integer("seed", seed, minimum=0, maximum=2**64 - 1)
     prefill_chunk = checks.integer("prefill_chunk", prefill_chunk, minimum=1, maximum=2**62, words="at least 1")
-    return _steps(
+    return _generate_tokens(
         model,
         prompt_ids,
         key_mask,
@@ -228,27 +231,27 @@ def _mask(allowed: Tensor | int, model: DecoderLM) -> Tensor:
     elif isinstance(allowed, Tensor) and allowed.dtype == torch.bool and tuple(allowed.shape) == (size,):
         mask = allowed
         if not bool(mask.any()):
-            raise ValueError("allowed is False for every id: there is nothing to draw")
+            raise ValueError("allowed is False for every id: there is nothing to sample")
     else:
         got = f"{allowed.dtype} {list(allowed.shape)}" if isinstance(allowed, Tensor) else repr(allowed)
         raise ValueError(f"allowed must be bool [vocab_size] = [{size}], or a number of ids; got {got}")
     return mask.to(model.embed.weight.device)
 
 
-def _steps(
+def _generate_tokens(
     model: DecoderLM,
     prompt: Tensor | PromptState,
     key_mask: Tensor | None,
     max_new_tokens: int,
     prefill_chunk: int,
     seed: int,
-    choice: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> Iterator[Tensor]:
-    context = prefill(model, prompt, chunk=prefill_chunk, key_mask=key_mask) if isinstance(prompt, Tensor) else prompt
-    generator = torch.Generator(context.hidden.device).manual_seed(seed)
+    state = prefill(model, prompt, chunk=prefill_chunk, key_mask=key_mask) if isinstance(prompt, Tensor) else prompt
+    generator = torch.Generator(state.hidden.device).manual_seed(seed)
     for step in range(max_new_tokens):
         with torch.no_grad():
-            token = sample(model.logits(context.hidden), generator=generator, **choice)
+            token = sample(model.logits(state.hidden), generator=generator, **sampling)
         yield token
         if step + 1 < max_new_tokens:
-            context = prefill(model, token[:, None], context)
+            state = prefill(model, token[:, None], state)

@@ -38,7 +38,7 @@ def _check_num_targets(num_targets: Tensor | float | None) -> None:
 
 
 class LanguageModel(Backbone):
-    """A backbone and a linear head over the vocabulary (tied to the embedding, if the config says so)."""
+    """A backbone and a linear head over the vocabulary, tied to the embedding with ``config.tie_embeddings``."""
 
     def __init__(
         self, config: ModelConfig, *, causal: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -97,14 +97,14 @@ class LanguageModel(Backbone):
             labels: ``[B, T]`` int64: ``labels[t]`` is the target of position t (nothing is shifted inside); -100 is ignored.
                 Of a causal model: ``torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], 1)``.
             cu_seqlens: ``[N + 1]`` int, documents packed in the whole sequence (B = 1).
-            key_mask: ``[B, T]`` bool, False for padding, wherever it stands: a False token is absent, and its label does not
-                count. Its own logits are 0. Under a group every rank gives one or none does.
-            group: ranks that each hold a shard of the sequence; each rank's loss is its share, the shares add up.
+            key_mask: ``[B, T]`` bool, False for padding, which may stand anywhere. A False token is absent: its label does not
+                count, and its logits are 0. Under a group either every rank gives a mask or none does.
+            group: the ranks that each hold a shard of the sequence. Each rank's loss is its share: the losses add up.
             layout: order of the shards, "contiguous" or "zigzag".
-            num_targets: what the summed loss is divided by, above 0; None: the count of labels, over the group.
+            num_targets: the divisor of the summed loss, above 0; None: the number of labels that count, over the group.
 
         Raises:
-            TypeError, ValueError: a class, shape, dtype, token or label does not fit, or the labels are the input.
+            TypeError, ValueError: a class, shape, dtype, token or label does not fit, or the labels equal the input.
         """
         if labels is not None:
             _check_labels(labels, input_ids)
@@ -112,7 +112,7 @@ class LanguageModel(Backbone):
         h, _ = self.hidden(input_ids, cu_seqlens=cu_seqlens, key_mask=key_mask, group=group, layout=layout, return_carry=False)
         if labels is None:
             return self.logits(h)
-        if self.causal:  # mask and documents are known to be right by now
+        if self.causal:  # mask and documents have been validated by now
             check_shifted(input_ids, labels, key_mask=key_mask, layout=layout, cu_seqlens=cu_seqlens, world=group_size(group))
         else:
             check_masked(input_ids, labels)
@@ -122,10 +122,10 @@ class LanguageModel(Backbone):
 
 
 class DecoderLM(LanguageModel):
-    """A causal language model: ``DecoderLM(ModelConfig(...))``, then ``model(input_ids, labels)``: ``labels[t]`` is the token
-    that follows position t.
+    """A causal language model: ``DecoderLM(ModelConfig(...))``, then ``model(input_ids, labels)``, where ``labels[t]`` is the
+    token after position t.
 
-    Weights depend on ``config.seed`` and their names alone. :meth:`hidden` with a carry runs it piece by piece.
+    Initial weights depend only on ``config.seed`` and their names. :meth:`hidden` with a carry runs the model piece by piece.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class DecoderLM(LanguageModel):
 
 
 class MaskedLM(LanguageModel):
-    """A bidirectional encoder that predicts masked tokens (labels are -100 elsewhere).
+    """A bidirectional encoder that predicts masked tokens; labels are -100 at other positions.
 
-    Needs ``race=RaceConfig(causal=False)`` and layers R and S. ``key_mask`` marks padding, wherever it stands.
+    It needs ``race=RaceConfig(causal=False)`` and layers R and S. ``key_mask`` marks padding, which may stand anywhere.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, a few rows of logits at a time."""
+"""Cross-entropy of a linear head, chunked so that only a few rows of logits exist at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from race_dist.models.backbone import check_ids
 
 IGNORE_INDEX = -100
 HAS_LIGER = find_spec("liger_kernel") is not None
-_LARGE_VOCABULARY = 8192  # below it a few plain kernels do as well
-_ELEMENTS = {"cpu": 2**21}  # logits that exist at a time; elsewhere 2**26
+_LARGE_VOCABULARY = 8192  # below it plain kernels are as fast as the fused one
+_ELEMENTS = {"cpu": 2**21}  # logits that exist at a time; 2**26 on other devices
 
 
 def linear_cross_entropy(
@@ -22,18 +22,18 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum of ``-log softmax(h @ weight.T)[label]`` over rows whose label is not -100.
 
-    The gradients are computed with the values, so that the logits of ``chunk`` rows exist once and never again.
+    Gradients are computed together with the loss, so that the logits of each ``chunk`` rows are computed only once.
 
     Args:
         h: ``[N, D]`` hidden states.
         weight: ``[V, D]``.
         labels: ``[N]`` int64, from 0 to V - 1, or -100.
-        chunk: rows of logits at a time; None: by the size of the vocabulary.
-        fused: whether liger-kernel's Triton kernel makes a chunk's loss and gradient, in one pass over its logits; it chooses
-            the rows at a time. None: on CUDA, for vocabularies of at least 8192, where it is installed.
+        chunk: rows of logits that exist at a time; None: chosen by the size of the vocabulary.
+        fused: whether liger-kernel's Triton kernel computes the loss and gradient of a chunk in one pass over its logits; it
+            chooses the chunk. None: on CUDA, for vocabularies of at least 8192, where liger-kernel is installed.
 
     Returns:
-        The sum, float32 (float64 for float64 hidden states); 0 where no label counts.
+        The sum, float32 (float64 for float64 hidden states); 0 if no label counts.
 
     Raises:
         ImportError: ``fused`` without liger-kernel.
@@ -73,9 +73,9 @@ def _check(h: Tensor, weight: Tensor, labels: Tensor, chunk: int | None, fused: 
 def _linear_cross_entropy(
     h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, need_h: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum and its gradients; matrix products in ``dtype``, logits and sums in at least float32. ``chunk`` 0: fused."""
+    """The sum and its gradients: matrix products in ``dtype``, logits and sums in at least float32. ``chunk`` 0: fused."""
     if not chunk:
-        return _by_liger(h, weight, labels, dtype, need_h, need_weight)
+        return _fused_cross_entropy(h, weight, labels, dtype, need_h, need_weight)
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=torch.float64, device=h.device)
     dh = torch.empty_like(h) if need_h else h.new_empty(0)
@@ -100,10 +100,10 @@ def _linear_cross_entropy(
     return total.to(wide), dh, dweight.to(weight.dtype)
 
 
-def _by_liger(
+def _fused_cross_entropy(
     h: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, need_h: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; the weight's gradient is added up in float32."""
+    """The same by liger-kernel; the gradient of the weight is accumulated in float32."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     except ImportError as error:
@@ -134,7 +134,7 @@ def _(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.needed = inputs[-2:]
     ctx.save_for_backward(*output[1:])
 
@@ -144,4 +144,4 @@ def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_backward, setup_context=_save)
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

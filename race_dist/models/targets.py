@@ -1,4 +1,4 @@
-"""Labels that are the input again: a model trained on them learns to copy, and its loss collapses without a word."""
+"""Checks for labels that equal the input: a model trained on them learns to copy, and its loss collapses silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from race_dist.models.loss import IGNORE_INDEX
 
 SHIFTED = "labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], 1)"
-_FIRST = 2**16  # tokens of a long text that are compared
+_COMPARED_TOKENS = 2**16  # of a long text
 
 
 def check_shifted(
@@ -24,23 +24,23 @@ def check_shifted(
     cu_seqlens: Tensor | None = None,
     world: int = 1,
 ) -> None:
-    """Refuse labels of a causal model that are its input and not what follows it.
+    """Raise if the labels of a causal model are its input instead of the tokens that follow.
 
-    The same memory is refused on every device. On the CPU equal numbers are too, unless they are right: a text may repeat one
-    token. On other devices numbers are not looked at, as that would wait for the device.
+    Labels in the same memory are refused on every device. On the CPU equal values are refused too, unless they are correct (a
+    text may repeat one token). On other devices values are not read, because that would wait for the device.
 
     Args:
         input_ids: ``[B, T]`` int.
         labels: ``[B, T]`` int64, -100 where nothing is predicted.
-        key_mask: ``[B, T]`` bool, False for padding, whose labels do not count and which follows nothing.
+        key_mask: ``[B, T]`` bool, False for padding, whose labels do not count.
         layout: of the shards: "zigzag" rows are two pieces of the sequence, or two of each document.
-        cu_seqlens: ``[N + 1]`` int boundaries of documents in the whole sequence, which ``world`` ranks share.
+        cu_seqlens: ``[N + 1]`` int: the boundaries of documents in the whole sequence, which ``world`` ranks share.
 
     Raises:
-        ValueError: the message has the line to write.
+        ValueError: the message contains the correct line of code.
     """
     if _same_memory(input_ids, labels):
-        raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
+        raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_shifting_hint()}")
     if torch.compiler.is_compiling() or labels.shape != input_ids.shape or not labels.numel():
         return
     if labels.device.type != "cpu" or input_ids.device.type != "cpu":
@@ -53,16 +53,16 @@ def check_shifted(
     unlike_next = counted[:, :-1] & (labels[:, :-1] != input_ids[:, 1:])
     if key_mask is not None and key_mask.device.type == "cpu":
         unlike_next &= key_mask[:, 1:]
-    if layout == "zigzag":  # what follows a piece is on another rank
+    if layout == "zigzag":  # the token after a piece is on another rank
         unlike_next[:, _last_of_pieces(labels.shape[1], cu_seqlens, world)] = False
     if bool(unlike_next.any()):
         raise ValueError(
-            f"labels equal input_ids wherever they count, so that the model would learn to copy its input; {_meaning()}"
+            f"labels equal input_ids wherever they count, so that the model would learn to copy its input; {_shifting_hint()}"
         )
 
 
 def _last_of_pieces(length: int, cu_seqlens: Tensor | None, world: int) -> Tensor:
-    """Rows of a zigzag shard that are the last of their piece, but for the last row."""
+    """The last row of each piece of a zigzag shard, except the shard's last row."""
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return torch.tensor([length // 2 - 1])
     ends = (cu_seqlens.diff() // (2 * world)).repeat_interleave(2).cumsum(0)
@@ -70,12 +70,12 @@ def _last_of_pieces(length: int, cu_seqlens: Tensor | None, world: int) -> Tenso
 
 
 def warn_unshifted_text(input_ids: Any, labels: Any) -> None:
-    """Warn where labels of a text of any length, a tensor or a NumPy array ``[B, T]``, are its input: the same memory, or on
-    the CPU the same beginning. No error: a streamed step is also called for its time and memory alone."""
-    size = max(2, _FIRST // max(1, int(input_ids.shape[0])))
+    """Warn if the labels of a text of any length, a tensor or a NumPy array ``[B, T]``, are its input: in the same memory, or
+    on the CPU with the same first tokens. This is no error, because streamed steps are also run to measure time and memory."""
+    size = max(2, _COMPARED_TOKENS // max(1, int(input_ids.shape[0])))
     try:
         if _same_memory(input_ids, labels):
-            raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_meaning()}")
+            raise ValueError(f"labels are input_ids, so that the model would learn to copy its input; {_shifting_hint()}")
         head = [
             torch.from_numpy(np.asarray(x[:, :size]).astype(np.int64)) if isinstance(x, np.ndarray) else x[:, :size]
             for x in (input_ids, labels)
@@ -86,8 +86,8 @@ def warn_unshifted_text(input_ids: Any, labels: Any) -> None:
 
 
 def check_masked(input_ids: Tensor, labels: Tensor) -> None:
-    """Refuse labels of a bidirectional model that are its input. Labels that repeat single tokens of it are right: of the
-    tokens that are predicted some may be left unmasked."""
+    """Raise if the labels of a bidirectional model are its input. Labels may repeat single input tokens: some of the predicted
+    tokens may be left unmasked."""
     if _same_memory(input_ids, labels):
         raise ValueError(
             "labels are input_ids, so that the model would learn to copy its input; labels of a MaskedLM are the "
@@ -95,12 +95,12 @@ def check_masked(input_ids: Tensor, labels: Tensor) -> None:
         )
 
 
-def _meaning() -> str:
+def _shifting_hint() -> str:
     return f"labels[t] is the target of position t, nothing is shifted inside the model: write {SHIFTED}"
 
 
 def _same_memory(a: Any, b: Any) -> bool:
-    """Whether two arrays begin at the same place of the same device and have the same shape."""
+    """Whether two arrays start at the same address of the same device and have the same shape."""
     if a is b:
         return True
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
@@ -111,5 +111,5 @@ def _same_memory(a: Any, b: Any) -> bool:
         return False
     try:
         return a.data_ptr() == b.data_ptr()
-    except RuntimeError:  # tensors of a transformation have no memory of their own
+    except RuntimeError:  # tensors inside a torch.func transform have no memory of their own
         return False

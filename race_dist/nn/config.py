@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from race_dist.hashing import MAX_PLANES
-from race_dist.nn.gate import GateActivation
+from race_dist.nn.output_gate import GateActivation
 from race_dist.strict_config import SEED_LIMIT, StrictConfig
 
 WIDTH_LIMIT = 2**20  # of widths and heads of one layer: beyond it no layer fits a machine

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from race_dist import checks
-from race_dist.nn.init import Drawn
+from race_dist.nn.initialization import InitialValue, SeededModule
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -20,7 +20,7 @@ def rms(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
 
 
-class RMSNorm(Drawn):
+class RMSNorm(SeededModule):
     """``rms(x) * weight`` in the dtype of ``x``.
 
     Args:
@@ -39,7 +39,7 @@ class RMSNorm(Drawn):
         self.eps = checks.number("eps", eps, minimum=0)
         self.weight = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-    def initial(self) -> dict[str, float | Tensor]:
+    def initial_values(self) -> dict[str, InitialValue]:
         return {"weight": torch.ones(())}
 
     def forward(self, x: Tensor) -> Tensor:

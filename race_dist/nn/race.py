@@ -1,55 +1,65 @@
-"""The RACE layer: projections, short convolution, rates of decay, the core, gate and output projection."""
+"""The RACE layer: projections, short convolutions, data-dependent decay, the core, output gate and output projection."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from race_dist import checks
-from race_dist.nn.calls import check_layer_call, check_zero_carry
 from race_dist.nn.config import RaceConfig
-from race_dist.nn.conv import ShortConv
-from race_dist.nn.convolve import apply_short_convs
-from race_dist.nn.core import ENDLESS_MEMORY, RaceCore, decay_time_constants
-from race_dist.nn.gate import apply_output_gate
-from race_dist.nn.init import Linear, initialize
-from race_dist.nn.norm import compute_dtype
+from race_dist.nn.decay import initial_decay_bias, token_log_decay
+from race_dist.nn.initialization import InitialValue, Linear, initialize
+from race_dist.nn.layer_checks import check_layer_call, check_zero_carry
+from race_dist.nn.mixing_layer import LayerCarry, MixingLayer
+from race_dist.nn.output_gate import apply_output_gate
+from race_dist.nn.race_core import RaceCore
+from race_dist.nn.registry import BuildOptions, LayerKind, ModelShape
 from race_dist.nn.sequence import Sequence
-from race_dist.nn.tail import TailCarry
+from race_dist.nn.tail_carry import TailCarry
 from race_dist.sketch import SketchState
 
 
 @dataclass(frozen=True)
-class RaceCarry:
-    """What a RACE layer carries: the sketch, and the tail of its short convolution (None without one)."""
+class RaceCarry(LayerCarry):
+    """The carry of a RACE layer: the sketch, and the tail of its short convolutions (None without them)."""
 
     sketch: SketchState
     tail: TailCarry | None = None
 
     def zero(self) -> Self:
-        """The carry of no tokens, shaped like this one."""
         return type(self)(self.sketch.zero(), None if self.tail is None else self.tail.zero())
 
     def combine(self, later: Self) -> Self:
-        """The carry of this piece followed by ``later``."""
         checks.instance("later", later, RaceCarry)
         tail = None if self.tail is None or later.tail is None else self.tail.combine(later.tail)
         return type(self)(self.sketch.combine(later.sketch), tail)
 
+    def with_reset(self) -> Self:
+        hidden = torch.full_like(self.sketch.mass[..., 0], -torch.inf)
+        sketch = SketchState.unchecked(self.sketch.mass, self.sketch.values, hidden)
+        return type(self)(sketch, None if self.tail is None else self.tail.with_reset())
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """The sketch's tensors, then the tail's."""
+        """The tensors of the sketch, then those of the tail."""
         return (*self.sketch.tensors(), *(() if self.tail is None else self.tail.tensors()))
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
-        """A carry made of ``tensors``, in the order of :meth:`tensors`."""
         split = len(self.sketch.tensors())
         tail = None if self.tail is None else self.tail.with_tensors(tuple(tensors[split:]))
         return type(self)(self.sketch.with_tensors(tuple(tensors[:split])), tail)
+
+    def row_shapes(self) -> tuple[tuple[int | None, ...], ...]:
+        """Without the sketch's log decay, which packed documents add."""
+        mass, values = (tuple(t.shape[1:]) for t in (self.sketch.mass, self.sketch.values))
+        return (mass, values, *(() if self.tail is None else self.tail.row_shapes()))
+
+    def additive(self) -> tuple[bool, ...]:
+        sketch = (self.sketch.log_decay is None,) * len(self.sketch.tensors())
+        return (*sketch, *(() if self.tail is None else self.tail.additive()))
 
 
 pytree.register_pytree_node(
@@ -60,7 +70,7 @@ pytree.register_pytree_node(
 )
 
 
-class RaceAttention(RaceCore):
+class RaceAttention(RaceCore, MixingLayer):
     """RACE Attention as a layer: ``y, carry = layer(x, carry, sequence)``.
 
     Args:
@@ -93,10 +103,8 @@ class RaceAttention(RaceCore):
         super().__init__(config, layer, init_weights=False, device=device, dtype=dtype)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self._build_projections(config.dim, output_gain, where)
-        width, kv_width, taps = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, config.short_conv
-        self.gate_proj = Linear(config.dim, width, **where) if config.output_gate else None
-        self.q_conv, self.k_conv = (ShortConv(n, taps, **where) if taps else None for n in (width, kv_width))
-        self.v_conv = ShortConv(kv_width, taps, **where) if config.conv_values else None
+        self.gate_proj = Linear(config.dim, self.num_heads * self.head_dim, **where) if config.output_gate else None
+        self._build_short_convs(where)
         self.decay_proj = Linear(config.dim, self.num_kv_heads, **where) if config.decay == "token" else None
         self.decay_bias = nn.Parameter(torch.empty(self.num_kv_heads, **where)) if config.decay == "token" else None
         if init_weights:
@@ -108,11 +116,10 @@ class RaceAttention(RaceCore):
         self.v_proj = Linear(dim, kv_width, **where)
         self.o_proj = Linear(width, dim, gain=output_gain, **where)
 
-    def initial(self) -> dict[str, float | Tensor]:
-        values = super().initial()
+    def initial_values(self) -> dict[str, InitialValue]:
+        values = super().initial_values()
         if self.config.decay == "token":
-            memory = torch.tensor(decay_time_constants(self.num_kv_heads, ENDLESS_MEMORY), dtype=torch.float64)
-            values["decay_bias"] = (1 / memory).expm1().log()  # softplus of it is the rate of forgetting
+            values["decay_bias"] = initial_decay_bias(self.num_kv_heads)
         return values
 
     def zero_carry(
@@ -129,8 +136,8 @@ class RaceAttention(RaceCore):
             batch: rows.
             device: of the carry.
             dtype: of the convolution's tail.
-            state_dtype: of the sketch; None: float32, or float64 if ``dtype`` is. Token-by-token decoding wants
-                float64: a float32 mass that is fed single tokens stops growing at 2**24.
+            state_dtype: of the sketch; None: float32, or float64 if ``dtype`` is float64. Token-by-token decoding needs
+                float64: a float32 mass stops growing at 2**24 tokens.
         """
         batch = check_zero_carry(batch, device, dtype, state_dtype)
         state_dtype = state_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -151,19 +158,17 @@ class RaceAttention(RaceCore):
 
         Args:
             x: ``[B, T, dim]``: this rank's rows.
-            carry: what came before, or None at a beginning.
+            carry: of the tokens before, or None at the beginning of a sequence.
             sequence: where the rows stand; None: one document on one rank, at positions 0 to T - 1.
 
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.return_carry``).
         """
-        check_layer_call(self, x, carry, sequence, dim=self.config.dim or 0, like=self._like, kind=RaceCarry)
-        sequence = sequence or Sequence.alone(x, carry, self.rope_base)
-        x = sequence.real(x)
-        (q, k, v), tail = apply_short_convs(
-            self.project(x), (self.q_conv, self.k_conv, self.v_conv), None if carry is None else carry.tail, sequence
-        )
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        check_layer_call(self, x, carry, sequence, dim=self.config.dim or 0, weight=self._like, carry_type=RaceCarry)
+        sequence = sequence or Sequence.of_one_document(x, carry, self.rope_base)
+        x = sequence.mask_padding(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.project(x))
+        (q, k, v), tail = self.convolve(q, k, v, None if carry is None else carry.tail, sequence)
         out, sketch = super().forward(q, k, v, None if carry is None else carry.sketch, sequence, log_decay=self._decay(x))
         y = out.flatten(2)
         if self.gate_proj is not None:
@@ -179,9 +184,29 @@ class RaceAttention(RaceCore):
         return self.o_proj(y)
 
     def _decay(self, x: Tensor) -> Tensor | None:
-        """``[B, T, Hkv]``, or None where the input does not set the rates."""
+        """The log decays ``[B, T, Hkv]``, or None where they do not depend on the input."""
         if self.decay_proj is None or self.decay_bias is None:
             return None
-        dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):  # a bfloat16 rate is off by half a percent, every token
-            return -F.softplus(F.linear(x.to(dtype), self.decay_proj.weight.to(dtype), self.decay_bias.to(dtype)))
+        return token_log_decay(x, self.decay_proj.weight, self.decay_bias)
+
+
+class RaceKind(LayerKind):
+    """R: RACE Attention, with ``ModelConfig.race``."""
+
+    letter = "R"
+    name = "RACE"
+    options_name = "race"
+    direction = "config"
+
+    def options(self, model: ModelShape) -> RaceConfig:
+        return model.race
+
+    def why_not_subtracted(self, model: ModelShape, prefix: str = "") -> str | None:
+        decay = model.race.decay
+        if decay == "none":
+            return None
+        shown = f'"{decay}"' if prefix else repr(decay)  # as in a config file, or as in Python
+        return f'needs {prefix}race.decay = "none", but it is {shown}: a state that has decayed cannot be recovered'
+
+    def build(self, model: ModelShape, layer: int, *, causal: bool, **options: Unpack[BuildOptions]) -> RaceAttention:
+        return RaceAttention(model.race, layer, **options)

@@ -1,4 +1,4 @@
-"""Rotary positions whose angles stay right at any position an int64 can name."""
+"""Rotary positions (RoPE) with exact angles at every int64 position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from race_dist import checks
 
-# pi to 80 digits: a rational number far closer to it than the 2**-64 that the table resolves
+# pi to 80 digits: far more precise than the resolution 2**-64 of the table
 _PI = Fraction("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 
 
@@ -22,10 +22,10 @@ def inverse_frequencies(head_dim: int, base: float) -> list[float]:
 
 @torch.compiler.assume_constant_result
 def turns_per_token(head_dim: int, base: float) -> tuple[int, ...]:
-    """The frequencies in units of ``2**-64`` turns, rounded, as int64 that wraps around.
+    """The frequencies in units of ``2**-64`` turns, rounded to int64.
 
-    A turn is ``2**64`` units, so int64 multiplication drops whole turns by itself and the product with a position is
-    the angle modulo one turn, off by at most ``position / 2`` units (``2e-7`` radians at position ``2**40``).
+    A turn is ``2**64`` units, so int64 multiplication drops whole turns by overflow. The product with a position is the angle
+    modulo one turn; its error is at most ``position / 2`` units (``2e-7`` radians at position ``2**40``).
     """
     return _turns_per_token(head_dim, base)
 
@@ -43,7 +43,7 @@ def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype =
         positions: ``[T]`` or ``[B, T]``, int64, any value.
         head_dim: ``D``, even.
         base: of the frequencies.
-        dtype: of the result; angles are float64 throughout.
+        dtype: of the result; angles are computed in float64.
 
     Returns:
         ``cos, sin``, each ``[T, D/2]`` or ``[B, T, D/2]``.
@@ -61,7 +61,7 @@ def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype =
         raise ValueError(f"rotary positions need an even head_dim; got {head_dim}")
     units = torch.tensor(turns_per_token(head_dim, base), dtype=torch.int64)
     if positions.is_cuda and not torch.compiler.is_compiling():
-        units = units.pin_memory()  # a copy from other memory would wait for all that the device has queued
+        units = units.pin_memory()  # a copy from pageable memory would wait for all work queued on the device
     units = units.to(positions.device, non_blocking=True)
     angle = (positions[..., None] * units).double() * (2 * math.pi * 2.0**-64)
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""Where the tokens of a call stand: positions, documents, masks, and the ranks that hold the rest of the sequence."""
+"""Positions, packed documents, padding and shards: where the tokens of a layer's call stand in their sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
-from race_dist.nn.pieces import Compaction, TokenCount, across_ranks, real_positions
+from race_dist.nn.context_parallel import exchange_carries
+from race_dist.nn.padding import Compaction, TokenCount, real_positions
 from race_dist.nn.rope import rotation
 from race_dist.parallel import (
     Layout,
@@ -27,10 +28,13 @@ from race_dist.parallel.sharding import check_cu_seqlens, check_layout, check_zi
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of the call's sequence that this rank holds.
+    """Consecutive tokens of the sequence that this rank holds.
 
-    ``first`` local row, ``length`` rows, ``start``: index of the first in the sequence (in its document, where
-    ``document`` says which one the span lies in).
+    Attributes:
+        first: the span's first row on this rank.
+        length: rows.
+        start: index of the first row in the sequence; in its document where ``document`` is set.
+        document: the document that the span lies in, where each document is sharded on its own (zigzag); otherwise None.
     """
 
     first: int
@@ -45,27 +49,27 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Sequence:
-    """What a mixing layer is told about the rows it is given; made by :meth:`of`.
+    """The position of a call's rows in their sequence, for a mixing layer. :meth:`of` makes it.
 
-    A call's sequence continues what its incoming carry has seen. With ``cu_seqlens`` it is cut into documents: the
-    first one continues the carry (it is empty if that document ended before), the last one stays open in the outgoing
-    carry (it is empty if another document begins next). Under a group each rank holds a shard, and carries are those of
-    the whole sequence, the same on every rank.
+    The sequence of a call continues what its incoming carry has seen. ``cu_seqlens`` splits it into documents: the first
+    document continues the carry (it is empty if that document had ended), and the last one stays open in the outgoing carry (it
+    is empty if another document begins next). Under a group each rank holds a shard; carries are those of the whole sequence
+    and the same on every rank.
 
-    With ``key_mask`` a False row is absent: every other row gets what it would get in the sequence without it. Positions count
-    real rows only; what a False row gets is finite and has no gradient.
+    Where ``key_mask`` is False the row is absent: every other row gets what it would get in the sequence without that row.
+    Positions count real rows only. The output of a False row is finite and has no gradient.
 
     Attributes:
-        positions: ``[T]`` or ``[B, T]`` int64: position of each local row in its document.
+        positions: ``[T]`` or ``[B, T]`` int64: the position of each local row in its document.
         cu_seqlens: ``[N + 1]`` int64 document boundaries in the whole sequence (masked rows included), or None.
-        key_mask: ``[B, T]`` bool of the local rows, False where a row is padding, or None. It is given to :meth:`of`, never
-            replaced: other fields follow from it.
+        key_mask: ``[B, T]`` bool of the local rows, False where a row is padding, or None. Give it to :meth:`of` and do not
+            replace it: other fields are computed from it.
         group: the ranks that share the sequence; None is one rank.
         layout: which rows of it this rank holds, "contiguous" or "zigzag".
         offset: rows on earlier ranks (contiguous).
-        return_carry: whether the outgoing carry is wanted; without it layers return None in its place and save the work.
-        rotations: cosines and sines by (head_dim, base, dtype), where they are known already.
-        compactions: with a key_mask, where each span's real rows go; None without.
+        return_carry: whether layers compute the outgoing carry; otherwise they return None in its place.
+        rotations: cosines and sines of the rotary angles by (head_dim, base, dtype), where they are computed already.
+        compactions: with a key_mask, the order of each span's real rows; otherwise None.
         end: with a key_mask and ``return_carry``, ``[B]`` int64: the position after the whole sequence.
     """
 
@@ -104,13 +108,13 @@ class Sequence:
             cu_seqlens: ``[N + 1]`` int, boundaries of packed documents in the whole sequence.
             key_mask: ``[B, length]`` bool, False where a row is padding; under a group every rank gives one or none does.
             group, layout: as above; every rank of the group calls this.
-            position: of the first row (of the whole sequence) in its document: what the carry has seen of it (of real
-                tokens). An int, a 0-dimensional tensor, or ``[B]``.
-            return_carry: whether carries are wanted.
+            position: of the first row of the whole sequence in its document: the number of real tokens of this document that
+                the carry has seen. An int, a 0-dimensional tensor, or ``[B]``.
+            return_carry: whether layers compute the outgoing carry.
             device: of the rows.
 
         Raises:
-            ValueError: no such layout, a zigzag sequence does not divide, or a shape does not fit.
+            ValueError: the layout is unknown, a zigzag sequence does not divide, or a shape does not fit.
         """
         layout, length = check_layout(layout), checks.integer("length", length, minimum=0)
         checks.flag("return_carry", return_carry)
@@ -146,13 +150,13 @@ class Sequence:
         return cls(positions + position, cu_seqlens, None, group, layout, offset, return_carry)
 
     def _masked(self, key_mask: Tensor, position: Tensor) -> Sequence:
-        """This sequence with a mask ``[B, T]``. ``position``: of its first real token, ``[]`` or ``[B]``."""
+        """This sequence with a mask ``[B, T]``; ``position``, ``[]`` or ``[B]``, is that of its first real token."""
         spans = self.spans()
-        begins, documents = [self.begin(span) for span in spans], [self.documents(span, 0) for span in spans]
+        begins, documents = [self.last_document_start(span) for span in spans], [self.documents(span, 0) for span in spans]
         real = [span.of(key_mask) for span in spans]
         own = [TokenCount.of(*piece) for piece in zip(real, begins, strict=True)]
         before = TokenCount(position.expand(key_mask.shape[0]), torch.zeros_like(own[0].reset))
-        entering, after = across_ranks(own, before, self.group, self.layout, return_carry=self.return_carry)
+        entering, after = exchange_carries(own, before, self.group, self.layout, return_carry=self.return_carry)
         positions = [
             real_positions(mask, count.count, self._starts(span, document))
             for mask, count, span, document in zip(real, entering, spans, documents, strict=True)
@@ -167,15 +171,15 @@ class Sequence:
         )
 
     def _starts(self, span: Span, documents: Tensor | None) -> Tensor | None:
-        """``[length]``: row of the span at which each row's document begins; negative where it goes on from before the span,
-        as the sequence's first does from the carry. None: all do."""
+        """``[length]``: the row of the span at which each row's document begins; negative where the document began before the
+        span. None: all began before."""
         if documents is None or self.cu_seqlens is None:
             return None
         return torch.where(documents == 0, -1, self.cu_seqlens[documents] - span.start)
 
     @classmethod
-    def alone(cls, x: Tensor, carry: object, rope_base: float | None) -> Sequence:
-        """The sequence of a layer that is told nothing: ``x [B, T, dim]``, on one rank, unmasked, of one document.
+    def of_one_document(cls, x: Tensor, carry: object, rope_base: float | None) -> Sequence:
+        """The sequence of a layer that is called by itself with ``x [B, T, dim]``: one rank, one document, no padding.
 
         Raises:
             ValueError: there is a carry and the layer has rotary positions, so that it matters where the carry ends.
@@ -189,21 +193,21 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Rows on this rank."""
+        """The number of rows on this rank."""
         return self.positions.shape[-1]
 
     @property
     def boundaries(self) -> Tensor | None:
-        """``[N - 1]`` where in the whole sequence documents begin, but for the first; None if nothing is packed."""
+        """``[N - 1]``: where in the whole sequence the documents after the first begin; None without ``cu_seqlens``."""
         return None if self.cu_seqlens is None else self.cu_seqlens[1:-1].clone()
 
     @property
     def num_documents(self) -> int:
-        """``N``; 1 if nothing is packed."""
+        """``N``; 1 without ``cu_seqlens``."""
         return 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     def rows(self) -> Tensor:
-        """``[T]`` int64: which rows of the whole sequence this rank holds, in its order."""
+        """``[T]`` int64: the index in the whole sequence of each row of this rank."""
         arange = torch.arange(self.length, device=self.positions.device)
         if self.layout == "contiguous":
             return self.offset + arange
@@ -217,18 +221,18 @@ class Sequence:
             device=arange.device,
         )
 
-    def real(self, x: Tensor) -> Tensor:
-        """``x [B, T, dim]`` with 0 where a row is padding: whatever stands there, NaN too, then changes nothing."""
+    def mask_padding(self, x: Tensor) -> Tensor:
+        """``x [B, T, dim]`` with padding rows set to 0, so that values there (even NaN) have no effect."""
         return x if self.key_mask is None else torch.where(self.key_mask[..., None], x, 0)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The whole sequence ``[B, total, ...]`` of which every rank holds ``x [B, T, ...]``; differentiable."""
+        """The whole sequence ``[B, total, ...]``, gathered from every rank's shard ``x [B, T, ...]``; differentiable."""
         if self.group is None:
             return x
         return unshard_sequence(x, self.group, dim=1, layout=self.layout, cu_seqlens=self.cu_seqlens)
 
     def spans(self) -> list[Span]:
-        """This rank's rows as runs of consecutive tokens: one (contiguous), two (zigzag), or two a document."""
+        """This rank's rows as runs of consecutive tokens: one (contiguous), two (zigzag), or two per document."""
         world, rank = group_size(self.group), group_rank(self.group)
         if self.layout == "contiguous" or world == 1:
             return [Span(0, self.length, self.offset)]
@@ -243,10 +247,8 @@ class Sequence:
         ]
 
     def documents(self, span: Span, before: int) -> Tensor | None:
-        """``[before + length]``: document of each token of a span and of ``before`` tokens carried into it.
-
-        None where all are of one.
-        """
+        """``[before + length]``: the document of each token of a span and of ``before`` tokens carried into it; None if all are
+        in one document."""
         boundaries = self.boundaries
         if boundaries is None or span.document is not None:
             return None
@@ -254,8 +256,8 @@ class Sequence:
         entering = (boundaries < span.start).sum().expand(before)
         return torch.cat([entering, torch.searchsorted(boundaries, index, right=True)])
 
-    def begin(self, span: Span) -> Tensor | None:
-        """Row of a span at which its last document begins (negative: before the span), or None."""
+    def last_document_start(self, span: Span) -> Tensor | None:
+        """The row of a span at which its last document begins (negative: before the span); None if the span has no boundary."""
         boundaries = self.boundaries
         if self.cu_seqlens is None or boundaries is None or span.document is not None or boundaries.numel() == 0:
             return None
@@ -263,12 +265,28 @@ class Sequence:
         seen = (boundaries < stop) | ((boundaries == stop) & (stop == self.cu_seqlens[-1]))
         return torch.where(seen, boundaries - span.start, -1).amax(dim=0)
 
-    def end_position(self, position: Tensor | None = None) -> Tensor:
-        """Position of the token after the whole sequence, in the document that is open then: int64, 0-dimensional, or ``[B]``
-        where there is a key_mask or ``position`` is.
+    def document_starts(self, span: Span) -> Tensor | None:
+        """``[length]`` bool: the tokens of a span at which a document begins (not the sequence's first, which continues the
+        carry); None where the span has no boundary."""
+        documents = self.documents(span, 1)
+        return None if documents is None else documents[1:] != documents[:-1]
 
-        ``position``: that of the first token, as given to :meth:`of`. Under a contiguous group without documents, every rank
-        calls this.
+    def document_begins_after(self, span: Span) -> Tensor | None:
+        """Whether the open document of the sequence begins right after a span and has no tokens yet: 0-dimensional bool, or
+        None where the span has no boundary."""
+        begin = self.last_document_start(span)
+        return None if begin is None else begin == span.length
+
+    def end_position(self, position: Tensor | None = None) -> Tensor:
+        """The position of the token after the whole sequence, in the document that is open then.
+
+        Under a group with contiguous shards and no documents, every rank must call it.
+
+        Args:
+            position: of the first token, as given to :meth:`of`.
+
+        Returns:
+            int64, 0-dimensional; ``[B]`` with a key_mask or if ``position`` is ``[B]``.
         """
         if self.key_mask is not None:
             assert self.end is not None, "the sequence was made with return_carry=False"
@@ -276,18 +294,18 @@ class Sequence:
         if self.cu_seqlens is not None:
             end = self.cu_seqlens[-1] - self.cu_seqlens[-2]
         else:
-            # filled there: a copy from the host would wait for all that the device has queued
+            # torch.full on the device: a copy from the host would wait for all work queued there
             end = torch.full((), self.length, dtype=torch.int64, device=self.positions.device)
             end = all_reduce_sum(end, self.group)
         return end if position is None or self.num_documents > 1 else position + end
 
     def with_rotations(self, kinds: Iterable[tuple[int, float]], dtype: torch.dtype) -> Sequence:
-        """This sequence with the rotary angles of each (head_dim, base) at hand, so that layers share them."""
+        """This sequence with the rotary angles of each (head_dim, base) computed, so that layers share them."""
         known = {(head_dim, base, dtype): self.rotation(head_dim, base, dtype) for head_dim, base in kinds}
         return replace(self, rotations=known)
 
     def rotation(self, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rows' rotary angles, ``[T, D/2]`` or ``[B, T, D/2]`` each."""
+        """Cosines and sines of the rotary angles of the rows, each ``[T, D/2]`` or ``[B, T, D/2]``."""
         known = self.rotations.get((head_dim, base, dtype))
         return rotation(self.positions, head_dim, base, dtype) if known is None else known
 

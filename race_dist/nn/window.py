@@ -1,4 +1,4 @@
-"""Softmax attention over a sliding window, in linear time, whose carry is the tail of its keys and values."""
+"""Sliding-window softmax attention in linear time; its carry is the tail of its keys and values."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from race_dist import checks
-from race_dist.nn.calls import check_layer_call, check_zero_carry
-from race_dist.nn.convolve import ConvolvedCarry
+from race_dist.nn.layer_checks import check_layer_call, check_zero_carry
+from race_dist.nn.registry import BuildOptions, LayerKind, ModelShape
 from race_dist.nn.sequence import Sequence
-from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions
-from race_dist.nn.tail import SpanWithTail, TailCarry, run_with_tail
+from race_dist.nn.short_conv import ConvolvedCarry
+from race_dist.nn.softmax import SoftmaxAttention, SoftmaxOptions, softmax_options
+from race_dist.nn.tail_carry import SpanWithTail, TailCarry, run_with_tail
 
 WindowCarry = TailCarry | ConvolvedCarry[TailCarry]
-MAX_BLOCKS = 2**15  # of one call: CUDA kernels count batch rows in a grid dimension of at most 65535
+MAX_BLOCKS = 2**15  # per call: CUDA kernels map batch rows to a grid dimension of at most 65535
 
 
 class WindowAttention(SoftmaxAttention):
-    """Each token sees itself and the ``window - 1`` tokens before it, in linear time; grouped queries.
+    """Each token sees itself and the ``window - 1`` tokens before it, in linear time; with grouped queries.
 
-    Its carry is the tail of the last ``window - 1`` keys and values (and which of them are padding), and with a convolution the
-    tail of that one's inputs.
+    The carry is the tail of the last ``window - 1`` keys and values and of their padding mask; with a convolution also the
+    tail of its inputs.
     """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, window: int, **options: Unpack[SoftmaxOptions]) -> None:
@@ -40,11 +41,11 @@ class WindowAttention(SoftmaxAttention):
         dtype: torch.dtype = torch.float32,
         state_dtype: torch.dtype | None = None,
     ) -> WindowCarry:
-        """The carry of no tokens, keys and values in ``dtype`` (there is no other state)."""
+        """The carry of no tokens; keys and values have ``dtype`` (``state_dtype`` is unused)."""
         batch = check_zero_carry(batch, device, dtype, state_dtype)
         k = torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype)
         seen = TailCarry.empty((k, k, torch.zeros(batch, 0, device=device, dtype=torch.bool)), self.window - 1)
-        carry: WindowCarry = self._joined(seen, self._zero_tail(batch, device, dtype))
+        carry: WindowCarry = self._join_carry(seen, self._zero_tail(batch, device, dtype))
         return carry
 
     def forward(
@@ -57,12 +58,12 @@ class WindowAttention(SoftmaxAttention):
             carry,
             sequence,
             dim=self.q_proj.in_features,
-            like=self.q_proj.weight,
-            kind=ConvolvedCarry if self.config.short_conv else TailCarry,
+            weight=self.q_proj.weight,
+            carry_type=ConvolvedCarry if self.config.short_conv else TailCarry,
         )
-        sequence = sequence or Sequence.alone(x, carry, self.rope_base)
-        x = sequence.real(x)
-        seen, tail = self._parted(carry)
+        sequence = sequence or Sequence.of_one_document(x, carry, self.rope_base)
+        x = sequence.mask_padding(x)
+        seen, tail = self._split_carry(carry)
         (q, k, v), tail = self._heads(x, tail, sequence)
         masked = sequence.key_mask
         real = masked if masked is not None else k.new_ones(x.shape[:2], dtype=torch.bool)
@@ -73,7 +74,7 @@ class WindowAttention(SoftmaxAttention):
             return (window_attention(piece.of(q), keys, values, kept & piece.held, piece.documents, plain=plain),)
 
         (out,), seen = run_with_tail((k, v, real), self.window - 1, seen, sequence, attend)
-        return self.output(out, x), self._joined(seen, tail)
+        return self.output(out, x), self._join_carry(seen, tail)
 
 
 def window_attention(
@@ -81,23 +82,24 @@ def window_attention(
 ) -> Tensor:
     """Softmax attention in which query t sees keys t to t + n.
 
-    Queries go in blocks of up to ``n + 1``, each with the keys of its own block and the ``n`` before it. A query always
-    sees its own key, visible or not, so that no row is empty.
+    Queries are processed in blocks of up to ``n + 1``, each with the keys of its own block and the ``n`` keys before it. A
+    query always sees its own key, visible or not, so that no row of the softmax is empty.
 
     Args:
         q: ``[B, T, Hq, D]``.
         keys, values: ``[B, n + T, Hkv, D]``: those carried in, then those of the piece.
         visible: ``[B, n + T]`` bool.
-        documents: ``[n + T]`` document of each key, or None where all are of one.
-        plain: whether every key of the piece is visible and of one document: only the first block then needs a mask
-            of its own.
+        documents: ``[n + T]``: the document of each key, or None if all are in one.
+        plain: whether every key of the piece is visible and in one document: then only the first block needs its own mask.
 
     Returns:
         ``[B, T, Hq, D]``.
     """
     length, before = q.shape[1], keys.shape[1] - q.shape[1]
     block = min(max(length, 1), before + 1)
-    padding = -length % block if length else block  # an empty piece still reads what enters it: so do all ranks
+    padding = (
+        -length % block if length else block
+    )  # an empty piece still reads its initial tail, so that all ranks exchange gradients
     q = F.pad(q, (0, 0, 0, 0, 0, padding))
     keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (keys, values))
     head = block if plain and length > block else q.shape[1]
@@ -113,7 +115,7 @@ def window_attention(
 
 
 def _band(block: int, before: int, device: torch.device) -> Tensor:
-    """``[1, C, C + n]``: query i of a block sees keys i to i + n of its stretch."""
+    """``[1, C, C + n]``: query i of a block sees keys i to i + n of the block's keys."""
     distance = torch.arange(block + before, device=device) - torch.arange(block, device=device)[:, None]
     return ((distance >= 0) & (distance <= before))[None]
 
@@ -131,7 +133,7 @@ def _block_masks(visible: Tensor, documents: Tensor | None, block: int, before: 
 
 
 def _attend_blocks(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: int, before: int) -> Tensor:
-    """Blocks as a batch, the queries of a group as rows beside each other: one call whatever the kernel supports."""
+    """Attention with blocks as batch rows and the queries of a group as rows of one head, as every SDPA kernel supports."""
     batch, heads = q.shape[0], keys.shape[2]
     q = q.unflatten(1, (-1, block)).unflatten(3, (heads, -1))  # [B, blocks, C, Hkv, G, D]
     blocks, group = q.shape[1], q.shape[4]
@@ -143,10 +145,22 @@ def _attend_blocks(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """``scaled_dot_product_attention`` over any number of batch rows; the mask has as many rows, or one."""
+    """``scaled_dot_product_attention`` over any number of batch rows; the mask has as many rows or one row."""
     count = q.shape[0]
     if count <= MAX_BLOCKS:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     masks = mask.split(MAX_BLOCKS) if mask.shape[0] == count else [mask] * -(-count // MAX_BLOCKS)
     pieces = zip(*(x.split(MAX_BLOCKS) for x in (q, keys, values)), masks, strict=True)
     return torch.cat([F.scaled_dot_product_attention(a, b, c, attn_mask=m) for a, b, c, m in pieces])
+
+
+class WindowKind(LayerKind):
+    """W: sliding-window softmax attention, with ``ModelConfig.softmax`` and ``window``."""
+
+    letter = "W"
+    name = "sliding-window softmax"
+    options_name = "softmax"
+    direction = "causal"
+
+    def build(self, model: ModelShape, layer: int, *, causal: bool, **options: Unpack[BuildOptions]) -> WindowAttention:
+        return WindowAttention(model.dim, model.num_heads, model.kv_heads, model.window, **softmax_options(model) | options)

@@ -29,6 +29,7 @@ from race_dist.parallel.sharding import (
     shard_sequence,
     unshard_sequence,
 )
+from race_dist.renamed_modules import renamed_attribute
 
 __all__ = [
     "LAYOUTS",
@@ -67,3 +68,16 @@ __all__ = [
     "start_scan",
     "unshard_sequence",
 ]
+
+RENAMED = {
+    "GradientSum": "GradientReducer",
+    "Replica": "DataParallelModel",
+    "carries_in": "exclusive_scan_pieces",
+    "check_ranks_agree": "check_same_on_all_ranks",
+    "exclusive_total": "exclusive_sum",
+    "side_group": "new_gloo_group",
+}
+
+
+def __getattr__(name: str) -> object:
+    return renamed_attribute(__name__, RENAMED, name)

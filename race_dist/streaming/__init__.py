@@ -1,6 +1,6 @@
 """Exact training of a whole model with activation memory that does not grow with the sequence."""
 
-from race_dist.streaming.carries import Keep
+from race_dist.streaming.carry_stack import Keep
 from race_dist.streaming.checkpoint import DamagedStepError, OtherStepError, StepCheckpoint
 from race_dist.streaming.chunks import Tokens
 from race_dist.streaming.progress import Progress, StepInterrupted

@@ -99,7 +99,7 @@ class StepCheckpoint:
 
 
 @dataclass
-class Saved:
+class SavedStep:
     """A step in its middle.
 
     Attributes:
@@ -128,7 +128,7 @@ class _Generation:
 
 
 @dataclass
-class Store:
+class StepStore:
     """One rank's side of a step's checkpoints.
 
     Attributes:
@@ -161,7 +161,7 @@ class Store:
 
     # --- reading -------------------------------------------------------------------------------------------------------
 
-    def load(self) -> Saved | None:
+    def load(self) -> SavedStep | None:
         """The newest of what all ranks have stored of this step and is whole; None where there is nothing, or another step's.
 
         A damaged file is named in a printed line.
@@ -257,11 +257,11 @@ class Store:
             return str(error)
         return None
 
-    def _read(self, generation: _Generation) -> Saved:
+    def _read(self, generation: _Generation) -> SavedStep:
         about = generation.about
         parts = [load_file(self.folder / name)["rows"] for name in about["carries"]]
         carries = torch.cat(parts)[: about["rows"]] if parts else None
-        return Saved(about["phase"], about["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
+        return SavedStep(about["phase"], about["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
 
     # --- writing -------------------------------------------------------------------------------------------------------
 

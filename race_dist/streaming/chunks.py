@@ -32,7 +32,7 @@ class Chunk:
     cu_seqlens: Tensor | None
 
 
-class Loaded(NamedTuple):
+class LoadedChunk(NamedTuple):
     """A chunk with this rank's tokens and labels, ``[B, T]`` int64 on the model's device."""
 
     chunk: Chunk
@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
     labels: Tensor
 
 
-class Text:
+class ChunkedTokens:
     """Tokens and their labels, ``[B, T]`` each, in chunks of ``chunk_size`` tokens a rank.
 
     Attributes:
@@ -103,7 +103,7 @@ class Text:
         pieces = (self.labels[:, start : start + step] for start in range(0, self.length, step))
         return sum(int((piece != IGNORE_INDEX).sum()) for piece in pieces)
 
-    def read(self, indices: Iterable[int]) -> Iterator[Loaded]:
+    def read(self, indices: Iterable[int]) -> Iterator[LoadedChunk]:
         """Chunks in the given order. While one is worked on, a thread reads the next and sends it to the device."""
         with ThreadPoolExecutor(1, thread_name_prefix="race_dist-text") as reader:
             order = iter(indices)
@@ -120,7 +120,7 @@ class Text:
                     stream.wait_event(arrived)
                     for x in (ids, labels):
                         x.record_stream(stream)
-                yield Loaded(chunk, ids.to(torch.int64), labels.to(torch.int64))
+                yield LoadedChunk(chunk, ids.to(torch.int64), labels.to(torch.int64))
 
     def _fetch(self, index: int) -> tuple[Chunk, Tensor, Tensor, torch.cuda.Event | None]:
         """On the reader's thread: this rank's part of a chunk, on the device once the event has passed."""

@@ -56,7 +56,7 @@ class StepInterrupted(KeyboardInterrupt):
     """A step was ended in its middle, at a chunk's edge. The message says how far it was and how it goes on."""
 
 
-class Pace:
+class ProgressMeter:
     """Counts chunks and keeps the host at most :data:`HOST_AHEAD` of them before the device: what is reported has happened,
     and a key press is soon heard."""
 
@@ -116,7 +116,7 @@ def memory_in_use(device: torch.device) -> int:
         return 0
 
 
-class Interrupts:
+class InterruptHandler:
     """Within it, a first Ctrl-C is noted, to be asked for at a chunk's edge; a second one raises at once."""
 
     def __init__(self, stop: Callable[[], bool] | None) -> None:
@@ -127,7 +127,7 @@ class Interrupts:
         """Whether somebody has asked for the step to end."""
         return self._heard or (self._stop is not None and self._stop())
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> InterruptHandler:
         ours = threading.current_thread() is threading.main_thread()
         if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # somebody else's handler stays
             self._before = signal.signal(signal.SIGINT, self._hear)

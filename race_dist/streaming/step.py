@@ -1,9 +1,10 @@
 """Exact training of a whole model with activation memory that does not grow with the sequence.
 
-A causal model whose only path between tokens is what its layers carry can be run piece by piece: forward over the
-chunks, keeping the carry at each chunk's start; then backward over the chunks in reverse, computing one chunk's
-activations again at a time and handing the gradient of its incoming carry to the chunk before. The gradients are those
-of the whole sequence, nothing is truncated. The price is one more forward pass, that of full activation checkpointing.
+A causal model whose tokens interact only through the carries of its layers can be run chunk by chunk. The forward phase runs
+over the chunks and stores the carry at each chunk's start. The backward phase runs over the chunks in reverse: it recomputes
+the activations of one chunk at a time and passes the gradient of the chunk's initial carry to the chunk before. The gradients
+are those of the whole sequence; nothing is truncated. The cost is one additional forward pass, as in full activation
+checkpointing.
 
 Related work that runs a sequence in pieces: Sequence Accumulation (AAAI 2025), RWKV's infctx training, OOMB
 (arXiv 2602.02108).
@@ -26,12 +27,13 @@ from race_dist.files import json_digest
 from race_dist.models.backbone import ModelCarry
 from race_dist.models.language import DecoderLM
 from race_dist.models.targets import warn_unshifted_text
+from race_dist.nn import kinds_in, streamable_letters
 from race_dist.parallel import all_reduce_sum, group_size
-from race_dist.streaming.carries import KEEPS, Carries, Keep, as_leaves, subtract
-from race_dist.streaming.checkpoint import Saved, StepCheckpoint, Store, tokens_digest, weights_digest
-from race_dist.streaming.chunks import Chunk, Text, Tokens
-from race_dist.streaming.gradients import Gradients, Reduce, unwrapped
-from race_dist.streaming.progress import Interrupts, Pace, Progress, StepInterrupted
+from race_dist.streaming.carry_stack import KEEPS, CarryStack, Keep, carry_leaves, subtract
+from race_dist.streaming.checkpoint import SavedStep, StepCheckpoint, StepStore, tokens_digest, weights_digest
+from race_dist.streaming.chunks import Chunk, ChunkedTokens, Tokens
+from race_dist.streaming.gradient_accumulation import GradientAccumulator, Reduce, unwrap_model
+from race_dist.streaming.progress import InterruptHandler, Progress, ProgressMeter, StepInterrupted
 
 
 def streamed_backward(
@@ -52,39 +54,41 @@ def streamed_backward(
 ) -> Tensor:
     """The mean loss over the whole sequence; adds its exact gradients to every parameter's ``.grad``.
 
-    Blocks that are compiled run one graph in both phases, so that they round alike; a last chunk shorter than the others
-    compiles another one. Ctrl-C ends the step at the next chunk's edge, on all ranks.
+    Compiled blocks run the same graph in both phases, so that both round alike; a shorter last chunk compiles a second graph.
+    Ctrl-C ends the step at the next chunk boundary, on all ranks.
 
     Args:
-        model: a DecoderLM of R and W layers, by itself, in DistributedDataParallel or under FSDP2 (``fully_shard``).
-        input_ids: ``[B, T]`` integers, the full sequence on every rank: a tensor, or a NumPy array such as a memory
-            map far larger than memory.
-        labels: ``[B, T]`` integers, ``labels[t]`` the target of position t (the token after it); -100 is ignored.
-        chunk_size: tokens (of each row) whose activations exist at a time on one rank. With W ranks, super-chunks of
+        model: a DecoderLM whose layers have carries of fixed size (R and W), plain, in DistributedDataParallel or under FSDP2
+            (``fully_shard``).
+        input_ids: ``[B, T]`` integers, the full sequence on every rank: a tensor, or a NumPy array such as a memory map.
+        labels: ``[B, T]`` integers; ``labels[t]`` is the target of position t (the token after it); -100 is ignored.
+        chunk_size: tokens of each row whose activations exist at a time on one rank. With W ranks, super-chunks of
             ``W * chunk_size`` tokens are sharded over the ranks, so that no rank waits for another's whole shard.
-        group: the ranks that share the sequence. Gradients are summed over it, once, after the last chunk.
-        cu_seqlens: ``[N + 1]`` int, packed documents (B = 1).
-        num_targets: what the summed loss is divided by; None: the labels that count.
-        reduce: what becomes of the gradients once, after the last chunk. "mean": summed over ``group`` and averaged over
-            replicas, as DDP and FSDP2 do. "sum": summed over replicas too; FSDP2 is then to have been told so
-            (``set_gradient_divide_factor(1)``). "none": they stay this rank's share; under FSDP2 they wait for a later call.
-        keep: where the carries at chunk starts wait: "device", "host" (pinned memory, copied beside the work), or "subtract":
-            sketches are recovered by taking away what each chunk has added (no decay, no packed documents; about one more
-            forward pass).
-        checkpoint: store the step in its middle, and resume it from there.
-        world: ranks that make this call together over as many chunks, replicas included: they store and stop at the same
-            chunk. None: those of DDP, or else of ``group``.
+        group: the ranks that share the sequence. Gradients are summed over it once, after the last chunk.
+        cu_seqlens: ``[N + 1]`` int: the boundaries of packed documents (B = 1).
+        num_targets: the divisor of the summed loss; None: the number of labels that count.
+        reduce: the reduction of gradients after the last chunk. "mean": summed over ``group`` and averaged over replicas, as in
+            DDP and FSDP2. "sum": summed over replicas too; FSDP2 must be set to sum with ``set_gradient_divide_factor(1)``.
+            "none": gradients stay this rank's share; under FSDP2 a later call reduces them.
+        keep: where the carries at chunk starts are stored: "device"; "host": pinned memory, copied beside the computation;
+            "subtract": sketches are recovered by subtracting what each chunk has added (needs no decay and no packed
+            documents, and costs about one more forward pass).
+        checkpoint: where to store the step while it runs, and from where to resume it.
+        world: the ranks, replicas included, that make this call together with the same number of chunks: they store and stop
+            at the same chunk. None: the ranks of DDP, otherwise ``group``.
         progress: called after every chunk.
-        key_mask: None. Texts of several lengths are packed documents (``cu_seqlens``) here, not rows with padding.
+        key_mask: must be None. Give texts of several lengths as packed documents (``cu_seqlens``), not as rows with padding.
 
     Returns:
-        The mean over all targets, on every rank; 0 (with gradients 0) where no target counts.
+        The mean over all targets, on every rank; 0 (with gradients 0) if no target counts.
 
     Raises:
-        ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, or
-            what the checkpoint's folder holds is not of this step, or damaged (a DamagedStepError, which names the file).
-            Labels that are the input are warned of.
-        StepInterrupted: Ctrl-C, or the checkpoint's ``stop``. Gradients are then as they were before the call.
+        ValueError: the model has a layer that cannot be streamed, a shape or token does not fit, ``chunk_size < 1``, or the
+            checkpoint's folder holds another step or is damaged (a DamagedStepError that names the file).
+        StepInterrupted: on Ctrl-C, or when the checkpoint's ``stop`` returns True. Gradients are then unchanged.
+
+    Warns:
+        UserWarning: the labels equal the input.
     """
     _refuse_mask(key_mask)
     if checkpoint is not None:
@@ -93,7 +97,7 @@ def streamed_backward(
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
     warn_unshifted_text(input_ids, labels)
     stop = None if checkpoint is None else checkpoint.stop
-    with Gradients(model, stream.group, reduce) as gradients, Interrupts(stop) as interrupts:
+    with GradientAccumulator(model, stream.group, reduce) as gradients, InterruptHandler(stop) as interrupts:
         together = model.process_group if world is None and isinstance(model, DistributedDataParallel) else world
         step = _Step(stream, gradients, interrupts, keep, num_targets, progress, together or stream.group)
         if checkpoint is not None:
@@ -118,16 +122,16 @@ def streamed_loss(
     progress: Callable[[Progress], None] | None = None,
     key_mask: None = None,
 ) -> Tensor:
-    """The mean loss of :func:`streamed_backward` without gradients: evaluation over any length. Same arguments."""
+    """The mean loss of :func:`streamed_backward` without gradients, for evaluation over any length. Same arguments."""
     _refuse_mask(key_mask)
     checks.callback("progress", progress)
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
     warn_unshifted_text(input_ids, labels)
     targets, carry, pace = stream.targets(num_targets), stream.first_carry(), stream.pace()
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
-    for chunk, ids, wanted in stream.text.read(range(stream.text.count)):
+    for chunk, ids, labels_of_chunk in stream.text.read(range(stream.text.count)):
         h, carry = stream.hidden(ids, carry, chunk)
-        total += stream.model.loss(h, wanted, num_targets=targets).double()
+        total += stream.model.loss(h, labels_of_chunk, num_targets=targets).double()
         if progress is not None:
             progress(pace.chunk_done("forward", chunk.index + 1))
     return all_reduce_sum(total, stream.group)
@@ -137,19 +141,19 @@ def streamed_loss(
 def streamed_prompt(
     model: nn.Module, input_ids: Tokens, *, chunk_size: int, group: ProcessGroup | None = None, key_mask: None = None
 ) -> tuple[Tensor, ModelCarry]:
-    """Read a prompt of any length: the logits of the token that follows it, and the carry to go on from.
+    """Prefill a prompt of any length: the logits of the token that follows it, and the carry to continue from.
 
     Args:
         model, chunk_size, group: as for :func:`streamed_backward`.
         input_ids: ``[B, T]`` integers.
-        key_mask: None. Prompts of several lengths: ``race_dist.models.prefill(model, ids, key_mask=...)``.
+        key_mask: must be None. For prompts of several lengths use ``race_dist.models.prefill(model, ids, key_mask=...)``.
 
     Returns:
-        ``[B, vocab]``, and the carry behind the last token (for ``model.hidden``), both on every rank.
+        ``[B, vocab]``, and the carry after the last token (for ``model.hidden``), both on every rank.
     """
     if key_mask is not None:
         raise ValueError(
-            "streamed_prompt takes no key_mask: read prompts of several lengths with "
+            "streamed_prompt takes no key_mask: prefill prompts of several lengths with "
             "race_dist.models.prefill(model, ids, key_mask=...)"
         )
     stream = _Stream(model, input_ids, input_ids, chunk_size, group, None)
@@ -157,7 +161,7 @@ def streamed_prompt(
     for chunk, ids, _ in stream.text.read(range(stream.text.count)):
         h, carry = stream.hidden(ids, carry, chunk)
     last = h[:, -1] if h.shape[1] else h.new_zeros(h.shape[0], h.shape[2])
-    if stream.group is not None:  # shards of a short last chunk may be empty: the last rank with rows has the last token
+    if stream.group is not None:  # shards of a short last chunk may be empty: only the last rank with rows has the last token
         held = max_over_ranks([torch.distributed.get_rank(stream.group) if h.shape[1] else -1], stream.group)[0]
         mine = torch.distributed.get_rank(stream.group) == held
         last = all_reduce_sum(last if mine else torch.zeros_like(last), stream.group)
@@ -173,7 +177,7 @@ def _refuse_mask(key_mask: object) -> None:
 
 
 class _Stream:
-    """One sequence, cut into chunks, and the model that runs over them."""
+    """One sequence in chunks, and the model that runs over them."""
 
     def __init__(
         self,
@@ -186,14 +190,15 @@ class _Stream:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a race_dist.models.DecoderLM; got {checks.typed_repr(model)}")
-        inner = unwrapped(model)
+        inner = unwrap_model(model)
         if not isinstance(inner, DecoderLM):
             raise TypeError(f"model must be a race_dist.models.DecoderLM; got {type(inner).__name__}")
-        if "S" in inner.config.layer_kinds:
-            raise ValueError(
-                f"a full-softmax layer cannot be streamed: its carry is every key and value so far; "
-                f"layer_pattern = {inner.config.layer_pattern!r} may hold R and W"
-            )
+        for kind in kinds_in(inner.config.layer_kinds):
+            if not kind.fixed_size_carry:
+                raise ValueError(
+                    f"a {kind.name} layer cannot be streamed: its carry is {kind.carry_text}; "
+                    f"layer_pattern = {inner.config.layer_pattern!r} may hold {streamable_letters()}"
+                )
         if inner.norm.weight.is_meta:
             raise ValueError(
                 "model is on the meta device, where its weights have no values: give them some with "
@@ -201,24 +206,24 @@ class _Stream:
             )
         self.model, self.device = inner, inner.norm.weight.device
         self.group = group if group_size(group) > 1 else None
-        self.text = Text(
+        self.text = ChunkedTokens(
             input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size, device=self.device
         )
         self.packed = cu_seqlens is not None
         self.documents = "one" if cu_seqlens is None else json_digest({"cu_seqlens": cu_seqlens.tolist()})
         self.compiled = any(m._compiled_call_impl is not None for m in inner.modules())
 
-    def pace(self) -> Pace:
-        """A count of chunks that begins now."""
-        return Pace(self.device, self.text.count, self.text.length, self.text.batch, self.text.step)
+    def pace(self) -> ProgressMeter:
+        """A new progress meter."""
+        return ProgressMeter(self.device, self.text.count, self.text.length, self.text.batch, self.text.step)
 
     def targets(self, given: int | None) -> Tensor:
-        """What the summed loss is divided by, on the device."""
+        """The divisor of the summed loss, on the device."""
         given = None if given is None else checks.integer("num_targets", given, minimum=1, maximum=2**53)
         return torch.tensor(self.text.count_targets() if given is None else given, device=self.device)
 
     def first_carry(self) -> ModelCarry:
-        """No tokens yet. The sketches are float64: theirs are sums over the whole sequence."""
+        """The carry of no tokens. Sketches are float64, because they sum over the whole sequence."""
         kind, weights = self.device.type, self.model.norm.weight.dtype
         narrow = torch.is_autocast_enabled(kind) and weights != torch.float64
         return self.model.zero_carry(
@@ -226,27 +231,27 @@ class _Stream:
         )
 
     def hidden(self, ids: Tensor, carry: ModelCarry, chunk: Chunk) -> tuple[Tensor, ModelCarry]:
-        """The chunk's hidden states and the carry behind it."""
+        """The hidden states of a chunk and the carry after it."""
         h, after = self.model.hidden(ids, carry, cu_seqlens=chunk.cu_seqlens, group=self.group)
         assert after is not None
         return h, after
 
 
 class _Step:
-    """A step under way: everything that changes from chunk to chunk, which is also what is stored.
+    """A running step: everything that changes from chunk to chunk, which is also what a checkpoint stores.
 
     Attributes:
-        phase, done: chunks done of a phase.
-        carry: behind the last chunk of the forward phase; then at the start of the chunk that was done last.
-        incoming: gradients of that carry's tensors.
+        phase, done: the number of chunks done in the current phase.
+        carry: forward: the carry after the last chunk that is done; backward: the carry at its start.
+        grad_carry: the gradients of that carry's tensors.
         total: this rank's share of the mean loss, float64.
     """
 
     def __init__(
         self,
         stream: _Stream,
-        gradients: Gradients,
-        interrupts: Interrupts,
+        gradients: GradientAccumulator,
+        interrupts: InterruptHandler,
         keep: Keep,
         num_targets: int | None,
         progress: Callable[[Progress], None] | None,
@@ -258,14 +263,14 @@ class _Step:
         self.stream, self.gradients, self.interrupts, self.keep, self.progress = stream, gradients, interrupts, keep, progress
         self.targets, self.pace = stream.targets(num_targets), stream.pace()
         self.phase, self.done, self.carry = "forward", 0, stream.first_carry()
-        self.carries = Carries(keep, self.carry, stream.text.count)
+        self.carries = CarryStack(keep, self.carry, stream.text.count)
         self.carries.push(self.carry)
-        self.incoming: list[Tensor | None] = [None] * len(self.carry.tensors())
+        self.grad_carry: list[Tensor | None] = [None] * len(self.carry.tensors())
         self.total = torch.zeros((), dtype=torch.float64, device=stream.device)
-        self.store: Store | None = None
+        self.store: StepStore | None = None
 
     def forward(self) -> None:
-        """Fill in the carry at each chunk's start. The last chunk is not run: nothing reads what it hands on."""
+        """Store the carry at the start of each chunk. The last chunk is skipped: nothing reads the carry after it."""
         if self.phase != "forward":
             return
         for chunk, ids, _ in self.stream.text.read(range(self.done, self.stream.text.count - 1)):
@@ -275,43 +280,43 @@ class _Step:
         self.phase, self.done = "backward", 0
 
     def _forward_chunk(self, chunk: Chunk, ids: Tensor) -> ModelCarry:
-        """The carry behind a chunk; its graph, if there is one, ends here."""
-        with torch.set_grad_enabled(self.stream.compiled):  # a compiled graph rounds as it does in the backward phase
-            _, after = self.stream.hidden(ids, as_leaves(self.carry)[0], chunk)
+        """The carry after a chunk, detached from its autograd graph."""
+        with torch.set_grad_enabled(self.stream.compiled):  # a compiled graph must round as in the backward phase
+            _, after = self.stream.hidden(ids, carry_leaves(self.carry)[0], chunk)
         return after.with_tensors(tuple(t.detach() for t in after.tensors()))
 
     def backward(self) -> None:
-        """Add up the gradients, from the last chunk to the first."""
+        """Accumulate the gradients from the last chunk to the first."""
         text = self.stream.text
         for chunk, ids, labels in text.read(range(text.count - 1 - self.done, -1, -1)):
             start = self.carries.pop()
             if self.keep == "subtract":
-                first = chunk.index == text.count - 1  # whose carry is at hand
-                start = self.carry if first else subtract(self.stream.model, ids, self.carry, start, self.stream.group)
+                is_last = chunk.index == text.count - 1  # its carry was kept
+                start = self.carry if is_last else subtract(self.stream.model, ids, self.carry, start, self.stream.group)
             self.carry = start
             self._backward_chunk(chunk, ids, labels)
             self._chunk_done("backward", text.count - chunk.index)
 
     def _backward_chunk(self, chunk: Chunk, ids: Tensor, labels: Tensor) -> None:
-        torch.clear_autocast_cache()  # weights cast without gradients must not be taken for these
+        torch.clear_autocast_cache()  # do not reuse weights that were cast without gradients
         self.gradients.begin_chunk(last=chunk.index == 0)
-        carry, leaves = as_leaves(self.carry)
+        carry, leaves = carry_leaves(self.carry)
         with torch.enable_grad():
             h, after = self.stream.hidden(ids, carry, chunk)
             loss = self.stream.model.loss(h, labels, num_targets=self.targets)
         roots: list[Tensor] = [loss]
         seeds: list[Tensor | None] = [None]
-        for tensor, gradient in zip(after.tensors(), self.incoming, strict=True):
+        for tensor, gradient in zip(after.tensors(), self.grad_carry, strict=True):
             if gradient is not None and tensor.requires_grad:
                 roots.append(tensor)
                 seeds.append(gradient)
         torch.autograd.backward(roots, seeds)
         self.total += loss.detach().double()
         self.gradients.collect()
-        self.incoming = [None if leaf is None or leaf.grad is None else leaf.grad for leaf in leaves]
+        self.grad_carry = [None if leaf is None or leaf.grad is None else leaf.grad for leaf in leaves]
 
     def _chunk_done(self, phase: str, done: int) -> None:
-        """Report, store and stop, each where it is asked for."""
+        """Report progress; store the step and stop where that is due."""
         self.phase, self.done = phase, done
         report = self.pace.chunk_done(phase, done)
         due = self.store is not None and self.store.due()
@@ -327,7 +332,7 @@ class _Step:
     def _stop(self, report: Progress) -> NoReturn:
         where = f"interrupted after {report.chunk} of {report.chunks} chunks of the {report.phase} phase"
         if self.store is None:
-            raise StepInterrupted(f"{where}; nothing of this step is kept (checkpoint= would)")
+            raise StepInterrupted(f"{where}; nothing of this step is kept (use checkpoint=)")
         if self.store.problem is not None:
             rest = f"; the same call goes on from what was stored before in {self.store.folder}" if self.store.stored else ""
             raise StepInterrupted(f"{where}, which could not be stored ({self.store.problem}){rest}")
@@ -336,10 +341,10 @@ class _Step:
     # --- storing -------------------------------------------------------------------------------------------------------
 
     def resume(self, checkpoint: StepCheckpoint) -> None:
-        """Store the step from now on; first go on from what is stored of it."""
+        """Store the step from now on; first resume what is stored of it."""
         if self.gradients.sharded:
             raise ValueError(
-                "a step under FSDP2 cannot be stored in its middle: FSDP2 holds the gradients of chunks itself; "
+                "a step under FSDP2 cannot be stored while it runs: FSDP2 holds the gradients of chunks itself; "
                 "leave out checkpoint=, or use DDP or no wrapper"
             )
         text = self.stream.text
@@ -355,28 +360,28 @@ class _Step:
             "way to keep carries": self.keep,
             "precision": str(self.carry.tensors()[-2].dtype),
         }
-        self.store = Store(checkpoint, facts, self.world)
+        self.store = StepStore(checkpoint, facts, self.world)
         saved = self.store.load()
         if saved is not None:
             self._restore(saved)
 
-    def _save(self, store: Store) -> None:
+    def _save(self, store: StepStore) -> None:
         tensors = {"carry": pack(self.carry.tensors()), "total": self.total, **self.gradients.tensors()}
-        tensors |= {f"incoming.{i}": g for i, g in enumerate(self.incoming) if g is not None}
+        tensors |= {f"incoming.{i}": g for i, g in enumerate(self.grad_carry) if g is not None}
         store.save(self.phase, self.done, tensors, self.carries.rows)
 
-    def _restore(self, saved: Saved) -> None:
+    def _restore(self, saved: SavedStep) -> None:
         device, tensors = self.stream.device, saved.tensors
         self.phase, self.done = saved.phase, saved.done
         self.total = tensors["total"].to(device)
         self.carry = self.carry.with_tensors(unpack(tensors["carry"].to(device), self.carry.tensors()))
-        self.incoming = [
-            tensors[f"incoming.{i}"].to(device) if f"incoming.{i}" in tensors else None for i in range(len(self.incoming))
+        self.grad_carry = [
+            tensors[f"incoming.{i}"].to(device) if f"incoming.{i}" in tensors else None for i in range(len(self.grad_carry))
         ]
         self.gradients.restore(tensors)
-        self.carries = Carries(self.keep, self.carry, self.stream.text.count)
+        self.carries = CarryStack(self.keep, self.carry, self.stream.text.count)
         left = saved.done + 1 if saved.phase == "forward" else self.stream.text.count - saved.done
-        if left:  # nothing is left of a step that has ended
+        if left:  # a step that has ended needs no carries
             assert saved.carries is not None
             self.carries.restore(saved.carries[:left])
 
@@ -387,12 +392,11 @@ def _check_keep(keep: str, stream: _Stream) -> None:
         return
     if stream.packed:
         raise ValueError(
-            'keep="subtract" does not go with cu_seqlens: where a document begins, nothing of the state before '
-            'it is left to subtract from; use keep="host"'
+            'keep="subtract" does not go with cu_seqlens: where a document begins, the state before it is lost and '
+            'cannot be recovered by subtraction; use keep="host"'
         )
     config = stream.model.config
-    if "R" in config.layer_kinds and config.race.decay != "none":
-        raise ValueError(
-            f'keep="subtract" needs race.decay = "none", but it is {config.race.decay!r}: what has decayed '
-            'cannot be brought back; use keep="host"'
-        )
+    for kind in kinds_in(config.layer_kinds):
+        reason = kind.why_not_subtracted(config)
+        if reason is not None:
+            raise ValueError(f'keep="subtract" {reason}; use keep="host"')

@@ -23,7 +23,7 @@ from race_dist.streaming import (
     streamed_loss,
 )
 from race_dist.streaming.checkpoint import weights_digest
-from race_dist.streaming.gradients import Reduce
+from race_dist.streaming.gradient_accumulation import Reduce
 from race_dist.terminal import print_line
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from race_dist.files import CheckedTensors, DamagedFileError, open_tensors, save_tensors
 from race_dist.models import ModelConfig
-from race_dist.nn.init import copy_local_shard
+from race_dist.nn.initialization import copy_local_shard
 
 WEIGHTS = "model.safetensors"
 NOT_OF_WEIGHTS = ("activation_checkpointing", "loss_chunk")  # keys of a model that say how it is computed, not what

@@ -103,7 +103,7 @@ def test_prompts_of_several_lengths(pattern: str, chunk: int) -> None:
         generate(net, first, 1, key_mask=turn)
     with pytest.raises(ValueError, match="row 1 of key_mask is all False"):
         generate(net, first, 1, key_mask=mask & torch.tensor([[True], [False], [True]]))
-    with pytest.raises(ValueError, match="prompt_ids is what was read already"):
+    with pytest.raises(ValueError, match="prompt_ids is a PromptState"):
         generate(net, prompt, 1, key_mask=mask)
     with pytest.raises(ValueError, match="row 1 of key_mask is all False"):
         prefill(net, first, key_mask=mask & torch.tensor([[True], [False], [True]]))

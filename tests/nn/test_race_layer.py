@@ -14,7 +14,7 @@ from torch import Tensor
 
 from race_dist import race_attention, sample_planes
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
-from race_dist.nn.core import decay_time_constants
+from race_dist.nn.decay import decay_time_constants
 
 F64 = torch.float64
 SIZE = {"dim": 16, "num_heads": 4, "num_kv_heads": 2, "num_tables": 2, "num_planes": 3}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from race_dist.hashing import soft_hash
 from race_dist.nn import Linear, RaceAttention, RaceConfig, Sequence
-from race_dist.nn.convolve import apply_short_convs
-from race_dist.nn.core import apply_qk_norm
-from race_dist.nn.gate import apply_output_gate
 from race_dist.nn.norm import compute_dtype
+from race_dist.nn.output_gate import apply_output_gate
+from race_dist.nn.race_core import apply_qk_norm
+from race_dist.nn.short_conv import apply_short_convs
 
 CHUNK = 64
 

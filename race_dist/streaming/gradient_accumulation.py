@@ -19,17 +19,17 @@ Reduce = Literal["mean", "sum", "none"]
 REDUCES = ("mean", "sum", "none")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside DDP; under FSDP2 the model itself, whose ``hidden`` gathers weights as its ``forward`` does."""
     if isinstance(model, DistributedDataParallel):
-        return unwrapped(model.module)
+        return unwrap_model(model.module)
     if isinstance(model, FSDPModule) and not hasattr(model, "_race_dist_hidden"):
         register_fsdp_forward_method(model, "hidden")
         model._race_dist_hidden = True  # type: ignore[assignment]
     return model
 
 
-class Gradients:
+class GradientAccumulator:
     """Added up over chunks in at least float32, and synchronised once, after the last.
 
     Entering sets aside what stands in ``.grad``; an exception puts it back as it was.
@@ -55,7 +55,7 @@ class Gradients:
         """Whether FSDP2 holds the parameters."""
         return any(isinstance(p, DTensor) for p in self._parameters)
 
-    def __enter__(self) -> Gradients:
+    def __enter__(self) -> GradientAccumulator:
         self._held = [p.grad for p in self._parameters]
         for p in self._parameters:
             p.grad = None

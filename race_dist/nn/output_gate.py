@@ -1,4 +1,4 @@
-"""The gate on a layer's output: how its logits become factors."""
+"""The output gate of a layer."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ GateActivation = Literal["silu", "sigmoid"]
 
 
 def apply_output_gate(y: Tensor, logits: Tensor, activation: GateActivation) -> Tensor:
-    """``y`` times the activation of ``logits``, which have its shape."""
+    """``y`` times the activation of ``logits``; both have one shape."""
     return y * (F.silu(logits) if activation == "silu" else torch.sigmoid(logits))

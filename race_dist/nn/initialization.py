@@ -1,7 +1,7 @@
-"""Initial weights that depend on a seed and a parameter's name, and on nothing else.
+"""Initial weights that depend only on a seed and on each parameter's name.
 
-Every parameter has its own generator, so a model starts the same on every rank and layout, whatever was drawn before,
-and adding a layer does not change the others.
+Every parameter has its own random generator. So a model starts with the same weights on every rank and under every layout, and
+adding a layer does not change the weights of the others.
 """
 
 from __future__ import annotations
@@ -10,50 +10,65 @@ import hashlib
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from race_dist import checks
+from race_dist.nn.head_partition import HeadSlice
 
 
-class Drawn(nn.Module):
-    """A module that says how its own parameters start (not those of its children)."""
+class SlicedNormal(NamedTuple):
+    """Normal numbers with standard deviation ``std`` in ``shape``, of which a module holds the part of some heads."""
+
+    std: float
+    shape: tuple[int, ...]
+    part: HeadSlice
+
+
+InitialValue = float | Tensor | SlicedNormal  # a float: normal numbers with this standard deviation
+
+
+class SeededModule(nn.Module):
+    """A module that defines the initial values of its own parameters (not those of its children)."""
 
     @abstractmethod
-    def initial(self) -> dict[str, float | Tensor]:
-        """For each own parameter: the standard deviation of the normal draw, or the values themselves."""
+    def initial_values(self) -> dict[str, InitialValue]:
+        """The initial value of each own parameter."""
 
 
 def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
-    """Fill the parameters of every :class:`Drawn` in ``module``; those on the meta device are left alone.
+    """Fill the parameters of every :class:`SeededModule` in ``module``, except those on the meta device.
 
     Args:
-        module: to fill in place.
+        module: filled in place.
         seed: ``0 <= seed < 2**64``.
-        prefix: put before the parameters' names.
+        prefix: of the parameters' names.
     """
     checks.instance("module", module, nn.Module)
     seed = checks.integer("seed", seed, minimum=0, maximum=2**64 - 1)
     checks.instance("prefix", prefix, str)
     for path, child in module.named_modules(prefix=prefix):
-        if isinstance(child, Drawn):
-            for name, how in child.initial().items():
-                _fill(child.get_parameter(name), how, seed, f"{path}.{name}")
+        if isinstance(child, SeededModule):
+            for name, value in child.initial_values().items():
+                _fill(child.get_parameter(name), value, seed, f"{path}.{name}")
 
 
 @torch.no_grad()
-def _fill(parameter: Tensor, how: float | Tensor, seed: int, name: str) -> None:
+def _fill(parameter: Tensor, value: InitialValue, seed: int, name: str) -> None:
     if parameter.is_meta:
         return
-    if isinstance(how, Tensor):
-        copy_local_shard(parameter, how.expand(parameter.shape))
-        return
-    copy_local_shard(parameter, seeded_normal(parameter.shape, how, seed, name))
+    if isinstance(value, Tensor):
+        copy_local_shard(parameter, value.expand(parameter.shape))
+    elif isinstance(value, SlicedNormal):
+        copy_local_shard(parameter, value.part.stored(seeded_normal(value.shape, value.std, seed, name)))
+    else:
+        copy_local_shard(parameter, seeded_normal(parameter.shape, value, seed, name))
 
 
 def seeded_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
-    """Normal numbers that depend on seed and name alone, float32 on the CPU: a rank that holds a part cuts it out."""
+    """Normal numbers that depend only on the seed and the name, float32 on the CPU, to be sliced where a rank has a part."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(tuple(shape), dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)
@@ -61,7 +76,7 @@ def seeded_normal(shape: Sequence[int], std: float, seed: int, name: str) -> Ten
 
 @torch.no_grad()
 def copy_local_shard(parameter: Tensor, values: Tensor) -> None:
-    """Copy the values, or this rank's part of them where the parameter is sharded."""
+    """Copy ``values`` into a parameter, or this rank's shard of them where the parameter is a DTensor."""
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -73,8 +88,8 @@ def copy_local_shard(parameter: Tensor, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-class Linear(nn.Linear, Drawn):
-    """``nn.Linear`` without a bias whose weight starts normal with standard deviation ``in_features**-0.5 * gain``."""
+class Linear(nn.Linear, SeededModule):
+    """``nn.Linear`` without a bias; its initial weight is normal with standard deviation ``in_features**-0.5 * gain``."""
 
     def __init__(
         self,
@@ -93,14 +108,14 @@ class Linear(nn.Linear, Drawn):
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Nothing: :func:`initialize` fills the weight."""
+        """Do nothing: :func:`initialize` fills the weight."""
 
-    def initial(self) -> dict[str, float | Tensor]:
+    def initial_values(self) -> dict[str, InitialValue]:
         return {"weight": self.gain * self.in_features**-0.5}
 
 
-class Embedding(nn.Embedding, Drawn):
-    """``nn.Embedding`` whose weight starts normal with standard deviation ``std``."""
+class Embedding(nn.Embedding, SeededModule):
+    """``nn.Embedding`` whose initial weight is normal with standard deviation ``std``."""
 
     def __init__(
         self,
@@ -119,7 +134,7 @@ class Embedding(nn.Embedding, Drawn):
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Nothing: :func:`initialize` fills the weight."""
+        """Do nothing: :func:`initialize` fills the weight."""
 
-    def initial(self) -> dict[str, float | Tensor]:
+    def initial_values(self) -> dict[str, InitialValue]:
         return {"weight": self.std}

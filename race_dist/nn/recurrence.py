@@ -1,0 +1,108 @@
+"""A recurrent layer over packed documents, padding and ranks, written once for any carry.
+
+A layer says how it runs over consecutive tokens from an initial carry. :func:`run_recurrence` cuts this rank's rows into spans,
+finds the carry that enters each span by an exclusive scan over the ranks, and returns the carry after the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from race_dist.nn.context_parallel import exchange_carries
+from race_dist.nn.mixing_layer import LayerCarry
+from race_dist.nn.sequence import Sequence
+
+CarryT = TypeVar("CarryT", bound=LayerCarry)
+
+
+class TokenSpan(NamedTuple):
+    """Consecutive tokens of the sequence.
+
+    Attributes:
+        tensors: what the layer reads of each token, each ``[B, n, ...]``.
+        starts: ``[n]`` bool: tokens at which a document begins, so that nothing before them is seen; None: no token.
+        mask: ``[B, n]`` bool, False for padding: a token that leaves the carry as it is (a document may still begin at it);
+            None: every token is real.
+    """
+
+    tensors: tuple[Tensor, ...]
+    starts: Tensor | None
+    mask: Tensor | None
+
+
+def run_recurrence(
+    tensors: tuple[Tensor, ...],
+    carry: CarryT,
+    sequence: Sequence,
+    scan: Callable[[TokenSpan, CarryT], tuple[Tensor, CarryT]],
+    *,
+    summarize: Callable[[TokenSpan, CarryT], CarryT] | None = None,
+) -> tuple[Tensor, CarryT | None]:
+    """Run a recurrent layer over this rank's rows, wherever the tokens before them are.
+
+    Args:
+        tensors: what the layer reads of each token, each ``[B, T, ...]``.
+        carry: the carry before the call's sequence, the same on every rank; ``zero_carry`` at a beginning.
+        sequence: where the rows stand.
+        scan: from a span and its initial carry to its outputs ``[B, n, ...]`` and its final carry.
+        summarize: the final carry alone, from a zero carry: under a group it is needed before the outputs can be computed.
+            None: ``scan`` without its outputs.
+
+    Returns:
+        The outputs ``[B, T, ...]`` and the carry after the call's sequence (None unless ``sequence.return_carry``).
+    """
+    spans = sequence.spans()
+    pieces = [
+        TokenSpan(
+            tuple(span.of(x) for x in tensors),
+            sequence.document_starts(span),
+            None if sequence.key_mask is None else span.of(sequence.key_mask),
+        )
+        for span in spans
+    ]
+    ends = [sequence.document_begins_after(span) for span in spans]
+    if sequence.group is None:
+        (piece,), (end,) = pieces, ends
+        outputs, after = scan(piece, carry)
+        return outputs, _hide(after, end) if sequence.return_carry else None
+    zero = carry.zero()
+    if summarize is None:
+        own = [scan(piece, zero)[1] for piece in pieces]
+    else:
+        own = [summarize(piece, zero) for piece in pieces]
+    own = [_linked(summary, piece) for summary, piece in zip(own, pieces, strict=True)]
+    own = [_hide(summary, end) for summary, end in zip(own, ends, strict=True)]
+    initial, final = exchange_carries(own, carry, sequence.group, sequence.layout, return_carry=sequence.return_carry)
+    if final is not None and sequence.num_documents > 1:
+        final = final.with_reset()  # the open document began inside the sequence
+    parts = [_reading(scan(piece, before)[0], before) for piece, before in zip(pieces, initial, strict=True)]
+    return torch.cat(parts, 1), final
+
+
+def _linked(carry: CarryT, piece: TokenSpan) -> CarryT:
+    """The carry of a piece. Without tokens it depends on the layer's inputs too: in the forward pass either all ranks exchange
+    carries that require a gradient, or none does."""
+    if piece.tensors[0].shape[1]:
+        return carry
+    zero = sum(x.sum() for x in piece.tensors if x.is_floating_point())
+    return carry.with_tensors(tuple(t + zero if t.is_floating_point() else t for t in carry.tensors()))
+
+
+def _reading(outputs: Tensor, initial: LayerCarry) -> Tensor:
+    """The outputs of a piece. Without tokens they depend on its initial carry too: in the backward pass every rank must come to
+    the exchange."""
+    if outputs.shape[1]:
+        return outputs
+    return outputs + sum(t.sum() for t in initial.tensors() if t.is_floating_point()).to(outputs.dtype)  # type: ignore[union-attr]
+
+
+def _hide(carry: CarryT, begins: Tensor | None) -> CarryT:
+    """The carry behind the span, empty where a document begins (``begins``, one bool) right after it."""
+    if begins is None:
+        return carry
+    empty = carry.zero().with_reset().tensors()
+    return carry.with_tensors(tuple(torch.where(begins, e, t) for e, t in zip(empty, carry.tensors(), strict=True)))
