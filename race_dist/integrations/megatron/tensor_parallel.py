@@ -84,7 +84,7 @@ class HeadModule(MegatronModule):  # type: ignore[misc]
         """Device and dtype of new parameters, as the config says."""
         device = torch.device("cpu")
         if not self.config.use_cpu_initialization:
-            device = torch.device("cuda", cast(int, torch.cuda.current_device()))
+            device = torch.device("cuda", torch.cuda.current_device())
         return {"device": device, "dtype": self.config.params_dtype}
 
     def sharded_state_dict(
