@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-DEN_FLOOR = tl.constexpr(2.0**-96)
+MIN_DEN = tl.constexpr(2.0**-96)
 BUCKET_EPS = tl.constexpr(1e-6)
 
 
@@ -43,8 +43,8 @@ def store_state(states, index, s0, M, m, c: tl.constexpr):
 
 @triton.jit
 def inverse_den(den):
-    """``1 / den``, 0 where den is under the floor."""
-    empty = den < DEN_FLOOR
+    """``1 / den``, 0 where den is below the least denominator."""
+    empty = den < MIN_DEN
     return tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, den))
 
 

@@ -45,7 +45,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         "_pipes": lambda: pipes,
     }.items():
         monkeypatch.setattr(backend, name, value)
-    monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
+    monkeypatch.setattr(Spec, "min_block", 64)  # a card's blocks, not the interpreter's
     backend.clear_plan_cache()
 
 
