@@ -173,7 +173,6 @@ def mma_partition(args, den, c: gl.constexpr):
         t = program.start + i * c.C
         stage = wait_decay(decay, i, c)
         for g in gl.static_range(c.G):
-            last: gl.constexpr = g == c.G - 1
             A = gl.zeros([c.C, c.C], gl.float32, wgmma_layout(c.C))
             num = gl.zeros([c.C, c.BV], gl.float32, wgmma_layout(c.BV))
             total = gl.zeros([c.C], gl.float32, feature_rows)
@@ -191,7 +190,7 @@ def mma_partition(args, den, c: gl.constexpr):
                     total += gl.sum(Fq.load(wgmma_layout(c.SB)).to(gl.float32) * m[None, :], 1)
                 A, num = warpgroup_mma_wait(0, (A, num))
                 args.phi_q_pipe.consumer_release(j)
-                if c.causal and last:
+                if c.causal and g == c.G - 1:
                     state_pipe.consumer_release(state_turn)
                     args.phi_k_pipe.consumer_release(i * c.NSB + block)
             if c.causal:
@@ -204,7 +203,7 @@ def mma_partition(args, den, c: gl.constexpr):
                 stored = gl.where(program.value_block == 0, program.end - t, 0)  # by one of the programs
                 store_scalars(den, total, program.b, t, program.h * c.G + g, stored, value_rows, c)
             num = warpgroup_mma_wait(0, (num,))
-            if c.causal and last:
+            if c.causal and g == c.G - 1:
                 args.v_pipe.consumer_release(i)
                 release_decay(decay, i, c)
             if c.is_global:
