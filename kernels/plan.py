@@ -1,16 +1,18 @@
-"""Which tiles, chunks, warps and pipeline stages a call gets: decided on the host from shapes and flags alone.
+"""Which family of kernels, tile, chunk, warps and pipeline stages a call gets, from shapes and flags alone.
 
-A sequence is cut in state *tiles* (one stored state each) and a tile in matmul *chunks*. Three families of kernels:
+A sequence is divided into *tiles* (one stored state each), and a tile into *chunks* (what one matrix product covers). There are
+three families of kernels:
 
-- *recurrent*: all features fit in one block; a program walks its tile with the running state in registers.
-- *pipelined*: the same recurrent on Hopper as a pipeline of warp groups, for bfloat16 (``kernels/hopper``).
-- *snapshot*: any number of features, in blocks; a tile is one chunk and reads the stored state directly. Also the
-  "bucket" normalization, whose backward pass needs prefix and suffix state at the same chunk.
+- *chunk recurrence* (``recurrent_fwd``, ``recurrent_bwd``): all features fit in one block; a program goes through its tile
+  chunk by chunk, with the running state in registers.
+- *pipeline* (``kernels/hopper``): the chunk recurrence for bfloat16 on Hopper, warp-specialized.
+- *materialized states* (``materialized``): any number of features, in blocks; a tile is one chunk and reads its stored state.
+  Also the "bucket" normalization, whose backward pass needs the prefix and the suffix state of the same chunk.
 
-To add a device: its shared memory is read from the driver, and stages, then chunks, are cut until a kernel fits
-(:func:`shared_bytes`). Try other ``STAGES``, chunks and ``PROGRAMS`` there, time them with
-``python -m race_dist.benchmarks.targets``, and keep what is fastest. The choice never depends on T except through ``tile``, a
-run-time number, so that a new length compiles nothing.
+To add a device: its shared memory is read from the driver, and stages, then chunks, shrink until a kernel fits
+(:func:`shared_bytes`). Try other ``STAGES``, chunks and ``MIN_PROGRAMS`` there, time them with
+``python -m race_dist.benchmarks.targets``, and keep the fastest. The choice depends on T only through ``tile``, a run-time
+number, so a new length compiles nothing.
 """
 
 from __future__ import annotations
@@ -22,23 +24,24 @@ import triton.language as tl
 
 from race_dist.kernels.interpreter import INTERPRET
 
-PROGRAMS = 512  # tiles times heads that a call should at least have, so that every multiprocessor has several
+MIN_PROGRAMS = 512  # tiles times heads that a call should have, so that every SM has several
 MAX_TILE = 4096
 SIZES = ("R", "S", "NSB", "TABLES_PER_BLOCK", "BLOCK_PLANES", "BLOCKS_PER_TABLE", "LPB", "BD", "BV", "NVB", "PARTIAL_GRADIENTS")
 STAGES = {"tile_sums_fwd": 3, "fwd": 1, "bwd_dq": 1, "tile_sums_bwd": 2, "bwd_dkv": 2}  # chunks in flight
 KERNELS = tuple(STAGES)
 PIPELINED = ("fwd", "bwd_dq", "bwd_dkv")  # the kernels that have a pipeline
-PIPE_SHARED = 227 * 1024  # what the pipelines take, about: all of a multiprocessor
-PIPE_REGISTERS = 128  # of each of 16 warps' threads, before they share them out anew
+PIPELINE_SHARED_MEMORY = 227 * 1024  # bytes that a pipeline takes at most: all of an SM
+PIPELINE_REGISTERS = 128  # per thread of 16 warps, before the partitions redistribute them
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a kernel is compiled for. Letters as in the kernels; padded sizes are powers of two of at least 16.
+    """What a kernel is compiled for.
 
-    ``SB`` features in each of ``NSB`` blocks, behind which lie ``TABLES_PER_BLOCK`` tables with ``LPB`` plane slots; ``G``
-    query heads per key/value head. ``fp32``: float32 products (three tf32 terms); ``fp16``: float16 inputs; ``split_planes``:
-    the planes' dtype is wider than the inputs'; ``tma``: rows move by the copy engine (TMA).
+    D and Dv columns (padded: BD, BV); L tables of P planes; G query heads per key/value head; C tokens per chunk; SB features
+    per block, of which there are NSB; LPB plane slots per block. Padded sizes are powers of two of at least 16. ``stages``:
+    chunks in flight. ``fp32``: float32 products (three tf32 terms); ``fp16``: float16 inputs; ``split_planes``: the planes'
+    dtype is wider than the inputs'; ``tma``: rows are moved by TMA; ``recurrent`` and ``pipelined``: the family.
     """
 
     D: int
@@ -65,60 +68,66 @@ class Spec:
 
     @cached_property
     def R(self) -> int:
+        """Buckets per table."""
         return 2**self.P
 
     @cached_property
     def S(self) -> int:
+        """Features."""
         return self.L * self.R
 
     @cached_property
     def NSB(self) -> int:
+        """Blocks of features."""
         return -(-self.S // self.SB)
 
     @cached_property
     def TABLES_PER_BLOCK(self) -> int:
+        """Whole tables in a block of features; 1 where a table has several blocks."""
         return max(1, self.SB // self.R)
 
     @cached_property
     def BLOCK_PLANES(self) -> int:
-        """A table's first planes, which tell its blocks apart where it has several: a feature is a factor of its block, the
-        product over the BLOCK_PLANES first planes, times one that all blocks of the table share."""
+        """How many of a table's first planes choose the block, where the table has several: a feature is then a factor of its
+        block, the product over these planes, times one that all blocks of the table share."""
         return max(0, self.P + 1 - self.SB.bit_length())
 
     @cached_property
     def BLOCKS_PER_TABLE(self) -> int:
-        """Blocks of a table, where it has several; else 1."""
+        """Blocks of features per table; 1 where a block holds whole tables."""
         return 2**self.BLOCK_PLANES
 
     @cached_property
     def LPB(self) -> int:
+        """Plane slots of a block of features; in a pipeline, of all features."""
         return padded((self.L if self.pipelined else min(self.TABLES_PER_BLOCK, self.L)) * self.P)
 
     @cached_property
     def PARTIAL_GRADIENTS(self) -> bool:
-        """Whether a pipeline writes the gradient of the projections, of which ``race_unproject_kernel`` makes that of the rows:
-        several programs add to it (blocks of value columns), or the planes' gradient is made of it too."""
+        """Whether a pipeline writes partial gradients of the projections, which ``race_unproject_kernel`` turns into those of
+        the rows: where several programs contribute (blocks of value columns), or the planes' gradient needs them too."""
         return self.pipelined and (self.NSB > 1 or self.need_planes)
 
     @property
-    def least(self) -> int:
-        """Of feature and column blocks: a row of 128 bytes. Narrower operands of Hopper's matrix instructions read
-        outside of shared memory under Triton 3.6 (seen with compute-sanitizer), and gain nothing."""
+    def min_block(self) -> int:
+        """The least size of feature and column blocks: a row of 128 bytes. Narrower wgmma operands read outside shared memory
+        under Triton 3.6 (seen with compute-sanitizer), and gain nothing."""
         return 16 if INTERPRET else 32 if self.fp32 else 64
 
     @cached_property
     def BD(self) -> int:
-        return padded(self.D, self.least)
+        """Padded columns of q and k."""
+        return padded(self.D, self.min_block)
 
     @cached_property
     def BV(self) -> int:
-        """Value columns of a program. In a pipeline of several blocks of features 64: then the running state of all of them
+        """Value columns of a program. In a pipeline of several blocks of features 64: the running state of all blocks then
         stays in registers."""
-        return 64 if self.pipelined and self.NSB > 1 else padded(self.Dv, self.least)
+        return 64 if self.pipelined and self.NSB > 1 else padded(self.Dv, self.min_block)
 
     @cached_property
     def NVB(self) -> int:
-        """Blocks of value columns, a program each: the attention is linear in them, so their gradients of q and k add."""
+        """Blocks of value columns, one program each: the attention is linear in them, so their gradients of q and k add."""
         return -(-self.Dv // self.BV)
 
 
@@ -127,7 +136,7 @@ class Constants:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.text, self.key = repr(spec), hash(spec)  # asked for at every launch
+        self.text, self.key = repr(spec), hash(spec)  # needed at every launch
         for name in (*(f.name for f in fields(Spec)), *SIZES):
             value = getattr(spec, name)
             setattr(self, name, value if INTERPRET else tl.constexpr(value))
@@ -152,7 +161,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int]:
-        """Of the launch, besides warps."""
+        """Launch options besides the number of warps and stages."""
         return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
 
     @cached_property
@@ -163,8 +172,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A call's choices. ``tile`` tokens share a stored state; ``recurrent`` and ``pipelined`` tell the family; ``obstacle``: on
-    GPU that has the pipelines, why this call does not run in them."""
+    """A call's choices. ``tile`` tokens share a stored state; ``recurrent`` and ``pipelined`` give the family; ``obstacle``: on
+    a GPU that has the pipelines, why this call does not run in them."""
 
     tile: int
     recurrent: bool
@@ -177,15 +186,15 @@ class Plan:
 
     @property
     def family(self) -> str:
-        """In words."""
+        """The family's name, as ``explain_plan`` gives it."""
         return "pipeline" if self.pipelined else "chunk recurrence" if self.recurrent else "materialized states"
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of the GPU kernels, forward then backward, in their order."""
+        """Names of the GPU kernels in launch order, forward then backward."""
         spec, name = self["bwd_dkv"].spec, "hopper" if self.pipelined else "recurrent" if self.recurrent else "materialized"
         sums = ("race_tile_sums_bwd_kernel",) if self.recurrent and (spec.NSB > 1 or not self.pipelined) else ()
-        shares = ("race_unproject_kernel",) if spec.PARTIAL_GRADIENTS else ()
+        unproject = ("race_unproject_kernel",) if spec.PARTIAL_GRADIENTS else ()
         return (
             "race_tile_sums_fwd_kernel",
             "race_scan_kernel",
@@ -194,34 +203,34 @@ class Plan:
             *sums,
             "race_scan_kernel",
             f"race_{name}_bwd_dkv_kernel",
-            *shares,
+            *unproject,
         )
 
 
-def padded(n: int, least: int = 16) -> int:
-    """The block size for n: a power of two, at least ``least``."""
-    return max(least, 1 << (n - 1).bit_length())
+def padded(n: int, minimum: int = 16) -> int:
+    """The block size for n: a power of two, at least ``minimum``."""
+    return max(minimum, 1 << (n - 1).bit_length())
 
 
 def work_bucket(work: int) -> int:
-    """``B * Hkv * T``, down to a power of two: what a plan may know of a length."""
+    """``B * Hkv * T`` rounded down to a power of two: all that a plan depends on of a length."""
     return 1 << max(0, work.bit_length() - 1)
 
 
 def make_plan(
     spec: Spec, work: int, *, shared_limit: int, hopper: bool = False, chunk: int | None = None, tile: int | None = None
 ) -> Plan:
-    """Choose for one call.
+    """The plan of one call.
 
     Args:
         spec: dimensions and flags; its C, SB and stages are overwritten.
-        work: ``B * Hkv * T``, about.
-        shared_limit: bytes of shared memory a program may use.
-        hopper: whether the device runs Hopper's matrix instructions.
-        chunk: force this (tests).
-        tile: tokens that share a state, where the family's chunk does not decide it.
+        work: about ``B * Hkv * T``.
+        shared_limit: bytes of shared memory that a program may use.
+        hopper: whether the device has wgmma.
+        chunk: force this chunk (tests).
+        tile: tokens per stored state, where the family's chunk does not decide it.
     """
-    block = padded(spec.S, spec.least)
+    block = padded(spec.S, spec.min_block)
     recurrent = not spec.is_bucket and block <= (32 if spec.fp32 and not INTERPRET else 64) and block * spec.BV <= 8192
     size = chunk or (32 if spec.fp32 else 64)
     spec = replace(spec, C=size, SB=min(block, 32 if spec.fp32 and not INTERPRET else 64))
@@ -230,13 +239,13 @@ def make_plan(
     if recurrent or pipelined:
         launches = {kernel: _launch(kernel, replace(spec, recurrent=True), shared_limit) for kernel in KERNELS}
         if pipelined:
-            choice = Launch(replace(spec, stages=1, recurrent=True, pipelined=True), 4, PIPE_REGISTERS)
+            choice = Launch(replace(spec, stages=1, recurrent=True, pipelined=True), 4, PIPELINE_REGISTERS)
             launches |= dict.fromkeys(PIPELINED, choice)
-        bucket = 1 << max(0, (work // PROGRAMS).bit_length() - 1)
+        bucket = 1 << max(0, (work // MIN_PROGRAMS).bit_length() - 1)
         return Plan(tile or min(max(bucket, size), MAX_TILE), True, launches, pipelined, obstacle)
     spec = replace(spec, stages=1, recurrent=False, tma=False)
     while max(spec.C, spec.SB) > 16 and any(shared_bytes(kernel, spec) > shared_limit for kernel in KERNELS):
-        # of all kernels alike: their chunk is the tile
+        # the same for all kernels: their chunk is the tile
         spec = replace(spec, C=spec.C // 2) if spec.C > 16 else replace(spec, SB=spec.SB // 2)
     return Plan(spec.C, False, dict.fromkeys(KERNELS, Launch(spec, 4)), obstacle=obstacle)
 
@@ -247,30 +256,38 @@ def pipeline_obstacle(spec: Spec, shared_limit: int) -> str | None:
     They take bfloat16 rows that TMA moves, D and Dv up to 128; beyond 64 features (several blocks of them) causal calls with
     one query head per key/value head.
     """
-    most = 64 * (3 if spec.decay and spec.is_global else 4)  # features of which everything fits in PIPE_SHARED
+    most = 64 * (3 if spec.decay and spec.is_global else 4)  # features that fit in PIPELINE_SHARED_MEMORY
     many = f"S = L * 2**P = {spec.S} features (beyond 64)"
-    obstacles = {
-        f"q, k and v are {'float32' if spec.fp32 else 'float16'}: give bfloat16, or call under torch.autocast": spec.fp32
-        or spec.fp16,
-        'normalization is "bucket": "global" and "none" have pipelines': spec.is_bucket,
-        f"heads are wider than 128 (D = {spec.D}, Dv = {spec.Dv}): use more heads of at most 128": max(spec.D, spec.Dv) > 128,
-        "TMA cannot move these rows: make D and Dv multiples of 8 and give tensors whose last dimension is contiguous and "
-        "whose strides are multiples of 8 elements": not spec.tma,
-        f"L * P = {spec.L * spec.P} planes: give at most 32": spec.LPB > 32,
-        f"{many} have a pipeline for causal calls only: give at most 64": spec.NSB > 1 and not spec.causal,
-        f"{many} have no pipeline for grouped queries: give at most 64, or as many key/value heads as query heads": spec.NSB > 1
-        and spec.G > 1,
-        f"{many} with L * P = {spec.L * spec.P} planes: give at most 16 planes": spec.NSB > 1 and spec.LPB > 16,
-        f"S = L * 2**P = {spec.S} features: give at most {most}": most < spec.S,
-        f"a program may use {shared_limit} bytes of shared memory here, and a pipeline takes {PIPE_SHARED}": shared_limit
-        < PIPE_SHARED,
-        f"chunks are of {spec.C} tokens and {spec.SB} features, not of 64": spec.C != 64 or spec.SB != 64,
-    }
-    return next((reason for reason, holds in obstacles.items() if holds), None)
+    dtype = "float32" if spec.fp32 else "float16"
+    limit, taken = shared_limit, PIPELINE_SHARED_MEMORY
+    obstacles = [
+        (spec.fp32 or spec.fp16, f"q, k and v are {dtype}: give bfloat16, or call under torch.autocast"),
+        (spec.is_bucket, 'normalization is "bucket": "global" and "none" have pipelines'),
+        (
+            max(spec.D, spec.Dv) > 128,
+            f"heads are wider than 128 (D = {spec.D}, Dv = {spec.Dv}): use more heads of at most 128",
+        ),
+        (
+            not spec.tma,
+            "TMA cannot move these rows: make D and Dv multiples of 8 and give tensors whose last dimension is contiguous and "
+            "whose strides are multiples of 8 elements",
+        ),
+        (spec.LPB > 32, f"L * P = {spec.L * spec.P} planes: give at most 32"),
+        (spec.NSB > 1 and not spec.causal, f"{many} have a pipeline for causal calls only: give at most 64"),
+        (
+            spec.NSB > 1 and spec.G > 1,
+            f"{many} have no pipeline for grouped queries: give at most 64, or as many key/value heads as query heads",
+        ),
+        (spec.NSB > 1 and spec.LPB > 16, f"{many} with L * P = {spec.L * spec.P} planes: give at most 16 planes"),
+        (most < spec.S, f"S = L * 2**P = {spec.S} features: give at most {most}"),
+        (limit < taken, f"a program may use {limit} bytes of shared memory here, and a pipeline takes {taken}"),
+        (spec.C != 64 or spec.SB != 64, f"chunks are of {spec.C} tokens and {spec.SB} features, not of 64"),
+    ]
+    return next((reason for holds, reason in obstacles if holds), None)
 
 
 def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:
-    """A recurrent's most chunks in flight, then its largest chunk, that fit the device's shared memory."""
+    """The most chunks in flight, then the largest chunk, of a chunk recurrence that fit the device's shared memory."""
     choice = replace(spec, stages=1 if spec.fp32 else STAGES[kernel])
     while shared_bytes(kernel, choice) > shared_limit and (choice.stages > 1 or choice.C > 16):
         choice = replace(choice, stages=choice.stages - 1) if choice.stages > 1 else replace(choice, C=choice.C // 2)
@@ -278,15 +295,14 @@ def _launch(kernel: str, spec: Spec, shared_limit: int) -> Launch:
 
 
 def shared_bytes(kernel: str, spec: Spec) -> int:
-    """A bound on the shared memory of a kernel, from what it holds at a time: rows in flight, operands made of
-    features, and of a state. tests/kernels/test_compiled.py holds it
-    against the compiler's figures."""
+    """A bound on the shared memory of a kernel, from what it holds at a time: rows in flight, operands made of features, and a
+    state. ``tests/kernels/test_compiled.py`` compares it with the compiler's figures."""
     size = 4 if spec.fp32 else 2
     rows = spec.C * (spec.BD + spec.BV) * size
     features = spec.C * spec.SB * size
     state = 2 * spec.SB * spec.BV * size
     planes = 2 * spec.BD * spec.LPB * size + 2 * spec.LPB * spec.SB * size
-    flight = 1 if spec.stages == 1 else spec.G  # each query head's rows are in flight by themselves
+    flight = 1 if spec.stages == 1 else spec.G  # each query head's rows are separate loads in flight
     held = {
         "tile_sums_fwd": rows * spec.stages + features,
         "tile_sums_bwd": rows * flight * spec.stages + features,
@@ -294,6 +310,6 @@ def shared_bytes(kernel: str, spec: Spec) -> int:
         "bwd_dq": (1 + flight) * rows * spec.stages + 2 * features + state,
         "bwd_dkv": (1 + flight) * rows * spec.stages + 3 * features + state,
     }
-    spare = held[kernel] // 4 if spec.fp32 else 0  # to lay operands out anew
+    spare = held[kernel] // 4 if spec.fp32 else 0  # to convert operands' layouts
     decay = 12288 if spec.decay and spec.stages > 1 else 0
     return held[kernel] + spare + planes + decay + 8192

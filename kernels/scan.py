@@ -1,6 +1,6 @@
-"""The scan over a sequence's tiles: each tile's sum becomes the state that enters the tile, forwards or backwards.
+"""The scan over a sequence's tiles: from each tile's sum to the state before the tile (or behind it, in reverse).
 
-The running state is float64: at 2**31 tokens plain float32 sums of tile sums would be off by up to 1e-2.
+The running state is float64: at 2**31 tokens float32 sums of tile sums would be off by up to 1e-2.
 """
 
 from __future__ import annotations
@@ -11,64 +11,51 @@ import triton.language as tl
 
 @triton.jit
 def race_scan_kernel(
-    sums,
-    decays,
-    initial_values,
-    initial_mass,
-    final_values,
-    final_mass,
-    totals,
-    row_tiles,
-    per_row,
-    H,
-    c: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    WRITE: tl.constexpr,
+    sums, initial, final, totals, tiles, H, c: tl.constexpr, WIDTH: tl.constexpr, REVERSE: tl.constexpr, WRITE: tl.constexpr
 ):
-    """Program (row, head, block of WIDTH elements) of ``sums [tile, H, E]``, E = S (Dv + 1): values, then mass.
+    """Program (sequence, head, block of WIDTH elements) of the :class:`TileStates` ``sums [tile, H, E]``, E = S (Dv + 1).
 
-    ``state <- exp(decay of tile) * state + sum of tile``, from the initial sketch to the final one (INITIAL, FINAL: if
-    given and asked for). Causal: the states before each tile (behind it, when REVERSE) overwrite the sums; otherwise
-    the total of each row goes to ``totals [row, H, E]``. Without WRITE there is only the final sketch.
+    ``state <- exp(decay of tile) * state + sum of tile``, from the :class:`Sketch` ``initial`` to ``final`` (None: zeros; not
+    asked for). Causal: the states before each tile (behind it, when REVERSE) overwrite the sums; otherwise the total of each
+    sequence goes to ``totals [N, H, E]``. Without WRITE only ``final`` is written. ``tiles``: :class:`SequenceTiles`.
     """
     pid = tl.program_id(0).to(tl.int64)
     E: tl.constexpr = c.S * (c.Dv + 1)
     blocks = tl.cdiv(E, WIDTH)
-    e = (pid % blocks) * WIDTH + tl.arange(0, WIDTH)
+    e = (pid % blocks) * WIDTH + tl.arange(0, WIDTH)  # [WIDTH]
     h = (pid // blocks) % H
-    row = pid // (blocks * H)
+    sequence = pid // (blocks * H)
     in_values = e < c.S * c.Dv
     in_mass = (e >= c.S * c.Dv) & (e < E)
-    of_values = (row * H + h) * (c.S * c.Dv) + e
-    of_mass = (row * H + h) * c.S + e - c.S * c.Dv
+    values_at = (sequence * H + h) * (c.S * c.Dv) + e
+    mass_at = (sequence * H + h) * c.S + e - c.S * c.Dv
     if c.packed:
-        first = tl.load(row_tiles + row)
-        stop = tl.load(row_tiles + row + 1)
+        first = tl.load(tiles.first + sequence)
+        stop = tl.load(tiles.first + sequence + 1)
     else:
-        first = row * per_row
-        stop = first + per_row
+        first = sequence * tiles.per_row
+        stop = first + tiles.per_row
     state = tl.zeros([WIDTH], tl.float64)
-    if INITIAL:
-        state += tl.load(initial_values + of_values, mask=in_values, other=0.0).to(tl.float64)
-        state += tl.load(initial_mass + of_mass, mask=in_mass, other=0.0).to(tl.float64)
+    if initial is not None:
+        state += tl.load(initial.values_ptr + values_at, mask=in_values, other=0.0).to(tl.float64)
+        state += tl.load(initial.mass_ptr + mass_at, mask=in_mass, other=0.0).to(tl.float64)
     for step in range(0, stop - first, 8):
-        parts = ()
+        loaded = ()
         for i in tl.static_range(8):  # the loads of eight tiles are in flight together
             tile = stop - 1 - step - i if REVERSE else first + step + i
-            parts = parts + (tl.load(sums + (tile * H + h) * E + e, mask=(e < E) & (step + i < stop - first), other=0.0),)
+            inside = (e < E) & (step + i < stop - first)
+            loaded = loaded + (tl.load(sums.states + (tile * H + h) * E + e, mask=inside, other=0.0),)
         for i in tl.static_range(8):
             tile = stop - 1 - step - i if REVERSE else first + step + i
-            there = step + i < stop - first
+            exists = step + i < stop - first
             if c.causal and WRITE:
-                tl.store(sums + (tile * H + h) * E + e, state.to(tl.float32), mask=(e < E) & there)
+                tl.store(sums.states + (tile * H + h) * E + e, state.to(tl.float32), mask=(e < E) & exists)
             if c.decay:
-                state *= tl.exp2(tl.load(decays + tile * H + h, mask=there, other=0.0).to(tl.float32)).to(tl.float64)
-            state += parts[i].to(tl.float64)
-    if FINAL:
-        tl.store(final_values + of_values, state.to(final_values.dtype.element_ty), mask=in_values)
-        tl.store(final_mass + of_mass, state.to(final_mass.dtype.element_ty), mask=in_mass)
+                decay = tl.load(sums.decays + tile * H + h, mask=exists, other=0.0)
+                state *= tl.exp2(decay.to(tl.float32)).to(tl.float64)
+            state += loaded[i].to(tl.float64)
+    if final is not None:
+        tl.store(final.values_ptr + values_at, state.to(final.values_ptr.dtype.element_ty), mask=in_values)
+        tl.store(final.mass_ptr + mass_at, state.to(final.mass_ptr.dtype.element_ty), mask=in_mass)
     if not c.causal and WRITE:
-        tl.store(totals + (row * H + h) * E + e, state.to(tl.float32), mask=e < E)
+        tl.store(totals + (sequence * H + h) * E + e, state.to(tl.float32), mask=e < E)

@@ -1,4 +1,4 @@
-"""How long tiles are where pipelines run, and where those of packed documents lie."""
+"""How long tiles are where pipelines run, and where the tiles of packed documents are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST = 8192  # tokens a tile
-FILL = 3  # chunks of time until a pipeline of four parts gives its first
+MAX_PIPELINE_TILE = 8192  # tokens
+FILL_CHUNKS = 3  # time, in chunks, until a pipeline of four partitions finishes its first chunk
 
 
 class Tiles(NamedTuple):
@@ -22,20 +22,21 @@ class Tiles(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def fitted_tile(length: int, rows: int, num_sms: int) -> int:
-    """Tokens a tile for pipelines, each of which takes a whole multiprocessor: such that ``rows`` sequences of ``length``
-    tokens are done soonest, wave after wave of programs. 2**20 tokens of 8 heads on 132 multiprocessors are 8 full waves
-    of 8000 tokens; with tiles of 4096 the last of 16 is half empty. Of equals the longest, which stores the fewest states."""
+    """Tokens per tile for pipelines, whose programs take a whole SM each: the tile with which ``rows`` sequences of ``length``
+    tokens take the least time, wave after wave of programs. 2**20 tokens of 8 heads on 132 SMs are 8 full waves of tiles of
+    8000 tokens; with tiles of 4096 the last of 16 waves is half empty. Among equals the longest tile, which stores the fewest
+    states."""
 
     def chunks(tile: int) -> int:
         waves = -(-rows * -(-length // tile) // num_sms)
-        return waves * (tile // 64 + FILL)
+        return waves * (tile // 64 + FILL_CHUNKS)
 
-    return min(range(LONGEST, 0, -64), key=chunks)
+    return min(range(MAX_PIPELINE_TILE, 0, -64), key=chunks)
 
 
 def packed_tiles(cu_seqlens: Tensor, tile: int, num_tiles: int) -> Tiles:
-    """Cut each document in tiles of ``tile`` tokens; ``num_tiles`` bounds how many there are. Found on the device: nothing
-    waits for the documents' lengths."""
+    """Divide each document into tiles of ``tile`` tokens, at most ``num_tiles`` in all. Computed on the device, without a
+    synchronization for the documents' lengths."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     row_tiles = torch.nn.functional.pad(((ends - starts + tile - 1) // tile).cumsum(0), (1, 0))
     index = torch.arange(num_tiles, device=cu_seqlens.device)

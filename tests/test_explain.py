@@ -53,7 +53,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         "unsupported": lambda p: None,
     }.items():
         monkeypatch.setattr(backend, name, value)
-    monkeypatch.setattr(Spec, "least", 64)
+    monkeypatch.setattr(Spec, "min_block", 64)
     monkeypatch.setattr(explain, "_said", set())
     backend.clear_plan_cache()
 

@@ -1,12 +1,13 @@
-"""The walks of ``walk.py`` and ``walk_backward.py`` for Hopper, in Gluon: each program is a small pipeline of warp groups.
+"""The chunk recurrences of ``recurrent_fwd.py`` and ``recurrent_bwd.py`` for Hopper, in Gluon, as warp-specialized pipelines.
 
-A program walks one tile of one head with four parts that run at the same time, each a chunk ahead of the next:
+A program runs a tile of one head with four partitions at the same time, each a chunk ahead of the next:
 
-    loader    (1 warp)   rows come in by the copy engine
-    features  (4 warps)  phi of the chunk's keys and queries, as bfloat16 operands in shared memory
-    state     (4 warps)  the running state in registers, published as operands before each chunk
-    rows      (4 warps)  the chunk's products, and the rows that leave
+    load_partition   (1 warp)   rows come in by TMA
+    hash_partition   (4 warps)  phi of the chunk's keys and queries, as bfloat16 operands in shared memory
+    state_partition  (4 warps)  the running state in registers, published as operands before each chunk
+    mma_partition    (4 warps)  the chunk's products, and the rows that go out by TMA (the default partition)
 
-They hand chunks over in *rings*: ``depth`` buffers, each with a barrier for full and one for empty. The mathematics, the
-letters and the Spec ``c`` are those of ``common.py``; 16-bit products only.
+They hand chunks on through pipelines (``pipeline.py``): buffers in shared memory with a full and an empty mbarrier each. The
+mathematics, the letters and the Spec ``c`` are those of the Triton kernels; 16-bit products only. Each kernel's partitions take
+one ``PartitionArgs``.
 """

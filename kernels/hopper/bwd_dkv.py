@@ -1,6 +1,6 @@
-"""The backward pass over the keys (``race_recurrent_bwd_dkv_kernel``) as a pipeline of warp groups; see the package.
+"""The backward pass over the keys (``recurrent_bwd.race_recurrent_bwd_dkv_kernel``) as a warp-specialized pipeline.
 
-Chunks in reverse, with the state behind each:
+Chunks in reverse, with the suffix state behind each:
 
     dphi(k_j) = C(j) v_j + c(j)         dv_j = C(j)^T phi(k_j)
 """
@@ -11,157 +11,149 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma, warpgroup_mma_wait
 
-from race_dist.kernels.common import locate
-from race_dist.kernels.hopper.soft_hash import (
-    add_block,
-    add_corners,
-    add_table,
-    hash_gradient,
-    load_inverse_den,
-    load_keep,
-    no_corners,
-    no_table,
-    one_part,
-    put_features,
-    put_planes,
-    take_signs,
-    unproject,
-)
-from race_dist.kernels.hopper.layouts import by_rows, left, product, tile
-from race_dist.kernels.hopper.pipeline import (
-    await_empty,
-    await_full,
-    each_time,
-    fetch,
-    load_scalars,
-    make_ring,
-    next_full,
-    numbers,
-    open_heads,
-    open_rows,
-    operands,
-    send,
-    set_empty,
-    set_full,
-    store_scalars,
-    store_share,
-    vectors,
-)
-from race_dist.kernels.hopper.state import crossing, load_blocks, load_state, publish, put_pair
+from race_dist.kernels.hopper.aggregate import aggregate
 from race_dist.kernels.hopper.decay import (
-    ENTER,
-    LINE,
-    await_weights,
-    free_weights,
-    leave_rows,
-    make_weights,
-    pass_block,
-    pass_through,
-    put_weights,
-    reverse_sums,
-    seen_by,
-    transposed,
+    DecayPipeline,
+    causal_decay_transposed,
+    decay_block,
+    decay_rows_to_end,
+    decay_state,
+    make_decay_pipeline,
+    produce_decay,
+    release_decay,
+    reverse_cumsum,
+    transpose_from_start,
+    wait_decay,
 )
+from race_dist.kernels.hopper.layouts import LINE_LAYOUT, blocked_layout, lhs_layout, shared_layout, to_lhs, wgmma_layout
+from race_dist.kernels.hopper.pipeline import (
+    Pipeline,
+    load_scalars,
+    make_float32_pipeline,
+    make_group_descriptors,
+    make_pipeline,
+    make_row_descriptor,
+    opaque,
+    store_partial_gradient,
+    store_scalars,
+    tma_load,
+    tma_store,
+)
+from race_dist.kernels.hopper.program import Program, locate_program
+from race_dist.kernels.hopper.soft_hash import (
+    HashOperands,
+    add_block,
+    add_plane_sums,
+    add_table,
+    load_inverse_den,
+    load_key_mask,
+    make_hash_operands,
+    produce_features,
+    soft_hash_backward,
+    tanh_projection,
+    unproject,
+    zero_plane_sums,
+    zero_table_sums,
+)
+from race_dist.kernels.hopper.state import (
+    StatePipeline,
+    load_blocks,
+    load_state,
+    make_state_pipeline,
+    publish_state,
+    store_pair,
+    tile_end_decay_gradient,
+)
+
+
+@aggregate
+class PartitionArgs:
+    """What the partitions share. The fields of queries are None where not causal."""
+
+    program: Program
+    hash: HashOperands
+    k_desc: tma.tensor_descriptor  # [T, D]
+    v_desc: tma.tensor_descriptor  # [T, Dv]
+    q_descs: gl.tuple  # G x [T, D]
+    do_descs: gl.tuple  # G x [T, Dv]
+    k_pipe: Pipeline  # [C, BD], load -> hash
+    v_pipe: Pipeline  # [C, BV], load -> mma
+    q_pipe: Pipeline  # [C, BD], load -> hash
+    do_pipe: Pipeline  # [C, BV], load -> state, mma
+    phi_k_pipe: Pipeline  # [C, SB], hash -> state, mma
+    w_pipe: Pipeline  # [C, SB], hash -> state, mma
+    tanh_pipe: Pipeline  # [C, LPB] float32, of the projected keys, hash -> mma
+    h_pipe: Pipeline  # [16, C], h in two parts, hash -> state; None unless "global"
+    state_pipe: StatePipeline  # C [SB, BV] in two parts, c [SB], state -> mma, and state itself
+    decay: DecayPipeline  # [C], hash -> state, mma
 
 
 @gluon.jit
-def race_hopper_bwd_dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    den,
-    h_in,
-    row_in,
-    dk,
-    dv,
-    dlog_decay,
-    planes,
-    beta,
-    log_decay,
-    key_mask,
-    states,
-    final_values,
-    final_mass,
-    suffixes,
-    dbeta,
-    tiles,
-    T,
-    TILE,
-    H,
-    c: gl.constexpr,
-):
-    """Program (tile, head, block of value columns): writes dk, dv and dlog_decay ``[B, T, H]``; of several blocks of features,
-    shares of dk and dlog_decay, whose heads are ``NVB`` times as many, block by block, as those of h and row_in."""
-    part = gl.program_id(0) % c.NVB
-    h = (gl.program_id(0) // c.NVB % H).to(gl.int64)
-    number = gl.program_id(0) // (c.NVB * H)
-    b, row, start, end, last = locate(tiles, number, T, TILE, c)
-    index = number.to(gl.int64) * H + h
-    place = (b, h, start, end, ((end - start + c.C - 1) // c.C).to(gl.int32), part, H)
-    planes_s = put_planes(planes, h, c)
-    k_rows, v_rows = open_rows(k, b, h, end, c.D, c.BD, c), open_rows(v, b, h, end, c.Dv, c.BV, c)
-    q_rows, do_rows = open_heads(q, b, h, end, c.D, c.BD, c), open_heads(dout, b, h, end, c.Dv, c.BV, c)
+def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, grads, tiling, c: gl.constexpr):
+    """Program (tile, head, block of value columns) of :class:`Inputs` ``x``: writes the :class:`KeyGradients` ``grads``.
+
+    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h`` and ``decay_rows`` from the pass over the queries;
+    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. Of several blocks of features, dk and dlog_decay are
+    partial sums with one block of heads per block of value columns, as grad_h and decay_rows are."""
+    program, tile = locate_program(tiling, c)
+    b, h, end = program.b, program.h, program.end
+    hash = make_hash_operands(x, h, c)
+    k_desc = make_row_descriptor(x.k, b, h, end, c.D, c.BD, c)
+    v_desc = make_row_descriptor(x.v, b, h, end, c.Dv, c.BV, c)
+    q_descs = make_group_descriptors(x.q, b, h, end, c.D, c.BD, c)
+    do_descs = make_group_descriptors(dout, b, h, end, c.Dv, c.BV, c)
     if not c.PARTIAL_GRADIENTS:
-        dk_rows = open_rows(dk, b, h, end, c.D, c.BD, c)
+        dk = make_row_descriptor(grads.dk, b, h, end, c.D, c.BD, c)
     else:
-        dk_rows = dk
-    dv_rows = open_rows(dv, b, h, end, c.Dv, c.BV, c)
-    deep: gl.constexpr = 2 if c.LPB == 16 else 1  # more planes take the room
-    k_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
-    v_s = make_ring(2, 1) + (operands(2, c.C, c.BV),)
-    turns: gl.constexpr = deep if c.NSB == 1 else 4
-    keys = make_ring(turns, 2) + (operands(turns, c.C, c.SB),)  # phi(k)
-    tanhs = make_ring(deep, 1) + (numbers(deep, c.C, c.LPB),)  # of the projected keys
-    q_s, do_s, queries, pairs = k_s, v_s, keys, keys  # unused, where not causal
+        dk = grads.dk
+    dv_desc = make_row_descriptor(grads.dv, b, h, end, c.Dv, c.BV, c)
+    tanh_stages: gl.constexpr = 2 if c.LPB == 16 else 1  # more planes take the shared memory
+    phi_k_stages: gl.constexpr = tanh_stages if c.NSB == 1 else 4
+    w_stages: gl.constexpr = 2 if c.NSB == 1 else 4
+    state_stages: gl.constexpr = 1 if c.NSB == 1 else 2
+    k_pipe = make_pipeline(1, 1, c.C, c.BD)
+    v_pipe = make_pipeline(2, 1, c.C, c.BV)
+    phi_k_pipe = make_pipeline(phi_k_stages, 2, c.C, c.SB)
+    tanh_pipe = make_float32_pipeline(tanh_stages, 1, c.C, c.LPB)
+    q_pipe, do_pipe, w_pipe, h_pipe = None, None, None, None
     if c.causal:
-        q_s = make_ring(1, 1) + (operands(1, c.C, c.BD),)
-        do_s = make_ring(2, 2) + (operands(2, c.C, c.BV),)
-        w_turns: gl.constexpr = 2 if c.NSB == 1 else 4
-        queries = make_ring(w_turns, 2) + (operands(w_turns, c.C, c.SB),)  # w
+        q_pipe = make_pipeline(1, 1, c.C, c.BD)
+        do_pipe = make_pipeline(2, 2, c.C, c.BV)
+        w_pipe = make_pipeline(w_stages, 2, c.C, c.SB)
         if c.is_global:
-            pairs = make_ring(2, 1) + (operands(2, 16, c.C),)  # h
-    ahead: gl.constexpr = 1 if c.NSB == 1 else 2  # published states: C in two parts, c
-    state = make_ring(ahead, 2) + (operands(ahead, c.SB, c.BV), operands(ahead, c.SB, c.BV), vectors(ahead, c.SB))
-    weights = make_weights(c)
-    flow = 0.0
+            h_pipe = make_pipeline(2, 1, 16, c.C)
+    state_pipe = make_state_pipeline(state_stages, 2, 2, c)
+    decay = None
     if c.decay:
-        flow = crossing(states, final_values, final_mass, suffixes, number, index, row, last, h, H, part, c)
-    # of threads of the hash and of the state
-    registers: gl.constexpr = (104, 208) if c.NSB == 1 else (104, 248)
+        decay = make_decay_pipeline(c)
+    dG_after = 0.0
+    if c.decay:
+        dG_after = tile_end_decay_gradient(saved.states, saved.final, suffixes, program, tile, c)
+    args = PartitionArgs(
+        program,
+        hash,
+        k_desc,
+        v_desc,
+        q_descs,
+        do_descs,
+        k_pipe,
+        v_pipe,
+        q_pipe,
+        do_pipe,
+        phi_k_pipe,
+        w_pipe,
+        tanh_pipe,
+        h_pipe,
+        state_pipe,
+        decay,
+    )
+    registers: gl.constexpr = (104, 208) if c.NSB == 1 else (104, 248)  # per thread of the hash and of the state partition
     gl.warp_specialize(
         [
-            (
-                _rows,
-                (
-                    dk_rows,
-                    v_s,
-                    do_s,
-                    keys,
-                    tanhs,
-                    queries,
-                    state,
-                    weights,
-                    place,
-                    planes_s,
-                    beta,
-                    h_in,
-                    row_in,
-                    dlog_decay,
-                    flow,
-                    dbeta + index * c.NVB + part,
-                    c,
-                ),
-            ),
-            (
-                _features,
-                (k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask, c),
-            ),
-            (
-                _state,
-                (dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index if c.causal else row * H + h, c),
-            ),
-            (_loader, (k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c)),
+            (mma_partition, (args, dk, grad_h, decay_rows, grads.dlog_decay, dG_after, grads.dbeta, c)),
+            (hash_partition, (args, saved.den, grad_h, x.log_decay, x.key_mask, c)),
+            (state_partition, (args, dv_desc, suffixes, c)),
+            (load_partition, (args, c)),
         ],
         [4, 4, 1],
         [registers[0], registers[1], 24],
@@ -169,315 +161,300 @@ def race_hopper_bwd_dkv_kernel(
 
 
 @gluon.jit
-def _loader(k_rows, v_rows, q_rows, do_rows, k_s, v_s, q_s, do_s, place, c: gl.constexpr):
-    _, _, start, _, chunks, part, _ = place
-    for i in range(chunks):
-        t = start + (chunks - 1 - i) * c.C
-        fetch(k_rows, t, k_s, i, c.BD, c)
-        fetch(v_rows, t, v_s, i, c.BV, c, part * c.BV)
-        for g in gl.static_range(c.G if c.causal else 0):
-            fetch(q_rows[g], t, q_s, i * c.G + g, c.BD, c)
-            fetch(do_rows[g], t, do_s, i * c.G + g, c.BV, c, part * c.BV)
-
-
-@gluon.jit
-def _features(
-    k_s, q_s, keys, tanhs, queries, pairs, weights, place, planes_s, beta, den, h_in, log_decay, key_mask, c: gl.constexpr
-):
-    b, h, start, end, chunks, part, H = place
-    sharp = gl.load(beta + h).to(gl.float32)
-    for i in range(chunks):
-        t = start + (chunks - 1 - i) * c.C
-        keep = load_keep(key_mask, b, t, end - t, c)
-        u = take_signs(k_s, i, planes_s, c)
-        tanhs[2].index(await_empty(tanhs, i)).store(u)
-        set_full(tanhs, i)
-        if c.decay:
-            put_weights(weights, i, log_decay, b, t, h, end - t, 0.0, c)
-        put_features(keys, i, u, keep, sharp, planes_s, c)
+def load_partition(args, c: gl.constexpr):
+    program = args.program
+    for i in range(program.num_chunks):
+        t = program.start + (program.num_chunks - 1 - i) * c.C
+        tma_load(args.k_desc, t, args.k_pipe, i, c.BD, c)
+        tma_load(args.v_desc, t, args.v_pipe, i, c.BV, c, program.value_block * c.BV)
         for g in gl.static_range(c.G if c.causal else 0):
             j = i * c.G + g
-            if c.is_global:
-                hq = h * c.G + g
-                h_c = load_scalars(h_in, b, t, hq, end - t, gl.SliceLayout(0, by_rows(c.C)), c)
-                for other in gl.static_range(1, c.NVB):
-                    h_c += load_scalars(h_in, b, t, other * H + h, end - t, gl.SliceLayout(0, by_rows(c.C)), c)
-                if c.NVB > 1:
-                    h_c = gl.where(part == 0, h_c, 0.0)  # the first block of columns has the mass
-                put_pair(pairs[2].index(await_empty(pairs, j)), h_c, c)
-                set_full(pairs, j)
-            scale = load_inverse_den(den, b, t, h * c.G + g, end - t, c)
-            put_features(queries, j, take_signs(q_s, j, planes_s, c), scale, sharp, planes_s, c)
+            tma_load(args.q_descs[g], t, args.q_pipe, j, c.BD, c)
+            tma_load(args.do_descs[g], t, args.do_pipe, j, c.BV, c, program.value_block * c.BV)
 
 
 @gluon.jit
-def _state(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, c: gl.constexpr):
+def hash_partition(args, den, grad_h, log_decay, key_mask, c: gl.constexpr):
+    program, hash = args.program, args.hash
+    b, h, H = program.b, program.h, program.H
+    beta = gl.load(hash.beta).to(gl.float32)
+    line: gl.constexpr = gl.SliceLayout(0, blocked_layout(c.C))
+    for i in range(program.num_chunks):
+        t = program.start + (program.num_chunks - 1 - i) * c.C
+        present = load_key_mask(key_mask, b, t, program.end - t, c)  # [C]
+        u = tanh_projection(args.k_pipe, i, hash, c)  # [C, LPB]
+        args.tanh_pipe.produce(i, u)
+        if c.decay:
+            produce_decay(args.decay, i, log_decay, b, t, h, program.end - t, 0.0, c)
+        produce_features(args.phi_k_pipe, i, u, present, beta, hash, c)
+        for g in gl.static_range(c.G if c.causal else 0):
+            j = i * c.G + g
+            hq = h * c.G + g
+            if c.is_global:
+                h_c = load_scalars(grad_h, b, t, hq, program.end - t, line, c)  # [C]
+                for value_block in gl.static_range(1, c.NVB):
+                    h_c += load_scalars(grad_h, b, t, value_block * H + h, program.end - t, line, c)
+                if c.NVB > 1:
+                    h_c = gl.where(program.value_block == 0, h_c, 0.0)  # the first block of columns has the mass
+                store_pair(args.h_pipe.buffers.index(args.h_pipe.producer_acquire(j)), h_c, c)
+                args.h_pipe.producer_commit(j)
+            scale = load_inverse_den(den, b, t, hq, program.end - t, c)  # [C]
+            produce_features(args.w_pipe, j, tanh_projection(args.q_pipe, j, hash, c), scale, beta, hash, c)
+
+
+@gluon.jit
+def state_partition(args, dv_desc, suffixes, c: gl.constexpr):
     """The suffix state, and dv, which takes it whole."""
-    staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BV], tile(c.C, c.BV))
+    staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BV], shared_layout(c.C, c.BV))
     if c.NSB == 1:
-        _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c)
+        _suffix_state_one_block(args, dv_desc, suffixes, staging, c)
     else:
-        _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c)
+        _suffix_state_blocks(args, dv_desc, suffixes, staging, c)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _one_block(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c: gl.constexpr):
-    _, _, start, _, chunks, _, _ = place
-    Cs, cs = load_state(suffixes, index, 0, c)
+def _suffix_state_one_block(args, dv_desc, suffixes, staging, c: gl.constexpr):
+    program, decay, state_pipe = args.program, args.decay, args.state_pipe
+    Cs, cs = load_state(suffixes, program.state_index, 0, c)  # [SB, BV], [SB, 16]
     if not c.causal:
-        publish(Cs, cs, 0, state, 2, c, True)
-    for i in range(chunks):
-        at = await_weights(weights, i, c)
+        publish_state(state_pipe, 0, Cs, cs, 2, c, True)
+    for i in range(program.num_chunks):
+        stage = wait_decay(decay, i, c)
         if c.causal:
-            publish(Cs, cs, i, state, 2, c, True)
-        Fk = next_full(keys, i)
-        dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
-        dv = warpgroup_mma_wait(0, (warpgroup_mma(Fk, state[2].index(0), dv, use_acc=False, is_async=True),))
-        dv = leave_rows(dv, weights, at, product(c.BV), c)
+            publish_state(state_pipe, i, Cs, cs, 2, c, True)
+        Fk = args.phi_k_pipe.consumer_buffer(i)  # [C, SB]
+        dv = gl.zeros([c.C, c.BV], gl.float32, wgmma_layout(c.BV))
+        dv = warpgroup_mma(Fk, state_pipe.values.index(0), dv, use_acc=False, is_async=True)
+        dv = warpgroup_mma_wait(0, (dv,))
+        dv = decay_rows_to_end(dv, decay, stage, wgmma_layout(c.BV), c)
         if c.causal:
-            set_empty(state, i)
-        Cs, cs = pass_through(Cs, cs, weights, at, c)
+            state_pipe.consumer_release(i)
+        Cs, cs = decay_state(Cs, cs, decay, stage, c)
         for g in gl.static_range(c.G if c.causal else 0):
             j = i * c.G + g
-            w = next_full(queries, j)
-            P = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+            w = args.w_pipe.consumer_buffer(j)  # [C, SB]
+            P = gl.zeros([c.C, c.C], gl.float32, wgmma_layout(c.C))  # keys, queries
             P = warpgroup_mma_wait(0, (warpgroup_mma(Fk, w.permute((1, 0)), P, use_acc=False, is_async=True),))
-            P = one_part(seen_by(P, weights, at, c), left(c.BV))
-            do = next_full(do_s, j)
-            w = transposed(w, weights, ENTER, at, c)
+            P = to_lhs(causal_decay_transposed(P, decay, stage, c), lhs_layout(c.BV))
+            do = args.do_pipe.consumer_buffer(j)  # [C, BV]
+            w = transpose_from_start(w, decay, stage, c)  # [SB, C]
             if c.is_global:
-                pair = next_full(pairs, j).permute((1, 0))
+                h_c = args.h_pipe.consumer_buffer(j).permute((1, 0))  # [C, 16]
             dv = warpgroup_mma(P, do, dv, is_async=True)
             Cs = warpgroup_mma(w, do, Cs, is_async=True)
             if c.is_global:
-                cs = warpgroup_mma(w, pair, cs, is_async=True)
+                cs = warpgroup_mma(w, h_c, cs, is_async=True)
             dv, Cs, cs = warpgroup_mma_wait(0, (dv, Cs, cs))
-            set_empty(queries, j)
-            set_empty(do_s, j)
-            free_pair(pairs, j, c)
-        set_empty(keys, i)
-        free_weights(weights, i, c)
-        send(dv_rows, start + (chunks - 1 - i) * c.C, staging, dv)
+            args.w_pipe.consumer_release(j)
+            args.do_pipe.consumer_release(j)
+            if c.is_global:
+                args.h_pipe.consumer_release(j)
+        args.phi_k_pipe.consumer_release(i)
+        release_decay(decay, i, c)
+        tma_store(dv_desc, program.start + (program.num_chunks - 1 - i) * c.C, staging, dv)
 
 
 @gluon.jit
-def _blocks(dv_rows, do_s, keys, queries, pairs, state, weights, place, suffixes, index, staging, c: gl.constexpr):
-    """Of several blocks of features, all in registers."""
-    _, _, start, _, chunks, part, _ = place
-    Cs, cs = load_blocks(suffixes, index, part * c.BV, c)
+def _suffix_state_blocks(args, dv_desc, suffixes, staging, c: gl.constexpr):
+    """Several blocks of features, all in registers."""
+    program, decay, state_pipe = args.program, args.decay, args.state_pipe
+    Cs, cs = load_blocks(suffixes, program.state_index, program.value_block * c.BV, c)  # NSB x [SB, BV], NSB x [SB]
     if c.NVB > 1:
-        cs = _where_first(cs, part, c)
-    for i in range(chunks):
-        at = await_weights(weights, i, c)
-        do = next_full(do_s, i)
-        dv = gl.zeros([c.C, c.BV], gl.float32, product(c.BV))
-        P = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+        cs = _zero_unless_first(cs, program.value_block, c)
+    for i in range(program.num_chunks):
+        stage = wait_decay(decay, i, c)
+        do = args.do_pipe.consumer_buffer(i)  # [C, BV]
+        dv = gl.zeros([c.C, c.BV], gl.float32, wgmma_layout(c.BV))
+        P = gl.zeros([c.C, c.C], gl.float32, wgmma_layout(c.C))  # keys, queries
         if c.is_global:
-            pair = next_full(pairs, i).permute((1, 0))
-        Cs_after, cs_after = (), ()
+            h_c = args.h_pipe.consumer_buffer(i).permute((1, 0))  # [C, 16]
+        new_Cs, new_cs = (), ()
         for n in gl.static_range(c.NSB):
-            turn = each_time(i * c.NSB + n)
+            j = opaque(i * c.NSB + n)
             C_n, c_n = Cs[n], cs[n]
-            behind = publish(C_n, c_n, turn, state, 2, c, True)
-            Fk = next_full(keys, turn)
-            w = next_full(queries, turn)
-            dv = warpgroup_mma(Fk, state[2].index(behind), dv, is_async=True)
+            state_stage = publish_state(state_pipe, j, C_n, c_n, 2, c, True)
+            Fk = args.phi_k_pipe.consumer_buffer(j)  # [C, SB]
+            w = args.w_pipe.consumer_buffer(j)  # [C, SB]
+            dv = warpgroup_mma(Fk, state_pipe.values.index(state_stage), dv, is_async=True)
             P = warpgroup_mma(Fk, w.permute((1, 0)), P, is_async=True)
-            C_n, c_n = pass_block(C_n, c_n, weights, at, c)
-            w = transposed(w, weights, ENTER, at, c)
+            C_n, c_n = decay_block(C_n, c_n, decay, stage, c)
+            w = transpose_from_start(w, decay, stage, c)  # [SB, C]
             C_n = warpgroup_mma(w, do, C_n, is_async=True)
             if c.is_global:
-                mass = gl.zeros([c.SB, 16], gl.float32, product(16))
-                mass = warpgroup_mma(w, pair, mass, use_acc=False, is_async=True)
+                mass = gl.zeros([c.SB, 16], gl.float32, wgmma_layout(16))
+                mass = warpgroup_mma(w, h_c, mass, use_acc=False, is_async=True)
                 dv, P, C_n, mass = warpgroup_mma_wait(0, (dv, P, C_n, mass))
                 c_n += gl.sum(mass, 1)
             else:
                 dv, P, C_n = warpgroup_mma_wait(0, (dv, P, C_n))
-            set_empty(state, turn)
-            set_empty(keys, turn)
-            set_empty(queries, turn)
-            Cs_after, cs_after = Cs_after + (C_n,), cs_after + (c_n,)
-        Cs, cs = Cs_after, cs_after
-        free_pair(pairs, i, c)
-        dv = leave_rows(dv, weights, at, product(c.BV), c)
-        P = one_part(seen_by(P, weights, at, c), left(c.BV))
+            state_pipe.consumer_release(j)
+            args.phi_k_pipe.consumer_release(j)
+            args.w_pipe.consumer_release(j)
+            new_Cs, new_cs = new_Cs + (C_n,), new_cs + (c_n,)
+        Cs, cs = new_Cs, new_cs
+        if c.is_global:
+            args.h_pipe.consumer_release(i)
+        dv = decay_rows_to_end(dv, decay, stage, wgmma_layout(c.BV), c)
+        P = to_lhs(causal_decay_transposed(P, decay, stage, c), lhs_layout(c.BV))
         dv = warpgroup_mma_wait(0, (warpgroup_mma(P, do, dv, is_async=True),))
-        set_empty(do_s, i)
-        free_weights(weights, i, c)
-        send(dv_rows, start + (chunks - 1 - i) * c.C, staging, dv, part * c.BV)
+        args.do_pipe.consumer_release(i)
+        release_decay(decay, i, c)
+        t = program.start + (program.num_chunks - 1 - i) * c.C
+        tma_store(dv_desc, t, staging, dv, program.value_block * c.BV)
 
 
 @gluon.jit
-def _where_first(ms, part, c: gl.constexpr):
-    """The masses in the first block of columns, 0 in others."""
-    first = ()
+def _zero_unless_first(ms, value_block, c: gl.constexpr):
+    """The masses NSB x ``[SB]`` in the first block of value columns, 0 in others."""
+    masses = ()
     for n in gl.static_range(c.NSB):
-        first = first + (gl.where(part == 0, ms[n], 0.0),)
-    return first
+        masses = masses + (gl.where(value_block == 0, ms[n], 0.0),)
+    return masses
 
 
 @gluon.jit
-def free_pair(pairs, j, c: gl.constexpr):
-    """Give turn j's h back."""
-    if c.is_global:
-        set_empty(pairs, j)
-
-
-@gluon.jit
-def _begin_seen(v_c, do, c: gl.constexpr):
-    """Begin ``<do_i, v_j>``, ``[j, i]``."""
-    A = gl.zeros([c.C, c.C], gl.float32, product(c.C))
+def _start_value_products(v_c, do, c: gl.constexpr):
+    """Start ``<do_i, v_j>``, ``[C, C]`` of keys j and queries i."""
+    A = gl.zeros([c.C, c.C], gl.float32, wgmma_layout(c.C))
     return warpgroup_mma(v_c, do.permute((1, 0)), A, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _seen_gradient(A, h_c, weights, at, c: gl.constexpr):
-    """``<do_i, v_j> + h_i`` where i sees j, ``[j, i]``, as a left operand."""
+def _value_products_operand(A, h_c, decay, stage, c: gl.constexpr):
+    """``<do_i, v_j> + h_i`` where i sees j, ``[C, C]``, as a left operand."""
     if c.is_global:
         A += h_c[None, :]
-    return one_part(seen_by(A, weights, at, c), left(c.SB))
+    return to_lhs(causal_decay_transposed(A, decay, stage, c), lhs_layout(c.SB))
 
 
 @gluon.jit
-def _load_h(h_in, b, t, hq, n, c: gl.constexpr):
-    """h of a chunk's queries; nothing (0) but for "global"."""
+def _load_h(grad_h, b, t, hq, n, c: gl.constexpr):
+    """h of a chunk's queries, ``[C]``; 0 unless "global"."""
     if c.is_global:
-        return load_scalars(h_in, b, t, hq, n, gl.SliceLayout(0, product(c.C)), c)
+        return load_scalars(grad_h, b, t, hq, n, gl.SliceLayout(0, wgmma_layout(c.C)), c)
     else:
         return 0
 
 
 @gluon.jit
-def _begin_behind(v_c, behind, state, c: gl.constexpr):
-    """Begin ``dphi [C, SB]`` from the state behind the chunk, one block, of its place ``behind``."""
-    dphi = gl.zeros([c.C, c.SB], gl.float32, product(c.SB))
+def _start_dphi(v_c, state_pipe, state_stage, c: gl.constexpr):
+    """Start ``dphi [C, SB]`` from the state behind the chunk, one block; ``v_c [C, BV]``."""
+    dphi = gl.zeros([c.C, c.SB], gl.float32, wgmma_layout(c.SB))
     if c.is_global:
-        dphi += state[4].index(behind).load(gl.SliceLayout(0, product(c.SB)))[None, :]
-    dphi = warpgroup_mma(v_c, state[2].index(behind).permute((1, 0)), dphi, is_async=True)
-    return warpgroup_mma(v_c, state[3].index(behind).permute((1, 0)), dphi, is_async=True)
+        dphi += state_pipe.mass.index(state_stage).load(gl.SliceLayout(0, wgmma_layout(c.SB)))[None, :]
+    dphi = warpgroup_mma(v_c, state_pipe.values.index(state_stage).permute((1, 0)), dphi, is_async=True)
+    return warpgroup_mma(v_c, state_pipe.values_low.index(state_stage).permute((1, 0)), dphi, is_async=True)
 
 
 @gluon.jit
-def _dphi(v_c, v_s, do_s, queries, state, h_in, place, t, i, weights, at, c: gl.constexpr):
-    """``dphi [C, SB]`` of chunk i, of one block of features. No wait at a ring while products run: the compiler would then run
-    them one by one."""
-    b, h, _, end, _, _, _ = place
-    behind = await_full(state, i if c.causal else 0)
+def _dphi_one_block(args, v_c, grad_h, t, i, stage, c: gl.constexpr):
+    """``dphi [C, SB]`` of chunk i, of the only block of features. No wait at an mbarrier while products run: the compiler would
+    then run them one by one."""
+    program, decay, state_pipe = args.program, args.decay, args.state_pipe
+    b, hq = program.b, program.h * c.G
+    state_stage = state_pipe.consumer_wait(i if c.causal else 0)
     if c.causal:
-        h_c = _load_h(h_in, b, t, h * c.G, end - t, c)
-        do, w = next_full(do_s, i * c.G), next_full(queries, i * c.G)
-        A = _begin_seen(v_c, do, c)
-        dphi = _begin_behind(v_c, behind, state, c)
+        h_c = _load_h(grad_h, b, t, hq, program.end - t, c)
+        do, w = args.do_pipe.consumer_buffer(i * c.G), args.w_pipe.consumer_buffer(i * c.G)  # [C, BV], [C, SB]
+        A = _start_value_products(v_c, do, c)
+        dphi = _start_dphi(v_c, state_pipe, state_stage, c)
         if c.decay:
             A, dphi = warpgroup_mma_wait(0, (A, dphi))
-            dphi = leave_rows(dphi, weights, at, product(c.SB), c)
+            dphi = decay_rows_to_end(dphi, decay, stage, wgmma_layout(c.SB), c)
         else:
             A = warpgroup_mma_wait(2, (A,))
-        dphi = warpgroup_mma(_seen_gradient(A, h_c, weights, at, c), w, dphi, is_async=True)
+        dphi = warpgroup_mma(_value_products_operand(A, h_c, decay, stage, c), w, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, (dphi,))
-        set_empty(state, i)
-        set_empty(do_s, i * c.G)
-        set_empty(queries, i * c.G)
+        state_pipe.consumer_release(i)
+        args.do_pipe.consumer_release(i * c.G)
+        args.w_pipe.consumer_release(i * c.G)
     else:
-        dphi = warpgroup_mma_wait(0, (_begin_behind(v_c, behind, state, c),))
+        dphi = warpgroup_mma_wait(0, (_start_dphi(v_c, state_pipe, state_stage, c),))
     for g in gl.static_range(1, c.G if c.causal else 1):
         j = i * c.G + g
-        h_c = _load_h(h_in, b, t, h * c.G + g, end - t, c)
-        do, w = next_full(do_s, j), next_full(queries, j)
-        A = warpgroup_mma_wait(0, (_begin_seen(v_c, do, c),))
-        dphi = warpgroup_mma(_seen_gradient(A, h_c, weights, at, c), w, dphi, is_async=True)
+        h_c = _load_h(grad_h, b, t, hq + g, program.end - t, c)
+        do, w = args.do_pipe.consumer_buffer(j), args.w_pipe.consumer_buffer(j)  # [C, BV], [C, SB]
+        A = warpgroup_mma_wait(0, (_start_value_products(v_c, do, c),))
+        dphi = warpgroup_mma(_value_products_operand(A, h_c, decay, stage, c), w, dphi, is_async=True)
         dphi = warpgroup_mma_wait(0, (dphi,))
-        set_empty(do_s, j)
-        set_empty(queries, j)
-    set_empty(v_s, i)
+        args.do_pipe.consumer_release(j)
+        args.w_pipe.consumer_release(j)
+    args.v_pipe.consumer_release(i)
     return dphi
 
 
 @gluon.jit
-def _block(A, v_c, turn, keys, queries, state, weights, at, c: gl.constexpr):
-    """``phi * dphi [C, SB]`` of one of several blocks."""
-    behind = await_full(state, turn)
-    w = next_full(queries, turn)
-    dphi = _begin_behind(v_c, behind, state, c)
+def _feature_gradient_block(args, A, v_c, j, stage, c: gl.constexpr):
+    """``phi * dphi [C, SB]`` of one of several blocks, turn j; ``A [C, C]`` from :func:`_value_products_operand`."""
+    state_pipe, decay = args.state_pipe, args.decay
+    state_stage = state_pipe.consumer_wait(j)
+    w = args.w_pipe.consumer_buffer(j)  # [C, SB]
+    dphi = _start_dphi(v_c, state_pipe, state_stage, c)
     if c.decay:
-        dphi = leave_rows(warpgroup_mma_wait(0, (dphi,)), weights, at, product(c.SB), c)
+        dphi = decay_rows_to_end(warpgroup_mma_wait(0, (dphi,)), decay, stage, wgmma_layout(c.SB), c)
     dphi = warpgroup_mma_wait(0, (warpgroup_mma(A, w, dphi, is_async=True),))
-    set_empty(state, turn)
-    set_empty(queries, turn)
-    y = next_full(keys, turn).load(product(c.SB)).to(gl.float32) * dphi
-    set_empty(keys, turn)
+    state_pipe.consumer_release(j)
+    args.w_pipe.consumer_release(j)
+    y = args.phi_k_pipe.consumer_buffer(j).load(wgmma_layout(c.SB)).to(gl.float32) * dphi
+    args.phi_k_pipe.consumer_release(j)
     return y
 
 
 @gluon.jit
-def _rows(
-    dk_rows,
-    v_s,
-    do_s,
-    keys,
-    tanhs,
-    queries,
-    state,
-    weights,
-    place,
-    planes_s,
-    beta,
-    h_in,
-    row_in,
-    dlog_decay,
-    flow,
-    dbeta,
-    c: gl.constexpr,
-):
-    b, h, start, end, chunks, part, H = place
-    sharp = gl.load(beta + h).to(gl.float32)
+def mma_partition(args, dk, grad_h, decay_rows, dlog_decay, dG_after, dbeta, c: gl.constexpr):
+    """dphi, dk, and the gradients of the log decays and of beta. ``dk``: a TMA descriptor, or :class:`Rows` of partial
+    gradients; ``dG_after``: what every log decay gets from the tokens after the chunk."""
+    program, decay, hash = args.program, args.decay, args.hash
+    b, head = program.b, program.value_block * program.H + program.h  # of partial sums
+    beta = gl.load(hash.beta).to(gl.float32)
     if not c.PARTIAL_GRADIENTS:
-        staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], tile(c.C, c.BD))
-    features: gl.constexpr = product(c.SB)
-    db = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.LPB)))
-    for i in range(chunks):
-        t = start + (chunks - 1 - i) * c.C
-        at = await_weights(weights, i, c)
-        v_c = next_full(v_s, i)
+        staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], shared_layout(c.C, c.BD))
+    feature_layout: gl.constexpr = wgmma_layout(c.SB)
+    dbeta_rows = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, wgmma_layout(c.LPB)))
+    for i in range(program.num_chunks):
+        t = program.start + (program.num_chunks - 1 - i) * c.C
+        stage = wait_decay(decay, i, c)
+        v_c = args.v_pipe.consumer_buffer(i)  # [C, BV]
         if c.NSB == 1:
-            dphi = _dphi(v_c, v_s, do_s, queries, state, h_in, place, t, i, weights, at, c)
-            phi = next_full(keys, i).load(features).to(gl.float32)
-            set_empty(keys, i)
+            dphi = _dphi_one_block(args, v_c, grad_h, t, i, stage, c)  # [C, SB]
+            phi = args.phi_k_pipe.consumer_buffer(i).load(feature_layout).to(gl.float32)  # [C, SB]
+            args.phi_k_pipe.consumer_release(i)
             y = phi * dphi
-            total = gl.sum(y, 1)
+            total = gl.sum(y, 1)  # [C]
             y -= phi * (total / c.L)[:, None]
-            corners = add_corners(no_corners(c), y, 0, planes_s, c)
+            plane_sums = add_plane_sums(zero_plane_sums(c), y, 0, hash, c)
         else:
-            h_c = _load_h(h_in, b, t, part * H + h, end - t, c)
-            A = warpgroup_mma_wait(0, (_begin_seen(v_c, next_full(do_s, i), c),))
-            A = _seen_gradient(A, h_c, weights, at, c)
-            set_empty(do_s, i)
-            total = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, features))
-            corners = no_corners(c)
+            h_c = _load_h(grad_h, b, t, head, program.end - t, c)
+            A = warpgroup_mma_wait(0, (_start_value_products(v_c, args.do_pipe.consumer_buffer(i), c),))
+            A = _value_products_operand(A, h_c, decay, stage, c)  # [C, C]
+            args.do_pipe.consumer_release(i)
+            total = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, feature_layout))
+            plane_sums = zero_plane_sums(c)
             for table in range(c.NSB // c.BLOCKS_PER_TABLE):
-                sums = no_table(c)
-                for n in range(c.BLOCKS_PER_TABLE):
-                    y = _block(A, v_c, i * c.NSB + table * c.BLOCKS_PER_TABLE + n, keys, queries, state, weights, at, c)
-                    sums = add_block(sums, y, n, c)
-                corners = add_table(corners, sums, table, planes_s, c)
-                total += sums[1]
-            set_empty(v_s, i)
-        free_weights(weights, i, c)
+                table_sums = zero_table_sums(c)
+                for block in range(c.BLOCKS_PER_TABLE):
+                    j = i * c.NSB + table * c.BLOCKS_PER_TABLE + block
+                    y = _feature_gradient_block(args, A, v_c, j, stage, c)
+                    table_sums = add_block(table_sums, y, block, c)
+                plane_sums = add_table(plane_sums, table_sums, table, hash, c)
+                total += table_sums.total
+            args.v_pipe.consumer_release(i)
+        release_decay(decay, i, c)
         if c.decay:
-            dG = -gl.convert_layout(total, LINE)
+            dG = -gl.convert_layout(total, LINE_LAYOUT)  # [C]
             if not c.is_global:
-                dG += load_scalars(row_in, b, t, part * H + h, end - t, LINE, c)
-            store_scalars(dlog_decay, reverse_sums(dG) + flow, b, t, part * H + h, end - t, LINE, c)
-            flow += gl.sum(dG, 0)
-        u = next_full(tanhs, i).load(product(c.LPB))
-        set_empty(tanhs, i)
-        dz, db_c = hash_gradient(corners, u, sharp)
-        db += db_c
+                dG += load_scalars(decay_rows, b, t, head, program.end - t, LINE_LAYOUT, c)
+            store_scalars(dlog_decay, reverse_cumsum(dG) + dG_after, b, t, head, program.end - t, LINE_LAYOUT, c)
+            dG_after += gl.sum(dG, 0)
+        u = args.tanh_pipe.consumer_buffer(i).load(wgmma_layout(c.LPB))  # [C, LPB]
+        args.tanh_pipe.consumer_release(i)
+        dz, dbeta_c = soft_hash_backward(plane_sums, u, beta)  # [C, LPB], [C]
+        dbeta_rows += dbeta_c
         if c.PARTIAL_GRADIENTS:
-            store_share(dk_rows, dz, b, t, part * H + h, end - t, c)
+            store_partial_gradient(dk, dz, b, t, head, program.end - t, c)
         else:
-            send(dk_rows, t, staging, unproject(dz, planes_s[0], c))
+            tma_store(dk, t, staging, unproject(dz, hash, c))
     if not c.PARTIAL_GRADIENTS:
-        tma.store_wait(0)  # before the sum takes the room of what is being sent
-    gl.store(dbeta, gl.sum(db, 0))
+        tma.store_wait(0)  # before the reduction reuses the shared memory of what is being stored
+    gl.store(dbeta + program.index * c.NVB + program.value_block, gl.sum(dbeta_rows, 0))

@@ -1,4 +1,4 @@
-"""Where the elements of a product, of an operand and of rows lie, and how they are rounded."""
+"""Register and shared-memory layouts of products, operands and rows, and rounding to bfloat16."""
 
 from __future__ import annotations
 
@@ -7,43 +7,56 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def product(columns):
-    """The layout of a product ``[C, columns]`` on four warps."""
+def wgmma_layout(columns):
+    """The register layout of a product ``[C, columns]`` on four warps."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.constexpr_function
-def left(columns):
-    """The layout of a product's left operand that stays in registers."""
+def lhs_layout(columns):
+    """The register layout of the left operand of a product ``[C, columns]``."""
     return gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16]), 2)
 
 
 @gluon.constexpr_function
-def tile(rows, columns):
-    """The layout of bfloat16 rows in shared memory, as the copy engine and the matrix units want them."""
+def shared_layout(rows, columns):
+    """The shared-memory layout of bfloat16 ``[rows, columns]`` that TMA writes and wgmma reads."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
 
 
 @gluon.constexpr_function
-def by_rows(columns):
-    """A layout for moving ``[rows, columns]`` between memory and registers, 8 columns a thread."""
+def blocked_layout(columns):
+    """A register layout for moving ``[rows, columns]`` to and from memory, 8 columns per thread."""
     across = min(32, columns // 8)
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-PLAIN_ROWS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+VECTOR_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of float32 [size] in shared memory
+MATRIX_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # of float32 [rows, columns] in shared memory
+LINE_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of a vector in registers, one element per thread
 
 
 @gluon.jit
-def rounded(x):
-    """x rounded to a bfloat16 number (ties away from 0), still float32. To bfloat16 and back would go through the unit of
-    exponentials, at an eighth of the rate."""
+def round_to_bf16(x):
+    """x rounded to a bfloat16 number (ties away from 0), still float32. A conversion to bfloat16 and back would go through the
+    unit that computes exponentials, at an eighth of the rate."""
     return ((x.to(gl.int32, bitcast=True) + 0x8000) & -0x10000).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def cut(x):
-    """x without the digits that a bfloat16 number has no room for, still float32: the first of two parts, whose second makes up
-    for what is missing."""
+def truncate_to_bf16(x):
+    """x without the digits that bfloat16 does not hold, still float32: the first of two parts, whose second holds the rest."""
     return (x.to(gl.int32, bitcast=True) & -0x10000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def to_lhs(x, layout: gl.constexpr):
+    """x rounded to a bfloat16 left operand."""
+    return gl.convert_layout(x.to(gl.bfloat16), layout)
+
+
+@gluon.jit
+def split_lhs(x, layout: gl.constexpr):
+    """x as the sum of two bfloat16 left operands."""
+    high = truncate_to_bf16(x)
+    return to_lhs(high, layout), to_lhs(x - high, layout)

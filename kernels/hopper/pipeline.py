@@ -1,4 +1,13 @@
-"""Rings of shared memory between the parts of a program, and rows that the copy engine moves through them."""
+"""Pipelines of shared memory between the partitions of a program, synchronized by mbarriers, and TMA through them.
+
+A pipeline has ``depth`` stages (a power of two), each with a full and an empty mbarrier. Turn j uses stage ``j % depth``; the
+phase of its mbarriers flips every ``depth`` turns.
+
+    producer_acquire(j) -> stage    wait until the consumers have released the stage
+    producer_commit(j)              hand the stage's buffers to the consumers
+    consumer_wait(j) -> stage       wait until the stage is full
+    consumer_release(j)             give the stage back
+"""
 
 from __future__ import annotations
 
@@ -6,137 +15,162 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from race_dist.kernels.hopper.layouts import PLAIN, PLAIN_ROWS, product, tile
+from race_dist.kernels.hopper.aggregate import aggregate
+from race_dist.kernels.hopper.layouts import MATRIX_LAYOUT, VECTOR_LAYOUT, shared_layout, wgmma_layout
+
+
+class Mbarriers:
+    """The methods of a pipeline, over its fields ``full`` and ``empty``."""
+
+    @gluon.jit
+    def producer_acquire(self, j):
+        """Wait until turn j's buffers may be written; their stage."""
+        depth: gl.constexpr = self.full.shape[0]
+        mbarrier.wait(self.empty.index(j & (depth - 1)), (j & depth) // depth ^ 1)
+        return j & (depth - 1)
+
+    @gluon.jit
+    def producer_commit(self, j):
+        """Hand on turn j's buffers: what ordinary stores wrote is visible to wgmma and TMA too."""
+        fence_async_shared()
+        mbarrier.arrive(self.full.index(j & (self.full.shape[0] - 1)))
+
+    @gluon.jit
+    def consumer_wait(self, j):
+        """Wait until turn j's buffers are full; their stage."""
+        depth: gl.constexpr = self.full.shape[0]
+        mbarrier.wait(self.full.index(j & (depth - 1)), (j & depth) // depth)
+        return j & (depth - 1)
+
+    @gluon.jit
+    def consumer_release(self, j, pred=True):
+        """Give turn j's buffers back."""
+        mbarrier.arrive(self.empty.index(j & (self.empty.shape[0] - 1)), pred=pred)
+
+
+@aggregate
+class Pipeline(Mbarriers):
+    """A pipeline of one buffer per stage."""
+
+    full: gl.shared_memory_descriptor  # [depth, 1] mbarriers
+    empty: gl.shared_memory_descriptor  # [depth, 1] mbarriers
+    buffers: gl.shared_memory_descriptor  # [depth, ...]
+
+    @gluon.jit
+    def consumer_buffer(self, j):
+        """Turn j's buffer, once it is full."""
+        return self.buffers.index(self.consumer_wait(j))
+
+    @gluon.jit
+    def produce(self, j, value):
+        """Hand on ``value``, converted to the buffers' type, as turn j's buffer."""
+        self.buffers.index(self.producer_acquire(j)).store(value.to(self.buffers.dtype))
+        self.producer_commit(j)
 
 
 @gluon.jit
-def make_ring(depth: gl.constexpr, readers: gl.constexpr):
-    """The barriers (full, empty) of a ring of ``depth`` buffers, a power of two, each of which ``readers`` parts must have
-    read. Buffers are put behind them: ``make_ring(2, 1) + (operands(2, C, BD),)``.
+def make_mbarriers(depth: gl.constexpr, consumers: gl.constexpr):
+    """The full and the empty mbarriers of a pipeline that ``consumers`` partitions read.
 
-    Make no ring that no part waits at: the compiler gives the room of its barriers to other buffers, and what was set up as
-    a barrier corrupts what is stored there (found on an H100)."""
+    Make no mbarrier that no partition waits for: the compiler gives its shared memory to other buffers, and its initialization
+    then corrupts what is stored there (seen on an H100)."""
     full = gl.allocate_shared_memory(gl.int64, [depth, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [depth, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(depth):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=readers)
+        mbarrier.init(empty.index(i), count=consumers)
     return full, empty
 
 
 @gluon.jit
-def operands(depth: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
+def make_pipeline(depth: gl.constexpr, consumers: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
+    """A pipeline of bfloat16 operands ``[rows, columns]``."""
+    full, empty = make_mbarriers(depth, consumers)
+    return Pipeline(full, empty, allocate_operands(depth, rows, columns))
+
+
+@gluon.jit
+def make_float32_pipeline(depth: gl.constexpr, consumers: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
+    """A pipeline of float32 matrices ``[rows, columns]``."""
+    full, empty = make_mbarriers(depth, consumers)
+    return Pipeline(full, empty, gl.allocate_shared_memory(gl.float32, [depth, rows, columns], MATRIX_LAYOUT))
+
+
+@gluon.jit
+def allocate_operands(depth: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
     """``depth`` buffers of bfloat16 operands ``[rows, columns]``."""
-    return gl.allocate_shared_memory(gl.bfloat16, [depth, rows, columns], tile(rows, columns))
+    return gl.allocate_shared_memory(gl.bfloat16, [depth, rows, columns], shared_layout(rows, columns))
 
 
 @gluon.jit
-def numbers(depth: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
-    """``depth`` buffers of float32 numbers ``[rows, columns]``."""
-    return gl.allocate_shared_memory(gl.float32, [depth, rows, columns], PLAIN_ROWS)
+def allocate_vectors(depth: gl.constexpr, size: gl.constexpr):
+    """``depth`` buffers of float32 vectors ``[size]``."""
+    return gl.allocate_shared_memory(gl.float32, [depth, size], VECTOR_LAYOUT)
 
 
 @gluon.jit
-def vectors(depth: gl.constexpr, size: gl.constexpr):
-    """``depth`` buffers of float32 numbers ``[size]``."""
-    return gl.allocate_shared_memory(gl.float32, [depth, size], PLAIN)
-
-
-@gluon.jit
-def each_time(j):
-    """j, of which the compiler does not see that it is a loop's: it would work out the addresses of every turn's operands
-    before the loop, more than there are registers, and read them back from memory each time."""
+def opaque(j):
+    """j, hidden from the compiler's loop analysis: it would compute the addresses of every turn's operands before the loop,
+    more than there are registers, and spill them."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [j], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def await_full(ring, j):
-    """Wait until turn j's buffers are full; their place in the ring."""
-    depth: gl.constexpr = ring[0].shape[0]
-    mbarrier.wait(ring[0].index(j & (depth - 1)), (j & depth) // depth)
-    return j & (depth - 1)
-
-
-@gluon.jit
-def await_empty(ring, j):
-    """Wait until turn j's buffers may be written; their place in the ring."""
-    depth: gl.constexpr = ring[0].shape[0]
-    mbarrier.wait(ring[1].index(j & (depth - 1)), (j & depth) // depth ^ 1)
-    return j & (depth - 1)
-
-
-@gluon.jit
-def set_full(ring, j):
-    """Hand on turn j's buffers: what ordinary stores wrote is seen by the matrix units too."""
-    fence_async_shared()
-    mbarrier.arrive(ring[0].index(j & (ring[0].shape[0] - 1)))
-
-
-@gluon.jit
-def set_empty(ring, j, really=True):
-    """Give turn j's buffers back."""
-    mbarrier.arrive(ring[1].index(j & (ring[1].shape[0] - 1)), pred=really)
-
-
-@gluon.jit
-def next_full(ring, j):
-    """Turn j's first buffer, once it is full."""
-    return ring[2].index(await_full(ring, j))
-
-
-@gluon.jit
-def open_rows(x, b, h, end, X: gl.constexpr, BX: gl.constexpr, c: gl.constexpr):
-    """A copy descriptor of head h of row b of ``x [B, T, H, X]``, tokens before ``end``, C at a time."""
+def make_row_descriptor(x, b, h, end, X: gl.constexpr, BX: gl.constexpr, c: gl.constexpr):
+    """A TMA descriptor of head h of row b of ``x [B, T, H, X]``, tokens before ``end``, C at a time."""
+    ptr = x.ptr + b * x.stride_b + h * x.stride_h
     return tma.make_tensor_descriptor(
-        x[0] + b * x[1] + h * x[3], [end.to(gl.int32), X], [x[2].to(gl.int64), 1], [c.C, BX], tile(c.C, BX)
+        ptr, [end.to(gl.int32), X], [x.stride_t.to(gl.int64), 1], [c.C, BX], shared_layout(c.C, BX)
     )
 
 
 @gluon.jit
-def open_heads(x, b, h, end, X: gl.constexpr, BX: gl.constexpr, c: gl.constexpr):
-    """:func:`open_rows` of each query head that reads key/value head h."""
-    heads = ()
+def make_group_descriptors(x, b, h, end, X: gl.constexpr, BX: gl.constexpr, c: gl.constexpr):
+    """:func:`make_row_descriptor` of each query head that reads key/value head h."""
+    descriptors = ()
     for g in gl.static_range(c.G):
-        heads = heads + (open_rows(x, b, h * c.G + g, end, X, BX, c),)
-    return heads
+        descriptors = descriptors + (make_row_descriptor(x, b, h * c.G + g, end, X, BX, c),)
+    return descriptors
 
 
 @gluon.jit
-def fetch(rows, t, ring, j, BX: gl.constexpr, c: gl.constexpr, column=0):
-    """Ask the copy engine for tokens t on, from a column on, into turn j's buffer."""
-    at = await_empty(ring, j)
-    mbarrier.expect(ring[0].index(at), c.C * BX * 2)
-    tma.async_copy_global_to_shared(rows, [t.to(gl.int32), column], ring[0].index(at), ring[2].index(at))
+def tma_load(descriptor, t, pipe, j, BX: gl.constexpr, c: gl.constexpr, column=0):
+    """Start to load tokens t .. t + C, columns ``column`` .. ``column + BX``, into turn j's buffer; TMA commits it."""
+    stage = pipe.producer_acquire(j)
+    mbarrier.expect(pipe.full.index(stage), c.C * BX * 2)
+    tma.async_copy_global_to_shared(descriptor, [t.to(gl.int32), column], pipe.full.index(stage), pipe.buffers.index(stage))
 
 
 @gluon.jit
-def send(rows, t, buffer, value, column=0):
-    """Store ``value [C, BX]`` as tokens t on, from a column on, through a buffer that is free again when the next is sent."""
+def tma_store(descriptor, t, staging, value, column=0):
+    """Start to store ``value [C, BX]`` as tokens t .. t + C, columns ``column`` on, through the buffer ``staging``, once the
+    store before has read it."""
     tma.store_wait(0)
-    buffer.store(value.to(gl.bfloat16))
+    staging.store(value.to(gl.bfloat16))
     fence_async_shared()
-    tma.async_copy_shared_to_global(rows, [t.to(gl.int32), column], buffer)
+    tma.async_copy_shared_to_global(descriptor, [t.to(gl.int32), column], staging)
 
 
 @gluon.jit
 def load_scalars(x, b, t, h, n, layout: gl.constexpr, c: gl.constexpr):
-    """One number a token, ``[C]``, of ``x [B, T, H]`` given as (pointer, three strides); 0 past n."""
+    """Tokens t .. t + C of head h of ``x [B, T, H]``, ``[C]``; zeros from the n-th on."""
     rows = gl.arange(0, c.C, layout)
-    return gl.load(x[0] + b * x[1] + t * x[2] + h * x[3] + rows.to(gl.int64) * x[2], mask=rows < n, other=0.0)
-
-
-@gluon.jit
-def store_share(x, dz, b, t, h, n, c: gl.constexpr):
-    """A program's share of the gradient of the projections of tokens t on, ``[C, LPB]``, to
-    ``x [B, T, NVB H, LPB]``."""
-    rows = gl.arange(0, c.C, gl.SliceLayout(1, product(c.LPB)))
-    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
-    offset = rows[:, None].to(gl.int64) * x[2] + slot[None, :]
-    gl.store(x[0] + b * x[1] + t * x[2] + h * x[3] + offset, dz, mask=(rows < n)[:, None])
+    pointer = x.ptr + b * x.stride_b + t * x.stride_t + h * x.stride_h + rows.to(gl.int64) * x.stride_t
+    return gl.load(pointer, mask=rows < n, other=0.0)
 
 
 @gluon.jit
 def store_scalars(x, value, b, t, h, n, layout: gl.constexpr, c: gl.constexpr):
     """The inverse of :func:`load_scalars`."""
     rows = gl.arange(0, c.C, layout)
-    gl.store(x[0] + b * x[1] + t * x[2] + h * x[3] + rows.to(gl.int64) * x[2], value, mask=rows < n)
+    pointer = x.ptr + b * x.stride_b + t * x.stride_t + h * x.stride_h + rows.to(gl.int64) * x.stride_t
+    gl.store(pointer, value, mask=rows < n)
+
+
+@gluon.jit
+def store_partial_gradient(x, dz, b, t, h, n, c: gl.constexpr):
+    """Store ``dz [C, LPB]``, a program's part of the gradient of the projections, to ``x [B, T, NVB H, LPB]``."""
+    rows = gl.arange(0, c.C, gl.SliceLayout(1, wgmma_layout(c.LPB)))
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, wgmma_layout(c.LPB)))
+    offset = rows[:, None].to(gl.int64) * x.stride_t + slot[None, :]
+    gl.store(x.ptr + b * x.stride_b + t * x.stride_t + h * x.stride_h + offset, dz, mask=(rows < n)[:, None])

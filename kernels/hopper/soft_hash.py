@@ -1,4 +1,9 @@
-"""The soft hash, and its gradient, on operands in shared memory."""
+"""The soft hash and its gradient, with operands in shared memory.
+
+Letters: C tokens per chunk, LPB plane slots (all planes of a head), SB features per block, NSB blocks. A table of more than SB
+buckets has BLOCKS_PER_TABLE blocks, which its first BLOCK_PLANES planes tell apart: a feature is then a factor of its block,
+the product over those planes, times one that all blocks of the table share.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +11,90 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from race_dist.kernels.common import LOG2E, inverse_den
-from race_dist.kernels.hopper.layouts import by_rows, cut, left, product, rounded
-from race_dist.kernels.hopper.pipeline import await_empty, load_scalars, next_full, operands, set_empty, set_full
+from race_dist.kernels.hopper.aggregate import aggregate
+from race_dist.kernels.hopper.layouts import (
+    blocked_layout,
+    lhs_layout,
+    round_to_bf16,
+    split_lhs,
+    to_lhs,
+    wgmma_layout,
+)
+from race_dist.kernels.hopper.pipeline import allocate_operands, load_scalars
+from race_dist.kernels.soft_hash import LOG2E
+from race_dist.kernels.state import inverse_den
+
+
+@aggregate
+class HashOperands:
+    """What the hash multiplies by, in shared memory.
+
+    The bits are of one block per table; of several blocks of a table they leave out the BLOCK_PLANES."""
+
+    planes: gl.shared_memory_descriptor  # [1 or 2, LPB, BD], two parts where they are wider than bfloat16
+    set_bits: gl.shared_memory_descriptor  # [NSB / BLOCKS_PER_TABLE, LPB, SB], 1 where the bucket has the plane's bit set
+    clear_bits: gl.shared_memory_descriptor  # the same, clear
+    beta: gl.tensor  # pointer to the head's
+
+
+@aggregate
+class PlaneSums:
+    """Sums of ``y = phi * dphi`` over the buckets that have a plane's bit set, and clear; ``[C, LPB]`` each."""
+
+    set: gl.tensor
+    clear: gl.tensor
+
+
+@aggregate
+class TableSums:
+    """Sums over the blocks of one table."""
+
+    features: gl.tensor  # [C, SB], of y itself: what the planes need that all blocks share
+    total: gl.tensor  # [C], of the row sums of y
+    block_planes: gl.tuple  # BLOCK_PLANES x [C], of the row sums of the blocks that have that plane's bit set
 
 
 @gluon.jit
-def put_planes(planes, h, c: gl.constexpr):
-    """The planes ``[1 or 2, LPB, BD]``, in two parts where they are wider than bfloat16, and, for each block of features
-    (of a table of several: for all of them, without its first planes), slot and feature, whether
-    the corner has the plane's bit set, and whether it has it clear, ``[.., LPB, SB]``, as operands in shared memory."""
-    layout: gl.constexpr = by_rows(c.BD)
+def make_hash_operands(x, h, c: gl.constexpr):
+    """The :class:`HashOperands` of head h of :class:`Inputs` x."""
+    planes = x.planes
+    layout: gl.constexpr = blocked_layout(c.BD)
     slot = gl.arange(0, c.LPB, gl.SliceLayout(1, layout))
     d = gl.arange(0, c.BD, gl.SliceLayout(0, layout))
-    offset = (slot // c.P)[:, None] * planes[2] + (slot % c.P)[:, None] * planes[3] + d[None, :] * planes[4]
-    x = gl.load(planes[0] + h * planes[1] + offset, mask=(slot < c.L * c.P)[:, None] & (d < c.D)[None, :], other=0.0)
+    offset = (slot // c.P)[:, None] * planes.stride_l + (slot % c.P)[:, None] * planes.stride_p + d[None, :] * planes.stride_d
+    inside = (slot < c.L * c.P)[:, None] & (d < c.D)[None, :]
+    W = gl.load(planes.ptr + h * planes.stride_h + offset, mask=inside, other=0.0)  # [LPB, BD]
     if c.split_planes:
-        W = operands(2, c.LPB, c.BD)
-        high = rounded(x.to(gl.float32))
-        W.index(0).store(high.to(gl.bfloat16))
-        W.index(1).store((x.to(gl.float32) - high).to(gl.bfloat16))
+        buffers = allocate_operands(2, c.LPB, c.BD)
+        high = round_to_bf16(W.to(gl.float32))
+        buffers.index(0).store(high.to(gl.bfloat16))
+        buffers.index(1).store((W.to(gl.float32) - high).to(gl.bfloat16))
     else:
-        W = operands(1, c.LPB, c.BD)
-        W.index(0).store(x.to(gl.bfloat16))
-    different: gl.constexpr = c.NSB // c.BLOCKS_PER_TABLE
-    ones = operands(different, c.LPB, c.SB)
-    zeros = operands(different, c.LPB, c.SB)
-    bits: gl.constexpr = by_rows(c.SB)
-    slot = gl.arange(0, c.LPB, gl.SliceLayout(1, bits))
-    inside = (slot < c.L * c.P) & (slot % c.P >= c.BLOCK_PLANES)
-    for n in gl.static_range(different):
-        s = n * c.BLOCKS_PER_TABLE * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bits))
-        same = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & inside[:, None] & (s < c.S)[None, :]
+        buffers = allocate_operands(1, c.LPB, c.BD)
+        buffers.index(0).store(W.to(gl.bfloat16))
+    blocks: gl.constexpr = c.NSB // c.BLOCKS_PER_TABLE
+    set_bits = allocate_operands(blocks, c.LPB, c.SB)
+    clear_bits = allocate_operands(blocks, c.LPB, c.SB)
+    bit_layout: gl.constexpr = blocked_layout(c.SB)
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(1, bit_layout))
+    used = (slot < c.L * c.P) & (slot % c.P >= c.BLOCK_PLANES)  # [LPB]
+    for n in gl.static_range(blocks):
+        s = n * c.BLOCKS_PER_TABLE * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, bit_layout))
+        inside = ((slot // c.P)[:, None] == (s // c.R)[None, :]) & used[:, None] & (s < c.S)[None, :]  # [LPB, SB]
         bit = ((s % c.R)[None, :] >> (c.P - 1 - slot % c.P)[:, None]) & 1
-        ones.index(n).store((same & (bit == 1)).to(gl.bfloat16))
-        zeros.index(n).store((same & (bit == 0)).to(gl.bfloat16))
+        set_bits.index(n).store((inside & (bit == 1)).to(gl.bfloat16))
+        clear_bits.index(n).store((inside & (bit == 0)).to(gl.bfloat16))
     fence_async_shared()
-    return W, ones, zeros
+    return HashOperands(buffers, set_bits, clear_bits, x.beta + h)
 
 
 @gluon.jit
-def project(x, W, c: gl.constexpr):
-    """Begin ``x @ planes^T``, ``[C, LPB]``."""
-    z = gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB))
-    z = warpgroup_mma(x, W.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
+def start_projection(x, planes, c: gl.constexpr):
+    """Start ``x @ planes^T``, ``[C, LPB]``, of rows ``x [C, BD]``."""
+    z = gl.zeros([c.C, c.LPB], gl.float32, wgmma_layout(c.LPB))
+    z = warpgroup_mma(x, planes.index(0).permute((1, 0)), z, use_acc=False, is_async=True)
     if c.split_planes:
-        z = warpgroup_mma(x, W.index(1).permute((1, 0)), z, is_async=True)
+        z = warpgroup_mma(x, planes.index(1).permute((1, 0)), z, is_async=True)
     return z
 
 
@@ -68,23 +111,7 @@ def log2(x):
 
 
 @gluon.jit
-def take_signs(ring, j, planes_s, c: gl.constexpr):
-    """``u [C, LPB]`` of turn j's rows, which are given back."""
-    z = project(next_full(ring, j), planes_s[0], c)
-    u = signs(warpgroup_mma_wait(0, (z,)))
-    set_empty(ring, j)
-    return u
-
-
-@gluon.jit
-def put_operand(ring, j, x):
-    """Hand on x as turn j's operand."""
-    ring[2].index(await_empty(ring, j)).store(x.to(gl.bfloat16))
-    set_full(ring, j)
-
-
-@gluon.jit
-def signs(z):
+def tanh(z):
     """``tanh(z)``."""
     e = exp2(gl.abs(z) * (-2.0 * LOG2E))
     u = (1.0 - e) / (1.0 + e)
@@ -92,93 +119,91 @@ def signs(z):
 
 
 @gluon.jit
+def tanh_projection(pipe, j, hash, c: gl.constexpr):
+    """``u [C, LPB]``: tanh of the projections of turn j's rows, which are released."""
+    z = start_projection(pipe.consumer_buffer(j), hash.planes, c)
+    u = tanh(warpgroup_mma_wait(0, (z,)))
+    pipe.consumer_release(j)
+    return u
+
+
+@gluon.jit
 def log_sigmoids(u, beta):
     """Binary logarithms of ``sigmoid(2 beta u)`` and ``sigmoid(-2 beta u)``."""
     t = (2.0 * LOG2E) * beta * u
-    tail = log2(1.0 + exp2(-gl.abs(t)))
-    return gl.minimum(t, 0.0) - tail, gl.minimum(-t, 0.0) - tail
+    log1p = log2(1.0 + exp2(-gl.abs(t)))
+    return gl.minimum(t, 0.0) - log1p, gl.minimum(-t, 0.0) - log1p
 
 
 @gluon.jit
-def one_part(x, layout: gl.constexpr):
-    """x rounded to a bfloat16 operand."""
-    return gl.convert_layout(x.to(gl.bfloat16), layout)
+def log_sigmoid_operands(u, beta, c: gl.constexpr):
+    """The logarithms of :func:`log_sigmoids`, each in two parts: (set high, set low), (clear high, clear low)."""
+    log_set, log_clear = log_sigmoids(u, beta)
+    return split_lhs(log_set, lhs_layout(c.SB)), split_lhs(log_clear, lhs_layout(c.SB))
 
 
 @gluon.jit
-def two_parts(x, layout: gl.constexpr):
-    """x as the sum of two bfloat16 operands."""
-    high = cut(x)
-    return one_part(high, layout), one_part(x - high, layout)
-
-
-@gluon.jit
-def log_operands(u, beta, c: gl.constexpr):
-    """The logarithms of :func:`log_sigmoids`, each in two parts."""
-    on, off = log_sigmoids(u, beta)
-    return two_parts(on, left(c.SB)) + two_parts(off, left(c.SB))
-
-
-@gluon.jit
-def buckets(logs, n, planes_s, c: gl.constexpr):
-    """``phi [C, SB]`` of block n, float32: the product over a table's planes of one sigmoid each, as a sum of
-    logarithms."""
-    ones, zeros = planes_s[1].index(n), planes_s[2].index(n)
-    phi = gl.zeros([c.C, c.SB], gl.float32, product(c.SB))
-    phi = warpgroup_mma(logs[0], ones, phi, use_acc=False, is_async=True)
-    phi = warpgroup_mma(logs[1], ones, phi, is_async=True)
-    phi = warpgroup_mma(logs[2], zeros, phi, is_async=True)
-    phi = warpgroup_mma(logs[3], zeros, phi, is_async=True)
+def bucket_features(log_set, log_clear, n, hash, c: gl.constexpr):
+    """``phi [C, SB]`` of block n, float32: the product of one sigmoid per plane of the table, as a sum of logarithms."""
+    set_bits, clear_bits = hash.set_bits.index(n), hash.clear_bits.index(n)  # [LPB, SB]
+    phi = gl.zeros([c.C, c.SB], gl.float32, wgmma_layout(c.SB))
+    phi = warpgroup_mma(log_set[0], set_bits, phi, use_acc=False, is_async=True)
+    phi = warpgroup_mma(log_set[1], set_bits, phi, is_async=True)
+    phi = warpgroup_mma(log_clear[0], clear_bits, phi, is_async=True)
+    phi = warpgroup_mma(log_clear[1], clear_bits, phi, is_async=True)
     phi = exp2(warpgroup_mma_wait(0, (phi,)))
     if c.S % c.SB != 0:
-        phi = gl.where((n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, product(c.SB))) < c.S)[None, :], phi, 0.0)
+        s = n * c.SB + gl.arange(0, c.SB, gl.SliceLayout(0, wgmma_layout(c.SB)))
+        phi = gl.where((s < c.S)[None, :], phi, 0.0)
     return phi
 
 
 @gluon.jit
-def heads(u, beta, table, c: gl.constexpr):
+def block_factors(u, beta, table, c: gl.constexpr):
     """The factor ``[C]`` of each block of a table that has several, from ``u [C, LPB]``."""
-    on, off = log_sigmoids(u, beta)
-    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
+    log_set, log_clear = log_sigmoids(u, beta)
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, wgmma_layout(c.LPB)))
     plane = slot - table * c.P
-    inside = (plane >= 0) & (plane < c.BLOCK_PLANES)
+    used = (plane >= 0) & (plane < c.BLOCK_PLANES)
     factors = ()
     for n in gl.static_range(c.BLOCKS_PER_TABLE):
-        log = gl.where(((n >> gl.where(inside, c.BLOCK_PLANES - 1 - plane, 0)) & 1 == 1)[None, :], on, off)
-        log = gl.sum(gl.where(inside[None, :], log, 0.0), 1)
-        factors = factors + (gl.convert_layout(exp2(log), gl.SliceLayout(1, product(c.SB))),)
+        bit = (n >> gl.where(used, c.BLOCK_PLANES - 1 - plane, 0)) & 1
+        log = gl.where((bit == 1)[None, :], log_set, log_clear)
+        log = gl.sum(gl.where(used[None, :], log, 0.0), 1)
+        factors = factors + (gl.convert_layout(exp2(log), gl.SliceLayout(1, wgmma_layout(c.SB))),)
     return factors
 
 
 @gluon.jit
-def put_features(ring, j, u, scale, beta, planes_s, c: gl.constexpr):
-    """Hand on ``phi``, row i times ``scale[i]``, of the rows of turn j that project to ``u``: an operand for each block. What
-    the blocks of a table share is worked out once."""
-    logs = log_operands(u, beta, c)
+def produce_features(pipe, j, u, scale, beta, hash, c: gl.constexpr):
+    """Hand on ``phi``, row i times ``scale[i]``, of the rows of turn j that project to ``u [C, LPB]``: one operand ``[C, SB]``
+    per block. What the blocks of a table share is computed once."""
+    log_set, log_clear = log_sigmoid_operands(u, beta, c)
     for table in range(c.NSB // c.BLOCKS_PER_TABLE):
-        phi = buckets(logs, table, planes_s, c)
+        phi = bucket_features(log_set, log_clear, table, hash, c)
         if c.BLOCKS_PER_TABLE == 1:
-            put_operand(ring, j * c.NSB + table, phi * scale[:, None])
+            pipe.produce(j * c.NSB + table, phi * scale[:, None])
         else:
-            factors = heads(u, beta, table, c)
+            factors = block_factors(u, beta, table, c)
             for n in gl.static_range(c.BLOCKS_PER_TABLE):
-                put_operand(ring, j * c.NSB + table * c.BLOCKS_PER_TABLE + n, phi * (factors[n] * scale)[:, None])
+                pipe.produce(j * c.NSB + table * c.BLOCKS_PER_TABLE + n, phi * (factors[n] * scale)[:, None])
 
 
 @gluon.jit
-def load_keep(key_mask, b, t, n, c: gl.constexpr):
-    """1 for a chunk's keys that count, 0 for others, ``[C]``."""
-    rows = gl.arange(0, c.C, gl.SliceLayout(1, product(c.SB)))
-    keep = rows < n
+def load_key_mask(key_mask, b, t, n, c: gl.constexpr):
+    """1 for a chunk's present keys, 0 for absent ones, ``[C]``."""
+    rows = gl.arange(0, c.C, gl.SliceLayout(1, wgmma_layout(c.SB)))
+    present = rows < n
     if c.masked:
-        keep = keep & (gl.load(key_mask[0] + b * key_mask[1] + (t + rows) * key_mask[2], mask=keep, other=0) != 0)
-    return gl.where(keep, 1.0, 0.0)
+        pointer = key_mask.ptr + b * key_mask.stride_b + (t + rows) * key_mask.stride_t
+        present = present & (gl.load(pointer, mask=present, other=0) != 0)
+    return gl.where(present, 1.0, 0.0)
 
 
 @gluon.jit
 def load_inverse_den(den, b, t, h, n, c: gl.constexpr):
-    """One over a chunk's denominators, ``[C]``; ones but for "global"."""
-    rows: gl.constexpr = gl.SliceLayout(1, product(c.SB))
+    """One over a chunk's denominators, ``[C]``; ones unless "global"."""
+    rows: gl.constexpr = gl.SliceLayout(1, wgmma_layout(c.SB))
     if c.is_global:
         return inverse_den(load_scalars(den, b, t, h, n, rows, c))
     else:
@@ -186,91 +211,90 @@ def load_inverse_den(den, b, t, h, n, c: gl.constexpr):
 
 
 @gluon.jit
-def no_corners(c: gl.constexpr):
-    """The sums of :func:`add_corners` over nothing."""
-    return gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB)), gl.zeros([c.C, c.LPB], gl.float32, product(c.LPB))
+def zero_plane_sums(c: gl.constexpr):
+    """The :class:`PlaneSums` over nothing."""
+    layout: gl.constexpr = wgmma_layout(c.LPB)
+    return PlaneSums(gl.zeros([c.C, c.LPB], gl.float32, layout), gl.zeros([c.C, c.LPB], gl.float32, layout))
 
 
 @gluon.jit
-def begin_corners(sums, y, n, planes_s, c: gl.constexpr):
-    """Begin to add ``y [C, SB]`` of block n to its sums over the corners that have a plane's bit set, and clear, ``[C, LPB]``
-    each.
+def start_plane_sums(sums, y, n, hash, c: gl.constexpr):
+    """Start to add ``y [C, SB]`` of block n to the :class:`PlaneSums`; the two accumulators.
 
-    What every plane shares of y cancels between the two: one block takes it out before it rounds, several keep two parts.
+    What every plane shares of y cancels between the two: one block subtracts it before rounding, several keep two parts.
     """
-    on, off = sums
-    ones, zeros = planes_s[1].index(n).permute((1, 0)), planes_s[2].index(n).permute((1, 0))
+    y_set, y_clear = sums.set, sums.clear
+    set_bits, clear_bits = hash.set_bits.index(n).permute((1, 0)), hash.clear_bits.index(n).permute((1, 0))  # [SB, LPB]
     if c.NSB == 1:
-        y = one_part(y, left(c.LPB))
-        on = warpgroup_mma(y, ones, on, is_async=True)
-        off = warpgroup_mma(y, zeros, off, is_async=True)
+        y = to_lhs(y, lhs_layout(c.LPB))
+        y_set = warpgroup_mma(y, set_bits, y_set, is_async=True)
+        y_clear = warpgroup_mma(y, clear_bits, y_clear, is_async=True)
     else:
-        y, rest = two_parts(y, left(c.LPB))
-        on = warpgroup_mma(y, ones, on, is_async=True)
-        on = warpgroup_mma(rest, ones, on, is_async=True)
-        off = warpgroup_mma(y, zeros, off, is_async=True)
-        off = warpgroup_mma(rest, zeros, off, is_async=True)
-    return on, off
+        y, y_low = split_lhs(y, lhs_layout(c.LPB))
+        y_set = warpgroup_mma(y, set_bits, y_set, is_async=True)
+        y_set = warpgroup_mma(y_low, set_bits, y_set, is_async=True)
+        y_clear = warpgroup_mma(y, clear_bits, y_clear, is_async=True)
+        y_clear = warpgroup_mma(y_low, clear_bits, y_clear, is_async=True)
+    return y_set, y_clear
 
 
 @gluon.jit
-def add_corners(sums, y, n, planes_s, c: gl.constexpr):
-    """:func:`begin_corners`, to its end."""
-    on, off = begin_corners(sums, y, n, planes_s, c)
-    on, off = warpgroup_mma_wait(0, (on, off))
-    return on, off
+def add_plane_sums(sums, y, n, hash, c: gl.constexpr):
+    """:func:`start_plane_sums`, and wait for it."""
+    y_set, y_clear = start_plane_sums(sums, y, n, hash, c)
+    y_set, y_clear = warpgroup_mma_wait(0, (y_set, y_clear))
+    return PlaneSums(y_set, y_clear)
 
 
 @gluon.jit
-def no_table(c: gl.constexpr):
-    """The sums of :func:`add_block` over nothing."""
-    none = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, product(c.SB)))
-    of_heads = ()
+def zero_table_sums(c: gl.constexpr):
+    """The :class:`TableSums` over nothing."""
+    zeros = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, wgmma_layout(c.SB)))
+    block_planes = ()
     for _ in gl.static_range(c.BLOCK_PLANES):
-        of_heads = of_heads + (none,)
-    return gl.zeros([c.C, c.SB], gl.float32, product(c.SB)), none, of_heads
+        block_planes = block_planes + (zeros,)
+    return TableSums(gl.zeros([c.C, c.SB], gl.float32, wgmma_layout(c.SB)), zeros, block_planes)
 
 
 @gluon.jit
 def add_block(sums, y, n, c: gl.constexpr):
-    """Add ``y [C, SB]`` of a table's block n to the sums over its blocks: y itself, all that the planes need which the blocks
-    share; the row sums of y; and, for each first plane, those of the blocks that have its bit set."""
-    over, total, of_heads = sums
+    """Add ``y [C, SB]`` of a table's block n to its :class:`TableSums`."""
     row = gl.sum(y, 1)
-    after = ()
+    block_planes = ()
     for plane in gl.static_range(c.BLOCK_PLANES):
-        after = after + (of_heads[plane] + row * ((n >> (c.BLOCK_PLANES - 1 - plane)) & 1),)
-    return over + y, total + row, after
+        bit = (n >> (c.BLOCK_PLANES - 1 - plane)) & 1
+        block_planes = block_planes + (sums.block_planes[plane] + row * bit,)
+    return TableSums(sums.features + y, sums.total + row, block_planes)
 
 
 @gluon.jit
-def add_table(corners, sums, table, planes_s, c: gl.constexpr):
-    """:func:`add_corners` of all blocks of a table."""
-    over, total, of_heads = sums
-    on, off = add_corners(corners, over, table, planes_s, c)
-    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, product(c.LPB)))
-    rows: gl.constexpr = gl.SliceLayout(1, product(c.LPB))
+def add_table(plane_sums, sums, table, hash, c: gl.constexpr):
+    """Add a table's :class:`TableSums` to the :class:`PlaneSums`."""
+    added = add_plane_sums(plane_sums, sums.features, table, hash, c)
+    y_set, y_clear = added.set, added.clear
+    slot = gl.arange(0, c.LPB, gl.SliceLayout(0, wgmma_layout(c.LPB)))
+    rows: gl.constexpr = gl.SliceLayout(1, wgmma_layout(c.LPB))
     for plane in gl.static_range(c.BLOCK_PLANES):
-        here = (slot == table * c.P + plane)[None, :]
-        on = gl.where(here, gl.convert_layout(of_heads[plane], rows)[:, None], on)
-        off = gl.where(here, gl.convert_layout(total - of_heads[plane], rows)[:, None], off)
-    return on, off
+        at_plane = (slot == table * c.P + plane)[None, :]
+        y_set = gl.where(at_plane, gl.convert_layout(sums.block_planes[plane], rows)[:, None], y_set)
+        y_clear = gl.where(at_plane, gl.convert_layout(sums.total - sums.block_planes[plane], rows)[:, None], y_clear)
+    return PlaneSums(y_set, y_clear)
 
 
 @gluon.jit
-def hash_gradient(sums, u, beta):
-    """From the sums of ``y = phi * dphi``: ``dz [C, LPB]`` of the projections, and each row's part of dbeta."""
-    log_on, log_off = log_sigmoids(u, beta)
-    dt = sums[0] * exp2(log_off) - sums[1] * exp2(log_on)
+def soft_hash_backward(sums, u, beta):
+    """From the :class:`PlaneSums`: ``dz [C, LPB]`` of the projections, and each row's part of dbeta, ``[C]``."""
+    log_set, log_clear = log_sigmoids(u, beta)
+    dt = sums.set * exp2(log_clear) - sums.clear * exp2(log_set)
     return 2.0 * beta * dt * (1.0 - u * u), gl.sum(2.0 * u * dt, 1)
 
 
 @gluon.jit
-def unproject(dz, W, c: gl.constexpr):
-    """``dz @ planes``, ``[C, BD]``."""
-    dx = gl.zeros([c.C, c.BD], gl.float32, product(c.BD))
-    dz = one_part(dz, left(c.BD))
-    dx = warpgroup_mma(dz, W.index(0), dx, use_acc=False, is_async=True)
+def unproject(dz, hash, c: gl.constexpr):
+    """``dz @ planes``, ``[C, BD]``, of ``dz [C, LPB]``."""
+    dx = gl.zeros([c.C, c.BD], gl.float32, wgmma_layout(c.BD))
+    dz = to_lhs(dz, lhs_layout(c.BD))
+    dx = warpgroup_mma(dz, hash.planes.index(0), dx, use_acc=False, is_async=True)
     if c.split_planes:
-        dx = warpgroup_mma(dz, W.index(1), dx, is_async=True)
+        dx = warpgroup_mma(dz, hash.planes.index(1), dx, is_async=True)
     return warpgroup_mma_wait(0, (dx,))

@@ -19,6 +19,20 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from race_dist.kernels import decode, materialized, partial_gradients, recurrent_bwd, recurrent_fwd, scan, tile_sums
+from race_dist.kernels.arguments import (
+    Inputs,
+    KeyGradients,
+    KeyMask,
+    Planes,
+    QueryGradients,
+    Residuals,
+    SequenceTiles,
+    Sketch,
+    TileStates,
+    Tiling,
+    rows,
+    scalars,
+)
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Plan, Spec, make_plan, work_bucket
 from race_dist.kernels.tiles import Tiles, fitted_tile, packed_tiles
@@ -63,13 +77,9 @@ def forward(p: AttentionInputs, out: Tensor | None = None, begun: Started | None
     call.launch(
         "fwd",
         call.kernel("fwd"),
-        _rows(p.q),
-        _rows(p.k),
-        _rows(p.v),
-        _rows(out),
-        _scalars(den),
-        *call.hash,
-        *call.extras,
+        call.inputs,
+        rows(out),
+        scalars(den),
         states,
         programs=call.plan["fwd"].spec.NVB,
     )
@@ -109,24 +119,13 @@ def backward(
     call.launch(
         "bwd_dkv",
         call.kernel("bwd_dkv"),
-        _rows(p.q),
-        _rows(p.k),
-        _rows(p.v),
-        _rows(dout),
-        _scalars(saved.den),
-        _scalars(h),
-        _scalars(row),
-        _rows(target),
-        _rows(into.v),
-        _scalars(dlog_decay),
-        *call.hash,
-        *call.extras,
-        saved.states,
-        saved.final.values,
-        saved.final.mass,
+        call.inputs,
+        rows(dout),
+        _residuals(saved),
+        scalars(h),
+        scalars(row),
         suffixes,
-        call.dbeta[1],
-        *call.last_part(1),
+        KeyGradients(rows(target), rows(into.v), scalars(dlog_decay), call.dbeta[1], call.kernel_dplanes(1)),
         programs=blocks,
     )
     call.finish_gradient(target, into.k, p.k, 1)
@@ -406,9 +405,17 @@ class _Call:
         self.plan, self.num_tiles = self.kind.plan, self.kind.num_tiles
         self.heads = p.k.shape[2]
         self.tiles = Tiles(None, None) if p.cu_seqlens is None else packed_tiles(p.cu_seqlens, self.plan.tile, self.num_tiles)
-        self.hash = ((p.planes, *p.planes.stride()), p.beta)
         mask = None if p.key_mask is None else p.key_mask.view(torch.uint8)
-        self.extras = (_scalars(p.log_decay), None if mask is None else (mask, *mask.stride()))
+        self.inputs = Inputs(
+            rows(p.q),
+            rows(p.k),
+            rows(p.v),
+            Planes(p.planes, *p.planes.stride()),
+            p.beta,
+            scalars(p.log_decay),
+            None if mask is None else KeyMask(mask, *mask.stride()),
+        )
+        self.tiling = Tiling(self.tiles.table, p.q.shape[1], self.plan.tile, self.heads)
         self.decays = p.q.new_empty(self.num_tiles, self.heads, dtype=torch.float64) if p.log_decay is not None else None
         self.dplanes: list[Tensor | None] = [None, None]
         if need_planes:
@@ -446,10 +453,10 @@ class _Call:
         self.launch(
             "bwd_dkv",
             partial_gradients.race_unproject_kernel,
-            _rows(target),
-            _rows(dx),
-            _rows(x),
-            self.hash[0],
+            rows(target),
+            rows(dx),
+            rows(x),
+            self.inputs.planes,
             self.dplanes[half],
             group,
             programs=group,
@@ -461,9 +468,9 @@ class _Call:
         blocks = self.plan["bwd_dkv"].spec.NVB
         return x if x is None or blocks == 1 else x.unflatten(2, (blocks, -1)).sum(2)
 
-    def last_part(self, half: int) -> tuple[Tensor | None, ...]:
-        """The last argument of a backward kernel, unless it is a pipeline: the gradient of the planes."""
-        return () if self.plan.pipelined else (self.dplanes[half],)
+    def kernel_dplanes(self, half: int) -> Tensor | None:
+        """Where a backward kernel writes its part of the gradient of the planes; None for a pipeline, which writes none."""
+        return None if self.plan.pipelined else self.dplanes[half]
 
     def with_states(self, saved: ForwardResult) -> ForwardResult:
         """With the states before this call's tiles, made anew where the forward pass had other tiles (or none)."""
@@ -487,10 +494,7 @@ class _Call:
             kernel,
             count,
             *args,
-            self.tiles.table,
-            self.p.q.shape[1],
-            self.plan.tile,
-            self.heads,
+            self.tiling,
             choice.constants,
             plain=not (choice.spec.fp32 or choice.maxnreg),
             num_warps=choice.num_warps,
@@ -504,21 +508,16 @@ class _Call:
         batch, value_dim = p.q.shape[0], p.v.shape[3]
         den = p.q.new_empty(p.q.shape[:3] if p.normalization == "global" else (0,), dtype=torch.float32)
         final = self._new_sketch()
-        into = (None, None) if p.initial is None else (p.initial.values.contiguous(), p.initial.mass.contiguous())
+        initial = None if p.initial is None else Sketch(p.initial.values.contiguous(), p.initial.mass.contiguous())
         self.kind.run(
-            ("decode", *map(_placed, into)),
+            ("decode", *map(_placed, initial or ())),
             decode.race_decode_kernel,
             batch * self.heads * -(-value_dim // DECODE_WIDTH),
-            _rows(p.q),
-            _rows(p.k),
-            _rows(p.v),
-            _rows(out),
-            _scalars(den),
-            *self.hash,
-            *self.extras,
-            *into,
-            final.values,
-            final.mass,
+            self.inputs,
+            rows(out),
+            scalars(den),
+            initial,
+            Sketch(final.values, final.mass),
             self.heads,
             self.plan["tile_sums_fwd"].constants,
             DECODE_WIDTH,
@@ -529,16 +528,12 @@ class _Call:
 
     def key_sums(self) -> Tensor:
         """What each tile's keys and values add to the state."""
-        p, parts = self.p, self._new_states(self.num_tiles)
+        parts = self._new_states(self.num_tiles)
         self.launch(
             "tile_sums_fwd",
             tile_sums.race_tile_sums_fwd_kernel,
-            _rows(p.k),
-            _rows(p.v),
-            *self.hash,
-            *self.extras,
-            parts,
-            self.decays,
+            self.inputs,
+            TileStates(parts, self.decays),
             programs=self.plan["tile_sums_fwd"].spec.NSB,
         )
         return parts
@@ -564,18 +559,14 @@ class _Call:
         row = p.q.new_empty(*p.q.shape[:2], self.heads * blocks, dtype=torch.float32) if needs_row else None
         parts = self._new_states(self.num_tiles)
         target = self.gradient_target(dq)
-        rows = (_rows(p.q), _rows(p.k), _rows(p.v), _rows(dout), _scalars(saved.den), _rows(target), _scalars(h), _scalars(row))
-        fused = (parts, self.decays) if self.plan.pipelined or not self.plan.recurrent else ()
+        suffix = TileStates(parts, self.decays)
         self.launch(
             "bwd_dq",
             self.kernel("bwd_dq"),
-            *rows,
-            *self.hash,
-            *self.extras,
-            saved.states,
-            *fused,
-            self.dbeta[0],
-            *self.last_part(0),
+            self.inputs,
+            rows(dout),
+            _residuals(saved),
+            QueryGradients(rows(target), scalars(h), scalars(row), suffix, self.dbeta[0], self.kernel_dplanes(0)),
             programs=blocks,
         )
         self.finish_gradient(target, dq, p.q, 0)
@@ -584,14 +575,11 @@ class _Call:
             self.launch(
                 "tile_sums_bwd",
                 tile_sums.race_tile_sums_bwd_kernel,
-                _rows(p.q),
-                _rows(dout),
-                _scalars(saved.den),
-                _scalars(self.summed(h)),
-                *self.hash,
-                self.extras[0],
-                parts,
-                self.decays,
+                self.inputs,
+                rows(dout),
+                scalars(saved.den),
+                scalars(self.summed(h)),
+                suffix,
                 programs=blocks,
             )
         return h, row, parts
@@ -617,29 +605,24 @@ class _Call:
         write: bool,
     ) -> SketchT:
         p = self.p
-        into: tuple[Tensor | None, ...] = (None, None)
-        if entering is not None:
-            into = entering.values.contiguous(), entering.mass.contiguous()
-        outof = (None, None) if leaving is None else (leaving.values, leaving.mass)
+        initial = None if entering is None else Sketch(entering.values.contiguous(), entering.mass.contiguous())
         per_row = 0 if p.cu_seqlens is not None else self.num_tiles // max(1, p.num_states)
         programs = p.num_states * self.heads * -(-parts.shape[-1] // SCAN_WIDTH)
         if programs:
-            flags: tuple[bool, ...] = (reverse, entering is not None, leaving is not None, write)
             self.kind.run(
-                ("scan", *flags, *map(_placed, into)),
+                ("scan", reverse, leaving is not None, write, *map(_placed, initial or ())),
                 scan.race_scan_kernel,
                 programs,
-                parts,
-                self.decays,
-                *into,
-                *outof,
+                TileStates(parts, self.decays),
+                initial,
+                None if leaving is None else Sketch(leaving.values, leaving.mass),
                 totals,
-                self.tiles.row_tiles,
-                per_row,
+                SequenceTiles(self.tiles.row_tiles, per_row),
                 self.heads,
                 self.plan["tile_sums_fwd"].constants,
                 SCAN_WIDTH,
-                *flags,
+                reverse,
+                write,
                 num_warps=2,
             )
         return leaving
@@ -675,18 +658,11 @@ def _with_decay(state: SketchState, p: AttentionInputs) -> SketchState:
     return state if p.log_decay is None else replace(state, log_decay=total_log_decay(p))
 
 
-def _placed(x: Tensor | None) -> tuple[torch.dtype, int] | None:
-    """What a compiled kernel depends on of a contiguous tensor, and whether there is one."""
-    return None if x is None else (x.dtype, x.data_ptr() & 15)
+def _placed(x: Tensor) -> tuple[torch.dtype, int]:
+    """What a compiled kernel depends on of a contiguous tensor."""
+    return x.dtype, x.data_ptr() & 15
 
 
-def _rows(x: Tensor) -> tuple[Tensor | int, ...]:
-    """A strided ``[B, T, H, X]`` as kernels take it."""
-    return (x, *x.stride())
-
-
-def _scalars(x: Tensor | None) -> tuple[Tensor | int, ...] | None:
-    """A strided ``[B, T, H]`` as kernels take it."""
-    if x is None or x.dim() != 3:
-        return None
-    return (x, *x.stride())
+def _residuals(saved: ForwardResult) -> Residuals:
+    """What a forward pass saved, as kernels take it."""
+    return Residuals(scalars(saved.den), saved.states, Sketch(saved.final.values, saved.final.mass))

@@ -25,7 +25,7 @@ from race_dist.kernels.plan import KERNELS, shared_bytes
 from race_dist.ops import triton as backend
 from race_dist.ops.inputs import AttentionInputs
 
-WALKS = {
+RECURRENT = {
     "tile_sums_fwd": "race_tile_sums_fwd_kernel",
     "fwd": "race_recurrent_fwd_kernel",
     "bwd_dq": "race_recurrent_bwd_dq_kernel",
@@ -60,14 +60,14 @@ CALLS: dict[str, dict[str, object]] = {
     "plain": {},
     "decay": {"decay": True, "normalization": "none"},
     "not causal": {"causal": False},
-    "packed, grouped": {"documents": 3, "bwd_dq": 8},
+    "packed, grouped": {"documents": 3, "queries": 8},
     "many tables": {"tables": 32, "planes": 1, "decay": True},
     "many features": {"tables": 1, "planes": 8},
     "many features, decay": {"tables": 1, "planes": 7, "decay": True},
     "most features, decay": {"tables": 1, "planes": 8, "decay": True, "normalization": "none"},
     "many features, narrow": {"tables": 3, "planes": 5, "value_dim": 64},
     "float32 planes": {"wide": True},
-    "trained planes, grouped": {"wide": True, "trained": True, "bwd_dq": 8},
+    "trained planes, grouped": {"wide": True, "trained": True, "queries": 8},
     "float32 planes, many tables": {"wide": True, "tables": 32, "planes": 1, "decay": True},
     "trained planes, most features": {
         "wide": True,
@@ -157,13 +157,13 @@ def main() -> None:
         backend.backward(p, saved, torch.empty_like(saved.out), None, need_planes=trained)
         plan = backend._plan(p, trained, capability >= 90)
         for name in KERNELS:
-            kernel = PIPELINED.get(name, "") if plan.pipelined else WALKS[name]
+            kernel = PIPELINED.get(name, "") if plan.pipelined else RECURRENT[name]
             if kernel:
                 bound = limit if plan.pipelined and name in PIPELINED else shared_bytes(name, plan[name].spec)
                 found[f"{call}: {kernel}"] = {
                     "shared": made[kernel].metadata.shared,
                     "bound": bound,
-                    **(assembled(made[kernel].asm["ptx"]) if kernel.startswith("pipe") else {}),
+                    **(assembled(made[kernel].asm["ptx"]) if kernel.startswith("race_hopper_") else {}),
                 }
     print(json.dumps(found))
 

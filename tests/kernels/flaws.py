@@ -12,73 +12,77 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from race_dist.kernels.hopper.layouts import by_rows, product
-from race_dist.kernels.hopper.pipeline import await_empty, await_full, make_ring, operands, set_empty
+from race_dist.kernels.hopper.layouts import blocked_layout, wgmma_layout
+from race_dist.kernels.hopper.pipeline import allocate_operands, make_mbarriers, make_pipeline
 
+LOAD, MMA = "load_partition", "mma_partition"
 FLAWS = {
-    "a writer does not wait": "_give writes flaws.py:.* while _take.* reads it|every part waits",
-    "a reader does not wait": "_take's products reads flaws.py:.*, which nobody has written|_take.* while _give writes it",
-    "a buffer is given back before its products are done": "_give writes flaws.py:.* while _take's products reads it",
-    "no fence": "_take's products reads .*, which _give stored without a fence",
+    "a producer does not wait": f"{LOAD} writes flaws.py:.* while {MMA}.* reads it|every partition waits",
+    "a consumer does not wait": (
+        f"{MMA}'s products reads flaws.py:.*, which nobody has written|{MMA}.* while {LOAD} writes it"
+    ),
+    "a buffer is released before its products are done": f"{LOAD} writes flaws.py:.* while {MMA}'s products reads it",
+    "no fence": f"{MMA}'s products reads .*, which {LOAD} stored without a fence",
     "a product is read too early": "before warpgroup_mma_wait",
-    "a buffer is not given back": "every part waits: _take at the barrier of flaws.py.*; _give at ",
-    "a buffer is given back twice": "every part waits",
-    "a send is not waited for": "_take ends while its last send still reads",
-    "the next value meets the last one's send": "_take writes flaws.py:.* while _take's sends reads it",
-    "nobody waits": "nobody waits at the barrier of flaws.py",
+    "a buffer is not released": f"every partition waits: {MMA} at the mbarrier of flaws.py.*; {LOAD} at ",
+    "a buffer is released twice": "every partition waits",
+    "a store is not waited for": f"{MMA} ends while its last TMA store still reads",
+    "a value overwrites the last one's store": f"{MMA} writes flaws.py:.* while {MMA}'s TMA stores reads it",
+    "nobody waits": "nobody waits at the mbarrier of flaws.py",
     "a token too many": "element 24576 of a tensor whose storage holds 24576",
 }
 
 
 @gluon.jit
-def hand_on(x, y, turns, flaw: gl.constexpr):
-    """``y [n, 64, 64] = x @ x``, one part handing x on, the other multiplying."""
-    ring = make_ring(2, 1) + (operands(2, 64, 64),)  # noqa: RUF005
+def square_kernel(x, y, turns, flaw: gl.constexpr):
+    """``y [n, 64, 64] = x @ x``: one partition hands x on, the other multiplies."""
+    pipe = make_pipeline(2, 1, 64, 64)
     if flaw == "nobody waits":
-        full, _ = make_ring(1, 1)
+        full, _ = make_mbarriers(1, 1)
         mbarrier.arrive(full.index(0))
-    rows = tma.make_tensor_descriptor(y, [turns * 64, 64], [64, 1], [64, 64])
-    gl.warp_specialize([(_take, (ring, rows, turns, flaw)), (_give, (ring, x, turns, flaw))], [4], [64])
+    y_desc = tma.make_tensor_descriptor(y, [turns * 64, 64], [64, 1], [64, 64])
+    gl.warp_specialize([(mma_partition, (pipe, y_desc, turns, flaw)), (load_partition, (pipe, x, turns, flaw))], [4], [64])
 
 
 @gluon.jit
-def _give(ring, x, turns, flaw: gl.constexpr):
-    layout: gl.constexpr = by_rows(64)
-    place = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None] * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))[None, :]
+def load_partition(pipe, x, turns, flaw: gl.constexpr):
+    layout: gl.constexpr = blocked_layout(64)
+    rows, columns = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))
+    offset = rows[:, None] * 64 + columns[None, :]
     for i in range(turns):
-        at = i % 2
-        if flaw != "a writer does not wait":
-            await_empty(ring, i)
+        stage = i % 2
+        if flaw != "a producer does not wait":
+            pipe.producer_acquire(i)
         ahead = 1 if flaw == "a token too many" else 0
-        ring[2].index(at).store(gl.load(x + (i + ahead) * 64 * 64 + place))
+        pipe.buffers.index(stage).store(gl.load(x + (i + ahead) * 64 * 64 + offset))
         if flaw != "no fence":
             fence_async_shared()
-        mbarrier.arrive(ring[0].index(at))
+        mbarrier.arrive(pipe.full.index(stage))
 
 
 @gluon.jit
-def _take(ring, rows, turns, flaw: gl.constexpr):
-    staging = operands(1, 64, 64)
+def mma_partition(pipe, y_desc, turns, flaw: gl.constexpr):
+    staging = allocate_operands(1, 64, 64)
     for i in range(turns):
-        at = i % 2
-        if flaw != "a reader does not wait":
-            await_full(ring, i)
-        value = ring[2].index(at)
-        early = flaw == "a buffer is given back before its products are done"
-        product_ = warpgroup_mma(value, value, gl.zeros([64, 64], gl.float32, product(64)), is_async=True)
+        stage = i % 2
+        if flaw != "a consumer does not wait":
+            pipe.consumer_wait(i)
+        value = pipe.buffers.index(stage)
+        early = flaw == "a buffer is released before its products are done"
+        square = warpgroup_mma(value, value, gl.zeros([64, 64], gl.float32, wgmma_layout(64)), is_async=True)
         if early:
-            set_empty(ring, i)
+            pipe.consumer_release(i)
         if flaw == "a product is read too early":
-            product_ = product_ * 1.0
-        product_ = warpgroup_mma_wait(0, (product_,))
-        if not early and flaw != "a buffer is not given back":
-            set_empty(ring, i)
-        if flaw == "a buffer is given back twice":
-            set_empty(ring, i)
-        if flaw != "the next value meets the last one's send":
+            square = square * 1.0
+        square = warpgroup_mma_wait(0, (square,))
+        if not early and flaw != "a buffer is not released":
+            pipe.consumer_release(i)
+        if flaw == "a buffer is released twice":
+            pipe.consumer_release(i)
+        if flaw != "a value overwrites the last one's store":
             tma.store_wait(0)
-        staging.index(0).store(product_.to(gl.bfloat16))
+        staging.index(0).store(square.to(gl.bfloat16))
         fence_async_shared()
-        tma.async_copy_shared_to_global(rows, [i * 64, 0], staging.index(0))
-    if flaw != "a send is not waited for":
+        tma.async_copy_shared_to_global(y_desc, [i * 64, 0], staging.index(0))
+    if flaw != "a store is not waited for":
         tma.store_wait(0)

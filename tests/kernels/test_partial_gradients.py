@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 from race_dist.kernels import partial_gradients
+from race_dist.kernels.arguments import Planes, Tiling, rows
 from race_dist.kernels.interpreter import INTERPRET
 from race_dist.kernels.plan import Constants, Spec
 
@@ -44,9 +45,9 @@ def test_shares_add_to_a_gradient(value_dim: int, tables: int, group: int) -> No
     dx = torch.full_like(x, torch.nan)
     tiles = batch * -(-length // tile)
     dplanes = torch.full((tiles, heads, group, spec.LPB, spec.BD), torch.nan)
-    given = [(t, *t.stride()) for t in (parts, dx, x, planes)]
+    strided = rows(parts), rows(dx), rows(x), Planes(planes, *planes.stride())
     partial_gradients.race_unproject_kernel[(tiles * heads * group,)](
-        *given, dplanes, group, None, length, tile, heads, Constants(spec)
+        *strided, dplanes, group, Tiling(None, length, tile, heads), Constants(spec)
     )
     dz = parts.unflatten(2, (spec.NVB, heads, group)).double().sum(2)[..., :slots]
     right = torch.einsum("bthgs,hsd->bthgd", dz, planes.double().flatten(1, 2)).flatten(2, 3)

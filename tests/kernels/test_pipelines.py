@@ -15,7 +15,7 @@ if torch.cuda.is_available():
 from race_dist.kernels.plan import PIPELINED, Plan, Spec, make_plan
 from race_dist.ops import triton as backend
 from tests.kernels.emulated import Deadlock, Hazard, emulated
-from tests.kernels.flaws import FLAWS, hand_on
+from tests.kernels.flaws import FLAWS, square_kernel
 from tests.kernels.problems import both, check_pipelines, drawn
 
 MOST = 1.5e-2  # of gradients, as of the random problems on a card: few tokens, beside large states
@@ -45,7 +45,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         "_pipes": lambda: pipes,
     }.items():
         monkeypatch.setattr(backend, name, value)
-    monkeypatch.setattr(Spec, "least", 64)  # a card's blocks, not the interpreter's
+    monkeypatch.setattr(Spec, "min_block", 64)  # a card's blocks, not the interpreter's
     backend.clear_plan_cache()
 
 
@@ -166,7 +166,7 @@ def test_flaws_are_found(flaw: str) -> None:
     """The emulation itself: a pipeline that is right, and each way of getting it wrong, in words that name it."""
     torch.manual_seed(0)
     x, y = torch.randn(6, 64, 64).bfloat16(), torch.zeros(6, 64, 64, dtype=torch.bfloat16)
-    launch = emulated(hand_on)[(1,)]
+    launch = emulated(square_kernel)[(1,)]
     if not flaw:
         launch(x, y, 6, flaw)
         right = (x.float() @ x.float()).bfloat16()

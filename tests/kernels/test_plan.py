@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from race_dist.kernels import plan as plan_module
 from race_dist.kernels.plan import KERNELS, Spec, make_plan, shared_bytes, work_bucket
-from race_dist.kernels.tiles import LONGEST, fitted_tile
+from race_dist.kernels.tiles import MAX_PIPELINE_TILE, fitted_tile
 
 HOPPER, AMPERE, ADA = 232_448, 166_912, 101_376
 BASE = Spec(
@@ -108,7 +108,7 @@ def test_pipelines_are_chosen_where_they_fit(change: dict[str, int | bool], pipe
 def test_tiles_fit_the_multiprocessors(length: int, rows: int) -> None:
     """Hardly more than every multiprocessor's share, counted in chunks; of long sequences within 5% of it."""
     tile = fitted_tile(length, rows, 132)
-    assert 64 <= tile <= LONGEST
+    assert 64 <= tile <= MAX_PIPELINE_TILE
     assert tile % 64 == 0
     waves = -(-rows * -(-length // tile) // 132)
     share = rows * length / 64 / 132

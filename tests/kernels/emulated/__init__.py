@@ -2,14 +2,14 @@
 
     emulated(kernel)[grid](*arguments)
 
-``language``: what kernels call, one function each. ``values``: blocks in registers, and pointers. ``machine``: the parts of a
-program, which take turns, and what they share.
+``language``: what kernels call, one function each. ``values``: blocks in registers, and pointers. ``machine``: a program's
+partitions, which take turns, and what they share.
 
-Not the speed and not the compiler are checked, but the program: its numbers (operands rounded to bfloat16, products in
-float32, nothing read outside a tensor) and its hand-offs. Every part, its copies and its matrix products carry a vector clock
-that barriers pass on (Lamport's "happened before"), so that a buffer that is read while somebody may write it is an error,
-named with both, whatever the order in which this run took them; so are an accumulator that is read before it is waited for,
-an operand that no fence shows to the matrix units, a barrier that nobody waits at, and parts that wait for each other.
+The emulation checks the program, not its speed or the compiler: its numbers (operands rounded to bfloat16, products in float32,
+nothing read outside a tensor) and its hand-offs. Every partition, its copies and its matrix products carry a vector clock that
+mbarriers pass on (Lamport's "happened before"). A buffer that is read while somebody may write it is an error that names both,
+whatever order this run took. So are an accumulator that is read before it is waited for, an operand that no fence makes visible
+to wgmma, an mbarrier that nobody waits at, and partitions that wait for each other.
 """
 
 from __future__ import annotations

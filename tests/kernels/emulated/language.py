@@ -16,7 +16,7 @@ from tests.kernels.emulated.values import Hazard, Pointer, Value, combined, cons
 
 
 class Emulated:
-    """A kernel, or a function that kernels call, that runs here. ``seed``: of the order in which parts take turns."""
+    """A kernel, or a function that kernels call, that runs here. ``seed``: of the order in which partitions take turns."""
 
     def __init__(self, kernel: Any, seed: int = 0) -> None:
         self.function, self.seed = _translated(kernel.fn, {}), seed
@@ -31,7 +31,7 @@ class Emulated:
                     if barrier.phase:
                         waited[barrier.name] = waited.get(barrier.name, False) or barrier.waits > 0
             for name in (name for name, somebody in waited.items() if not somebody):
-                raise Hazard(f"nobody waits at {name}: the compiler drops it and gives its room away")
+                raise Hazard(f"nobody waits at {name}: the compiler drops it and gives its shared memory to others")
 
         return launch
 
@@ -41,7 +41,10 @@ def _argument(x: Any) -> Any:
         return Pointer.to(x)
     if type(x) is int:
         return Value(torch.tensor(x, dtype=torch.int32 if abs(x) < 2**31 else torch.int64))
-    return tuple(map(_argument, x)) if isinstance(x, tuple) else x
+    if isinstance(x, tuple):
+        values = map(_argument, x)
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+    return x
 
 
 def _translated(function: Any, modules: dict[int, dict[str, Any]]) -> Callable[..., Any]:
@@ -54,10 +57,26 @@ def _translated(function: Any, modules: dict[int, dict[str, Any]]) -> Callable[.
     return FunctionType(function.__code__, modules[id(found)], function.__name__, function.__defaults__)
 
 
+KERNEL_FUNCTIONS = ("JITFunction", "GluonJITFunction", "InterpretedFunction")
+
+
+def _record(aggregate: Any, modules: dict[int, dict[str, Any]]) -> type:
+    """A class with an aggregate's fields and methods."""
+
+    def assign(self: Any, *values: Any, **named: Any) -> None:
+        self.__dict__.update(zip(aggregate.fields, values), **named)
+
+    members = {name: getattr(aggregate, name) for name in dir(aggregate)}
+    methods = {name: _translated(x.fn, modules) for name, x in members.items() if type(x).__name__ in KERNEL_FUNCTIONS}
+    return type(aggregate.__name__, (), {"__init__": assign, **methods})
+
+
 def _meaning(name: str, value: Any, modules: dict[int, dict[str, Any]]) -> Any:
     kind = type(value).__name__
-    if kind in ("JITFunction", "GluonJITFunction", "InterpretedFunction"):
+    if kind in KERNEL_FUNCTIONS:
         return _translated(value.fn, modules)
+    if getattr(value, "__triton_aggregate__", False):
+        return _record(value, modules)
     if kind == "ConstexprFunction":  # layouts, which mean nothing here
         return lambda *arguments: None
     if isinstance(value, ModuleType) and "triton" in value.__name__:
@@ -95,13 +114,13 @@ def total(x: Value, axis: int) -> Value:
 
 
 def associative_scan(x: Value, axis: int, add: Callable[[Any, Any], Any], reverse: bool = False) -> Value:
-    parts = [Value(part) for part in x.read().unbind(axis)]
+    elements = [Value(element) for element in x.read().unbind(axis)]
     if reverse:
-        parts.reverse()
-    sums = reduce(lambda done, part: [*done, add(done[-1], part)], parts[1:], parts[:1])
+        elements.reverse()
+    sums = reduce(lambda done, element: [*done, add(done[-1], element)], elements[1:], elements[:1])
     if reverse:
         sums.reverse()
-    return Value(torch.stack([part.read() for part in sums], axis))
+    return Value(torch.stack([element.read() for element in sums], axis))
 
 
 def inline_asm_elementwise(asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
@@ -124,7 +143,7 @@ def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
 def allocate_shared_memory(dtype: Any, shape: list[int], layout: Any, value: Value | None = None) -> Any:
     """Nothing is in it yet: NaN."""
     if layout is BARRIERS:
-        return Barriers(shape, f"the barrier of {line_of_kernel()}")
+        return Barriers(shape, f"the mbarrier of {line_of_kernel()}")
     room = Shared(torch.full([int(n) for n in shape], torch.nan, dtype=torch_dtype(dtype)), line_of_kernel())
     if value is not None:
         room.store(value)
@@ -154,11 +173,11 @@ def init(barrier: Barrier, count: int) -> None:
 
 def arrive(barrier: Barrier, count: int = 1, pred: Any = True) -> None:
     if pred:
-        barrier.arrive(current().part.agent, count)
+        barrier.arrive(current().partition.agent, count)
 
 
 def expect(barrier: Barrier, size: int) -> None:
-    barrier.arrive(current().part.agent, expected=int(size))
+    barrier.arrive(current().partition.agent, expected=int(size))
 
 
 def wait(barrier: Barrier, phase: Any) -> None:
@@ -167,7 +186,7 @@ def wait(barrier: Barrier, phase: Any) -> None:
 
 @dataclass
 class Descriptor:
-    """A matrix in memory that the copy engine moves in boxes."""
+    """A matrix in memory that TMA moves in boxes."""
 
     base: Pointer
     shape: list[int]
@@ -189,12 +208,12 @@ def make_tensor_descriptor(
     *apart, unit = map(int, strides)
     first = int(base.offsets) * size + base.memory.data_ptr()
     if first % 16 or unit != 1 or any(n * size % 16 for n in apart):
-        raise Hazard(f"the copy engine moves no rows at {first} that are {apart} elements of {size} bytes apart")
+        raise Hazard(f"TMA moves no rows at {first} that are {apart} elements of {size} bytes apart")
     return Descriptor(base, [int(n) for n in shape], [*apart, unit], [int(n) for n in box])
 
 
 def async_copy_global_to_shared(rows: Descriptor, coordinates: list[Any], barrier: Barrier, room: Shared) -> None:
-    agent = current().part.new_fetch()
+    agent = current().partition.start_tma_load()
     places, inside = rows.places(coordinates)
     room.buffer.write(agent, None)
     room.x.copy_((rows.base + places).load(inside, 0.0).read())
@@ -202,27 +221,27 @@ def async_copy_global_to_shared(rows: Descriptor, coordinates: list[Any], barrie
 
 
 def async_copy_shared_to_global(rows: Descriptor, coordinates: list[Any], room: Shared) -> None:
-    part = current().part
-    agent = part.begin(part.sends)
-    part.sent = agent.clock[agent.name]
+    partition = current().partition
+    agent = partition.begin(partition.tma_stores)
+    partition.stored = agent.clock[agent.name]
     places, inside = rows.places(coordinates)
     room.buffer.read(agent, by_hardware=True)
     (rows.base + places).store(Value(room.x), inside)
 
 
 def store_wait(pending: int) -> None:
-    part = current().part
-    part.agent.learn(part.sends.clock)
+    partition = current().partition
+    partition.agent.learn(partition.tma_stores.clock)
 
 
 def fence_async_shared() -> None:
-    current().part.fence()
+    current().partition.fence()
 
 
 def warpgroup_mma(a: Shared | Value, b: Shared, acc: Value, use_acc: bool = True, is_async: bool = False) -> Value:
     """``a @ b + acc``, operands bfloat16, in float32."""
-    part = current().part
-    agent = part.begin(part.products)
+    partition = current().partition
+    agent = partition.begin(partition.products)
     for x in (a, b):
         if isinstance(x, Shared):
             x.buffer.read(agent, by_hardware=True)
@@ -232,17 +251,17 @@ def warpgroup_mma(a: Shared | Value, b: Shared, acc: Value, use_acc: bool = True
     assert (rows, inner % 16, columns % 8) == (64, 0, 0), f"no product of {left.shape} and {right.shape} on a warp group"
     found = left.float() @ right.float()
     assert acc.shape == found.shape, (acc.shape, found.shape)
-    part.issued.append(agent.clock[agent.name])
+    partition.issued.append(agent.clock[agent.name])
     found = found + acc.x if use_acc else found
-    return Value(found, pending=len(part.issued)) if is_async else warpgroup_mma_wait(0, (Value(found),))
+    return Value(found, pending=len(partition.issued)) if is_async else warpgroup_mma_wait(0, (Value(found),))
 
 
 def warpgroup_mma_wait(outstanding: int, products: tuple[Value, ...]) -> Any:
-    """Until all products of the part but the last ``outstanding`` are done."""
-    part = current().part
-    done = len(part.issued) - int(outstanding)
+    """Until all products of the partition but the last ``outstanding`` are done."""
+    partition = current().partition
+    done = len(partition.issued) - int(outstanding)
     if done > 0:
-        part.agent.learn(Clock({part.products.name: part.issued[done - 1]}))
+        partition.agent.learn(Clock({partition.products.name: partition.issued[done - 1]}))
     for x in products:
         if x.pending > done:
             raise Hazard(f"a product is waited for with {outstanding} outstanding, and is one of these")

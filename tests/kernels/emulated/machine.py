@@ -1,4 +1,4 @@
-"""A program's parts, which take turns, what they share, and what happened before what."""
+"""A program's partitions, which take turns, what they share, and what happened before what."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.kernels.emulated.values import Hazard, Value
 
 
 class Deadlock(AssertionError):
-    """Every part waits for another."""
+    """Every partition waits for another."""
 
 
 class Clock(dict[str, int]):
-    """How much of each agent's doing is known: agents are parts, their copies and their products."""
+    """How much of each agent's doing is known: agents are partitions, their copies and their products."""
 
     def join(self, other: Clock) -> None:
         for agent, time in other.items():
@@ -27,7 +27,7 @@ class Clock(dict[str, int]):
 
 
 class Agent:
-    """One that reads and writes: a part, or what works for it meanwhile."""
+    """One that reads and writes: a partition, or what works for it meanwhile."""
 
     def __init__(self, name: str, known: Clock) -> None:
         self.name, self.clock = name, Clock(known)
@@ -42,13 +42,15 @@ class Agent:
         self.step()
 
 
-class Part:
+class Partition:
     """A warp group (or the loader's warp) of a program."""
 
     def __init__(self, name: str, known: Clock) -> None:
         self.name = name
-        self.agent, self.products, self.sends = (Agent(name + what, known) for what in ("", "'s products", "'s sends"))
-        self.fetched = self.sent = 0  # copies in; when the last copy out was asked for
+        self.agent, self.products, self.tma_stores = (
+            Agent(name + what, known) for what in ("", "'s products", "'s TMA stores")
+        )
+        self.tma_loads = self.stored = 0  # copies in; when the last copy out was asked for
         self.issued: list[int] = []  # when each matrix product was asked for
         self.unfenced: list[Buffer] = []
         self.waits_for: Callable[[], bool] | None = None
@@ -57,18 +59,18 @@ class Part:
         self.done = False
 
     def begin(self, helper: Agent) -> Agent:
-        """Ask a helper for something: it knows what the part knows."""
+        """Ask a helper for something: it knows what the partition knows."""
         helper.learn(self.agent.clock)
         self.agent.step()
         return helper
 
-    def new_fetch(self) -> Agent:
+    def start_tma_load(self) -> Agent:
         """A copy into shared memory: each ends by itself, at its barrier."""
-        self.fetched += 1
-        return self.begin(Agent(f"{self.name}'s fetch {self.fetched}", Clock()))
+        self.tma_loads += 1
+        return self.begin(Agent(f"{self.name}'s TMA load {self.tma_loads}", Clock()))
 
     def fence(self) -> None:
-        """Show what this part stored to the copy engine and the matrix units."""
+        """Show what this partition stored to TMA and wgmma."""
         for buffer in self.unfenced:
             if buffer.unfenced_by is self:
                 buffer.unfenced_by = None
@@ -82,10 +84,10 @@ class Buffer:
         self.name = name
         self.written: tuple[str, int] | None = None
         self.reads: dict[str, int] = {}
-        self.unfenced_by: Part | None = None
+        self.unfenced_by: Partition | None = None
 
     def read(self, agent: Agent, *, by_hardware: bool) -> None:
-        """``by_hardware``: the copy engine or the matrix units, to which ordinary stores show behind a fence alone."""
+        """``by_hardware``: TMA or wgmma, to which ordinary stores show behind a fence alone."""
         if self.written is None:
             raise Hazard(f"{agent.name} reads {self.name}, which nobody has written")
         if by_hardware and self.unfenced_by is not None:
@@ -93,7 +95,7 @@ class Buffer:
         self._after(self.written, agent, "reads", "writes")
         self.reads[agent.name] = agent.clock[agent.name]
 
-    def write(self, agent: Agent, unfenced_by: Part | None) -> None:
+    def write(self, agent: Agent, unfenced_by: Partition | None) -> None:
         self._after(self.written, agent, "writes", "writes")
         for read in self.reads.items():
             self._after(read, agent, "writes", "reads")
@@ -109,39 +111,43 @@ class Shared:
 
     def __init__(self, x: Tensor, name: str, buffer: Buffer | None = None) -> None:
         self.x, self.name, self._buffer = x, name, buffer
-        self._parts: dict[int, Shared] = {}
+        self._stages: dict[int, Shared] = {}
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.x.shape)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
     def buffer(self) -> Buffer:
-        assert not self._parts, f"{self.name} is used whole and in parts"
+        assert not self._stages, f"{self.name} is used whole and in stages"
         if self._buffer is None:
             self._buffer = Buffer(self.name)
         return self._buffer
 
     def index(self, n: Any) -> Shared:
         n = int(n)
-        assert self._buffer is None, f"{self.name} is used whole and in parts"
+        assert self._buffer is None, f"{self.name} is used whole and in stages"
         assert 0 <= n < len(self.x), f"{self.name}: buffer {n} of {len(self.x)}"
-        if n not in self._parts:
-            self._parts[n] = Shared(self.x[n], f"{self.name}, buffer {n}")
-        return self._parts[n]
+        if n not in self._stages:
+            self._stages[n] = Shared(self.x[n], f"{self.name}, buffer {n}")
+        return self._stages[n]
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.x.permute(order), self.name, self.buffer)
 
     def load(self, layout: Any = None) -> Value:
-        self.buffer.read(current().part.agent, by_hardware=False)
+        self.buffer.read(current().partition.agent, by_hardware=False)
         return Value(self.x.clone())
 
     def store(self, value: Value) -> None:
-        part = current().part
+        partition = current().partition
         assert (value.shape, value.dtype) == (self.shape, self.x.dtype), (value.shape, value.dtype, self.shape, self.x.dtype)
-        self.buffer.write(part.agent, part)
-        part.unfenced.append(self.buffer)
+        self.buffer.write(partition.agent, partition)
+        partition.unfenced.append(self.buffer)
         self.x.copy_(value.read())
 
 
@@ -178,21 +184,23 @@ class Barrier:
         """Until the phase of this parity has ended: the one before, if the parity is not the present one's."""
         self.waits += 1
         machine = current()
-        part = machine.part
-        if part.issued and part.issued[-1] > part.agent.clock.get(part.products.name, 0):
-            raise Hazard(f"{part.name} waits at {self.name} with products in flight: the compiler then runs them one by one")
+        partition = machine.partition
+        if partition.issued and partition.issued[-1] > partition.agent.clock.get(partition.products.name, 0):
+            raise Hazard(
+                f"{partition.name} waits at {self.name} with products in flight: the compiler then runs them one by one"
+            )
         machine.wait(lambda: self.phase & 1 != parity, f"{self.name} in phase {self.phase}")
-        machine.part.agent.learn(self.passed)
+        machine.partition.agent.learn(self.passed)
 
 
 class Machine:
-    """One program of a grid: parts run one at a time, each until it waits. ``seed``: whose turn it is then."""
+    """One program of a grid: partitions run one at a time, each until it waits. ``seed``: whose turn it is then."""
 
     def __init__(self, program: int, seed: int) -> None:
         self.program = program
         self.generator = torch.Generator().manual_seed(seed)
-        self.part = Part("the program", Clock())
-        self.parts = [self.part]
+        self.partition = Partition("the program", Clock())
+        self.partitions = [self.partition]
         self.barriers: list[Barrier] = []
         self.error: BaseException | None = None
 
@@ -205,61 +213,66 @@ class Machine:
             _running.pop()
 
     def _check_end(self) -> None:
-        for part in self.parts:
-            if part.sent > part.agent.clock.get(part.sends.name, 0):
-                raise Hazard(f"{part.name} ends while its last send still reads shared memory: tma.store_wait is missing")
+        for partition in self.partitions:
+            if partition.stored > partition.agent.clock.get(partition.tma_stores.name, 0):
+                raise Hazard(
+                    f"{partition.name} ends while its last TMA store still reads shared memory: tma.store_wait is missing"
+                )
 
     def specialize(self, jobs: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
-        """Run the parts to their ends, the first on the program's own warps."""
-        program, (function, arguments) = self.part, jobs[0]
-        self.part, *workers = self.parts = [Part(job[0].__name__, program.agent.clock) for job in jobs]
-        threads = [threading.Thread(target=self._work, args=(part, *job), daemon=True) for part, job in zip(workers, jobs[1:])]
+        """Run the partitions to their ends, the first on the program's own warps."""
+        program, (function, arguments) = self.partition, jobs[0]
+        self.partition, *workers = self.partitions = [Partition(job[0].__name__, program.agent.clock) for job in jobs]
+        threads = [
+            threading.Thread(target=self._work, args=(partition, *job), daemon=True)
+            for partition, job in zip(workers, jobs[1:])
+        ]
         for thread in threads:
             thread.start()
         try:
             function(*arguments)
-            self.wait(lambda: all(part.done for part in workers), "its end")
+            self.wait(lambda: all(partition.done for partition in workers), "its end")
         except BaseException as error:
             self.error = self.error or error
             raise
         finally:
-            for part in workers:  # those that an error left waiting
-                part.turn.release()
+            for partition in workers:  # those that an error left waiting
+                partition.turn.release()
             for thread in threads:
                 thread.join()
 
-    def _work(self, part: Part, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        part.turn.acquire()
-        self.part = part
+    def _work(self, partition: Partition, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        partition.turn.acquire()
+        self.partition = partition
         try:
             if self.error is None:
                 function(*arguments)
         except BaseException as error:
-            self.error = self.error or error  # raised by the first part, whose turn it is then
-        part.done = True
-        self._next(part).turn.release()
+            self.error = self.error or error  # raised by the first partition, whose turn it is then
+        partition.done = True
+        self._next(partition).turn.release()
 
     def wait(self, ready: Callable[[], bool], why: str) -> None:
         """Let others go on until ``ready``."""
-        part = self.part
-        part.waits_for, part.why = ready, why
-        chosen = self._next(part)
-        if chosen is not part:
+        partition = self.partition
+        partition.waits_for, partition.why = ready, why
+        chosen = self._next(partition)
+        if chosen is not partition:
             chosen.turn.release()
-            part.turn.acquire()
-            self.part = part
+            partition.turn.acquire()
+            self.partition = partition
         if self.error is not None:
             raise self.error
-        part.waits_for = None
+        partition.waits_for = None
 
-    def _next(self, part: Part) -> Part:
-        """Whose turn it is; after an error, the first part's, who raises it."""
-        able = [p for p in self.parts if not p.done and (p.waits_for is None or p.waits_for())]
+    def _next(self, partition: Partition) -> Partition:
+        """Whose turn it is; after an error, the first partition's, who raises it."""
+        able = [p for p in self.partitions if not p.done and (p.waits_for is None or p.waits_for())]
         if not able:
-            waiting = "; ".join(f"{p.name} at {p.why}" for p in self.parts if not p.done)
-            self.error = self.error or Deadlock(f"every part waits: {waiting}")
+            waiting = "; ".join(f"{p.name} at {p.why}" for p in self.partitions if not p.done)
+            self.error = self.error or Deadlock(f"every partition waits: {waiting}")
         if self.error is not None:
-            return self.parts[0]
+            return self.partitions[0]
         return able[int(torch.randint(len(able), (1,), generator=self.generator))]
 
 
@@ -272,8 +285,8 @@ def current() -> Machine:
 
 
 def line_of_kernel() -> str:
-    """The line of a kernel's file that is being run, as ``file:line``; that of a helper in ``rings`` behind it."""
+    """The line of a kernel's file that runs now, as ``file:line``, followed by that of a helper in ``pipeline.py``."""
     frame, inner = sys._getframe(2), ""
-    if frame.f_code.co_filename.endswith("/rings.py") and frame.f_back is not None:
-        inner, frame = f" (rings.py:{frame.f_lineno})", frame.f_back
+    while frame.f_code.co_filename.endswith("/pipeline.py") and frame.f_back is not None:
+        inner, frame = f" (pipeline.py:{frame.f_lineno})", frame.f_back
     return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}{inner}"

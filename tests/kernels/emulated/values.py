@@ -29,7 +29,7 @@ class Hazard(AssertionError):
 
 def torch_dtype(dtype: Any) -> torch.dtype:
     """PyTorch's name of a Triton dtype."""
-    return DTYPES[str(dtype)]
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[str(dtype)]
 
 
 def constant(x: Any) -> Any:
