@@ -51,7 +51,8 @@ def machine_info(device: torch.device) -> dict[str, Any]:
 def _program() -> str:
     """What stands before a command's arguments: the console command, or a module of this package that runs by itself."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec is not None and spec.name.startswith("race_dist.") else "race-dist"
+    name = spec.name.removesuffix(".__main__") if spec is not None else ""
+    return f"python -m {name}" if name.startswith("race_dist.") else "race-dist"
 
 
 def peak_resident_bytes() -> int:
