@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from race_dist.exit_codes import STOPPED, USER_ERROR
 from race_dist.launch.command import Run, format_command, in_container, python, rank_command, srun_container, working_folder
 from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig
 from race_dist.launch.job_store import JobRecord, job_folder, remember
-from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 from race_dist.launch.rank_env import rank_variables
 from race_dist.launch.sbatch import directives, preflight_words, render
 from race_dist.output_paths import write_private
@@ -130,11 +130,11 @@ class RankTask:
                 break
         training = command is self.commands[-1]  # a preflight that refuses the nodes is no failure to repeat on them
         if training and signal.SIGTERM not in self.asked:
-            if code == EXIT_STOPPED or (code and self.asked):
+            if code == STOPPED or (code and self.asked):
                 self._requeue(ask=rank == "0")
             elif code not in (0, USER_ERROR) and self._worth_another():
                 self._requeue(ask=True)
-        if code not in (0, EXIT_STOPPED):
+        if code not in (0, STOPPED):
             raise RuntimeError(f"rank {rank} ended with code {code}")
         return code
 

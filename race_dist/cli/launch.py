@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from race_dist.cli import option_types
-from race_dist.cli.errors import FAILED
+from race_dist.exit_codes import FAILED
 from race_dist.strict_config import TIMEOUT_LIMIT
 
 launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")

@@ -9,6 +9,7 @@ import typer
 
 from race_dist.cli import option_types
 from race_dist.cli.errors import work
+from race_dist.exit_codes import STOPPED
 
 if TYPE_CHECKING:
     from race_dist.training.config import TrainConfig
@@ -98,7 +99,7 @@ def _train_rank(settings: TrainConfig, directory: RunDirectory, *, resume: bool,
         outcome = loop.run(trainer, directory, resume=resume, hooks=hooks)
         shutdown()
     if outcome.stopped:
-        raise typer.Exit(loop.STOPPED)
+        raise typer.Exit(STOPPED)
 
 
 def _dry_run_rank(settings: TrainConfig) -> None:
