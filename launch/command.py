@@ -189,7 +189,7 @@ def srun_container(job: JobConfig, folder: Path) -> list[str]:
     return words
 
 
-def show(
+def format_command(
     command: Sequence[str],
     environment: Mapping[str, str] | None = None,
     references: Mapping[str, EnvironmentReference] | None = None,

@@ -15,7 +15,7 @@ FOLDER = ".jobs"
 
 
 @dataclass(frozen=True)
-class Record:
+class JobRecord:
     """One submitted job.
 
     Attributes:
@@ -40,9 +40,9 @@ def job_folder(runs: Path, name: str) -> Path:
     return runs / FOLDER / name
 
 
-def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -> Record:
+def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -> JobRecord:
     """Write down a job that was submitted."""
-    record = Record(
+    record = JobRecord(
         job_id, name, scheduler, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), logs, str(runs / name)
     )
     folder = job_folder(runs, name)
@@ -52,7 +52,7 @@ def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -
     return record
 
 
-def recall(runs: Path, which: str | None = None) -> list[Record]:
+def recall(runs: Path, which: str | None = None) -> list[JobRecord]:
     """The jobs that were submitted, oldest first; with ``which`` those of that name, id or array.
 
     Raises:
@@ -70,9 +70,9 @@ def recall(runs: Path, which: str | None = None) -> list[Record]:
     return found
 
 
-def _read(runs: Path) -> Iterator[Record]:
+def _read(runs: Path) -> Iterator[JobRecord]:
     for file in sorted((runs / FOLDER).glob("*/job-*.json")):
         try:
-            yield Record(**read_json_object(file, {entry.name: str for entry in fields(Record)}))
+            yield JobRecord(**read_json_object(file, {entry.name: str for entry in fields(JobRecord)}))
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{file} is not the record of a job: {error}") from None

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from race_dist.launch.command import Run, show, torchrun_command
+from race_dist.launch.command import Run, format_command, torchrun_command
 from race_dist.launch.job import JobConfig
-from race_dist.launch.job_store import Record, remember
+from race_dist.launch.job_store import JobRecord, remember
 
 _NODES = "node"  # the replicated job's name; pods are NAME-node-0-INDEX
 _PORT = 29400
@@ -66,7 +66,9 @@ def secret_command(job: JobConfig, run: Run) -> str | None:
         _secret_name(object_name(job.name or run.name)),
         f"--namespace={job.kubernetes.namespace}",
     ]
-    return " ".join([show(command), *(f'--from-literal={variable}="${source}"' for variable, source in sources.items())])
+    return " ".join(
+        [format_command(command), *(f'--from-literal={variable}="${source}"' for variable, source in sources.items())]
+    )
 
 
 def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
@@ -205,11 +207,11 @@ def kubectl(command: Sequence[str], text: str | None = None) -> str:
         raise OSError("kubectl is not found: write the manifest with --write FILE and apply it where kubectl is")
     done = subprocess.run(["kubectl", *command], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{show(['kubectl', *command])} failed: {(done.stderr or done.stdout).strip()}")
+        raise OSError(f"{format_command(['kubectl', *command])} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
-def submit(job: JobConfig, run: Run) -> Record:
+def submit(job: JobConfig, run: Run) -> JobRecord:
     """Apply the manifest."""
     objects = manifest(job, run)
     meta = objects[-1]["metadata"]
@@ -228,7 +230,7 @@ def submit(job: JobConfig, run: Run) -> Record:
     return remember(run.folder, job_id=f"{meta['namespace']}/{meta['name']}", name=run.name, scheduler="kubernetes", logs="")
 
 
-def state(record: Record) -> dict[str, str]:
+def state(record: JobRecord) -> dict[str, str]:
     """Of a JobSet, in the words of :func:`race_dist.launch.slurm.state`."""
     namespace, name = record.id.split("/")
     try:
@@ -247,7 +249,7 @@ def state(record: Record) -> dict[str, str]:
     }
 
 
-def logs(record: Record, lines: int) -> str:
+def logs(record: JobRecord, lines: int) -> str:
     """The last lines of every pod."""
     namespace, name = record.id.split("/")
     return kubectl(
@@ -263,7 +265,7 @@ def logs(record: Record, lines: int) -> str:
     )
 
 
-def cancel(record: Record) -> None:
+def cancel(record: JobRecord) -> None:
     """Delete the JobSet; its pods get SIGTERM and the grace period to save in."""
     namespace, name = record.id.split("/")
     kubectl(["delete", "jobset", name, "--namespace", namespace])

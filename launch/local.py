@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+from race_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from race_dist.launch.rank_env import die_with_parent
 from race_dist.rank_environment import LOOPBACK, STORE_FD_VARIABLE, without_rank_variables
 
-INTERRUPTED = 130
 _POLL = 0.05  # seconds
 _GRACE = 10.0  # seconds in which the ranks beside one that failed may end by themselves, saying what they saw
 _STOP_GRACE = 600.0  # seconds in which ranks that were told to stop may save
@@ -106,7 +105,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
         if first is None:
             first = _first_failure(ranks)
             if first is not None:
-                deadline = time.monotonic() + (_LEAVE_GRACE if ranks[first].returncode == EXIT_STOPPED else _GRACE)
+                deadline = time.monotonic() + (_LEAVE_GRACE if ranks[first].returncode == STOPPED else _GRACE)
         if time.monotonic() > deadline:
             break
         time.sleep(_POLL)
@@ -114,7 +113,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
     if first is None:
         return INTERRUPTED if heard and any(process.poll() is None for process in ranks) else 0
     code = ranks[first].returncode
-    if code == EXIT_STOPPED:
+    if code == STOPPED:
         return code
     if signal.SIGINT in heard:
         print("interrupted; the ranks were ended", file=sys.stderr)
@@ -184,12 +183,12 @@ def supervise(
             if code == 0 or mistaken:
                 return code
             if heard:
-                return INTERRUPTED if signal.SIGINT in heard and code != EXIT_STOPPED else EXIT_STOPPED
+                return INTERRUPTED if signal.SIGINT in heard and code != STOPPED else STOPPED
             failures, seen = (failures + 1 if now == seen else 1), now
             if failures > restarts:
                 print(f"race-dist: {failures} failures without a new checkpoint; giving up", file=sys.stderr)
                 return code if code > 0 else 128 - code
-            how = "saved and stopped" if code == EXIT_STOPPED else f"ended with {code}"
+            how = "saved and stopped" if code == STOPPED else f"ended with {code}"
             print(f"race-dist: the run {how}; starting it again ({failures} of {restarts})", file=sys.stderr, flush=True)
             time.sleep(min(30.0, 2.0 ** (failures - 2)) if failures > 1 else 0.0)
 

@@ -13,8 +13,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-USER_ERROR = 2  # starting again would not help
-EXIT_STOPPED = 75  # the run has saved and stopped because it was told to, and wants to go on: sysexits' EX_TEMPFAIL
+from race_dist.exit_codes import STOPPED, USER_ERROR
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from race_dist.launch.stop import stop_early
     from race_dist.rank_environment import rank_environment
 
-    stop_early(EXIT_STOPPED)
+    stop_early(STOPPED)
 
     try:
         local_rank, words = take_local_rank(sys.argv[1:] if arguments is None else arguments)
@@ -72,7 +71,7 @@ def take_local_rank(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 def _told(code: int) -> int:
     """The exit code for the launcher. torchrun restarts whatever does not end with 0, and a run that has stopped when it
     was told to must not be; where one that knows better stands above it, that one hears the true code."""
-    if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ and "RACE_DIST_SUPERVISED" not in os.environ:
+    if code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ and "RACE_DIST_SUPERVISED" not in os.environ:
         return 0
     return code
 

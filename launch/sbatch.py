@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from race_dist.exit_codes import STOPPED, USER_ERROR
 from race_dist.launch.command import Run, in_container, rank_command, srun_container, working_folder
 from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig, slurm_time
 from race_dist.launch.job_store import job_folder
-from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
 
 _BODY = """\
 # What a shell had for another job's ranks is not this one's.
@@ -141,7 +141,7 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
         checkpoints=shlex.quote(str(run.folder / run.name / "checkpoints")),
         restarts=job.restarts,
         requeues=job.requeues,
-        stopped=EXIT_STOPPED,
+        stopped=STOPPED,
         user_error=USER_ERROR,
         environment="\n".join(
             [
@@ -150,7 +150,7 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
             ]
         ),
         srun="".join(f" \\\n        {shlex.quote(o)}" for o in [*srun_container(job, folder), *job.slurm.srun]),
-        preflight=_PREFLIGHT.format(command=_shell(check), stopped=EXIT_STOPPED) if job.preflight else "",
+        preflight=_PREFLIGHT.format(command=_shell(check), stopped=STOPPED) if job.preflight else "",
         command=_shell(command),
     )
     head = f"#!/bin/bash\n# {run.name}: {job.ranks} ranks on {job.nodes} nodes, written by race-dist launch slurm\n"

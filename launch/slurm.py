@@ -17,11 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from race_dist.launch.command import Run, in_container, python, rank_command, show, srun_container, working_folder
+from race_dist.exit_codes import STOPPED, USER_ERROR
+from race_dist.launch.command import Run, format_command, in_container, python, rank_command, srun_container, working_folder
 from race_dist.launch.environment import one_line
 from race_dist.launch.job import JobConfig
-from race_dist.launch.job_store import Record, job_folder, remember
-from race_dist.launch.rank import EXIT_STOPPED, USER_ERROR
+from race_dist.launch.job_store import JobRecord, job_folder, remember
 from race_dist.launch.rank_env import rank_variables
 from race_dist.launch.sbatch import directives, preflight_words, render
 from race_dist.output_paths import write_private
@@ -47,7 +47,7 @@ def slurm(command: Sequence[str], secrets: Mapping[str, str] | None = None) -> s
         )
     done = subprocess.run(command, env={**os.environ, **(secrets or {})}, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{show(command)} failed: {(done.stderr or done.stdout).strip()}")
+        raise OSError(f"{format_command(command)} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
@@ -64,7 +64,7 @@ def logs_folder(job: JobConfig, run: Run) -> Path:
     return (Path(job.logs) if job.logs is not None else job_folder(run.folder, run.name)).absolute()
 
 
-def submit_script(job: JobConfig, run: Run) -> Record:
+def submit_script(job: JobConfig, run: Run) -> JobRecord:
     """Submit as a plain sbatch file, which stays beside the logs."""
     file = write_script(job, run, job_folder(run.folder, run.name) / "job.sbatch")
     secrets = job.secrets(os.environ)
@@ -130,11 +130,11 @@ class RankTask:
                 break
         training = command is self.commands[-1]  # a preflight that refuses the nodes is no failure to repeat on them
         if training and signal.SIGTERM not in self.asked:
-            if code == EXIT_STOPPED or (code and self.asked):
+            if code == STOPPED or (code and self.asked):
                 self._requeue(ask=rank == "0")
             elif code not in (0, USER_ERROR) and self._worth_another():
                 self._requeue(ask=True)
-        if code not in (0, EXIT_STOPPED):
+        if code not in (0, STOPPED):
             raise RuntimeError(f"rank {rank} ended with code {code}")
         return code
 
@@ -175,7 +175,7 @@ def _own_id() -> str:
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
-def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[Record]:
+def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[JobRecord]:
     """Submit through submitit; several runs become one array."""
     try:
         import submitit
@@ -274,7 +274,7 @@ def _submitit_python(job: JobConfig) -> str | None:
     return shlex.quote(python(job)) if wanted else None  # submitit puts it into its script as it is
 
 
-def state(record: Record) -> dict[str, str]:
+def state(record: JobRecord) -> dict[str, str]:
     """Of a job: ``state`` in Slurm's word (``ENDED`` where Slurm has forgotten it), ``reason``, ``nodes``, ``restarts``."""
     for read in (_from_scontrol, _from_sacct):
         found = read(record.id)
@@ -310,12 +310,12 @@ def _from_sacct(job_id: str) -> dict[str, str] | None:
     return None
 
 
-def cancel(record: Record) -> None:
+def cancel(record: JobRecord) -> None:
     """Tell the job to end: its ranks get SIGTERM and save, then Slurm ends them; it does not come back."""
     slurm(["scancel", record.id])
 
 
-def log_files(record: Record) -> list[Path]:
+def log_files(record: JobRecord) -> list[Path]:
     """The job's logs so far, in order. Only the last part of the record's path is a pattern; its folder is as it is written."""
     folder, pattern = os.path.split(record.logs)
     try:
@@ -333,7 +333,7 @@ def tail(files: Sequence[Path], lines: int) -> Iterator[str]:
         yield from file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
 
 
-def progress(record: Record) -> str:
+def progress(record: JobRecord) -> str:
     """The newest step of the run, from its metrics."""
     try:
         with (Path(record.run) / "metrics.jsonl").open("rb") as file:

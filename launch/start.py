@@ -6,15 +6,24 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from race_dist.launch import kubernetes, slurm
-from race_dist.launch.command import Run, deepspeed_command, in_container, python, show, torchrun_command, working_folder
+from race_dist.launch.command import (
+    Run,
+    deepspeed_command,
+    format_command,
+    in_container,
+    python,
+    torchrun_command,
+    working_folder,
+)
 from race_dist.launch.job import JobConfig, load_job
-from race_dist.launch.job_store import Record, recall
+from race_dist.launch.job_store import JobRecord, recall
 from race_dist.launch.local import supervise
 from race_dist.launch.sbatch import render
 from race_dist.messages import short_repr
@@ -25,31 +34,34 @@ from race_dist.training.presets import find_config
 from race_dist.training.rundir import RunDirectory
 
 
-def describe(
-    config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str], *, here: bool = False
+def load_job_and_run(
+    config: Path, overrides: Iterable[str], job: str | None, changes: Iterable[str], *, on_this_machine: bool = False
 ) -> tuple[JobConfig, Run]:
-    """The job and the run, checked together before anything is asked for.
+    """The job and the run, checked together before anything is requested or started.
 
     Args:
         config: the training TOML.
-        overrides: of its keys.
+        overrides: changes of its keys.
         job: a template or a file.
-        changes: of the job's keys.
-        here: the ranks run on this machine, so where nobody names a device it is one that is there.
+        changes: changes of the job's keys.
+        on_this_machine: the ranks run on this machine, so a device that nobody names is a GPU only where there is one.
 
     Raises:
         ValueError: the configuration or the job's description is wrong, or their numbers of ranks do not fit.
         FileNotFoundError: there is no such file.
     """
-    description, words = load_job(job, changes), tuple(overrides)
-    description = _with_device(description, load_config(config, words).device, words, here=here)
+    given, words = load_job(job, changes), tuple(overrides)
+    wanted = load_config(config, words).device
+    description = _with_device(given, wanted, words, on_this_machine=on_this_machine)
     settings = load_config(config, [*words, f"device={description.device}"])
     settings.parallel.mesh(description.ranks)
+    if on_this_machine and description.device == "cpu":
+        _report_cpu_ranks(description, no_gpu=wanted == "auto" and "device" not in given.model_fields_set)
     return description, Run(find_config(config).absolute(), settings.name, Path(settings.runs).absolute(), words)
 
 
-def _with_device(job: JobConfig, wanted: str, words: Sequence[str], *, here: bool) -> JobConfig:
-    """The job with its device: what ``--override device=`` says, else the job's own, else the configuration's, else a GPU where
+def _with_device(job: JobConfig, wanted: str, words: Sequence[str], *, on_this_machine: bool) -> JobConfig:
+    """The job with its device: that of ``--override device=``, else the job's own, else the configuration's, else a GPU if
     there is one. ValueError where the first two differ."""
     overridden = any(word.partition("=")[0].strip() == "device" for word in words)
     if "device" in job.model_fields_set and not (overridden and wanted not in ("auto", job.device)):
@@ -60,7 +72,7 @@ def _with_device(job: JobConfig, wanted: str, words: Sequence[str], *, here: boo
             f"--set device={wanted}, or leave one out"
         )
     if wanted == "auto":
-        wanted = "cpu" if here and not _has_gpu() else "cuda"
+        wanted = "cpu" if on_this_machine and not _has_gpu() else "cuda"
     return job.model_copy(update={"device": wanted})
 
 
@@ -70,7 +82,30 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def variants(run: Run, array: Sequence[str]) -> list[Run]:
+def _report_cpu_ranks(job: JobConfig, *, no_gpu: bool) -> None:
+    """One line where the job was written for GPUs, or for more cores than this machine has."""
+    ranks, cores = job.ranks_per_node, len(os.sched_getaffinity(0))
+    if ranks > cores or (no_gpu and ranks > 1):
+        print(
+            f"race-dist: {'this machine has no GPU: ' if no_gpu else ''}the job's {ranks} ranks run on {cores} CPU "
+            f"core{'s' if cores > 1 else ''}; --set ranks_per_node=N starts N ranks",
+            file=sys.stderr,
+        )
+
+
+def _check_gpu_count(job: JobConfig) -> None:
+    """ValueError where there are GPUs, but fewer than ranks."""
+    import torch
+
+    gpus = torch.cuda.device_count() if job.device == "cuda" else 0
+    if 0 < gpus < job.ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node is {job.ranks_per_node}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: give "
+            f"--set ranks_per_node={gpus}"
+        )
+
+
+def expand_array(run: Run, array: Sequence[str]) -> list[Run]:
     """One run for each combination of ``key=value,value,...``, named after its values; the run itself where there is none.
 
     Raises:
@@ -108,11 +143,12 @@ def local(job: JobConfig, run: Run, *, dry_run: bool) -> int:
     environment, words = job.environment() | {"RACE_DIST_SUPERVISED": "1"}, run.arguments(job)
     if job.container is not None:
         inside = ["race-dist", *words, "--nproc", str(job.ranks_per_node)]
-        return _do(job, inside, environment, dry_run=dry_run)
+        return _run_launcher(job, inside, environment, dry_run=dry_run)
     if dry_run:
         launcher = [python(job), "-m", "race_dist.launch.local", str(job.ranks_per_node), *words]
-        print(show(launcher, environment, job.references()))
+        print(format_command(launcher, environment, job.references()))
         return 0
+    _check_gpu_count(job)
     RunDirectory(run.folder / run.name).check_not_in_use()
     folder = run.folder / run.name / "checkpoints"
     return supervise(
@@ -146,7 +182,7 @@ def torchrun(
         node_rank=None if node_rank is None else str(node_rank),
         local_address=local_address,
     )
-    return _do(job, command, job.environment(), dry_run=dry_run)
+    return _run_launcher(job, command, job.environment(), dry_run=dry_run)
 
 
 def _check_endpoint(endpoint: str) -> None:
@@ -165,7 +201,7 @@ def deepspeed(job: JobConfig, run: Run, *, hostfile: Path | None, dry_run: bool)
     if hostfile is not None:
         _check_hostfile(hostfile, job)
     command = deepspeed_command(job, run.arguments(job), hostfile=hostfile)
-    return _do(job, command, job.environment(), dry_run=dry_run)
+    return _run_launcher(job, command, job.environment(), dry_run=dry_run)
 
 
 def _check_hostfile(file: Path, job: JobConfig) -> None:
@@ -189,7 +225,7 @@ def submit_slurm(
     job: JobConfig, run: Run, *, array: Sequence[str], plain: bool, write: Path | None, dry_run: bool
 ) -> list[str]:
     """Submit to Slurm, write the file, or with ``dry_run`` show it. Returns the lines to print."""
-    runs = variants(run, array)
+    runs = expand_array(run, array)
     if dry_run:
         return [render(job, each, slurm.logs_folder(job, each)) for each in runs]
     if write is not None:
@@ -199,7 +235,7 @@ def submit_slurm(
         slurm.write_script(job, run, write, what="--write")
         return [
             f"written: {write}",
-            f"submit it with: {show(['sbatch', str(write)])}",
+            f"submit it with: {format_command(['sbatch', str(write)])}",
             *([f"it takes from the environment of sbatch: {', '.join(needed)}"] if needed else []),
         ]
     records = [slurm.submit_script(job, each) for each in runs] if plain else slurm.submit_submitit(job, runs)
@@ -217,12 +253,12 @@ def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: 
         return [
             f"written: {write}",
             *([f"make its Secret with: {secret}"] if secret else []),
-            f"apply it with: {show(['kubectl', 'apply', '-f', str(write)])}",
+            f"apply it with: {format_command(['kubectl', 'apply', '-f', str(write)])}",
         ]
     return [_submitted(kubernetes.submit(job, run))]
 
 
-def status(runs: Path, which: str | None) -> list[tuple[Record, dict[str, str]]]:
+def status(runs: Path, which: str | None) -> list[tuple[JobRecord, dict[str, str]]]:
     """The submitted jobs and how they stand: ``state``, ``reason``, ``nodes``, ``restarts``, ``progress``."""
     found = []
     for record in recall(runs, which):
@@ -253,16 +289,16 @@ def cancel(runs: Path, which: str) -> list[str]:
     return lines or [f"nothing to cancel: no job of {which} is waiting or running"]
 
 
-def _submitted(record: Record) -> str:
+def _submitted(record: JobRecord) -> str:
     return f"submitted: {record.id} ({record.name}); race-dist launch status {record.name} --runs {Path(record.run).parent}"
 
 
-def _do(job: JobConfig, command: Sequence[str], environment: dict[str, str], *, dry_run: bool) -> int:
+def _run_launcher(job: JobConfig, command: Sequence[str], environment: dict[str, str], *, dry_run: bool) -> int:
     """Run a launcher's command, in the job's container where it has one; secrets are in its environment only."""
     references = job.references()
     command = in_container(job, command, [*environment, *references], working_folder())
     if dry_run:
-        print(show(command, environment, references))
+        print(format_command(command, environment, references))
         return 0
     try:
         return subprocess.run(

@@ -190,10 +190,44 @@ def _expected(error: Any) -> str:
     return str(error["msg"]).removeprefix("Input should ").removeprefix("String should ")
 
 
+# What other trainers call keys of ours, where the spelling alone does not lead to them.
+_SYNONYMS = {
+    "adam_epsilon": "eps",
+    "block_size": "context",
+    "clip_grad": "clip",
+    "context_parallel_size": "sp",
+    "d_model": "dim",
+    "data_parallel_size": "dp",
+    "global_batch_size": "batch_size",
+    "grad_clip": "clip",
+    "gradient_accumulation_steps": "accumulate",
+    "gradient_clipping": "clip",
+    "hidden_size": "dim",
+    "intermediate_size": "ffn_dim",
+    "learning_rate": "lr",
+    "max_grad_norm": "clip",
+    "max_steps": "steps",
+    "min_lr": "final_lr",
+    "n_embd": "dim",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_kv_heads",
+    "seq_len": "context",
+    "seq_length": "context",
+    "sequence_length": "context",
+    "tensor_model_parallel_size": "tp",
+    "train_iters": "steps",
+}
+
+
 def _unknown(model: type[BaseModel], location: tuple[int | str, ...], prefix: str) -> str:
     key, owner = _key(model, location)
     table = prefix + key[: len(key) - len(str(location[-1]))]
-    near = difflib.get_close_matches(str(location[-1]), owner.model_fields, n=1, cutoff=0.5)
+    synonym = _SYNONYMS.get(str(location[-1]))
+    if synonym in owner.model_fields:
+        near = [synonym]
+    else:
+        near = difflib.get_close_matches(str(location[-1]), owner.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {table}{near[0]}?" if near else f"known are {', '.join(sorted(owner.model_fields))}"
     return f"unknown key {short_repr(prefix + key) if not key.isprintable() or not location[-1] else prefix + key}; {hint}"
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import race_dist
 from race_dist.cli import app
+from race_dist.training.config import load_config
 
 TINY = """
 steps = 3
@@ -199,3 +200,18 @@ def test_a_rank_that_fails_ends_the_others_and_is_named(config: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 7
     assert "rank 1 failed (exit code 7)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "meant"),
+    [
+        ("optim.learning_rate=1e-3", "optim.lr"),
+        ("model.hidden_size=64", "model.dim"),
+        ("max_steps=10", "steps"),
+        ("data.seq_length=64", "data.context"),
+        ("parallel.context_parallel_size=2", "parallel.sp"),
+    ],
+)
+def test_keys_of_other_trainers_are_answered_with_ours(config: Path, change: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown key {change.partition('=')[0]}; did you mean {meant}\?"):
+        load_config(config, [change])

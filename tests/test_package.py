@@ -54,6 +54,7 @@ FLOORS = {
     "output_paths": 0,
     "checks": 0,
     "messages": 0,
+    "exit_codes": 0,
     "rank_environment": 0,
     "renamed_modules": 0,
 }

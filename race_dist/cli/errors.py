@@ -18,7 +18,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+from race_dist.exit_codes import FAILED, INTERRUPTED, USER_ERROR
+
 _LONG_WORD = re.compile(r"\S{301,}")  # mostly a path, which is shown in part
 _PATHLIB = ("Symlink loop", "Could not determine home")  # how its RuntimeErrors about a path begin
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)

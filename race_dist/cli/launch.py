@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from race_dist.cli import option_types
-from race_dist.cli.errors import FAILED
+from race_dist.exit_codes import FAILED
 from race_dist.strict_config import TIMEOUT_LIMIT
 
 launch = typer.Typer(no_args_is_help=True, help="Start a run on this machine or on a cluster.")
@@ -37,7 +37,8 @@ def launch_local(
     """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
     from race_dist.launch import start
 
-    code = start.local(*start.describe(config, override or (), job, change or (), here=True), dry_run=dry_run)
+    job_config, run = start.load_job_and_run(config, override or (), job, change or (), on_this_machine=True)
+    code = start.local(job_config, run, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -57,13 +58,8 @@ def launch_torchrun(
     """Run torchrun on this node; give every node of the job the same command."""
     from race_dist.launch import start
 
-    code = start.torchrun(
-        *start.describe(config, override or (), job, change or (), here=True),
-        endpoint=endpoint,
-        node_rank=node_rank,
-        local_address=local_address,
-        dry_run=dry_run,
-    )
+    job_config, run = start.load_job_and_run(config, override or (), job, change or (), on_this_machine=True)
+    code = start.torchrun(job_config, run, endpoint=endpoint, node_rank=node_rank, local_address=local_address, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -79,9 +75,8 @@ def launch_deepspeed(
     """Run under DeepSpeed's launcher."""
     from race_dist.launch import start
 
-    code = start.deepspeed(
-        *start.describe(config, override or (), job, change or (), here=True), hostfile=hostfile, dry_run=dry_run
-    )
+    job_config, run = start.load_job_and_run(config, override or (), job, change or (), on_this_machine=True)
+    code = start.deepspeed(job_config, run, hostfile=hostfile, dry_run=dry_run)
     raise typer.Exit(code)
 
 
@@ -101,9 +96,8 @@ def launch_slurm(
     """Submit to Slurm. The job saves before its time is up, goes back to the queue and goes on."""
     from race_dist.launch import start
 
-    for line in start.submit_slurm(
-        *start.describe(config, override or (), job, change or ()), array=array or (), plain=plain, write=write, dry_run=dry_run
-    ):
+    job_config, run = start.load_job_and_run(config, override or (), job, change or ())
+    for line in start.submit_slurm(job_config, run, array=array or (), plain=plain, write=write, dry_run=dry_run):
         print(line)
 
 
@@ -119,9 +113,8 @@ def launch_kubernetes(
     """Submit to Kubernetes as a JobSet: one pod a node, torchrun in each."""
     from race_dist.launch import start
 
-    for line in start.submit_kubernetes(
-        *start.describe(config, override or (), job, change or ()), write=write, dry_run=dry_run
-    ):
+    job_config, run = start.load_job_and_run(config, override or (), job, change or ())
+    for line in start.submit_kubernetes(job_config, run, write=write, dry_run=dry_run):
         print(line)
 
 

@@ -22,8 +22,6 @@ from race_dist.training.rates import peak_bytes, peak_flops, step_flops
 from race_dist.training.rundir import RunDirectory
 from race_dist.training.trainer import Evaluation, Trainer
 
-STOPPED = 75  # exit code of a run that saved and left because it was asked to (EX_TEMPFAIL: try again later)
-
 Probe = Callable[[], Mapping[str, float]]
 
 

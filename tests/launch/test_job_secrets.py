@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from race_dist.launch import kubernetes, slurm, start
-from race_dist.launch.command import Run, show
+from race_dist.launch.command import Run, format_command
 from race_dist.launch.environment import is_secret, one_line
 from race_dist.launch.job import load_job
 from race_dist.launch.job_store import job_folder, remember
@@ -76,7 +76,7 @@ def test_a_line_break_in_the_configurations_runs_or_the_working_folder_is_named(
 ) -> None:
     for override in ("runs='''a\ntouch PLANTED #'''", 'runs="a\\ntouch PLANTED"'):
         with pytest.raises(ValueError, match=r"(runs|--override).*line break"):
-            start.describe(config, [override], "slurm", ["device=cpu"])
+            start.load_job_and_run(config, [override], "slurm", ["device=cpu"])
     folder = tmp_path / "a\ntouch PLANTED"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -145,7 +145,7 @@ def test_no_dry_run_shows_a_secret(config: Path, verb: str, name: str, capsys: p
     changes = ["device=cpu", f'env.{name}="{value}"', "env.PLAIN=shown"]
     if verb == "kubernetes":
         changes += ["container.image=x", "kubernetes.claims={d='/runs'}"]
-    job, run = start.describe(config, (), None, changes)
+    job, run = start.load_job_and_run(config, (), None, changes)
     if verb == "local":
         start.local(job, run, dry_run=True)
     elif verb == "torchrun":
@@ -189,7 +189,7 @@ def test_a_slurm_job_gets_its_secrets_from_the_environment_of_sbatch(
     seen = fake_slurm(tmp_path, monkeypatch)
     monkeypatch.setenv("MY_TOKEN", "from the shell")
     monkeypatch.setenv("MASTER_PORT", "1")  # of another job
-    job, run = start.describe(
+    job, run = start.load_job_and_run(
         config,
         (),
         "slurm",
@@ -217,7 +217,7 @@ def test_a_slurm_job_gets_its_secrets_from_the_environment_of_sbatch(
 
 
 def test_a_task_of_submitit_does_not_hold_secrets(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job, run = start.describe(config, (), "slurm", ["device=cpu", f"env.HF_TOKEN={SECRET}"])
+    job, run = start.load_job_and_run(config, (), "slurm", ["device=cpu", f"env.HF_TOKEN={SECRET}"])
     task = slurm._task(job, run, job.environment())
     assert SECRET not in repr(vars(task))
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -235,7 +235,7 @@ def test_files_of_jobs_are_their_users_own(config: Path, tmp_path: Path) -> None
         file = tmp_path / f"{mode}.job"
         file.write_text("older")
         file.chmod(0o666)
-        job, run = start.describe(
+        job, run = start.load_job_and_run(
             config, (), None, ["device=cpu", "container.image=x", "kubernetes.claims={d='/runs'}", "container.runtime=docker"]
         )
         extra: dict[str, Any] = {"array": (), "plain": True} if mode == 0o700 else {}
@@ -249,7 +249,7 @@ def test_files_of_jobs_are_their_users_own(config: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["cost $(PYTHONUNBUFFERED)", "$$(A)", "$HOME $", "$$$(PATH)$$", "$(unclosed"])
 def test_text_arrives_in_a_pod_as_it_was_given(config: Path, text: str) -> None:
-    job, run = start.describe(
+    job, run = start.load_job_and_run(
         config,
         [f"sample.prompt='{text}'"],
         None,
@@ -277,7 +277,7 @@ def test_text_arrives_in_a_pod_as_it_was_given(config: Path, text: str) -> None:
 def test_kubernetes_secrets_are_made_apart_and_not_written(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, run = start.describe(
+    job, run = start.load_job_and_run(
         config,
         (),
         None,
@@ -336,9 +336,9 @@ def test_values_that_cannot_be_right_are_refused_by_name(changes: list[str], mes
     [(["seed=0", "seed=1"], "names seed twice"), (["seed=0,0"], "two runs of the name"), (["seed=0,,1"], "not of the form")],
 )
 def test_arrays_make_runs_of_different_names(config: Path, array: list[str], message: str) -> None:
-    _, run = start.describe(config, (), None, ["device=cpu"])
+    _, run = start.load_job_and_run(config, (), None, ["device=cpu"])
     with pytest.raises(ValueError, match=message):
-        start.variants(run, array)
+        start.expand_array(run, array)
 
 
 @pytest.mark.parametrize(
@@ -359,20 +359,55 @@ def test_the_device_is_the_users_or_one_that_is_there(
 ) -> None:
     monkeypatch.setattr(start, "_has_gpu", lambda: False)
     config.write_text(CONFIG.replace('"cpu"', f'"{toml}"'))
-    job, run = start.describe(config, overrides, None, changes, here=here)
+    job, run = start.load_job_and_run(config, overrides, None, changes, on_this_machine=here)
     assert job.device == device
     assert [w for w in run.arguments(job) if w.startswith("device=")][-1] == f"device={device}"
 
 
+@pytest.mark.parametrize(
+    ("changes", "toml", "said"),
+    [
+        (["ranks_per_node=8"], "auto", "this machine has no GPU: the job's 8 ranks run on 2 CPU cores; --set ranks_per_node=N"),
+        (["ranks_per_node=2"], "auto", "this machine has no GPU: the job's 2 ranks"),
+        (["ranks_per_node=8", "device=cpu"], "auto", "race-dist: the job's 8 ranks run on 2 CPU cores"),
+        (["ranks_per_node=2", "device=cpu"], "auto", ""),
+        ([], "auto", ""),
+        (["ranks_per_node=2"], "cpu", ""),
+    ],
+)
+def test_ranks_that_run_on_the_cpu_instead_of_gpus_are_reported(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+    toml: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(start, "_has_gpu", lambda: False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    config.write_text(CONFIG.replace('"cpu"', f'"{toml}"'))
+    start.load_job_and_run(config, (), None, changes, on_this_machine=True)
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(said) == bool(err)
+
+
+def test_more_ranks_than_gpus_are_refused_before_any_starts(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    job, run = start.load_job_and_run(config, (), "single-node", ["device=cuda"], on_this_machine=True)
+    with pytest.raises(ValueError, match=r"ranks_per_node is 8, but this machine has 4 GPUs: give --set ranks_per_node=4"):
+        start.local(job, run, dry_run=False)
+
+
 def test_devices_that_contradict_each_other_are_refused(config: Path) -> None:
     with pytest.raises(ValueError, match="--set device=cpu"):
-        start.describe(config, ["device=cpu"], None, ["device=cuda"])
+        start.load_job_and_run(config, ["device=cpu"], None, ["device=cuda"])
 
 
 def test_lines_are_lines() -> None:
     assert one_line("ä b\u00a0c 'd' $e") == "ä b\u00a0c 'd' $e"
     references = load_job(None, ['env.A={from_env="B"}']).references()
-    assert show(["x"], {"C": "d e"}, references) == "C='d e' A=\"$B\" x"
+    assert format_command(["x"], {"C": "d e"}, references) == "C='d e' A=\"$B\" x"
 
 
 @pytest.mark.parametrize(
