@@ -57,7 +57,7 @@ class SketchAttention(nn.Module):
         wanted += ["decay"] if options["decay"] == "token" else []
         if wanted:
             raise ValueError(
-                f"SketchAttention sees queries, keys and values only; {', '.join(wanted)} needs the layer's "
+                f"SketchAttention gets queries, keys and values only; {', '.join(wanted)} needs the layer's "
                 "input: leave it out, or use race_dist.RaceAttention in place of the whole layer"
             )
         self.core = RaceCore(RaceConfig.model_validate(options), layer)
@@ -88,8 +88,7 @@ class SketchAttention(nn.Module):
         """
         if rotary_pos_emb is not None:
             raise ValueError(
-                "SketchAttention does not turn queries and keys: apply rotary positions before the call and pass "
-                "rotary_pos_emb=None"
+                "SketchAttention does not apply rotary positions: apply them before the call and pass rotary_pos_emb=None"
             )
         if any(x is not None for x in (*args, *kwargs.values())):
             raise ValueError(

@@ -119,18 +119,18 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
     refused: list[tuple[object, str]] = [
         (
             mpu is not None,
-            "mpu is made here when sequences are shared, and one that has get_data_parallel_group leaves the ranks of a "
-            "sequence with different weights under ZeRO-3: leave mpu out",
+            "initialize makes the mpu when ranks share sequences, and an mpu with get_data_parallel_group lets the weights of "
+            "these ranks diverge under ZeRO-3: leave mpu out",
         ),
         (
             "data_parallel_size" in config or mesh_param is not None,
-            '"data_parallel_size" (or mesh_param) makes DeepSpeed build a mesh of its own, in which gradients are not summed '
+            '"data_parallel_size" (or mesh_param) makes DeepSpeed build its own mesh, in which gradients are not summed '
             f'over the ranks that share a sequence: leave it out; it is the number of ranks / "{SEQUENCE_PARALLEL_SIZE}"',
         ),
         (
             optimizer in ONE_BIT,
-            f"the optimizer {optimizer} exchanges compressed momenta and not gradients, over groups that know nothing of "
-            'shared sequences: use "AdamW"',
+            f"the optimizer {optimizer} exchanges compressed momenta instead of gradients, over groups without "
+            'sequence parallelism: use "AdamW"',
         ),
         (
             config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1.0,
@@ -139,12 +139,12 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
         ),
         (
             str(config.get("gradient_allreduce_op", "mean")).lower() != "mean",
-            '"gradient_allreduce_op" other than "mean" is not the scale in which losses of shared sequences are given: leave '
+            '"gradient_allreduce_op" other than "mean" changes the scale of the gradients when ranks share sequences: leave '
             "it out",
         ),
         (
             (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
-            '"tensor_parallel" beside shared sequences has not been measured: leave it out',
+            '"tensor_parallel" together with sequence parallelism has not been tested: leave it out',
         ),
     ]
     for key, harmless in (
@@ -156,8 +156,8 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
         refused.append(
             (
                 zero.get(key, harmless) != harmless,
-                f'"zero_optimization.{key}" reduces over groups of its own; beside shared sequences that has not been '
-                "measured: leave it out",
+                f'"zero_optimization.{key}" reduces over its own groups; together with sequence parallelism that has not been '
+                "tested: leave it out",
             )
         )
     for applies, reason in refused:

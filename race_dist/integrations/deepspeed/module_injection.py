@@ -56,8 +56,8 @@ def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGro
         _share_transformers(model, race, group, layout)
     elif not _share_modules(model, race, group, layout) and (group is not None or race is not None):
         raise ValueError(
-            f"{type(model).__name__} has no attention that could share sequences: a transformers model, a model "
-            "of race_dist, or modules of the kind DistributedAttention or SketchAttention are needed"
+            f"{type(model).__name__} has no attention that supports sequence parallelism: use a transformers model, a model "
+            "of race_dist, or a model with DistributedAttention or SketchAttention modules"
         )
 
 
@@ -100,7 +100,7 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
         elif isinstance(module, DistributedAttention):
             if race is None:
                 raise ValueError(
-                    f'{name} is Ulysses\' DistributedAttention, which moves activations: give "{RACE_SECTION}" in the '
+                    f'{name} is Ulysses\' DistributedAttention, which exchanges activations: give "{RACE_SECTION}" in the '
                     "DeepSpeed configuration to replace it"
                 )
             parent, _, leaf = name.rpartition(".")
@@ -127,5 +127,7 @@ def _sketch_attention(
                 options[field] = getattr(owner, attribute)
     missing = [field for field in ("num_heads", "head_dim") if field not in options]
     if missing:
-        raise ValueError(f'{name}: give {" and ".join(missing)} in "{RACE_SECTION}": {type(owner).__name__} does not say')
+        raise ValueError(
+            f'{name}: give {" and ".join(missing)} in "{RACE_SECTION}": {type(owner).__name__} has no such attribute'
+        )
     return SketchAttention(RaceConfig.model_validate(options), group, layer=index, layout=layout)

@@ -128,7 +128,7 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
             return [bool(each) for each in freq]
         raise ValueError(
             f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
-            f"(softmax) and ones (RACE), one a layer; got {short_repr(freq)}"
+            f"(softmax) and ones (RACE), one per layer; got {short_repr(freq)}"
         )
 
     @property
@@ -183,15 +183,15 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
     """Raise ValueError for options of Megatron that RACE layers do not support."""
     reasons = {
         "multi_latent_attention": "its keys and values are not per head",
-        "qk_clip": "it clips logits, and there are none",
+        "qk_clip": "it clips logits, which RACE layers do not have",
         "flash_decode": "it decodes from cached keys",
         "fp8_dot_product_attention": "the sketch is summed in float32",
         "fp8_multi_head_attention": "the sketch is summed in float32",
-        "apply_query_key_layer_scaling": "it scales logits, and there are none; race_qk_norm sets the queries' length",
+        "apply_query_key_layer_scaling": "it scales logits, which RACE layers do not have: use race_qk_norm",
     }
     for name, reason in reasons.items():
         if getattr(config, name, False):
-            raise ValueError(f"{name} does not go with RACE layers: {reason}; turn it off")
+            raise ValueError(f"{name} is not supported with RACE layers: {reason}; turn it off")
     if config.attention_backend == AttnBackend.local:
         raise ValueError(
             "attention_backend is local, with which Megatron replaces the attention of every layer by its own "
@@ -209,7 +209,7 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
         )
     if config.window_size is not None and not hybrid:
         raise ValueError(
-            f"window_size is {config.window_size}, but every layer is RACE, which sees all tokens before it: "
+            f"window_size is {config.window_size}, but every layer is RACE, which attends to all earlier tokens: "
             "leave it out or make some layers softmax (linear_attention_freq)"
         )
     if hybrid and config.race_layout == "contiguous" and config.context_parallel_size > 1:

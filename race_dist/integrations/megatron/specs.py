@@ -34,7 +34,7 @@ except ImportError:
 def _provider(use_transformer_engine: bool) -> Any:
     if use_transformer_engine and not HAVE_TE:
         raise ImportError(
-            "a Transformer Engine spec was asked for but transformer_engine is not installed: install it, or "
+            "a Transformer Engine spec was requested but transformer_engine is not installed: install it, or "
             'set transformer_impl to "local"'
         )
     return TESpecProvider() if use_transformer_engine else LocalSpecProvider()

@@ -80,7 +80,7 @@ class RaceCacheLayer(CacheLayerMixin):
     def crop(self, *args: Any) -> None:
         raise ValueError(
             "a RACE layer cannot forget the last tokens it has seen: decode without an assistant model, prompt "
-            "lookup or anything else that takes tokens back"
+            "lookup or anything else that removes tokens from the cache"
         )
 
 

@@ -118,7 +118,7 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
         if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
             raise ValueError(
                 f"{type(model).__name__} has cross attention, from a decoder to its encoder, which "
-                f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation'
+                f'attn_implementation="{IMPLEMENTATION}" does not compute: use another implementation'
             )
         Settings.of(config).implementation_config()
         _attach(model, named=True)
@@ -158,8 +158,8 @@ def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> 
         entries = json.loads(stored.read_text(encoding="utf-8"))
     if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
         raise ValueError(
-            f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so '
-            "that it would become softmax: leave config out, or say which by attn_implementation=..."
+            f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, and '
+            "the model would become softmax: leave config out, or pass attn_implementation=..."
         )
 
 
@@ -178,7 +178,8 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     if left:
         raise ValueError(
             f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
-            f"was made of the given configuration has not: its config.{CONFIG_ENTRY} must name them, as the saved one's"
+            f"was created from the given configuration does not have: its config.{CONFIG_ENTRY} must list them, as "
+            "the saved one does"
         )
     finish_loading(model)
     return (model, info) if wanted else model
@@ -225,7 +226,7 @@ def check_same_attention(folder: str | Path, config: Any) -> None:
         differ = "" if names[0] != names[1] else f", with other settings: {found[0][1]} there and {found[1][1]} here"
         raise ValueError(
             f"the checkpoint {folder} was trained with the attention {names[0]}, but the model has {names[1]}"
-            f"{differ}: make the model of the checkpoint's configuration, from_pretrained does"
+            f"{differ}: create the model from the checkpoint's configuration, as from_pretrained does"
         )
 
 

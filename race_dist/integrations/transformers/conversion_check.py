@@ -151,8 +151,7 @@ def check_equivalent(
     leave = "leave this layer out of layers (it stays softmax)"
     if call.q is None or call.k is None or call.v is None or call.heads is None:
         raise ValueError(
-            f"{where} does not call transformers' attention function, so that what it does around its attention "
-            f"is not known: {leave}"
+            f"{where} does not call transformers' attention function, so its other operations cannot be checked: {leave}"
         )
     _check_asked(call, where, longest, leave)
     with torch.no_grad():
@@ -165,12 +164,12 @@ def check_equivalent(
         if not _close(x, given):
             turned = ", other rotary positions" if rotated else ""
             raise ValueError(
-                f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a "
+                f"{where} computes its {name} by more than {', '.join(_parts(projections, name))} (a "
                 f"scale, a clip, another order or width of heads{turned}): {leave}"
             )
     if not _close(y, call.y):
         raise ValueError(
-            f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
+            f"{where} computes its output by more than {projections.names[-1]} (a gate, a norm or a scale "
             f"after the attention): {leave}"
         )
 
@@ -181,19 +180,19 @@ def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: st
     windows = [int(n) for n in (size, attention_kwargs.get("sliding_window")) if n is not None]
     if windows and (longest is None or min(windows) < longest):
         raise ValueError(
-            f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
-            f"ones: {leave}, or make the model without windows (config.sliding_window = None)"
+            f"{where} attends to a sliding window or chunk of {min(windows)} tokens, but a RACE layer attends to all earlier "
+            f"tokens: {leave}, or create the model without windows (config.sliding_window = None)"
         )
     if call.mask is not None and size is None:
-        raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
+        raise ValueError(f"{where} has its own attention mask in addition to the causal one (a bias or pattern): {leave}")
     if attention_kwargs.get("softcap") is not None:
         raise ValueError(
             f"{where} caps its logits (softcap = {attention_kwargs['softcap']}), but RACE Attention has no logits: {leave}, "
-            "or make the model without a cap"
+            "or create the model without a cap"
         )
     more = [name for name, value in attention_kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS_TENSORS]
     if more:
-        raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")
+        raise ValueError(f"{where} passes {', '.join(more)} to its attention, which RACE Attention does not support: {leave}")
 
 
 def _parts(projections: Projections, name: str) -> tuple[str, ...]:

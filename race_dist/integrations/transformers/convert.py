@@ -113,17 +113,19 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(path, **{name: options[name] for name in HUB_OPTIONS if name in options})
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"path {str(path)!r} is no folder of a saved model and no name on the hub: {reason}") from None
+            raise ValueError(
+                f"path {str(path)!r} is neither a folder of a saved model nor a name on the hub: {reason}"
+            ) from None
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config must be a configuration of transformers; got {short_repr(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise ValueError(
-            f"path {str(path)!r} is no converted model: its config.json has no {CONFIG_ENTRY}.layers; read it with transformers"
+            f"path {str(path)!r} is no converted model: its config.json has no {CONFIG_ENTRY}.layers; load it with transformers"
         )
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise ValueError(f"{path} is of the architecture {name!r}, which transformers {transformers.__version__} has not")
+        raise ValueError(f"{path} has the architecture {name!r}, which transformers {transformers.__version__} does not have")
     return kind.from_pretrained(path, config=config, **options)
 
 
@@ -160,7 +162,7 @@ def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     if unnamed:
         raise TypeError(f"race must be a dictionary whose keys are fields of RaceConfig; got the key {unnamed[0]!r}")
     if given.get("causal") is False:
-        raise ValueError("race has causal = False, but the layers of a decoder read only what comes before: leave it out")
+        raise ValueError("race has causal = False, but the layers of a decoder are causal: leave it out")
     return {
         **stored_options(RaceConfig.check(CONVERSION_DEFAULTS | given, source="race")),
         **{name: given[name] for name in ("dim", "num_heads", "num_kv_heads", "head_dim") if given.get(name) is not None},
@@ -229,7 +231,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     """The RACE layer that replaces an attention module."""
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
-        raise ValueError(f"{where} reads later tokens too, but converted layers are causal: leave it out of layers")
+        raise ValueError(f"{where} is not causal, but converted layers are: leave it out of layers")
     dropout = [
         str(p)
         for p in (
@@ -240,7 +242,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     ]
     if dropout:
         raise ValueError(
-            f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make "
+            f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: create "
             "the model with config.attention_dropout = 0"
         )
     found = Projections.of(attention, text, where)
@@ -282,24 +284,24 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> float:
-    """A base to go by; the angles themselves are the model's."""
+    """The base of the model's rotary positions. RACE layers use the model's angles; the base marks them as rotary."""
     rope = getattr(config, "rope_parameters", None) or {}
     turned = getattr(attention, "rotary_ndims", None) or int(
         head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
     )
     if turned != head_dim:
         raise ValueError(
-            f"layer {index} turns {turned} of {head_dim} numbers of a head: RACE layers turn all or none, so give "
+            f"layer {index} rotates {turned} of {head_dim} dimensions of a head: RACE layers rotate all or none, so pass "
             "inherit_rope=False"
         )
     return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
 
 
 def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Parameter]:
-    """Parameters of the RACE layers: what distillation trains first.
+    """The parameters of the RACE layers, which distillation trains first.
 
     Args:
-        projections: whether the projections taken over belong to them too.
+        projections: whether to include the projections taken over from the replaced modules.
     """
     _check_module(model)
     return [

@@ -46,18 +46,18 @@ class DecoderHook:
         everywhere = decoder.config._attn_implementation == IMPLEMENTATION
         if self.group is not None and decoder.config._attn_implementation != self.implementation:
             raise ValueError(
-                f"the attention implementation has become {decoder.config._attn_implementation!r} since sequences "
-                "are shared: call sequence_parallel again"
+                f"the attention implementation was changed to {decoder.config._attn_implementation!r} after "
+                "sequence_parallel was called: call it again"
             )
         if not converted and not everywhere:
             return args, kwargs
         if call.get("output_attentions") or decoder.config.output_attentions:
-            raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
+            raise ValueError("output_attentions=True asks for attention weights, which RACE layers do not have: leave it out")
         cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
         if cache is not None and converted:
             check_cache(cache)
         if self.group is not None and cache is not None:
-            raise ValueError("decoding over a shared sequence is not supported: give use_cache=False, or generate on one rank")
+            raise ValueError("decoding over a shared sequence is not supported: pass use_cache=False, or generate on one rank")
         keeps = converted and self.group is None and (cache is not None or self._caches(decoder, call))
         past, position = _seen(cache)
         mask = call.get("attention_mask")
@@ -178,7 +178,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
     others = softmax_layers(model)
     if others and group is not None:
         raise ValueError(
-            f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
+            f"layers {others} are softmax attention and would attend to their own shard only: convert all layers, or "
             f'use attn_implementation="{IMPLEMENTATION}"'
         )
     hook = install_decoder_hook(model)

@@ -42,7 +42,7 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
         raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {short_repr(batch)}")
     layers = {m.layer_idx: m for m in student.modules() if isinstance(m, RaceSelfAttention)}
     if not layers:
-        raise ValueError("the student has no RACE layer to teach: convert it first")
+        raise ValueError("the student has no RACE layer to train: convert it first")
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "shift_labels", "num_items_in_batch")}
     with torch.no_grad(), _watched(teacher, layers) as seen:
         decoder_of(teacher)(**inputs, use_cache=False)
@@ -54,8 +54,8 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
             x, target = torch.where(kept, x, 0), torch.where(kept, target, 0)
         if x.device.type == "cpu" and not (x.isfinite().all() and target.isfinite().all()):
             raise ValueError(
-                f"the teacher's hidden states at layer {index} hold NaN or infinity at tokens that are no padding:"
-                " look for them in the teacher (its weights, dtype or attention implementation)"
+                f"the teacher's hidden states at layer {index} hold NaN or infinity at tokens that are not padding:"
+                " look for the cause in the teacher (its weights, dtype or attention implementation)"
             )
         out, _ = layers[index](x, attention_mask=mask, **told)
         error = out - target if mask is None else torch.where(kept.to(out.device), out - target, 0)
