@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from race_dist.integrations.transformers.projections import Projections
+from race_dist.nn import rotate
 
 RECORDING_IMPLEMENTATION = "race_recording"
 TOKENS = 3
@@ -153,7 +154,7 @@ def check_equivalent(
         raise ValueError(
             f"{where} does not call transformers' attention function, so its other operations cannot be checked: {leave}"
         )
-    _check_asked(call, where, longest, leave)
+    _check_arguments(call, where, longest, leave)
     with torch.no_grad():
         own = dict(zip(("queries", "keys", "values"), projections.project(attention, call.x), strict=True))
         y = projections.output(attention, call.heads)
@@ -174,7 +175,7 @@ def check_equivalent(
         )
 
 
-def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
+def _check_arguments(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
     attention_kwargs = call.attention_kwargs or {}
     size = call.mask.size if isinstance(call.mask, Pattern) else None
     windows = [int(n) for n in (size, attention_kwargs.get("sliding_window")) if n is not None]
@@ -216,9 +217,7 @@ def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tup
     if cos.dim() != 3 or cos.shape[-1] != x.shape[-1]:  # a part of each head, or axes of images
         return x, given[..., :0]
     half = x.shape[-1] // 2
-    a, b = x.chunk(2, -1)
-    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1), given
+    return rotate(x.transpose(1, 2), cos[..., :half], sin[..., :half]).transpose(1, 2), given
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,7 @@ from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.batch_sequence import packed_boundaries
 from race_dist.integrations.transformers.decoder_hook import sequence_parallel
 from race_dist.messages import short_repr
+from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import (
     all_gather_tensor,
     broadcast_tensor,
@@ -22,8 +23,6 @@ from race_dist.parallel import (
     shard_sequence,
 )
 from race_dist.parallel.sharding import check_layout
-
-IGNORE_INDEX = -100
 
 
 def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout: str = "contiguous") -> dict[str, Any]:
