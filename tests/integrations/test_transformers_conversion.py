@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "window of some layers": (lambda: tiny("Gemma2", sliding_window=16, attn_logit_softcapping=None), "chunk of 16 tokens"),
     "dropout": (lambda: tiny("Llama", attention_dropout=0.1), r"drops attention weights \(dropout = 0\.1\)"),
     "other projections": (lambda: tiny("Phi3"), "is of an unknown kind"),
-    "not causal": (with_(lambda a: setattr(a, "is_causal", False)), "reads later tokens too"),
+    "not causal": (with_(lambda a: setattr(a, "is_causal", False)), "is not causal, but converted layers are"),
     "no decoder": (
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).eval(),
         "has no list of decoder",

@@ -141,31 +141,31 @@ def initialize(
     settings = read_config(config)
     join(timeout=timeout)
     sp = dist.get_world_size() if settings.sp is None else settings.sp
-    narrow = next(model.parameters()).dtype == torch.bfloat16
-    tree = resolve_auto(settings.config | {SEQUENCE_PARALLEL_SIZE: sp}, bfloat16=narrow)
-    check_compatible(tree, sp, mpu=mpu, mesh_param=mesh_param)
-    validate_with_deepspeed(tree, None if mesh_param is not None else mpu)
+    has_bfloat16_weights = next(model.parameters()).dtype == torch.bfloat16
+    ds_config = resolve_auto(settings.config | {SEQUENCE_PARALLEL_SIZE: sp}, bfloat16=has_bfloat16_weights)
+    check_compatible(ds_config, sp, mpu=mpu, mesh_param=mesh_param)
+    validate_with_deepspeed(ds_config, None if mesh_param is not None else mpu)
     if sp > 1 and isinstance(model, deepspeed.PipelineModule):
         raise ValueError(
             f'"{SEQUENCE_PARALLEL_SIZE}": {sp} with a PipelineModule has not been tested: train without pipeline stages'
         )
     layout = "contiguous" if settings.race is None else settings.race.layout
     sequence_mesh = sequence_mesh or _build_sequence_mesh(sp, layout, timeout)
-    known = {id(p) for p in model.parameters()}
+    before = {id(p) for p in model.parameters()}
     swap_attention(model, settings.race, sequence_mesh.sp_group, sequence_mesh.layout)
-    _check_trained({name: p for name, p in model.named_parameters() if id(p) not in known}, **options)
+    _check_trained({name: p for name, p in model.named_parameters() if id(p) not in before}, **options)
     if sequence_mesh.sp_group is not None:
         mpu = SequenceParallelMPU(sequence_mesh.sp_group)
     elif isinstance(groups.mpu, SequenceParallelMPU):
         groups.mpu = None  # left by an earlier engine: DeepSpeed would keep using it
     # parameter sizes must be read before ZeRO-3 partitions the parameters
-    _scale_gradients(model, tree, sp)
-    made = deepspeed.initialize(model=model, config=tree, mpu=mpu, mesh_param=mesh_param, **options)
+    _scale_gradients(model, ds_config, sp)
+    result = deepspeed.initialize(model=model, config=ds_config, mpu=mpu, mesh_param=mesh_param, **options)
     for module in model.modules():
         if isinstance(module, RaceCore):
             module.reset_constants(next(module.parameters(), next(model.parameters())))
-    made[0].race = sequence_mesh
-    return made
+    result[0].race = sequence_mesh
+    return result
 
 
 def _sequence_mesh_option(sequence_mesh: object, options: dict[str, Any]) -> SequenceParallelMesh | None:

@@ -17,7 +17,7 @@ from race_dist.nn import RaceConfig
 from race_dist.parallel.sharding import check_layout
 
 
-class _Passes:
+class _GroupHook:
     """A forward pre-hook of this package's models: pass the sequence-parallel group, unless the caller passes one."""
 
     def __init__(self) -> None:
@@ -62,9 +62,9 @@ def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGro
 
 
 def _pass_group(model: nn.Module, group: ProcessGroup | None, layout: str) -> None:
-    hook = next((h for h in model._forward_pre_hooks.values() if isinstance(h, _Passes)), None)
+    hook = next((h for h in model._forward_pre_hooks.values() if isinstance(h, _GroupHook)), None)
     if hook is None:
-        hook = _Passes()
+        hook = _GroupHook()
         model.register_forward_pre_hook(hook, with_kwargs=True)
     hook.group, hook.layout = group, layout
 

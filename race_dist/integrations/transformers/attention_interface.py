@@ -82,20 +82,20 @@ def race_attention_forward(
     Raises:
         ValueError: dropout, a sliding window, a logit cap, attention weights or another unsupported feature is requested.
     """
-    given = query.shape[2]
+    padded_length = query.shape[2]
     if (
         race_sequence is not None and not race_sequence.sequence.length
     ):  # a shard without tokens: the token that is there is a placeholder
         query, key, value = (x[:, :, :0] for x in (query, key, value))
     batch, _, length, _ = query.shape
     keys = key.shape[2]
-    _refuse(module, dropout, sliding_window, softcap, keys, kwargs)
+    _check_supported(module, dropout, sliding_window, softcap, keys, kwargs)
     if keys != length and getattr(module, "is_causal", True) is False:
         raise ValueError(
             f"layer {getattr(module, 'layer_idx', None)} attends from {length} tokens to {keys} others: RACE "
             "Attention computes no cross attention: use another implementation"
         )
-    core = _core(module, query, key)
+    core = _race_core(module, query, key)
     if race_sequence is None or keys != length:
         rows = batch_sequence(
             batch,
@@ -112,10 +112,10 @@ def race_attention_forward(
     q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
     out, _ = core(q, k, v, None, rows.sequence)
     out = rows.unfold(out)[:, keys - length :]
-    return F.pad(out, (0, 0, 0, 0, 0, given - length)), None
+    return F.pad(out, (0, 0, 0, 0, 0, padded_length - length)), None
 
 
-def _refuse(
+def _check_supported(
     module: nn.Module, dropout: float, window: int | None, softcap: float | None, keys: int, others: dict[str, Any]
 ) -> None:
     layer = getattr(module, "layer_idx", None)
@@ -145,14 +145,14 @@ def _refuse(
         raise ValueError("output_attentions=True asks for attention weights, which RACE Attention does not have: leave it out")
 
 
-def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
+def _race_core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
     """The RaceCore of a layer, created on first use. It has no parameters and adds nothing to a checkpoint."""
     core = getattr(module, "race_core", None)
     shape = (query.shape[1], key.shape[1], query.shape[3], getattr(module, "is_causal", True) is not False)
-    made_for = (repr(getattr(module.config, CONFIG_ENTRY, None)), shape)
-    if not isinstance(core, RaceCore) or module.race_made_for != made_for:
+    core_options = (repr(getattr(module.config, CONFIG_ENTRY, None)), shape)
+    if not isinstance(core, RaceCore) or module.race_core_options != core_options:
         core = module.race_core = _make_core(module, *shape, device=query.device)
-        module.race_made_for = made_for
+        module.race_core_options = core_options
     if core.planes.device != query.device or (query.dtype == torch.float64) != (core.planes.dtype == torch.float64):
         core.to(device=query.device, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     return core

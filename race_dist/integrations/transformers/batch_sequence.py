@@ -134,8 +134,8 @@ def _check_one_document(position_ids: Tensor, positions: Tensor) -> None:
 
 def _starts(position_ids: Tensor) -> Tensor:
     """``[B, T]`` bool: whether a document begins at the token; one begins at the start of each row."""
-    begun = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return torch.cat([torch.ones_like(begun[:, :1]), begun], 1)
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.cat([torch.ones_like(begins[:, :1]), begins], 1)
 
 
 def boundaries(starts: Tensor) -> Tensor:

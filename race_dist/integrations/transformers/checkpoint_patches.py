@@ -70,7 +70,7 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
     if entry is None:
         return result
     result[KEY] = entry
-    if _own(config) == IMPLEMENTATION and not Settings.of(config).layers:
+    if _own_implementation(config) == IMPLEMENTATION and not Settings.of(config).layers:
         settings = Settings.of(config)
         result[CONFIG_ENTRY] = settings.model_copy(
             update={"options": stored_options(settings.implementation_config())}
@@ -78,7 +78,7 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
     return result
 
 
-def _own(config: Any) -> str | None:
+def _own_implementation(config: Any) -> str | None:
     """The implementation of one configuration: "race", "race_converted" or None for anything else."""
     if getattr(config, KEY, None) == IMPLEMENTATION:
         return IMPLEMENTATION
@@ -87,7 +87,7 @@ def _own(config: Any) -> str | None:
 
 def _stored_implementation(config: Any) -> str | dict[str, Any] | None:
     """The value to store: one name, or one name per sub-configuration (``""`` is the model's own) if they differ."""
-    own = _own(config)
+    own = _own_implementation(config)
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     found = {name: _stored_implementation(part) for name, part in parts.items() if isinstance(part, PretrainedConfig)}
     if all(value == own for value in found.values()):
@@ -174,10 +174,10 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         model, info = original(cls, *args, output_loading_info=True, **kwargs)
     finally:
         LOADING.reset(token)
-    left = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
-    if left:
+    leftover = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
+    if leftover:
         raise ValueError(
-            f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
+            f"the checkpoint has RACE layers ({leftover[0].removesuffix('.race_settings')}, ...) which the model that "
             f"was created from the given configuration does not have: its config.{CONFIG_ENTRY} must list them, as "
             "the saved one does"
         )

@@ -74,8 +74,8 @@ def run(decoder: nn.Module) -> None:
 
 
 def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
-    """Run the decoder and record the call of each given module, by layer index. Modules that are not called are missing."""
-    seen: dict[int, AttentionCall] = {}
+    """Run the decoder and record the call of each expected module, by layer index. Modules that are not called are missing."""
+    calls: dict[int, AttentionCall] = {}
     functions: dict[int, dict[str, Any]] = {}
 
     def attention(
@@ -92,22 +92,22 @@ def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dic
         }
         return out, None
 
-    def note(index: int) -> Any:
+    def recorder(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             y = out[0] if isinstance(out, tuple) else out
-            seen[index] = AttentionCall(x, kwargs, y, **functions.get(id(module), {}))
+            calls[index] = AttentionCall(x, kwargs, y, **functions.get(id(module), {}))
 
         return hook
 
-    handles = [module.register_forward_hook(note(index), with_kwargs=True) for index, module in attentions.items()]
+    handles = [module.register_forward_hook(recorder(index), with_kwargs=True) for index, module in attentions.items()]
     try:
         with _implementation(decoder, attention):
             run(decoder)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return calls
 
 
 def _mask(*_: Any, **how: Any) -> Pattern | None:
@@ -158,11 +158,11 @@ def check_equivalent(
     with torch.no_grad():
         own = dict(zip(("queries", "keys", "values"), projections.project(attention, call.x), strict=True))
         y = projections.output(attention, call.heads)
-    for (name, x), given in zip(own.items(), (call.q, call.k, call.v), strict=True):
+    for (name, x), expected in zip(own.items(), (call.q, call.k, call.v), strict=True):
         x = x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
         if name != "values":
-            x, given = _comparable(x, given, call.kwargs.get("position_embeddings"), rotated)
-        if not _close(x, given):
+            x, expected = _comparable(x, expected, call.kwargs.get("position_embeddings"), rotated)
+        if not _close(x, expected):
             turned = ", other rotary positions" if rotated else ""
             raise ValueError(
                 f"{where} computes its {name} by more than {', '.join(_parts(projections, name))} (a "
@@ -202,22 +202,22 @@ def _parts(projections: Projections, name: str) -> tuple[str, ...]:
     return (projections.names[min(index, len(projections.names) - 2)], *norm)
 
 
-def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
-    """Make queries or keys before rotary positions, ``x [B, H, T, D]``, comparable with the model's, ``given``.
+def _comparable(x: Tensor, expected: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
+    """Make queries or keys before rotary positions, ``x [B, H, T, D]``, comparable with the model's, ``expected``.
 
     If the RACE layer applies rotary positions too, they are applied to the halves of each head here. Otherwise only the first
     token is compared: at position 0 nothing is rotated, though some models scale it there (YaRN).
     """
     if not isinstance(embeddings, tuple) or not isinstance(embeddings[0], Tensor):
-        return x[:, :, :1], given[:, :, :1]
+        return x[:, :, :1], expected[:, :, :1]
     cos, sin = (t.to(x.dtype) for t in embeddings)
     if not rotated:
         x, turned = x[:, :, :1], min(cos.shape[-1], x.shape[-1])
-        return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), given[:, :, :1]
+        return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), expected[:, :, :1]
     if cos.dim() != 3 or cos.shape[-1] != x.shape[-1]:  # a part of each head, or axes of images
-        return x, given[..., :0]
+        return x, expected[..., :0]
     half = x.shape[-1] // 2
-    return rotate(x.transpose(1, 2), cos[..., :half], sin[..., :half]).transpose(1, 2), given
+    return rotate(x.transpose(1, 2), cos[..., :half], sin[..., :half]).transpose(1, 2), expected
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -76,7 +76,7 @@ def convert(
     decoder = decoder_of(model)
     if not isinstance(inherit_rope, bool):
         raise TypeError(f"inherit_rope must be True or False; got {short_repr(inherit_rope)}")
-    chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
+    chosen = _layer_indices(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
     if earlier.layers and (options, inherit_rope) != (stored_options(earlier.layer_config()), earlier.inherit_rope):
         raise ValueError(
@@ -139,7 +139,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
         blocks: Any = decoder_of(model).layers
     except TypeError as error:
         raise ValueError(f"config.{CONFIG_ENTRY} says that layers {list(settings.layers)} are RACE layers: {error}") from None
-    missing = _chosen(settings.layers, len(blocks))
+    missing = _layer_indices(settings.layers, len(blocks))
     missing = [i for i in missing if not isinstance(_attention_of(blocks[i], i)[1], RaceSelfAttention)]
     if missing:
         options = stored_options(settings.layer_config())
@@ -169,7 +169,7 @@ def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
+def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, (str, bytes, Mapping)) or not isinstance(layers, Iterable):
@@ -198,23 +198,23 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     decoder = decoder_of(model)
     blocks: Any = decoder.layers
     places = {index: _attention_of(blocks[index], index) for index in settings.layers}
-    again = [index for index, (_, module) in places.items() if isinstance(module, RaceSelfAttention)]
-    if again:
-        raise ValueError(f"layer {again[0]} is a RACE layer already: leave it out of layers")
+    converted = [index for index, (_, module) in places.items() if isinstance(module, RaceSelfAttention)]
+    if converted:
+        raise ValueError(f"layer {converted[0]} is a RACE layer already: leave it out of layers")
     text = model.config.get_text_config()
-    runs = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
+    can_run = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
     made = {index: _layer(module, index, settings, text) for index, (_, module) in places.items()}
-    if runs:
+    if can_run:
         calls = conversion_check.record_calls(decoder, {index: module for index, (_, module) in places.items()})
         for index, (_, module) in places.items():
-            _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
+            _check_conversion(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
     hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
     before = [set(kind) for kind in hooks]
     try:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, made[index].train(module.training))
         install_decoder_hook(model)
-        if runs:
+        if can_run:
             conversion_check.run(decoder)
     except Exception as error:
         for index, (name, module) in places.items():
@@ -262,7 +262,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     return layer
 
 
-def _check(
+def _check_conversion(
     call: conversion_check.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
 ) -> None:
     where = f"layer {index}: {type(attention).__name__}"
