@@ -179,7 +179,7 @@ def test_every_page_that_passes_labels_says_what_they_are() -> None:
 
 
 def test_the_page_of_layers_names_every_default_of_normalization() -> None:
-    from race_dist.integrations.deepspeed.attention import SKETCH_ATTENTION_DEFAULTS
+    from race_dist.integrations.core_options import CORE_DEFAULTS
     from race_dist.integrations.transformers.settings import CONVERSION_DEFAULTS, IMPLEMENTATION_DEFAULTS
 
     section = page("docs/layers.md").partition("default of `normalization`")[2]
@@ -190,7 +190,7 @@ def test_the_page_of_layers_names_every_default_of_normalization() -> None:
         "RaceConfig(causal=False)": RaceConfig(causal=False).normalization,
         "convert(model)": CONVERSION_DEFAULTS["normalization"],
         'attn_implementation="race"': IMPLEMENTATION_DEFAULTS["normalization"],
-        "SketchAttention": SKETCH_ATTENTION_DEFAULTS["normalization"],
+        "SketchAttention": CORE_DEFAULTS["normalization"],
         "RaceTransformerConfig": RaceConfig().normalization,
     }
 

@@ -40,5 +40,5 @@ def build(kind: str, *, implementation: str = "sdpa", dtype: torch.dtype = torch
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Token ids that are no padding."""
+    """Random token ids without padding."""
     return torch.randint(3, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))

@@ -71,12 +71,12 @@ def test_transformers_models_train_as_on_one_rank(found: dict[str, Any]) -> None
         ("prescale", "change the scale"),
         ("mics", '"zero_optimization.mics_shard_size" reduces over groups of its own'),
         ("hpz", '"zero_optimization.zero_hpz_partition_size" reduces over groups of its own'),
-        ("indivisible", "3 does not divide the 2 ranks that were started"),
+        ("indivisible", "3 does not divide the number of ranks, 2"),
         ("size", "must be an integer of at least 1, or \"auto\"; got '2'"),
         ("section", '"race_attention": unknown key num_plane; did you mean num_planes?'),
         ("layout", '"race_attention": layout'),
-        ("softmax", "layers [0, 1] are softmax attention and would see their own shard only"),
-        ("linear", "Linear has no attention that could share sequences"),
+        ("softmax", "layers [0, 1] are softmax attention and would attend to their own shard only"),
+        ("linear", "Linear has no attention that supports sequence parallelism"),
         ("late", "the optimizer was made before the attention was replaced and lacks 14 new parameters"),
         ("ulysses", 'give "race_attention" in the DeepSpeed configuration to replace it'),
     ],
@@ -109,7 +109,7 @@ def test_what_a_sketch_attention_cannot_see_is_refused() -> None:
     with pytest.raises(ValueError, match=r"short_conv, decay needs the layer's input"):
         SketchAttention(RaceConfig(num_heads=2, head_dim=4, short_conv=4, decay="token"))
     module, x = SketchAttention(RaceConfig(num_heads=2, head_dim=4)), torch.randn(1, 5, 2, 4)
-    with pytest.raises(ValueError, match="does not turn queries and keys"):
+    with pytest.raises(ValueError, match="does not apply rotary positions"):
         module(x, x, x, 0, (x, x))
     with pytest.raises(ValueError, match="takes no mask"):
         module(x, x, x, 0, None, torch.ones(5, 5))

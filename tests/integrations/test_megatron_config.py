@@ -106,7 +106,7 @@ def test_every_choice_of_race_config_is_a_field_with_its_default() -> None:
         ({"linear_attention_freq": [1, 0]}, r"linear_attention_freq is None, N .* or a list of 4"),
         ({"attention_dropout": 0.1}, r"attention_dropout is 0.1, but a RACE layer has no attention weights"),
         ({"window_size": (8, 0)}, r"window_size is \(8, 0\), but every layer is RACE"),
-        ({"qk_clip": True}, r"qk_clip does not go with RACE layers: it clips logits"),
+        ({"qk_clip": True}, r"qk_clip is not supported with RACE layers: it clips logits"),
         ({"attention_backend": AttnBackend.local}, r"leave --attention-backend out"),
         ({"linear_attention_freq": 2, "context_parallel_size": 2, "race_layout": "contiguous"}, r"take zigzag shards"),
     ],
@@ -351,7 +351,7 @@ def test_a_core_attention_that_was_replaced_is_noticed() -> None:
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(ImportError, match="Transformer Engine"):
         get_race_layer_spec(config(), use_transformer_engine=True)
-    with pytest.raises(ImportError, match=r"use get_race_block_spec|Transformer Engine spec was asked for"):
+    with pytest.raises(ImportError, match=r"use get_race_block_spec|Transformer Engine spec was requested"):
         get_race_hybrid_stack_spec()
 
 

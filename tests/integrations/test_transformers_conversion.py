@@ -201,15 +201,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "gpt-oss": (lambda: tiny("GptOss", num_local_experts=4).float(), r"GptOssAttention has parameters .*: sinks"),
     "sub norm": (lambda: tiny("BitNet"), r"BitNetAttention .*attn_sub_norm\.weight"),
     "differential": (lambda: tiny("DiffLlama"), "lambda_q1, lambda_k1"),
-    "clip": (lambda: tiny("Olmo", clip_qkv=0.01), r"OlmoAttention makes its queries otherwise than by q_proj alone"),
-    "scale of the input": (with_(doing("input")), "makes its queries otherwise"),
-    "scale of the output": (with_(doing("output")), "makes its output otherwise than by o_proj alone"),
+    "clip": (lambda: tiny("Olmo", clip_qkv=0.01), r"OlmoAttention computes its queries by more than q_proj"),
+    "scale of the input": (with_(doing("input")), "computes its queries by more than"),
+    "scale of the output": (with_(doing("output")), "computes its output by more than o_proj"),
     "softcap": (lambda: tiny("Gemma2", layer_types=["full_attention"] * 2), r"caps its logits \(softcap = 50\.0\)"),
-    "window": (lambda: tiny("Mistral", sliding_window=16), "sees a sliding window or chunk of 16 tokens"),
+    "window": (lambda: tiny("Mistral", sliding_window=16), "attends to a sliding window or chunk of 16 tokens"),
     "window of some layers": (lambda: tiny("Gemma2", sliding_window=16, attn_logit_softcapping=None), "chunk of 16 tokens"),
     "dropout": (lambda: tiny("Llama", attention_dropout=0.1), r"drops attention weights \(dropout = 0\.1\)"),
-    "other projections": (lambda: tiny("Phi3"), "is of no known kind"),
-    "not causal": (with_(lambda a: setattr(a, "is_causal", False)), "reads later tokens too"),
+    "other projections": (lambda: tiny("Phi3"), "is of an unknown kind"),
+    "not causal": (with_(lambda a: setattr(a, "is_causal", False)), "is not causal, but converted layers are"),
     "no decoder": (
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).eval(),
         "has no list of decoder",
@@ -244,7 +244,7 @@ def test_a_projection_of_more_than_queries_is_refused_unseen() -> None:
     for device in ("cpu", "meta"):
         model = tiny("Llama").to(device)
         model.model.layers[1].self_attn.q_proj = nn.Linear(32, 64, dtype=F64, device=device)
-        with pytest.raises(ValueError, match="q_proj makes 64 numbers per token, but 4 query heads"):
+        with pytest.raises(ValueError, match="q_proj has 64 output features, but 4 query heads"):
             convert(model)
 
 
@@ -253,9 +253,9 @@ def test_positions_are_inherited_only_where_they_are_turned_alike() -> None:
     rope = {"decay": "none", "short_conv": 0}
     with pytest.raises(ValueError, match="other rotary positions"):
         convert(tiny("Cohere"), inherit_rope=True, race=rope)
-    with pytest.raises(ValueError, match="turns 2 of 8 numbers of a head"):
+    with pytest.raises(ValueError, match="rotates 2 of 8 dimensions of a head"):
         convert(tiny("StableLm"), inherit_rope=True, race=rope)
-    with pytest.raises(ValueError, match=r"does not run with RACE layers|makes its queries otherwise"):
+    with pytest.raises(ValueError, match=r"does not run with RACE layers|computes its queries by more than"):
         convert(tiny("SmolLM3", no_rope_layers=[1, 0]), inherit_rope=True, race=rope)
     model = tiny(
         "Llama",

@@ -306,7 +306,7 @@ def test_wrong_conversions_are_refused() -> None:
         convert(model, layers=[1], race={"num_planes": 6})
     convert(model, layers=[1])
     assert model.config.race_attention["layers"] == [0, 1]
-    with pytest.raises(ValueError, match="turns 2 of 8 numbers of a head"):
+    with pytest.raises(ValueError, match="rotates 2 of 8 dimensions of a head"):
         convert(build("gpt_neox"), inherit_rope=True)
     with pytest.raises(TypeError, match="a transformers model is needed; got Linear"):
         convert(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def test_masks_that_cannot_be_meant_are_refused() -> None:
     cache = going_on(model, cache_of(model(ids, use_cache=True)))
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, past \+ new tokens\] = \[1, 8\] \(6 tokens are in"):
         model(ids[:, :2], attention_mask=torch.ones(1, 2, dtype=torch.long), **cache)
-    with pytest.raises(ValueError, match=r"says that \[4\] of 6 tokens in the cache are no padding, .* have seen \[6\]"):
+    with pytest.raises(ValueError, match=r"says that \[4\] of 6 tokens in the cache are not padding, .* have seen \[6\]"):
         model(ids[:, :2], attention_mask=mask_of("00111111"), **cache)
     with pytest.raises(ValueError, match=r"= \[1, 6\]"):
         model(ids, attention_mask=torch.ones(1, 9, dtype=torch.long))

@@ -146,8 +146,8 @@ def wrong(group: Any, what: str) -> None:
         ("models", "the ranks do not agree on the model"),
         ("labels", "labels of a shard need shift_labels"),
         ("rows", "need a batch of one row; got 2"),
-        ("positions", "position_ids start anew inside a shard"),
-        ("switched", "has become 'sdpa' since sequences are shared"),
+        ("positions", "position_ids restart inside a shard"),
+        ("switched", "was changed to 'sdpa' after sequence_parallel was called"),
         ("cache", "decoding over a shared sequence"),
     ],
 )

@@ -9,5 +9,12 @@ from race_dist.integrations.deepspeed.attention import SketchAttention
 from race_dist.integrations.deepspeed.config import RaceSection
 from race_dist.integrations.deepspeed.engine import SequenceParallelMesh, initialize, join
 from race_dist.integrations.deepspeed.module_injection import swap_attention
+from race_dist.renamed_modules import renamed_attribute
 
 __all__ = ["RaceSection", "SequenceParallelMesh", "SketchAttention", "initialize", "join", "swap_attention"]
+
+RENAMED = {"Shared": "SequenceParallelMesh"}
+
+
+def __getattr__(name: str) -> object:
+    return renamed_attribute(__name__, RENAMED, name)

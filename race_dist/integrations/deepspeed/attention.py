@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,17 +9,9 @@ from torch.distributed import ProcessGroup
 
 from race_dist import checks
 from race_dist.distributed.communication import check_group
+from race_dist.integrations.core_options import CORE_DEFAULTS, whole_layer_options
 from race_dist.nn import RaceConfig, RaceCore, Sequence
 from race_dist.parallel.sharding import check_layout
-
-# Defaults for queries and keys that another module has computed, with rotary positions already applied.
-SKETCH_ATTENTION_DEFAULTS: dict[str, Any] = {
-    "normalization": "global",
-    "decay": "none",
-    "short_conv": 0,
-    "output_gate": False,
-    "rope_base": None,
-}
 
 
 class SketchAttention(nn.Module):
@@ -52,15 +43,14 @@ class SketchAttention(nn.Module):
         checks.instance("config", config, RaceConfig)
         check_group(sequence_process_group, "sequence_process_group")
         check_layout(layout)
-        options = SKETCH_ATTENTION_DEFAULTS | config.model_dump(exclude_unset=True)
-        wanted = [name for name in ("short_conv", "output_gate") if options[name]]
-        wanted += ["decay"] if options["decay"] == "token" else []
-        if wanted:
+        config = RaceConfig.model_validate(CORE_DEFAULTS | config.model_dump(exclude_unset=True))
+        unsupported = whole_layer_options(config)
+        if unsupported:
             raise ValueError(
-                f"SketchAttention sees queries, keys and values only; {', '.join(wanted)} needs the layer's "
+                f"SketchAttention gets queries, keys and values only; {', '.join(unsupported)} needs the layer's "
                 "input: leave it out, or use race_dist.RaceAttention in place of the whole layer"
             )
-        self.core = RaceCore(RaceConfig.model_validate(options), layer)
+        self.core = RaceCore(config, layer)
         self.group, self.layout = sequence_process_group, layout
 
     def forward(
@@ -88,8 +78,7 @@ class SketchAttention(nn.Module):
         """
         if rotary_pos_emb is not None:
             raise ValueError(
-                "SketchAttention does not turn queries and keys: apply rotary positions before the call and pass "
-                "rotary_pos_emb=None"
+                "SketchAttention does not apply rotary positions: apply them before the call and pass rotary_pos_emb=None"
             )
         if any(x is not None for x in (*args, *kwargs.values())):
             raise ValueError(
@@ -100,7 +89,7 @@ class SketchAttention(nn.Module):
             raise ValueError(f"batch_dim_idx must be 0 or 1; got {checks.short_repr(batch_dim_idx)}")
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.tensor(name, x, dim=4)
-        q, k, v = ((x, x.transpose(0, 1))[batch_dim_idx] for x in (query, key, value))
+        q, k, v = (x.transpose(0, 1) if batch_dim_idx else x for x in (query, key, value))  # [B, T, H, D]
         sequence = Sequence.of(q.shape[1], group=self.group, layout=self.layout, return_carry=False, device=q.device)
-        out, _ = self.core(q, k, v, None, replace(sequence, return_carry=False))
+        out, _ = self.core(q, k, v, None, sequence)
         return out.transpose(0, 1) if batch_dim_idx else out

@@ -49,9 +49,9 @@ class RaceSection(StrictConfig):
                 f'"{RACE_SECTION}" must be an object with layout, layers, inherit_rope and fields of RaceConfig; '
                 f"got {checks.typed_repr(section)}"
             )
-        made = cls.check(dict(section), source=f'"{RACE_SECTION}"')
-        RaceConfig.check(made.options, source=f'"{RACE_SECTION}"')
-        return made
+        parsed = cls.check(dict(section), source=f'"{RACE_SECTION}"')
+        RaceConfig.check(parsed.options, source=f'"{RACE_SECTION}"')
+        return parsed
 
 
 class ParsedConfig(NamedTuple):
@@ -79,31 +79,31 @@ def read_config(config: Mapping[str, Any] | str | Path) -> ParsedConfig:
             f"a DeepSpeed configuration is a dictionary or the path of a JSON file; got {checks.typed_repr(config)}"
         )
     check_values(config)
-    tree = copy.deepcopy(dict(config))
-    section = tree.pop(RACE_SECTION, None)
-    size = tree.get(SEQUENCE_PARALLEL_SIZE, 1)
+    ds_config = copy.deepcopy(dict(config))
+    section = ds_config.pop(RACE_SECTION, None)
+    size = ds_config.get(SEQUENCE_PARALLEL_SIZE, 1)
     if isinstance(size, str) and size == AUTO:
-        return ParsedConfig(tree, None, None if section is None else RaceSection.read(section))
+        return ParsedConfig(ds_config, None, None if section is None else RaceSection.read(section))
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(
             f'"{SEQUENCE_PARALLEL_SIZE}" must be an integer of at least 1, or "{AUTO}"; got {checks.short_repr(size)}'
         )
-    return ParsedConfig(tree, size, None if section is None else RaceSection.read(section))
+    return ParsedConfig(ds_config, size, None if section is None else RaceSection.read(section))
 
 
-def resolve_auto(tree: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
+def resolve_auto(ds_config: Mapping[str, Any], *, bfloat16: bool) -> dict[str, Any]:
     """Replace the "auto" values: bf16 is enabled if the model's weights are bfloat16, the micro-batch is 1 if no batch size is
     set, and other keys are removed so that DeepSpeed's defaults apply."""
 
-    def settled(value: Any) -> Any:
-        return {k: settled(v) for k, v in value.items() if v != AUTO} if isinstance(value, Mapping) else value
+    def resolve(value: Any) -> Any:
+        return {k: resolve(v) for k, v in value.items() if v != AUTO} if isinstance(value, Mapping) else value
 
-    made: dict[str, Any] = settled(tree)
-    if (tree.get("bf16") or {}).get("enabled") == AUTO:
-        made["bf16"] = made["bf16"] | {"enabled": bfloat16}
-    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & made.keys():
-        made["train_micro_batch_size_per_gpu"] = 1
-    return made
+    result: dict[str, Any] = resolve(ds_config)
+    if (ds_config.get("bf16") or {}).get("enabled") == AUTO:
+        result["bf16"] = result["bf16"] | {"enabled": bfloat16}
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & result.keys():
+        result["train_micro_batch_size_per_gpu"] = 1
+    return result
 
 
 def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, mesh_param: object = None) -> None:
@@ -119,18 +119,18 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
     refused: list[tuple[object, str]] = [
         (
             mpu is not None,
-            "mpu is made here when sequences are shared, and one that has get_data_parallel_group leaves the ranks of a "
-            "sequence with different weights under ZeRO-3: leave mpu out",
+            "initialize makes the mpu when ranks share sequences, and an mpu with get_data_parallel_group lets the weights of "
+            "these ranks diverge under ZeRO-3: leave mpu out",
         ),
         (
             "data_parallel_size" in config or mesh_param is not None,
-            '"data_parallel_size" (or mesh_param) makes DeepSpeed build a mesh of its own, in which gradients are not summed '
+            '"data_parallel_size" (or mesh_param) makes DeepSpeed build its own mesh, in which gradients are not summed '
             f'over the ranks that share a sequence: leave it out; it is the number of ranks / "{SEQUENCE_PARALLEL_SIZE}"',
         ),
         (
             optimizer in ONE_BIT,
-            f"the optimizer {optimizer} exchanges compressed momenta and not gradients, over groups that know nothing of "
-            'shared sequences: use "AdamW"',
+            f"the optimizer {optimizer} exchanges compressed momenta instead of gradients, over groups without "
+            'sequence parallelism: use "AdamW"',
         ),
         (
             config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1.0,
@@ -139,12 +139,12 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
         ),
         (
             str(config.get("gradient_allreduce_op", "mean")).lower() != "mean",
-            '"gradient_allreduce_op" other than "mean" is not the scale in which losses of shared sequences are given: leave '
+            '"gradient_allreduce_op" other than "mean" changes the scale of the gradients when ranks share sequences: leave '
             "it out",
         ),
         (
             (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
-            '"tensor_parallel" beside shared sequences has not been measured: leave it out',
+            '"tensor_parallel" together with sequence parallelism has not been tested: leave it out',
         ),
     ]
     for key, harmless in (
@@ -156,8 +156,8 @@ def check_compatible(config: Mapping[str, Any], sp: int, *, mpu: object = None, 
         refused.append(
             (
                 zero.get(key, harmless) != harmless,
-                f'"zero_optimization.{key}" reduces over groups of its own; beside shared sequences that has not been '
-                "measured: leave it out",
+                f'"zero_optimization.{key}" reduces over its own groups; together with sequence parallelism that has not been '
+                "tested: leave it out",
             )
         )
     for applies, reason in refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def initialize(
         config: a dictionary or the path of a JSON file.
         timeout: seconds after which a collective fails that not all ranks have joined.
         mpu, mesh_param: DeepSpeed's own arguments; refused if ranks share sequences.
-        shared: the mesh, where it is made already; None: made here, neighbouring ranks sharing a sequence.
+        sequence_mesh: an existing mesh; None: a new mesh in which neighbouring ranks share a sequence.
         **options: further arguments of ``deepspeed.initialize``: optimizer, model_parameters, lr_scheduler, training_data, ...
 
     Returns:
@@ -126,46 +127,58 @@ def initialize(
 
     if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
         raise TypeError(f"model must be a torch.nn.Module with parameters; got {checks.typed_repr(model)}")
-    if sequence_mesh is not None:
-        checks.instance("sequence_mesh", sequence_mesh, SequenceParallelMesh)
     if mpu is not None and not any(name.startswith("get_") and "parallel" in name for name in dir(mpu)):
         raise TypeError(
-            f"mpu must be an object that knows its groups, as Megatron's parallel_state; got {checks.typed_repr(mpu)}"
+            f"mpu must be an object with DeepSpeed's mpu interface, as Megatron's parallel_state; got {checks.typed_repr(mpu)}"
         )
     if mesh_param is not None and not (isinstance(mesh_param, list | tuple) and len(mesh_param) == 2):
         raise TypeError(
-            f"mesh_param must be two numbers of ranks, data-parallel and of a sequence; got {checks.typed_repr(mesh_param)}"
+            f"mesh_param must be two numbers of ranks, data-parallel and sequence-parallel; got {checks.typed_repr(mesh_param)}"
         )
     timeout = checks.seconds("timeout", timeout)
+    sequence_mesh = _sequence_mesh_option(sequence_mesh, options)
     _check_options(**options)
     settings = read_config(config)
     join(timeout=timeout)
     sp = dist.get_world_size() if settings.sp is None else settings.sp
-    narrow = next(model.parameters()).dtype == torch.bfloat16
-    tree = resolve_auto(settings.config | {SEQUENCE_PARALLEL_SIZE: sp}, bfloat16=narrow)
-    check_compatible(tree, sp, mpu=mpu, mesh_param=mesh_param)
-    validate_with_deepspeed(tree, None if mesh_param is not None else mpu)
+    has_bfloat16_weights = next(model.parameters()).dtype == torch.bfloat16
+    ds_config = resolve_auto(settings.config | {SEQUENCE_PARALLEL_SIZE: sp}, bfloat16=has_bfloat16_weights)
+    check_compatible(ds_config, sp, mpu=mpu, mesh_param=mesh_param)
+    validate_with_deepspeed(ds_config, None if mesh_param is not None else mpu)
     if sp > 1 and isinstance(model, deepspeed.PipelineModule):
         raise ValueError(
-            f'"{SEQUENCE_PARALLEL_SIZE}": {sp} with a PipelineModule has not been measured: train without pipeline stages'
+            f'"{SEQUENCE_PARALLEL_SIZE}": {sp} with a PipelineModule has not been tested: train without pipeline stages'
         )
     layout = "contiguous" if settings.race is None else settings.race.layout
     sequence_mesh = sequence_mesh or _build_sequence_mesh(sp, layout, timeout)
-    known = {id(p) for p in model.parameters()}
+    before = {id(p) for p in model.parameters()}
     swap_attention(model, settings.race, sequence_mesh.sp_group, sequence_mesh.layout)
-    _check_trained({name: p for name, p in model.named_parameters() if id(p) not in known}, **options)
+    _check_trained({name: p for name, p in model.named_parameters() if id(p) not in before}, **options)
     if sequence_mesh.sp_group is not None:
         mpu = SequenceParallelMPU(sequence_mesh.sp_group)
     elif isinstance(groups.mpu, SequenceParallelMPU):
         groups.mpu = None  # left by an earlier engine: DeepSpeed would keep using it
     # parameter sizes must be read before ZeRO-3 partitions the parameters
-    _scale_gradients(model, tree, sp)
-    made = deepspeed.initialize(model=model, config=tree, mpu=mpu, mesh_param=mesh_param, **options)
+    _scale_gradients(model, ds_config, sp)
+    result = deepspeed.initialize(model=model, config=ds_config, mpu=mpu, mesh_param=mesh_param, **options)
     for module in model.modules():
         if isinstance(module, RaceCore):
             module.reset_constants(next(module.parameters(), next(model.parameters())))
-    made[0].race = sequence_mesh
-    return made
+    result[0].race = sequence_mesh
+    return result
+
+
+def _sequence_mesh_option(sequence_mesh: object, options: dict[str, Any]) -> SequenceParallelMesh | None:
+    """The mesh that the caller passes, also under its old name ``shared``, which is removed from ``options``."""
+    if "shared" in options:
+        message = (
+            "initialize(shared=...) is now initialize(sequence_mesh=...); the old name stops working with the next release"
+        )
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        sequence_mesh = options.pop("shared")
+    if sequence_mesh is None:
+        return None
+    return checks.instance("sequence_mesh", sequence_mesh, SequenceParallelMesh)
 
 
 def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_parameters: Any = None, **others: Any) -> None:
@@ -175,7 +188,7 @@ def _check_options(*, optimizer: Any = None, lr_scheduler: Any = None, model_par
         ("lr_scheduler", lr_scheduler, torch.optim.lr_scheduler.LRScheduler),
     ):
         if value is not None and not (isinstance(value, kind) or hasattr(value, "step") or callable(value)):
-            raise TypeError(f"{name} must be a {kind.__name__} or a function that makes one; got {checks.typed_repr(value)}")
+            raise TypeError(f"{name} must be a {kind.__name__} or a function that creates one; got {checks.typed_repr(value)}")
     if model_parameters is None:
         return
     entries = list(model_parameters) if isinstance(model_parameters, list | tuple) else []
@@ -201,7 +214,7 @@ def _check_trained(
     missing = [name for name, p in added.items() if id(p) not in seen]
     if missing:
         raise ValueError(
-            f"the optimizer was made before the attention was replaced and lacks {len(missing)} new parameters "
+            f"the optimizer was created before the attention was replaced and lacks {len(missing)} new parameters "
             f"({', '.join(missing[:3])}, ...): pass optimizer as a function of the parameters, as in "
             "optimizer=lambda parameters: torch.optim.AdamW(parameters), or convert the model first"
         )
@@ -211,7 +224,7 @@ def _build_sequence_mesh(sp: int, layout: str, timeout: float) -> SequenceParall
     world = dist.get_world_size()
     if world % sp:
         raise ValueError(
-            f'"{SEQUENCE_PARALLEL_SIZE}": {sp} does not divide the {world} rank{"s" if world > 1 else ""} that were started: '
+            f'"{SEQUENCE_PARALLEL_SIZE}": {sp} does not divide the number of ranks, {world}: '
             f"start a multiple of {sp} or change it"
         )
     if sp == 1:

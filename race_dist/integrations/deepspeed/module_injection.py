@@ -17,7 +17,7 @@ from race_dist.nn import RaceConfig
 from race_dist.parallel.sharding import check_layout
 
 
-class _Passes:
+class _GroupHook:
     """A forward pre-hook of this package's models: pass the sequence-parallel group, unless the caller passes one."""
 
     def __init__(self) -> None:
@@ -56,15 +56,15 @@ def swap_attention(model: nn.Module, race: RaceSection | None, group: ProcessGro
         _share_transformers(model, race, group, layout)
     elif not _share_modules(model, race, group, layout) and (group is not None or race is not None):
         raise ValueError(
-            f"{type(model).__name__} has no attention that could share sequences: a transformers model, a model "
-            "of race_dist, or modules of the kind DistributedAttention or SketchAttention are needed"
+            f"{type(model).__name__} has no attention that supports sequence parallelism: use a transformers model, a model "
+            "of race_dist, or a model with DistributedAttention or SketchAttention modules"
         )
 
 
 def _pass_group(model: nn.Module, group: ProcessGroup | None, layout: str) -> None:
-    hook = next((h for h in model._forward_pre_hooks.values() if isinstance(h, _Passes)), None)
+    hook = next((h for h in model._forward_pre_hooks.values() if isinstance(h, _GroupHook)), None)
     if hook is None:
-        hook = _Passes()
+        hook = _GroupHook()
         model.register_forward_pre_hook(hook, with_kwargs=True)
     hook.group, hook.layout = group, layout
 
@@ -100,7 +100,7 @@ def _share_modules(model: nn.Module, race: RaceSection | None, group: ProcessGro
         elif isinstance(module, DistributedAttention):
             if race is None:
                 raise ValueError(
-                    f'{name} is Ulysses\' DistributedAttention, which moves activations: give "{RACE_SECTION}" in the '
+                    f'{name} is Ulysses\' DistributedAttention, which exchanges activations: give "{RACE_SECTION}" in the '
                     "DeepSpeed configuration to replace it"
                 )
             parent, _, leaf = name.rpartition(".")
@@ -127,5 +127,7 @@ def _sketch_attention(
                 options[field] = getattr(owner, attribute)
     missing = [field for field in ("num_heads", "head_dim") if field not in options]
     if missing:
-        raise ValueError(f'{name}: give {" and ".join(missing)} in "{RACE_SECTION}": {type(owner).__name__} does not say')
+        raise ValueError(
+            f'{name}: give {" and ".join(missing)} in "{RACE_SECTION}": {type(owner).__name__} has no such attribute'
+        )
     return SketchAttention(RaceConfig.model_validate(options), group, layer=index, layout=layout)

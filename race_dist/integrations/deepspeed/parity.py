@@ -78,7 +78,7 @@ def measure(case: Case) -> Ratio:
     Raises:
         ValueError: the configuration is refused.
     """
-    place = join()
+    device = join()
     config = ModelConfig(
         vocab_size=VOCAB,
         dim=16,
@@ -92,24 +92,24 @@ def measure(case: Case) -> Ratio:
     draw = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(VOCAB, (2, case.accumulate, case.dp * ROWS, LENGTH), generator=draw)
     labels[:, -1, 3:9] = -100  # data-parallel groups have different numbers of targets
-    truth = _truth(config, ids, labels, case)
-    model = DecoderLM(config).to(place)
+    true = _true_gradient(config, ids, labels, case)
+    model = DecoderLM(config).to(device)
     before = {name: p.detach().double().cpu() for name, p in model.named_parameters()}
     engine, *_ = initialize(model=model, config=_deepspeed(case), optimizer=torch.optim.SGD(model.parameters(), lr=RATE))
     sequence_mesh = engine.race
-    mine = slice(sequence_mesh.dp_rank * ROWS, (sequence_mesh.dp_rank + 1) * ROWS)
+    rows = slice(sequence_mesh.dp_rank * ROWS, (sequence_mesh.dp_rank + 1) * ROWS)
     for part in range(case.accumulate):
-        x, y = (sequence_mesh.shard(t[part, mine].to(place)) for t in (ids, labels))
+        x, y = (sequence_mesh.shard(t[part, rows].to(device)) for t in (ids, labels))
         loss = engine(x, y, num_targets=sequence_mesh.num_targets(y))
         engine.backward(loss) if case.backward == "engine" else loss.backward()
         engine.step()
     after = _weights(engine)
     engine.destroy()
-    alone = _truth(config, ids, labels, case, torch.float32)
-    return _compare(truth, {name: (before[name] - w) / RATE for name, w in after.items()}, alone, place)
+    float32 = _true_gradient(config, ids, labels, case, torch.float32)
+    return _compare(true, {name: (before[name] - w) / RATE for name, w in after.items()}, float32, device)
 
 
-def _truth(
+def _true_gradient(
     config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, case: Case, dtype: torch.dtype = torch.float64
 ) -> dict[str, torch.Tensor]:
     """The gradient without DeepSpeed, in one process: in ``dtype``, or of bfloat16 weights if the case is bfloat16."""
@@ -148,21 +148,21 @@ def _weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _compare(
-    truth: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], alone: dict[str, torch.Tensor], place: torch.device
+    true: dict[str, torch.Tensor], applied: dict[str, torch.Tensor], float32: dict[str, torch.Tensor], device: torch.device
 ) -> Ratio:
-    flat = lambda gradients: torch.cat([gradients[name].flatten() for name in truth])
-    one, other = flat(truth), flat(applied)
-    distance = lambda found: float((one - found).norm() / one.norm())
-    each = [float((truth[n] * applied[n]).sum() / truth[n].square().sum()) for n in truth]
-    highest, lowest = (other.to(place, copy=True) for _ in range(2))
+    flat = lambda gradients: torch.cat([gradients[name].flatten() for name in true])
+    expected, actual = flat(true), flat(applied)
+    distance = lambda found: float((expected - found).norm() / expected.norm())
+    ratios = [float((true[n] * applied[n]).sum() / true[n].square().sum()) for n in true]
+    highest, lowest = (actual.to(device, copy=True) for _ in range(2))
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     return Ratio(
-        float(one @ other / (one @ one)),
-        distance(other),
-        max(each, key=lambda ratio: abs(ratio - 1)),
+        float(expected @ actual / (expected @ expected)),
+        distance(actual),
+        max(ratios, key=lambda ratio: abs(ratio - 1)),
         float((highest - lowest).abs().max() * RATE),
-        distance(flat(alone)),
+        distance(flat(float32)),
     )
 
 
@@ -173,10 +173,10 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     join()
-    rows = []
+    measured = []
     for case in cases(dist.get_world_size()):
         ratio = measure(case)
-        rows.append(case._asdict() | ratio._asdict())
+        measured.append(case._asdict() | ratio._asdict())
         if dist.get_rank() == 0:
             print(
                 f"{case}: applied / true = {ratio.ratio:.7f}, distance {ratio.distance:.1e}, worst parameter "
@@ -190,7 +190,7 @@ def main() -> None:
             "command": f"torchrun --nproc-per-node {dist.get_world_size()} -m {__spec__.name} {' '.join(sys.argv[1:])}",
             "torch": torch.__version__,
             "deepspeed": deepspeed.__version__,
-            "rows": rows,
+            "rows": measured,
         }
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shutdown()

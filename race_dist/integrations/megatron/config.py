@@ -23,8 +23,8 @@ RACE_FIELDS = tuple(name for name in RaceConfig.model_fields if name not in OWNE
 _DEFAULTS = RaceConfig()
 
 
-LIMIT = 2**20  # of layers, widths, heads and ranks: beyond it no model fits a machine
-COUNTS = (
+MAX_SIZE = 2**20  # of layers, widths, heads and ranks: beyond it no model fits a machine
+COUNT_FIELDS = (
     "num_layers",
     "hidden_size",
     "num_attention_heads",
@@ -36,7 +36,7 @@ COUNTS = (
     "pipeline_model_parallel_size",
     "expert_model_parallel_size",
 )
-DROPOUTS = ("attention_dropout", "hidden_dropout")
+DROPOUT_FIELDS = ("attention_dropout", "hidden_dropout")
 
 
 @dataclass
@@ -94,7 +94,7 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
         self.race()
         pattern = self.race_pattern()
         if any(pattern):
-            _refuse_what_cannot_be(self, hybrid=not all(pattern))
+            _check_supported(self, hybrid=not all(pattern))
 
     def race(self, *, causal: bool = True) -> RaceConfig:
         """The race_* fields as a RaceConfig, with widths and heads. ValueError names a wrong field with its prefix."""
@@ -122,13 +122,13 @@ class RaceTransformerConfig(TransformerConfig):  # type: ignore[misc]
         freq, count = cast(Any, self.linear_attention_freq), cast(int, self.num_layers)
         if freq is None:
             return [True] * count
-        if type(freq) is int and 1 <= freq <= LIMIT:
+        if type(freq) is int and 1 <= freq <= MAX_SIZE:
             return [(i + 1) % freq != 0 for i in range(count)]
         if isinstance(freq, (list, tuple)) and len(freq) == count and all(type(f) is int and f in (0, 1) for f in freq):
-            return [bool(each) for each in freq]
+            return [bool(entry) for entry in freq]
         raise ValueError(
             f"linear_attention_freq is None, N (every N-th layer is softmax) or a list of {count} zeros "
-            f"(softmax) and ones (RACE), one a layer; got {short_repr(freq)}"
+            f"(softmax) and ones (RACE), one per layer; got {short_repr(freq)}"
         )
 
     @property
@@ -145,12 +145,12 @@ def _check_numbers(config: Any) -> None:
         value: Any = getattr(config, name, None)
         if not kinds <= {int, float, NoneType} or (value is None and NoneType in kinds):
             continue
-        whole = float not in kinds
-        if isinstance(value, bool) or not issubclass(type(value), numbers.Integral if whole else numbers.Real):
-            raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {short_repr(value)}")
-        if name in COUNTS and not 1 <= value <= LIMIT:
-            raise ValueError(f"{name} must be from 1 to {LIMIT:,}; got {short_repr(value)}")
-        if name in DROPOUTS and not 0 <= value < 1:
+        is_integer = float not in kinds
+        if isinstance(value, bool) or not issubclass(type(value), numbers.Integral if is_integer else numbers.Real):
+            raise ValueError(f"{name} must be a {'whole ' if is_integer else ''}number; got {short_repr(value)}")
+        if name in COUNT_FIELDS and not 1 <= value <= MAX_SIZE:
+            raise ValueError(f"{name} must be from 1 to {MAX_SIZE:,}; got {short_repr(value)}")
+        if name in DROPOUT_FIELDS and not 0 <= value < 1:
             raise ValueError(f"{name} must be at least 0 and below 1; got {short_repr(value)}")
         if name == "layernorm_epsilon" and not 0 < value < 1:
             raise ValueError(f"{name} must be above 0 and below 1; got {short_repr(value)}")
@@ -179,19 +179,19 @@ def require_race_config(config: object, where: str) -> RaceTransformerConfig:
     )
 
 
-def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
+def _check_supported(config: Any, *, hybrid: bool) -> None:
     """Raise ValueError for options of Megatron that RACE layers do not support."""
     reasons = {
         "multi_latent_attention": "its keys and values are not per head",
-        "qk_clip": "it clips logits, and there are none",
+        "qk_clip": "it clips logits, which RACE layers do not have",
         "flash_decode": "it decodes from cached keys",
         "fp8_dot_product_attention": "the sketch is summed in float32",
         "fp8_multi_head_attention": "the sketch is summed in float32",
-        "apply_query_key_layer_scaling": "it scales logits, and there are none; race_qk_norm sets the queries' length",
+        "apply_query_key_layer_scaling": "it scales logits, which RACE layers do not have: use race_qk_norm",
     }
     for name, reason in reasons.items():
         if getattr(config, name, False):
-            raise ValueError(f"{name} does not go with RACE layers: {reason}; turn it off")
+            raise ValueError(f"{name} is not supported with RACE layers: {reason}; turn it off")
     if config.attention_backend == AttnBackend.local:
         raise ValueError(
             "attention_backend is local, with which Megatron replaces the attention of every layer by its own "
@@ -209,7 +209,7 @@ def _refuse_what_cannot_be(config: Any, *, hybrid: bool) -> None:
         )
     if config.window_size is not None and not hybrid:
         raise ValueError(
-            f"window_size is {config.window_size}, but every layer is RACE, which sees all tokens before it: "
+            f"window_size is {config.window_size}, but every layer is RACE, which attends to all earlier tokens: "
             "leave it out or make some layers softmax (linear_attention_freq)"
         )
     if hybrid and config.race_layout == "contiguous" and config.context_parallel_size > 1:

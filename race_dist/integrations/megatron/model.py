@@ -37,7 +37,7 @@ def transformer_config(
     if "S" in kinds and cp > 1:
         raise ValueError(
             f"model.layer_pattern is {model.layer_pattern!r} and {cp} ranks share a sequence, but megatron-core's "
-            "softmax layers do that with Transformer Engine only: use R"
+            "softmax layers support that with Transformer Engine only: use R"
         )
     if "S" in kinds and model.softmax != SoftmaxConfig():
         raise ValueError(
@@ -46,7 +46,7 @@ def transformer_config(
         )
     if race.rope_base is not None and race.short_conv and "R" in kinds:
         raise ValueError(
-            "model.race has rotary positions and a short convolution: Megatron turns queries before the "
+            "model.race has rotary positions and a short convolution: Megatron rotates queries and keys before the "
             "convolution, DecoderLM after it; set race.short_conv=0 or race.rope_base to none"
         )
     if race.rope_base not in (None, model.rope_base) and "R" in kinds:

@@ -34,7 +34,7 @@ except ImportError:
 def _provider(use_transformer_engine: bool) -> Any:
     if use_transformer_engine and not HAVE_TE:
         raise ImportError(
-            "a Transformer Engine spec was asked for but transformer_engine is not installed: install it, or "
+            "a Transformer Engine spec was requested but transformer_engine is not installed: install it, or "
             'set transformer_impl to "local"'
         )
     return TESpecProvider() if use_transformer_engine else LocalSpecProvider()
@@ -163,14 +163,14 @@ class RaceTransformerLayer(TransformerLayer):  # type: ignore[misc]
         super().__init__(config, chosen, layer_number, *args, vp_stage=vp_stage, **kwargs)
 
 
-def _module_level(layer: ModuleSpec, provider: Any) -> ModuleSpec:
+def _switching_layer_spec(layer: ModuleSpec, provider: Any) -> ModuleSpec:
     race = with_race(layer, provider, rms_norm=True)
     return ModuleSpec(module=RaceTransformerLayer, submodules=(race.submodules, layer.submodules))
 
 
 # Specs with RMSNorm and a dense MLP, from megatron-core's or Transformer Engine's modules, for builders that import a name.
-race_layer_local_spec = _module_level(get_gpt_layer_local_spec(normalization="RMSNorm"), LocalSpecProvider())
-race_layer_te_spec = _module_level(get_gpt_layer_with_transformer_engine_spec(), TESpecProvider()) if HAVE_TE else None
+race_layer_local_spec = _switching_layer_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), LocalSpecProvider())
+race_layer_te_spec = _switching_layer_spec(get_gpt_layer_with_transformer_engine_spec(), TESpecProvider()) if HAVE_TE else None
 
 
 def get_race_hybrid_stack_spec() -> ModuleSpec:

@@ -28,14 +28,14 @@ def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int |
     """
     if kwargs.get("use_vmap") or "or_mask" in getattr(kwargs.get("mask_function"), "__qualname__", ""):
         raise ValueError(
-            'attn_implementation="race" sees all earlier tokens of a document; this model adds a pattern of '
-            "its own to its attention mask: take another implementation"
+            'attn_implementation="race" attends to all earlier tokens of a document; this model adds its own '
+            "pattern to the attention mask: use another implementation"
         )
     size = kwargs.get("local_size")
     if size is not None and kv_length is not None and kv_length > size:
         raise ValueError(
-            f"the model has a sliding window of {size} tokens and {kv_length} keys; RACE Attention sees all "
-            "earlier tokens: set config.sliding_window = None (or its chunk size), or take another implementation"
+            f"the model has a sliding window of {size} tokens and {kv_length} keys; RACE Attention attends to all "
+            "earlier tokens: set config.sliding_window = None (or its chunk size), or use another implementation"
         )
     if kv_length is not None and kwargs.get("q_length") is not None:
         last = int(kwargs.get("q_offset", 0)) + kwargs["q_length"]
@@ -43,7 +43,7 @@ def race_mask(*args: Any, attention_mask: Tensor | None = None, kv_length: int |
         last = None if kwargs.get("cache_position") is None else int(kwargs["cache_position"][-1]) + 1  # transformers 4
     if kv_length is not None and last is not None and last != kv_length + kwargs.get("kv_offset", 0):
         raise ValueError(
-            f"the cache has places for {kv_length} keys, of which {last} are taken: RACE Attention decodes with a "
+            f"the cache has places for {kv_length} keys, of which {last} are used: RACE Attention decodes with a "
             "DynamicCache (the default), so leave cache_implementation out"
         )
     return attention_mask if attention_mask is None or kv_length is None else attention_mask[:, -kv_length:]
@@ -82,20 +82,20 @@ def race_attention_forward(
     Raises:
         ValueError: dropout, a sliding window, a logit cap, attention weights or another unsupported feature is requested.
     """
-    given = query.shape[2]
+    padded_length = query.shape[2]
     if (
         race_sequence is not None and not race_sequence.sequence.length
     ):  # a shard without tokens: the token that is there is a placeholder
         query, key, value = (x[:, :, :0] for x in (query, key, value))
     batch, _, length, _ = query.shape
     keys = key.shape[2]
-    _refuse(module, dropout, sliding_window, softcap, keys, kwargs)
+    _check_supported(module, dropout, sliding_window, softcap, keys, kwargs)
     if keys != length and getattr(module, "is_causal", True) is False:
         raise ValueError(
             f"layer {getattr(module, 'layer_idx', None)} attends from {length} tokens to {keys} others: RACE "
-            "Attention computes no cross attention, so take another implementation"
+            "Attention computes no cross attention: use another implementation"
         )
-    core = _core(module, query, key)
+    core = _race_core(module, query, key)
     if race_sequence is None or keys != length:
         rows = batch_sequence(
             batch,
@@ -112,10 +112,10 @@ def race_attention_forward(
     q, k, v = (rows.fold(x.transpose(1, 2)) for x in (query, key, value))
     out, _ = core(q, k, v, None, rows.sequence)
     out = rows.unfold(out)[:, keys - length :]
-    return F.pad(out, (0, 0, 0, 0, 0, given - length)), None
+    return F.pad(out, (0, 0, 0, 0, 0, padded_length - length)), None
 
 
-def _refuse(
+def _check_supported(
     module: nn.Module, dropout: float, window: int | None, softcap: float | None, keys: int, others: dict[str, Any]
 ) -> None:
     layer = getattr(module, "layer_idx", None)
@@ -126,33 +126,33 @@ def _refuse(
         )
     if window is not None and keys > window:
         raise ValueError(
-            f"layer {layer} has a sliding window of {window} tokens and {keys} keys; RACE Attention sees all "
+            f"layer {layer} has a sliding window of {window} tokens and {keys} keys; RACE Attention attends to all "
             "earlier tokens: set config.sliding_window = None, or keep such layers softmax"
         )
     if softcap is not None:
         raise ValueError(
-            f"layer {layer} caps its logits (softcap = {softcap}); RACE Attention has no logits: take another implementation"
+            f"layer {layer} caps its logits (softcap = {softcap}); RACE Attention has no logits: use another implementation"
         )
     if others.get("s_aux") is not None:
-        raise ValueError(f"layer {layer} has attention sinks; RACE Attention has none: take another implementation")
+        raise ValueError(f"layer {layer} has attention sinks; RACE Attention has none: use another implementation")
     biases = [name for name in ("position_bias", "attention_bias", "attn_bias", "alibi") if others.get(name) is not None]
     if biases:
         raise ValueError(
-            f"layer {layer} adds a {biases[0]} to its logits; RACE Attention has no logits: take another implementation"
+            f"layer {layer} adds a {biases[0]} to its logits; RACE Attention has no logits: use another implementation"
         )
     config = getattr(module, "config", None)
     if others.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise ValueError("output_attentions=True asks for weights, of which RACE Attention makes none: leave it out")
+        raise ValueError("output_attentions=True asks for attention weights, which RACE Attention does not have: leave it out")
 
 
-def _core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
+def _race_core(module: Any, query: Tensor, key: Tensor) -> RaceCore:
     """The RaceCore of a layer, created on first use. It has no parameters and adds nothing to a checkpoint."""
     core = getattr(module, "race_core", None)
     shape = (query.shape[1], key.shape[1], query.shape[3], getattr(module, "is_causal", True) is not False)
-    made_for = (repr(getattr(module.config, CONFIG_ENTRY, None)), shape)
-    if not isinstance(core, RaceCore) or module.race_made_for != made_for:
+    core_options = (repr(getattr(module.config, CONFIG_ENTRY, None)), shape)
+    if not isinstance(core, RaceCore) or module.race_core_options != core_options:
         core = module.race_core = _make_core(module, *shape, device=query.device)
-        module.race_made_for = made_for
+        module.race_core_options = core_options
     if core.planes.device != query.device or (query.dtype == torch.float64) != (core.planes.dtype == torch.float64):
         core.to(device=query.device, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
     return core

@@ -74,9 +74,9 @@ def batch_sequence(
         counted = attention_mask[:, :past].ne(0).sum(1)
         if bool((counted != torch.as_tensor(position)).any()):
             raise ValueError(
-                f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are no padding, "
+                f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are not padding, "
                 f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
-                "cannot forget tokens, so mask them when they come"
+                "cannot forget tokens, so mask them in the call in which they are new"
             )
     if cu_seqlens is not None and (batch > 1 or past or mask is not None):
         raise ValueError(
@@ -93,7 +93,7 @@ def batch_sequence(
         cu_seqlens = packed_boundaries(position_ids)
         folded = cu_seqlens is not None
     if folded and return_carry and batch > 1:
-        raise ValueError(f"{batch} packed rows leave no one carry to go on from: give use_cache=False")
+        raise ValueError(f"{batch} packed rows have no single carry to continue from: pass use_cache=False")
     if folded:
         sequence = Sequence.of(batch * length, cu_seqlens=cu_seqlens, return_carry=return_carry, device=device)
     else:
@@ -127,15 +127,15 @@ def _check_one_document(position_ids: Tensor, positions: Tensor) -> None:
     ahead = position_ids - positions
     if bool((ahead != ahead[:, :1]).any()):
         raise ValueError(
-            "position_ids start anew inside a shard: under sequence parallelism packed documents are named by "
-            "cu_seq_lens_q of the whole sequence; shard_batch makes them from a whole batch"
+            "position_ids restart inside a shard: under sequence parallelism packed documents are given by "
+            "cu_seq_lens_q of the whole sequence; shard_batch computes it from a whole batch"
         )
 
 
 def _starts(position_ids: Tensor) -> Tensor:
     """``[B, T]`` bool: whether a document begins at the token; one begins at the start of each row."""
-    begun = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return torch.cat([torch.ones_like(begun[:, :1]), begun], 1)
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.cat([torch.ones_like(begins[:, :1]), begins], 1)
 
 
 def boundaries(starts: Tensor) -> Tensor:
@@ -149,8 +149,8 @@ def _key_mask(attention_mask: Tensor, batch: int, past: int, length: int) -> Ten
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         kind = f"{attention_mask.dim()}-dimensional" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(
-            f"RACE layers take a padding mask [batch, length]; got a {kind} attention_mask. Which pairs of tokens "
-            "see each other cannot be chosen: keep such layers softmax, or pack documents by position_ids"
+            f"RACE layers take a padding mask [batch, length]; got a {kind} attention_mask. It cannot mask single "
+            "pairs of tokens: keep such layers softmax, or pack documents by position_ids"
         )
     if tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(

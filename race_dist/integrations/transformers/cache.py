@@ -53,7 +53,7 @@ class RaceCacheLayer(CacheLayerMixin):
         length = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.seen + length, 0
 
-    def _each(self, change: Any) -> None:
+    def _map_tensors(self, change: Any) -> None:
         if self.carry is not None:
             self.carry = self.carry.with_tensors(tuple(change(t) for t in self.carry.tensors()))
         if isinstance(self.position, Tensor) and self.position.dim():
@@ -63,16 +63,16 @@ class RaceCacheLayer(CacheLayerMixin):
         self.carry, self.seen, self.position, self.is_initialized = None, 0, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda t: t[indices])
+        self._map_tensors(lambda t: t[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._map_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
-        self._each(lambda t: t.to("cpu", non_blocking=True))
+        self._map_tensors(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Do nothing: the layer moves its carry to the device of its input."""
@@ -80,7 +80,7 @@ class RaceCacheLayer(CacheLayerMixin):
     def crop(self, *args: Any) -> None:
         raise ValueError(
             "a RACE layer cannot forget the last tokens it has seen: decode without an assistant model, prompt "
-            "lookup or anything else that takes tokens back"
+            "lookup or anything else that removes tokens from the cache"
         )
 
 

@@ -70,7 +70,7 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
     if entry is None:
         return result
     result[KEY] = entry
-    if _own(config) == IMPLEMENTATION and not Settings.of(config).layers:
+    if _own_implementation(config) == IMPLEMENTATION and not Settings.of(config).layers:
         settings = Settings.of(config)
         result[CONFIG_ENTRY] = settings.model_copy(
             update={"options": stored_options(settings.implementation_config())}
@@ -78,7 +78,7 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
     return result
 
 
-def _own(config: Any) -> str | None:
+def _own_implementation(config: Any) -> str | None:
     """The implementation of one configuration: "race", "race_converted" or None for anything else."""
     if getattr(config, KEY, None) == IMPLEMENTATION:
         return IMPLEMENTATION
@@ -87,7 +87,7 @@ def _own(config: Any) -> str | None:
 
 def _stored_implementation(config: Any) -> str | dict[str, Any] | None:
     """The value to store: one name, or one name per sub-configuration (``""`` is the model's own) if they differ."""
-    own = _own(config)
+    own = _own_implementation(config)
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     found = {name: _stored_implementation(part) for name, part in parts.items() if isinstance(part, PretrainedConfig)}
     if all(value == own for value in found.values()):
@@ -118,7 +118,7 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
         if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
             raise ValueError(
                 f"{type(model).__name__} has cross attention, from a decoder to its encoder, which "
-                f'attn_implementation="{IMPLEMENTATION}" does not compute: take another implementation'
+                f'attn_implementation="{IMPLEMENTATION}" does not compute: use another implementation'
             )
         Settings.of(config).implementation_config()
         _attach(model, named=True)
@@ -158,8 +158,8 @@ def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> 
         entries = json.loads(stored.read_text(encoding="utf-8"))
     if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
         raise ValueError(
-            f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, so '
-            "that it would become softmax: leave config out, or say which by attn_implementation=..."
+            f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, and '
+            "the model would become softmax: leave config out, or pass attn_implementation=..."
         )
 
 
@@ -174,11 +174,12 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         model, info = original(cls, *args, output_loading_info=True, **kwargs)
     finally:
         LOADING.reset(token)
-    left = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
-    if left:
+    leftover = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".race_settings"))
+    if leftover:
         raise ValueError(
-            f"the checkpoint has RACE layers ({left[0].removesuffix('.race_settings')}, ...) which the model that "
-            f"was made of the given configuration has not: its config.{CONFIG_ENTRY} must name them, as the saved one's"
+            f"the checkpoint has RACE layers ({leftover[0].removesuffix('.race_settings')}, ...) which the model that "
+            f"was created from the given configuration does not have: its config.{CONFIG_ENTRY} must list them, as "
+            "the saved one does"
         )
     finish_loading(model)
     return (model, info) if wanted else model
@@ -225,7 +226,7 @@ def check_same_attention(folder: str | Path, config: Any) -> None:
         differ = "" if names[0] != names[1] else f", with other settings: {found[0][1]} there and {found[1][1]} here"
         raise ValueError(
             f"the checkpoint {folder} was trained with the attention {names[0]}, but the model has {names[1]}"
-            f"{differ}: make the model of the checkpoint's configuration, from_pretrained does"
+            f"{differ}: create the model from the checkpoint's configuration, as from_pretrained does"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from race_dist.integrations.transformers.projections import Projections
+from race_dist.nn import rotate
 
 RECORDING_IMPLEMENTATION = "race_recording"
 TOKENS = 3
@@ -73,8 +74,8 @@ def run(decoder: nn.Module) -> None:
 
 
 def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
-    """Run the decoder and record the call of each given module, by layer index. Modules that are not called are missing."""
-    seen: dict[int, AttentionCall] = {}
+    """Run the decoder and record the call of each expected module, by layer index. Modules that are not called are missing."""
+    calls: dict[int, AttentionCall] = {}
     functions: dict[int, dict[str, Any]] = {}
 
     def attention(
@@ -91,22 +92,22 @@ def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dic
         }
         return out, None
 
-    def note(index: int) -> Any:
+    def recorder(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             y = out[0] if isinstance(out, tuple) else out
-            seen[index] = AttentionCall(x, kwargs, y, **functions.get(id(module), {}))
+            calls[index] = AttentionCall(x, kwargs, y, **functions.get(id(module), {}))
 
         return hook
 
-    handles = [module.register_forward_hook(note(index), with_kwargs=True) for index, module in attentions.items()]
+    handles = [module.register_forward_hook(recorder(index), with_kwargs=True) for index, module in attentions.items()]
     try:
         with _implementation(decoder, attention):
             run(decoder)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return calls
 
 
 def _mask(*_: Any, **how: Any) -> Pattern | None:
@@ -151,49 +152,48 @@ def check_equivalent(
     leave = "leave this layer out of layers (it stays softmax)"
     if call.q is None or call.k is None or call.v is None or call.heads is None:
         raise ValueError(
-            f"{where} does not call transformers' attention function, so that what it does around its attention "
-            f"is not known: {leave}"
+            f"{where} does not call transformers' attention function, so its other operations cannot be checked: {leave}"
         )
-    _check_asked(call, where, longest, leave)
+    _check_arguments(call, where, longest, leave)
     with torch.no_grad():
         own = dict(zip(("queries", "keys", "values"), projections.project(attention, call.x), strict=True))
         y = projections.output(attention, call.heads)
-    for (name, x), given in zip(own.items(), (call.q, call.k, call.v), strict=True):
+    for (name, x), expected in zip(own.items(), (call.q, call.k, call.v), strict=True):
         x = x.unflatten(-1, (-1, projections.head_dim)).transpose(1, 2)
         if name != "values":
-            x, given = _comparable(x, given, call.kwargs.get("position_embeddings"), rotated)
-        if not _close(x, given):
+            x, expected = _comparable(x, expected, call.kwargs.get("position_embeddings"), rotated)
+        if not _close(x, expected):
             turned = ", other rotary positions" if rotated else ""
             raise ValueError(
-                f"{where} makes its {name} otherwise than by {', '.join(_parts(projections, name))} alone (a "
+                f"{where} computes its {name} by more than {', '.join(_parts(projections, name))} (a "
                 f"scale, a clip, another order or width of heads{turned}): {leave}"
             )
     if not _close(y, call.y):
         raise ValueError(
-            f"{where} makes its output otherwise than by {projections.names[-1]} alone (a gate, a norm or a scale "
+            f"{where} computes its output by more than {projections.names[-1]} (a gate, a norm or a scale "
             f"after the attention): {leave}"
         )
 
 
-def _check_asked(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
+def _check_arguments(call: AttentionCall, where: str, longest: int | None, leave: str) -> None:
     attention_kwargs = call.attention_kwargs or {}
     size = call.mask.size if isinstance(call.mask, Pattern) else None
     windows = [int(n) for n in (size, attention_kwargs.get("sliding_window")) if n is not None]
     if windows and (longest is None or min(windows) < longest):
         raise ValueError(
-            f"{where} sees a sliding window or chunk of {min(windows)} tokens, but a RACE layer sees all earlier "
-            f"ones: {leave}, or make the model without windows (config.sliding_window = None)"
+            f"{where} attends to a sliding window or chunk of {min(windows)} tokens, but a RACE layer attends to all earlier "
+            f"tokens: {leave}, or create the model without windows (config.sliding_window = None)"
         )
     if call.mask is not None and size is None:
-        raise ValueError(f"{where} has an attention mask of its own beside the causal one (a bias or pattern): {leave}")
+        raise ValueError(f"{where} has its own attention mask in addition to the causal one (a bias or pattern): {leave}")
     if attention_kwargs.get("softcap") is not None:
         raise ValueError(
             f"{where} caps its logits (softcap = {attention_kwargs['softcap']}), but RACE Attention has no logits: {leave}, "
-            "or make the model without a cap"
+            "or create the model without a cap"
         )
     more = [name for name, value in attention_kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS_TENSORS]
     if more:
-        raise ValueError(f"{where} hands its attention {', '.join(more)}, which RACE Attention has no place for: {leave}")
+        raise ValueError(f"{where} passes {', '.join(more)} to its attention, which RACE Attention does not support: {leave}")
 
 
 def _parts(projections: Projections, name: str) -> tuple[str, ...]:
@@ -202,24 +202,22 @@ def _parts(projections: Projections, name: str) -> tuple[str, ...]:
     return (projections.names[min(index, len(projections.names) - 2)], *norm)
 
 
-def _comparable(x: Tensor, given: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
-    """Make queries or keys before rotary positions, ``x [B, H, T, D]``, comparable with the model's, ``given``.
+def _comparable(x: Tensor, expected: Tensor, embeddings: Any, rotated: bool) -> tuple[Tensor, Tensor]:
+    """Make queries or keys before rotary positions, ``x [B, H, T, D]``, comparable with the model's, ``expected``.
 
     If the RACE layer applies rotary positions too, they are applied to the halves of each head here. Otherwise only the first
     token is compared: at position 0 nothing is rotated, though some models scale it there (YaRN).
     """
     if not isinstance(embeddings, tuple) or not isinstance(embeddings[0], Tensor):
-        return x[:, :, :1], given[:, :, :1]
+        return x[:, :, :1], expected[:, :, :1]
     cos, sin = (t.to(x.dtype) for t in embeddings)
     if not rotated:
         x, turned = x[:, :, :1], min(cos.shape[-1], x.shape[-1])
-        return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), given[:, :, :1]
+        return torch.cat([x[..., :turned] * cos.flatten()[0], x[..., turned:]], -1), expected[:, :, :1]
     if cos.dim() != 3 or cos.shape[-1] != x.shape[-1]:  # a part of each head, or axes of images
-        return x, given[..., :0]
+        return x, expected[..., :0]
     half = x.shape[-1] // 2
-    a, b = x.chunk(2, -1)
-    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1), given
+    return rotate(x.transpose(1, 2), cos[..., :half], sin[..., :half]).transpose(1, 2), expected
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -76,7 +76,7 @@ def convert(
     decoder = decoder_of(model)
     if not isinstance(inherit_rope, bool):
         raise TypeError(f"inherit_rope must be True or False; got {short_repr(inherit_rope)}")
-    chosen = _chosen(layers, len(decoder.layers))  # type: ignore[arg-type]
+    chosen = _layer_indices(layers, len(decoder.layers))  # type: ignore[arg-type]
     options, earlier = _options(race), Settings.of(model.config)
     if earlier.layers and (options, inherit_rope) != (stored_options(earlier.layer_config()), earlier.inherit_rope):
         raise ValueError(
@@ -113,17 +113,19 @@ def from_pretrained(path: str | Path, **options: Any) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(path, **{name: options[name] for name in HUB_OPTIONS if name in options})
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"path {str(path)!r} is no folder of a saved model and no name on the hub: {reason}") from None
+            raise ValueError(
+                f"path {str(path)!r} is neither a folder of a saved model nor a name on the hub: {reason}"
+            ) from None
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"config must be a configuration of transformers; got {short_repr(config)}")
     if not Settings.of(config).layers and getattr(config, "_attn_implementation", None) != IMPLEMENTATION:
         raise ValueError(
-            f"path {str(path)!r} is no converted model: its config.json has no {CONFIG_ENTRY}.layers; read it with transformers"
+            f"path {str(path)!r} is no converted model: its config.json has no {CONFIG_ENTRY}.layers; load it with transformers"
         )
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
-        raise ValueError(f"{path} is of the architecture {name!r}, which transformers {transformers.__version__} has not")
+        raise ValueError(f"{path} has the architecture {name!r}, which transformers {transformers.__version__} does not have")
     return kind.from_pretrained(path, config=config, **options)
 
 
@@ -137,7 +139,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
         blocks: Any = decoder_of(model).layers
     except TypeError as error:
         raise ValueError(f"config.{CONFIG_ENTRY} says that layers {list(settings.layers)} are RACE layers: {error}") from None
-    missing = _chosen(settings.layers, len(blocks))
+    missing = _layer_indices(settings.layers, len(blocks))
     missing = [i for i in missing if not isinstance(_attention_of(blocks[i], i)[1], RaceSelfAttention)]
     if missing:
         options = stored_options(settings.layer_config())
@@ -160,14 +162,14 @@ def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
     if unnamed:
         raise TypeError(f"race must be a dictionary whose keys are fields of RaceConfig; got the key {unnamed[0]!r}")
     if given.get("causal") is False:
-        raise ValueError("race has causal = False, but the layers of a decoder read only what comes before: leave it out")
+        raise ValueError("race has causal = False, but the layers of a decoder are causal: leave it out")
     return {
         **stored_options(RaceConfig.check(CONVERSION_DEFAULTS | given, source="race")),
         **{name: given[name] for name in ("dim", "num_heads", "num_kv_heads", "head_dim") if given.get(name) is not None},
     }
 
 
-def _chosen(layers: Iterable[int] | None, count: int) -> list[int]:
+def _layer_indices(layers: Iterable[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
     if isinstance(layers, (str, bytes, Mapping)) or not isinstance(layers, Iterable):
@@ -196,23 +198,23 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     decoder = decoder_of(model)
     blocks: Any = decoder.layers
     places = {index: _attention_of(blocks[index], index) for index in settings.layers}
-    again = [index for index, (_, module) in places.items() if isinstance(module, RaceSelfAttention)]
-    if again:
-        raise ValueError(f"layer {again[0]} is a RACE layer already: leave it out of layers")
+    converted = [index for index, (_, module) in places.items() if isinstance(module, RaceSelfAttention)]
+    if converted:
+        raise ValueError(f"layer {converted[0]} is a RACE layer already: leave it out of layers")
     text = model.config.get_text_config()
-    runs = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
+    can_run = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
     made = {index: _layer(module, index, settings, text) for index, (_, module) in places.items()}
-    if runs:
+    if can_run:
         calls = conversion_check.record_calls(decoder, {index: module for index, (_, module) in places.items()})
         for index, (_, module) in places.items():
-            _check(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
+            _check_conversion(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
     hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
     before = [set(kind) for kind in hooks]
     try:
         for index, (name, module) in places.items():
             setattr(blocks[index], name, made[index].train(module.training))
         install_decoder_hook(model)
-        if runs:
+        if can_run:
             conversion_check.run(decoder)
     except Exception as error:
         for index, (name, module) in places.items():
@@ -229,7 +231,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     """The RACE layer that replaces an attention module."""
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
-        raise ValueError(f"{where} reads later tokens too, but converted layers are causal: leave it out of layers")
+        raise ValueError(f"{where} is not causal, but converted layers are: leave it out of layers")
     dropout = [
         str(p)
         for p in (
@@ -240,7 +242,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     ]
     if dropout:
         raise ValueError(
-            f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: make "
+            f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: create "
             "the model with config.attention_dropout = 0"
         )
     found = Projections.of(attention, text, where)
@@ -260,7 +262,7 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     return layer
 
 
-def _check(
+def _check_conversion(
     call: conversion_check.AttentionCall | None, attention: nn.Module, layer: RaceSelfAttention, index: int, longest: int | None
 ) -> None:
     where = f"layer {index}: {type(attention).__name__}"
@@ -282,24 +284,24 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> float:
-    """A base to go by; the angles themselves are the model's."""
+    """The base of the model's rotary positions. RACE layers use the model's angles; the base marks them as rotary."""
     rope = getattr(config, "rope_parameters", None) or {}
     turned = getattr(attention, "rotary_ndims", None) or int(
         head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
     )
     if turned != head_dim:
         raise ValueError(
-            f"layer {index} turns {turned} of {head_dim} numbers of a head: RACE layers turn all or none, so give "
+            f"layer {index} rotates {turned} of {head_dim} dimensions of a head: RACE layers rotate all or none, so pass "
             "inherit_rope=False"
         )
     return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
 
 
 def trained_parts(model: nn.Module, *, projections: bool = True) -> list[nn.Parameter]:
-    """Parameters of the RACE layers: what distillation trains first.
+    """The parameters of the RACE layers, which distillation trains first.
 
     Args:
-        projections: whether the projections taken over belong to them too.
+        projections: whether to include the projections taken over from the replaced modules.
     """
     _check_module(model)
     return [

@@ -35,7 +35,7 @@ class DecoderHook:
         self.implementation = ""  # the one that was set when the group was set: another one might see its own shard only
         parameters = inspect.signature(type(decoder).forward).parameters
         self._names = list(parameters)
-        self._takes_rows = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._accepts_kwargs = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         call = dict(zip(self._names[1:], args)) | kwargs  # the first is self
@@ -43,23 +43,23 @@ class DecoderHook:
         if not isinstance(x, Tensor):
             return args, kwargs
         converted = any(isinstance(attention_module(block), RaceSelfAttention) for block in decoder.layers)
-        everywhere = decoder.config._attn_implementation == IMPLEMENTATION
+        is_race = decoder.config._attn_implementation == IMPLEMENTATION
         if self.group is not None and decoder.config._attn_implementation != self.implementation:
             raise ValueError(
-                f"the attention implementation has become {decoder.config._attn_implementation!r} since sequences "
-                "are shared: call sequence_parallel again"
+                f"the attention implementation was changed to {decoder.config._attn_implementation!r} after "
+                "sequence_parallel was called: call it again"
             )
-        if not converted and not everywhere:
+        if not converted and not is_race:
             return args, kwargs
         if call.get("output_attentions") or decoder.config.output_attentions:
-            raise ValueError("output_attentions=True asks for weights, of which RACE layers make none: leave it out")
+            raise ValueError("output_attentions=True asks for attention weights, which RACE layers do not have: leave it out")
         cache = next((call[name] for name in CACHES if call.get(name) is not None), None)
         if cache is not None and converted:
             check_cache(cache)
         if self.group is not None and cache is not None:
-            raise ValueError("decoding over a shared sequence is not supported: give use_cache=False, or generate on one rank")
-        keeps = converted and self.group is None and (cache is not None or self._caches(decoder, call))
-        past, position = _seen(cache)
+            raise ValueError("decoding over a shared sequence is not supported: pass use_cache=False, or generate on one rank")
+        return_carry = converted and self.group is None and (cache is not None or self._will_cache(decoder, call))
+        past, position = _cached_tokens(cache)
         mask = call.get("attention_mask")
         rows = batch_sequence(
             x.shape[0],
@@ -70,21 +70,21 @@ class DecoderHook:
             cu_seqlens=call.get("cu_seq_lens_q"),
             past=past,
             position=position,
-            return_carry=keeps,
+            return_carry=return_carry,
             group=self.group,
             layout=self.layout,
         )
-        if self._takes_rows:
+        if self._accepts_kwargs:
             call["race_sequence"] = rows
         if call.get("position_ids") is None and (self.group is not None or mask is not None) and "position_ids" in self._names:
             positions = rows.sequence.positions
             call["position_ids"] = positions[None] if positions.dim() == 1 else positions
-        if self.group is not None and everywhere and not x.shape[1]:
-            call |= _one_token(x, "input_ids" if call.get("input_ids") is not None else "inputs_embeds")
+        if self.group is not None and is_race and not x.shape[1]:
+            call |= _placeholder_token(x, "input_ids" if call.get("input_ids") is not None else "inputs_embeds")
         return (), call
 
     @staticmethod
-    def _caches(decoder: Any, call: dict[str, Any]) -> bool:
+    def _will_cache(decoder: Any, call: dict[str, Any]) -> bool:
         """Whether the decoder will create a cache that later calls continue from. In training it does not."""
         wanted = call.get("use_cache")
         if wanted is None:
@@ -98,13 +98,13 @@ def attention_module(block: nn.Module) -> nn.Module | None:
     return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
-def _one_token(x: Tensor, name: str) -> dict[str, Any]:
+def _placeholder_token(x: Tensor, name: str) -> dict[str, Any]:
     """The arguments that replace a shard ``x [B, 0, ...]`` without tokens."""
     position = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=x.device)
     return {name: x.new_zeros(x.shape[0], 1, *x.shape[2:]), "position_ids": position, "attention_mask": None}
 
 
-def _cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _remove_placeholder_outputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook: remove the outputs of the token that stands for a shard without tokens."""
     rows = kwargs.get("race_sequence")
     if not isinstance(rows, BatchSequence) or rows.sequence.length or not hasattr(output, "last_hidden_state"):
@@ -116,7 +116,7 @@ def _cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     return output
 
 
-def _seen(cache: Any) -> tuple[int, Tensor | int | None]:
+def _cached_tokens(cache: Any) -> tuple[int, Tensor | int | None]:
     """The number of tokens in a cache, padding included, and the position of the next token.
 
     Both are read from a RACE layer of the cache. Without one the position is None: it follows from the mask.
@@ -151,7 +151,7 @@ def install_decoder_hook(model: nn.Module) -> DecoderHook:
             return hook
     hook = DecoderHook(decoder)
     decoder.register_forward_pre_hook(hook, with_kwargs=True)
-    decoder.register_forward_hook(_cut_off, with_kwargs=True)
+    decoder.register_forward_hook(_remove_placeholder_outputs, with_kwargs=True)
     return hook
 
 
@@ -178,7 +178,7 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
     others = softmax_layers(model)
     if others and group is not None:
         raise ValueError(
-            f"layers {others} are softmax attention and would see their own shard only: convert all layers, or "
+            f"layers {others} are softmax attention and would attend to their own shard only: convert all layers, or "
             f'use attn_implementation="{IMPLEMENTATION}"'
         )
     hook = install_decoder_hook(model)
@@ -186,13 +186,15 @@ def sequence_parallel(model: nn.Module, group: ProcessGroup | None, *, layout: s
     hook.implementation = model.config._attn_implementation  # type: ignore[union-attr, assignment]
     if group is not None:
         check_same_on_all_ranks(
-            {"the model's configuration": _facts(model), "the layout": layout}, group, what="the model that shares sequences"
+            {"the model's configuration": _config_text(model), "the layout": layout},
+            group,
+            what="the model that shares sequences",
         )
-        if not any(isinstance(h, _Shares) for h in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(_Shares(hook), with_kwargs=True)
+        if not any(isinstance(h, _ShardedLabelsCheck) for h in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(_ShardedLabelsCheck(hook), with_kwargs=True)
 
 
-class _Shares:
+class _ShardedLabelsCheck:
     """A forward pre-hook of a model whose sequences are sharded: refuse labels without what their loss needs."""
 
     def __init__(self, hook: DecoderHook) -> None:
@@ -209,6 +211,6 @@ class _Shares:
             )
 
 
-def _facts(model: nn.Module) -> str:
+def _config_text(model: nn.Module) -> str:
     config = model.config.to_diff_dict()  # type: ignore[union-attr, operator]
     return repr({k: config[k] for k in sorted(config) if k not in ("_name_or_path", "transformers_version")})[:3000]

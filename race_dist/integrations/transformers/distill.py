@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,15 @@ from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.messages import short_repr
 
 # arguments of the teacher's layer that are passed to the student's layer too
-KEPT = ("position_embeddings", "position_ids", "cu_seq_lens_q")
+PASSED_ARGUMENTS = ("position_embeddings", "position_ids", "cu_seq_lens_q")
+
+
+class TeacherCall(NamedTuple):
+    """One call of a teacher's attention module: its input, the arguments that the student's layer gets too, its output."""
+
+    x: Tensor
+    arguments: dict[str, Any]
+    target: Tensor
 
 
 def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -42,43 +50,44 @@ def layer_loss(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Any])
         raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {short_repr(batch)}")
     layers = {m.layer_idx: m for m in student.modules() if isinstance(m, RaceSelfAttention)}
     if not layers:
-        raise ValueError("the student has no RACE layer to teach: convert it first")
+        raise ValueError("the student has no RACE layer to train: convert it first")
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "shift_labels", "num_items_in_batch")}
-    with torch.no_grad(), _watched(teacher, layers) as seen:
+    with torch.no_grad(), _recorded_calls(teacher, layers) as calls:
         decoder_of(teacher)(**inputs, use_cache=False)
     mask = batch.get("attention_mask")
     losses = []
-    for index, (x, told, target) in seen.items():
+    for index, (x, arguments, target) in calls.items():
         if mask is not None:  # the teacher's values at padding are arbitrary and may be NaN
-            kept = mask.to(x.device).ne(0)[..., None]
-            x, target = torch.where(kept, x, 0), torch.where(kept, target, 0)
+            is_real = mask.to(x.device).ne(0)[..., None]
+            x, target = torch.where(is_real, x, 0), torch.where(is_real, target, 0)
         if x.device.type == "cpu" and not (x.isfinite().all() and target.isfinite().all()):
             raise ValueError(
-                f"the teacher's hidden states at layer {index} hold NaN or infinity at tokens that are no padding:"
-                " look for them in the teacher (its weights, dtype or attention implementation)"
+                f"the teacher's hidden states at layer {index} hold NaN or Inf at tokens that are not padding:"
+                " look for the cause in the teacher (its weights, dtype or attention implementation)"
             )
-        out, _ = layers[index](x, attention_mask=mask, **told)
-        error = out - target if mask is None else torch.where(kept.to(out.device), out - target, 0)
+        out, _ = layers[index](x, attention_mask=mask, **arguments)
+        error = out - target if mask is None else torch.where(is_real.to(out.device), out - target, 0)
         losses.append(error.float().square().sum() / target.float().square().sum())
     return torch.stack(losses).mean()
 
 
 @contextmanager
-def _watched(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any], Tensor]]]:
-    """Record (input, passed arguments, output) of the teacher's attention modules with the wanted layer indices."""
-    seen: dict[int, tuple[Tensor, dict[str, Any], Tensor]] = {}
+def _recorded_calls(teacher: nn.Module, wanted: Mapping[int, nn.Module]) -> Iterator[dict[int, TeacherCall]]:
+    """Record the calls of the teacher's attention modules whose layer indices are keys of ``wanted``."""
+    calls: dict[int, TeacherCall] = {}
     handles = []
     for index, block in enumerate(decoder_of(teacher).layers):  # type: ignore[arg-type]
         attention = attention_module(block)
         if index in wanted and attention is not None:
 
-            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, index: int = index) -> None:
+            def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, index: int = index) -> None:
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                seen[index] = x, {name: kwargs[name] for name in KEPT if kwargs.get(name) is not None}, out[0]
+                passed = {name: kwargs[name] for name in PASSED_ARGUMENTS if kwargs.get(name) is not None}
+                calls[index] = TeacherCall(x, passed, out[0])
 
-            handles.append(attention.register_forward_hook(note, with_kwargs=True))
+            handles.append(attention.register_forward_hook(record, with_kwargs=True))
     try:
-        yield seen
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

@@ -61,7 +61,7 @@ class RaceSelfAttention(RaceAttention):
         for name in READ_BY_BLOCKS:
             if hasattr(attention, name):
                 setattr(self, name, getattr(attention, name))
-        self.register_buffer("race_settings", _as_bytes(self._settings()).to(device))
+        self.register_buffer("race_settings", _settings_to_tensor(self._settings()).to(device))
 
     def _build_projections(self, dim: int, output_gain: float, where: dict[str, Any]) -> None:
         """Build none: the projections are those of the replaced module."""
@@ -82,7 +82,7 @@ class RaceSelfAttention(RaceAttention):
 
     def settings_mismatch(self, stored: Tensor) -> str | None:
         """Why weights with these ``race_settings`` do not fit this layer, or None if they fit."""
-        own, there = self._settings(), _from_bytes(stored)
+        own, there = self._settings(), _settings_from_tensor(stored)
         if there is None:
             return (
                 "the checkpoint has no settings of this RACE layer: its weights are missing, damaged, or of an earlier "
@@ -106,8 +106,8 @@ class RaceSelfAttention(RaceAttention):
         error_msgs: list[str],
     ) -> None:
         stored = state_dict.get(f"{prefix}race_settings")
-        looked_at = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
-        problem = self.settings_mismatch(stored) if isinstance(stored, Tensor) and looked_at else None
+        is_loaded = isinstance(stored, Tensor) and not stored.is_meta and not LOADING.get()
+        problem = self.settings_mismatch(stored) if isinstance(stored, Tensor) and is_loaded else None
         if problem is not None:
             error_msgs.append(f"{prefix.removesuffix('.')}: {problem}")
             return
@@ -142,7 +142,7 @@ class RaceSelfAttention(RaceAttention):
         """
         past = next((c for c in (cache, past_key_values, layer_past) if c is not None), None)
         batch, length, _ = hidden_states.shape
-        store = None if past is None else cache_layer(past, self.layer_idx)
+        cache_entry = None if past is None else cache_layer(past, self.layer_idx)
         if race_sequence is None:
             race_sequence = batch_sequence(
                 batch,
@@ -151,28 +151,28 @@ class RaceSelfAttention(RaceAttention):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cu_seqlens=cu_seq_lens_q,
-                past=0 if store is None else store.seen,
-                position=None if store is None else store.position,
-                return_carry=store is not None,
+                past=0 if cache_entry is None else cache_entry.seen,
+                position=None if cache_entry is None else cache_entry.position,
+                return_carry=cache_entry is not None,
             )
         if not race_sequence.sequence.return_carry:
-            store = None  # in training a cache is made that nobody reads
-        sequence = self._turned(race_sequence, position_embeddings, hidden_states)
-        carry = None if store is None else self._past(store.carry, hidden_states)
+            cache_entry = None  # in training a cache is created but never read
+        sequence = self._with_inherited_rotation(race_sequence, position_embeddings, hidden_states)
+        carry = None if cache_entry is None else self._carry_of(cache_entry.carry, hidden_states)
         y, carry = RaceAttention.forward(self, race_sequence.fold(hidden_states), carry, sequence)
-        if store is not None:
+        if cache_entry is not None:
             assert carry is not None
-            store.advance(carry, length, _next_position(race_sequence.sequence, store.position))
+            cache_entry.advance(carry, length, _next_position(race_sequence.sequence, cache_entry.position))
         return race_sequence.unfold(y), None
 
-    def _past(self, carry: RaceCarry | None, x: Tensor) -> RaceCarry:
+    def _carry_of(self, carry: RaceCarry | None, x: Tensor) -> RaceCarry:
         """The carry to continue from, on the device of ``x``. Decoding starts with a float64 sketch: a float32 mass stops
         growing at 2**24 tokens."""
         if carry is None:
             return self.zero_carry(x.shape[0], device=x.device, dtype=x.dtype, state_dtype=torch.float64)
         return carry.with_tensors(tuple(t.to(x.device) for t in carry.tensors()))
 
-    def _turned(self, rows: BatchSequence, embeddings: tuple[Tensor, Tensor] | None, x: Tensor) -> Sequence:
+    def _with_inherited_rotation(self, rows: BatchSequence, embeddings: tuple[Tensor, Tensor] | None, x: Tensor) -> Sequence:
         """The sequence, with the model's rotary cosines and sines if this layer inherits them."""
         if not self.inherit_rope or self.rope_base is None:
             return rows.sequence
@@ -194,14 +194,14 @@ def _next_position(sequence: Sequence, position: Tensor | int) -> Tensor | int:
     return sequence.end_position()
 
 
-def _as_bytes(settings: dict[str, Any]) -> Tensor:
+def _settings_to_tensor(settings: dict[str, Any]) -> Tensor:
     data = json.dumps(settings, sort_keys=True).encode()
     size = -(-len(data) // SETTINGS_STEP) * SETTINGS_STEP
     return torch.frombuffer(bytearray(data.ljust(size)), dtype=torch.uint8)
 
 
-def _from_bytes(stored: Tensor) -> dict[str, Any] | None:
-    """The inverse of :func:`_as_bytes`; None for any other tensor."""
+def _settings_from_tensor(stored: Tensor) -> dict[str, Any] | None:
+    """The inverse of :func:`_settings_to_tensor`; None for any other tensor."""
     try:
         found = json.loads(bytes(stored.detach().cpu().to(torch.uint8).tolist()))
     except (ValueError, RuntimeError, NotImplementedError):

@@ -13,6 +13,7 @@ from race_dist.distributed.communication import check_group
 from race_dist.integrations.transformers.batch_sequence import packed_boundaries
 from race_dist.integrations.transformers.decoder_hook import sequence_parallel
 from race_dist.messages import short_repr
+from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import (
     all_gather_tensor,
     broadcast_tensor,
@@ -22,8 +23,6 @@ from race_dist.parallel import (
     shard_sequence,
 )
 from race_dist.parallel.sharding import check_layout
-
-IGNORE_INDEX = -100
 
 
 def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout: str = "contiguous") -> dict[str, Any]:
@@ -49,7 +48,7 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch must be a dictionary with input_ids [B, T]; got {short_repr(batch)}")
     if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].dim() != 2:
-        raise ValueError(f"a batch to cut needs input_ids [B, T]; got the keys {', '.join(map(str, batch))}")
+        raise ValueError(f"a batch to shard needs input_ids [B, T]; got the keys {', '.join(map(str, batch))}")
     ids = batch["input_ids"]
     rows, length = ids.shape
     whole = dict(batch)
@@ -64,7 +63,7 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
         cu_seqlens = packed_boundaries(whole["position_ids"])
     if cu_seqlens is not None:
         if rows > 1 and group_size(group) > 1:
-            raise ValueError(f"packed documents that ranks share need a batch of one row; got {rows}: pack them into one")
+            raise ValueError(f"packed documents that ranks share must be in one row; got {rows} rows: pack them into one")
         whole |= {"cu_seq_lens_q": cu_seqlens} if rows == 1 else {}
     if whole.get("labels") is not None:
         if whole.get("shift_labels") is None:
@@ -139,8 +138,8 @@ def sequence_parallel_trainer(trainer_class: type | None = None) -> Any:
             super().__init__(*args, **kwargs)
             if not self.args.average_tokens_across_devices:
                 raise ValueError(
-                    "average_tokens_across_devices=False divides each rank's loss by its own targets, so that "
-                    "shares do not add up: leave it True"
+                    "average_tokens_across_devices=False divides each rank's loss by its own number of targets, so that "
+                    "the shares do not sum to the batch's loss: leave it True"
                 )
             self.group, self.layout = group, layout
             sequence_parallel(self.accelerator.unwrap_model(self.model), group, layout=layout)

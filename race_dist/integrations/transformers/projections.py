@@ -43,7 +43,7 @@ class Projections:
         names = next((kind for kind in (SEPARATE, FUSED) if all(hasattr(attention, part) for part in kind)), None)
         if names is None:
             raise ValueError(
-                f"{where} is of no known kind: it needs the projections {', '.join(SEPARATE)} or {', '.join(FUSED)}"
+                f"{where} is of an unknown kind: it needs the projections {', '.join(SEPARATE)} or {', '.join(FUSED)}"
             )
         norms = next((pair for pair in NORMS if all(_is_norm(getattr(attention, name, None)) for name in pair)), None)
         heads = int(config.num_attention_heads)
@@ -64,9 +64,9 @@ class Projections:
             own = getattr(getattr(attention, name), "out_features", width)
             if own != width:
                 raise ValueError(
-                    f"{where}: {name} makes {own} numbers per token, but {self.heads} query heads and "
-                    f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: a RACE layer does "
-                    "not know what the others are (a gate, wider values); leave this layer out of layers"
+                    f"{where}: {name} has {own} output features, but {self.heads} query heads and "
+                    f"{self.kv_heads} key/value heads of width {self.head_dim} need {width}: the meaning "
+                    "of the other features is unknown (a gate, wider values); leave this layer out of layers"
                 )
 
     def _check_parameters(self, attention: nn.Module, where: str) -> None:

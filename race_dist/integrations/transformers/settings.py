@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from race_dist.integrations.core_options import CORE_DEFAULTS, whole_layer_options
 from race_dist.messages import short_repr
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
@@ -15,14 +16,7 @@ IMPLEMENTATION = "race"
 CONFIG_ENTRY = "race_attention"
 
 # Defaults of attn_implementation="race", which adds no parameters to a model.
-IMPLEMENTATION_DEFAULTS: dict[str, Any] = {
-    "normalization": "global",
-    "decay": "none",
-    "short_conv": 0,
-    "output_gate": False,
-    "train_beta": False,
-    "rope_base": None,
-}
+IMPLEMENTATION_DEFAULTS: dict[str, Any] = CORE_DEFAULTS | {"train_beta": False}
 # Defaults of converted layers: their outputs are averages of values, as with softmax, which is closer to the replaced layer.
 CONVERSION_DEFAULTS: dict[str, Any] = {"normalization": "global", "output_gate": False}
 MODEL_FIELDS = ("dim", "num_heads", "num_kv_heads", "head_dim", "causal")
@@ -69,11 +63,10 @@ class Settings(StrictConfig):
             ValueError: an option is out of its range, or needs parameters.
         """
         config = RaceConfig.check(IMPLEMENTATION_DEFAULTS | self.options, source=f"config.{CONFIG_ENTRY}.options")
-        trained = [name for name in ("short_conv", "output_gate", "train_beta", "train_planes") if getattr(config, name)]
-        trained += ["decay"] if config.decay == "token" else []
-        if trained:
+        trained = [name for name in ("train_beta", "train_planes") if getattr(config, name)]
+        if unsupported := trained + whole_layer_options(config):
             raise ValueError(
-                f'race_attention options {", ".join(trained)} need parameters, which attn_implementation="race" '
+                f'race_attention options {", ".join(unsupported)} need parameters, which attn_implementation="race" '
                 "does not add to a model: use race_dist.integrations.transformers.convert(model, ...)"
             )
         return config
