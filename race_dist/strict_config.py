@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import difflib
 import numbers
-import tomllib
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -220,51 +218,3 @@ def _key(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, 
 
 def _got(value: object) -> str:
     return "" if isinstance(value, Mapping | BaseModel) else f"; got {short_repr(value)}"
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The content of a TOML file. A byte-order mark, which editors on Windows write, is read over.
-
-    Raises:
-        ValueError: it is not TOML, or no UTF-8; one sentence that names the file.
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(path)
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in data[:64]:
-        raise ValueError(f"{path} is UTF-16 text, but TOML is UTF-8: save it as UTF-8")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}), but TOML is: save it as UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is not valid TOML: it is nested too deeply") from None
-
-
-def set_key(tree: dict[str, Any], change: str, *, option: str, example: str) -> None:
-    """Set one ``a.b=value`` in the tree. Values are TOML; a bare word is a string.
-
-    Args:
-        tree: of a configuration, before it is checked.
-        change: the words of the command line.
-        option: of the command, for messages.
-        example: of a change, for messages.
-
-    Raises:
-        ValueError: there is no ``=``, or a key on the way is a value.
-    """
-    key, equals, text = change.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    if not equals or not all(path):
-        raise ValueError(f"{option} {change!r} is not of the form {example}")
-    for depth, part in enumerate(path[:-1], 1):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"{option} {change!r}: {'.'.join(path[:depth])} is a value, not a table")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        parsed = {"value": text.strip()}
-    tree[path[-1]] = parsed["value"] if len(parsed) == 1 else text

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from race_dist.config_loader import ConfigLoader
 from race_dist.files import read_json_object
 from race_dist.messages import short_repr
 from race_dist.models import ModelConfig
@@ -18,8 +19,6 @@ from race_dist.strict_config import (
     TIMEOUT_LIMIT,
     NonEmpty,
     StrictConfig,
-    read_toml,
-    set_key,
 )
 from race_dist.training.data.corpus import BYTE_VOCAB, HeldOut
 from race_dist.training.presets import find_config
@@ -354,10 +353,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         FileNotFoundError: there is no such file and no such preset.
     """
     path = find_config(path)
-    tree = read_toml(path)
-    for override in overrides:
-        set_key(tree, override, option="--override", example="a.b=value, for example optim.lr=3e-4")
-    return parse_config(tree, source=str(path))
+    return ConfigLoader(TrainConfig, "--override", "a.b=value, for example optim.lr=3e-4").load(path, overrides)
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> TrainConfig:
