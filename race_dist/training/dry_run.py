@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from race_dist.planning.clusters import GPU, Cluster, find_gpu, match_gpu
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.memory import Memory, memory
 from race_dist.training.config import TrainConfig
-from race_dist.training.data.batches import Batch
-from race_dist.training.data.corpus import Split
 from race_dist.training.ranks import RankMesh
 from race_dist.training.rates import peak_bytes
+from race_dist.training.step import random_batch
 from race_dist.training.trainer import Trainer
 
 
@@ -47,7 +45,7 @@ def run_two_steps(trainer: Trainer) -> Iterator[str]:
     for attempt in range(2):  # the first one loads and compiles
         started = time.perf_counter()
         try:
-            result = trainer.train_step(batch=_made_up(config, attempt))
+            result = trainer.train_step(batch=random_batch(config, attempt))
         except ValueError as error:
             if attempt == 0:
                 raise
@@ -68,16 +66,6 @@ def run_two_steps(trainer: Trainer) -> Iterator[str]:
 
 def _remedy(config: TrainConfig) -> str:
     return f"; lower optim.lr (it is {config.optim.lr:g}) or optim.weight_decay ({config.optim.weight_decay:g})"
-
-
-def _made_up(config: TrainConfig, seed: int) -> Batch:
-    """Random tokens; documents, where they are kept apart, of a third of the context."""
-    data = config.data
-    size = data.context + data.batch_size
-    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, size, dtype=np.uint32)
-    boundaries = np.arange(1, size, max(1, data.context // 3)) if data.documents == "separate" else None
-    split = Split(tokens, np.array([0]), np.array([0, size]), boundaries)
-    return Batch(split, tuple(range(data.batch_size)), data.context, data.batch_size)
 
 
 def _memory_of(device: torch.device) -> int:

@@ -39,7 +39,7 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
         CheckpointError: the weights could not be written. Everything else was, as far as it could be.
     """
     weights = {}
-    for name, tensor in trainer.method.replica.full_tensors():
+    for name, tensor in trainer.engine.forward_backward.replica.full_tensors():
         if metrics is not None:
             weights[name] = tensor.cpu()
     if metrics is None:
@@ -55,7 +55,7 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
         )
         save_png(picture, directory.curves)
     model: DecoderLM = trainer.model
-    if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
+    if trainer.engine.forward_backward.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
         torch.cuda.empty_cache()
         model = _whole_model(trainer, weights)
     with write_errors.suppress("losses by position"):

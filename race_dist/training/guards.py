@@ -55,6 +55,12 @@ class Guard:
             self.norms.append(norm)
         return verdict
 
+    def judge_applied(self, loss: float, norm: float) -> Verdict:
+        """Judge a step that was applied already: what would have it skipped is an alarm."""
+        verdict = self.judge(loss, norm)
+        self.bad_in_a_row = 0
+        return Verdict(alarm=verdict.bad or verdict.alarm)
+
     @property
     def exhausted(self) -> bool:
         """Whether so many steps in a row were bad that skipping is no answer any more."""

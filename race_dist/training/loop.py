@@ -107,7 +107,7 @@ def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
         "ranks": ranks.dp * ranks.sp,
         "dp": ranks.dp,
         "sp": ranks.sp,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": trainer.engine.num_parameters,
         "text": trainer.corpus.name,
         "training_tokens": len(trainer.train),
         "held_out_tokens": len(trainer.held_out),
@@ -141,7 +141,7 @@ class _Run:
         self.since = 0
         evaluation = Evaluation(math.nan, 0)
         saved_step = trainer.step
-        trainer.method.begin(
+        trainer.engine.forward_backward.begin(
             self.directory.path / "step-in-progress" if config.checkpoint.on else None, self.hooks.stop_requested
         )
         while trainer.step < config.steps:
@@ -171,7 +171,7 @@ class _Run:
                 f"the weights are not finite after step {trainer.step}; go on from a checkpoint before "
                 "it, or begin anew, with a lower optim.lr"
             )
-        trainer.method.end()
+        trainer.engine.forward_backward.end()
         finish(trainer, self.directory, self.metrics, evaluation)
         return Outcome(evaluation)
 
@@ -240,7 +240,7 @@ class _Run:
                 "loss": loss,
                 "bpb": nats_to_bits(loss) / trainer.corpus.bytes_per_token,
                 "grad_norm": norm,
-                "lr": trainer.optimizer.param_groups[0]["lr"],
+                "lr": trainer.engine.optimizer.param_groups[0]["lr"],
                 "tokens_per_second": tokens / (now - self.logged),
                 "seconds": now - self.began,
                 "peak_bytes": float(peak_bytes(trainer.ranks.device)),

@@ -24,6 +24,7 @@ from race_dist.models import DecoderLM
 from race_dist.output_paths import atomic_write
 from race_dist.parallel import gather_objects, group_rank
 from race_dist.training.checkpoint import CheckpointManager
+from race_dist.training.checkpoint_state import TensorState
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.run_lock import LOCK, RunLock, check_not_in_use
 from race_dist.training.sampling import Codec, codec_for
@@ -237,7 +238,7 @@ class RunDirectory:
             raise FileNotFoundError(f"{self.path} has {what}")
         check_same_model(saved.facts["config"]["model"], config.model.model_dump(mode="json"), str(saved.path))
         model = DecoderLM(config.model, dtype=dtype)
-        store.load(saved, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+        store.load(saved, TensorState({f"model.{name}": p.detach() for name, p in model.named_parameters()}))
         return model.to(device).eval()
 
     def describe(self, facts: Mapping[str, Any], tokenizer: Path | None) -> None:

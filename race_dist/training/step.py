@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +15,12 @@ from race_dist.models import DecoderLM
 from race_dist.parallel import DataParallelModel
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch, Shard, ShardedBatch
+from race_dist.training.data.corpus import Split
 from race_dist.training.ranks import RankMesh
 from race_dist.training.weights import load_weights
 
 
-class StepMethod(Protocol):
+class ForwardBackward(Protocol):
     """How one global batch becomes gradients."""
 
     replica: DataParallelModel
@@ -49,16 +51,16 @@ class StepMethod(Protocol):
         ...
 
 
-def build_step(config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> StepMethod:
+def build_forward_backward(config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> ForwardBackward:
     """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
     if config.stream.chunk_size:
-        from race_dist.training.streamed import StreamedStep
+        from race_dist.training.streamed import StreamedForwardBackward
 
-        return StreamedStep(config, model, ranks)
-    return NativeStep(config, model, ranks)
+        return StreamedForwardBackward(config, model, ranks)
+    return NativeForwardBackward(config, model, ranks)
 
 
-class FullSequenceStep:
+class FullSequence:
     """What methods have in common that run over whole sequences."""
 
     config: TrainConfig
@@ -72,7 +74,7 @@ class FullSequenceStep:
         """Nothing is stored."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """See :class:`StepMethod`."""
+        """See :class:`ForwardBackward`."""
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for rows in micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate):
             part = batch.shard(rows, sequence_shard(self.ranks))
@@ -80,7 +82,7 @@ class FullSequenceStep:
         return total
 
 
-class NativeStep(FullSequenceStep):
+class NativeForwardBackward(FullSequence):
     """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
 
     def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
@@ -88,7 +90,7 @@ class NativeStep(FullSequenceStep):
         self.replica = build_replica(config, model, ranks)
 
     def gradients(self, batch: Batch) -> Tensor:
-        """See :class:`StepMethod`."""
+        """See :class:`ForwardBackward`."""
         total: Tensor | None = None
         parts = list(micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate))
         for rows in parts:
@@ -154,3 +156,13 @@ def micro_batches(rows: range, parts: int) -> Iterator[range]:
     """The rows in that many parts of equal size."""
     size = len(rows) // parts
     return (rows[n * size : (n + 1) * size] for n in range(parts))
+
+
+def random_batch(config: TrainConfig, seed: int) -> Batch:
+    """A batch of random tokens, the same on every rank. Documents that are kept apart have a third of the context."""
+    data = config.data
+    size = data.context + data.batch_size
+    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, size, dtype=np.uint32)
+    boundaries = np.arange(1, size, max(1, data.context // 3)) if data.documents == "separate" else None
+    split = Split(tokens, np.array([0]), np.array([0, size]), boundaries)
+    return Batch(split, tuple(range(data.batch_size)), data.context, data.batch_size)

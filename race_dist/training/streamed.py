@@ -42,7 +42,7 @@ class _Rows(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-class StreamedStep:
+class StreamedForwardBackward:
     """Each part of this rank's rows is streamed, one after the other."""
 
     def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
@@ -53,13 +53,13 @@ class StreamedStep:
         self._told = 0.0
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
-        """See :class:`race_dist.training.step.StepMethod`."""
+        """See :class:`race_dist.training.step.ForwardBackward`."""
         # FSDP2 holds the gradients of chunks itself, out of reach
         stored = folder is not None and self.config.stream.minutes > 0 and not self.replica.is_sharded
         self._folder, self._stop = folder if stored else None, stop
 
     def gradients(self, batch: Batch) -> Tensor:
-        """See :class:`race_dist.training.step.StepMethod`.
+        """See :class:`race_dist.training.step.ForwardBackward`.
 
         Raises:
             StepInterrupted: somebody asked to stop; the step is stored, if :meth:`begin` has said where.
@@ -108,7 +108,7 @@ class StreamedStep:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        """See :class:`race_dist.training.step.StepMethod`."""
+        """See :class:`race_dist.training.step.ForwardBackward`."""
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for rows in self._parts(batch):
             sequences = _read(batch, rows)
@@ -125,7 +125,7 @@ class StreamedStep:
         return self._share(total)
 
     def end(self) -> None:
-        """See :class:`race_dist.training.step.StepMethod`."""
+        """See :class:`race_dist.training.step.ForwardBackward`."""
         if self._folder is not None:
             StepCheckpoint(self._folder).clear()
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import race_dist
-from race_dist.models import DecoderLM
-from race_dist.parallel import all_reduce_sum, full_tensor
+from race_dist.parallel import all_reduce_sum
 from race_dist.training.checkpoint import CheckpointManager, OtherRunError, SavedCheckpoint
 from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.data.corpus import Corpus, load_corpus
+from race_dist.training.engine import CheckModel, Engine, NativeEngine
 from race_dist.training.guards import Guard, Verdict
-from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
+from race_dist.training.optim import learning_rate
 from race_dist.training.ranks import RankMesh
 from race_dist.training.records import import_summary_writer
-from race_dist.training.step import StepMethod, build_step
 
+BuildEngine = Callable[[TrainConfig, Any, CheckModel], Engine]
 # what a run may be resumed with although it was begun with another value
 FREE_ON_RESUME = (
     "name",
@@ -77,22 +77,25 @@ class StepResult:
 
 
 class Trainer:
-    """A model, its optimizer and its text on this rank's place in the mesh.
+    """One rank's side of a run: an engine, the text, the guard, and how far the run is.
 
     Attributes:
         config: of the run.
         ranks: the mesh and this rank's place in it.
         corpus: the text; ``train`` and ``held_out`` are its two sides.
-        model: this rank's replica, or its shards of it.
-        optimizer: over its parameters.
-        method: how a batch becomes gradients.
+        engine: holds the model and the optimizer.
         guard: judges each step.
         step: steps done.
         position: batches drawn.
     """
 
-    def __init__(self, config: TrainConfig, ranks: RankMesh) -> None:
+    def __init__(self, config: TrainConfig, ranks: RankMesh, build_engine: BuildEngine = NativeEngine) -> None:
         """Everything a run needs, on every rank.
+
+        Args:
+            config: of the run.
+            ranks: the mesh and this rank's place in it.
+            build_engine: makes the engine; see :func:`race_dist.integrations.engines.make_trainer`.
 
         Raises:
             ImportError: TensorBoard is asked for and not installed.
@@ -101,96 +104,103 @@ class Trainer:
         """
         self.config, self.ranks = config, ranks
         if config.tensorboard:
-            import_summary_writer()  # its absence is said before anything is trained
+            import_summary_writer()  # report that it is missing before anything is trained
         self.corpus = open_corpus(config, ranks.dp, ranks.sp, check=ranks.rank == 0)
         self.train, self.held_out = _sides(config, self.corpus)
         self.guard = Guard(config.guard)
         self.step = self.position = 0
-        self._build()
+        self.engine: Engine = build_engine(
+            config, ranks, lambda model: check_ranks_consistent(config, self.corpus, model, ranks.world)
+        )
 
-    def _build(self) -> None:
-        """Model, optimizer and the way of a step; another engine has its own."""
-        config = self.config
-        dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.model: Any = DecoderLM(config.model, dtype=dtype, device="meta")
-        self.method: StepMethod = build_step(config, self.model, self.ranks)
-        self.optimizer: Any = build_optimizer(self.model, config.optim)
-        check_ranks_consistent(config, self.corpus, self.model, self.ranks.world)
-
-    def open_checkpoints(self, folder: Path) -> CheckpointManager:
-        """Where this run's checkpoints go, and come from. Every rank calls it."""
-        config = self.config.checkpoint
-        return CheckpointManager(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
+    @property
+    def model(self) -> Any:
+        """This rank's replica of the model, or its shards."""
+        return self.engine.model
 
     def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
-        """One optimizer step; where the guard finds it bad, the weights stay as they were.
+        """One optimizer step. If the guard finds it bad, the weights stay as they were; an engine that knows the gradient's
+        norm only after the update (DeepSpeed) has applied it, and the verdict is an alarm.
 
         Args:
-            flags: this rank's; the result says which were set on any rank.
+            flags: of this rank; the result says which were set on any rank.
             batch: None: the one at this position in the data.
+
+        Raises:
+            FloatingPointError: the engine cannot skip steps, and the loss is not finite (the weights are left as they were) or
+                the gradient is not.
         """
         config, data = self.config, self.config.data
         if batch is None:
             batch = training_batch(
                 self.train, seed=config.seed, position=self.position, batch_size=data.batch_size, context=data.context
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        share = self.method.gradients(batch)
-        shared = torch.stack([share.double(), *(share.new_tensor(float(f), dtype=torch.float64) for f in flags)])
+        share = self.engine.gradients(batch).double()
+        shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
-        norm = self.gradient_norm()
-        verdict = self.guard.judge(loss, float(norm))
-        if verdict.bad is None:
-            set_learning_rate(self.optimizer, learning_rate(self.step, config.steps, config.optim))
-            self.update(norm)
+        norm, verdict = self._update(loss)
         self.step += 1
         self.position += 1
-        return StepResult(loss, float(norm), tuple(f > 0 for f in raised), verdict)
+        return StepResult(loss, norm, tuple(f > 0 for f in raised), verdict)
 
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient, once it is there."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return full_tensor(torch.nn.utils.get_total_norm(grads))
+    def _update(self, loss: float) -> tuple[float, Verdict]:
+        """Change the weights, unless the guard refuses the step; the gradient's norm, and the verdict."""
+        rate = learning_rate(self.step, self.config.steps, self.config.optim)
+        norm = self.engine.gradient_norm()
+        if norm is None:
+            return self._update_at_once(loss, rate)
+        verdict = self.guard.judge(loss, float(norm))
+        if verdict.bad is None:
+            self.engine.update(rate, norm)
+        return float(norm), verdict
 
-    def update(self, norm: Tensor) -> None:
-        """Clip the gradient, whose norm this is, and change the weights by it."""
-        if self.config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip, norm)
-        self.optimizer.step()
+    def _update_at_once(self, loss: float, rate: float) -> tuple[float, Verdict]:
+        """For engines that know the gradient's norm only after the update."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {loss}; try a lower optim.lr or a longer optim.warmup_steps"
+            )
+        norm = float(self.engine.update(rate, None))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient's norm is {norm}; go on from the last checkpoint with a lower optim.lr"
+            )
+        return norm, self.guard.judge_applied(loss, norm)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """The loss on held-out text, the same on every rank."""
-        data, ranks = self.config.data, self.ranks
-        self.model.eval()
+        data, ranks, engine = self.config.data, self.ranks, self.engine
+        engine.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=ranks.device)
         tokens = 0
         for batch in evaluation_batches(
             self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size, context=data.context
         ):
-            total += self.method.loss(batch).double()
+            total += engine.forward_backward.loss(batch).double()
             tokens += batch.targets
-        self.model.train()
+        engine.model.train()
         return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:
-        """Whether all weights are, on every rank. It waits for the device: asked before a checkpoint, not in every step."""
+        """Whether all weights are finite, on every rank. It waits for the device: asked before a checkpoint, not in every
+        step."""
         odd = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for p in self.model.parameters():
+        for p in self.engine.model.parameters():
             odd += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
         return not float(all_reduce_sum(odd, self.ranks.world))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: parameters and the optimizer's states by name."""
-        named = {name: p.detach() for name, p in self.model.named_parameters()}
-        return {f"model.{name}": p for name, p in named.items()} | optimizer_tensors(self.model, self.optimizer)
+    def open_checkpoints(self, folder: Path) -> CheckpointManager:
+        """The manager of this run's checkpoints in a folder. Every rank calls it."""
+        config = self.config.checkpoint
+        return CheckpointManager(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
 
     def save(self, store: CheckpointManager) -> None:
-        """Begin a checkpoint of this moment."""
+        """Begin to write a checkpoint of this moment."""
         store.save(
             self.step,
-            self.tensors(),
+            self.engine.checkpoint_state(),
             {
                 "position": self.position,
                 "guard": self.guard.state(),
@@ -210,14 +220,14 @@ class Trainer:
         )
 
     def roll_back(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        """Go back to a checkpoint of this run, but on with the data that comes now."""
+        """Return to a checkpoint of this run, but continue with the data that comes now."""
         position, rollbacks = self.position, self.guard.rollbacks
         self.restore(store, saved)
         self.position, self.guard.rollbacks = position, rollbacks
         self.guard.rolled_back()
 
     def restore(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             OtherRunError: it is of a run with another model, text or optimizer; the message names what differs.
@@ -238,32 +248,24 @@ class Trainer:
                 f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
                 "back, or begin a new run under another name"
             )
-        self._load(store, saved)
+        store.load(saved, self.engine.checkpoint_state())
         self.step, self.position = saved.step, facts["position"]
         self.guard = Guard.of(self.config.guard, facts["guard"])
 
     def _same_documents(self, facts: Mapping[str, Any]) -> bool:
-        """Whether the text's documents begin where they did; they need not where nothing depends on it."""
+        """Whether the text's documents begin where they did. If nothing depends on it, they need not."""
         data = self.config.data
         matters = data.documents == "separate" or data.held_out == "documents"
         return not matters or facts.get("documents") in (None, self.corpus.documents_digest())
 
-    def _load(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        store.load(saved, self.tensors())
-
     def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
-        config, ranks, corpus = self.config, self.ranks, self.corpus
-        parameters = sum(p.numel() for p in self.model.parameters())
+        """What is about to happen, in two lines, and a third one if files of the text's folder are skipped."""
+        config, corpus = self.config, self.corpus
         unit = "bytes" if corpus.tokenizer is None else "tokens"
-        yield (
-            f"{config.name}: {parameters:,} parameters, {ranks.dp * ranks.sp} "
-            f"rank{'s' if ranks.dp * ranks.sp > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}"
-            f"{', parameters sharded' if self.method.replica.is_sharded else ''}) on {ranks.device.type}"
-        )
+        yield f"{config.name}: {self.engine.describe()}"
         yield (
             f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
-            f"held out; {config.data.batch_size} x {config.data.context} {unit} a step"
+            f"held out; {config.data.batch_size} x {config.data.context} {unit} per step"
         )
         if corpus.skipped:
             yield corpus.skipped.describe(f"left out of {corpus.name}")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_evaluate import invoke, train
 from test_packed import tokenizer
-from test_using import invoke, train
 
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import load_tokenizer, pack

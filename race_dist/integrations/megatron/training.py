@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import megatron.core
@@ -25,7 +24,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from race_dist.integrations.megatron.checkpoint import MegatronCheckpointManager
+from race_dist.integrations.megatron.checkpoint import MegatronState
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.model import build_gpt, transformer_config
 from race_dist.integrations.megatron.weights import from_megatron, gather_full_weights, load_full_weights, to_megatron
@@ -33,12 +32,13 @@ from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import DataParallelModel, group_size, init_distributed, shard_positions
 from race_dist.rank_environment import rank_environment
+from race_dist.training.checkpoint_state import CheckpointState
 from race_dist.training.config import OptimConfig, TrainConfig
-from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch
+from race_dist.training.engine import CheckModel
+from race_dist.training.optim import set_learning_rate
 from race_dist.training.ranks import RankMesh
-from race_dist.training.step import FullSequenceStep, forward_loss, micro_batches, sequence_shard
-from race_dist.training.trainer import Trainer
+from race_dist.training.step import ForwardBackward, FullSequence, forward_loss, micro_batches, sequence_shard
 
 DECAYED = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "decay.weight")
 
@@ -183,8 +183,8 @@ class MegatronReplica(DataParallelModel):
         return ((name, tensor.float()) for name, tensor in self._whole().items())
 
 
-class MegatronStep(FullSequenceStep):
-    """One step's gradients, in the main_grad of every parameter: see :class:`race_dist.training.step.StepMethod`."""
+class MegatronForwardBackward(FullSequence):
+    """The gradients of a batch, in ``main_grad`` of every parameter."""
 
     ranks: MegatronRankMesh
 
@@ -194,7 +194,7 @@ class MegatronStep(FullSequenceStep):
 
     @without_cuda()
     def gradients(self, batch: Batch) -> Tensor:
-        """See :class:`race_dist.training.step.StepMethod`."""
+        """See :class:`race_dist.training.step.ForwardBackward`."""
         ranks, ddp = self.ranks, self.model.ddp
         ddp.zero_grad_buffer()
         total = torch.zeros((), device=ranks.device)
@@ -208,56 +208,54 @@ class MegatronStep(FullSequenceStep):
         return total
 
 
-class MegatronTrainer(Trainer):
-    """The trainer over :class:`MegatronRankMesh`."""
-
-    ranks: MegatronRankMesh
+class MegatronEngine:
+    """A :class:`race_dist.training.engine.Engine` with megatron-core's model, data parallelism, optimizer and checkpoints."""
 
     @without_cuda()
-    def _build(self) -> None:
-        """Model and optimizer, with the weights that DecoderLM would begin with."""
-        first = DecoderLM(self.config.model)
+    def __init__(self, config: TrainConfig, ranks: MegatronRankMesh, check_model: CheckModel) -> None:
+        """See :class:`race_dist.training.engine.NativeEngine`. The first weights are those of DecoderLM."""
+        self.config, self.ranks = config, ranks
+        first = DecoderLM(config.model)
         state = dict(first.named_parameters())
-        self.parameters = sum(p.numel() for p in state.values())
-        self.model = MegatronLM(self.config, self.ranks)
-        load_full_weights(self.model.gpt, to_megatron(state, self.config.model), self.ranks.tp_group)
-        self.method = MegatronStep(self.config, self.model, list(state))
-        self.optimizer = build_optimizer(self.model.ddp, self.config.optim, narrow=self.config.precision == "bfloat16")
-        check_ranks_consistent(self.config, self.corpus, first, self.ranks.world)
+        self.num_parameters = sum(p.numel() for p in state.values())
+        self.model: Any = MegatronLM(config, ranks)
+        load_full_weights(self.model.gpt, to_megatron(state, config.model), ranks.tp_group)
+        self.forward_backward: ForwardBackward = MegatronForwardBackward(config, self.model, list(state))
+        self.optimizer: Any = build_optimizer(self.model.ddp, config.optim, narrow=config.precision == "bfloat16")
+        check_model(first)
 
-    def open_checkpoints(self, folder: Path) -> MegatronCheckpointManager:
-        """In megatron-core's format."""
-        config = self.config.checkpoint
-        return MegatronCheckpointManager(
-            folder, self.ranks.world, self.model.gpt, self.optimizer, keep=config.keep, keep_every=config.keep_every
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: :class:`MegatronCheckpointManager` asks model and optimizer themselves."""
-        return {}
+    def gradients(self, batch: Batch) -> Tensor:
+        """See :class:`race_dist.training.engine.Engine`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.forward_backward.gradients(batch)
 
     @without_cuda()
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient."""
+    def gradient_norm(self) -> Tensor | None:
+        """See :class:`race_dist.training.engine.Engine`."""
         self.optimizer.prepare_grads()
         return torch.tensor(float(self.optimizer.get_grad_norm()))
 
     @without_cuda()
-    def update(self, norm: Tensor) -> None:
-        """Clip and step: megatron-core does both."""
+    def update(self, learning_rate: float, norm: Tensor | None) -> Tensor:
+        """See :class:`race_dist.training.engine.Engine`: megatron-core clips and steps."""
+        assert norm is not None
+        set_learning_rate(self.optimizer, learning_rate)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
         self.optimizer.step()
+        return norm
 
-    def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
-        _, *text = super().describe()
+    def checkpoint_state(self) -> CheckpointState:
+        """See :class:`race_dist.training.engine.Engine`: in megatron-core's format."""
+        return MegatronState(self.model.gpt, self.optimizer)
+
+    def describe(self) -> str:
+        """See :class:`race_dist.training.engine.Engine`."""
         ranks, count = self.ranks, group_size(self.ranks.world)
-        yield (
-            f"{self.config.name}: {self.parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
+        return (
+            f"{self.num_parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
             f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}"
         )
-        yield from text
 
 
 def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
