@@ -72,7 +72,7 @@ class Manifest:
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Read the files (None: all of them) and compare size and checksum. Raises DamagedFileError, naming the file."""
         for name in self.files if names is None else names:
-            verify_file(self.path.with_name(name), self.files[name])
+            verify_file(self.path.parent / name, self.files[name])
 
 
 def save_tensors_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
