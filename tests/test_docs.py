@@ -20,8 +20,8 @@ from race_dist.cli import app
 from race_dist.launch.start import describe
 from race_dist.models import DecoderLM, ModelConfig
 from race_dist.training.config import TrainConfig, load_config
+from race_dist.training.config_reference import tables, to_markdown, to_text
 from race_dist.training.presets import find_config, preset_names
-from race_dist.training.reference import tables, to_markdown, to_text
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -82,7 +82,7 @@ def train(
     from race_dist.training import loop
     from race_dist.training.config import load_config
     from race_dist.training.logging.telemetry import Telemetry
-    from race_dist.training.rundir import RunDirectory, open_run
+    from race_dist.training.run_directory import RunDirectory, open_run
     from race_dist.training.trainer import open_corpus
 
     override = [*(override or ()), *([] if engine is None else [f"engine={engine}"])]

@@ -6,7 +6,7 @@ from typing import Any
 
 from race_dist.training.config import TrainConfig
 from race_dist.training.engine import CheckModel, Engine, NativeEngine
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.trainer import Trainer
 
 
@@ -15,7 +15,7 @@ def join(config: TrainConfig) -> RankMesh:
 
     Raises:
         ImportError: the engine is not installed; the message names the extra.
-        ValueError: as :meth:`race_dist.training.ranks.RankMesh.join`, or a setting that the engine does not have.
+        ValueError: as :meth:`race_dist.training.rank_mesh.RankMesh.join`, or a setting that the engine does not have.
     """
     if config.engine == "megatron":
         from race_dist.integrations.megatron.training import MegatronRankMesh

@@ -11,10 +11,10 @@ from race_dist.planning.clusters import GPU, Cluster, find_gpu, match_gpu
 from race_dist.planning.layout import Job, Layout
 from race_dist.planning.memory import Memory, memory
 from race_dist.training.config import TrainConfig
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rates import peak_bytes
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.step import random_batch
 from race_dist.training.trainer import Trainer
+from race_dist.training.utilization import peak_bytes
 
 
 def estimate(config: TrainConfig, ranks: RankMesh) -> tuple[Memory, GPU | None]:

@@ -20,7 +20,7 @@ from race_dist.training.checkpoint_state import CheckpointState, TensorState
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
 from race_dist.training.optim import build_optimizer, optimizer_tensors, set_learning_rate
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.step import ForwardBackward, build_forward_backward
 
 CheckModel = Callable[[nn.Module], None]

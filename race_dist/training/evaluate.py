@@ -14,12 +14,12 @@ from race_dist.terminal import plain_console
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import evaluation_batches
 from race_dist.training.data.corpus import LARGEST_IN_MEMORY, Corpus, Split, load_corpus
-from race_dist.training.data.positions import loss_by_position
-from race_dist.training.data.tokenizing import TextTokenizer
+from race_dist.training.data.tokenizer import TextTokenizer
 from race_dist.training.finalize import write_positions
 from race_dist.training.logging.metrics import nats_to_bits
+from race_dist.training.loss_by_position import loss_by_position
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.run_lock import RunInUse
-from race_dist.training.rundir import RunDirectory
 from race_dist.training.step import autocast
 
 

@@ -18,13 +18,13 @@ from race_dist.files import write_checksummed_json, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.data.corpus import Corpus, Split
-from race_dist.training.data.positions import loss_by_position
-from race_dist.training.logging.curves import RunCurves, draw_loss, save_png
 from race_dist.training.logging.metrics import Metrics, nats_to_bits, read_metrics
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.logging.plots import RunCurves, draw_loss, save_png
+from race_dist.training.loss_by_position import loss_by_position
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import Codec, codec_for, stream_text
 from race_dist.training.step import autocast
-from race_dist.training.weights import save_weights
+from race_dist.training.weights_file import save_weights
 
 if TYPE_CHECKING:
     from race_dist.training.trainer import Evaluation, Trainer
@@ -110,7 +110,7 @@ def write_positions(
 
     Args:
         directory: of the run.
-        found: from :func:`race_dist.training.data.positions.loss_by_position`.
+        found: from :func:`race_dist.training.loss_by_position.loss_by_position`.
         corpus: the text.
         held_out: whether it is what the run held out; another text gets a file of its own.
         step: of the checkpoint that was measured; None: the run as it ended.

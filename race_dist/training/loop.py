@@ -16,11 +16,11 @@ from race_dist.machine import machine_info
 from race_dist.streaming import StepInterrupted
 from race_dist.training.checkpoint import CheckpointError, CheckpointManager
 from race_dist.training.finalize import finish
-from race_dist.training.guards import Verdict
+from race_dist.training.guard import Verdict
 from race_dist.training.logging.metrics import Metrics, nats_to_bits
-from race_dist.training.rates import peak_bytes, peak_flops, step_flops
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Evaluation, Trainer
+from race_dist.training.utilization import peak_bytes, peak_flops, step_flops
 
 STOPPED = 75  # exit code of a run that saved and left because it was asked to (EX_TEMPFAIL: try again later)
 

@@ -54,7 +54,7 @@ class TokenizerCodec:
     """Tokens of a ``tokenizer.json``: those that the tokenizer gives for the whole text, without special tokens around it."""
 
     def __init__(self, file: Path) -> None:
-        from race_dist.training.data.tokenizing import TextTokenizer
+        from race_dist.training.data.tokenizer import TextTokenizer
 
         self._text = TextTokenizer(file)
         self._tokenizer = self._text.tokenizer

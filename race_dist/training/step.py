@@ -16,8 +16,8 @@ from race_dist.parallel import DataParallelModel
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch, Shard, ShardedBatch
 from race_dist.training.data.corpus import Split
-from race_dist.training.ranks import RankMesh
-from race_dist.training.weights import load_weights
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.weights_file import load_weights
 
 
 class ForwardBackward(Protocol):
@@ -54,7 +54,7 @@ class ForwardBackward(Protocol):
 def build_forward_backward(config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> ForwardBackward:
     """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
     if config.stream.chunk_size:
-        from race_dist.training.streamed import StreamedForwardBackward
+        from race_dist.training.streamed_step import StreamedForwardBackward
 
         return StreamedForwardBackward(config, model, ranks)
     return NativeForwardBackward(config, model, ranks)

@@ -20,10 +20,10 @@ from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.data.corpus import Corpus, load_corpus
 from race_dist.training.engine import CheckModel, Engine, NativeEngine
-from race_dist.training.guards import Guard, Verdict
+from race_dist.training.guard import Guard, Verdict
+from race_dist.training.logging.writers import import_summary_writer
 from race_dist.training.optim import learning_rate
-from race_dist.training.ranks import RankMesh
-from race_dist.training.records import import_summary_writer
+from race_dist.training.rank_mesh import RankMesh
 
 BuildEngine = Callable[[TrainConfig, Any, CheckModel], Engine]
 # what a run may be resumed with although it was begun with another value

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from race_dist.training.config import TrainConfig, load_config, parse_config
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from tests.distributed.harness import spawn_ranks
 from tests.integrations.once import once
 

@@ -27,11 +27,11 @@ from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import open_packed, pack, verify_packed
 from race_dist.training.logging.report import write_report
 from race_dist.training.loop import run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import load_context, read_text, save_context
 from race_dist.training.trainer import Trainer
-from race_dist.training.weights import load_weights
+from race_dist.training.weights_file import load_weights
 
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:

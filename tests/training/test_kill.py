@@ -18,7 +18,7 @@ import pytest
 
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import read_metrics
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 
 STEPS = 24
 
@@ -48,7 +48,7 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
     from race_dist import checkpoint_files
     from race_dist.training import checkpoint
     from race_dist.training.loop import run
-    from race_dist.training.ranks import RankMesh
+    from race_dist.training.rank_mesh import RankMesh
     from race_dist.training.trainer import Trainer
 
     torch.set_num_threads(1)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from race_dist.training import run_lock
 from race_dist.training.config import parse_config
+from race_dist.training.run_directory import RunDirectory, open_run
 from race_dist.training.run_lock import LOCK, Owner, RunInUse, RunLock, check_not_in_use
-from race_dist.training.rundir import RunDirectory, open_run
 from tests.distributed.harness import run_ranks
 
 CONFIG = parse_config({"name": "r", "model": {"dim": 8, "num_layers": 1, "num_heads": 1}})

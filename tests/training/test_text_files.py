@@ -17,7 +17,7 @@ from race_dist.training.data import text_files
 from race_dist.training.data.corpus import Corpus, load_corpus
 from race_dist.training.data.packed import pack
 from race_dist.training.data.text_files import Undecodable, find_texts, printable
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.trainer import Trainer
 
 

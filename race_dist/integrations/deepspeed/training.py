@@ -19,7 +19,7 @@ from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
 from race_dist.training.engine import CheckModel, describe_mesh
 from race_dist.training.optim import build_optimizer
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.step import ForwardBackward, FullSequence, materialize, micro_batches, random_batch, sequence_shard
 
 

@@ -37,7 +37,7 @@ from race_dist.training.config import OptimConfig, TrainConfig
 from race_dist.training.data.batches import Batch
 from race_dist.training.engine import CheckModel
 from race_dist.training.optim import set_learning_rate
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.step import ForwardBackward, FullSequence, forward_loss, micro_batches, sequence_shard
 
 DECAYED = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "decay.weight")
@@ -55,7 +55,7 @@ class MegatronRankMesh(RankMesh):
 
     @classmethod
     def join(cls, config: TrainConfig) -> MegatronRankMesh:
-        """As :meth:`race_dist.training.ranks.RankMesh.join`. Raises ValueError for what this engine does not do, before it
+        """As :meth:`race_dist.training.rank_mesh.RankMesh.join`. Raises ValueError for what this engine does not do, before it
         joins."""
         _, sp = config.parallel.mesh(rank_environment().world_size)
         _check(config)

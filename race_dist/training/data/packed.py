@@ -32,7 +32,7 @@ from race_dist.training.data.text_files import (
     stdlib_texts,
     utf8_pieces,
 )
-from race_dist.training.data.tokenizing import TextTokenizer, load_tokenizer
+from race_dist.training.data.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = ["is_packed", "load_tokenizer", "open_packed", "pack", "verify_packed"]
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from race_dist.terminal import plain_console
-from race_dist.training.records import JsonlWriter, TensorBoardWriter, WriteErrors, read_metrics, truncate_metrics
+from race_dist.training.logging.metrics_file import read_metrics, truncate_metrics
+from race_dist.training.logging.writers import JsonlWriter, TensorBoardWriter, WriteErrors
 
 __all__ = ["UNIFORM_BITS", "Metrics", "nats_to_bits", "read_metrics"]
 UNIFORM_BITS = 8.0  # a byte model that has learned nothing

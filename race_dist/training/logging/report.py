@@ -14,7 +14,9 @@ from typing import Any
 
 from race_dist.files import has_json_type, write_text
 from race_dist.training.config import TrainConfig
-from race_dist.training.logging.curves import (
+from race_dist.training.logging.metrics import nats_to_bits
+from race_dist.training.logging.metrics_file import read_records
+from race_dist.training.logging.plots import (
     COLOURS,
     RunCurves,
     draw_loss,
@@ -25,9 +27,7 @@ from race_dist.training.logging.curves import (
     shown,
     to_svg,
 )
-from race_dist.training.logging.metrics import nats_to_bits
-from race_dist.training.records import read_records
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 
 _STYLE = """
 :root { color-scheme: light; }

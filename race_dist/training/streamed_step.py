@@ -28,7 +28,7 @@ from race_dist.terminal import print_line
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.step import autocast, build_replica, micro_batches
 
 TOLD_EVERY = 30.0  # seconds between two lines of a step under way

@@ -18,8 +18,8 @@ from test_packed import tokenizer
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import load_tokenizer, pack
 from race_dist.training.finalize import first_words
-from race_dist.training.logging.curves import RunCurves, draw_positions, read_positions
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.logging.plots import RunCurves, draw_positions, read_positions
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import ByteCodec, Head, TokenizerCodec
 
 

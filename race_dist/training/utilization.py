@@ -10,7 +10,7 @@ from race_dist.planning.clusters import match_gpu
 from race_dist.planning.cost_model import useful_flops
 from race_dist.planning.layout import Job
 from race_dist.training.config import TrainConfig
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 
 
 def step_flops(config: TrainConfig) -> float:

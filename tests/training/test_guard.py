@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from race_dist.training.config import GuardConfig, TrainConfig, parse_config
-from race_dist.training.guards import Guard
+from race_dist.training.guard import Guard
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 
 

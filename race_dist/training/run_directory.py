@@ -28,7 +28,7 @@ from race_dist.training.checkpoint_state import TensorState
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.run_lock import LOCK, RunLock, check_not_in_use
 from race_dist.training.sampling import Codec, codec_for
-from race_dist.training.weights import WEIGHTS, check_same_model, load_weights
+from race_dist.training.weights_file import WEIGHTS, check_same_model, load_weights
 
 
 def open_run(
