@@ -121,7 +121,7 @@ def _dry_run(trainer: Trainer) -> None:
     from race_dist.training.dry_run import run_two_steps
 
     for line in run_two_steps(trainer):
-        if trainer.ranks.rank == 0:
+        if trainer.mesh.rank == 0:
             print_line(line)
     shutdown()
 

@@ -24,7 +24,7 @@ def join(config: TrainConfig) -> RankMesh:
     return RankMesh.join(config)
 
 
-def build_engine(config: TrainConfig, ranks: Any, check_model: CheckModel) -> Engine:
+def build_engine(config: TrainConfig, mesh: Any, check_model: CheckModel) -> Engine:
     """The engine that ``config.engine`` names, on the mesh that :func:`join` returned.
 
     Raises:
@@ -34,18 +34,18 @@ def build_engine(config: TrainConfig, ranks: Any, check_model: CheckModel) -> En
     if config.engine == "megatron":
         from race_dist.integrations.megatron.training import MegatronEngine
 
-        return MegatronEngine(config, ranks, check_model)
+        return MegatronEngine(config, mesh, check_model)
     if config.engine == "deepspeed":
         from race_dist.integrations.deepspeed.training import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, ranks, check_model)
-    return NativeEngine(config, ranks, check_model)
+        return DeepSpeedEngine(config, mesh, check_model)
+    return NativeEngine(config, mesh, check_model)
 
 
-def make_trainer(config: TrainConfig, ranks: RankMesh) -> Trainer:
+def make_trainer(config: TrainConfig, mesh: RankMesh) -> Trainer:
     """A trainer with the engine that ``config.engine`` names. Data, losses, metrics and files are the same for all engines.
 
     Raises:
         ImportError, ValueError: as :class:`race_dist.training.trainer.Trainer` and :func:`build_engine`.
     """
-    return Trainer(config, ranks, build_engine)
+    return Trainer(config, mesh, build_engine)

@@ -17,14 +17,14 @@ from race_dist.training.trainer import Trainer
 from race_dist.training.utilization import peak_bytes
 
 
-def estimate(config: TrainConfig, ranks: RankMesh) -> tuple[Memory, GPU | None]:
+def estimate(config: TrainConfig, mesh: RankMesh) -> tuple[Memory, GPU | None]:
     """Memory of one rank on paper, and the table's entry for its device (None: unknown, judged as a CPU)."""
-    gpu = match_gpu(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else find_gpu("cpu")
+    gpu = match_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else find_gpu("cpu")
     job = Job.checked(
-        config.model, config.data.context, max(ranks.dp, config.data.batch_size // config.optim.accumulate), config.precision
+        config.model, config.data.context, max(mesh.dp, config.data.batch_size // config.optim.accumulate), config.precision
     )
-    layout = Layout(ranks.dp, ranks.sp, None, config.model.activation_checkpointing, config.parallel.sharding)
-    return memory(job, layout, Cluster(gpu or find_gpu("cpu"), ranks.dp * ranks.sp)), gpu
+    layout = Layout(mesh.dp, mesh.sp, None, config.model.activation_checkpointing, config.parallel.sharding)
+    return memory(job, layout, Cluster(gpu or find_gpu("cpu"), mesh.dp * mesh.sp)), gpu
 
 
 def run_two_steps(trainer: Trainer) -> Iterator[str]:
@@ -33,14 +33,14 @@ def run_two_steps(trainer: Trainer) -> Iterator[str]:
     Raises:
         FloatingPointError: the loss or the gradient is no number.
     """
-    config, ranks = trainer.config, trainer.ranks
+    config, mesh = trainer.config, trainer.mesh
     yield from trainer.describe()
-    expected, gpu = estimate(config, ranks)
+    expected, gpu = estimate(config, mesh)
     kinds = ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in expected.kinds.items() if size >= 2**19)
     yield f"memory of a rank on paper: {expected.peak / 2**20:,.0f} MiB ({kinds})"
-    if gpu is not None and ranks.device.type == "cuda" and expected.peak > (total := _memory_of(ranks.device)):
+    if gpu is not None and mesh.device.type == "cuda" and expected.peak > (total := _memory_of(mesh.device)):
         yield f"warning: the device has {total / 2**20:,.0f} MiB; shard parameters, checkpoint activations, or use more ranks"
-    before = peak_bytes(ranks.device)
+    before = peak_bytes(mesh.device)
     seconds = 0.0
     for attempt in range(2):  # the first one loads and compiles
         started = time.perf_counter()
@@ -56,7 +56,7 @@ def run_two_steps(trainer: Trainer) -> Iterator[str]:
     tokens = config.data.batch_size * config.data.context
     yield (
         f"a step on made-up text: loss {result.loss:.3f}, gradient norm {result.grad_norm:.3g}, {seconds:.2f} s "
-        f"({tokens / seconds:,.0f} tokens/s), memory at most {peak_bytes(ranks.device) / 2**20:,.0f} MiB "
+        f"({tokens / seconds:,.0f} tokens/s), memory at most {peak_bytes(mesh.device) / 2**20:,.0f} MiB "
         f"({before / 2**20:,.0f} before)"
     )
     yield (

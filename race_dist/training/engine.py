@@ -76,15 +76,15 @@ class NativeEngine:
 
     Args:
         config: of the run.
-        ranks: the mesh and this rank's place in it.
+        mesh: the process groups of the run and this rank's place in them.
         check_model: called with the model once it has its first weights; raises where ranks differ.
     """
 
-    def __init__(self, config: TrainConfig, ranks: RankMesh, check_model: CheckModel) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: TrainConfig, mesh: RankMesh, check_model: CheckModel) -> None:
+        self.config, self.mesh = config, mesh
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.model: Any = DecoderLM(config.model, dtype=dtype, device="meta")
-        self.forward_backward = build_forward_backward(config, self.model, ranks)
+        self.forward_backward = build_forward_backward(config, self.model, mesh)
         self.optimizer: Any = build_optimizer(self.model, config.optim)
         check_model(self.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -115,14 +115,14 @@ class NativeEngine:
 
     def describe(self) -> str:
         """See :class:`Engine`."""
-        return describe_mesh(self.num_parameters, self.ranks, is_sharded=self.forward_backward.replica.is_sharded)
+        return describe_mesh(self.num_parameters, self.mesh, is_sharded=self.forward_backward.replica.is_sharded)
 
 
-def describe_mesh(num_parameters: int, ranks: RankMesh, *, is_sharded: bool) -> str:
+def describe_mesh(num_parameters: int, mesh: RankMesh, *, is_sharded: bool) -> str:
     """Number of parameters, ranks and device in one line."""
-    count = ranks.dp * ranks.sp
+    count = mesh.dp * mesh.sp
     sharded = ", parameters sharded" if is_sharded else ""
     return (
-        f"{num_parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}{sharded}) "
-        f"on {ranks.device.type}"
+        f"{num_parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {mesh.dp} x sp {mesh.sp}{sharded}) "
+        f"on {mesh.device.type}"
     )

@@ -93,12 +93,12 @@ def _whole_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> DecoderLM:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    return model.to(trainer.ranks.device).eval()
+    return model.to(trainer.mesh.device).eval()
 
 
 def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory) -> None:
     config = trainer.config
-    with autocast(config, trainer.ranks.device):
+    with autocast(config, trainer.mesh.device):
         found = loss_by_position(model, trainer.held_out, context=config.data.context, tokens=config.eval.tokens)
     write_positions(directory, found, trainer.corpus)
 

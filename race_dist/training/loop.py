@@ -82,7 +82,7 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
     saved = store.latest() if resume else None
     if saved is not None:
         trainer.restore(store, saved)
-    if trainer.ranks.rank != 0:
+    if trainer.mesh.rank != 0:
         return _Run(trainer, directory, store, None, hooks or Hooks()).go()
     board = directory.tensorboard if config.tensorboard else None
     with Metrics(directory.metrics, config.steps, after=trainer.step, board=board) as metrics:
@@ -101,12 +101,12 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
 
 def _describe_run(trainer: Trainer, directory: RunDirectory) -> None:
     """What the folder needs so that the run can be used and judged without its text and its machine."""
-    ranks = trainer.ranks
+    mesh = trainer.mesh
     found = {
-        **machine_info(ranks.device),
-        "ranks": ranks.dp * ranks.sp,
-        "dp": ranks.dp,
-        "sp": ranks.sp,
+        **machine_info(mesh.device),
+        "ranks": mesh.dp * mesh.sp,
+        "dp": mesh.dp,
+        "sp": mesh.sp,
         "parameters": trainer.engine.num_parameters,
         "text": trainer.corpus.name,
         "training_tokens": len(trainer.train),
@@ -136,7 +136,7 @@ class _Run:
             self.metrics.say(trainer.describe())
             self.began -= self.metrics.seconds_before
         self._tell_problems()
-        self.step_flops, self.peak_flops = step_flops(trainer.config), peak_flops(trainer.config, trainer.ranks)
+        self.step_flops, self.peak_flops = step_flops(trainer.config), peak_flops(trainer.config, trainer.mesh)
         self.logged = self.saved = time.perf_counter()
         self.since = 0
         evaluation = Evaluation(math.nan, 0)
@@ -209,7 +209,7 @@ class _Run:
         """Whether this rank wants a checkpoint after the step that comes: rank 0's clock counts."""
         config = self.trainer.config.checkpoint
         by_steps = config.every > 0 and (self.trainer.step + 1) % config.every == 0
-        by_time = self.trainer.ranks.rank == 0 and config.minutes > 0 and time.perf_counter() - self.saved > 60 * config.minutes
+        by_time = self.trainer.mesh.rank == 0 and config.minutes > 0 and time.perf_counter() - self.saved > 60 * config.minutes
         return by_steps or by_time
 
     def _save(self, *, wait: bool = False) -> bool:
@@ -243,7 +243,7 @@ class _Run:
                 "lr": trainer.engine.optimizer.param_groups[0]["lr"],
                 "tokens_per_second": tokens / (now - self.logged),
                 "seconds": now - self.began,
-                "peak_bytes": float(peak_bytes(trainer.ranks.device)),
+                "peak_bytes": float(peak_bytes(trainer.mesh.device)),
             }
             if self.peak_flops is not None:
                 record["mfu"] = self.since * self.step_flops / (now - self.logged) / self.peak_flops

@@ -51,20 +51,20 @@ class ForwardBackward(Protocol):
         ...
 
 
-def build_forward_backward(config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> ForwardBackward:
+def build_forward_backward(config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> ForwardBackward:
     """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
     if config.stream.chunk_size:
         from race_dist.training.streamed_step import StreamedForwardBackward
 
-        return StreamedForwardBackward(config, model, ranks)
-    return NativeForwardBackward(config, model, ranks)
+        return StreamedForwardBackward(config, model, mesh)
+    return NativeForwardBackward(config, model, mesh)
 
 
 class FullSequence:
     """What methods have in common that run over whole sequences."""
 
     config: TrainConfig
-    ranks: RankMesh
+    mesh: RankMesh
     replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
@@ -75,45 +75,45 @@ class FullSequence:
 
     def loss(self, batch: Batch) -> Tensor:
         """See :class:`ForwardBackward`."""
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for rows in micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate):
-            part = batch.shard(rows, sequence_shard(self.ranks))
-            total += forward_loss(self.replica.model, part, 1, self.config, self.ranks).detach().double()
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for rows in micro_batches(batch.rows_of_dp_rank(self.mesh.dp_rank, self.mesh.dp), self.config.optim.accumulate):
+            part = batch.shard(rows, sequence_shard(self.mesh))
+            total += forward_loss(self.replica.model, part, 1, self.config, self.mesh).detach().double()
         return total
 
 
 class NativeForwardBackward(FullSequence):
     """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
 
-    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
-        self.config, self.ranks = config, ranks
-        self.replica = build_replica(config, model, ranks)
+    def __init__(self, config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.replica = build_replica(config, model, mesh)
 
     def gradients(self, batch: Batch) -> Tensor:
         """See :class:`ForwardBackward`."""
         total: Tensor | None = None
-        parts = list(micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate))
+        parts = list(micro_batches(batch.rows_of_dp_rank(self.mesh.dp_rank, self.mesh.dp), self.config.optim.accumulate))
         for rows in parts:
-            part = batch.shard(rows, sequence_shard(self.ranks))
+            part = batch.shard(rows, sequence_shard(self.mesh))
             with self.replica.backward(last=rows is parts[-1]):
-                loss = forward_loss(self.replica, part, batch.targets, self.config, self.ranks)
+                loss = forward_loss(self.replica, part, batch.targets, self.config, self.mesh)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
 
 
-def build_replica(config: TrainConfig, model: DecoderLM, ranks: RankMesh, *, dynamic: bool | None = None) -> DataParallelModel:
+def build_replica(config: TrainConfig, model: DecoderLM, mesh: RankMesh, *, dynamic: bool | None = None) -> DataParallelModel:
     """The model on its ranks, compiled and sharded as the configuration says, with its first weights."""
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=dynamic)
     if config.parallel.sharding == "fsdp":
-        replica = DataParallelModel.fully_sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
-        materialize(model, ranks.device, config.init)
+        replica = DataParallelModel.fully_sharded(model, mesh.world, model.blocks, device_type=mesh.device.type)
+        materialize(model, mesh.device, config.init)
         return replica
-    materialize(model, ranks.device, config.init)
-    return DataParallelModel.replicated(model, ranks.world)
+    materialize(model, mesh.device, config.init)
+    return DataParallelModel.replicated(model, mesh.world)
 
 
 def materialize(model: DecoderLM, device: torch.device, init: str | None = None) -> None:
@@ -126,16 +126,16 @@ def materialize(model: DecoderLM, device: torch.device, init: str | None = None)
 
 
 def forward_loss(
-    model: DataParallelModel | nn.Module, part: ShardedBatch, targets: int, config: TrainConfig, ranks: RankMesh
+    model: DataParallelModel | nn.Module, part: ShardedBatch, targets: int, config: TrainConfig, mesh: RankMesh
 ) -> Tensor:
     """A part's summed loss over the global count of targets."""
-    device = ranks.device
+    device = mesh.device
     with autocast(config, device):
         loss: Tensor = model(
             part.inputs.to(device),
             part.labels.to(device),
-            group=ranks.sp_group,
-            layout=ranks.layout,
+            group=mesh.sp_group,
+            layout=mesh.layout,
             cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device),
             num_targets=max(1, targets),
         )
@@ -147,9 +147,9 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
 
 
-def sequence_shard(ranks: RankMesh) -> Shard:
+def sequence_shard(mesh: RankMesh) -> Shard:
     """This rank's shard of every sequence."""
-    return Shard(ranks.sp_rank, ranks.sp, ranks.layout)
+    return Shard(mesh.sp_rank, mesh.sp, mesh.layout)
 
 
 def micro_batches(rows: range, parts: int) -> Iterator[range]:

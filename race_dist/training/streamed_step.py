@@ -45,9 +45,9 @@ class _Rows(NamedTuple):
 class StreamedForwardBackward:
     """Each part of this rank's rows is streamed, one after the other."""
 
-    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
-        self.config, self.ranks = config, ranks
-        self.replica: DataParallelModel = build_replica(config, model, ranks, dynamic=False)
+    def __init__(self, config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.replica: DataParallelModel = build_replica(config, model, mesh, dynamic=False)
         self._folder: Path | None = None
         self._stop: Callable[[], bool] | None = None
         self._told = 0.0
@@ -65,7 +65,7 @@ class StreamedForwardBackward:
             StepInterrupted: somebody asked to stop; the step is stored, if :meth:`begin` has said where.
             CheckpointError: what is stored of this very step is of other chunks or ranks.
         """
-        config, total = self.config, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        config, total = self.config, torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         parts = list(self._parts(batch))
         weights = "" if self._folder is None else weights_digest(self.replica.model)
         for rows in parts:
@@ -89,37 +89,37 @@ class StreamedForwardBackward:
         return self._share(total)
 
     def _backward(self, sequences: _Rows, targets: int, reduce: Reduce, checkpoint: StepCheckpoint | None) -> Tensor:
-        config, ranks = self.config, self.ranks
-        with autocast(config, ranks.device):
+        config, mesh = self.config, self.mesh
+        with autocast(config, mesh.device):
             return streamed_backward(
                 self.replica.model,
                 sequences.inputs,
                 sequences.labels,
                 chunk_size=config.stream.chunk_size,
-                group=ranks.sp_group,
+                group=mesh.sp_group,
                 cu_seqlens=sequences.cu_seqlens,
                 num_targets=max(1, targets),
                 reduce=reduce,
                 keep=config.stream.keep,
                 checkpoint=checkpoint,
-                world=ranks.world,
-                progress=self._tell if ranks.rank == 0 else None,
+                world=mesh.world,
+                progress=self._tell if mesh.rank == 0 else None,
             )
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """See :class:`race_dist.training.step.ForwardBackward`."""
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for rows in self._parts(batch):
             sequences = _read(batch, rows)
-            with autocast(self.config, self.ranks.device):
+            with autocast(self.config, self.mesh.device):
                 total += streamed_loss(
                     self.replica.model,
                     sequences.inputs,
                     sequences.labels,
                     num_targets=1,
                     chunk_size=self.config.stream.chunk_size,
-                    group=self.ranks.sp_group,
+                    group=self.mesh.sp_group,
                     cu_seqlens=sequences.cu_seqlens,
                 )
         return self._share(total)
@@ -131,12 +131,12 @@ class StreamedForwardBackward:
 
     def _parts(self, batch: Batch) -> Iterator[range]:
         """Rows that are streamed together: documents that are kept apart need a sequence of their own."""
-        rows = batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp)
+        rows = batch.rows_of_dp_rank(self.mesh.dp_rank, self.mesh.dp)
         return micro_batches(rows, self.config.optim.accumulate if batch.split.boundaries is None else len(rows))
 
     def _share(self, total: Tensor) -> Tensor:
         """Every rank of a sequence knows its whole loss: the first one brings it in."""
-        return total if self.ranks.rank % self.ranks.sp == 0 else torch.zeros_like(total)
+        return total if self.mesh.rank % self.mesh.sp == 0 else torch.zeros_like(total)
 
     def _tell(self, progress: Progress) -> None:
         if progress.seconds < self._told:

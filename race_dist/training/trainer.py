@@ -81,7 +81,7 @@ class Trainer:
 
     Attributes:
         config: of the run.
-        ranks: the mesh and this rank's place in it.
+        mesh: the process groups of the run and this rank's place in them.
         corpus: the text; ``train`` and ``held_out`` are its two sides.
         engine: holds the model and the optimizer.
         guard: judges each step.
@@ -89,12 +89,12 @@ class Trainer:
         position: batches drawn.
     """
 
-    def __init__(self, config: TrainConfig, ranks: RankMesh, build_engine: BuildEngine = NativeEngine) -> None:
+    def __init__(self, config: TrainConfig, mesh: RankMesh, build_engine: BuildEngine = NativeEngine) -> None:
         """Everything a run needs, on every rank.
 
         Args:
             config: of the run.
-            ranks: the mesh and this rank's place in it.
+            mesh: the process groups of the run and this rank's place in them.
             build_engine: makes the engine; see :func:`race_dist.integrations.engines.make_trainer`.
 
         Raises:
@@ -102,15 +102,15 @@ class Trainer:
             ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
                 divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
         """
-        self.config, self.ranks = config, ranks
+        self.config, self.mesh = config, mesh
         if config.tensorboard:
             import_summary_writer()  # report that it is missing before anything is trained
-        self.corpus = open_corpus(config, ranks.dp, ranks.sp, check=ranks.rank == 0)
+        self.corpus = open_corpus(config, mesh.dp, mesh.sp, check=mesh.rank == 0)
         self.train, self.held_out = _sides(config, self.corpus)
         self.guard = Guard(config.guard)
         self.step = self.position = 0
         self.engine: Engine = build_engine(
-            config, ranks, lambda model: check_ranks_consistent(config, self.corpus, model, ranks.world)
+            config, mesh, lambda model: check_ranks_consistent(config, self.corpus, model, mesh.world)
         )
 
     @property
@@ -137,7 +137,7 @@ class Trainer:
             )
         share = self.engine.gradients(batch).double()
         shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
-        loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
+        loss, *raised = all_reduce_sum(shared, self.mesh.world).tolist()
         norm, verdict = self._update(loss)
         self.step += 1
         self.position += 1
@@ -170,9 +170,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """The loss on held-out text, the same on every rank."""
-        data, ranks, engine = self.config.data, self.ranks, self.engine
+        data, mesh, engine = self.config.data, self.mesh, self.engine
         engine.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         tokens = 0
         for batch in evaluation_batches(
             self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size, context=data.context
@@ -180,21 +180,21 @@ class Trainer:
             total += engine.forward_backward.loss(batch).double()
             tokens += batch.targets
         engine.model.train()
-        return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)
+        return Evaluation(float(all_reduce_sum(total, mesh.world)) / max(1, tokens), tokens)
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:
         """Whether all weights are finite, on every rank. It waits for the device: asked before a checkpoint, not in every
         step."""
-        odd = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        odd = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for p in self.engine.model.parameters():
             odd += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
-        return not float(all_reduce_sum(odd, self.ranks.world))
+        return not float(all_reduce_sum(odd, self.mesh.world))
 
     def open_checkpoints(self, folder: Path) -> CheckpointManager:
         """The manager of this run's checkpoints in a folder. Every rank calls it."""
         config = self.config.checkpoint
-        return CheckpointManager(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
+        return CheckpointManager(folder, self.mesh.world, keep=config.keep, keep_every=config.keep_every)
 
     def save(self, store: CheckpointManager) -> None:
         """Begin to write a checkpoint of this moment."""
@@ -210,7 +210,7 @@ class Trainer:
                     "digest": self.corpus.digest(),
                     "documents": self.corpus.documents_digest(),
                 },
-                "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
+                "mesh": {"dp": self.mesh.dp, "sp": self.mesh.sp},
                 "versions": {
                     "race-dist": race_dist.__version__,
                     "torch": torch.__version__,

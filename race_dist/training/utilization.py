@@ -18,12 +18,12 @@ def step_flops(config: TrainConfig) -> float:
     return useful_flops(Job.checked(config.model, config.data.context, config.data.batch_size, config.precision))
 
 
-def peak_flops(config: TrainConfig, ranks: RankMesh) -> float | None:
+def peak_flops(config: TrainConfig, mesh: RankMesh) -> float | None:
     """Operations a second that the vendor states for all ranks' devices together; None where they are not known."""
-    if ranks.device.type != "cuda":
+    if mesh.device.type != "cuda":
         return None
-    gpu = match_gpu(torch.cuda.get_device_name(ranks.device))
-    return None if gpu is None else gpu.flops[config.precision] * group_size(ranks.world)
+    gpu = match_gpu(torch.cuda.get_device_name(mesh.device))
+    return None if gpu is None else gpu.flops[config.precision] * group_size(mesh.world)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -119,9 +119,9 @@ def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], chos
 def leg(group: ProcessGroup | None, dp: int, sp: int, config: TrainConfig, until: int) -> bool:
     """Go on from the newest checkpoint until step ``until``, save, leave."""
     trainer, directory = Trainer(config, place(group, dp, sp)), RunDirectory(config.directory)
-    if trainer.ranks.rank == 0:
+    if trainer.mesh.rank == 0:
         directory.reopen(config)
-    asked = lambda: trainer.ranks.rank == trainer.ranks.dp * trainer.ranks.sp - 1 and trainer.step + 1 == until
+    asked = lambda: trainer.mesh.rank == trainer.mesh.dp * trainer.mesh.sp - 1 and trainer.step + 1 == until
     return run(trainer, directory, resume=True, hooks=Hooks(stop_requested=asked)).stopped
 
 

@@ -195,7 +195,7 @@ def test_a_run_with_megatrons_engine_prints_it_too(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"a.txt": text, "b.txt": text})
     engine = object.__new__(MegatronEngine)
     engine.num_parameters = 5
-    engine.ranks = SimpleNamespace(world=None, dp=1, sp=1, tp=1, device=torch.device("cpu"))  # type: ignore[assignment]
+    engine.mesh = SimpleNamespace(world=None, dp=1, sp=1, tp=1, device=torch.device("cpu"))  # type: ignore[assignment]
     config = settings(tmp_path, data={"path": str(root), "context": 32, "batch_size": 2})
     said = list(Trainer(config, RankMesh(torch.device("cpu")), lambda *_: engine).describe())
     assert "megatron-core" in said[0]

@@ -64,7 +64,7 @@ class DeepSpeedState:
         for name, p in engine.model.named_parameters():
             found = {f"model.{name}": full_weight(p)}
             found |= {f"optim.{name}.{kind}": self._full_state(p, kind) for kind in STATES if p.requires_grad}
-            if engine.ranks.rank == 0:
+            if engine.mesh.rank == 0:
                 tensors |= {key: value.to("cpu", copy=True) for key, value in found.items()}
                 tensors |= {f"optim.{name}.step": torch.tensor(float(steps))} if p.requires_grad else {}
         return tensors
@@ -84,7 +84,7 @@ class DeepSpeedState:
         from deepspeed import utils
 
         engine = self.engine
-        device, sharded = engine.ranks.device, hasattr(p, "ds_id")
+        device, sharded = engine.mesh.device, hasattr(p, "ds_id")
         with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=sharded):
             p.copy_(weight)
         if sharded:

@@ -41,21 +41,21 @@ class DeepSpeedReplica(DataParallelModel):
 class DeepSpeedForwardBackward(FullSequence):
     """The gradients of a global batch, left where DeepSpeed keeps them."""
 
-    def __init__(self, config: TrainConfig, ranks: RankMesh, engine: Any) -> None:
-        self.config, self.ranks, self.engine = config, ranks, engine
-        self.replica: DataParallelModel = DeepSpeedReplica(engine, ranks.world)
+    def __init__(self, config: TrainConfig, mesh: RankMesh, engine: Any) -> None:
+        self.config, self.mesh, self.engine = config, mesh, engine
+        self.replica: DataParallelModel = DeepSpeedReplica(engine, mesh.world)
 
     def gradients(self, batch: Batch) -> Tensor:
         """See :class:`race_dist.training.step.ForwardBackward`; ``engine.step()`` has to follow."""
-        parts, ranks = self.config.optim.accumulate, self.ranks
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        scale = ranks.dp * parts  # DeepSpeed averages over replicas and over micro-batches
-        for n, rows in enumerate(micro_batches(batch.rows_of_dp_rank(ranks.dp_rank, ranks.dp), parts)):
-            part = batch.shard(rows, sequence_shard(ranks))
-            cu_seqlens = None if part.cu_seqlens is None else part.cu_seqlens.to(ranks.device)
+        parts, mesh = self.config.optim.accumulate, self.mesh
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        scale = mesh.dp * parts  # DeepSpeed averages over replicas and over micro-batches
+        for n, rows in enumerate(micro_batches(batch.rows_of_dp_rank(mesh.dp_rank, mesh.dp), parts)):
+            part = batch.shard(rows, sequence_shard(mesh))
+            cu_seqlens = None if part.cu_seqlens is None else part.cu_seqlens.to(mesh.device)
             loss = self.engine(
-                part.inputs.to(ranks.device),
-                part.labels.to(ranks.device),
+                part.inputs.to(mesh.device),
+                part.labels.to(mesh.device),
                 cu_seqlens=cu_seqlens,
                 num_targets=max(1, batch.targets) / scale,
             )
@@ -73,23 +73,23 @@ class DeepSpeedEngine:
     precision) is filled in. Checkpoints are those of the native engine, and are read at any ZeRO stage and on any mesh.
     """
 
-    def __init__(self, config: TrainConfig, ranks: RankMesh, check_model: CheckModel) -> None:
+    def __init__(self, config: TrainConfig, mesh: RankMesh, check_model: CheckModel) -> None:
         """See :class:`race_dist.training.engine.NativeEngine`."""
-        self.config, self.ranks = config, ranks
-        settings = deepspeed_config(config, ranks)
+        self.config, self.mesh = config, mesh
+        settings = deepspeed_config(config, mesh)
         self.model: Any = DecoderLM(config.model, dtype=torch.float32, device="meta")
         if config.compile:
             for block in self.model.blocks:
                 block.compile()
-        materialize(self.model, ranks.device, config.init)
+        materialize(self.model, mesh.device, config.init)
         check_model(self.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         optimizer: Any = build_optimizer(self.model, config.optim)
-        sequence_mesh = SequenceParallelMesh(ranks.sp_group, ranks.sp, ranks.dp, ranks.dp_rank, ranks.layout)
+        sequence_mesh = SequenceParallelMesh(mesh.sp_group, mesh.sp, mesh.dp, mesh.dp_rank, mesh.layout)
         self.engine, self.optimizer, _, _ = initialize(
             model=self.model, config=settings, optimizer=optimizer, sequence_mesh=sequence_mesh
         )
-        self.forward_backward: ForwardBackward = DeepSpeedForwardBackward(config, ranks, self.engine)
+        self.forward_backward: ForwardBackward = DeepSpeedForwardBackward(config, mesh, self.engine)
         self.has_states = False  # whether AdamW has made its states
 
     def gradients(self, batch: Batch) -> Tensor:
@@ -135,10 +135,10 @@ class DeepSpeedEngine:
 
     def describe(self) -> str:
         """See :class:`race_dist.training.engine.Engine`."""
-        return describe_mesh(self.num_parameters, self.ranks, is_sharded=True)
+        return describe_mesh(self.num_parameters, self.mesh, is_sharded=True)
 
 
-def deepspeed_config(config: TrainConfig, ranks: RankMesh) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, mesh: RankMesh) -> dict[str, Any]:
     """``config.deepspeed`` with what the run's configuration says filled in.
 
     Raises:
@@ -164,10 +164,10 @@ def deepspeed_config(config: TrainConfig, ranks: RankMesh) -> dict[str, Any]:
     parts = config.optim.accumulate
     ours: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
-        "train_micro_batch_size_per_gpu": config.data.batch_size // ranks.dp // parts,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // mesh.dp // parts,
         "gradient_accumulation_steps": parts,
         "gradient_clipping": config.optim.clip,
-        SEQUENCE_PARALLEL_SIZE: ranks.sp,
+        SEQUENCE_PARALLEL_SIZE: mesh.sp,
     }
     for key, value in ours.items():
         if tree.get(key, "auto") not in ("auto", value):
@@ -175,11 +175,9 @@ def deepspeed_config(config: TrainConfig, ranks: RankMesh) -> dict[str, Any]:
                 f"deepspeed.{key} = {tree[key]!r} but the run's configuration makes it {value!r}: leave it out or "
                 "make them agree"
             )
-    layout = (tree.pop(RACE_SECTION, None) or {}).get("layout", ranks.layout)
-    if layout != ranks.layout:
-        raise ValueError(
-            f"deepspeed.{RACE_SECTION}.layout = {layout!r} but parallel.layout = {ranks.layout!r}: make them agree"
-        )
+    layout = (tree.pop(RACE_SECTION, None) or {}).get("layout", mesh.layout)
+    if layout != mesh.layout:
+        raise ValueError(f"deepspeed.{RACE_SECTION}.layout = {layout!r} but parallel.layout = {mesh.layout!r}: make them agree")
     if (tree.get("bf16") or {}).get("enabled", "auto") == "auto":
         tree["bf16"] = (tree.get("bf16") or {}) | {"enabled": config.precision == "bfloat16"}
     # the run's AdamW is torch's: DeepSpeed need not know it, nor compile its own for offloaded states

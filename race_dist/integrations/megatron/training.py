@@ -125,22 +125,22 @@ class MegatronLM(nn.Module):
         ddp: the same in megatron-core's mixed precision and data parallelism.
     """
 
-    def __init__(self, config: TrainConfig, ranks: MegatronRankMesh) -> None:
+    def __init__(self, config: TrainConfig, mesh: MegatronRankMesh) -> None:
         super().__init__()
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         settings = transformer_config(
             config.model,
-            tp=ranks.tp,
-            cp=ranks.sp,
+            tp=mesh.tp,
+            cp=mesh.sp,
             dtype=dtype,
-            race_layout=ranks.layout,
+            race_layout=mesh.layout,
             **(recompute if config.model.activation_checkpointing else {}),
         )
-        self.gpt: Any = build_gpt(config.model, settings, config.data.context).to(ranks.device)
+        self.gpt: Any = build_gpt(config.model, settings, config.data.context).to(mesh.device)
         narrow = Float16Module(settings, self.gpt) if dtype == torch.bfloat16 else self.gpt
         self.ddp: Any = DistributedDataParallel(settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), narrow)
-        self.ranks = ranks
+        self.mesh = mesh
 
     @without_cuda()
     def forward(
@@ -164,15 +164,15 @@ class MegatronLM(nn.Module):
             input_ids, positions.expand(*input_ids.shape), None, labels=labels.clamp(min=0), packed_seq_params=packed
         )
         total: Tensor = torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
-        return total / (num_targets * self.ranks.tp)  # tensor-parallel ranks compute the same loss
+        return total / (num_targets * self.mesh.tp)  # tensor-parallel ranks compute the same loss
 
 
 class MegatronReplica(DataParallelModel):
     """The model as the end of a run asks for it: its weights, whole and float32, under DecoderLM's names."""
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
-        super().__init__(model, model.ranks.world, is_sharded=True)
-        self.config, self.names, self.gpt, self.tp_group = config.model, names, model.gpt, model.ranks.tp_group
+        super().__init__(model, model.mesh.world, is_sharded=True)
+        self.config, self.names, self.gpt, self.tp_group = config.model, names, model.gpt, model.mesh.tp_group
 
     @without_cuda()
     def _whole(self) -> dict[str, Tensor]:
@@ -186,23 +186,23 @@ class MegatronReplica(DataParallelModel):
 class MegatronForwardBackward(FullSequence):
     """The gradients of a batch, in ``main_grad`` of every parameter."""
 
-    ranks: MegatronRankMesh
+    mesh: MegatronRankMesh
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
-        self.config, self.model, self.ranks = config, model, model.ranks
+        self.config, self.model, self.mesh = config, model, model.mesh
         self.replica: DataParallelModel = MegatronReplica(config, model, names)
 
     @without_cuda()
     def gradients(self, batch: Batch) -> Tensor:
         """See :class:`race_dist.training.step.ForwardBackward`."""
-        ranks, ddp = self.ranks, self.model.ddp
+        mesh, ddp = self.mesh, self.model.ddp
         ddp.zero_grad_buffer()
-        total = torch.zeros((), device=ranks.device)
-        parts = list(micro_batches(batch.rows_of_dp_rank(ranks.dp_rank, ranks.dp), self.config.optim.accumulate))
+        total = torch.zeros((), device=mesh.device)
+        parts = list(micro_batches(batch.rows_of_dp_rank(mesh.dp_rank, mesh.dp), self.config.optim.accumulate))
         for rows in parts:
             with nullcontext() if rows is parts[-1] else ddp.no_sync():
-                loss = forward_loss(self.model, batch.shard(rows, sequence_shard(ranks)), batch.targets, self.config, ranks)
-                (loss * ranks.tp).backward()
+                loss = forward_loss(self.model, batch.shard(rows, sequence_shard(mesh)), batch.targets, self.config, mesh)
+                (loss * mesh.tp).backward()
             total += loss.detach()
         finalize_model_grads([ddp])
         return total
@@ -212,14 +212,14 @@ class MegatronEngine:
     """A :class:`race_dist.training.engine.Engine` with megatron-core's model, data parallelism, optimizer and checkpoints."""
 
     @without_cuda()
-    def __init__(self, config: TrainConfig, ranks: MegatronRankMesh, check_model: CheckModel) -> None:
+    def __init__(self, config: TrainConfig, mesh: MegatronRankMesh, check_model: CheckModel) -> None:
         """See :class:`race_dist.training.engine.NativeEngine`. The first weights are those of DecoderLM."""
-        self.config, self.ranks = config, ranks
+        self.config, self.mesh = config, mesh
         first = DecoderLM(config.model)
         state = dict(first.named_parameters())
         self.num_parameters = sum(p.numel() for p in state.values())
-        self.model: Any = MegatronLM(config, ranks)
-        load_full_weights(self.model.gpt, to_megatron(state, config.model), ranks.tp_group)
+        self.model: Any = MegatronLM(config, mesh)
+        load_full_weights(self.model.gpt, to_megatron(state, config.model), mesh.tp_group)
         self.forward_backward: ForwardBackward = MegatronForwardBackward(config, self.model, list(state))
         self.optimizer: Any = build_optimizer(self.model.ddp, config.optim, narrow=config.precision == "bfloat16")
         check_model(first)
@@ -251,10 +251,10 @@ class MegatronEngine:
 
     def describe(self) -> str:
         """See :class:`race_dist.training.engine.Engine`."""
-        ranks, count = self.ranks, group_size(self.ranks.world)
+        mesh, count = self.mesh, group_size(self.mesh.world)
         return (
-            f"{self.num_parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
-            f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}"
+            f"{self.num_parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {mesh.dp} x "
+            f"sp {mesh.sp} x tp {mesh.tp}) on {mesh.device.type}, megatron-core {megatron.core.__version__}"
         )
 
 
