@@ -1,4 +1,4 @@
-"""Every key of a run's configuration with its default and meaning, read off the classes that check it."""
+"""The reference of all configuration keys, with defaults and descriptions, generated from the configuration classes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Key:
 
     Attributes:
         name: ``"optim.lr"``.
-        kind: what its value is, in words.
+        kind: the type of its value, in words.
         default: as TOML, or ``"required"``.
-        meaning: from the class that checks it.
+        meaning: the description, from the class's docstring.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Table:
-    """The keys of one table, ``[name]``, with what its class says of it."""
+    """The keys of one table, ``[name]``, and the description of its class."""
 
     name: str
     meaning: str
@@ -53,7 +53,7 @@ class Table:
 
 
 def tables() -> list[Table]:
-    """All tables of a run's TOML, the keys outside a table first."""
+    """All tables of a run's TOML; the keys outside a table come first."""
     return list(_tables(TrainConfig, ""))
 
 
@@ -84,7 +84,7 @@ def _attributes(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """One line, in Markdown's form of code."""
+    """On one line, with Markdown's form of code."""
     text = " ".join(text.replace("``", "`").replace("None:", "left out:").split())
     return text[:1].upper() + text[1:]
 
@@ -119,10 +119,13 @@ def _default(table: str, field: str, info: FieldInfo) -> str:
 
 
 def to_text(wanted: list[str]) -> str:
-    """Lines for a terminal: the keys that are wanted or lie in a table that is; none wanted: all.
+    """Lines for a terminal.
+
+    Args:
+        wanted: names of keys and tables; empty: all.
 
     Raises:
-        ValueError: no key begins so; the message names the nearest.
+        ValueError: there is no such key or table; the message names the nearest.
     """
     keys = [key for table in tables() for key in table.keys]
     for name in wanted:

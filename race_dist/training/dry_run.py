@@ -1,4 +1,4 @@
-"""A dry run: what a run will take, and two steps of it on made-up text, before hours are spent."""
+"""The dry run: a memory estimate and two steps on random tokens, before hours are spent on the run itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from race_dist.training.utilization import peak_bytes
 
 
 def estimate(config: TrainConfig, mesh: RankMesh) -> tuple[Memory, GPU | None]:
-    """Memory of one rank on paper, and the table's entry for its device (None: unknown, judged as a CPU)."""
+    """Estimated memory of one rank, and the planner's entry for its device (None: unknown; the estimate is that of a CPU)."""
     gpu = match_gpu(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else find_gpu("cpu")
     job = Job.checked(
         config.model, config.data.context, max(mesh.dp, config.data.batch_size // config.optim.accumulate), config.precision
@@ -28,21 +28,21 @@ def estimate(config: TrainConfig, mesh: RankMesh) -> tuple[Memory, GPU | None]:
 
 
 def run_two_steps(trainer: Trainer) -> Iterator[str]:
-    """Two steps on made-up tokens; sentences for the user. Every rank goes through it; the weights are spoiled.
+    """Run two steps on random tokens and yield sentences for the user. Every rank calls it. It spoils the weights.
 
     Raises:
-        FloatingPointError: the loss or the gradient is no number.
+        FloatingPointError: the loss or the gradient is NaN or Inf.
     """
     config, mesh = trainer.config, trainer.mesh
     yield from trainer.describe()
     expected, gpu = estimate(config, mesh)
     kinds = ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in expected.kinds.items() if size >= 2**19)
-    yield f"memory of a rank on paper: {expected.peak / 2**20:,.0f} MiB ({kinds})"
+    yield f"estimated memory per rank: {expected.peak / 2**20:,.0f} MiB ({kinds})"
     if gpu is not None and mesh.device.type == "cuda" and expected.peak > (total := _memory_of(mesh.device)):
         yield f"warning: the device has {total / 2**20:,.0f} MiB; shard parameters, checkpoint activations, or use more ranks"
     before = peak_bytes(mesh.device)
     seconds = 0.0
-    for attempt in range(2):  # the first one loads and compiles
+    for attempt in range(2):  # the first step loads and compiles kernels
         started = time.perf_counter()
         try:
             result = trainer.train_step(batch=random_batch(config, attempt))
@@ -55,12 +55,12 @@ def run_two_steps(trainer: Trainer) -> Iterator[str]:
             raise FloatingPointError(f"on made-up text {result.verdict.bad}{_remedy(config)}")
     tokens = config.data.batch_size * config.data.context
     yield (
-        f"a step on made-up text: loss {result.loss:.3f}, gradient norm {result.grad_norm:.3g}, {seconds:.2f} s "
+        f"one step on made-up text: loss {result.loss:.3f}, gradient norm {result.grad_norm:.3g}, {seconds:.2f} s "
         f"({tokens / seconds:,.0f} tokens/s), memory at most {peak_bytes(mesh.device) / 2**20:,.0f} MiB "
         f"({before / 2**20:,.0f} before)"
     )
     yield (
-        f"all {config.steps:,} steps at this pace: {_duration(seconds * config.steps)}, and the measuring; nothing was written"
+        f"all {config.steps:,} steps at this pace: {_duration(seconds * config.steps)}, plus evaluation; nothing was written"
     )
 
 

@@ -1,4 +1,4 @@
-"""One step's loss and gradients: how a global batch becomes them. The one place to put another way of computing them."""
+"""Forward and backward of one step: how a global batch becomes a loss and gradients."""
 
 from __future__ import annotations
 
@@ -21,38 +21,46 @@ from race_dist.training.weights_file import load_weights
 
 
 class ForwardBackward(Protocol):
-    """How one global batch becomes gradients."""
+    """Computes losses and gradients of global batches.
+
+    Attributes:
+        replica: the model on this rank, called for the forward pass.
+    """
 
     replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
-        """Before the first step: where a step under way may be stored (None: nowhere), and who may ask it to end in its
-        middle."""
+        """Called before the first step.
+
+        Args:
+            folder: where a step in progress may be stored; None: nowhere.
+            stop: returns True when a step in progress should end early.
+        """
         ...
 
     def end(self) -> None:
-        """After the last step: what is stored of steps under way is no longer needed."""
+        """Called after the last step: remove what is stored of a step in progress."""
         ...
 
     def gradients(self, batch: Batch) -> Tensor:
-        """Leave in every ``.grad`` the gradient of the global batch's mean loss, summed over all ranks (of sharded
-        parameters: this rank's part of it).
+        """Compute the gradient of the global batch's mean loss, summed over all ranks, into every ``.grad`` (of sharded
+        parameters: this rank's shard of it).
 
         Args:
-            batch: the windows of all ranks; ``batch.targets`` is what the summed loss is divided by.
+            batch: the windows of all ranks; the summed loss is divided by ``batch.targets``.
 
         Returns:
-            This rank's share of the mean loss, detached: the ranks' shares add up to it.
+            This rank's share of the mean loss, detached. The shares of all ranks add up to the mean loss.
         """
         ...
 
     def loss(self, batch: Batch) -> Tensor:
-        """This rank's share of the summed loss of a batch, without gradients."""
+        """This rank's share of the summed loss of a batch, without gradients. The shares add up to the summed loss."""
         ...
 
 
 def build_forward_backward(config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> ForwardBackward:
-    """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
+    """Streamed or full sequences, as the configuration says. ``model`` is on the meta device and gets its weights here."""
     if config.stream.chunk_size:
         from race_dist.training.streamed_step import StreamedForwardBackward
 
@@ -61,17 +69,17 @@ def build_forward_backward(config: TrainConfig, model: DecoderLM, mesh: RankMesh
 
 
 class FullSequence:
-    """What methods have in common that run over whole sequences."""
+    """Base of the implementations that run over full sequences: micro-batches of this rank's rows, without streaming."""
 
     config: TrainConfig
     mesh: RankMesh
     replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
-        """Nothing: these steps are not ended in their middle."""
+        """Nothing to do: these steps cannot be interrupted."""
 
     def end(self) -> None:
-        """Nothing is stored."""
+        """Nothing to do: nothing is stored."""
 
     def loss(self, batch: Batch) -> Tensor:
         """See :class:`ForwardBackward`."""
@@ -83,7 +91,7 @@ class FullSequence:
 
 
 class NativeForwardBackward(FullSequence):
-    """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
+    """Full sequences in PyTorch, with gradient accumulation over ``optim.accumulate`` micro-batches."""
 
     def __init__(self, config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> None:
         self.config, self.mesh = config, mesh
@@ -104,7 +112,7 @@ class NativeForwardBackward(FullSequence):
 
 
 def build_replica(config: TrainConfig, model: DecoderLM, mesh: RankMesh, *, dynamic: bool | None = None) -> DataParallelModel:
-    """The model on its ranks, compiled and sharded as the configuration says, with its first weights."""
+    """Compile, shard and initialize the model as the configuration says."""
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=dynamic)
@@ -117,8 +125,8 @@ def build_replica(config: TrainConfig, model: DecoderLM, mesh: RankMesh, *, dyna
 
 
 def materialize(model: DecoderLM, device: torch.device, init: str | None = None) -> None:
-    """Give a model on the meta device its first weights: they depend on the seed and their names alone, or come from
-    ``init``, a safetensors file or the folder of a run."""
+    """Give a model on the meta device its initial weights. They depend only on the seed and the parameters' names, or come from
+    ``init``: a safetensors file or the folder of a run."""
     model.to_empty(device=device)
     model.initialize()
     if init is not None:
@@ -128,7 +136,7 @@ def materialize(model: DecoderLM, device: torch.device, init: str | None = None)
 def forward_loss(
     model: DataParallelModel | nn.Module, part: ShardedBatch, targets: int, config: TrainConfig, mesh: RankMesh
 ) -> Tensor:
-    """A part's summed loss over the global count of targets."""
+    """The summed loss of a shard, divided by the global number of targets."""
     device = mesh.device
     with autocast(config, device):
         loss: Tensor = model(
@@ -143,7 +151,7 @@ def forward_loss(
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    """Matrix products in bfloat16 where the precision says so; weights, norms, states and sums stay wide."""
+    """Matrix products in bfloat16 if ``precision`` is bfloat16; weights, norms, states and sums stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
 
 
@@ -153,13 +161,13 @@ def sequence_shard(mesh: RankMesh) -> Shard:
 
 
 def micro_batches(rows: range, parts: int) -> Iterator[range]:
-    """The rows in that many parts of equal size."""
+    """Split the rows of a batch into ``parts`` micro-batches of equal size."""
     size = len(rows) // parts
     return (rows[n * size : (n + 1) * size] for n in range(parts))
 
 
 def random_batch(config: TrainConfig, seed: int) -> Batch:
-    """A batch of random tokens, the same on every rank. Documents that are kept apart have a third of the context."""
+    """A batch of random tokens, the same on every rank. Separate documents are a third of the context long."""
     data = config.data
     size = data.context + data.batch_size
     tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, size, dtype=np.uint32)

@@ -1,4 +1,4 @@
-"""A model, its optimizer and its text on one rank's place in the mesh: a step, a measurement, saving and restoring."""
+"""The trainer on one rank: train a step, evaluate, save and restore checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from race_dist.training.optim import learning_rate
 from race_dist.training.rank_mesh import RankMesh
 
 BuildEngine = Callable[[TrainConfig, Any, CheckModel], Engine]
-# what a run may be resumed with although it was begun with another value
+# keys that may change when a run is resumed
 FREE_ON_RESUME = (
     "name",
     "runs",
@@ -53,7 +53,7 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement on held-out text: mean ``loss`` in nats over ``tokens`` tokens."""
+    """An evaluation on held-out text: the mean ``loss``, in nats, over ``tokens`` tokens."""
 
     loss: float
     tokens: int
@@ -65,9 +65,9 @@ class StepResult:
 
     Attributes:
         loss: mean over the global batch, in nats, before the step.
-        grad_norm: norm of its whole gradient, before clipping.
+        grad_norm: norm of the global gradient, before clipping.
         flags: for each flag that was passed in, whether it was set on any rank.
-        verdict: what the guard thinks of it; a bad step was not taken.
+        verdict: of the guard; a bad step was skipped.
     """
 
     loss: float
@@ -77,12 +77,12 @@ class StepResult:
 
 
 class Trainer:
-    """One rank's side of a run: an engine, the text, the guard, and how far the run is.
+    """One rank's part of a run: the engine, the text, the guard, and the position in the run.
 
     Attributes:
         config: of the run.
         mesh: the process groups of the run and this rank's place in them.
-        corpus: the text; ``train`` and ``held_out`` are its two sides.
+        corpus: the text; ``train`` and ``held_out`` are its two splits.
         engine: holds the model and the optimizer.
         guard: judges each step.
         step: steps done.
@@ -90,7 +90,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, mesh: RankMesh, build_engine: BuildEngine = NativeEngine) -> None:
-        """Everything a run needs, on every rank.
+        """Load the text and build the engine. Every rank calls it.
 
         Args:
             config: of the run.
@@ -99,14 +99,14 @@ class Trainer:
 
         Raises:
             ImportError: TensorBoard is asked for and not installed.
-            ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
-                divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
+            ValueError: the batch does not divide over the mesh, there is no text or too little, the layout does not divide a
+                sequence, or the ranks do not have the same configuration, code, text and weights.
         """
         self.config, self.mesh = config, mesh
         if config.tensorboard:
             import_summary_writer()  # report that it is missing before anything is trained
         self.corpus = open_corpus(config, mesh.dp, mesh.sp, check=mesh.rank == 0)
-        self.train, self.held_out = _sides(config, self.corpus)
+        self.train, self.held_out = _splits(config, self.corpus)
         self.guard = Guard(config.guard)
         self.step = self.position = 0
         self.engine: Engine = build_engine(
@@ -119,12 +119,12 @@ class Trainer:
         return self.engine.model
 
     def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
-        """One optimizer step. If the guard finds it bad, the weights stay as they were; an engine that knows the gradient's
-        norm only after the update (DeepSpeed) has applied it, and the verdict is an alarm.
+        """One optimizer step. If the guard refuses it, the weights stay as they were. An engine that knows the gradient's norm
+        only after the update (DeepSpeed) cannot skip a step; the verdict is then an alarm.
 
         Args:
-            flags: of this rank; the result says which were set on any rank.
-            batch: None: the one at this position in the data.
+            flags: of this rank; the result says which are set on any rank.
+            batch: None: the batch at this position in the data.
 
         Raises:
             FloatingPointError: the engine cannot skip steps, and the loss is not finite (the weights are left as they were) or
@@ -184,12 +184,12 @@ class Trainer:
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:
-        """Whether all weights are finite, on every rank. It waits for the device: asked before a checkpoint, not in every
-        step."""
-        odd = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        """Whether no weight is NaN or Inf on any rank. It waits for the device, so it is called before a checkpoint and not in
+        every step."""
+        count = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for p in self.engine.model.parameters():
-            odd += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
-        return not float(all_reduce_sum(odd, self.mesh.world))
+            count += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
+        return not float(all_reduce_sum(count, self.mesh.world))
 
     def open_checkpoints(self, folder: Path) -> CheckpointManager:
         """The manager of this run's checkpoints in a folder. Every rank calls it."""
@@ -197,7 +197,7 @@ class Trainer:
         return CheckpointManager(folder, self.mesh.world, keep=config.keep, keep_every=config.keep_every)
 
     def save(self, store: CheckpointManager) -> None:
-        """Begin to write a checkpoint of this moment."""
+        """Begin to write a checkpoint of the current state."""
         store.save(
             self.step,
             self.engine.checkpoint_state(),
@@ -220,7 +220,7 @@ class Trainer:
         )
 
     def roll_back(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        """Return to a checkpoint of this run, but continue with the data that comes now."""
+        """Restore a checkpoint of this run, but continue with the data that comes next."""
         position, rollbacks = self.position, self.guard.rollbacks
         self.restore(store, saved)
         self.position, self.guard.rollbacks = position, rollbacks
@@ -253,13 +253,13 @@ class Trainer:
         self.guard = Guard.of(self.config.guard, facts["guard"])
 
     def _same_documents(self, facts: Mapping[str, Any]) -> bool:
-        """Whether the text's documents begin where they did. If nothing depends on it, they need not."""
+        """Whether the documents of the text begin at the same tokens, if the run depends on that."""
         data = self.config.data
         matters = data.documents == "separate" or data.held_out == "documents"
         return not matters or facts.get("documents") in (None, self.corpus.documents_digest())
 
     def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines, and a third one if files of the text's folder are skipped."""
+        """Two lines about the model and the text, and a third one if files of the text's folder are skipped."""
         config, corpus = self.config, self.corpus
         unit = "bytes" if corpus.tokenizer is None else "tokens"
         yield f"{config.name}: {self.engine.describe()}"
@@ -272,8 +272,16 @@ class Trainer:
 
 
 def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True) -> Corpus:
-    """The text of a run, once it is clear that ``dp`` groups of ``sp`` ranks can train on it; ValueError where they
-    cannot. One rank's ``check`` that a text file is UTF-8 is enough: ranks compare samples of the text later."""
+    """Check that ``dp`` groups of ``sp`` ranks can train on the text of a run, and open it.
+
+    Args:
+        config: of the run.
+        dp, sp: sizes of the mesh.
+        check: whether to check that a text file is UTF-8; one rank is enough, because ranks compare samples of the text later.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks, or the text is too short.
+    """
     data, parts = config.data, config.optim.accumulate
     if data.batch_size % dp:
         raise ValueError(
@@ -297,9 +305,9 @@ def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True
             f"model.vocab_size is {config.model.vocab_size}, but the tokens of {corpus.name} need "
             f"{corpus.vocab_size}: make it {corpus.vocab_size} or more"
         )
-    check_fits(*_sides(config, corpus), data.context, corpus.name)
+    check_fits(*_splits(config, corpus), data.context, corpus.name)
     return corpus
 
 
-def _sides(config: TrainConfig, corpus: Corpus) -> tuple[Any, Any]:
+def _splits(config: TrainConfig, corpus: Corpus) -> tuple[Any, Any]:
     return corpus.split(config.data.held_out, separate=config.data.documents == "separate")

@@ -1,4 +1,4 @@
-"""What a step costs on paper and what the devices could do: for the utilisation, and the highest use of memory."""
+"""Model FLOPs of a step and peak FLOPs of the devices, for the model FLOPs utilization (MFU); and the peak memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from race_dist.training.rank_mesh import RankMesh
 
 
 def step_flops(config: TrainConfig) -> float:
-    """Operations of a step that any method needs (:func:`race_dist.planning.cost_model.useful_flops`)."""
+    """Model FLOPs of a step (:func:`race_dist.planning.cost_model.useful_flops`)."""
     return useful_flops(Job.checked(config.model, config.data.context, config.data.batch_size, config.precision))
 
 
 def peak_flops(config: TrainConfig, mesh: RankMesh) -> float | None:
-    """Operations a second that the vendor states for all ranks' devices together; None where they are not known."""
+    """The vendor's FLOPs per second of all ranks' devices together; None if the device is unknown."""
     if mesh.device.type != "cuda":
         return None
     gpu = match_gpu(torch.cuda.get_device_name(mesh.device))
@@ -27,5 +27,5 @@ def peak_flops(config: TrainConfig, mesh: RankMesh) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: allocated on a GPU, resident on a CPU."""
+    """Peak memory so far: allocated on a GPU, resident on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()

@@ -250,8 +250,8 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(tmp_path: Path) -> N
     before = sorted(tmp_path.rglob("*"))
     code, text = invoke("train", tmp_path / "run.toml", "--dry-run", "--override", "name=other")
     assert code == 0, text
-    assert re.search(r"memory of a rank on paper: \d+ MiB", text)
-    assert re.search(r"a step on made-up text: loss 5\.\d+, gradient norm", text)
+    assert re.search(r"estimated memory per rank: \d+ MiB", text)
+    assert re.search(r"one step on made-up text: loss 5\.\d+, gradient norm", text)
     assert "all 6 steps at this pace: " in text
     assert sorted(tmp_path.rglob("*")) == before
     code, text = invoke(
