@@ -14,16 +14,16 @@ LARGEST_STEP = 2**53  # the largest integer that a float, and so a plot, still r
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl that are whole, in their order. Raises OSError where the file cannot be read.
+    """The intact records of a metrics.jsonl, in order. Raises OSError if the file cannot be read.
 
-    Left out is what no run has written: a line that is cut short or not JSON, a record whose kind or step is none, or whose
-    values are not numbers. A number that is not finite is None.
+    Skipped are lines that are truncated or not JSON, records with an unknown kind or an invalid step, and records whose values
+    are not numbers. A value that is not finite is read as None.
     """
     return read_records(path)[0]
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The same, and how many lines were left out."""
+    """The same, and the number of lines that were skipped."""
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     records = [record for line in lines if (record := _record(line)) is not None]
     return records, len(lines) - len(records)
@@ -47,15 +47,18 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _finite(value: float | None) -> float | None:
-    """A number that a float can hold; else None."""
+    """The value if a float can hold it; otherwise None."""
     if value is None or (isinstance(value, int) and abs(value) < 2**1023):
         return value
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def truncate_metrics(path: Path, step: int, write_errors: WriteErrors) -> tuple[list[dict[str, Any]], int]:
-    """Keep the whole records up to a step in a metrics.jsonl, and return them and the number of lines that were damaged: a run
-    that goes on from there writes the later ones again."""
+    """Remove the records after a step from a metrics.jsonl, because a run that resumes there writes them again.
+
+    Returns:
+        The intact records that are kept, and the number of damaged lines.
+    """
     kept: list[dict[str, Any]] = []
     damaged = 0
     with write_errors.suppress(str(path)):

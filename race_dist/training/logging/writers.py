@@ -1,6 +1,6 @@
-"""What a run writes about itself, none of which ever ends it: metrics.jsonl, TensorBoard, pictures, samples.
+"""Writers of metrics: metrics.jsonl and TensorBoard. A write error never ends a run.
 
-What cannot be written is said once, and tried again the next time.
+What cannot be written is reported once, and tried again the next time.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_LARGEST_BACKLOG = 100_000  # records that wait for a disk that is full
+_LARGEST_BACKLOG = 100_000  # records that are kept while the disk is full
 
 
 class WriteErrors:
-    """Writes that have failed: each kind is said once.
+    """Reports write errors, each file once, and lets the run continue.
 
     Args:
-        say: what takes a sentence.
+        say: called with a sentence.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._said = say, set[str]()
+        self._say, self._reported = say, set[str]()
 
     @contextmanager
     def suppress(self, what: str) -> Iterator[None]:
-        """Within it no error but an interrupt goes through: it is said that ``what`` could not be written, and why."""
+        """Context in which exceptions are reported as "``what`` could not be written" and suppressed; interrupts pass."""
         try:
             yield
         except Exception as error:
-            self.tell(what, error)
+            self.report(what, error)
 
-    def tell(self, what: str, error: Exception) -> None:
-        """Say that ``what`` could not be written, unless that was said before."""
-        if what not in self._said:
-            self._said.add(what)
+    def report(self, what: str, error: Exception) -> None:
+        """Report that ``what`` could not be written, unless that was reported before."""
+        if what not in self._reported:
+            self._reported.add(what)
             reason = _reason(error).removeprefix(f"{what} could not be written: ")
             self._say(f"{what} could not be written ({reason}): the run goes on without it")
 
-    def mended(self, what: str) -> None:
-        """``what`` was written after all: another failure is said again."""
-        self._said.discard(what)
+    def clear(self, what: str) -> None:
+        """``what`` was written again: report its next failure."""
+        self._reported.discard(what)
 
 
 def _reason(error: BaseException) -> str:
-    error = error.__cause__ if isinstance(error.__cause__, OSError) else error  # the name of the file is told already
+    error = error.__cause__ if isinstance(error.__cause__, OSError) else error  # the message names the file already
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class JsonlWriter:
-    """A file of JSON records, one a line. A record is on its way to disk when :meth:`write` returns, or waits for the next.
+    """Appends JSON records to a file, one per line. A record that cannot be written waits for the next call of :meth:`write`.
 
     Args:
-        path: made where it is missing.
-        write_errors: told where it cannot be written.
+        path: created if it does not exist.
+        write_errors: reports errors.
     """
 
     def __init__(self, path: Path, write_errors: WriteErrors) -> None:
-        self._path, self._troubles = path, write_errors
+        self._path, self._write_errors = path, write_errors
         self._handle: int | None = None
         self._backlog: list[bytes] = []
 
@@ -72,13 +72,13 @@ class JsonlWriter:
         try:
             self._append(b"".join(self._backlog))
         except OSError as error:
-            self._troubles.tell(str(self._path), error)
+            self._write_errors.report(str(self._path), error)
         else:
             self._backlog.clear()
-            self._troubles.mended(str(self._path))
+            self._write_errors.clear(str(self._path))
 
     def _append(self, data: bytes) -> None:
-        """All of it, or nothing."""
+        """Write all of it, or nothing."""
         if self._handle is None:
             self._handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         before, written = os.fstat(self._handle).st_size, 0
@@ -91,7 +91,7 @@ class JsonlWriter:
             raise
 
     def close(self) -> None:
-        """Try once more to write what waits, and close the file."""
+        """Try to write the waiting records, and close the file."""
         if self._backlog:
             with suppress(OSError):
                 self._append(b"".join(self._backlog))
@@ -101,19 +101,19 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """TensorBoard's writer, as far as it can write.
+    """Writes records as TensorBoard scalars and texts. After an error it writes nothing more.
 
     Args:
-        folder: for its files.
-        after: what it had of later steps is dropped when it is read.
-        write_errors: told where it fails; nothing more is then given to it.
+        folder: for the event files.
+        after: TensorBoard ignores earlier events of later steps.
+        write_errors: reports errors.
 
     Raises:
         ImportError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, after: int, write_errors: WriteErrors) -> None:
-        self._folder, self._troubles = folder, write_errors
+        self._folder, self._write_errors = folder, write_errors
         writer = import_summary_writer()
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
@@ -121,7 +121,7 @@ class TensorBoardWriter:
         self._attempt(lambda: setattr(self, "_writer", writer(str(folder), purge_step=after + 1)))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add what a record holds."""
+        """Write a record."""
         self._attempt(lambda: self._write(record))
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -135,12 +135,12 @@ class TensorBoardWriter:
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what it still holds."""
+        """Write buffered events and close the files."""
         self._attempt(lambda: None if self._writer is None else self._writer.close())
         threading.excepthook = self._hook
 
     def _thread_failed(self, arguments: threading.ExceptHookArgs) -> None:
-        """Its thread prints a traceback and hands the error to the next call, which tells it."""
+        """TensorBoard's thread prints a traceback and raises its error in the next call, which reports it: print nothing."""
         if not type(arguments.thread).__module__.startswith("tensorboard"):
             self._hook(arguments)
 
@@ -148,12 +148,12 @@ class TensorBoardWriter:
         try:
             act()
         except Exception as error:
-            self._troubles.tell(str(self._folder), error)
+            self._write_errors.report(str(self._folder), error)
             self._writer = None
 
 
 def import_summary_writer() -> Any:
-    """TensorBoard's class of writers. Raises ImportError, which says what to install."""
+    """TensorBoard's ``SummaryWriter``. Raises ImportError, which says what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
