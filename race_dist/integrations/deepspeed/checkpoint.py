@@ -88,33 +88,33 @@ class DeepSpeedState:
         with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=sharded):
             p.copy_(weight)
         if sharded:
-            utils.safe_set_local_fp32_param(p, own_part(p, weight).to(device))
+            utils.safe_set_local_fp32_param(p, zero3_partition(p, weight).to(device))
         elif not engine.is_plain:
             utils.safe_set_full_fp32_param(p, weight.to(device))
         for kind in (kind for kind in STATES if kind in states):
             if engine.is_plain:
                 engine.adamw.state[p][kind].copy_(states[kind])
             elif sharded:
-                utils.safe_set_local_optimizer_state(p, own_part(p, states[kind]).to(device), kind)
+                utils.safe_set_local_optimizer_state(p, zero3_partition(p, states[kind]).to(device), kind)
             else:
                 utils.safe_set_full_optimizer_state(p, states[kind].to(device), kind)
 
 
-def own_part(p: Any, whole: Tensor) -> Tensor:
-    """What this rank holds of a parameter that ZeRO-3 has divided: equal parts of it, flat, the last ones padded.
+def zero3_partition(p: Any, full: Tensor) -> Tensor:
+    """This rank's partition of a parameter under ZeRO-3, which splits the flat parameter into equal parts and pads the last.
 
-    (``safe_set_full_fp32_param`` of DeepSpeed 0.19.8 does not pad, and fails for parameters that do not divide.)
+    (``safe_set_full_fp32_param`` of DeepSpeed 0.19.8 does not pad, and fails for parameters that do not divide evenly.)
     """
     size = p.ds_tensor.numel()
     rank, world = dist.get_rank(p.ds_process_group), dist.get_world_size(p.ds_process_group)
     flat = torch.zeros(size * world)
-    flat[: whole.numel()] = whole.flatten()
+    flat[: full.numel()] = full.flatten()
     return flat[rank * size : (rank + 1) * size]
 
 
 def link_states(optimizer: Any) -> None:
-    """DeepSpeed's ZeRO-1 and 2 look up where a parameter's optimizer states are after the first group's first step, when those
-    of later groups do not exist yet (0.19.8): look again."""
+    """Link the parameters to their optimizer states again under ZeRO-1 and 2: DeepSpeed 0.19.8 does so after the step of the
+    first group, when the states of later groups do not exist yet."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -123,8 +123,8 @@ def link_states(optimizer: Any) -> None:
 
 
 def full_weight(p: nn.Parameter) -> Tensor:
-    """A parameter in float32, whole, on every rank. A collective."""
+    """A full parameter in float32 on every rank. A collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    whole = safe_get_full_fp32_param(p)
-    return (p if whole is None else whole).detach().float()
+    full = safe_get_full_fp32_param(p)
+    return (p if full is None else full).detach().float()

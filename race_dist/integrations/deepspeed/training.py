@@ -1,4 +1,7 @@
-"""``race-dist train --engine deepspeed``: the run's data, losses and files, DeepSpeed's optimizer step."""
+"""``engine = "deepspeed"``: runs of ``race-dist train`` with DeepSpeed's optimizer step and ZeRO sharding.
+
+Data, losses, checkpoints and the files of a run are the same as with the native engine.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from race_dist.training.step import ForwardBackward, FullSequence, materialize, 
 
 
 class DeepSpeedReplica(DataParallelModel):
-    """The model that a DeepSpeed engine holds, called through the engine."""
+    """The model inside a DeepSpeed engine, called through the engine."""
 
     def __init__(self, engine: Any, group: ProcessGroup | None) -> None:
         super().__init__(engine.module, group, is_sharded=True)
@@ -39,7 +42,7 @@ class DeepSpeedReplica(DataParallelModel):
 
 
 class DeepSpeedForwardBackward(FullSequence):
-    """The gradients of a global batch, left where DeepSpeed keeps them."""
+    """Computes the gradients of a global batch in DeepSpeed's buffers."""
 
     def __init__(self, config: TrainConfig, mesh: RankMesh, engine: Any) -> None:
         self.config, self.mesh, self.engine = config, mesh, engine
@@ -112,7 +115,7 @@ class DeepSpeedEngine:
 
     @property
     def is_plain(self) -> bool:
-        """Whether DeepSpeed steps the AdamW as it is, on the model's own parameters: ZeRO-0 in float32."""
+        """Whether DeepSpeed uses the AdamW directly, on the model's own parameters: ZeRO-0 in float32."""
         return isinstance(self.engine.optimizer, torch.optim.Optimizer)
 
     @property
@@ -125,7 +128,7 @@ class DeepSpeedEngine:
         return DeepSpeedState(self)
 
     def make_states(self) -> None:
-        """AdamW makes its states in its first step; a step of rate 0 on gradients of 0 makes them and changes no weight."""
+        """Create AdamW's states, as its first step would, by a step of rate 0 on gradients of 0, which changes no weight."""
         handles = [p.register_hook(torch.zeros_like) for p in self.model.parameters() if p.requires_grad]
         self.forward_backward.gradients(random_batch(self.config, seed=0))
         self.update(0.0)
@@ -139,10 +142,10 @@ class DeepSpeedEngine:
 
 
 def deepspeed_config(config: TrainConfig, mesh: RankMesh) -> dict[str, Any]:
-    """``config.deepspeed`` with what the run's configuration says filled in.
+    """``config.deepspeed``, completed from the run's configuration.
 
     Raises:
-        ValueError: the two say different things, or one asks for what the other has not.
+        ValueError: the two contradict each other, or DeepSpeed does not support a setting.
     """
     if config.precision == "float64":
         raise ValueError('precision = "float64" is not known to DeepSpeed; take engine = "native"')
@@ -180,5 +183,5 @@ def deepspeed_config(config: TrainConfig, mesh: RankMesh) -> dict[str, Any]:
         raise ValueError(f"deepspeed.{RACE_SECTION}.layout = {layout!r} but parallel.layout = {mesh.layout!r}: make them agree")
     if (tree.get("bf16") or {}).get("enabled", "auto") == "auto":
         tree["bf16"] = (tree.get("bf16") or {}) | {"enabled": config.precision == "bfloat16"}
-    # the run's AdamW is torch's: DeepSpeed need not know it, nor compile its own for offloaded states
+    # the optimizer is PyTorch's AdamW: DeepSpeed need not know it, nor compile its own one for offloaded states
     return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False} | tree | ours

@@ -1,4 +1,4 @@
-"""Checkpoints in megatron-core's format: any layout of the ranks reads what any other has written."""
+"""Checkpoint state in megatron-core's format, which any mesh of ranks reads, whichever mesh has written it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from race_dist.training.checkpoint_state import SavedCheckpoint, state_mismatch
 
 @without_cuda()
 def save_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write a GPTModel (unwrapped) and its optimizer to an empty folder that is there. Every rank calls it.
+    """Write a GPTModel (unwrapped) and its optimizer to an existing empty folder. Every rank calls it.
 
     megatron-core writes from child processes that it forks.
     """
@@ -27,10 +27,10 @@ def save_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
 
 @without_cuda()
 def load_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Fill both from what :func:`save_state` has written. Every rank calls it.
+    """Load what :func:`save_state` has written into both. Every rank calls it.
 
     Raises:
-        RuntimeError: the checkpoint's weights are of another model, or were trained with other hyperplanes.
+        RuntimeError: the weights are of another model, or were trained with other hyperplanes.
     """
     loaded = dist_checkpointing.load(_state(model, optimizer, loading=True), str(folder))
     model.load_state_dict(loaded["model"])
@@ -46,7 +46,7 @@ def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
 class MegatronState:
     """A :class:`race_dist.training.checkpoint_state.CheckpointState` in megatron-core's format.
 
-    It is written before the training goes on: ranks' weights and optimizer states are read in place.
+    It is written synchronously, because megatron-core reads the ranks' weights and optimizer states in place.
 
     Args:
         model: the GPTModel, unwrapped.

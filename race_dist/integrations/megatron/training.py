@@ -1,7 +1,7 @@
-"""``engine = "megatron"``: the trainer's runs, with megatron-core's model, data parallelism, optimizer and checkpoints.
+"""``engine = "megatron"``: runs of ``race-dist train`` with megatron-core's model, data parallelism, optimizer and checkpoints.
 
-Data, first weights, losses, learning rates, reports and the files of a run are those of the trainer; what a step is
-computed with is megatron-core from pip alone, over parallel_state's tp x cp x dp, on GPUs or on the CPU.
+Data, initial weights, losses, learning rates, reports and the files of a run are the same as with the native engine. Steps are
+computed by megatron-core (from pip, without Megatron-LM), over parallel_state's tp x cp x dp, on GPUs or on the CPU.
 """
 
 from __future__ import annotations
@@ -45,24 +45,23 @@ DECAYED = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "line
 
 @dataclass(frozen=True)
 class MegatronRankMesh(RankMesh):
-    """The mesh of a run over megatron-core's parallel_state: dp groups of sp ranks, each of tp ranks.
+    """The mesh of a run over megatron-core's parallel_state: dp x sp x tp ranks, where sp is context parallelism.
 
     Attributes:
-        tp_group: the ranks that share this rank's heads.
+        tp_group: the tensor-parallel ranks, which share every layer's heads.
     """
 
     tp_group: ProcessGroup | None = None
 
     @classmethod
     def join(cls, config: TrainConfig) -> MegatronRankMesh:
-        """As :meth:`race_dist.training.rank_mesh.RankMesh.join`. Raises ValueError for what this engine does not do, before it
-        joins."""
+        """As :meth:`race_dist.training.rank_mesh.RankMesh.join`. Raises ValueError before it joins if a setting is unsupported."""
         _, sp = config.parallel.mesh(rank_environment().world_size)
         _check(config)
         transformer_config(config.model, tp=config.parallel.tp, cp=sp)
         device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)
         with without_cuda():
-            if parallel_state.model_parallel_is_initialized():  # by a run before in this process
+            if parallel_state.model_parallel_is_initialized():  # by an earlier run in this process
                 parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=config.parallel.tp,
@@ -81,25 +80,25 @@ class MegatronRankMesh(RankMesh):
 
     @property
     def tp(self) -> int:
-        """Ranks that share a layer's heads."""
+        """Number of tensor-parallel ranks."""
         return group_size(self.tp_group)
 
     @property
     def dp(self) -> int:
-        """Groups of ranks with sequences of their own."""
+        """Number of data-parallel groups."""
         return group_size(self.world) // (self.sp * self.tp)
 
     @property
     def dp_rank(self) -> int:
-        """Which group this rank is in."""
+        """The data-parallel group that this rank belongs to."""
         return int(parallel_state.get_data_parallel_rank())
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ValueError for what this engine does not do."""
+    """Raise ValueError for a setting that this engine does not support."""
     for asked, name, reason in (
         (config.precision == "float64", 'precision = "float64"', "megatron-core computes losses in float32"),
-        (config.compile, "compile = true", "megatron-core compiles its own parts"),
+        (config.compile, "compile = true", "megatron-core compiles its own modules"),
         (
             config.parallel.sharding != "none",
             f"parallel.sharding = {config.parallel.sharding!r}",
@@ -118,11 +117,11 @@ def _check(config: TrainConfig) -> None:
 
 
 class MegatronLM(nn.Module):
-    """A GPTModel over parallel_state's ranks, called as DecoderLM is; its loss is this rank's share.
+    """A GPTModel over parallel_state's ranks, with DecoderLM's call signature. Its loss is this rank's share of the mean loss.
 
     Attributes:
         gpt: the GPTModel.
-        ddp: the same in megatron-core's mixed precision and data parallelism.
+        ddp: the GPTModel wrapped for mixed precision and data parallelism.
     """
 
     def __init__(self, config: TrainConfig, mesh: MegatronRankMesh) -> None:
@@ -153,7 +152,7 @@ class MegatronLM(nn.Module):
         group: ProcessGroup | None = None,
         layout: str = "contiguous",
     ) -> Tensor:
-        """This rank's summed loss over ``num_targets``. Over all ranks of the job the shares add up to the mean loss."""
+        """This rank's summed loss, divided by ``num_targets``. The shares of all ranks add up to the mean loss."""
         positions = shard_positions(input_ids.shape[1], group, layout=layout, cu_seqlens=cu_seqlens, device=input_ids.device)
         packed = (
             None
@@ -168,19 +167,19 @@ class MegatronLM(nn.Module):
 
 
 class MegatronReplica(DataParallelModel):
-    """The model as the end of a run asks for it: its weights, whole and float32, under DecoderLM's names."""
+    """Gathers the full float32 weights under DecoderLM's names, for the end of a run."""
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
         super().__init__(model, model.mesh.world, is_sharded=True)
         self.config, self.names, self.gpt, self.tp_group = config.model, names, model.gpt, model.mesh.tp_group
 
     @without_cuda()
-    def _whole(self) -> dict[str, Tensor]:
+    def _gather(self) -> dict[str, Tensor]:
         return from_megatron(gather_full_weights(self.gpt, self.tp_group), self.config, dict.fromkeys(self.names))
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """By name; every rank calls it."""
-        return ((name, tensor.float()) for name, tensor in self._whole().items())
+        """The weights by name; every rank calls it."""
+        return ((name, tensor.float()) for name, tensor in self._gather().items())
 
 
 class MegatronForwardBackward(FullSequence):
@@ -259,9 +258,9 @@ class MegatronEngine:
 
 
 def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
-    """megatron-core's AdamW as the trainer's: the matrices of linear maps decay, the rest does not."""
+    """megatron-core's AdamW, with weight decay on the matrices of linear layers only, as in the native engine."""
 
-    def kept(_: nn.Parameter, name: str) -> bool:
+    def without_decay(_: nn.Parameter, name: str) -> bool:
         return not name.endswith((*DECAYED, "output_layer.weight"))
 
     options = OptimizerConfig(
@@ -275,5 +274,5 @@ def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
         bf16=narrow,
         params_dtype=torch.bfloat16 if narrow else torch.float32,
     )
-    overrides = {ParamKey(with_name_predicate=ParamWithNamePredicate("not a linear map", kept)): {"wd_mult": 0.0}}
+    overrides = {ParamKey(with_name_predicate=ParamWithNamePredicate("not a linear layer", without_decay)): {"wd_mult": 0.0}}
     return get_megatron_optimizer(options, [model], config_overrides=overrides, use_gloo_process_groups=False)
