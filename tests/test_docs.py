@@ -62,7 +62,7 @@ def test_the_command_lists_keys_by_name() -> None:
     code, text = invoke("config")
     assert code == 0
     assert all(f"\n{key} = " in "\n" + text for key in leaves(TrainConfig))
-    assert "optim.lr = 0.001\n    a number. The highest learning rate.\n" in text
+    assert "optim.lr = 0.001\n    a number. The peak learning rate.\n" in text
     code, text = invoke("config", "guard.window", "eval")
     assert (code, re.findall(r"^(\S+) =", text, re.MULTILINE)) == (0, ["eval.every", "eval.tokens", "guard.window"])
     code, text = invoke("config", "optim.learning")

@@ -55,7 +55,7 @@ class MegatronRankMesh(RankMesh):
 
     @classmethod
     def join(cls, config: TrainConfig) -> MegatronRankMesh:
-        """As :meth:`race_dist.training.rank_mesh.RankMesh.join`. Raises ValueError before it joins if a setting is unsupported."""
+        """As :meth:`race_dist.training.rank_mesh.RankMesh.join`. Raises ValueError for an unsupported setting."""
         _, sp = config.parallel.mesh(rank_environment().world_size)
         _check(config)
         transformer_config(config.model, tp=config.parallel.tp, cp=sp)
