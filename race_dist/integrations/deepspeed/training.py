@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.integrations.deepspeed.checkpoint import DeepSpeedState, full_weight, link_states
+from race_dist.integrations.deepspeed.config import RACE_SECTION, SEQUENCE_PARALLEL_SIZE
 from race_dist.integrations.deepspeed.engine import SequenceParallelMesh, initialize
-from race_dist.integrations.deepspeed.settings import RACE_SECTION, SEQUENCE_PARALLEL_SIZE
 from race_dist.models import DecoderLM
 from race_dist.parallel import DataParallelModel
 from race_dist.training.checkpoint_state import CheckpointState
