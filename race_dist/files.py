@@ -87,15 +87,15 @@ def file_digest(file: Path) -> dict[str, Any]:
         return {"bytes": os.fstat(data.fileno()).st_size, "blake2b": digest}
 
 
-def verify_file(file: Path, wanted: Any) -> None:
+def verify_file(file: Path, expected: Any) -> None:
     """Raise DamagedFileError unless a file has the size and checksum that :func:`file_digest` returned."""
     if not file.is_file():
         raise DamagedFileError(f"{file} is missing")
     found = file_digest(file)
-    size = wanted.get("bytes") if isinstance(wanted, Mapping) else None
+    size = expected.get("bytes") if isinstance(expected, Mapping) else None
     if found["bytes"] != size:
         raise DamagedFileError(f"{file} has {found['bytes']} bytes, {size} were written")
-    if found != wanted:
+    if found != expected:
         raise DamagedFileError(f"{file} does not have the checksum it was written with")
 
 
@@ -165,9 +165,9 @@ def verify_json(path: Path, tree: dict[str, Any], *, required: bool = True) -> N
         raise DamagedFileError(f"{path} was changed: it does not have the checksum it was written with")
 
 
-def has_json_type(value: Any, wanted: type | tuple[type, ...]) -> bool:
+def has_json_type(value: Any, expected: type | tuple[type, ...]) -> bool:
     """Whether a JSON value has one of the types. A bool is not a number, and an int is also a float."""
-    types = wanted if isinstance(wanted, tuple) else (wanted,)
+    types = expected if isinstance(expected, tuple) else (expected,)
     if isinstance(value, bool):
         return bool in types
     return isinstance(value, (*types, int) if float in types else types)

@@ -103,12 +103,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
         """
-        wanted = [
+        candidates = [
             str(path)
             for path in reversed(self.folder.complete())
             if step in (None, parse_name(path)[1]) and (before is None or parse_name(path)[0] < before)
         ]
-        paths = gather_objects(wanted, self._group)[0]
+        paths = gather_objects(candidates, self._group)[0]
         for path in map(Path, paths):
             try:
                 saved, error = self._verify(path), None

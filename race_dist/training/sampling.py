@@ -221,14 +221,14 @@ def load_context(file: Path, model: DecoderLM) -> tuple[PromptState, int]:
     if metadata.get("model") != _fingerprint(model):
         raise ValueError(f"{file} was read by another model, or by other weights of this one; read the text again")
     empty = model.zero_carry(1, state_dtype=torch.float64)
-    wanted = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
+    expected = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
     position = f"carry.{len(empty.tensors()) - 1}"  # a scalar for all rows, or [B] after a padded text
     mismatched = [
         name
-        for name in wanted.keys() | tensors.keys()
+        for name in expected.keys() | tensors.keys()
         if name not in tensors
-        or name not in wanted
-        or (tensors[name].dim() != wanted[name].dim() and (name != position or tensors[name].dim() > 1))
+        or name not in expected
+        or (tensors[name].dim() != expected[name].dim() and (name != position or tensors[name].dim() > 1))
     ]
     if mismatched or not metadata.get("tokens", "").isdecimal():
         raise DamagedFileError(

@@ -251,12 +251,12 @@ def open_packed(path: Path) -> Corpus:
     """
     index = _read_index(path)
     size = np.dtype(index["dtype"]).itemsize
-    for name, wanted in ((TOKENS, size * index["tokens"]), (DOCUMENTS, 8 * (index["documents"] + 1))):
+    for name, expected in ((TOKENS, size * index["tokens"]), (DOCUMENTS, 8 * (index["documents"] + 1))):
         found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != wanted:
+        if found != expected:
             raise ValueError(
-                f"{path / name} has {found:,} bytes, but {wanted:,} were packed: "
-                f"{'it was cut short' if found < wanted else 'it was changed'}; pack the text again"
+                f"{path / name} has {found:,} bytes, but {expected:,} were packed: "
+                f"{'it was cut short' if found < expected else 'it was changed'}; pack the text again"
             )
     tokens = np.memmap(path / TOKENS, dtype=index["dtype"], mode="r")
     documents = np.fromfile(path / DOCUMENTS, dtype="<i8")

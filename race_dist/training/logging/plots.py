@@ -109,13 +109,13 @@ def _text_measured(found: dict[str, Any]) -> str:
 
 def draw_progress(runs: Sequence[RunCurves], title: str = "") -> Figure:
     """Gradient norm, tokens per second, and MFU and memory if they are known, over the steps."""
-    wanted = [
+    candidates = [
         ("grad_norm", "gradient norm", 1.0),
         ("tokens_per_second", "tokens per second", 1.0),
         ("mfu", "of the peak, %", 100.0),
         ("peak_bytes", "memory, GiB", 2.0**-30),
     ]
-    shown = [w for w in wanted if any(run.of("train", w[0])[0] for run in runs)] or wanted[:1]
+    shown = [w for w in candidates if any(run.of("train", w[0])[0] for run in runs)] or candidates[:1]
     figure = _figure(1.6 * len(shown) + 0.6)
     rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, label, scale) in zip(rows, shown):
