@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from race_dist.config_loader import ConfigLoader, NamedFiles, read_toml
 from race_dist.launch.environment import EnvironmentReference, is_secret, no_secret, one_line, read_environment
-from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig, read_toml, set_key
+from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig
 
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = NamedFiles(Path(__file__).with_name("templates"), hidden=("fabrics",))
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _LONGEST = 3650 * _DAY
 _OWN_DIRECTIVES = {  # and where they come from
@@ -310,14 +310,14 @@ class JobConfig(StrictConfig):
 
 def template_names() -> list[str]:
     """The templates that come with the package."""
-    return sorted(f.stem for f in TEMPLATES.glob("*.toml") if f.stem != "fabrics")
+    return TEMPLATES.names()
 
 
 def fabric(name: str) -> dict[str, str]:
     """The environment variables of a fabric profile. ValueError where there is none of that name."""
     if name == "none":
         return {}
-    profiles = tomllib.loads((TEMPLATES / "fabrics.toml").read_text(encoding="utf-8"))
+    profiles = read_toml(TEMPLATES.folder / "fabrics.toml")
     if name not in profiles:
         raise ValueError(f"fabric {name!r} is not known; known are none, {', '.join(sorted(profiles))}")
     return {k: str(v) for k, v in profiles[name]["env"].items()}
@@ -334,16 +334,12 @@ def load_job(source: str | Path | None, changes: Iterable[str] = ()) -> JobConfi
         ValueError: a name, a key or a value is wrong; one sentence that names it.
         FileNotFoundError: there is no such file.
     """
-    tree: dict[str, Any] = {}
-    if source is not None:
-        path = TEMPLATES / f"{source}.toml" if str(source) in template_names() else Path(source)
-        if not path.is_file():
-            near = difflib.get_close_matches(str(source), template_names(), n=1)
-            raise FileNotFoundError(
-                f"there is no job description {source}: give a TOML file or one of the templates "
-                f"{', '.join(template_names())}" + (f" (did you mean {near[0]}?)" if near else "")
-            )
-        tree = read_toml(path)
-    for change in changes:
-        set_key(tree, change, option="--set", example="key=value, for example nodes=4 or slurm.account=abc")
-    return JobConfig.check(tree, source="the job's description" if source is None else str(source))
+    path = None if source is None else TEMPLATES.find(str(source)) or Path(source)
+    if path is not None and not path.is_file():
+        near = difflib.get_close_matches(str(source), template_names(), n=1)
+        raise FileNotFoundError(
+            f"there is no job description {source}: give a TOML file or one of the templates "
+            f"{', '.join(template_names())}" + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    loader = ConfigLoader(JobConfig, "--set", "key=value, for example nodes=4 or slurm.account=abc")
+    return loader.load(path, changes, source="the job's description" if source is None else str(source))

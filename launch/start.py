@@ -31,7 +31,7 @@ from race_dist.output_paths import write_private
 from race_dist.rank_environment import without_rank_variables
 from race_dist.training.config import load_config
 from race_dist.training.presets import find_config
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 
 
 def load_job_and_run(

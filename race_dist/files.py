@@ -1,8 +1,8 @@
-"""Files that are whole or not there, and are checked when they are read back.
+"""Files with checksums, written atomically and verified when they are read.
 
-Everything that a run writes and reads again goes through here. A file is written beside its place, flushed to disk and renamed.
-Tensors carry a checksum each in the header of their safetensors file; a record (JSON) carries one of itself; other files are
-described by size and checksum in a record, which is written last.
+A file is written under a temporary name, flushed to disk and renamed, so that it is complete or does not exist. Tensors have
+their checksums in the header of the safetensors file. A checksummed JSON file contains the checksum of itself. The size and
+checksum of any other file are in a checksummed JSON file (a manifest), which is written last.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from race_dist.output_paths import atomic_write
 
 JsonTypes = Mapping[str, type | tuple[type, ...]]
 
-DIGEST = "digest"  # the key of a record's own checksum
-_HEADER = "race_dist"  # the one key of a safetensors header: several would be written in any order
+DIGEST = "digest"  # the key of the checksum in a checksummed JSON file
+_HEADER = "race_dist"  # the only key of the safetensors metadata, because the order of several keys is not deterministic
 _WORDS = {
     dict: "an object",
     list: "a list",
@@ -38,20 +38,20 @@ _WORDS = {
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what was written to it, or what it should hold. The message names it."""
+    """The content of a file is not what was written to it, or not what it should be. The message names the file."""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, in UTF-8. What UTF-8 cannot hold (half of a surrogate pair) becomes a question mark."""
+    """Write a text file in UTF-8. Lone surrogates, which UTF-8 cannot represent, become question marks."""
     with atomic_write(path) as partial:
         partial.write_bytes(text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write an object as JSON."""
+    """Write a mapping as JSON."""
     write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
@@ -61,7 +61,7 @@ def write_checksummed_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors by name as safetensors, with a checksum of each and of ``metadata`` in its header."""
+    """Write named tensors as safetensors, with checksums of the tensors and of ``metadata`` in the header."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -81,26 +81,26 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def file_digest(file: Path) -> dict[str, Any]:
-    """Size (``bytes``) and BLAKE2b (``blake2b``, hexadecimal) of a file, which is read whole."""
+    """Size (``bytes``) and BLAKE2b (``blake2b``, hexadecimal) of a file."""
     with file.open("rb") as data:
         digest = hashlib.file_digest(data, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         return {"bytes": os.fstat(data.fileno()).st_size, "blake2b": digest}
 
 
-def verify_file(file: Path, wanted: Any) -> None:
-    """Raise DamagedFileError unless a file is what :func:`file_digest` has described."""
+def verify_file(file: Path, expected: Any) -> None:
+    """Raise DamagedFileError unless a file has the size and checksum that :func:`file_digest` returned."""
     if not file.is_file():
         raise DamagedFileError(f"{file} is missing")
     found = file_digest(file)
-    size = wanted.get("bytes") if isinstance(wanted, Mapping) else None
+    size = expected.get("bytes") if isinstance(expected, Mapping) else None
     if found["bytes"] != size:
         raise DamagedFileError(f"{file} has {found['bytes']} bytes, {size} were written")
-    if found != wanted:
+    if found != expected:
         raise DamagedFileError(f"{file} does not have the checksum it was written with")
 
 
 def json_digest(tree: Mapping[str, Any]) -> str:
-    """BLAKE2b of a tree of JSON types."""
+    """BLAKE2b of a value of JSON types."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -114,23 +114,23 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte-order mark. Raises DamagedFileError where it is not."""
+    """Read a text file in UTF-8, with or without a byte-order mark. Raises DamagedFileError if it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_json_object(path: Path, kinds: JsonTypes | None = None) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_json_object(path: Path, types: JsonTypes | None = None) -> dict[str, Any]:
+    """Read a JSON file that contains an object.
 
     Args:
         path: of the file.
-        kinds: keys that must be there, and what their values must be. A bool is no number, an int is a float too.
+        types: required keys, and the types of their values. A bool is not a number, and an int is also a float.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: it is not JSON, no object, or a key is missing or has a value of another kind.
+        FileNotFoundError: the file does not exist.
+        DamagedFileError: it is not a JSON object, or a key is missing or has a value of another type.
     """
     text = read_text(path)
     try:
@@ -139,42 +139,43 @@ def read_json_object(path: Path, kinds: JsonTypes | None = None) -> dict[str, An
         raise DamagedFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise DamagedFileError(f"{path} must hold a JSON object; got {'null' if tree is None else type(tree).__name__}")
-    return _checked_kinds(path, tree, kinds or {})
+    return _check_types(path, tree, types or {})
 
 
-def read_checksummed_json(path: Path, kinds: JsonTypes | None = None, *, required: bool = True) -> dict[str, Any]:
-    """What :func:`write_checksummed_json` has written, without the checksum.
+def read_checksummed_json(path: Path, types: JsonTypes | None = None, *, required: bool = True) -> dict[str, Any]:
+    """Read what :func:`write_checksummed_json` has written, without the checksum.
 
     Args:
         path: of the file.
-        kinds: as for :func:`read_json_object`.
-        required: whether a record without a checksum is refused.
+        types: as for :func:`read_json_object`.
+        required: whether a file without a checksum is refused.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: as :func:`read_json_object`, or the record was changed after it was written.
+        FileNotFoundError: the file does not exist.
+        DamagedFileError: as :func:`read_json_object`, or the file was changed after it was written.
     """
     tree = read_json_object(path)
     verify_json(path, tree, required=required)
-    return _checked_kinds(path, tree, kinds or {})
+    return _check_types(path, tree, types or {})
 
 
 def verify_json(path: Path, tree: dict[str, Any], *, required: bool = True) -> None:
-    """Take the checksum out of a record that was read from ``path``. Raises DamagedFileError where it is not the record's."""
+    """Remove the checksum from an object that was read from ``path``. Raises DamagedFileError if the checksum is wrong."""
     if (required or DIGEST in tree) and tree.pop(DIGEST, None) != json_digest(tree):
         raise DamagedFileError(f"{path} was changed: it does not have the checksum it was written with")
 
 
-def has_json_type(value: Any, kind: type | tuple[type, ...]) -> bool:
-    """Whether a JSON value is of a kind: true and false are no numbers, integers are floats too."""
-    kinds = kind if isinstance(kind, tuple) else (kind,)
+def has_json_type(value: Any, expected: type | tuple[type, ...]) -> bool:
+    """Whether a JSON value has one of the types. A bool is not a number, and an int is also a float."""
+    types = expected if isinstance(expected, tuple) else (expected,)
     if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+        return bool in types
+    return isinstance(value, (*types, int) if float in types else types)
 
 
 class CheckedTensors:
-    """The tensors of a safetensors file, each checked when it is read. Files without checksums, from elsewhere, are taken too.
+    """The tensors of a safetensors file, each verified when it is read. Files of other programs, without checksums, are
+    accepted.
 
     Attributes:
         path: of the file.
@@ -193,7 +194,7 @@ class CheckedTensors:
         return iter(self._stored.keys())
 
     def shape(self, name: str) -> list[int]:
-        """Of a tensor, which is not read."""
+        """Shape of a tensor, without reading it."""
         return list(self._stored.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -215,11 +216,11 @@ class CheckedTensors:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[CheckedTensors]:
-    """A safetensors file, to read tensor after tensor on the CPU.
+    """Open a safetensors file, to read one tensor at a time to the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: it is not a safetensors file, or a checksum is not that of what it holds.
+        FileNotFoundError: the file does not exist.
+        DamagedFileError: it is not a safetensors file, or a checksum is wrong.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -231,13 +232,13 @@ def open_tensors(path: Path) -> Iterator[CheckedTensors]:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata. Raises as :func:`open_tensors`."""
+    """Read all tensors of a safetensors file to the CPU; returns them and the metadata. Raises as :func:`open_tensors`."""
     with open_tensors(path) as stored:
         return {name: stored[name] for name in stored}, stored.metadata
 
 
-def _checked_kinds(path: Path, tree: dict[str, Any], kinds: JsonTypes) -> dict[str, Any]:
-    for key, kind in kinds.items():
+def _check_types(path: Path, tree: dict[str, Any], types: JsonTypes) -> dict[str, Any]:
+    for key, kind in types.items():
         if key not in tree:
             raise DamagedFileError(f"{path} is damaged: {key} is missing")
         if not has_json_type(tree[key], kind):

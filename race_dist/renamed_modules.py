@@ -16,9 +16,12 @@ RENAMED = {
     "race_dist.training.corpus": "race_dist.training.data.corpus",
     "race_dist.training.metrics": "race_dist.training.logging.metrics",
     "race_dist.training.packed": "race_dist.training.data.packed",
+    "race_dist.training.ranks": "race_dist.training.rank_mesh",
     "race_dist.training.report": "race_dist.training.logging.report",
+    "race_dist.training.rundir": "race_dist.training.run_directory",
     "race_dist.training.text_files": "race_dist.training.data.text_files",
-    "race_dist.training.tokenizing": "race_dist.training.data.tokenizing",
+    "race_dist.training.tokenizing": "race_dist.training.data.tokenizer",
+    "race_dist.training.weights": "race_dist.training.weights_file",
 }
 
 

@@ -1,27 +1,26 @@
-"""The base class of every configuration, and how one is read from TOML: mistakes are told in one sentence.
+"""The base class of all configurations. A mistake is reported in one sentence.
 
-A configuration is checked strictly, however it was made (TOML, a command's ``-o key=value``, JSON, Python): a string or a
-flag is no number, an unknown key is answered with the nearest known one, NaN and infinity are refused.
+A configuration is validated strictly, whether it comes from TOML, ``-o key=value``, JSON or Python: a string or a bool is not a
+number, the error for an unknown key names the nearest known key, and NaN and Inf are refused.
+:mod:`race_dist.config_loader` reads configurations from files.
 """
 
 from __future__ import annotations
 
 import difflib
 import numbers
-import tomllib
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from race_dist.messages import short_repr
 
-SIZE_LIMIT = 2**31 - 1  # of numbers that kernels and libraries index with 32 bits
-COUNT_LIMIT = 2**53  # of numbers that JSON keeps exactly
-SEED_LIMIT = 2**63 - 1  # of generators
-TIMEOUT_LIMIT = 10**6  # seconds; libraries hold milliseconds in a C int
+SIZE_LIMIT = 2**31 - 1  # kernels and libraries use 32-bit indices
+COUNT_LIMIT = 2**53  # JSON represents larger integers inexactly
+SEED_LIMIT = 2**63 - 1  # of random number generators
+TIMEOUT_LIMIT = 10**6  # seconds; libraries store milliseconds in a C int
 
 NonEmpty = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 
@@ -50,17 +49,17 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "below"),
 }
-_PREDICATES = ("must ", "is ")  # validators whose message begins like this leave the key and the value to the sentence
+_PREDICATES = ("must ", "is ")  # messages of validators that begin with these words get the key and the value added
 
 
 class StrictConfig(BaseModel):
-    """A frozen set of checked fields.
+    """A frozen set of validated fields.
 
-    A whole number may be written as a float without a fraction (``1e6``), and a tuple as a list; nothing else is converted.
+    An integer may be written as a float without a fraction (``1e6``), and a tuple as a list; nothing else is converted.
 
     Raises:
-        ValueError: a field is missing, unknown, of another type or out of its range: one sentence that names it.
-        A validator of a subclass raises ValueError("must be ...") and leaves the field's name and the value to that sentence.
+        ValueError: a field is missing, unknown, of another type or out of its range; the message is one sentence that names it.
+        A validator of a subclass raises ValueError("must be ..."); the field's name and value are added.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -71,7 +70,7 @@ class StrictConfig(BaseModel):
         except ValidationError as error:
             raise ValueError(describe_errors(type(self), error)) from None
 
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic: it is not to be called for inner tables
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # tells pydantic not to call it for inner tables
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
@@ -88,12 +87,12 @@ class StrictConfig(BaseModel):
 
     @classmethod
     def check(cls, tree: Any, *, source: str = "", prefix: str = "", **options: Any) -> Self:
-        """Check what was read already.
+        """Validate parsed fields.
 
         Args:
             tree: a mapping of fields.
-            source: what stands before the sentence, for example the name of the file.
-            prefix: what stands before the name of each key in it.
+            source: prefix of the error message, for example the name of the file.
+            prefix: prefix of each key in the error message.
         """
         try:
             return super().model_validate(tree, **options)
@@ -113,10 +112,10 @@ class StrictConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _convert(cls, value: Any, info: ValidationInfo) -> Any:
-        """What is the same in another type: 1e6 for a whole number, a list for a tuple, numbers of numpy."""
+        """Accept equal values of another type: 1e6 for an integer, a list for a tuple, numpy numbers."""
         if isinstance(value, bool | str) or value is None:
             return value
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        kinds = _types(cls.model_fields[str(info.field_name)].annotation)
         if int in kinds and float not in kinds:
             if isinstance(value, float) and value.is_integer():
                 return int(value)
@@ -125,40 +124,40 @@ class StrictConfig(BaseModel):
         return tuple(value) if isinstance(value, list) and tuple in kinds else value
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def _types(annotation: Any) -> list[Any]:
     """The types that an annotation allows, without their parameters."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
-        return [kind for each in get_args(annotation) for kind in _kinds(each)]
+        return [kind for argument in get_args(annotation) for kind in _types(argument)]
     if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
+        return _types(get_args(annotation)[0])
     return [origin or annotation]
 
 
 def describe_errors(model: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
-    """All of pydantic's errors about ``model`` as one sentence; unknown keys come alone, as they explain missing ones."""
+    """All of pydantic's errors as one sentence. Unknown keys are reported alone, because they explain missing keys."""
     found = error.errors(include_url=False)
-    unknown = [each for each in found if each["type"] == "extra_forbidden"]
+    unknown = [entry for entry in found if entry["type"] == "extra_forbidden"]
     if unknown:
-        return "; ".join(dict.fromkeys(_unknown(model, each["loc"], prefix) for each in unknown))
-    missing = [prefix + _key(model, each["loc"])[0] for each in found if each["type"] == "missing"]
+        return "; ".join(dict.fromkeys(_unknown(model, entry["loc"], prefix) for entry in unknown))
+    missing = [prefix + _key(model, entry["loc"])[0] for entry in found if entry["type"] == "missing"]
     sentences = (
         [f"{' and '.join(filter(None, [', '.join(missing[:-1]), missing[-1]]))} {'is' if len(missing) == 1 else 'are'} missing"]
         if missing
         else []
     )
     by_key: dict[str, list[Any]] = {}
-    for each in found:
-        if each["type"] != "missing":
-            by_key.setdefault(_key(model, each["loc"])[0], []).append(each)
-    sentences += [_sentence(model, prefix + key if key else "", each) for key, each in by_key.items()]
+    for entry in found:
+        if entry["type"] != "missing":
+            by_key.setdefault(_key(model, entry["loc"])[0], []).append(entry)
+    sentences += [_sentence(model, prefix + key if key else "", entries) for key, entries in by_key.items()]
     return "; ".join(sentences)
 
 
 def _sentence(model: type[BaseModel], key: str, errors: list[Any]) -> str:
-    """What is wrong with the value of one key. A value that fits no kind of a union has an error for each of them."""
+    """The sentence about one key. A value that fits no type of a union has an error for each type."""
     value = errors[0]["input"]
-    own = [str(each["msg"]).removeprefix("Value error, ") for each in errors if each["type"] == "value_error"]
+    own = [str(entry["msg"]).removeprefix("Value error, ") for entry in errors if entry["type"] == "value_error"]
     if own:
         message = own[0]
         if not key:
@@ -166,8 +165,8 @@ def _sentence(model: type[BaseModel], key: str, errors: list[Any]) -> str:
         if not message.startswith(_PREDICATES):
             return message if key.rpartition(".")[2] in message else f"{key}: {message}"
         return f"{key} {message}{_got(value)}"
-    bounded = [each for each in errors if each["type"] in _BOUNDS]
-    expected = " or ".join(dict.fromkeys(_expected(each) for each in bounded or errors))
+    bounded = [entry for entry in errors if entry["type"] in _BOUNDS]
+    expected = " or ".join(dict.fromkeys(_expected(entry) for entry in bounded or errors))
     return f"{key or model.__name__} must {expected}{_got(value)}"
 
 
@@ -233,72 +232,24 @@ def _unknown(model: type[BaseModel], location: tuple[int | str, ...], prefix: st
 
 
 def _key(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
-    """``a.b[0]`` of pydantic's location, which also names the kinds of a union, and the table that holds the last key."""
+    """The key ``a.b[0]`` of pydantic's location, which also has the types of a union; and the table with the last key."""
     owner, parts, inner = model, "", model
     within: Any = model
     for part in location:
         if isinstance(part, int):
             parts += f"[{part}]"
             continue
-        kinds = _kinds(within) if within is not None else []
+        kinds = _types(within) if within is not None else []
         tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if tables:
             owner = inner = tables[0]
             field = inner.model_fields.get(part)
             within = field.annotation if field is not None else None
         elif within is not None and dict not in kinds:
-            continue  # the name of a kind
+            continue  # the name of a type
         parts += f".{part}" if parts else str(part)
     return parts, owner
 
 
 def _got(value: object) -> str:
     return "" if isinstance(value, Mapping | BaseModel) else f"; got {short_repr(value)}"
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The content of a TOML file. A byte-order mark, which editors on Windows write, is read over.
-
-    Raises:
-        ValueError: it is not TOML, or no UTF-8; one sentence that names the file.
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(path)
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in data[:64]:
-        raise ValueError(f"{path} is UTF-16 text, but TOML is UTF-8: save it as UTF-8")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,}), but TOML is: save it as UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is not valid TOML: it is nested too deeply") from None
-
-
-def set_key(tree: dict[str, Any], change: str, *, option: str, example: str) -> None:
-    """Set one ``a.b=value`` in the tree. Values are TOML; a bare word is a string.
-
-    Args:
-        tree: of a configuration, before it is checked.
-        change: the words of the command line.
-        option: of the command, for messages.
-        example: of a change, for messages.
-
-    Raises:
-        ValueError: there is no ``=``, or a key on the way is a value.
-    """
-    key, equals, text = change.partition("=")
-    path = [part.strip() for part in key.split(".")]
-    if not equals or not all(path):
-        raise ValueError(f"{option} {change!r} is not of the form {example}")
-    for depth, part in enumerate(path[:-1], 1):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise ValueError(f"{option} {change!r}: {'.'.join(path[:depth])} is a value, not a table")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        parsed = {"value": text.strip()}
-    tree[path[-1]] = parsed["value"] if len(parsed) == 1 else text

@@ -20,8 +20,8 @@ from race_dist.cli import app
 from race_dist.launch.start import describe
 from race_dist.models import DecoderLM, ModelConfig
 from race_dist.training.config import TrainConfig, load_config
+from race_dist.training.config_reference import tables, to_markdown, to_text
 from race_dist.training.presets import find_config, preset_names
-from race_dist.training.reference import tables, to_markdown, to_text
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,7 +62,7 @@ def test_the_command_lists_keys_by_name() -> None:
     code, text = invoke("config")
     assert code == 0
     assert all(f"\n{key} = " in "\n" + text for key in leaves(TrainConfig))
-    assert "optim.lr = 0.001\n    a number. The highest learning rate.\n" in text
+    assert "optim.lr = 0.001\n    a number. The peak learning rate.\n" in text
     code, text = invoke("config", "guard.window", "eval")
     assert (code, re.findall(r"^(\S+) =", text, re.MULTILINE)) == (0, ["eval.every", "eval.tokens", "guard.window"])
     code, text = invoke("config", "optim.learning")

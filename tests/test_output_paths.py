@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from race_dist.cli import app
 from race_dist.output_paths import atomic_write, check_output_file, check_output_folder, write_private
-from race_dist.training.weights import save_weights
+from race_dist.training.weights_file import save_weights
 
 
 @pytest.fixture(params=["link", "dangling link", "link to a folder", "folder", "fifo", "device", "below a file"])

@@ -49,6 +49,8 @@ FLOORS = {
     "hashing": 0,
     "machine": 0,
     "strict_config": 0,
+    "config_loader": 0,
+    "checkpoint_files": 0,
     "files": 0,
     "terminal": 0,
     "output_paths": 0,

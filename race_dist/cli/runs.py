@@ -51,7 +51,7 @@ def generate(
     """
     from race_dist.training import sampling
     from race_dist.training.data.text_files import utf8_pieces
-    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.run_directory import RunDirectory
 
     if prompt is not None and prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
@@ -99,7 +99,7 @@ def evaluate(
     them.
     """
     from race_dist.training import evaluate
-    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.run_directory import RunDirectory
 
     with cleaned_up():
         evaluate.evaluate(RunDirectory(run), path=path, context=context, tokens=tokens, step=step, device=default_device())
@@ -115,9 +115,9 @@ def export(
 
     Another run begins with them by init = "FILE".
     """
+    from race_dist.training.run_directory import RunDirectory
     from race_dist.training.run_lock import check_not_in_use
-    from race_dist.training.rundir import RunDirectory
-    from race_dist.training.weights import save_weights
+    from race_dist.training.weights_file import save_weights
 
     check_not_in_use(out.parent)  # it may be the folder of a run that is going on
     model = RunDirectory(run).load_model(step=step)
@@ -155,7 +155,7 @@ def config(
     markdown: Annotated[bool, typer.Option("--markdown", help="As a page, all keys.")] = False,
 ) -> None:
     """List the keys of a run's TOML: default, what the value may be, meaning."""
-    from race_dist.training.reference import to_markdown, to_text
+    from race_dist.training.config_reference import to_markdown, to_text
 
     if markdown and keys:
         raise ValueError("--markdown writes all keys; leave the names out")

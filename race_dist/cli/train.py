@@ -13,7 +13,7 @@ from race_dist.exit_codes import STOPPED
 
 if TYPE_CHECKING:
     from race_dist.training.config import TrainConfig
-    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.run_directory import RunDirectory
 
 
 def train(
@@ -49,7 +49,7 @@ def train(
     """
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.training.config import load_config
-    from race_dist.training.rundir import RunDirectory
+    from race_dist.training.run_directory import RunDirectory
     from race_dist.training.trainer import open_corpus
 
     override = [*(override or ()), *([] if engine is None else [f"engine={engine}"])]
@@ -87,7 +87,7 @@ def _train_rank(settings: TrainConfig, directory: RunDirectory, *, resume: bool,
     from race_dist.launch.stop import StopFlag
     from race_dist.training import loop
     from race_dist.training.logging.telemetry import Telemetry
-    from race_dist.training.rundir import open_run
+    from race_dist.training.run_directory import open_run
 
     ranks = join(settings)
     trainer = make_trainer(settings, ranks)
@@ -110,6 +110,6 @@ def _dry_run_rank(settings: TrainConfig) -> None:
 
     trainer = make_trainer(settings, join(settings))
     for line in run_two_steps(trainer):
-        if trainer.ranks.rank == 0:
+        if trainer.mesh.rank == 0:
             print_line(line)
     shutdown()

@@ -24,29 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from race_dist import checks
+from race_dist.checkpoint_files import Manifest, remove_unlisted, save_tensors_file
 from race_dist.distributed.consistency import max_over_ranks, min_over_ranks
-from race_dist.files import (
-    DamagedFileError,
-    file_digest,
-    json_digest,
-    read_checksummed_json,
-    verify_file,
-    write_checksummed_json,
-)
-from race_dist.output_paths import atomic_write
+from race_dist.files import DamagedFileError, json_digest, read_checksummed_json, write_checksummed_json
 from race_dist.streaming.chunks import Tokens
 from race_dist.terminal import print_line
 
 KEPT = 2  # generations
 PIECES, PIECE = 64, 4096  # of a text, read for its digest
 PHASES = ("forward", "backward")
-_KINDS = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list, "files": dict}
+_KINDS = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list}
 _NOTHING, _ANOTHER_STEP = -1, -2
 
 
@@ -118,12 +110,21 @@ class SavedStep:
 class _Generation:
     """One generation as its manifest describes it."""
 
-    number: int
-    about: dict[str, Any]
+    manifest: Manifest
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the manifest says."""
+        return self.manifest.body
+
+    @property
+    def number(self) -> int:
+        """Its number: the newest has the highest."""
+        return int(self.about["generation"])
 
     @property
     def position(self) -> int:
-        """How far the step is: ranks go on together from the same one."""
+        """How far the step is: ranks continue together from the same one."""
         return int(self.about["done"]) + 2**40 * PHASES.index(self.about["phase"])
 
 
@@ -215,7 +216,8 @@ class StepStore:
         words, listed = self._words(trouble)
         for number in self._numbers("json") | listed:
             try:
-                about = read_checksummed_json(self.folder / f"{number}.json", _KINDS)
+                manifest = Manifest.read(self.folder / f"{number}.json", _KINDS)
+                about = manifest.body
                 if about["generation"] != number:
                     raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {about['generation']}")
             except (OSError, DamagedFileError) as error:
@@ -229,7 +231,7 @@ class StepStore:
                 differ = [name for name, value in self.facts.items() if words.get(name, value) != value]
                 others = f"another {' and another '.join(differ)}" if differ else "something else"
             else:
-                own.append(_Generation(number, about))
+                own.append(_Generation(manifest))
         return own, others, [] if over and not own else trouble  # a step that is over may be damaged as it likes
 
     def _words(self, trouble: list[str]) -> tuple[dict[str, Any], set[int]]:
@@ -251,8 +253,7 @@ class StepStore:
     def _wrong(self, generation: _Generation) -> str | None:
         """What is damaged of a generation, as a sentence."""
         try:
-            for name, wanted in generation.about["files"].items():
-                verify_file(self.folder / name, wanted)
+            generation.manifest.verify()
         except (OSError, DamagedFileError) as error:
             return str(error)
         return None
@@ -292,7 +293,7 @@ class StepStore:
             assert generation is not None
             self._kept = [*self._kept, generation][-KEPT:]
             self._write_words()
-        self._remove_others()
+        remove_unlisted(self.folder, [g.manifest for g in self._kept], keep=["step.json"])
 
     def _write(
         self, phase: str, done: int, tensors: Mapping[str, Tensor], rows: Tensor | None, before: Mapping[str, Any]
@@ -303,10 +304,10 @@ class StepStore:
         files = {name: before["files"][name] for name in carries}
         if rows is not None and len(rows):
             carries.append(f"carries-{count}.safetensors")
-            files[carries[-1]] = self._write_tensors(carries[-1], {"rows": rows})
+            files[carries[-1]] = save_tensors_file(self.folder / carries[-1], {"rows": rows})
             count += len(rows)
         name = f"{number}.safetensors"
-        files[name] = self._write_tensors(name, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        files[name] = save_tensors_file(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
         about = {
             "generation": number,
             "key": self.checkpoint.key,
@@ -315,19 +316,8 @@ class StepStore:
             "done": done,
             "rows": count,
             "carries": carries,
-            "files": files,
         }
-        write_checksummed_json(self.folder / f"{number}.json", about)
-        return _Generation(number, about)
-
-    def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Write a file; its size and checksum."""
-        with atomic_write(self.folder / name) as partial:
-            try:
-                save_file(tensors, partial)
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
-            return file_digest(partial)
+        return _Generation(Manifest.write(self.folder / f"{number}.json", about, files))
 
     def _write_words(self) -> None:
         """``step.json``. Nothing depends on it: where it cannot be written, there is none."""
@@ -336,14 +326,6 @@ class StepStore:
             write_checksummed_json(file, {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": generations})
         except OSError:
             with suppress(OSError):
-                file.unlink()
-
-    def _remove_others(self) -> None:
-        """Remove what no generation that is kept needs, manifests first."""
-        needed = {"step.json"} | {f"{g.number}.json" for g in self._kept} | {n for g in self._kept for n in g.about["files"]}
-        with suppress(OSError):
-            files = [file for file in self.folder.iterdir() if file.name not in needed]
-            for file in sorted(files, key=lambda file: file.suffix != ".json"):
                 file.unlink()
 
 

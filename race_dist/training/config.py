@@ -1,4 +1,4 @@
-"""What a training run is made of: TrainConfig, read from TOML, with overrides from the command line."""
+"""The configuration of a training run: TrainConfig, read from TOML with overrides from the command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from race_dist.config_loader import ConfigLoader
 from race_dist.files import read_json_object
 from race_dist.messages import short_repr
 from race_dist.models import ModelConfig
@@ -18,28 +19,26 @@ from race_dist.strict_config import (
     TIMEOUT_LIMIT,
     NonEmpty,
     StrictConfig,
-    read_toml,
-    set_key,
 )
 from race_dist.training.data.corpus import BYTE_VOCAB, HeldOut
 from race_dist.training.presets import find_config
 
-FLOAT32_LIMIT = 3.4e38  # of numbers that a step multiplies float32 tensors by
-MINUTES_LIMIT = 10**7  # 19 years: more than any run
-TEMPERATURES = (1e-4, 1e4)  # between which sampling divides logits without overflow; 0 takes the likeliest
+FLOAT32_LIMIT = 3.4e38  # of factors that multiply float32 tensors
+MINUTES_LIMIT = 10**7  # 19 years
+TEMPERATURES = (1e-4, 1e4)  # the range in which logits / temperature does not overflow; 0 is greedy sampling
 
 
 class DataConfig(StrictConfig):
-    """Which text is read and how it is cut.
+    """The text to train on, and how it is split.
 
     Attributes:
         path: ``"python-stdlib"`` (the source of the running Python's standard library: nothing to download), a text
-            file, or a folder, whose files are read in the order of their paths.
-        pattern: which files of a folder are read, by name.
-        documents: ``"joined"`` (the whole text is one document, read in windows) or ``"separate"`` (files, or the documents
-            of a packed corpus, never see each other, also where a window holds several).
-        held_out: what is measured and not trained on: ``"blocks"`` (every tenth block of 256 Ki tokens), ``"documents"``
-            (every tenth) or ``"tail"`` (the last tenth: the rest stays one piece).
+            file, a packed corpus, or a folder, whose files are read in the order of their paths.
+        pattern: of the names of the files that are read from a folder.
+        documents: ``"joined"`` (the text is one document, read in windows) or ``"separate"`` (files, or the documents of a
+            packed corpus, do not attend to each other, even within one window).
+        held_out: which part is used for evaluation only: ``"blocks"`` (every tenth block of 256 Ki tokens), ``"documents"``
+            (every tenth document) or ``"tail"`` (the last tenth, so that the training text stays contiguous).
         context: tokens per training sequence.
         batch_size: sequences per step, over all ranks together.
     """
@@ -53,17 +52,17 @@ class DataConfig(StrictConfig):
 
 
 class OptimConfig(StrictConfig):
-    """AdamW and its learning rate: a linear warm-up to ``lr``, then a cosine down to ``lr * final_lr``.
+    """AdamW and its learning rate schedule: linear warm-up to ``lr``, then cosine decay to ``lr * final_lr``.
 
     Attributes:
-        lr: the highest learning rate.
-        final_lr: what the last step has left of it, as a fraction.
-        warmup_steps: steps to get there.
-        planes_lr: the highest learning rate of hyperplanes that are trained (model.race.train_planes); None: ``lr``.
-        weight_decay: applied to the matrices of linear maps only.
+        lr: the peak learning rate.
+        final_lr: the learning rate of the last step, as a fraction of ``lr``.
+        warmup_steps: steps of the warm-up.
+        planes_lr: the peak learning rate of trained hyperplanes (model.race.train_planes); None: ``lr``.
+        weight_decay: applied to the matrices of linear layers only.
         beta1, beta2, eps: of AdamW.
-        clip: largest norm of the gradient, over the whole mesh; 0 turns clipping off.
-        accumulate: parts in which a rank works through its rows of a batch, one after the other; the gradients add up.
+        clip: the norm to which the global gradient is clipped; 0 turns clipping off.
+        accumulate: gradient accumulation: number of micro-batches into which a rank splits its rows of a batch.
     """
 
     lr: float = Field(1e-3, ge=1e-38, le=1e30)
@@ -79,16 +78,17 @@ class OptimConfig(StrictConfig):
 
 
 class ParallelConfig(StrictConfig):
-    """How the ranks share the work. One of the two left out takes what the other leaves; both left out: all to ``sp``.
+    """The mesh of ranks. If one of ``dp`` and ``sp`` is left out, it is inferred; if both are, all ranks go to ``sp``.
 
     Attributes:
-        dp: groups of ranks, each with its share of the batch.
-        sp: ranks of a group, each with its shard of every sequence.
-        tp: ranks that share every layer's heads (engine = "megatron" only): each place of dp x sp has that many.
-        layout: order of the shards, ``"contiguous"`` or ``"zigzag"``.
-        sharding: ``"none"`` (every rank holds all parameters) or ``"fsdp"`` (parameters, gradients and optimizer states are
-            divided over all ranks).
-        timeout: seconds after which a collective that a rank has not come to fails, naming that rank.
+        dp: data parallelism: number of groups of ranks, each with its rows of the batch.
+        sp: context parallelism: number of ranks in a group, each with its shard of every sequence (Megatron-LM's "sequence
+            parallelism" is something else).
+        tp: tensor parallelism: number of ranks that share every layer's heads (engine = "megatron" only).
+        layout: how a sequence is sharded, ``"contiguous"`` or ``"zigzag"``.
+        sharding: ``"none"`` (every rank holds all parameters) or ``"fsdp"`` (FSDP2: parameters, gradients and optimizer states
+            are sharded over all ranks).
+        timeout: seconds after which a collective fails that a rank has not joined; the error names the rank.
     """
 
     dp: int | None = Field(None, ge=1, le=SIZE_LIMIT)
@@ -99,7 +99,7 @@ class ParallelConfig(StrictConfig):
     timeout: float = Field(600.0, gt=0, le=TIMEOUT_LIMIT)
 
     def mesh(self, world_size: int) -> tuple[int, int]:
-        """``(dp, sp)`` for that many ranks. Raises ValueError where they (and tp) do not multiply to it."""
+        """``(dp, sp)`` for that many ranks. Raises ValueError unless ``dp * sp * tp`` is their number."""
         started, tp = world_size, self.tp
         if started % tp:
             raise ValueError(
@@ -125,12 +125,13 @@ class ParallelConfig(StrictConfig):
 
 
 class StreamConfig(StrictConfig):
-    """Sequences of any length in chunks, with exact gradients: only one chunk's activations exist at a time.
+    """Streamed training: sequences of any length in chunks, with exact gradients and the activations of one chunk at a time.
 
     Attributes:
-        chunk_size: tokens of each row that a rank works on at a time; 0: sequences are not streamed.
-        keep: where the states at the chunks' starts wait: ``"device"``, ``"host"``, or ``"subtract"`` (recovered; no decay).
-        minutes: between two times of storing a step under way, if checkpoints are on; 0: never.
+        chunk_size: tokens of each row in one chunk of a rank; 0: sequences are not streamed.
+        keep: where the state at the start of each chunk is kept for the backward pass: ``"device"``, ``"host"``, or
+            ``"subtract"`` (not kept but recomputed by subtraction; without decay only).
+        minutes: between two times that a step in progress is stored, if checkpoints are on; 0: never.
     """
 
     chunk_size: int = Field(0, ge=0, le=COUNT_LIMIT)
@@ -139,11 +140,11 @@ class StreamConfig(StrictConfig):
 
 
 class EvalConfig(StrictConfig):
-    """Measuring on the held-out text.
+    """Evaluation on the held-out text.
 
     Attributes:
-        every: steps between two measurements; the last step is always measured.
-        tokens: how much of the held-out text is read each time, at most.
+        every: steps between two evaluations; there is always one after the last step.
+        tokens: largest number of held-out tokens per evaluation.
     """
 
     every: int = Field(100, ge=1, le=COUNT_LIMIT)
@@ -151,13 +152,13 @@ class EvalConfig(StrictConfig):
 
 
 class CheckpointConfig(StrictConfig):
-    """What is saved, so that a run goes on where it was stopped or has crashed.
+    """Checkpoints, from which a run resumes after a stop or a crash.
 
     Attributes:
         every: steps between two checkpoints; 0: by time alone.
-        minutes: the same in minutes; 0: by steps alone. The end of a run is always saved, unless both are 0.
-        keep: how many of the newest stay.
-        keep_every: older ones whose step is a multiple of it stay too; 0: none.
+        minutes: minutes between two checkpoints; 0: by steps alone. The last step is always saved, unless both are 0.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: older checkpoints whose step is a multiple of it are kept too; 0: none.
     """
 
     every: int = Field(0, ge=0, le=COUNT_LIMIT)
@@ -167,21 +168,21 @@ class CheckpointConfig(StrictConfig):
 
     @property
     def on(self) -> bool:
-        """Whether anything is saved."""
+        """Whether checkpoints are written."""
         return bool(self.every or self.minutes)
 
 
 class GuardConfig(StrictConfig):
-    """What is done about steps that go wrong. A loss or gradient that is no number is never stepped on.
+    """The guard against bad steps. A step with a NaN or Inf loss or gradient is always skipped.
 
     Attributes:
-        loss_spike: a step whose loss is more than this many times the median of the last ones is skipped; 0: off.
-        norm_spike: the same for the gradient's norm, before it is clipped; 0: off.
-        norm_alarm: the same, but it is only said; 0: off.
-        window: how many steps the median is taken of.
-        skips: steps in a row that may be skipped; after that the run goes back to its last checkpoint and on with other
-            data.
-        rollbacks: how often it may, before it ends with an error.
+        loss_spike: skip a step whose loss is more than this many times the median of the last steps; 0: off.
+        norm_spike: the same for the gradient's norm, before clipping; 0: off.
+        norm_alarm: the same, but the step is only reported; 0: off.
+        window: number of steps for the median.
+        skips: bad steps in a row that may be skipped; after more, the run rolls back to its last checkpoint and continues with
+            other data.
+        rollbacks: number of rollbacks before the run ends with an error.
     """
 
     loss_spike: float = Field(3.0, ge=0, le=FLOAT32_LIMIT)
@@ -193,12 +194,12 @@ class GuardConfig(StrictConfig):
 
 
 class SampleConfig(StrictConfig):
-    """The text written when training ends.
+    """The text that is generated when training ends.
 
     Attributes:
-        prompt: what it goes on from; left out: a few words of the held-out text.
-        tokens: how many bytes it gets; 0 writes none.
-        temperature: 0 always takes the likeliest byte.
+        prompt: its beginning; None: a few words of the held-out text.
+        tokens: number of tokens; 0: no sample.
+        temperature: 0 is greedy sampling.
     """
 
     prompt: NonEmpty | None = None
@@ -217,18 +218,18 @@ class TrainConfig(StrictConfig):
     """One training run.
 
     Attributes:
-        name: of the run: its files go to ``runs/NAME``.
+        name: of the run; its files go to ``runs/NAME``.
         runs: the folder of all runs.
-        steps: optimizer steps.
+        steps: number of optimizer steps.
         seed: of the weights, the planes, the batches and the sample (model.seed and model.race.seed may differ).
-        init: weights to begin with: a safetensors file, or the folder of a run; None: drawn from the seed.
+        init: initial weights: a safetensors file, or the folder of a run; None: random, from the seed.
         precision: ``"float32"``, ``"bfloat16"`` (autocast; weights stay float32) or ``"float64"``.
-        device: ``"auto"`` (one GPU per rank where there are GPUs), ``"cpu"`` or ``"cuda"``.
+        device: ``"auto"`` (one GPU per rank if there are GPUs), ``"cpu"`` or ``"cuda"``.
         compile: compile the model's blocks with torch.compile.
         log_every: steps between two lines of metrics.
-        tensorboard: write the metrics for TensorBoard too, to ``runs/NAME/tensorboard``.
-        engine: who holds parameters and makes the optimizer's step: ``"native"``, ``"deepspeed"`` or ``"megatron"`` (whose
-            model, optimizer and checkpoints are megatron-core's: docs/megatron.md).
+        tensorboard: also write the metrics for TensorBoard, to ``runs/NAME/tensorboard``.
+        engine: what holds the parameters and makes the optimizer step: ``"native"``, ``"deepspeed"`` or ``"megatron"`` (model,
+            optimizer and checkpoints of megatron-core: docs/megatron.md).
         deepspeed: the DeepSpeed configuration of that engine: a table of DeepSpeed's own keys, or the path of a JSON file,
             whose content is then stored with the run.
     """
@@ -258,12 +259,12 @@ class TrainConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_model(cls, values: Any) -> Any:
-        """Tokens are bytes unless the model says otherwise, and one seed is enough: what is left out is filled in."""
+        """Fill in defaults: tokens are bytes unless the model says otherwise, and all seeds are the run's seed."""
         model = values.get("model") if isinstance(values, Mapping) else None
         if not isinstance(model, Mapping):
             return values
         given = values.get("seed")
-        seed = {"seed": given} if type(given) is int and 0 <= given <= SEED_LIMIT else {}  # a wrong one is told once
+        seed = {"seed": given} if type(given) is int and 0 <= given <= SEED_LIMIT else {}  # a wrong seed is reported once
         filled = {"vocab_size": BYTE_VOCAB, **seed, **model}
         if isinstance(filled.get("race", {}), Mapping):
             filled["race"] = {**seed, **filled.get("race", {})}
@@ -285,7 +286,7 @@ class TrainConfig(StrictConfig):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if "R" in self.model.layer_kinds and not self.model.race.causal:
-            raise ValueError("model.race.causal must be true: a language model reads only what came before; got false")
+            raise ValueError("model.race.causal must be true: a language model reads only earlier tokens; got false")
         if self.deepspeed and self.engine != "deepspeed":
             raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it out')
         if self.engine != "megatron" and self.parallel.tp > 1:
@@ -298,7 +299,7 @@ class TrainConfig(StrictConfig):
         if self.optim.warmup_steps >= self.steps:
             raise ValueError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, which leaves none of the {self.steps} "
-                "steps; lower it or raise steps"
+                "steps; lower optim.warmup_steps or raise steps"
             )
         if self.stream.chunk_size:
             self._check_streamed()
@@ -319,54 +320,53 @@ class TrainConfig(StrictConfig):
         if "S" in self.model.layer_kinds:
             raise ValueError(
                 f"stream.chunk_size does not go with the full-softmax layers of model.layer_pattern = "
-                f"{self.model.layer_pattern!r}: they carry every key and value so far; use R and W"
+                f"{self.model.layer_pattern!r}: their carry grows with the sequence; use R and W"
             )
         if self.parallel.layout == "zigzag":
-            raise ValueError('stream.chunk_size shares each chunk out in order: leave parallel.layout = "contiguous"')
+            raise ValueError('stream.chunk_size shards each chunk in order: leave parallel.layout = "contiguous"')
         if self.stream.keep == "subtract" and "R" in self.model.layer_kinds and self.model.race.decay != "none":
             raise ValueError(
                 f'stream.keep = "subtract" needs model.race.decay = "none", but it is '
-                f'"{self.model.race.decay}": what has decayed cannot be brought back; use "host"'
+                f'"{self.model.race.decay}": a decayed state cannot be recomputed by subtraction; use "host"'
             )
         if self.stream.keep == "subtract" and self.data.documents == "separate":
             raise ValueError(
-                'stream.keep = "subtract" does not go with data.documents = "separate": nothing of the state '
-                'before a document is left to subtract from; use "host"'
+                'stream.keep = "subtract" does not go with data.documents = "separate": the state before a document '
+                'boundary cannot be recomputed by subtraction; use "host"'
             )
 
     @property
     def directory(self) -> Path:
-        """Where the run's files go."""
+        """The folder of the run."""
         return Path(self.runs) / self.name
 
     def to_json(self) -> str:
-        """Everything, defaults and what the model fills into its layers included: :func:`parse_config` reads it back."""
+        """The complete configuration, defaults included; :func:`parse_config` reads it back."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Read a TOML file, or the preset of that name (``demo``), and apply overrides ``"a.b=value"``, whose values are TOML too
-    (a bare word is a string).
+    """Read the configuration of a run.
+
+    Args:
+        path: a TOML file, or the name of a preset (``demo``).
+        overrides: ``"a.b=value"``; the values are TOML, and a bare word is a string.
 
     Raises:
-        ValueError: the file is not TOML, an override has no ``=``, a key is unknown (the nearest known one is named)
-            or a value is out of its range; one sentence that names the file and the key.
+        ValueError: as :meth:`race_dist.config_loader.ConfigLoader.load`.
         FileNotFoundError: there is no such file and no such preset.
     """
     path = find_config(path)
-    tree = read_toml(path)
-    for override in overrides:
-        set_key(tree, override, option="--override", example="a.b=value, for example optim.lr=3e-4")
-    return parse_config(tree, source=str(path))
+    return ConfigLoader(TrainConfig, "--override", "a.b=value, for example optim.lr=3e-4").load(path, overrides)
 
 
 def parse_config(tree: Mapping[str, Any], *, source: str = "the configuration") -> TrainConfig:
-    """Check a configuration already read. Raises ValueError as :func:`load_config` does."""
+    """Check a configuration that is already parsed. Raises ValueError as :func:`load_config` does."""
     return TrainConfig.check(tree, source=source)
 
 
 def differing_keys(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys ``a.b.c`` that two configurations (as trees) both have, with different values."""
+    """The keys ``a.b.c`` that two configurations (as nested mappings) both have, with different values."""
     keys = []
     for key in one:
         a, b = one[key], other.get(key)

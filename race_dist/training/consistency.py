@@ -1,4 +1,4 @@
-"""What all ranks of a run must hold alike before it starts: code, configuration, text, weights and planes."""
+"""The check that all ranks of a run have the same code, configuration, text, weights and planes before it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from race_dist.parallel import check_same_on_all_ranks
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.corpus import Corpus
 
-_HEAD = 4096  # numbers of a tensor that are compared
+_HEAD = 4096  # elements of each tensor that are compared
 
 
 def check_ranks_consistent(config: TrainConfig, corpus: Corpus, model: nn.Module, group: ProcessGroup | None) -> None:
-    """Raise ValueError on every rank, naming the ranks and what differs, unless all are about to do the same run."""
+    """Raise ValueError on every rank, naming the ranks and what differs, unless all ranks are set up for the same run."""
     if group is None:
         return
     check_same_on_all_ranks(
@@ -39,7 +39,7 @@ def check_ranks_consistent(config: TrainConfig, corpus: Corpus, model: nn.Module
 
 
 def code_digest() -> str:
-    """Of the package's own source files, wherever its parts are installed."""
+    """SHA-256 of the package's source files, wherever its parts are installed."""
     digest = hashlib.sha256()
     for package in ("race_dist", "race_dist.kernels"):
         spec = importlib.util.find_spec(package)
@@ -51,7 +51,8 @@ def code_digest() -> str:
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, shapes, dtypes and the first numbers of each tensor (of sharded ones, which differ, none)."""
+    """SHA-256 of names, shapes, dtypes and the first elements of each tensor. The elements of sharded tensors differ between
+    ranks and do not count."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())

@@ -1,4 +1,4 @@
-"""Measuring a trained model."""
+"""Evaluating a trained model: the loss by position on held-out text or on another text."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from race_dist.terminal import plain_console
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import evaluation_batches
 from race_dist.training.data.corpus import LARGEST_IN_MEMORY, Corpus, Split, load_corpus
-from race_dist.training.data.positions import loss_by_position
-from race_dist.training.data.tokenizing import TextTokenizer
+from race_dist.training.data.tokenizer import TextTokenizer
 from race_dist.training.finalize import write_positions
 from race_dist.training.logging.metrics import nats_to_bits
+from race_dist.training.loss_by_position import loss_by_position
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.run_lock import RunInUse
-from race_dist.training.rundir import RunDirectory
 from race_dist.training.step import autocast
 
 
 def evaluate(
     directory: RunDirectory, *, path: str | None, context: int | None, tokens: int, step: int | None, device: str
 ) -> None:
-    """Print the loss by position in windows of ``context`` tokens and store it in the run's folder.
+    """Print the loss by position in windows of ``context`` tokens, and write it to the run's folder.
 
     Args:
         directory: of the run.
-        path: text to measure on, in the run's tokens; None: what the run held out.
-        context: tokens a window; None: as in training.
-        tokens: to measure on, about.
-        step: of a checkpoint; None: the run as it is.
-        device: to compute on.
+        path: a text, which is tokenized with the run's tokenizer; None: the held-out split of the run.
+        context: tokens per window; None: as in training.
+        tokens: approximate number of tokens to evaluate.
+        step: of a checkpoint; None: the final weights, or else the newest checkpoint.
+        device: to evaluate on.
 
     Raises:
-        ValueError: the text is shorter than one window, its tokens are not the model's, or (without ``path``) it is not the
-            text that the run was trained on.
+        ValueError: the text is shorter than one window, it has tokens that the model does not know, or (without ``path``) it is
+            not the text that the run was trained on.
     """
     config = directory.load_config()
     if context is not None and context < 1:
@@ -61,7 +61,7 @@ def evaluate(
     console = plain_console()
     progress = Progress(console=console, disable=not console.is_terminal, transient=True)
     with progress as bar, autocast(config, model.embed.weight.device):
-        task = bar.add_task("measuring", total=total)
+        task = bar.add_task("evaluating", total=total)
         found = loss_by_position(model, split, context=context, tokens=tokens, progress=lambda n: bar.advance(task, n))
     which = f"the held-out part of {corpus.name}" if path is None else corpus.name
     table = Table(title=f"{directory.path} on {which}, windows of {context:,} tokens")
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def _held_out_corpus(directory: RunDirectory, config: TrainConfig) -> Corpus:
-    """The text of the run, if it is still what the run was trained on: of another one, another part would be held out."""
+    """The text of the run. Raises ValueError if it has changed, because then another part would be held out."""
     corpus = load_corpus(config.data.path, config.data.pattern)
     digest = corpus.digest()
     if directory.read_machine().get("text_digest", digest) != digest:
@@ -101,7 +101,7 @@ def _held_out_corpus(directory: RunDirectory, config: TrainConfig) -> Corpus:
 
 
 def _other_corpus(directory: RunDirectory, path: str) -> Corpus:
-    """A text in the run's tokens."""
+    """Another text, tokenized with the run's tokenizer."""
     if not path.strip():
         raise ValueError("--data is empty; give the path of a text, or leave it out to measure on what the run held out")
     corpus, tokenizer = load_corpus(path, option="--data"), directory.checked_tokenizer()
@@ -123,11 +123,11 @@ def _other_corpus(directory: RunDirectory, path: str) -> Corpus:
             f"{corpus.name} has more than {LARGEST_IN_MEMORY // 2**30} GiB of text; pack it first: race-dist data "
             f"pack {path} --out NAME --tokenizer {tokenizer}, then --data NAME"
         )
-    return _in_tokens(corpus, tokenizer)
+    return _tokenize(corpus, tokenizer)
 
 
-def _in_tokens(corpus: Corpus, tokenizer: Path) -> Corpus:
-    """A corpus of bytes as tokens of a tokenizer, each document by itself."""
+def _tokenize(corpus: Corpus, tokenizer: Path) -> Corpus:
+    """Tokenize a corpus of bytes, each document separately."""
     encoder, bounds = TextTokenizer(tokenizer), [0, len(corpus.tokens)] if corpus.documents is None else corpus.documents
     documents = [
         np.concatenate(list(encoder.encode([corpus.tokens[start:stop].tobytes()]))) for start, stop in zip(bounds, bounds[1:])

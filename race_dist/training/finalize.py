@@ -1,4 +1,4 @@
-"""The end of a run: weights, picture, sample, and the closing words."""
+"""The end of a run: write the weights, the loss plot, the loss by position and a sample, and print a summary."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from race_dist.files import write_checksummed_json, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import CheckpointError
 from race_dist.training.data.corpus import Corpus, Split
-from race_dist.training.data.positions import loss_by_position
-from race_dist.training.logging.curves import RunCurves, draw_loss, save_png
 from race_dist.training.logging.metrics import Metrics, nats_to_bits, read_metrics
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.logging.plots import RunCurves, draw_loss, save_png
+from race_dist.training.loss_by_position import loss_by_position
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import Codec, codec_for, stream_text
 from race_dist.training.step import autocast
-from race_dist.training.weights import save_weights
+from race_dist.training.weights_file import save_weights
 
 if TYPE_CHECKING:
     from race_dist.training.trainer import Evaluation, Trainer
 
-_PROMPT_TOKENS, _PROMPT_CHARACTERS = 2048, 40  # what a prompt is looked for in, and its length
+_PROMPT_TOKENS, _PROMPT_CHARACTERS = 2048, 40  # how much text a prompt is chosen from, and how long it is
 
 
-def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, last: Evaluation) -> None:
-    """Write what a finished run leaves. Every rank calls it (sharded parameters are gathered); rank 0 has the metrics.
+def finalize(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, last: Evaluation) -> None:
+    """Write the final files of a run. Every rank calls it, because sharded parameters are gathered; rank 0 has the metrics.
 
     Raises:
-        CheckpointError: the weights could not be written. Everything else was, as far as it could be.
+        CheckpointError: the weights could not be written. All other files were written as far as possible.
     """
     weights = {}
-    for name, tensor in trainer.method.replica.full_tensors():
+    for name, tensor in trainer.engine.forward_backward.replica.full_tensors():
         if metrics is not None:
             weights[name] = tensor.cpu()
     if metrics is None:
@@ -55,9 +55,9 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
         )
         save_png(picture, directory.curves)
     model: DecoderLM = trainer.model
-    if trainer.method.replica.is_sharded:  # a model of its own: the other ranks have left the sharded one
+    if trainer.engine.forward_backward.replica.is_sharded:  # build a local model: the other ranks no longer take part
         torch.cuda.empty_cache()
-        model = _whole_model(trainer, weights)
+        model = _local_model(trainer, weights)
     with write_errors.suppress("losses by position"):
         _write_positions(trainer, model, directory)
     if config.sample.tokens:
@@ -86,19 +86,19 @@ def finish(trainer: Trainer, directory: RunDirectory, metrics: Metrics | None, l
         )
 
 
-def _whole_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> DecoderLM:
-    """The trained model from its whole weights, on this rank alone, for evaluation."""
+def _local_model(trainer: Trainer, weights: Mapping[str, Tensor]) -> DecoderLM:
+    """The trained model, from its full weights, on this rank alone and in evaluation mode."""
     config = trainer.config
     model = DecoderLM(config.model, dtype=torch.float64 if config.precision == "float64" else torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    return model.to(trainer.ranks.device).eval()
+    return model.to(trainer.mesh.device).eval()
 
 
 def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory) -> None:
     config = trainer.config
-    with autocast(config, trainer.ranks.device):
+    with autocast(config, trainer.mesh.device):
         found = loss_by_position(model, trainer.held_out, context=config.data.context, tokens=config.eval.tokens)
     write_positions(directory, found, trainer.corpus)
 
@@ -106,14 +106,14 @@ def _write_positions(trainer: Trainer, model: DecoderLM, directory: RunDirectory
 def write_positions(
     directory: RunDirectory, found: dict[str, Any], corpus: Corpus, *, held_out: bool = True, step: int | None = None
 ) -> Path:
-    """Store losses by position in the run's folder, where the report finds them.
+    """Write losses by position to the run's folder, where the report reads them.
 
     Args:
         directory: of the run.
-        found: from :func:`race_dist.training.data.positions.loss_by_position`.
+        found: the result of :func:`race_dist.training.loss_by_position.loss_by_position`.
         corpus: the text.
-        held_out: whether it is what the run held out; another text gets a file of its own.
-        step: of the checkpoint that was measured; None: the run as it ended.
+        held_out: whether it is the held-out split of the run; another text gets its own file.
+        step: of the checkpoint that was evaluated; None: the final weights.
     """
     text = "" if held_out else f"{re.sub(r'[^A-Za-z0-9._]+', '-', Path(corpus.name).name)[:40]}-{corpus.digest()[:8]}"
     file = directory.positions_of(found["context"], text=text, step=step)
@@ -140,14 +140,14 @@ def _write_sample(trainer: Trainer, model: DecoderLM, directory: RunDirectory, m
 
 
 def _prompt(trainer: Trainer) -> str:
-    """The configuration's, or else a few words of the held-out text."""
+    """``sample.prompt`` of the configuration, or else a few words of the held-out text."""
     given = trainer.config.sample.prompt
-    return given if given is not None else first_words(trainer.held_out, codec_for(trainer.corpus.tokenizer))
+    return given if given is not None else choose_prompt(trainer.held_out, codec_for(trainer.corpus.tokenizer))
 
 
-def first_words(split: Split, codec: Codec) -> str:
-    """The first line of a text that has several words, as far as some forty characters go; of a text without such a line,
-    its first characters."""
+def choose_prompt(split: Split, codec: Codec) -> str:
+    """The beginning, of about 40 characters, of the first line of several words; if there is no such line, the first characters
+    of the text."""
     decode = codec.decoder()
     tokens = split.read(0, min(len(split), _PROMPT_TOKENS))
     text = "".join(decode(int(token)) for token in tokens)
@@ -158,6 +158,6 @@ def first_words(split: Split, codec: Codec) -> str:
 
 
 def command() -> str:
-    """How the user calls ``race-dist``: by its name where that is found, else by its path."""
+    """How the user calls ``race-dist``: by name if it is on the PATH, otherwise by its path."""
     beside = Path(sys.executable).with_name("race-dist")
     return "race-dist" if shutil.which("race-dist") or not beside.exists() else os.path.relpath(beside)

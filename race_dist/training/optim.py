@@ -1,4 +1,4 @@
-"""AdamW with decay on linear maps only, and the learning rate of a step."""
+"""AdamW with weight decay on linear layers only, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from race_dist.training.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: the matrices of linear maps decay; norms, embeddings, convolutions, the sharpness beta,
-    decay rates and planes do not. With ``planes_lr`` the planes are a group of their own, whose ``scale`` is the ratio of its
-    rate to ``lr``."""
+    """AdamW with two parameter groups: weight decay applies to the matrices of linear layers, and not to norms, embeddings,
+    convolutions, the sharpness beta, decay rates and planes. With ``planes_lr`` the planes have their own group, whose
+    ``scale`` is the ratio of ``planes_lr`` to ``lr``."""
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # a tied head is one
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}  # includes a tied head
     trained = [p for p in model.parameters() if p.requires_grad]
     planes = (
         set()
@@ -40,10 +40,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of step ``0 <= step < steps``: up in a line over the warm-up, then down along half a cosine.
-
-    The last step has ``lr * final_lr``.
-    """
+    """The learning rate of step ``0 <= step < steps``: linear warm-up, then cosine decay to
+    ``lr * final_lr`` at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps + 1) / (steps - config.warmup_steps)
@@ -51,15 +49,15 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group the rate of a step, in its own proportion."""
+    """Set the learning rate of every parameter group, times the group's ``scale``."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """AdamW's states by parameter and kind, ``optim.NAME.exp_avg`` and so on: the tensors themselves, to save or to fill.
+    """AdamW's states by name, ``optim.NAME.exp_avg`` and so on: the tensors themselves, to save or to fill.
 
-    They are made here where no step has been made yet.
+    They are created here if no step has been made yet.
     """
     tensors: dict[str, Tensor] = {}
     for name, p in model.named_parameters():

@@ -1,40 +1,41 @@
-"""The configurations that come with the package: ``race-dist train demo`` finds configs/demo.toml."""
+"""The presets: training configurations that come with the package. ``race-dist train demo`` reads configs/demo.toml."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import race_dist
+from race_dist.config_loader import NamedFiles
 
 
-def preset_folder() -> Path:
-    """Where they are: in the installed package, or beside it in a checkout."""
+def _presets(suffix: str) -> NamedFiles:
+    """In the installed package, or beside it in a checkout."""
     package = Path(race_dist.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    installed = package / "configs"
+    return NamedFiles(installed if installed.is_dir() else package.parent / "configs", suffix)
 
 
 def preset_names(suffix: str = ".toml") -> list[str]:
-    """Their names, in order."""
-    return sorted(file.stem for file in preset_folder().glob(f"*{suffix}"))
+    """The names of all presets, sorted."""
+    return _presets(suffix).names()
 
 
 def find_config(path: str | Path, suffix: str = ".toml") -> Path:
-    """A file, or the preset of that name where there is no such file.
+    """The path of a configuration file: ``path`` itself if it is a file, otherwise the preset of that name.
 
     Args:
-        path: of a file, or a preset's name (``demo``, ``demo.toml``).
-        suffix: of the presets that are meant: ``.toml`` (training) or ``.json`` (DeepSpeed).
+        path: a file, or the name of a preset (``demo``, ``demo.toml``).
+        suffix: which presets to look at: ``.toml`` (training) or ``.json`` (DeepSpeed).
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is neither a file nor a preset.
     """
     path = Path(path)
     if path.is_file():
         return path
-    preset = preset_folder() / f"{path.name.removesuffix(suffix)}{suffix}"
-    if path.parent == Path() and preset.is_file():
-        return preset
-    raise FileNotFoundError(
-        f"there is no configuration file {path}; give a path, or the name of a preset: {', '.join(preset_names(suffix))}"
-    )
+    preset = _presets(suffix).find(path.name.removesuffix(suffix)) if path.parent == Path() else None
+    if preset is None:
+        raise FileNotFoundError(
+            f"there is no configuration file {path}; give a path, or the name of a preset: {', '.join(preset_names(suffix))}"
+        )
+    return preset

@@ -1,9 +1,9 @@
-"""One owner of a run's folder: a lock that ends with its process, however that ends, and says who holds it.
+"""The lock of a run's folder: one process writes there. The lock ends with its process, however that ends.
 
-The kernel holds the lock (``flock``), so a process that was killed leaves none behind. The file says which process has it:
-host, process id, since when. Network file systems pass such locks on to other nodes, but for some (Lustre and NFS mounted
-with local locks), where nodes see the file only: there its owner touches the file every few seconds, and one that nobody
-touches any more is left over.
+The kernel holds the lock (``flock``), so a killed process leaves no lock behind. The lock file names the process: host, process
+id, start time. Most network file systems pass such locks on to other nodes. Some do not (Lustre and NFS mounted with local
+locks): there the owner updates the file's modification time every few seconds (a heartbeat), and a lock without a heartbeat is
+stale.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".run.lock"
-_BEAT = 5.0  # seconds between two touches where the kernel's lock does not reach other nodes
-_RETRIES = 1.0  # seconds: somebody may just be looking whether the folder is in use
-_DYING = 30.0  # seconds in which a process of this host that has died may still be taken down
-_LEASE = 100.0  # seconds after which a file server lets go of what a node that is gone had locked
+_HEARTBEAT = 5.0  # seconds between two heartbeats, where the kernel's lock does not reach other nodes
+_RETRY = 1.0  # seconds: another process may just be checking whether the folder is in use
+_EXIT_GRACE = 30.0  # seconds that the kernel may take to clean up a dead process of this host
+_LEASE = 100.0  # seconds after which a file server releases the locks of a failed node
 _LOCAL_LOCKS = {
     "nfs": ("nolock", "local_lock=all", "local_lock=flock"),
     "nfs4": ("local_lock=all", "local_lock=flock"),
@@ -34,17 +34,17 @@ _LOCAL_LOCKS = {
 
 
 class RunInUse(OSError):
-    """Another process works on the folder; the message names it."""
+    """Another process uses the folder; the message names it."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
-        host, boot, pids: of the machine: its name, its start and its space of process ids.
-        pid, ticks: of the process: its id and when the machine started it, as ids are used again.
-        since: when it took the lock, ISO 8601.
+        host, boot, pids: the machine's name, its boot id and its PID namespace.
+        pid, ticks: the process id, and the process's start time, because ids are reused.
+        since: when it acquired the lock, ISO 8601.
     """
 
     host: str
@@ -56,18 +56,18 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        """Of this process, from now on."""
+        """This process, from now on."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return cls(platform.node(), *_machine(), os.getpid(), _ticks(os.getpid()), now)
 
     @property
     def here(self) -> bool:
-        """Whether it is a process of this machine, among those that this one sees."""
+        """Whether it is a process of this machine and PID namespace."""
         return (self.boot, self.pids) == _machine()
 
     @property
     def alive(self) -> bool:
-        """Of a process of this machine: whether it runs."""
+        """Whether the process is running, if it is one of this machine."""
         return bool(self.ticks) and _ticks(self.pid) == self.ticks
 
     def __str__(self) -> str:
@@ -81,10 +81,10 @@ class RunLock:
             ...
 
     Args:
-        folder: of the run; made where it is not there.
+        folder: of the run; created if it does not exist.
 
     Raises:
-        RunInUse: on entering, another process has it; the message names the folder and the process.
+        RunInUse: on entering, if another process holds the lock; the message names the folder and the process.
         OSError: the folder cannot be written.
     """
 
@@ -95,13 +95,13 @@ class RunLock:
         self._stop = threading.Event()
 
     def acquire(self) -> RunLock:
-        """Take the lock; a lock of this object is taken once."""
+        """Acquire the lock, unless this object holds it already."""
         if self._fd is not None:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         fd = _open(self._file, os.O_RDWR | os.O_CREAT)
         try:
-            reaches_others = self._wait(fd)
+            is_global = self._wait(fd)
             os.ftruncate(fd, 0)
             os.pwrite(fd, (json.dumps(asdict(Owner.this_process())) + "\n").encode(), 0)
         except BaseException:
@@ -109,12 +109,12 @@ class RunLock:
             raise
         self._fd = fd
         self._stop.clear()
-        if not reaches_others:
-            threading.Thread(target=self._touch, name="race-dist-run-lock", daemon=True).start()
+        if not is_global:
+            threading.Thread(target=self._send_heartbeats, name="race-dist-run-lock", daemon=True).start()
         return self
 
     def release(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         if self._fd is None:
             return
         self._stop.set()
@@ -130,26 +130,26 @@ class RunLock:
         self.release()
 
     def _wait(self, fd: int) -> bool:
-        """Until the lock is this process's; whether it holds on other nodes too."""
-        began = time.monotonic()
+        """Wait for the lock; returns whether it also excludes processes on other nodes."""
+        start = time.monotonic()
         while (locked := _flock(fd, fcntl.LOCK_EX)) is False:
-            owner, waited = _read(fd), time.monotonic() - began
-            limit = _RETRIES
+            owner, waited = _read(fd), time.monotonic() - start
+            limit = _RETRY
             if owner is not None and not (owner.here and owner.alive):
-                limit = _DYING if owner.here else _LEASE
+                limit = _EXIT_GRACE if owner.here else _LEASE
             if waited > limit:
                 raise RunInUse(_sentence(self.folder, owner))
             time.sleep(0.1)
         owner = _read(fd)
-        reaches_others = bool(locked) and not _locks_are_local(self._file)
-        if owner is None or reaches_others:
-            return reaches_others
-        if (owner.alive if owner.here else _touched(fd)) and owner.pid != os.getpid():
+        is_global = bool(locked) and not _locks_are_local(self._file)
+        if owner is None or is_global:
+            return is_global
+        if (owner.alive if owner.here else _has_heartbeat(fd)) and owner.pid != os.getpid():
             raise RunInUse(_sentence(self.folder, owner))
-        return reaches_others
+        return is_global
 
-    def _touch(self) -> None:
-        while not self._stop.wait(_BEAT):
+    def _send_heartbeats(self) -> None:
+        while not self._stop.wait(_HEARTBEAT):
             fd = self._fd
             if fd is None:
                 return
@@ -158,7 +158,7 @@ class RunLock:
 
 
 def check_not_in_use(folder: Path) -> None:
-    """Raise RunInUse where another process works on the folder now. Changes nothing; a folder that is not there is free."""
+    """Raise RunInUse if another process uses the folder. Changes nothing; a folder that does not exist is free."""
     try:
         fd = _open(folder / LOCK, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -188,7 +188,7 @@ def _open(file: Path, flags: int) -> int:
 
 
 def _flock(fd: int, kind: int) -> bool | None:
-    """Whether the lock is ours now; None where the file system has none."""
+    """Whether this process got the lock; None if the file system has no locks."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -209,18 +209,18 @@ def _read(fd: int) -> Owner | None:
         return None
 
 
-def _touched(fd: int) -> bool:
-    """Whether its owner on another node still touches the file: looked at for some beats, by the file server's own clock."""
-    first, deadline = os.fstat(fd).st_mtime_ns, time.monotonic() + 4 * _BEAT
+def _has_heartbeat(fd: int) -> bool:
+    """Whether an owner on another node sends heartbeats: observed for some of them, by the file server's clock."""
+    first, deadline = os.fstat(fd).st_mtime_ns, time.monotonic() + 4 * _HEARTBEAT
     while time.monotonic() < deadline:
         if os.fstat(fd).st_mtime_ns != first:
             return True
-        time.sleep(_BEAT / 10)
+        time.sleep(_HEARTBEAT / 10)
     return False
 
 
 def _locks_are_local(file: Path) -> bool:
-    """Whether the file lies on a network file system whose locks stay on one node."""
+    """Whether the file is on a network file system whose locks are local to a node."""
     best, kind, options = "", "", ""
     path = str(file.resolve())
     with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
@@ -233,7 +233,7 @@ def _locks_are_local(file: Path) -> bool:
 
 
 def _machine() -> tuple[str, str]:
-    """The machine's start and its space of process ids; a container has one of its own."""
+    """The boot id and the PID namespace; a container has its own namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return boot, os.readlink("/proc/self/ns/pid")
@@ -242,7 +242,7 @@ def _machine() -> tuple[str, str]:
 
 
 def _ticks(pid: int) -> str:
-    """When the machine started a process; empty where there is none, or one that has ended and waits to be taken away."""
+    """Start time of a process; empty if it does not exist or is a zombie."""
     try:
         fields = Path("/proc", str(pid), "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Text from a trained model: prompts of any length are read once, and what the model remembers of one can be kept."""
+"""Text generation with a trained model: prefill of prompts of any length, sampling, and saved prompt state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from race_dist.files import DamagedFileError, load_tensors, save_tensors
 from race_dist.models import DecoderLM, PromptState, generate, prefill
 from race_dist.training.consistency import tensors_digest
 
-CHUNK = 8192  # tokens of a prompt whose activations exist at a time
+CHUNK = 8192  # tokens per forward pass of the prefill
 _FORMAT = "race-dist context 1"
 
 
@@ -29,16 +29,16 @@ class Codec(Protocol):
     known_ids: Tensor
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Tensor]:
-        """Token ids ``[n]`` int64 of a text that comes in pieces of UTF-8."""
+        """Token ids, ``[n]`` int64 tensors, of a text that is given as pieces of UTF-8."""
         ...
 
     def decoder(self) -> Callable[[int | None], str]:
-        """Takes token after token and gives what text has become whole; None: gives the rest."""
+        """A function that takes one token at a time and returns the text that is complete; None returns the rest."""
         ...
 
 
 class ByteCodec:
-    """A token is a byte. Bytes that are no UTF-8 decode to U+FFFD."""
+    """A token is a byte. Bytes that are not UTF-8 decode to U+FFFD."""
 
     known_ids = torch.arange(256)
 
@@ -51,10 +51,10 @@ class ByteCodec:
 
 
 class TokenizerCodec:
-    """Tokens of a ``tokenizer.json``: those that the tokenizer gives for the whole text, without special tokens around it."""
+    """The tokens of a ``tokenizer.json``, as the tokenizer encodes the whole text, without added special tokens."""
 
     def __init__(self, file: Path) -> None:
-        from race_dist.training.data.tokenizing import TextTokenizer
+        from race_dist.training.data.tokenizer import TextTokenizer
 
         self._text = TextTokenizer(file)
         self._tokenizer = self._text.tokenizer
@@ -69,7 +69,7 @@ class TokenizerCodec:
         stream, waiting = DecodeStream(skip_special_tokens=False), list[int]()
 
         def take(token: int | None) -> str:
-            if token is None:  # the bytes of a character that was not finished
+            if token is None:  # the bytes of an incomplete character
                 return str(self._tokenizer.decode(waiting, skip_special_tokens=False)) if waiting else ""
             waiting.append(token)
             text = stream.step(self._tokenizer, token) or ""
@@ -81,17 +81,26 @@ class TokenizerCodec:
 
 
 def codec_for(tokenizer: Path | None) -> Codec:
-    """Of a tokenizer file; None: of bytes."""
+    """The codec of a tokenizer file; None: bytes."""
     return ByteCodec() if tokenizer is None else TokenizerCodec(tokenizer)
 
 
 def read_text(
     model: DecoderLM, pieces: Iterable[bytes], codec: Codec, before: PromptState | None = None
 ) -> tuple[PromptState, int]:
-    """Go through a text of any length; returns what the model remembers of it, and the number of its tokens.
+    """Prefill a text of any length, in chunks.
+
+    Args:
+        model: reads the text.
+        pieces: the text, as pieces of UTF-8.
+        codec: of the model's tokens.
+        before: the state after an earlier text; None: the text begins here.
+
+    Returns:
+        The prompt state after the text, and the number of its tokens.
 
     Raises:
-        ValueError: there is nothing to go on from, or a token that the model does not know.
+        ValueError: the prompt is empty, or has a token that the model does not know.
     """
     device, context, count = model.embed.weight.device, before, 0
     for ids in _chunks(codec.encode(pieces)):
@@ -108,11 +117,11 @@ def read_text(
 
 
 class Head:
-    """A text in pieces, handed on as they come; its beginning is kept.
+    """Passes on a text in pieces, and keeps its beginning.
 
     Attributes:
-        text: the first ``size`` bytes of what was handed on, as far as they are whole characters.
-        whole: whether that is all of it.
+        text: the first ``size`` bytes of the text, without an incomplete character at the end.
+        whole: whether that is the whole text.
     """
 
     def __init__(self, pieces: Iterable[bytes], size: int) -> None:
@@ -132,7 +141,7 @@ class Head:
 
 
 def _chunks(tokens: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same tokens, ``CHUNK`` at a time however they came: so a text is always read alike."""
+    """The same tokens, ``CHUNK`` at a time, so that the result does not depend on the pieces."""
     held, size = [], 0
     for piece in tokens:
         held.append(piece)
@@ -157,18 +166,18 @@ def write_text(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yield what the model writes after a context, ``tokens`` tokens of it, as whole characters come.
+    """Generate text from a prompt state; yields it as soon as characters are complete.
 
-    Ids that the codec does not know (of a padded vocabulary) are never drawn.
+    Ids that the codec does not know (of a padded vocabulary) are never sampled.
 
     Args:
-        model: it is left in the mode it was in.
-        context: from :func:`read_text` or :func:`load_context`.
+        model: its training mode is restored.
+        context: the prompt state, from :func:`read_text` or :func:`load_context`.
         codec: of the model's tokens.
-        tokens: how many to write.
-        temperature: 0 always takes the likeliest token.
-        top_k, top_p: draw from the k likeliest tokens, from the likeliest that together reach p.
-        seed: of the draws.
+        tokens: number of tokens to generate.
+        temperature: 0 is greedy sampling.
+        top_k, top_p: sample from the k most likely tokens; from the most likely tokens whose probabilities add up to p.
+        seed: of the samples.
     """
     decode = codec.decoder()
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
@@ -182,26 +191,25 @@ def write_text(
 
 
 def stream_text(model: DecoderLM, prompt: str, *, codec: Codec | None = None, **options: Any) -> Iterator[str]:
-    """Yield what the model writes after ``prompt``: :func:`read_text`, then :func:`write_text` with ``options``."""
+    """Generate text after a prompt: :func:`read_text`, then :func:`write_text` with ``options``."""
     codec = codec or ByteCodec()
     context, _ = read_text(model, [prompt.encode()], codec)
     return write_text(model, context, codec, **options)
 
 
 def save_context(file: Path, context: PromptState, model: DecoderLM, tokens: int) -> None:
-    """Write what a model remembers of a text of ``tokens`` tokens, as safetensors with checksums; the file appears when it is
-    complete. Raises OSError where it cannot be written."""
+    """Save the prompt state of a text of ``tokens`` tokens as safetensors with checksums, atomically. Raises OSError."""
     tensors = {f"carry.{n}": t for n, t in enumerate(context.carry.tensors())}
     metadata = {"format": _FORMAT, "tokens": str(tokens), "model": _fingerprint(model)}
     save_tensors(file, {**tensors, "hidden": context.hidden}, metadata)
 
 
 def load_context(file: Path, model: DecoderLM) -> tuple[PromptState, int]:
-    """The context that :func:`save_context` wrote, and how many tokens were read.
+    """Load a prompt state that :func:`save_context` has written; returns it and the number of its tokens.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of another model.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or belongs to another model.
     """
     device = model.embed.weight.device
     try:
@@ -213,18 +221,19 @@ def load_context(file: Path, model: DecoderLM) -> tuple[PromptState, int]:
     if metadata.get("model") != _fingerprint(model):
         raise ValueError(f"{file} was read by another model, or by other weights of this one; read the text again")
     empty = model.zero_carry(1, state_dtype=torch.float64)
-    wanted = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
-    position = f"carry.{len(empty.tensors()) - 1}"  # one for all rows, or [B] behind a padded text
-    odd = [
+    expected = {f"carry.{n}": t for n, t in enumerate(empty.tensors())} | {"hidden": model.norm.weight.expand(1, -1)}
+    position = f"carry.{len(empty.tensors()) - 1}"  # a scalar for all rows, or [B] after a padded text
+    mismatched = [
         name
-        for name in wanted.keys() | tensors.keys()
+        for name in expected.keys() | tensors.keys()
         if name not in tensors
-        or name not in wanted
-        or (tensors[name].dim() != wanted[name].dim() and (name != position or tensors[name].dim() > 1))
+        or name not in expected
+        or (tensors[name].dim() != expected[name].dim() and (name != position or tensors[name].dim() > 1))
     ]
-    if odd or not metadata.get("tokens", "").isdecimal():
+    if mismatched or not metadata.get("tokens", "").isdecimal():
         raise DamagedFileError(
-            f"{file} is damaged: {min(odd, default='the number of tokens')} is missing or of another shape; read the text again"
+            f"{file} is damaged: {min(mismatched, default='the number of tokens')} is missing or of another shape; "
+            "read the text again"
         )
     carry = empty.with_tensors(tuple(tensors[f"carry.{n}"].to(device) for n in range(len(tensors) - 1)))
     return PromptState(carry, tensors["hidden"].to(device)), int(metadata["tokens"])

@@ -1,4 +1,4 @@
-"""One step's loss and gradients: how a global batch becomes them. The one place to put another way of computing them."""
+"""Forward and backward of one step: how a global batch becomes a loss and gradients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,109 +15,118 @@ from race_dist.models import DecoderLM
 from race_dist.parallel import DataParallelModel
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch, Shard, ShardedBatch
-from race_dist.training.ranks import RankMesh
-from race_dist.training.weights import load_weights
+from race_dist.training.data.corpus import Split
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.weights_file import load_weights
 
 
-class StepMethod(Protocol):
-    """How one global batch becomes gradients."""
+class ForwardBackward(Protocol):
+    """Computes losses and gradients of global batches.
+
+    Attributes:
+        replica: the model on this rank, called for the forward pass.
+    """
 
     replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
-        """Before the first step: where a step under way may be stored (None: nowhere), and who may ask it to end in its
-        middle."""
+        """Called before the first step.
+
+        Args:
+            folder: where a step in progress may be stored; None: nowhere.
+            stop: returns True when a step in progress should end early.
+        """
         ...
 
     def end(self) -> None:
-        """After the last step: what is stored of steps under way is no longer needed."""
+        """Called after the last step: remove what is stored of a step in progress."""
         ...
 
     def gradients(self, batch: Batch) -> Tensor:
-        """Leave in every ``.grad`` the gradient of the global batch's mean loss, summed over all ranks (of sharded
-        parameters: this rank's part of it).
+        """Compute the gradient of the global batch's mean loss, summed over all ranks, into every ``.grad`` (of sharded
+        parameters: this rank's shard of it).
 
         Args:
-            batch: the windows of all ranks; ``batch.targets`` is what the summed loss is divided by.
+            batch: the windows of all ranks; the summed loss is divided by ``batch.targets``.
 
         Returns:
-            This rank's share of the mean loss, detached: the ranks' shares add up to it.
+            This rank's share of the mean loss, detached. The shares of all ranks add up to the mean loss.
         """
         ...
 
     def loss(self, batch: Batch) -> Tensor:
-        """This rank's share of the summed loss of a batch, without gradients."""
+        """This rank's share of the summed loss of a batch, without gradients. The shares add up to the summed loss."""
         ...
 
 
-def build_step(config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> StepMethod:
-    """The way that the configuration asks for. ``model`` is on the meta device; it gets its weights here."""
+def build_forward_backward(config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> ForwardBackward:
+    """Streamed or full sequences, as the configuration says. ``model`` is on the meta device and gets its weights here."""
     if config.stream.chunk_size:
-        from race_dist.training.streamed import StreamedStep
+        from race_dist.training.streamed_step import StreamedForwardBackward
 
-        return StreamedStep(config, model, ranks)
-    return NativeStep(config, model, ranks)
+        return StreamedForwardBackward(config, model, mesh)
+    return NativeForwardBackward(config, model, mesh)
 
 
-class FullSequenceStep:
-    """What methods have in common that run over whole sequences."""
+class FullSequence:
+    """Base of the implementations that run over full sequences: micro-batches of this rank's rows, without streaming."""
 
     config: TrainConfig
-    ranks: RankMesh
+    mesh: RankMesh
     replica: DataParallelModel
 
     def begin(self, folder: Path | None, stop: Callable[[], bool]) -> None:
-        """Nothing: these steps are not ended in their middle."""
+        """Nothing to do: these steps cannot be interrupted."""
 
     def end(self) -> None:
-        """Nothing is stored."""
+        """Nothing to do: nothing is stored."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """See :class:`StepMethod`."""
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for rows in micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate):
-            part = batch.shard(rows, sequence_shard(self.ranks))
-            total += forward_loss(self.replica.model, part, 1, self.config, self.ranks).detach().double()
+        """See :class:`ForwardBackward`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for rows in micro_batches(batch.rows_of_dp_rank(self.mesh.dp_rank, self.mesh.dp), self.config.optim.accumulate):
+            part = batch.shard(rows, sequence_shard(self.mesh))
+            total += forward_loss(self.replica.model, part, 1, self.config, self.mesh).detach().double()
         return total
 
 
-class NativeStep(FullSequenceStep):
-    """Forward and backward over whole sequences, ``optim.accumulate`` parts of this rank's rows one after the other."""
+class NativeForwardBackward(FullSequence):
+    """Full sequences in PyTorch, with gradient accumulation over ``optim.accumulate`` micro-batches."""
 
-    def __init__(self, config: TrainConfig, model: DecoderLM, ranks: RankMesh) -> None:
-        self.config, self.ranks = config, ranks
-        self.replica = build_replica(config, model, ranks)
+    def __init__(self, config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.replica = build_replica(config, model, mesh)
 
     def gradients(self, batch: Batch) -> Tensor:
-        """See :class:`StepMethod`."""
+        """See :class:`ForwardBackward`."""
         total: Tensor | None = None
-        parts = list(micro_batches(batch.rows_of_dp_rank(self.ranks.dp_rank, self.ranks.dp), self.config.optim.accumulate))
+        parts = list(micro_batches(batch.rows_of_dp_rank(self.mesh.dp_rank, self.mesh.dp), self.config.optim.accumulate))
         for rows in parts:
-            part = batch.shard(rows, sequence_shard(self.ranks))
+            part = batch.shard(rows, sequence_shard(self.mesh))
             with self.replica.backward(last=rows is parts[-1]):
-                loss = forward_loss(self.replica, part, batch.targets, self.config, self.ranks)
+                loss = forward_loss(self.replica, part, batch.targets, self.config, self.mesh)
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
 
 
-def build_replica(config: TrainConfig, model: DecoderLM, ranks: RankMesh, *, dynamic: bool | None = None) -> DataParallelModel:
-    """The model on its ranks, compiled and sharded as the configuration says, with its first weights."""
+def build_replica(config: TrainConfig, model: DecoderLM, mesh: RankMesh, *, dynamic: bool | None = None) -> DataParallelModel:
+    """Compile, shard and initialize the model as the configuration says."""
     if config.compile:
         for block in model.blocks:
             block.compile(dynamic=dynamic)
     if config.parallel.sharding == "fsdp":
-        replica = DataParallelModel.fully_sharded(model, ranks.world, model.blocks, device_type=ranks.device.type)
-        materialize(model, ranks.device, config.init)
+        replica = DataParallelModel.fully_sharded(model, mesh.world, model.blocks, device_type=mesh.device.type)
+        materialize(model, mesh.device, config.init)
         return replica
-    materialize(model, ranks.device, config.init)
-    return DataParallelModel.replicated(model, ranks.world)
+    materialize(model, mesh.device, config.init)
+    return DataParallelModel.replicated(model, mesh.world)
 
 
 def materialize(model: DecoderLM, device: torch.device, init: str | None = None) -> None:
-    """Give a model on the meta device its first weights: they depend on the seed and their names alone, or come from
-    ``init``, a safetensors file or the folder of a run."""
+    """Give a model on the meta device its initial weights. They depend only on the seed and the parameters' names, or come from
+    ``init``: a safetensors file or the folder of a run."""
     model.to_empty(device=device)
     model.initialize()
     if init is not None:
@@ -124,16 +134,16 @@ def materialize(model: DecoderLM, device: torch.device, init: str | None = None)
 
 
 def forward_loss(
-    model: DataParallelModel | nn.Module, part: ShardedBatch, targets: int, config: TrainConfig, ranks: RankMesh
+    model: DataParallelModel | nn.Module, part: ShardedBatch, targets: int, config: TrainConfig, mesh: RankMesh
 ) -> Tensor:
-    """A part's summed loss over the global count of targets."""
-    device = ranks.device
+    """The summed loss of a shard, divided by the global number of targets."""
+    device = mesh.device
     with autocast(config, device):
         loss: Tensor = model(
             part.inputs.to(device),
             part.labels.to(device),
-            group=ranks.sp_group,
-            layout=ranks.layout,
+            group=mesh.sp_group,
+            layout=mesh.layout,
             cu_seqlens=None if part.cu_seqlens is None else part.cu_seqlens.to(device),
             num_targets=max(1, targets),
         )
@@ -141,16 +151,26 @@ def forward_loss(
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    """Matrix products in bfloat16 where the precision says so; weights, norms, states and sums stay wide."""
+    """Matrix products in bfloat16 if ``precision`` is bfloat16; weights, norms, states and sums stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
 
 
-def sequence_shard(ranks: RankMesh) -> Shard:
+def sequence_shard(mesh: RankMesh) -> Shard:
     """This rank's shard of every sequence."""
-    return Shard(ranks.sp_rank, ranks.sp, ranks.layout)
+    return Shard(mesh.sp_rank, mesh.sp, mesh.layout)
 
 
 def micro_batches(rows: range, parts: int) -> Iterator[range]:
-    """The rows in that many parts of equal size."""
+    """Split the rows of a batch into ``parts`` micro-batches of equal size."""
     size = len(rows) // parts
     return (rows[n * size : (n + 1) * size] for n in range(parts))
+
+
+def random_batch(config: TrainConfig, seed: int) -> Batch:
+    """A batch of random tokens, the same on every rank. Separate documents are a third of the context long."""
+    data = config.data
+    size = data.context + data.batch_size
+    tokens = np.random.default_rng(seed).integers(0, config.model.vocab_size, size, dtype=np.uint32)
+    boundaries = np.arange(1, size, max(1, data.context // 3)) if data.documents == "separate" else None
+    split = Split(tokens, np.array([0]), np.array([0, size]), boundaries)
+    return Batch(split, tuple(range(data.batch_size)), data.context, data.batch_size)

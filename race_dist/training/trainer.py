@@ -1,32 +1,32 @@
-"""A model, its optimizer and its text on one rank's place in the mesh: a step, a measurement, saving and restoring."""
+"""The trainer on one rank: train a step, evaluate, save and restore checkpoints."""
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import race_dist
-from race_dist.models import DecoderLM
-from race_dist.parallel import all_reduce_sum, full_tensor
+from race_dist.parallel import all_reduce_sum
 from race_dist.training.checkpoint import CheckpointManager, OtherRunError, SavedCheckpoint
 from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
 from race_dist.training.data.corpus import Corpus, load_corpus
-from race_dist.training.guards import Guard, Verdict
-from race_dist.training.optim import build_optimizer, learning_rate, optimizer_tensors, set_learning_rate
-from race_dist.training.ranks import RankMesh
-from race_dist.training.records import import_summary_writer
-from race_dist.training.step import StepMethod, build_step
+from race_dist.training.engine import CheckModel, Engine, NativeEngine
+from race_dist.training.guard import Guard, Verdict
+from race_dist.training.logging.writers import import_summary_writer
+from race_dist.training.optim import learning_rate
+from race_dist.training.rank_mesh import RankMesh
 
-# what a run may be resumed with although it was begun with another value
+BuildEngine = Callable[[TrainConfig, Any, CheckModel], Engine]
+# keys that may change when a run is resumed
 FREE_ON_RESUME = (
     "name",
     "runs",
@@ -53,7 +53,7 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement on held-out text: mean ``loss`` in nats over ``tokens`` tokens."""
+    """An evaluation on held-out text: the mean ``loss``, in nats, over ``tokens`` tokens."""
 
     loss: float
     tokens: int
@@ -65,9 +65,9 @@ class StepResult:
 
     Attributes:
         loss: mean over the global batch, in nats, before the step.
-        grad_norm: norm of its whole gradient, before clipping.
+        grad_norm: norm of the global gradient, before clipping.
         flags: for each flag that was passed in, whether it was set on any rank.
-        verdict: what the guard thinks of it; a bad step was not taken.
+        verdict: of the guard; a bad step was skipped.
     """
 
     loss: float
@@ -77,120 +77,130 @@ class StepResult:
 
 
 class Trainer:
-    """A model, its optimizer and its text on this rank's place in the mesh.
+    """One rank's part of a run: the engine, the text, the guard, and the position in the run.
 
     Attributes:
         config: of the run.
-        ranks: the mesh and this rank's place in it.
-        corpus: the text; ``train`` and ``held_out`` are its two sides.
-        model: this rank's replica, or its shards of it.
-        optimizer: over its parameters.
-        method: how a batch becomes gradients.
+        mesh: the process groups of the run and this rank's place in them.
+        corpus: the text; ``train`` and ``held_out`` are its two splits.
+        engine: holds the model and the optimizer.
         guard: judges each step.
         step: steps done.
         position: batches drawn.
     """
 
-    def __init__(self, config: TrainConfig, ranks: RankMesh) -> None:
-        """Everything a run needs, on every rank.
+    def __init__(self, config: TrainConfig, mesh: RankMesh, build_engine: BuildEngine = NativeEngine) -> None:
+        """Load the text and build the engine. Every rank calls it.
+
+        Args:
+            config: of the run.
+            mesh: the process groups of the run and this rank's place in them.
+            build_engine: makes the engine; see :func:`race_dist.integrations.engines.make_trainer`.
 
         Raises:
             ImportError: TensorBoard is asked for and not installed.
-            ValueError: the batch does not divide over the mesh, the text is too short or none, a sequence does not
-                divide by the layout, or the ranks do not hold the same configuration, code, text and weights.
+            ValueError: the batch does not divide over the mesh, there is no text or too little, the layout does not divide a
+                sequence, or the ranks do not have the same configuration, code, text and weights.
         """
-        self.config, self.ranks = config, ranks
+        self.config, self.mesh = config, mesh
         if config.tensorboard:
-            import_summary_writer()  # its absence is said before anything is trained
-        self.corpus = open_corpus(config, ranks.dp, ranks.sp, check=ranks.rank == 0)
-        self.train, self.held_out = _sides(config, self.corpus)
+            import_summary_writer()  # report that it is missing before anything is trained
+        self.corpus = open_corpus(config, mesh.dp, mesh.sp, check=mesh.rank == 0)
+        self.train, self.held_out = _splits(config, self.corpus)
         self.guard = Guard(config.guard)
         self.step = self.position = 0
-        self._build()
+        self.engine: Engine = build_engine(
+            config, mesh, lambda model: check_ranks_consistent(config, self.corpus, model, mesh.world)
+        )
 
-    def _build(self) -> None:
-        """Model, optimizer and the way of a step; another engine has its own."""
-        config = self.config
-        dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.model: Any = DecoderLM(config.model, dtype=dtype, device="meta")
-        self.method: StepMethod = build_step(config, self.model, self.ranks)
-        self.optimizer: Any = build_optimizer(self.model, config.optim)
-        check_ranks_consistent(config, self.corpus, self.model, self.ranks.world)
-
-    def open_checkpoints(self, folder: Path) -> CheckpointManager:
-        """Where this run's checkpoints go, and come from. Every rank calls it."""
-        config = self.config.checkpoint
-        return CheckpointManager(folder, self.ranks.world, keep=config.keep, keep_every=config.keep_every)
+    @property
+    def model(self) -> Any:
+        """This rank's replica of the model, or its shards."""
+        return self.engine.model
 
     def train_step(self, flags: Sequence[bool] = (), batch: Batch | None = None) -> StepResult:
-        """One optimizer step; where the guard finds it bad, the weights stay as they were.
+        """One optimizer step. If the guard refuses it, the weights stay as they were. An engine that knows the gradient's norm
+        only after the update (DeepSpeed) cannot skip a step; the verdict is then an alarm.
 
         Args:
-            flags: this rank's; the result says which were set on any rank.
-            batch: None: the one at this position in the data.
+            flags: of this rank; the result says which are set on any rank.
+            batch: None: the batch at this position in the data.
+
+        Raises:
+            FloatingPointError: the engine cannot skip steps, and the loss is not finite (the weights are left as they were) or
+                the gradient is not.
         """
         config, data = self.config, self.config.data
         if batch is None:
             batch = training_batch(
                 self.train, seed=config.seed, position=self.position, batch_size=data.batch_size, context=data.context
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        share = self.method.gradients(batch)
-        shared = torch.stack([share.double(), *(share.new_tensor(float(f), dtype=torch.float64) for f in flags)])
-        loss, *raised = all_reduce_sum(shared, self.ranks.world).tolist()
-        norm = self.gradient_norm()
-        verdict = self.guard.judge(loss, float(norm))
-        if verdict.bad is None:
-            set_learning_rate(self.optimizer, learning_rate(self.step, config.steps, config.optim))
-            self.update(norm)
+        share = self.engine.gradients(batch).double()
+        shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
+        loss, *raised = all_reduce_sum(shared, self.mesh.world).tolist()
+        norm, verdict = self._update(loss)
         self.step += 1
         self.position += 1
-        return StepResult(loss, float(norm), tuple(f > 0 for f in raised), verdict)
+        return StepResult(loss, norm, tuple(f > 0 for f in raised), verdict)
 
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient, once it is there."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return full_tensor(torch.nn.utils.get_total_norm(grads))
+    def _update(self, loss: float) -> tuple[float, Verdict]:
+        """Change the weights, unless the guard refuses the step; the gradient's norm, and the verdict."""
+        rate = learning_rate(self.step, self.config.steps, self.config.optim)
+        norm = self.engine.gradient_norm()
+        if norm is None:
+            return self._update_at_once(loss, rate)
+        verdict = self.guard.judge(loss, float(norm))
+        if verdict.bad is None:
+            self.engine.update(rate, norm)
+        return float(norm), verdict
 
-    def update(self, norm: Tensor) -> None:
-        """Clip the gradient, whose norm this is, and change the weights by it."""
-        if self.config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optim.clip, norm)
-        self.optimizer.step()
+    def _update_at_once(self, loss: float, rate: float) -> tuple[float, Verdict]:
+        """For engines that know the gradient's norm only after the update."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {loss}; try a lower optim.lr or a longer optim.warmup_steps"
+            )
+        norm = float(self.engine.update(rate, None))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the gradient's norm is {norm}; go on from the last checkpoint with a lower optim.lr"
+            )
+        return norm, self.guard.judge_applied(loss, norm)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """The loss on held-out text, the same on every rank."""
-        data, ranks = self.config.data, self.ranks
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        data, mesh, engine = self.config.data, self.mesh, self.engine
+        engine.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
         tokens = 0
         for batch in evaluation_batches(
             self.held_out, tokens=self.config.eval.tokens, batch_size=data.batch_size, context=data.context
         ):
-            total += self.method.loss(batch).double()
+            total += engine.forward_backward.loss(batch).double()
             tokens += batch.targets
-        self.model.train()
-        return Evaluation(float(all_reduce_sum(total, ranks.world)) / max(1, tokens), tokens)
+        engine.model.train()
+        return Evaluation(float(all_reduce_sum(total, mesh.world)) / max(1, tokens), tokens)
 
     @torch.no_grad()
     def has_finite_weights(self) -> bool:
-        """Whether all weights are, on every rank. It waits for the device: asked before a checkpoint, not in every step."""
-        odd = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for p in self.model.parameters():
-            odd += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
-        return not float(all_reduce_sum(odd, self.ranks.world))
+        """Whether no weight is NaN or Inf on any rank. It waits for the device, so it is called before a checkpoint and not in
+        every step."""
+        count = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for p in self.engine.model.parameters():
+            count += (p.to_local() if isinstance(p, DTensor) else p).isfinite().logical_not().sum()
+        return not float(all_reduce_sum(count, self.mesh.world))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: parameters and the optimizer's states by name."""
-        named = {name: p.detach() for name, p in self.model.named_parameters()}
-        return {f"model.{name}": p for name, p in named.items()} | optimizer_tensors(self.model, self.optimizer)
+    def open_checkpoints(self, folder: Path) -> CheckpointManager:
+        """The manager of this run's checkpoints in a folder. Every rank calls it."""
+        config = self.config.checkpoint
+        return CheckpointManager(folder, self.mesh.world, keep=config.keep, keep_every=config.keep_every)
 
     def save(self, store: CheckpointManager) -> None:
-        """Begin a checkpoint of this moment."""
+        """Begin to write a checkpoint of the current state."""
         store.save(
             self.step,
-            self.tensors(),
+            self.engine.checkpoint_state(),
             {
                 "position": self.position,
                 "guard": self.guard.state(),
@@ -200,7 +210,7 @@ class Trainer:
                     "digest": self.corpus.digest(),
                     "documents": self.corpus.documents_digest(),
                 },
-                "mesh": {"dp": self.ranks.dp, "sp": self.ranks.sp},
+                "mesh": {"dp": self.mesh.dp, "sp": self.mesh.sp},
                 "versions": {
                     "race-dist": race_dist.__version__,
                     "torch": torch.__version__,
@@ -210,14 +220,14 @@ class Trainer:
         )
 
     def roll_back(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        """Go back to a checkpoint of this run, but on with the data that comes now."""
+        """Restore a checkpoint of this run, but continue with the data that comes next."""
         position, rollbacks = self.position, self.guard.rollbacks
         self.restore(store, saved)
         self.position, self.guard.rollbacks = position, rollbacks
         self.guard.rolled_back()
 
     def restore(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             OtherRunError: it is of a run with another model, text or optimizer; the message names what differs.
@@ -238,40 +248,40 @@ class Trainer:
                 f"the text {self.corpus.name} is not the one that {saved.path} was trained on; put it "
                 "back, or begin a new run under another name"
             )
-        self._load(store, saved)
+        store.load(saved, self.engine.checkpoint_state())
         self.step, self.position = saved.step, facts["position"]
         self.guard = Guard.of(self.config.guard, facts["guard"])
 
     def _same_documents(self, facts: Mapping[str, Any]) -> bool:
-        """Whether the text's documents begin where they did; they need not where nothing depends on it."""
+        """Whether the documents of the text begin at the same tokens, if the run depends on that."""
         data = self.config.data
         matters = data.documents == "separate" or data.held_out == "documents"
         return not matters or facts.get("documents") in (None, self.corpus.documents_digest())
 
-    def _load(self, store: CheckpointManager, saved: SavedCheckpoint) -> None:
-        store.load(saved, self.tensors())
-
     def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
-        config, ranks, corpus = self.config, self.ranks, self.corpus
-        parameters = sum(p.numel() for p in self.model.parameters())
+        """Two lines about the model and the text, and a third one if files of the text's folder are skipped."""
+        config, corpus = self.config, self.corpus
         unit = "bytes" if corpus.tokenizer is None else "tokens"
-        yield (
-            f"{config.name}: {parameters:,} parameters, {ranks.dp * ranks.sp} "
-            f"rank{'s' if ranks.dp * ranks.sp > 1 else ''} (dp {ranks.dp} x sp {ranks.sp}"
-            f"{', parameters sharded' if self.method.replica.is_sharded else ''}) on {ranks.device.type}"
-        )
+        yield f"{config.name}: {self.engine.describe()}"
         yield (
             f"text: {corpus.name}, {len(self.train) / 1e6:.1f} M {unit} to train on, {len(self.held_out) / 1e6:.1f} M "
-            f"held out; {config.data.batch_size} x {config.data.context} {unit} a step"
+            f"held out; {config.data.batch_size} x {config.data.context} {unit} per step"
         )
         if corpus.skipped:
             yield corpus.skipped.describe(f"left out of {corpus.name}")
 
 
 def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True) -> Corpus:
-    """The text of a run, once it is clear that ``dp`` groups of ``sp`` ranks can train on it; ValueError where they
-    cannot. One rank's ``check`` that a text file is UTF-8 is enough: ranks compare samples of the text later."""
+    """Check that ``dp`` groups of ``sp`` ranks can train on the text of a run, and open it.
+
+    Args:
+        config: of the run.
+        dp, sp: sizes of the mesh.
+        check: whether to check that a text file is UTF-8; one rank is enough, because ranks compare samples of the text later.
+
+    Raises:
+        ValueError: the batch does not divide over the ranks, or the text is too short.
+    """
     data, parts = config.data, config.optim.accumulate
     if data.batch_size % dp:
         raise ValueError(
@@ -295,9 +305,9 @@ def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True
             f"model.vocab_size is {config.model.vocab_size}, but the tokens of {corpus.name} need "
             f"{corpus.vocab_size}: make it {corpus.vocab_size} or more"
         )
-    check_fits(*_sides(config, corpus), data.context, corpus.name)
+    check_fits(*_splits(config, corpus), data.context, corpus.name)
     return corpus
 
 
-def _sides(config: TrainConfig, corpus: Corpus) -> tuple[Any, Any]:
+def _splits(config: TrainConfig, corpus: Corpus) -> tuple[Any, Any]:
     return corpus.split(config.data.held_out, separate=config.data.documents == "separate")

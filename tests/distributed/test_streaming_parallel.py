@@ -180,7 +180,7 @@ def full_on_one(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
 
     def fill(progress: Any) -> None:
         if rank == 1 and (progress.phase, progress.chunk) == ("forward", 3):
-            mock.patch("race_dist.streaming.checkpoint.save_file", side_effect=OSError(28, "No space left on device")).start()
+            mock.patch("race_dist.checkpoint_files.save_file", side_effect=OSError(28, "No space left on device")).start()
 
     said = ""
     try:

@@ -16,8 +16,8 @@ from race_dist.parallel import build_mesh
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import Hooks, run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1)]
@@ -119,9 +119,9 @@ def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], chos
 def leg(group: ProcessGroup | None, dp: int, sp: int, config: TrainConfig, until: int) -> bool:
     """Go on from the newest checkpoint until step ``until``, save, leave."""
     trainer, directory = Trainer(config, place(group, dp, sp)), RunDirectory(config.directory)
-    if trainer.ranks.rank == 0:
+    if trainer.mesh.rank == 0:
         directory.reopen(config)
-    asked = lambda: trainer.ranks.rank == trainer.ranks.dp * trainer.ranks.sp - 1 and trainer.step + 1 == until
+    asked = lambda: trainer.mesh.rank == trainer.mesh.dp * trainer.mesh.sp - 1 and trainer.step + 1 == until
     return run(trainer, directory, resume=True, hooks=Hooks(stop_requested=asked)).stopped
 
 

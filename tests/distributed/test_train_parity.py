@@ -11,7 +11,7 @@ from harness import RankError, run_ranks
 from torch.distributed import ProcessGroup
 
 from race_dist.training.config import TrainConfig, parse_config
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.trainer import Trainer
 
 STEPS = 20

@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from race_dist.parallel import build_mesh
 from race_dist.training import loop
 from race_dist.training.config import parse_config
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 from tests.distributed.harness import spawn_ranks
 

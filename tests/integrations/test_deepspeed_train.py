@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from race_dist.training.config import TrainConfig, load_config, parse_config
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from tests.distributed.harness import spawn_ranks
 from tests.integrations.once import once
 
@@ -67,7 +67,7 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
         first.save(store)
         assert store.wait(), store.problems
         losses += go(first, STEPS - 3)
-        weights = {name: w.clone() for name, w in first.method.replica.full_tensors()}
+        weights = {name: w.clone() for name, w in first.engine.forward_backward.replica.full_tensors()}
         found[f"ZeRO-{stage}"] = (losses, first.evaluate().loss)
         ways = {"again": (sequences, engine), "replicas": (replicas, engine), "native": (sequences, {})}
         for way, (place, options) in ways.items():
@@ -78,7 +78,7 @@ def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
             assert (other.step, other.position) == (3, 3)
             found[f"ZeRO-{stage} {way}"] = go(other, STEPS - 3)
             if way == "again":
-                after = dict(other.method.replica.full_tensors())
+                after = dict(other.engine.forward_backward.replica.full_tensors())
                 found[f"ZeRO-{stage} weights"] = all(torch.equal(weights[n], after[n]) for n in weights)
     zigzag = RankMesh(torch.device("cpu"), world, world, "zigzag")
     data = settings(text)["data"] | {"context": 48}
@@ -137,7 +137,7 @@ def test_zigzag_shards_train_alike(found: dict[str, Any]) -> None:
 
 
 def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
-    from race_dist.integrations.deepspeed.trainer import deepspeed_config
+    from race_dist.integrations.deepspeed.training import deepspeed_config
 
     alone = RankMesh(torch.device("cpu"))
     for deepspeed, changes, message in (
@@ -160,7 +160,7 @@ def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
 @pytest.mark.parametrize("preset", sorted(Path("configs").glob("deepspeed-*.json")), ids=lambda p: p.stem)
 def test_presets_are_read_by_the_trainer_and_by_initialize(preset: Path, text: str) -> None:
     from race_dist.integrations.deepspeed.config import read_config
-    from race_dist.integrations.deepspeed.trainer import deepspeed_config
+    from race_dist.integrations.deepspeed.training import deepspeed_config
 
     config = parse_config(settings(text, engine="deepspeed", deepspeed=str(preset)))
     assert config.deepspeed == json.loads(preset.read_text())

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from race_dist.training.checkpoint import MANIFEST, CheckpointError, CheckpointManager
+from race_dist.training.checkpoint_state import TensorState
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import Hooks, Outcome, run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 
 
@@ -35,7 +36,7 @@ def tensors(seed: int) -> dict[str, Tensor]:
 def saved(folder: Path, steps: list[int], **options: int) -> CheckpointManager:
     store = CheckpointManager(folder, None, **options)
     for step in steps:
-        store.save(step, tensors(step), {"position": step, "third": 1 / 3})
+        store.save(step, TensorState(tensors(step)), {"position": step, "third": 1 / 3})
     assert store.wait()
     return store
 
@@ -45,7 +46,7 @@ def loaded(folder: Path) -> tuple[int, dict[str, Tensor], list[str]]:
     found = store.latest()
     assert found is not None
     blank = {name: torch.zeros_like(t) for name, t in tensors(0).items()}
-    store.load(found, blank)
+    store.load(found, TensorState(blank))
     assert found.facts == {"position": found.step, "third": 1 / 3}
     return found.step, blank, store.problems
 
@@ -60,7 +61,7 @@ def test_what_is_saved_is_loaded_bit_by_bit(tmp_path: Path) -> None:
 
 def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
     store, values = CheckpointManager(tmp_path, None), tensors(5)
-    store.save(5, values, {"position": 5, "third": 1 / 3})
+    store.save(5, TensorState(values), {"position": 5, "third": 1 / 3})
     for value in values.values():
         value.zero_()
     assert store.wait()
@@ -135,12 +136,12 @@ def test_a_write_that_fails_is_told_and_harms_nothing(tmp_path: Path) -> None:
     store = saved(folder, [10])
     shutil.move(folder, tmp_path / "aside")
     folder.write_text("no folder")
-    store.save(20, tensors(20), {})
+    store.save(20, TensorState(tensors(20)), {})
     assert not store.wait()
     assert store.problems[0].startswith("the checkpoint of step 20 could not be written: ")
     folder.unlink()
     shutil.move(tmp_path / "aside", folder)
-    store.save(30, tensors(30), {"position": 30, "third": 1 / 3})
+    store.save(30, TensorState(tensors(30)), {"position": 30, "third": 1 / 3})
     assert store.wait()
     assert loaded(folder)[0] == 30
 
@@ -150,7 +151,7 @@ def test_a_write_cut_short_leaves_no_half_of_it(tmp_path: Path) -> None:
     store, limits = saved(tmp_path, [10]), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes a file may have
     try:
-        store.save(20, tensors(20), {})
+        store.save(20, TensorState(tensors(20)), {})
         assert not store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -164,7 +165,7 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
     assert newest is not None
     for wrong in ({"model.a": torch.zeros(7, 6)}, {"model.c": torch.zeros(1)}):
         with pytest.raises(CheckpointError, match="000001-step-00000010 does not fit this run"):
-            store.load(newest, wrong)
+            store.load(newest, TensorState(wrong))
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------

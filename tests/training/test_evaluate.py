@@ -22,9 +22,9 @@ from race_dist.models import DecoderLM, ModelConfig, PromptState, generate, pref
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.data.corpus import load_corpus, sample_digest
 from race_dist.training.data.packed import pack
-from race_dist.training.data.positions import bucket_edges, loss_by_position
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.loss_by_position import bucket_edges, loss_by_position
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import (
     ByteCodec,
     TokenizerCodec,
@@ -35,7 +35,7 @@ from race_dist.training.sampling import (
     write_text,
 )
 from race_dist.training.trainer import Trainer
-from race_dist.training.weights import load_weights, save_weights
+from race_dist.training.weights_file import load_weights, save_weights
 
 
 def invoke(*arguments: str | Path) -> tuple[int, str]:
@@ -250,8 +250,8 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(tmp_path: Path) -> N
     before = sorted(tmp_path.rglob("*"))
     code, text = invoke("train", tmp_path / "run.toml", "--dry-run", "--override", "name=other")
     assert code == 0, text
-    assert re.search(r"memory of a rank on paper: \d+ MiB", text)
-    assert re.search(r"a step on made-up text: loss 5\.\d+, gradient norm", text)
+    assert re.search(r"estimated memory per rank: \d+ MiB", text)
+    assert re.search(r"one step on made-up text: loss 5\.\d+, gradient norm", text)
     assert "all 6 steps at this pace: " in text
     assert sorted(tmp_path.rglob("*")) == before
     code, text = invoke(
@@ -307,7 +307,7 @@ import torch
 from race_dist.machine import peak_resident_bytes
 from race_dist.training.config import parse_config
 from race_dist.training.data.batches import Shard, training_batch
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.trainer import Trainer
 
 config = parse_config({"steps": 100, "optim": {"warmup_steps": 1}, "model": {"dim": 8, "num_layers": 1, "num_heads": 1},

@@ -27,11 +27,11 @@ from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import open_packed, pack, verify_packed
 from race_dist.training.logging.report import write_report
 from race_dist.training.loop import run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import load_context, read_text, save_context
 from race_dist.training.trainer import Trainer
-from race_dist.training.weights import load_weights
+from race_dist.training.weights_file import load_weights
 
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:
@@ -289,18 +289,18 @@ def test_training_makes_a_damaged_step_anew(generations: int, tmp_path: Path, ca
     config = settings(tmp_path, stream={"chunk_size": 8, "minutes": 1e-9})
     trainer, asked = Trainer(config, RankMesh(torch.device("cpu"))), iter(range(1, 99))
     batch = training_batch(trainer.train, seed=0, position=0, batch_size=2, context=32)
-    loss = trainer.method.gradients(batch)
+    loss = trainer.engine.forward_backward.gradients(batch)
     wanted = [p.grad.clone() for p in trainer.model.parameters()]
     folder = tmp_path / "step"
-    trainer.method.begin(folder, lambda: next(asked) == 5)
-    trainer.optimizer.zero_grad()
+    trainer.engine.forward_backward.begin(folder, lambda: next(asked) == 5)
+    trainer.engine.optimizer.zero_grad()
     with pytest.raises(StepInterrupted):
-        trainer.method.gradients(batch)
+        trainer.engine.forward_backward.gradients(batch)
     files = sorted(folder.rglob("[0-9]*.safetensors"), key=lambda file: int(file.stem), reverse=True)
     for file in files[:generations]:
         flip(file, 8 * file.stat().st_size - 3)
     capsys.readouterr()
-    assert torch.equal(trainer.method.gradients(batch), loss)
+    assert torch.equal(trainer.engine.forward_backward.gradients(batch), loss)
     assert all(torch.equal(p.grad, g) for p, g in zip(trainer.model.parameters(), wanted, strict=True))
     said = capsys.readouterr().out
     assert files[0].name in said

@@ -18,7 +18,7 @@ import pytest
 
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import read_metrics
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 
 STEPS = 24
 
@@ -45,9 +45,10 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
     """In a process of its own: begin or go on; die by SIGKILL at the n-th file operation that a checkpoint makes."""
     import torch
 
+    from race_dist import checkpoint_files
     from race_dist.training import checkpoint
     from race_dist.training.loop import run
-    from race_dist.training.ranks import RankMesh
+    from race_dist.training.rank_mesh import RankMesh
     from race_dist.training.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def train(tree: dict[str, Any], die_at: int | None = None) -> None:
             (Path, "replace"),
             (shutil, "rmtree"),
             (checkpoint, "file_digest"),
-            (checkpoint, "write_checksummed_json"),
+            (checkpoint_files, "write_checksummed_json"),
         ):
             setattr(owner, name, deadly(getattr(owner, name)))
     config = parse_config(tree)

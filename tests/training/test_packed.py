@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from race_dist.training.data.batches import packed
+from race_dist.training.data import packed
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import DOCUMENTS, INDEX, TOKENS, open_packed, pack, verify_packed
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from race_dist.training.config import parse_config
-from race_dist.training.logging.curves import COLOURS, RunCurves, draw_loss, draw_positions, draw_progress, save_png
+from race_dist.training.logging.plots import COLOURS, RunCurves, draw_loss, draw_positions, draw_progress, save_png
 from race_dist.training.logging.report import write_report
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

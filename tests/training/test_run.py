@@ -15,8 +15,8 @@ from rich.console import Console
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import Metrics, read_metrics
 from race_dist.training.loop import run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import stream_text
 from race_dist.training.trainer import Trainer
 

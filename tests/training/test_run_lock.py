@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from race_dist.training import run_lock
 from race_dist.training.config import parse_config
+from race_dist.training.run_directory import RunDirectory, open_run
 from race_dist.training.run_lock import LOCK, Owner, RunInUse, RunLock, check_not_in_use
-from race_dist.training.rundir import RunDirectory, open_run
 from tests.distributed.harness import run_ranks
 
 CONFIG = parse_config({"name": "r", "model": {"dim": 8, "num_layers": 1, "num_heads": 1}})
@@ -73,7 +73,7 @@ def test_ranks_that_start_again_wait_for_one_that_is_dying(tmp_path: Path, holde
 
 def test_where_locks_stay_on_one_node_the_file_tells_who_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_locks_are_local", lambda file: True)
-    monkeypatch.setattr(run_lock, "_BEAT", 0.05)
+    monkeypatch.setattr(run_lock, "_HEARTBEAT", 0.05)
     elsewhere = replace(Owner.this_process(), host="other", boot="other", pid=1)
     tmp_path.joinpath(LOCK).write_text(json.dumps(asdict(elsewhere)))
     touch = subprocess.Popen(["sh", "-c", f"while sleep 0.03; do touch '{tmp_path / LOCK}'; done"])

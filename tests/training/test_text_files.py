@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_evaluate import invoke, settings
 from test_packed import tokenizer
-from test_using import invoke, settings
 
-from race_dist.training.data.batches import text_files
+from race_dist.training.data import text_files
 from race_dist.training.data.corpus import Corpus, load_corpus
 from race_dist.training.data.packed import pack
 from race_dist.training.data.text_files import Undecodable, find_texts, printable
-from race_dist.training.ranks import RankMesh
+from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.trainer import Trainer
 
 
@@ -189,17 +189,17 @@ def test_what_is_left_out_is_printed_by_the_commands(tmp_path: Path) -> None:
 
 def test_a_run_with_megatrons_engine_prints_it_too(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
-    from race_dist.integrations.megatron.training import MegatronTrainer
+    from race_dist.integrations.megatron.training import MegatronEngine
 
-    trainer = object.__new__(MegatronTrainer)
-    trainer.config, trainer.parameters = settings(tmp_path), 5
-    trainer.ranks = SimpleNamespace(world=None, dp=1, sp=1, tp=1, device=torch.device("cpu"))  # type: ignore[assignment]
-    lines = ["first", "second", "left out of data: a"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "describe", lambda self: iter(lines))
-        said = list(trainer.describe())
-    assert said[1:] == lines[1:]
+    text = "".join(f"line {n}\n" for n in range(400))
+    root = make(tmp_path / "data", {"a.txt": text, "b.txt": text})
+    engine = object.__new__(MegatronEngine)
+    engine.num_parameters = 5
+    engine.mesh = SimpleNamespace(world=None, dp=1, sp=1, tp=1, device=torch.device("cpu"))  # type: ignore[assignment]
+    config = settings(tmp_path, data={"path": str(root), "context": 32, "batch_size": 2})
+    said = list(Trainer(config, RankMesh(torch.device("cpu")), lambda *_: engine).describe())
     assert "megatron-core" in said[0]
+    assert said[-1] == f"left out of {root}: {root}/b.txt (has the content of another file)"
 
 
 def test_text_that_is_not_utf8_names_the_way_out(tmp_path: Path) -> None:

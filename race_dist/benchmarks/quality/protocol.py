@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from race_dist.strict_config import COUNT_LIMIT, SEED_LIMIT, SIZE_LIMIT, StrictConfig, read_toml, set_key
+from race_dist.config_loader import ConfigLoader
+from race_dist.strict_config import COUNT_LIMIT, SEED_LIMIT, SIZE_LIMIT, StrictConfig
 from race_dist.training.config import OptimConfig
 from race_dist.training.data.corpus import HeldOut
 
@@ -187,10 +188,7 @@ def load_protocol(path: Path, overrides: Iterable[str] = ()) -> Protocol:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no protocol file {path}")
-    tree = read_toml(path)
-    for override in overrides:
-        set_key(tree, override, option="--override", example="a.b=value, for example steps=100")
-    return Protocol.check(tree, source=str(path))
+    return ConfigLoader(Protocol, "--override", "a.b=value, for example steps=100").load(path, overrides)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

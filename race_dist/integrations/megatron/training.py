@@ -1,7 +1,7 @@
-"""``engine = "megatron"``: the trainer's runs, with megatron-core's model, data parallelism, optimizer and checkpoints.
+"""``engine = "megatron"``: runs of ``race-dist train`` with megatron-core's model, data parallelism, optimizer and checkpoints.
 
-Data, first weights, losses, learning rates, reports and the files of a run are those of the trainer; what a step is
-computed with is megatron-core from pip alone, over parallel_state's tp x cp x dp, on GPUs or on the CPU.
+Data, initial weights, losses, learning rates, reports and the files of a run are the same as with the native engine. Steps are
+computed by megatron-core (from pip, without Megatron-LM), over parallel_state's tp x cp x dp, on GPUs or on the CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import megatron.core
@@ -25,7 +24,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from race_dist.integrations.megatron.checkpoint import MegatronCheckpointManager
+from race_dist.integrations.megatron.checkpoint import MegatronState
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.model import build_gpt, transformer_config
 from race_dist.integrations.megatron.weights import from_megatron, gather_full_weights, load_full_weights, to_megatron
@@ -33,36 +32,36 @@ from race_dist.models import DecoderLM
 from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import DataParallelModel, group_size, init_distributed, shard_positions
 from race_dist.rank_environment import rank_environment
+from race_dist.training.checkpoint_state import CheckpointState
 from race_dist.training.config import OptimConfig, TrainConfig
-from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch
-from race_dist.training.ranks import RankMesh
-from race_dist.training.step import FullSequenceStep, forward_loss, micro_batches, sequence_shard
-from race_dist.training.trainer import Trainer
+from race_dist.training.engine import CheckModel
+from race_dist.training.optim import set_learning_rate
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.step import ForwardBackward, FullSequence, forward_loss, micro_batches, sequence_shard
 
 DECAYED = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "decay.weight")
 
 
 @dataclass(frozen=True)
 class MegatronRankMesh(RankMesh):
-    """The mesh of a run over megatron-core's parallel_state: dp groups of sp ranks, each of tp ranks.
+    """The mesh of a run over megatron-core's parallel_state: dp x sp x tp ranks, where sp is context parallelism.
 
     Attributes:
-        tp_group: the ranks that share this rank's heads.
+        tp_group: the tensor-parallel ranks, which share every layer's heads.
     """
 
     tp_group: ProcessGroup | None = None
 
     @classmethod
     def join(cls, config: TrainConfig) -> MegatronRankMesh:
-        """As :meth:`race_dist.training.ranks.RankMesh.join`. Raises ValueError for what this engine does not do, before it
-        joins."""
+        """As :meth:`race_dist.training.rank_mesh.RankMesh.join`. Raises ValueError for an unsupported setting."""
         _, sp = config.parallel.mesh(rank_environment().world_size)
         _check(config)
         transformer_config(config.model, tp=config.parallel.tp, cp=sp)
         device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)
         with without_cuda():
-            if parallel_state.model_parallel_is_initialized():  # by a run before in this process
+            if parallel_state.model_parallel_is_initialized():  # by an earlier run in this process
                 parallel_state.destroy_model_parallel()
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=config.parallel.tp,
@@ -81,25 +80,25 @@ class MegatronRankMesh(RankMesh):
 
     @property
     def tp(self) -> int:
-        """Ranks that share a layer's heads."""
+        """Number of tensor-parallel ranks."""
         return group_size(self.tp_group)
 
     @property
     def dp(self) -> int:
-        """Groups of ranks with sequences of their own."""
+        """Number of data-parallel groups."""
         return group_size(self.world) // (self.sp * self.tp)
 
     @property
     def dp_rank(self) -> int:
-        """Which group this rank is in."""
+        """The data-parallel group that this rank belongs to."""
         return int(parallel_state.get_data_parallel_rank())
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ValueError for what this engine does not do."""
+    """Raise ValueError for a setting that this engine does not support."""
     for asked, name, reason in (
         (config.precision == "float64", 'precision = "float64"', "megatron-core computes losses in float32"),
-        (config.compile, "compile = true", "megatron-core compiles its own parts"),
+        (config.compile, "compile = true", "megatron-core compiles its own modules"),
         (
             config.parallel.sharding != "none",
             f"parallel.sharding = {config.parallel.sharding!r}",
@@ -118,29 +117,29 @@ def _check(config: TrainConfig) -> None:
 
 
 class MegatronLM(nn.Module):
-    """A GPTModel over parallel_state's ranks, called as DecoderLM is; its loss is this rank's share.
+    """A GPTModel over parallel_state's ranks, with DecoderLM's call signature. Its loss is this rank's share of the mean loss.
 
     Attributes:
         gpt: the GPTModel.
-        ddp: the same in megatron-core's mixed precision and data parallelism.
+        ddp: the GPTModel wrapped for mixed precision and data parallelism.
     """
 
-    def __init__(self, config: TrainConfig, ranks: MegatronRankMesh) -> None:
+    def __init__(self, config: TrainConfig, mesh: MegatronRankMesh) -> None:
         super().__init__()
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         settings = transformer_config(
             config.model,
-            tp=ranks.tp,
-            cp=ranks.sp,
+            tp=mesh.tp,
+            cp=mesh.sp,
             dtype=dtype,
-            race_layout=ranks.layout,
+            race_layout=mesh.layout,
             **(recompute if config.model.activation_checkpointing else {}),
         )
-        self.gpt: Any = build_gpt(config.model, settings, config.data.context).to(ranks.device)
+        self.gpt: Any = build_gpt(config.model, settings, config.data.context).to(mesh.device)
         narrow = Float16Module(settings, self.gpt) if dtype == torch.bfloat16 else self.gpt
         self.ddp: Any = DistributedDataParallel(settings, DistributedDataParallelConfig(grad_reduce_in_fp32=True), narrow)
-        self.ranks = ranks
+        self.mesh = mesh
 
     @without_cuda()
     def forward(
@@ -153,7 +152,7 @@ class MegatronLM(nn.Module):
         group: ProcessGroup | None = None,
         layout: str = "contiguous",
     ) -> Tensor:
-        """This rank's summed loss over ``num_targets``. Over all ranks of the job the shares add up to the mean loss."""
+        """This rank's summed loss, divided by ``num_targets``. The shares of all ranks add up to the mean loss."""
         positions = shard_positions(input_ids.shape[1], group, layout=layout, cu_seqlens=cu_seqlens, device=input_ids.device)
         packed = (
             None
@@ -164,106 +163,104 @@ class MegatronLM(nn.Module):
             input_ids, positions.expand(*input_ids.shape), None, labels=labels.clamp(min=0), packed_seq_params=packed
         )
         total: Tensor = torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
-        return total / (num_targets * self.ranks.tp)  # tensor-parallel ranks compute the same loss
+        return total / (num_targets * self.mesh.tp)  # tensor-parallel ranks compute the same loss
 
 
 class MegatronReplica(DataParallelModel):
-    """The model as the end of a run asks for it: its weights, whole and float32, under DecoderLM's names."""
+    """Gathers the full float32 weights under DecoderLM's names, for the end of a run."""
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
-        super().__init__(model, model.ranks.world, is_sharded=True)
-        self.config, self.names, self.gpt, self.tp_group = config.model, names, model.gpt, model.ranks.tp_group
+        super().__init__(model, model.mesh.world, is_sharded=True)
+        self.config, self.names, self.gpt, self.tp_group = config.model, names, model.gpt, model.mesh.tp_group
 
     @without_cuda()
-    def _whole(self) -> dict[str, Tensor]:
+    def _gather(self) -> dict[str, Tensor]:
         return from_megatron(gather_full_weights(self.gpt, self.tp_group), self.config, dict.fromkeys(self.names))
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """By name; every rank calls it."""
-        return ((name, tensor.float()) for name, tensor in self._whole().items())
+        """The weights by name; every rank calls it."""
+        return ((name, tensor.float()) for name, tensor in self._gather().items())
 
 
-class MegatronStep(FullSequenceStep):
-    """One step's gradients, in the main_grad of every parameter: see :class:`race_dist.training.step.StepMethod`."""
+class MegatronForwardBackward(FullSequence):
+    """The gradients of a batch, in ``main_grad`` of every parameter."""
 
-    ranks: MegatronRankMesh
+    mesh: MegatronRankMesh
 
     def __init__(self, config: TrainConfig, model: MegatronLM, names: list[str]) -> None:
-        self.config, self.model, self.ranks = config, model, model.ranks
+        self.config, self.model, self.mesh = config, model, model.mesh
         self.replica: DataParallelModel = MegatronReplica(config, model, names)
 
     @without_cuda()
     def gradients(self, batch: Batch) -> Tensor:
-        """See :class:`race_dist.training.step.StepMethod`."""
-        ranks, ddp = self.ranks, self.model.ddp
+        """See :class:`race_dist.training.step.ForwardBackward`."""
+        mesh, ddp = self.mesh, self.model.ddp
         ddp.zero_grad_buffer()
-        total = torch.zeros((), device=ranks.device)
-        parts = list(micro_batches(batch.rows_of_dp_rank(ranks.dp_rank, ranks.dp), self.config.optim.accumulate))
+        total = torch.zeros((), device=mesh.device)
+        parts = list(micro_batches(batch.rows_of_dp_rank(mesh.dp_rank, mesh.dp), self.config.optim.accumulate))
         for rows in parts:
             with nullcontext() if rows is parts[-1] else ddp.no_sync():
-                loss = forward_loss(self.model, batch.shard(rows, sequence_shard(ranks)), batch.targets, self.config, ranks)
-                (loss * ranks.tp).backward()
+                loss = forward_loss(self.model, batch.shard(rows, sequence_shard(mesh)), batch.targets, self.config, mesh)
+                (loss * mesh.tp).backward()
             total += loss.detach()
         finalize_model_grads([ddp])
         return total
 
 
-class MegatronTrainer(Trainer):
-    """The trainer over :class:`MegatronRankMesh`."""
-
-    ranks: MegatronRankMesh
+class MegatronEngine:
+    """A :class:`race_dist.training.engine.Engine` with megatron-core's model, data parallelism, optimizer and checkpoints."""
 
     @without_cuda()
-    def _build(self) -> None:
-        """Model and optimizer, with the weights that DecoderLM would begin with."""
-        first = DecoderLM(self.config.model)
+    def __init__(self, config: TrainConfig, mesh: MegatronRankMesh, check_model: CheckModel) -> None:
+        """See :class:`race_dist.training.engine.NativeEngine`. The first weights are those of DecoderLM."""
+        self.config, self.mesh = config, mesh
+        first = DecoderLM(config.model)
         state = dict(first.named_parameters())
-        self.parameters = sum(p.numel() for p in state.values())
-        self.model = MegatronLM(self.config, self.ranks)
-        load_full_weights(self.model.gpt, to_megatron(state, self.config.model), self.ranks.tp_group)
-        self.method = MegatronStep(self.config, self.model, list(state))
-        self.optimizer = build_optimizer(self.model.ddp, self.config.optim, narrow=self.config.precision == "bfloat16")
-        check_ranks_consistent(self.config, self.corpus, first, self.ranks.world)
+        self.num_parameters = sum(p.numel() for p in state.values())
+        self.model: Any = MegatronLM(config, mesh)
+        load_full_weights(self.model.gpt, to_megatron(state, config.model), mesh.tp_group)
+        self.forward_backward: ForwardBackward = MegatronForwardBackward(config, self.model, list(state))
+        self.optimizer: Any = build_optimizer(self.model.ddp, config.optim, narrow=config.precision == "bfloat16")
+        check_model(first)
 
-    def open_checkpoints(self, folder: Path) -> MegatronCheckpointManager:
-        """In megatron-core's format."""
-        config = self.config.checkpoint
-        return MegatronCheckpointManager(
-            folder, self.ranks.world, self.model.gpt, self.optimizer, keep=config.keep, keep_every=config.keep_every
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: :class:`MegatronCheckpointManager` asks model and optimizer themselves."""
-        return {}
+    def gradients(self, batch: Batch) -> Tensor:
+        """See :class:`race_dist.training.engine.Engine`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.forward_backward.gradients(batch)
 
     @without_cuda()
-    def gradient_norm(self) -> Tensor:
-        """The norm of the whole gradient."""
+    def gradient_norm(self) -> Tensor | None:
+        """See :class:`race_dist.training.engine.Engine`."""
         self.optimizer.prepare_grads()
         return torch.tensor(float(self.optimizer.get_grad_norm()))
 
     @without_cuda()
-    def update(self, norm: Tensor) -> None:
-        """Clip and step: megatron-core does both."""
+    def update(self, learning_rate: float, norm: Tensor | None) -> Tensor:
+        """See :class:`race_dist.training.engine.Engine`: megatron-core clips and steps."""
+        assert norm is not None
+        set_learning_rate(self.optimizer, learning_rate)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
         self.optimizer.step()
+        return norm
 
-    def describe(self) -> Iterator[str]:
-        """What is about to happen, in two lines, and a third where files of the text's folder are left out."""
-        _, *text = super().describe()
-        ranks, count = self.ranks, group_size(self.ranks.world)
-        yield (
-            f"{self.config.name}: {self.parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {ranks.dp} x "
-            f"sp {ranks.sp} x tp {ranks.tp}) on {ranks.device.type}, megatron-core {megatron.core.__version__}"
+    def checkpoint_state(self) -> CheckpointState:
+        """See :class:`race_dist.training.engine.Engine`: in megatron-core's format."""
+        return MegatronState(self.model.gpt, self.optimizer)
+
+    def describe(self) -> str:
+        """See :class:`race_dist.training.engine.Engine`."""
+        mesh, count = self.mesh, group_size(self.mesh.world)
+        return (
+            f"{self.num_parameters:,} parameters, {count} rank{'s' if count > 1 else ''} (dp {mesh.dp} x "
+            f"sp {mesh.sp} x tp {mesh.tp}) on {mesh.device.type}, megatron-core {megatron.core.__version__}"
         )
-        yield from text
 
 
 def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
-    """megatron-core's AdamW as the trainer's: the matrices of linear maps decay, the rest does not."""
+    """megatron-core's AdamW, with weight decay on the matrices of linear layers only, as in the native engine."""
 
-    def kept(_: nn.Parameter, name: str) -> bool:
+    def without_decay(_: nn.Parameter, name: str) -> bool:
         return not name.endswith((*DECAYED, "output_layer.weight"))
 
     options = OptimizerConfig(
@@ -277,5 +274,5 @@ def build_optimizer(model: Any, config: OptimConfig, *, narrow: bool) -> Any:
         bf16=narrow,
         params_dtype=torch.bfloat16 if narrow else torch.float32,
     )
-    overrides = {ParamKey(with_name_predicate=ParamWithNamePredicate("not a linear map", kept)): {"wd_mult": 0.0}}
+    overrides = {ParamKey(with_name_predicate=ParamWithNamePredicate("not a linear layer", without_decay)): {"wd_mult": 0.0}}
     return get_megatron_optimizer(options, [model], config_overrides=overrides, use_gloo_process_groups=False)

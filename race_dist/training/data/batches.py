@@ -1,8 +1,7 @@
-"""Batches: which windows of a text a step reads, and the part of them that a rank needs.
+"""Batches: the windows of the text that a step reads, and the shard of them that a rank needs.
 
-A training batch is a function of (seed, position) alone, where position counts the batches drawn. So the run does not
-depend on how the ranks are arranged, and a position in the data is one number. A rank reads the tokens of its own rows and
-its own shard of them, and nothing else.
+A training batch is a function of (seed, position) alone, where position counts the batches drawn. So the run does not depend on
+how the ranks are arranged, and the position in the data is one number. A rank reads only its own shard of its own rows.
 """
 
 from __future__ import annotations
@@ -21,14 +20,19 @@ from race_dist.training.data.corpus import Split, Tokens
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of every sequence a rank holds: place ``rank`` of ``world`` under a layout."""
+    """The part of every sequence that a rank holds.
+
+    Attributes:
+        rank, world: place in the context-parallel group, and its size.
+        layout: "contiguous" or "zigzag".
+    """
 
     rank: int = 0
     world: int = 1
     layout: str = "contiguous"
 
-    def runs(self, length: int) -> list[tuple[int, int]]:
-        """The rank's rows of a sequence of that length, as runs ``(start, stop)`` in its order."""
+    def ranges(self, length: int) -> list[tuple[int, int]]:
+        """The rank's tokens of a sequence of that length, as ranges ``(start, stop)`` in the order of the shard."""
         if self.layout == "contiguous":
             lengths = shard_lengths(length, self.world)
             start = sum(lengths[: self.rank])
@@ -39,12 +43,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardedBatch:
-    """What a rank puts into the model.
+    """The model's inputs on one rank.
 
     Attributes:
         inputs: ``[B, t]`` int64 tokens.
-        labels: ``[B, t]`` int64, the token after each; -100 where it does not count.
-        cu_seqlens: ``[N + 1]`` int64 boundaries of the documents in the whole sequence (B = 1), or None.
+        labels: ``[B, t]`` int64, the next token; -100 if it does not count.
+        cu_seqlens: ``[N + 1]`` int64 document boundaries in the full sequence (B = 1), or None.
     """
 
     inputs: Tensor
@@ -54,13 +58,13 @@ class ShardedBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows of one step, over all ranks together. Nothing is read until it is asked for.
+    """The global batch of one step: windows of the text. Tokens are read when they are needed.
 
     Attributes:
         split: the text.
-        starts: where in it each window (row) begins.
-        context: tokens a row; the one after the last is the last target.
-        count: rows that count; those after them fill the batch up.
+        starts: the first token of each window (row) in the split.
+        context: tokens per row; the token after the last one is the last target.
+        count: rows that count; further rows are padding.
     """
 
     split: Split
@@ -70,42 +74,44 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Targets that count, over all rows. The first token of a document is nobody's target."""
+        """Number of targets that count, over all rows. The first token of a document is not a target."""
         starts = self.starts[: self.count]
         return self.count * self.context - sum(len(self.split.boundaries_in(s + 1, s + self.context + 1)) for s in starts)
 
     def rows_of_dp_rank(self, group: int, groups: int) -> range:
-        """The rows of one of ``groups`` groups of ranks."""
+        """The rows of one data-parallel group."""
         return range(group * len(self.starts) // groups, (group + 1) * len(self.starts) // groups)
 
     def row(self, index: int) -> Tokens:
-        """``context + 1`` tokens, unread where they lie in one piece of a memory map (``data.held_out = "tail"``)."""
+        """``context + 1`` tokens; a view of the memory map if they are contiguous (``data.held_out = "tail"``)."""
         return self.split.view(self.starts[index], self.context + 1)
 
     def shard(self, rows: range, shard: Shard) -> ShardedBatch:
-        """The shard of some rows. Documents that are kept apart need one sequence: rows are then strung together."""
+        """One rank's shard of some rows. For separate documents, the rows are concatenated to one sequence."""
         if self.split.boundaries is None:
-            pieces = [self._window(row, shard.runs(self.context)) for row in rows]
+            pieces = [self._window(row, shard.ranges(self.context)) for row in rows]
             inputs, labels = (torch.stack([piece[n] for piece in pieces]) for n in (0, 1))
             return ShardedBatch(inputs, labels)
-        runs = shard.runs(len(rows) * self.context)
-        pieces = [self._window(rows[n], [(low, high)]) for start, stop in runs for n, low, high in self._cut(start, stop)]
+        ranges = shard.ranges(len(rows) * self.context)
+        pieces = [
+            self._window(rows[n], [(low, high)]) for start, stop in ranges for n, low, high in self._split_by_row(start, stop)
+        ]
         empty = torch.zeros(0, dtype=torch.int64)
         inputs, labels = (torch.cat([empty, *(piece[n] for piece in pieces)])[None] for n in (0, 1))
         return ShardedBatch(inputs, labels, self._documents(rows))
 
-    def _cut(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Rows strung together: a run of that sequence as (row, start, stop) of each row it touches."""
+    def _split_by_row(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Of rows that are concatenated: a range of that sequence, as (row, start, stop) per row."""
         while start < stop:
             n, low = divmod(start, self.context)
             high = min(self.context, low + stop - start)
             yield n, low, high
             start += high - low
 
-    def _window(self, row: int, runs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of runs of one row."""
+    def _window(self, row: int, ranges: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of ranges of one row."""
         start, inputs, labels = self.starts[row], [], []
-        for low, high in runs:
+        for low, high in ranges:
             tokens = torch.from_numpy(self.split.read(start + low, high - low + 1).astype(np.int64))
             targets = tokens[1:].clone()
             targets[torch.from_numpy(self.split.boundaries_in(start + low + 1, start + high + 1) - (start + low + 1))] = (
@@ -118,7 +124,7 @@ class Batch:
         return torch.cat(inputs), torch.cat(labels)
 
     def _documents(self, rows: range) -> Tensor:
-        """``cu_seqlens`` of rows strung together: each row begins a document."""
+        """``cu_seqlens`` of concatenated rows: each row begins a document."""
         bounds = [np.array([len(rows) * self.context], np.int64)]
         for n, row in enumerate(rows):
             start = self.starts[row]
@@ -130,9 +136,9 @@ class Batch:
 
 
 def training_batch(split: Split, *, seed: int, position: int, batch_size: int, context: int) -> Batch:
-    """The batch at a position in the data: ``batch_size`` windows drawn over the whole text.
+    """The batch at a position in the data: ``batch_size`` windows at random places of the text.
 
-    Only the raw words of numpy's Philox are used: their stream is fixed for good.
+    Only the raw words of numpy's Philox generator are used, because numpy guarantees that they never change.
     """
     words = np.random.Philox(key=[seed, position]).random_raw(batch_size)
     starts = words % np.uint64(len(split) - context)
@@ -140,7 +146,7 @@ def training_batch(split: Split, *, seed: int, position: int, batch_size: int, c
 
 
 def evaluation_batches(split: Split, *, tokens: int, batch_size: int, context: int) -> Iterator[Batch]:
-    """Windows spread evenly over ``split``, about ``tokens`` in all, the same on every call. The last batch is filled up
+    """Windows spread evenly over ``split``, about ``tokens`` tokens in all, the same on every call. The last batch is padded
     with rows that do not count."""
     fit = (len(split) - 1) // context
     count = max(1, min(fit, tokens // context))
@@ -151,7 +157,7 @@ def evaluation_batches(split: Split, *, tokens: int, batch_size: int, context: i
 
 
 def check_fits(train: Split, held_out: Split, context: int, name: str) -> None:
-    """Raise ValueError where a side of the corpus is too short for one sequence of ``context`` tokens."""
+    """Raise ValueError if a split of the corpus is too short for one sequence of ``context`` tokens."""
     for split, side in ((train, "training"), (held_out, "held-out")):
         if len(split) < context + 1:
             raise ValueError(
@@ -161,7 +167,7 @@ def check_fits(train: Split, held_out: Split, context: int, name: str) -> None:
 
 
 def check_shards(context: int, rows: int, shard: Shard, *, separate: bool) -> None:
-    """Raise ValueError where sequences do not divide by the layout."""
+    """Raise ValueError if the layout does not divide the sequences."""
     if shard.layout == "zigzag" and shard.world > 1:
         if separate:
             raise ValueError(

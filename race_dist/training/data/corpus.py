@@ -1,4 +1,4 @@
-"""A corpus: tokens one after the other, where its documents begin, and which part of it is held out.
+"""The corpus: its tokens, its document boundaries, and the split into training text and held-out text.
 
 A token is a byte of UTF-8 text, unless the corpus was packed with a tokenizer (:mod:`race_dist.training.data.packed`).
 """
@@ -26,12 +26,12 @@ from race_dist.training.data.text_files import (
     utf8_pieces,
 )
 
-HELD_OUT_EVERY = 10  # of ten blocks or documents, the last is held out; of the whole, the last tenth
+HELD_OUT_EVERY = 10  # of ten blocks or documents, the last is held out; for "tail", the last tenth of the text
 BLOCK = 256 * 1024
-MIN_BLOCKS = 20  # a small corpus gets smaller blocks, so that it has two to hold out
-LARGEST_IN_MEMORY = 2**31  # bytes of a folder that is read and not packed
+MIN_BLOCKS = 20  # a small corpus gets smaller blocks, so that two of them are held out
+LARGEST_IN_MEMORY = 2**31  # bytes of a folder that is read without packing
 BYTE_VOCAB = 256
-_FAULT_AROUND = 2**16  # bytes that the kernel maps about a page that is touched
+_FAULT_AROUND = 2**16  # bytes that the kernel maps around a page on a page fault
 
 Tokens = NDArray[Any]  # uint8, uint16 or uint32, [N]
 HeldOut = Literal["blocks", "documents", "tail"]
@@ -39,13 +39,13 @@ HeldOut = Literal["blocks", "documents", "tail"]
 
 @dataclass(frozen=True)
 class Split:
-    """One side of a corpus, the training text or the held-out text: pieces of it, one after the other as one text.
+    """The training text or the held-out text: pieces of a corpus, read as one text.
 
     Attributes:
         tokens: the whole corpus.
-        starts: ``[S]`` where each piece begins in the corpus.
-        ends: ``[S + 1]`` where each piece begins in this side; the last entry is the side's length.
-        boundaries: ``[K]`` ascending, where in this side documents begin (0 left out); None: all is one document.
+        starts: ``[S]`` first token of each piece in the corpus.
+        ends: ``[S + 1]`` first token of each piece in this split; the last entry is the length of the split.
+        boundaries: ``[K]`` ascending, where documents begin in this split, without 0; None: one document.
     """
 
     tokens: Tokens
@@ -57,48 +57,48 @@ class Split:
         return int(self.ends[-1])
 
     def read(self, start: int, length: int) -> Tokens:
-        """A copy of ``length`` tokens of this side from ``start``. Pages of a memory map are given back: reading all of a
-        corpus does not fill memory."""
-        pieces = [_copied(self.tokens, a, b) for a, b in self._runs(start, length)]
+        """A copy of ``length`` tokens from ``start``. Pages of a memory map are released, so that reading a whole corpus does
+        not fill the memory."""
+        pieces = [_copied(self.tokens, a, b) for a, b in self._ranges(start, length)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def view(self, start: int, length: int) -> Tokens:
-        """The same without a copy where it lies in one piece: then nothing is read until it is used."""
-        runs = self._runs(start, length)
-        return self.tokens[runs[0][0] : runs[0][1]] if len(runs) == 1 else self.read(start, length)
+        """The same without a copy if the tokens are contiguous: then they are read when they are used."""
+        ranges = self._ranges(start, length)
+        return self.tokens[ranges[0][0] : ranges[0][1]] if len(ranges) == 1 else self.read(start, length)
 
     def boundaries_in(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Boundaries b of documents with ``start <= b < stop``."""
+        """Document boundaries b with ``start <= b < stop``."""
         if self.boundaries is None:
             return np.empty(0, np.int64)
         low, high = np.searchsorted(self.boundaries, [start, stop])
         return self.boundaries[low:high]
 
-    def _runs(self, start: int, length: int) -> list[tuple[int, int]]:
-        """Where ``length`` tokens from ``start`` lie in the corpus."""
+    def _ranges(self, start: int, length: int) -> list[tuple[int, int]]:
+        """``length`` tokens from ``start``, as ranges of the corpus."""
         assert 0 <= start <= start + length <= len(self), (start, length, len(self))
-        runs, at, stop = [], start, start + length
+        ranges, at, stop = [], start, start + length
         piece = int(np.searchsorted(self.ends, start, side="right")) - 1
         while at < stop:
             begin = int(self.starts[piece]) + at - int(self.ends[piece])
             count = min(stop, int(self.ends[piece + 1])) - at
-            runs.append((begin, begin + count))
+            ranges.append((begin, begin + count))
             at, piece = at + count, piece + 1
-        return runs or [(0, 0)]
+        return ranges or [(0, 0)]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text.
+    """A tokenized text.
 
     Attributes:
-        name: what it is called in messages.
-        tokens: ``[N]``; a memory map where it is one file.
-        documents: ``[D + 1]`` where each document begins, and N; None: one document.
-        vocab_size: tokens are below it.
-        text_bytes: bytes of UTF-8 text that the tokens stand for.
-        tokenizer: the file that made the tokens; None: they are bytes.
-        skipped: files of its folder that were not read.
+        name: for messages.
+        tokens: ``[N]``; a memory map if the corpus is one file.
+        documents: ``[D + 1]`` first token of each document, and N; None: one document.
+        vocab_size: every token is smaller.
+        text_bytes: bytes of UTF-8 text in the corpus; None: N.
+        tokenizer: the tokenizer file; None: tokens are bytes.
+        skipped: files of the folder that were not read.
     """
 
     name: str
@@ -111,12 +111,12 @@ class Corpus:
 
     @property
     def bytes_per_token(self) -> float:
-        """Over the whole corpus."""
+        """Average over the whole corpus."""
         return 1.0 if self.text_bytes is None else self.text_bytes / len(self.tokens)
 
     @property
     def block(self) -> int:
-        """Tokens a block of the split by blocks."""
+        """Tokens per block, for ``held_out = "blocks"``."""
         return max(1, min(BLOCK, len(self.tokens) // MIN_BLOCKS))
 
     @property
@@ -130,15 +130,15 @@ class Corpus:
         return self.split()[1]
 
     def split(self, held_out: HeldOut = "blocks", *, separate: bool = False) -> tuple[Split, Split]:
-        """The training side and the held-out side.
+        """The training split and the held-out split.
 
         Args:
             held_out: "blocks" (every tenth block of 256 Ki tokens), "documents" (every tenth) or "tail" (the last tenth,
-                so that the training side is one piece).
-            separate: whether documents stay apart; otherwise each side is one document.
+                so that the training split is contiguous).
+            separate: whether documents stay separate; otherwise each split is one document.
 
         Raises:
-            ValueError: documents are asked for and the corpus is one.
+            ValueError: the split needs documents and the corpus is one document.
         """
         size = len(self.tokens)
         if (separate or held_out == "documents") and (self.documents is None or len(self.documents) < 3):
@@ -158,15 +158,15 @@ class Corpus:
         else:
             bounds = np.append(np.arange(0, size, self.block, dtype=np.int64), np.int64(size))
             out = np.arange(len(bounds) - 1) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        return self._side(bounds, ~out, separate), self._side(bounds, out, separate)
+        return self._take(bounds, ~out, separate), self._take(bounds, out, separate)
 
     def whole(self, *, separate: bool = False) -> Split:
-        """All of it."""
+        """The whole corpus as one split."""
         bounds = np.array([0, len(self.tokens)], np.int64)
-        return self._side(bounds, np.array([True]), separate)
+        return self._take(bounds, np.array([True]), separate)
 
-    def _side(self, bounds: NDArray[np.int64], chosen: NDArray[np.bool_], separate: bool) -> Split:
-        """The pieces that are chosen; neighbours that are both chosen become one."""
+    def _take(self, bounds: NDArray[np.int64], chosen: NDArray[np.bool_], separate: bool) -> Split:
+        """The split of the chosen pieces; adjacent pieces are merged."""
         edge = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
         starts, stops = bounds[:-1][edge[:-1] == 1], bounds[1:][edge[1:] == -1]
         ends = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64)
@@ -180,17 +180,17 @@ class Corpus:
         return Split(self.tokens, starts, ends, np.union1d(moved, ends[1:-1]))
 
     def digest(self) -> str:
-        """Of the length and of pieces all over the text, for ranks to compare: quick for any size."""
+        """Checksum of the length and of samples of the text, for ranks to compare. Its cost does not depend on the length."""
         return sample_digest(self.tokens)
 
     def documents_digest(self) -> str:
-        """SHA-256 of where the documents begin, as hexadecimal."""
+        """SHA-256 of the document boundaries, as hexadecimal."""
         starts = np.array([0, len(self.tokens)]) if self.documents is None else self.documents
         return hashlib.sha256(np.asarray(starts, dtype="<i8").tobytes()).hexdigest()
 
 
 def sample_digest(tokens: Tokens, pieces: int = 256, piece: int = 4096) -> str:
-    """SHA-256 of the length and of ``pieces`` pieces spread over the tokens, as hexadecimal."""
+    """SHA-256 of the length and of ``pieces`` samples spread over the tokens, as hexadecimal."""
     size = len(tokens)
     digest = hashlib.sha256(f"{size} {tokens.dtype.itemsize}".encode())
     for n in range(pieces):
@@ -200,7 +200,7 @@ def sample_digest(tokens: Tokens, pieces: int = 256, piece: int = 4096) -> str:
 
 
 def _copied(tokens: Tokens, start: int, stop: int) -> Tokens:
-    """``tokens[start:stop]``, copied; a map's pages are unmapped again (they stay in the system's cache)."""
+    """A copy of ``tokens[start:stop]``. Pages of a memory map are unmapped; they stay in the system's page cache."""
     copy = np.array(tokens[start:stop])
     mapped = getattr(tokens, "_mmap", None)
     if isinstance(tokens, np.memmap) and isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -212,7 +212,7 @@ def _copied(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 
 def expand_home(path: str, option: str = "data.path") -> Path:
-    """The path with ``~`` or ``~USER`` replaced. ValueError, which names ``option``, where there is no such home folder."""
+    """Expand ``~`` or ``~USER``. Raises ValueError, naming ``option``, if there is no such home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -222,20 +222,20 @@ def expand_home(path: str, option: str = "data.path") -> Path:
 def load_corpus(path: str, pattern: str = "*", *, check: bool = True, option: str = "data.path") -> Corpus:
     """Read ``"python-stdlib"``, a text file, a folder of text files (UTF-8), or a corpus packed by ``race-dist data pack``.
 
-    The files of a folder are its documents, in the order of their relative paths; linked folders are followed. Hidden files
-    are left out, and of files with the same content only the first is kept, so that no held-out file is also trained on:
-    ``Corpus.skipped`` names what was not read.
+    The files of a folder are its documents, in the order of their relative paths; symbolic links to folders are followed.
+    Hidden files are skipped. Of files with the same content only the first is read, so that no held-out file is also in the
+    training text. ``Corpus.skipped`` names what was not read.
 
     Args:
-        path: where.
+        path: as above.
         pattern: of the names of a folder's files.
-        check: whether a text file is read once to see that it is UTF-8.
-        option: the key or option that the path comes from, which errors name.
+        check: whether to check that a text file is UTF-8, which reads it once.
+        option: the key or option that the path comes from, for error messages.
 
     Raises:
-        FileNotFoundError: there is nothing at ``path``.
-        ValueError: no text there, or a file that is not UTF-8 text, or a packed corpus that was cut or changed; the message
-            names it.
+        FileNotFoundError: the path does not exist.
+        ValueError: there is no text, a file is not UTF-8 text, or a packed corpus was truncated or changed; the message names
+            the file.
     """
     from race_dist.training.data.packed import is_packed, open_packed
 
@@ -262,8 +262,8 @@ def load_corpus(path: str, pattern: str = "*", *, check: bool = True, option: st
 
 
 def _join(path: str, files: Iterable[Path], skipped: SkippedFiles | None, option: str) -> Corpus:
-    """The files' texts one after the other, each content once. ``skipped`` gets those that are not read; None: files that
-    are no text are expected."""
+    """Concatenate the files' texts, each content once. Files that are not read are added to ``skipped``; None: files that
+    are not text are expected."""
     seen: dict[bytes, bytes] = {}
     total = 0
     packed = 'data.path = "CORPUS"' if option == "data.path" else f"{option} CORPUS"

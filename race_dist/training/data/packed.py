@@ -1,11 +1,11 @@
-"""Packed corpora: a folder with all tokens in one file that is mapped, and an index of where documents begin.
+"""Packed corpora: a folder with one memory-mapped token file and an index of the documents.
 
-    corpus.json      format, counts, the type of a token, checksums
+    corpus.json      format, counts, dtype of the tokens, checksums
     tokens.bin       [N] uint8 (bytes), uint16 or uint32, little-endian
-    documents.bin    [D + 1] int64: where each document begins, and N
-    tokenizer.json   the tokenizer, where the tokens are not bytes
+    documents.bin    [D + 1] int64: first token of each document, and N
+    tokenizer.json   the tokenizer, if tokens are not bytes
 
-Packing reads text a piece at a time; reading a packed corpus touches only what a batch needs.
+Packing streams the text; training on a packed corpus reads only the tokens of its batches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from race_dist.training.data.text_files import (
     stdlib_texts,
     utf8_pieces,
 )
-from race_dist.training.data.tokenizing import TextTokenizer, load_tokenizer
+from race_dist.training.data.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = ["is_packed", "load_tokenizer", "open_packed", "pack", "verify_packed"]
 
@@ -58,7 +58,7 @@ class Encode(Protocol):
     dtype: str
 
     def __call__(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The tokens of a document that comes in pieces of UTF-8, as bytes of ``dtype``."""
+        """The tokens of a document, given as pieces of UTF-8, as bytes of ``dtype``."""
         ...
 
 
@@ -72,10 +72,7 @@ class ByteEncode:
 
 
 class TokenizerEncode:
-    """A ``tokenizer.json`` of the ``tokenizers`` library, without special tokens around a text.
-
-    The type of the stored numbers holds the largest id of the tokenizer, gaps included.
-    """
+    """A ``tokenizer.json`` of the ``tokenizers`` library; no special tokens are added. ``dtype`` holds the largest token id."""
 
     def __init__(self, file: Path) -> None:
         self._tokenizer = TextTokenizer(file)
@@ -88,7 +85,7 @@ class TokenizerEncode:
 
 @dataclass
 class _Writer:
-    """Documents one after the other into an open file."""
+    """Writes documents one after the other to an open file."""
 
     file: IO[bytes]
     encode: Encode
@@ -98,7 +95,7 @@ class _Writer:
     seen: set[bytes] = field(default_factory=set)
 
     def add(self, pieces: Iterator[bytes]) -> bool:
-        """One document; False where it is left out because its content was there before."""
+        """Write one document; False if it is skipped because an earlier one has the same content."""
         content, before, text = hashlib.sha256(), self.file.tell(), 0
 
         def watched() -> Iterator[bytes]:
@@ -122,7 +119,7 @@ class _Writer:
         return True
 
     def bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """``[D + 1]``."""
+        """Document boundaries, ``[D + 1]``."""
         return np.array([0, self.starts[-1]] if self.one_document else self.starts, dtype="<i8")
 
 
@@ -136,22 +133,22 @@ def pack(
     skip_undecodable: bool = False,
     progress: Callable[[Path], None] | None = None,
 ) -> Corpus:
-    """Pack a text file, a folder or ``"python-stdlib"`` into the folder ``out``, which appears when it is complete.
+    """Pack a text file, a folder or ``"python-stdlib"`` into the folder ``out``, atomically.
 
     Args:
-        path: what to pack; files are read in the order of their paths, each content once.
+        path: the text; files are read in the order of their paths, each content once.
         out: must not exist.
         pattern: of the names of a folder's files.
         tokenizer: a ``tokenizer.json``; None: tokens are bytes.
         one_document: whether all files are one long document.
-        skip_undecodable: leave out files that are not UTF-8 instead of refusing them.
+        skip_undecodable: skip files that are not UTF-8 instead of raising.
         progress: called with each file.
 
     Raises:
         FileExistsError: ``out`` exists.
-        FileNotFoundError: there is nothing at ``path``.
+        FileNotFoundError: the path does not exist.
         OSError: a file cannot be read, or ``out`` cannot be written; the message names it.
-        ValueError: no text there, or a file that is not UTF-8.
+        ValueError: there is no text, or a file is not UTF-8.
     """
     check_output_folder(out)
     if out.exists():
@@ -183,7 +180,7 @@ def pack(
                 f"{out} was made by another process while this one packed; choose another --out or remove it ({error.strerror})"
             ) from None
     except OSError as error:
-        if error.strerror is None or isinstance(error, FileExistsError):  # it is told already
+        if error.strerror is None or isinstance(error, FileExistsError):  # the message names it already
             raise
         raise OSError(f"{out} could not be written: {error.strerror}") from None
     finally:
@@ -241,25 +238,25 @@ def _sha256(file: Path) -> str:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a folder is a packed corpus, or one whose index is lost: its tokens must not be read as texts."""
+    """Whether a folder is a packed corpus, even one that has lost its index: its files must not be read as text."""
     return (path / INDEX).is_file() or all((path / name).is_file() for name in (TOKENS, DOCUMENTS))
 
 
 def open_packed(path: Path) -> Corpus:
-    """Map a packed corpus, once the index, the documents, the tokenizer, and the tokens' size and samples all over them are
-    what was written. :func:`verify_packed` reads all tokens.
+    """Map a packed corpus. Verified are the index, the documents, the tokenizer, the number of tokens and samples of them;
+    :func:`verify_packed` reads all tokens.
 
     Raises:
-        ValueError: a file is missing, cut short or changed; the message names it.
+        ValueError: a file is missing, truncated or changed; the message names it.
     """
     index = _read_index(path)
     size = np.dtype(index["dtype"]).itemsize
-    for name, wanted in ((TOKENS, size * index["tokens"]), (DOCUMENTS, 8 * (index["documents"] + 1))):
+    for name, expected in ((TOKENS, size * index["tokens"]), (DOCUMENTS, 8 * (index["documents"] + 1))):
         found = (path / name).stat().st_size if (path / name).is_file() else 0
-        if found != wanted:
+        if found != expected:
             raise ValueError(
-                f"{path / name} has {found:,} bytes, but {wanted:,} were packed: "
-                f"{'it was cut short' if found < wanted else 'it was changed'}; pack the text again"
+                f"{path / name} has {found:,} bytes, but {expected:,} were packed: "
+                f"{'it was cut short' if found < expected else 'it was changed'}; pack the text again"
             )
     tokens = np.memmap(path / TOKENS, dtype=index["dtype"], mode="r")
     documents = np.fromfile(path / DOCUMENTS, dtype="<i8")
@@ -269,16 +266,16 @@ def open_packed(path: Path) -> Corpus:
         )
     if sample_digest(tokens) != index["sample"]:
         raise ValueError(f"{path / TOKENS} is not what was packed (samples of it differ); pack the text again")
-    for name in (DOCUMENTS, TOKENIZER):  # small beside the tokens, and read whole anyway
+    for name in (DOCUMENTS, TOKENIZER):  # small files, which are read completely anyway
         if name in index["sha256"]:
             _check_sha256(path, name, index)
-    tokenizer = path / TOKENIZER if TOKENIZER in index["sha256"] else None  # another one lying there is none of the corpus
+    tokenizer = path / TOKENIZER if TOKENIZER in index["sha256"] else None  # a file that the index does not list is ignored
     return Corpus(str(path), tokens, documents, index["vocab_size"], index["text_bytes"], tokenizer)
 
 
 def verify_packed(path: Path) -> Corpus:
-    """Read all of a packed corpus and compare its checksums. Raises ValueError naming the file that was changed, or that has
-    tokens above the vocabulary."""
+    """Read a packed corpus completely and compare its checksums. Raises ValueError, naming the file, if a file was changed or a
+    token is outside the vocabulary."""
     corpus = open_packed(path)
     index = _read_index(path)
     for name in index["sha256"]:
@@ -311,7 +308,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         if wrong:
             raise DamagedFileError(f"{', '.join(wrong)} cannot be right")
         if index["format"] == FORMAT:
-            verify_json(file, index, required=False)  # one that was packed before there were checksums has none
+            verify_json(file, index, required=False)  # an index of an older version has no checksum
     except (OSError, DamagedFileError) as error:
         reason = str(error).removeprefix(f"{file} is damaged: ")
         raise DamagedFileError(f"{file} is damaged: {reason}; pack the text again") from None

@@ -1,4 +1,4 @@
-"""Which files of a folder are its texts, and reading them. What is left out is counted and named, never dropped in silence."""
+"""Finding and reading the text files of a folder. Files that are skipped are counted and named."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 STDLIB = "python-stdlib"
-_NOT_TEXT = frozenset({"site-packages", "dist-packages", "__pycache__"})  # folders of code that was installed or compiled
-_NAMED = 3  # of what was left out, that are named; the rest is counted
+_NOT_TEXT = frozenset({"site-packages", "dist-packages", "__pycache__"})  # folders of installed or compiled code
+_NAMED = 3  # skipped files that are named; the rest is counted
 _PIECE = 2**24
 
 
@@ -23,19 +23,19 @@ class Undecodable(ValueError):
 
 @dataclass
 class SkippedFiles:
-    """Files and folders of a text folder that were not read, with why."""
+    """Files and folders that were not read, with reasons."""
 
     names: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path: Path, why: str) -> None:
-        """Note one of them."""
+        """Add a file or folder."""
         self.names.append((printable(path), why))
 
     def __bool__(self) -> bool:
         return bool(self.names)
 
     def describe(self, begin: str = "left out") -> str:
-        """``"left out: 5 of the folder's entries: ..."``, empty where nothing was left out."""
+        """One line that names some files, ``"left out: NAME (REASON), ... and 5 more"``; empty if nothing was skipped."""
         if not self.names:
             return ""
         shown = ", ".join(f"{name} ({why})" for name, why in sorted(self.names)[:_NAMED])
@@ -44,12 +44,12 @@ class SkippedFiles:
 
 
 def printable(path: str | Path) -> str:
-    """A path as UTF-8 text; bytes of it that are none are escaped (``caf\\xe9``)."""
+    """A path as UTF-8 text; other bytes are escaped (``caf\\xe9``)."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check_pattern(path: str, pattern: str) -> None:
-    """Raise ValueError for a pattern of names that ``path`` has no use for, or that is none."""
+    """Raise ValueError for a pattern that matches no names, or that does not apply to ``path``."""
     if not pattern.strip("/."):
         raise ValueError(f'data.pattern = {pattern!r} names no files; give a pattern such as "*.txt", or "*" for all')
     if pattern == "*":
@@ -62,18 +62,17 @@ def check_pattern(path: str, pattern: str) -> None:
 
 
 def find_texts(root: Path, pattern: str) -> tuple[list[Path], SkippedFiles]:
-    """The files under ``root`` whose names match, in the order of their relative paths: the same on every machine.
+    """The files under ``root`` whose names match, in the order of their relative paths, which is the same on every machine.
 
-    Linked folders are followed, each folder is read once (a folder that is reached by its own path and by links, by its
-    own path). Hidden files and folders, folders of installed or compiled Python code, and what is no regular file are left
-    out.
+    Symbolic links to folders are followed. Each folder is read once, by its own path rather than by a link. Hidden files and
+    folders, folders of installed or compiled Python code, and special files are skipped.
 
     Args:
         root: a folder.
         pattern: of file names.
 
     Returns:
-        The files, and what was left out although its name matches.
+        The files, and what was skipped although its name matches.
 
     Raises:
         PermissionError: a folder cannot be listed; the message names it.
@@ -100,7 +99,7 @@ def find_texts(root: Path, pattern: str) -> tuple[list[Path], SkippedFiles]:
 
 
 def _entries(root: Path, pattern: str, skipped: SkippedFiles) -> Iterator[Path]:
-    """What is no folder, of a name that matches, in ``root`` and the folders below it, linked ones last."""
+    """Matching entries that are not folders, in ``root`` and the folders below it; linked folders come last."""
     seen, folders, links = set[tuple[int, int]](), [root], list[Path]()
     while folders or links:
         if not folders:
@@ -115,7 +114,7 @@ def _entries(root: Path, pattern: str, skipped: SkippedFiles) -> Iterator[Path]:
             path = folder / entry.name
             is_folder = _is_folder(entry)
             if not is_folder and not path.match(pattern) and not (entry.is_symlink() and not os.path.exists(path)):
-                continue  # a link to nothing may have been a folder's: it is named whatever its name
+                continue  # a dangling link may have been a folder: report it whatever its name
             if entry.name.startswith("."):
                 skipped.add(path, "hidden")
             elif not is_folder:
@@ -145,7 +144,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _unusable(file: Path) -> str | None:
-    """Why a directory's entry is no file to read; None where it is one."""
+    """Why a directory entry cannot be read as a file; None if it can."""
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -161,7 +160,7 @@ def stdlib_texts() -> list[Path]:
 
 
 def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
-    """The file's bytes, some at a time. Raises Undecodable, naming the file and the place, where they are not UTF-8."""
+    """The file's bytes in pieces. Raises Undecodable, naming the file and the position, if they are not UTF-8."""
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(source) as file:
         while True:
@@ -194,7 +193,7 @@ def _read(source: Path, file: IO[bytes], count: int = -1) -> bytes:
 
 
 def read_utf8(source: Path) -> bytes | None:
-    """The file's bytes, None where they are not UTF-8 text."""
+    """The file's bytes; None if they are not UTF-8 text."""
     with _open(source) as file:
         text = _read(source, file)
     try:

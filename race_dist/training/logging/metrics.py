@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, the lines or the bar on the screen, the curves."""
+"""The metrics of a run: records in metrics.jsonl and TensorBoard, and a progress bar or lines on the screen."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from race_dist.terminal import plain_console
-from race_dist.training.records import JsonlWriter, TensorBoardWriter, WriteErrors, read_metrics, truncate_metrics
+from race_dist.training.logging.metrics_file import read_metrics, truncate_metrics
+from race_dist.training.logging.writers import JsonlWriter, TensorBoardWriter, WriteErrors
 
 __all__ = ["UNIFORM_BITS", "Metrics", "nats_to_bits", "read_metrics"]
-UNIFORM_BITS = 8.0  # a byte model that has learned nothing
+UNIFORM_BITS = 8.0  # bits per byte of a uniform distribution
 
 
 def nats_to_bits(nats: float) -> float:
-    """Bits of a loss in nats; per byte, where a token is a byte."""
+    """A loss in bits, from nats. For byte tokens these are bits per byte."""
     return nats / math.log(2)
 
 
 class Metrics:
-    """Writes each record as one line of JSON and shows it: a bar on a terminal, plain lines elsewhere.
+    """Writes each record as one line of JSON and shows it: a progress bar on a terminal, plain lines elsewhere.
 
-    Only one rank should make one. A record has ``step`` and ``kind`` ("train", "eval" or "event"); the file is flushed after
-    every record, so that a run that dies leaves what it knew. What is no number is null there. What cannot be written is said
-    and ends nothing.
+    Only one rank makes one. A record has ``step`` and ``kind`` ("train", "eval" or "event"). Every record is written at once,
+    so that a run that crashes leaves its metrics. NaN and Inf become null. Write errors are reported and do not end the run.
 
     Attributes:
-        seconds_before: that the run had taken before it was resumed.
-        write_errors: takes what else could not be written.
+        seconds_before: seconds that the run had taken before it was resumed.
+        write_errors: reports write errors, also those of other files of the run.
 
     Args:
-        path: of the file; what another process wrote there about later steps than ``after`` is dropped.
+        path: of the file. Records of later steps than ``after``, from before a resume, are removed.
         steps: of the run.
         console: to print to.
-        after: the step that the run goes on after.
+        after: the step after which the run resumes.
         board: a folder for TensorBoard, or None.
     """
 
@@ -78,13 +78,13 @@ class Metrics:
             self._board.close()
 
     def say(self, lines: Iterable[str]) -> None:
-        """Print lines as they are."""
+        """Print lines without markup."""
         for line in lines:
             self.console.print(line, soft_wrap=True, markup=False)
 
     def train(self, step: int, record: dict[str, float]) -> None:
-        """Record a step: ``loss`` in nats, ``bpb``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``; where known
-        ``mfu`` (of the devices' peak) and ``peak_bytes``; and whatever else."""
+        """Record a training step: ``loss`` in nats, ``bpb``, ``lr``, ``grad_norm``, ``tokens_per_second``, ``seconds``,
+        ``peak_bytes``; ``mfu`` if the device's peak is known; and further values."""
         self._write({"kind": "train", "step": step, **record})
         text = f"{record['bpb']:.3f} bits/byte, {_number(record['tokens_per_second'])} tokens/s"
         if "mfu" in record:
@@ -98,8 +98,8 @@ class Metrics:
             self._line(step, text)
 
     def evaluation(self, step: int, record: dict[str, float]) -> None:
-        """Record a measurement on held-out text: ``loss`` in nats, ``bpb``, ``tokens``."""
-        if step not in self._evaluated:  # a run that is resumed after its last step measures again
+        """Record an evaluation on held-out text: ``loss`` in nats, ``bpb``, ``tokens``."""
+        if step not in self._evaluated:  # a run that is resumed after its last step evaluates again
             self._write({"kind": "eval", "step": step, **record})
         self._held_out = record["bpb"]
         if self.console.is_terminal:
@@ -108,7 +108,7 @@ class Metrics:
             self._line(step, f"held out: {record['bpb']:.3f} bits/byte")
 
     def event(self, step: int, what: str, text: str = "", *, quiet: bool = False) -> None:
-        """Record that something happened, and say it unless ``quiet``."""
+        """Record an event, and print it unless ``quiet``."""
         self._write({"kind": "event", "step": step, "what": what, **({"text": text} if text else {})})
         if not quiet:
             self.say([f"step {step}: {what}{': ' if text else ''}{text}"])

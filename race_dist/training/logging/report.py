@@ -1,6 +1,6 @@
-"""A page about one run or several: curves over each other, losses by position, what differed, and on what it ran.
+"""The report: an HTML page that compares runs: curves, losses by position, configurations, events and machines.
 
-One HTML file that needs nothing else, and the pictures as PNGs beside it.
+The page is self-contained; the plots are also written as PNGs beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 from race_dist.files import has_json_type, write_text
 from race_dist.training.config import TrainConfig
-from race_dist.training.logging.curves import (
+from race_dist.training.logging.metrics import nats_to_bits
+from race_dist.training.logging.metrics_file import read_records
+from race_dist.training.logging.plots import (
     COLOURS,
     RunCurves,
     draw_loss,
@@ -25,9 +27,7 @@ from race_dist.training.logging.curves import (
     shown,
     to_svg,
 )
-from race_dist.training.logging.metrics import nats_to_bits
-from race_dist.training.records import read_records
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.run_directory import RunDirectory
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -49,14 +49,14 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 
 @dataclass(frozen=True)
 class _Run:
-    """All that is known of a run."""
+    """The data of one run."""
 
     name: str
     config: TrainConfig
     curves: RunCurves
     machine: dict[str, Any]
     sample: str
-    damaged: int  # lines of its metrics that were left out
+    damaged: int  # damaged lines of its metrics
 
     @classmethod
     def read(cls, path: Path, name: str) -> _Run:
@@ -79,11 +79,11 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
     Args:
         runs: folders of runs, in the order in which they are shown.
-        out: made where it is missing.
+        out: created if it does not exist.
 
     Raises:
-        FileNotFoundError: one is not the folder of a run.
-        ValueError: a file in it is damaged.
+        FileNotFoundError: a path is not the folder of a run.
+        ValueError: a file in a folder is damaged.
     """
     read = [_Run.read(path, name) for path, name in zip(runs, _names(runs))]
     curves = [run.curves for run in read]
@@ -99,7 +99,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, as much of the path in front as tells them apart."""
+    """The folders' names, with as many parent folders as distinguish them."""
     parts = [path.resolve().parts for path in runs]
     for count in range(1, max(map(len, parts)) + 1):
         names = [shown("/".join(p[-count:])) for p in parts]
@@ -121,12 +121,12 @@ def _page(runs: Sequence[_Run], pictures: Mapping[str, str]) -> str:
             _figure(
                 "Loss by position in the context",
                 pictures["positions"],
-                "What more context is worth: at positions that far into a window of the text in the legend.",
+                "Whether more context helps: the loss at each position of a window, for the texts in the legend.",
             )
         )
         body.append(_measurements(runs))
     body += [
-        _figure("How it went", pictures["progress"], "Before clipping; over all ranks together."),
+        _figure("Training", pictures["progress"], "Before clipping; over all ranks together."),
         _events(runs),
         _configuration(runs),
         _machines(runs),
@@ -140,7 +140,7 @@ def _page(runs: Sequence[_Run], pictures: Mapping[str, str]) -> str:
 
 
 def _measurements(runs: Sequence[_Run]) -> str:
-    """Which texts were measured, and the means over all positions."""
+    """The evaluated texts, with the means over all positions."""
     rows = []
     for run in runs:
         for found in run.curves.positions:
@@ -164,7 +164,7 @@ def _figure(title: str, svg: str, caption: str) -> str:
 
 
 def _summary(runs: Sequence[_Run]) -> str:
-    head = ("run", "steps", "held out", "parameters", "ranks", "tokens a step", "tokens/s", "of peak", "memory", "time")
+    head = ("run", "steps", "held out", "parameters", "ranks", "tokens per step", "tokens/s", "of peak", "memory", "time")
     rows = []
     for n, run in enumerate(runs):
         data, step = run.config.data, max(run.curves.of("train", "loss")[0], default=0)
@@ -187,7 +187,7 @@ def _summary(runs: Sequence[_Run]) -> str:
 
 
 def _number(value: Any, form: str, unit: str = "") -> str:
-    """A number in that form; what is none (a file may come from elsewhere) as it is."""
+    """A formatted number; any other value (the file may come from another program) as it is."""
     if value is None:
         return "?"
     return f"{value:{form}}{unit}" if has_json_type(value, float) else str(value)

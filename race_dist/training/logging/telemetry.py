@@ -1,7 +1,7 @@
-"""Power, energy, memory, clocks and health of the GPUs, from NVML, for the metrics of a run and for preflight.
+"""Power, energy, memory, clocks and health of GPUs from NVML, for the metrics of a run and for preflight.
 
-NVML numbers devices as the driver does and knows nothing of CUDA_VISIBLE_DEVICES, so a device is found by its UUID. What
-a card or driver does not answer is None, never 0.
+NVML numbers devices as the driver does and ignores CUDA_VISIBLE_DEVICES, so a device is identified by its UUID. A value that
+the GPU or driver does not report is None, never 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from race_dist.distributed.watchdog import publish, published
 
-# What keeps a clock down, by NVML's bits; idle and settings of the user's own are no trouble.
+# Reasons for reduced clocks, by NVML's bits; idle clocks and the user's own settings do not count.
 _REASONS = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -48,7 +48,7 @@ class Nvml:
             raise OSError(f"NVML does not know GPU {uuid}: {error}") from None
 
     def query(self, name: str, *arguments: Any) -> Any:
-        """``nvmlDevice<name>(handle, *arguments)``, or None where the card, driver or binding does not answer it."""
+        """``nvmlDevice<name>(handle, *arguments)``; None if the GPU, driver or binding does not support it."""
         function = getattr(self._nvml, f"nvmlDevice{name}", None)
         if function is None:
             return None
@@ -58,7 +58,7 @@ class Nvml:
             return None
 
     def constant(self, name: str) -> Any:
-        """One of NVML's constants; None where this binding lacks it."""
+        """One of NVML's constants; None if this binding lacks it."""
         return getattr(self._nvml, name, None)
 
     def system(self, query: str) -> str | None:
@@ -70,51 +70,51 @@ class Nvml:
         return answer.decode() if isinstance(answer, bytes) else str(answer)
 
     def joules(self) -> float | None:
-        """Energy since the driver was loaded."""
+        """Energy in joules since the driver was loaded."""
         answer = self.query("GetTotalEnergyConsumption")
         return None if answer is None else answer / 1e3
 
     def watts(self) -> float | None:
-        """Power drawn now."""
+        """Current power."""
         answer = self.query("GetPowerUsage")
         return None if answer is None else answer / 1e3
 
     def throttle_reasons(self) -> list[str] | None:
-        """What keeps the clocks down now, in words."""
+        """Why the clocks are reduced now."""
         bits = self.query("GetCurrentClocksEventReasons")
         if bits is None:
             bits = self.query("GetCurrentClocksThrottleReasons")
         return None if bits is None else [name for bit, name in _REASONS.items() if bits & bit]
 
     def is_throttled(self) -> bool | None:
-        """Whether heat or the power supply keeps the clocks down, which a power cap alone is not."""
+        """Whether heat or the power supply reduces the clocks. A power cap alone does not count."""
         bits = self.query("GetCurrentClocksEventReasons")
         if bits is None:
             bits = self.query("GetCurrentClocksThrottleReasons")
         return None if bits is None else bool(bits & _TROUBLE)
 
     def other_processes(self) -> list[dict[str, Any]] | None:
-        """Processes on the GPU beside this one: ``pid`` and ``bytes`` (None where not told)."""
+        """Other processes on the GPU: ``pid`` and ``bytes`` (None: unknown)."""
         running = self.query("GetComputeRunningProcesses")
         return None if running is None else [{"pid": p.pid, "bytes": p.usedGpuMemory} for p in running if p.pid != os.getpid()]
 
 
 def device_uuid(device: torch.device) -> str:
-    """Of a CUDA device, as NVML writes it."""
+    """UUID of a CUDA device, as NVML writes it."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}".replace("GPU-GPU-", "GPU-")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One rank's device at one moment; None is unknown.
+    """The state of one rank's device; None: unknown.
 
     Attributes:
-        joules: energy since some moment in the past.
-        watts: power now.
-        used: bytes of device memory that are taken, by anyone.
-        clock: of the multiprocessors, MHz.
-        celsius: of the chip.
-        slowed: 1 where heat or the power supply keeps the clocks down.
+        joules: energy since a fixed time in the past.
+        watts: power.
+        used: bytes of device memory in use, by any process.
+        clock: of the SMs, MHz.
+        celsius: temperature of the chip.
+        slowed: 1 if heat or the power supply reduces the clocks.
     """
 
     joules: float | None = None
@@ -126,10 +126,10 @@ class Reading:
 
 
 class Telemetry:
-    """Readings of every rank's GPU, summed up for the lines of a run's metrics.
+    """Readings of every rank's GPU, combined for the metrics of a run.
 
-    Each rank posts its reading on the bulletin that ranks watch each other by, so there is no collective and no waiting; rank
-    0 adds up what is there, at most a beat old. On a machine without GPUs the host's memory is all there is.
+    Each rank publishes its reading with its heartbeat, so there is no collective and no waiting. Rank 0 combines the readings,
+    which are at most one heartbeat old. On a machine without GPUs only the host's memory is known.
 
         telemetry = Telemetry(device)
         run(trainer, directory, hooks=Hooks(probes=(telemetry.probe,)))
@@ -139,10 +139,10 @@ class Telemetry:
         """
         Args:
             device: of this rank.
-            tokens: how many tokens all ranks together have trained on so far; needed for the energy a token.
+            tokens: returns the number of tokens that all ranks have trained on; needed for the energy per token.
         """
         self._device, self._tokens = device, tokens
-        self.missing: str | None = None  # why there is nothing to read, as a sentence
+        self.missing: str | None = None  # why there are no readings, as a sentence
         self._gpu: Nvml | None = None
         if device.type == "cuda":
             try:
@@ -153,7 +153,7 @@ class Telemetry:
         publish("gpu", self._post)
 
     def read(self) -> Reading:
-        """This rank's device now."""
+        """The current state of this rank's device."""
         gpu = self._gpu
         if gpu is None:
             return Reading()
@@ -171,9 +171,9 @@ class Telemetry:
         return {name: value for name, value in asdict(self.read()).items() if value is not None}
 
     def probe(self) -> dict[str, float]:
-        """What to add to a line of metrics: over all ranks ``power_w`` and ``joules_per_token`` (sums), ``gpu_memory_gib``
-        (largest), ``gpu_clock_mhz`` (lowest), ``gpu_celsius`` (highest), ``gpus_slowed`` (how many); of this rank
-        ``peak_memory_gib`` (of its tensors; on a CPU of the process). What is unknown is left out."""
+        """Values for a line of metrics. Over all ranks: ``power_w`` and ``joules_per_token`` (sums), ``gpu_memory_gib``
+        (maximum), ``gpu_clock_mhz`` (minimum), ``gpu_celsius`` (maximum), ``gpus_slowed`` (count). Of this rank:
+        ``peak_memory_gib`` (of its tensors; on a CPU, of the process). Unknown values are omitted."""
         found: dict[str, float] = {"peak_memory_gib": round(self._peak() / 2**30, 4)}
         readings = [r for r in published("gpu").values() if r]
         for name, key, over in (

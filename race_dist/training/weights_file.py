@@ -1,4 +1,4 @@
-"""Weights as safetensors: out of a run or one of its checkpoints, and into a model."""
+"""Weights files: write a model's weights as safetensors, and load them into a model."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from race_dist.models import ModelConfig
 from race_dist.nn.initialization import copy_local_shard
 
 WEIGHTS = "model.safetensors"
-NOT_OF_WEIGHTS = ("activation_checkpointing", "loss_chunk")  # keys of a model that say how it is computed, not what
+COMPUTE_ONLY = ("activation_checkpointing", "loss_chunk")  # keys of a model that do not change what it computes
 
 
 def save_weights(file: Path, weights: Mapping[str, Tensor], config: ModelConfig | None = None) -> None:
-    """Write tensors by name, each with a checksum, and their model's configuration; the file appears when it is complete.
+    """Write named tensors, each with a checksum, and their model's configuration, atomically.
 
     Raises:
-        OSError: it cannot be written; the message names it.
+        OSError: the file cannot be written; the message names it.
     """
     save_tensors(file, weights, {} if config is None else {"config": config.model_dump_json()})
 
 
 def load_weights(model: nn.Module, path: Path, *, config: ModelConfig | None = None) -> None:
-    """Fill a model's parameters, whole or sharded, from a safetensors file or the folder of a run, one at a time.
+    """Load a model's parameters, one at a time, from a safetensors file or the folder of a run. They may be sharded.
 
-    Checksums are compared where the file has them; one from elsewhere may have none.
+    Checksums are verified if the file has them; a file from another program may have none.
 
     Args:
         model: on any device.
         path: of the file or folder.
-        config: what the model must have been when the weights were written, if the file says what it was; None: any.
+        config: the configuration that the weights must have been written with, if the file has one; None: any.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or its tensors are not those of the model; the message names the first that differs.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or its tensors do not fit the model; the message names the first that differs.
     """
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
@@ -51,8 +51,8 @@ def load_weights(model: nn.Module, path: Path, *, config: ModelConfig | None = N
 
 
 def check_same_model(trained: Mapping[str, Any], config: Mapping[str, Any], source: str) -> None:
-    """Raise ValueError unless a model's configuration, as a tree, is the one that its weights were trained with."""
-    differing = sorted(key for key in trained if key not in NOT_OF_WEIGHTS and key in config and trained[key] != config[key])
+    """Raise ValueError unless the weights were trained with this configuration of a model, given as a tree."""
+    differing = sorted(key for key in trained if key not in COMPUTE_ONLY and key in config and trained[key] != config[key])
     if differing:
         raise ValueError(
             f"{source} was trained with another {', '.join(f'model.{key}' for key in differing)} than the run's "

@@ -1,7 +1,7 @@
-"""Watching the loss and the gradient: steps that are no number or far off are not taken, and it is said.
+"""The guard against bad steps: steps with a NaN or Inf loss or gradient, and loss or gradient spikes, are skipped.
 
-What is far off is judged by the median of the last steps. All of it is computed from numbers that are the same on every
-rank, so that all ranks decide alike, and is stored in checkpoints, so that a resumed run decides alike too.
+A spike is a value far above the median of the last steps. The guard uses only numbers that are the same on every rank, so all
+ranks decide alike; its state is in the checkpoints, so a resumed run decides as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 from race_dist.training.config import GuardConfig
 
-ENOUGH = 10  # steps before a median says anything
+MIN_HISTORY = 10  # steps before the median is used
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be thought of a step.
+    """The guard's decision about a step.
 
     Attributes:
-        bad: why it must not be taken, as a sentence; None: take it.
-        alarm: what else is remarkable about it, as a sentence.
+        bad: why the step must be skipped, as a sentence; None: apply it.
+        alarm: a warning about a step that is applied, as a sentence.
     """
 
     bad: str | None = None
@@ -33,7 +33,7 @@ class Verdict:
 
 @dataclass
 class Guard:
-    """The last losses and gradient norms, and how many steps in a row were bad."""
+    """The last losses and gradient norms, and how many bad steps came in a row."""
 
     config: GuardConfig
     losses: deque[float] = field(default_factory=deque)
@@ -45,7 +45,7 @@ class Guard:
         self.losses, self.norms = (deque(x, maxlen=self.config.window) for x in (self.losses, self.norms))
 
     def judge(self, loss: float, norm: float) -> Verdict:
-        """Judge a step and remember it."""
+        """Judge a step and add it to the history."""
         verdict = self._verdict(loss, norm)
         if verdict.bad is not None:
             self.bad_in_a_row += 1
@@ -55,18 +55,24 @@ class Guard:
             self.norms.append(norm)
         return verdict
 
+    def judge_applied(self, loss: float, norm: float) -> Verdict:
+        """Judge a step that is applied already: a reason to skip it becomes an alarm."""
+        verdict = self.judge(loss, norm)
+        self.bad_in_a_row = 0
+        return Verdict(alarm=verdict.bad or verdict.alarm)
+
     @property
     def exhausted(self) -> bool:
-        """Whether so many steps in a row were bad that skipping is no answer any more."""
+        """Whether more steps in a row were bad than may be skipped."""
         return self.bad_in_a_row > self.config.skips
 
     def rolled_back(self) -> None:
-        """Note that the run went back to a checkpoint."""
+        """Count a rollback to a checkpoint."""
         self.rollbacks += 1
         self.bad_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, of JSON types."""
+        """The state for a checkpoint, of JSON types."""
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
@@ -101,4 +107,4 @@ class Guard:
 
 
 def _exceeds(value: float, before: deque[float], factor: float) -> bool:
-    return factor > 0 and len(before) >= ENOUGH and value > factor * statistics.median(before)
+    return factor > 0 and len(before) >= MIN_HISTORY and value > factor * statistics.median(before)

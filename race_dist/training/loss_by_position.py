@@ -1,4 +1,4 @@
-"""The loss by position in the context: what a longer context is worth."""
+"""The loss by position in the context, which shows what a longer context is worth."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from race_dist.models import DecoderLM, ModelCarry
 from race_dist.training.data.batches import Batch, Shard, evaluation_batches
 from race_dist.training.data.corpus import Split
 
-CHUNK = 8192  # tokens whose activations exist at a time
-FIRST = 16  # tokens of the first bucket; each following one ends twice as far
+CHUNK = 8192  # tokens per forward pass
+FIRST = 16  # positions in the first bucket; every following bucket ends at twice the position
 
 
 def bucket_edges(context: int) -> list[int]:
@@ -33,19 +33,19 @@ def loss_by_position(
     chunk: int = CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run windows of a text through the model, a chunk at a time, on one process.
+    """Evaluate a model on windows of a text, in chunks, on one process.
 
     Args:
-        model: whole; it is left in the mode it was in.
-        split: the text; windows are spread evenly over it.
-        context: tokens a window.
-        tokens: in all, about; at least one window.
-        chunk: tokens whose activations exist at a time.
+        model: not sharded; its training mode is restored.
+        split: the text; the windows are spread evenly over it.
+        context: tokens per window.
+        tokens: approximate number of tokens to evaluate; at least one window.
+        chunk: tokens per forward pass.
         progress: called with the number of tokens after each chunk.
 
     Returns:
-        ``context``, ``tokens`` (targets that count), ``loss`` (mean, in nats), and ``buckets``: for each range of
-        positions ``[start, stop)`` the mean ``loss`` and the number of ``targets``.
+        ``context``, ``tokens`` (number of targets), ``loss`` (mean, in nats), and ``buckets``: for each range of positions
+        ``[start, stop)`` the mean ``loss`` and the number of ``targets``.
     """
     training, edges = model.training, bucket_edges(context)
     model.eval()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from race_dist.training.config import GuardConfig, TrainConfig, parse_config
-from race_dist.training.guards import Guard
+from race_dist.training.guard import Guard
 from race_dist.training.logging.metrics import read_metrics
 from race_dist.training.loop import run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 
 
@@ -75,8 +75,8 @@ class Sabotage:
     """A step method that turns the gradients of batches at some positions into no numbers."""
 
     def __init__(self, trainer: Trainer, positions: set[int]) -> None:
-        self.trainer, self.inner, self.positions = trainer, trainer.method, positions
-        self.replica, self.drawn = trainer.method.replica, list[int]()
+        self.trainer, self.inner, self.positions = trainer, trainer.engine.forward_backward, positions
+        self.replica, self.drawn = trainer.engine.forward_backward.replica, list[int]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -92,7 +92,7 @@ class Sabotage:
 def sabotaged(config: TrainConfig, positions: set[int]) -> tuple[Trainer, Sabotage]:
     trainer, directory = Trainer(config, RankMesh(torch.device("cpu"))), RunDirectory(config.directory)
     directory.create(config, overwrite=True)
-    trainer.method = method = Sabotage(trainer, positions)  # type: ignore[assignment]
+    trainer.engine.forward_backward = method = Sabotage(trainer, positions)  # type: ignore[assignment]
     return trainer, method
 
 
@@ -172,15 +172,16 @@ def test_a_checkpoint_waits_for_a_good_step(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
     config = settings(tmp_path)
     trainer, _ = sabotaged(config, set())
-    whole = trainer.update
+    update = trainer.engine.update
 
-    def ruin(norm: Tensor) -> None:
-        whole(norm)
+    def ruin(learning_rate: float, norm: Tensor | None) -> Tensor:
+        norm = update(learning_rate, norm)
         if trainer.step == 15:  # the last step's: no step after it would show it
             with torch.no_grad():
                 trainer.model.norm.weight[0] = math.inf
+        return norm
 
-    trainer.update = ruin  # type: ignore[method-assign]
+    trainer.engine.update = ruin  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="the weights are not finite after step 16; go on from a checkpoint"):
         run(trainer, RunDirectory(config.directory))
     directory = RunDirectory(config.directory)

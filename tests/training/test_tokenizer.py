@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from race_dist.models import DecoderLM, ModelConfig, generate
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import INDEX, pack, verify_packed
-from race_dist.training.data.tokenizing import TextTokenizer
+from race_dist.training.data.tokenizer import TextTokenizer
 from race_dist.training.sampling import ByteCodec, TokenizerCodec, read_text, stream_text
 
 WORDS = (

@@ -1,9 +1,9 @@
-"""Texts to the ids of a ``tokenizer.json``: those that ``tokenizer.encode`` gives for the whole text, whatever its length.
+"""Encoding text of any length with a ``tokenizer.json``; the ids are those of ``tokenizer.encode`` of the whole text.
 
-Encoding takes a few hundred bytes of memory per character, so that a long text goes through the tokenizer a window at a time.
-Where two windows overlap, their tokens differ near the windows' edges only (a prepended space, a word cut in two, a merge or a
-normalization across the edge). Windows are joined in the middle of a stretch where both have the same tokens; where there is
-none, the window grows, in the end to the whole text.
+Encoding takes a few hundred bytes of memory per character, so a long text is encoded in overlapping windows. In the overlap the
+tokens of two windows differ only near the edges (a prepended space, a split word, a merge or a normalization across the edge).
+Two windows are joined in the middle of a range where both have the same tokens; if there is no such range, the window grows, in
+the end to the whole text.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW = 2**22  # characters that are encoded at a time; a text that is not longer is encoded by one call
+WINDOW = 2**22  # characters per window; a text that is not longer is encoded by one call
 OVERLAP = 2**16  # characters that two windows share
-_FEWEST_EQUAL = 16  # tokens that both windows must have alike before they are joined
+_MIN_EQUAL = 16  # equal tokens that two windows need to be joined
 
 Ids = NDArray[np.int64]
 
 
 def load_tokenizer(file: Path) -> Any:
-    """The tokenizer of a ``tokenizer.json``, without what was stored with it for batches: truncation, padding, BPE dropout.
+    """Load a ``tokenizer.json``. Truncation, padding and BPE dropout that are stored in it are turned off.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: there is no such file, or it is no tokenizer.
+        ValueError: the file does not exist or is not a tokenizer.
     """
     try:
         from tokenizers import Tokenizer  # type: ignore[import-not-found, unused-ignore]
@@ -50,12 +50,12 @@ def load_tokenizer(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens of a part of a text.
+    """The tokens of one window of a text.
 
     Attributes:
-        text: the part.
-        starts, ends: ``[n]`` where each token begins and ends, in characters of the part.
-        ids: ``[n]``.
+        text: the characters of the window.
+        starts, ends: ``[n]`` first and last + 1 character of each token.
+        ids: ``[n]`` token ids.
     """
 
     text: str
@@ -63,8 +63,8 @@ class _Window:
     ends: NDArray[np.int64]
     ids: Ids
 
-    def stretch(self, start: int, stop: int) -> tuple[int, int]:
-        """The tokens that begin at ``start`` or later and before ``stop``; none where tokens are not in order."""
+    def token_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The tokens that begin in ``[start, stop)``, as a range; empty if the tokens are not in order."""
         if (np.diff(self.starts) < 0).any():
             return 0, 0
         low, high = np.searchsorted(self.starts, [start, stop])
@@ -74,22 +74,22 @@ class _Window:
 class TextTokenizer:
     """A ``tokenizer.json`` of the ``tokenizers`` library.
 
-    No special tokens are put around a text (``add_special_tokens=False``); special tokens that are written in a text are
-    encoded as ``tokenizer.encode`` does.
+    No special tokens are added (``add_special_tokens=False``); special tokens that are written in a text are encoded as
+    ``tokenizer.encode`` does.
 
     Attributes:
-        tokenizer: of the library.
-        known_ids: ``[n]`` ascending, every id that it has. There may be gaps.
-        vocab_size: the largest id plus one.
+        tokenizer: the library's object.
+        known_ids: ``[n]`` all ids, ascending. There may be gaps.
+        vocab_size: the largest id + 1.
 
     Args:
         file: the ``tokenizer.json``.
-        window: characters that are encoded at a time.
+        window: characters per window.
         overlap: characters that two windows share; less than ``window``.
 
     Raises:
         ImportError: the library is not installed.
-        ValueError: there is no such file, or it is no tokenizer, or one without tokens.
+        ValueError: the file does not exist, is not a tokenizer, or has no tokens.
     """
 
     def __init__(self, file: Path, *, window: int = WINDOW, overlap: int = OVERLAP) -> None:
@@ -101,14 +101,14 @@ class TextTokenizer:
         self._file, self._window, self._overlap = file, window, overlap
 
     def encode(self, pieces: Iterable[bytes]) -> Iterator[Ids]:
-        """The ids of one text, that comes in pieces of UTF-8; a few of them at a time.
+        """The ids of one text that is given as pieces of UTF-8, in several arrays.
 
         Raises:
             ValueError: the tokenizer cannot encode the text.
         """
         source = _Characters(pieces)
         left = self._encode(source.take(self._window))
-        emitted = 0  # tokens of the window that were handed out
+        emitted = 0  # tokens of the window that were yielded
         while fresh := source.take(self._window - self._overlap):
             right, low, high = self._join(left, fresh, emitted)
             yield left.ids[emitted:low]
@@ -124,18 +124,26 @@ class TextTokenizer:
         return _Window(text, offsets[:, 0], offsets[:, 1], np.asarray(encoding.ids, np.int64))
 
     def _join(self, left: _Window, fresh: str, emitted: int) -> tuple[_Window, int, int]:
-        """Go on from a window with ``fresh`` text: the next window, and the first token of ``left`` and of the next one
-        behind the place where they are joined."""
+        """Encode the next window, and join it to the previous one.
+
+        Args:
+            left: the previous window.
+            fresh: the text after it.
+            emitted: tokens of ``left`` that were yielded.
+
+        Returns:
+            The next window, and the first token after the join in ``left`` and in the next window.
+        """
         overlap = self._overlap
         while overlap < len(left.text):
             right = self._encode(left.text[-overlap:] + fresh)
             shift, quarter = len(left.text) - overlap, overlap // 4
-            a, b = left.stretch(shift + quarter, shift + 3 * quarter), right.stretch(quarter, 3 * quarter)
+            a, b = left.token_range(shift + quarter, shift + 3 * quarter), right.token_range(quarter, 3 * quarter)
             if a[0] >= emitted and _equal(left, a, right, b, shift):
-                return right, left.stretch(shift + 2 * quarter, 0)[0], right.stretch(2 * quarter, 0)[0]
+                return right, left.token_range(shift + 2 * quarter, 0)[0], right.token_range(2 * quarter, 0)[0]
             overlap *= 4
         grown = self._encode(left.text + fresh)
-        before = max(0, emitted - _FEWEST_EQUAL)
+        before = max(0, emitted - _MIN_EQUAL)
         if not _equal(left, (before, emitted), grown, (before, emitted), 0, fewest=0):
             raise ValueError(
                 f"the tokenizer {self._file} encodes a text of more than {self._window:,} characters otherwise "
@@ -144,10 +152,8 @@ class TextTokenizer:
         return grown, emitted, emitted
 
 
-def _equal(
-    left: _Window, a: tuple[int, int], right: _Window, b: tuple[int, int], shift: int, fewest: int = _FEWEST_EQUAL
-) -> bool:
-    """Whether two windows have the same tokens in the same places, ``fewest`` of them or more."""
+def _equal(left: _Window, a: tuple[int, int], right: _Window, b: tuple[int, int], shift: int, fewest: int = _MIN_EQUAL) -> bool:
+    """Whether two windows have the same tokens at the same positions, at least ``fewest`` of them."""
     x, y = slice(*a), slice(*b)
     return (
         a[1] - a[0] >= fewest
@@ -158,7 +164,7 @@ def _equal(
 
 
 class _Characters:
-    """Characters of a text that comes in pieces of UTF-8."""
+    """The characters of a text that is given as pieces of UTF-8."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces, self._held, self._size = iter(pieces), list[str](), 0

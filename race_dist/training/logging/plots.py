@@ -1,4 +1,4 @@
-"""Pictures of runs: bits per byte over the steps, by position in the context, and how the training went."""
+"""Plots of runs: bits per byte over the steps and by position in the context; gradient norm, speed, MFU and memory."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from race_dist.training.logging.metrics import UNIFORM_BITS, nats_to_bits
 
 COLOURS = ("#2b6cb0", "#c8502d", "#2f855a", "#805ad5", "#b7791f", "#0f766e", "#b83280", "#4a5568")
 QUIET = "#8a8a8a"
-FADED = 0.35  # how strong the training curve is beside the held-out one
+FADED = 0.35  # opacity of the training curve
 
 
 @dataclass(frozen=True)
 class RunCurves:
-    """What is drawn of one run.
+    """The data of one run's plots.
 
     Attributes:
-        name: in the legend.
-        records: of its metrics.
-        positions: its losses by position, one entry a context length.
+        name: for the legend.
+        records: its metrics.
+        positions: its losses by position, one entry per context length.
     """
 
     name: str
@@ -42,13 +42,13 @@ class RunCurves:
     positions: Sequence[dict[str, Any]] = field(default_factory=tuple)
 
     def of(self, kind: str, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one kind of record; of a step that was made twice (after a roll-back), the last."""
+        """Steps and values of one kind of record. Of a step that was repeated after a rollback, the last value."""
         found = {r["step"]: r[key] for r in self.records if r["kind"] == kind and r.get(key) is not None}
         return list(found), list(found.values())
 
 
 def draw_loss(runs: Sequence[RunCurves], title: str = "") -> Figure:
-    """Bits per byte over the steps: faint in training, strong held out; the learning rates below."""
+    """Bits per byte over the steps, on training batches (faint) and held-out text; and the learning rate below."""
     figure = _figure(5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     lines: list[tuple[Line2D, str]] = []
@@ -102,20 +102,20 @@ def draw_positions(runs: Sequence[RunCurves], title: str = "") -> Figure:
 
 
 def _text_measured(found: dict[str, Any]) -> str:
-    """Which text and checkpoint a measurement is of."""
+    """The text and checkpoint of an evaluation, for the legend."""
     text = "held out" if found.get("held_out", True) else str(found.get("text"))
     return f", {text}" + ("" if found.get("step") is None else f", step {found['step']:,}")
 
 
 def draw_progress(runs: Sequence[RunCurves], title: str = "") -> Figure:
-    """Gradient norm, speed, and where they are known utilisation and memory, over the steps."""
-    wanted = [
+    """Gradient norm, tokens per second, and MFU and memory if they are known, over the steps."""
+    candidates = [
         ("grad_norm", "gradient norm", 1.0),
-        ("tokens_per_second", "tokens a second", 1.0),
+        ("tokens_per_second", "tokens per second", 1.0),
         ("mfu", "of the peak, %", 100.0),
         ("peak_bytes", "memory, GiB", 2.0**-30),
     ]
-    shown = [w for w in wanted if any(run.of("train", w[0])[0] for run in runs)] or wanted[:1]
+    shown = [w for w in candidates if any(run.of("train", w[0])[0] for run in runs)] or candidates[:1]
     figure = _figure(1.6 * len(shown) + 0.6)
     rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, label, scale) in zip(rows, shown):
@@ -138,20 +138,19 @@ def _title(axes: Axes, title: str) -> None:
 
 
 def _legend(axes: Axes, lines: Sequence[tuple[Line2D, str]], **where: Any) -> None:
-    """A legend whose words are shown as they are: no name is a formula, and none is left out for an underscore."""
+    """A legend with literal text: matplotlib would read "$" as a formula and hide names that begin with an underscore."""
     legend = axes.legend([line for line, _ in lines], [str(n) for n in range(len(lines))], frameon=False, **where)
     for text, (_, label) in zip(legend.get_texts(), lines, strict=True):
         text.set(text=shown(label), parse_math=False)
 
 
 def shown(name: str) -> str:
-    """A name in characters that can be drawn and stored: control characters and halves of surrogate pairs, as undecodable
-    file names have them, become U+FFFD."""
+    """A name in printable characters: control characters and lone surrogates, as in undecodable file names, become U+FFFD."""
     return "".join(c if c.isprintable() else "\ufffd" for c in name)
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a PNG. Raises OSError where it cannot be written."""
+    """Write a PNG. Raises OSError."""
     FigureCanvasAgg(figure)
     with atomic_write(path) as partial, _any_glyph():
         figure.savefig(partial, format="png", dpi=120)
@@ -159,14 +158,14 @@ def save_png(figure: Figure, path: Path) -> None:
 
 @contextmanager
 def _any_glyph() -> Iterator[None]:
-    """A character that no font here has is drawn as a box, without a warning."""
+    """Draw characters that no font has as boxes, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element for a page."""
+    """The figure as an ``<svg>`` element for an HTML page."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -177,32 +176,32 @@ def to_svg(figure: Figure) -> str:
 
 
 def read_positions(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Losses by position as they were stored. Raises ValueError naming a file that is none."""
+    """Read losses by position. Raises ValueError, naming the file, if a file does not hold any."""
     found = []
     for file in files:
         try:
             stored = read_checksummed_json(file, {"context": int, "buckets": list}, required=False)
-            whole = (
+            valid = (
                 stored["context"] >= 1
                 and has_json_type(stored.get("bytes_per_token", 1.0), float)
                 and (0 < stored.get("bytes_per_token", 1.0) < math.inf)
                 and bool(stored["buckets"])
             )
-            whole = whole and all(_is_bucket(bucket) for bucket in stored["buckets"])
-            whole = whole and all(
+            valid = valid and all(_is_bucket(bucket) for bucket in stored["buckets"])
+            valid = valid and all(
                 has_json_type(stored.get(key, none), (kind, type(None)))
                 for key, kind, none in (("text", str, ""), ("held_out", bool, True), ("step", int, None))
             )
         except (ValueError, OverflowError):
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise ValueError(f"{file} does not hold losses by position; remove it")
         found.append(stored)
     return sorted(found, key=lambda stored: (int(stored["context"]), not stored.get("held_out", True), stored.get("step") or 0))
 
 
 def _is_bucket(bucket: Any) -> bool:
-    """Whether it says where it starts and stops, and the loss in between."""
+    """Whether a JSON value is a range of positions with a loss."""
     if not isinstance(bucket, dict) or not all(has_json_type(bucket.get(key), int) for key in ("start", "stop")):
         return False
     if not has_json_type(bucket.get("targets", 0), int) or bucket.get("targets", 0) < 0:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_evaluate import invoke, train
 from test_packed import tokenizer
-from test_using import invoke, train
 
 from race_dist.training.data.corpus import load_corpus
 from race_dist.training.data.packed import load_tokenizer, pack
-from race_dist.training.finalize import first_words
-from race_dist.training.logging.curves import RunCurves, draw_positions, read_positions
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.finalize import choose_prompt
+from race_dist.training.logging.plots import RunCurves, draw_positions, read_positions
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.sampling import ByteCodec, Head, TokenizerCodec
 
 
@@ -171,12 +171,12 @@ def test_the_sample_of_a_run_begins_in_its_own_text(folder: Path, token_run: Pat
     written = (token_run / "sample.txt").read_text(encoding="utf-8")
     assert written[:15] in (folder / "plain.txt").read_text(encoding="utf-8")
     held_out = load_corpus(str(folder / "text.txt")).held_out
-    words = first_words(held_out, ByteCodec())
+    words = choose_prompt(held_out, ByteCodec())
     assert words.encode() in held_out.read(0, 2048).tobytes()
     assert " " in words
     assert len(words) <= 40
     tokens = load_corpus(str(folder / "packed"))
-    assert first_words(tokens.held_out, TokenizerCodec(folder / "packed" / "tokenizer.json"))
+    assert choose_prompt(tokens.held_out, TokenizerCodec(folder / "packed" / "tokenizer.json"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_prompt_is_the_first_line_with_words(text: bytes, words: str) -> None:
     from race_dist.training.data.corpus import Corpus
 
     whole = Corpus("text", np.frombuffer(text, np.uint8)).whole()
-    assert first_words(whole, ByteCodec()) == words[:40]
+    assert choose_prompt(whole, ByteCodec()) == words[:40]
 
 
 def test_the_beginning_of_a_prompt_file_is_printed_as_it_is(tmp_path: Path, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, making it, and reading a trained model back."""
+"""The folder of a run: its files, how it is created or reopened, and how a trained model is loaded from it."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from race_dist.models import DecoderLM
 from race_dist.output_paths import atomic_write
 from race_dist.parallel import gather_objects, group_rank
 from race_dist.training.checkpoint import CheckpointManager
+from race_dist.training.checkpoint_state import TensorState
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.run_lock import LOCK, RunLock, check_not_in_use
 from race_dist.training.sampling import Codec, codec_for
-from race_dist.training.weights import WEIGHTS, check_same_model, load_weights
+from race_dist.training.weights_file import WEIGHTS, check_same_model, load_weights
 
 
 def open_run(
     directory: RunDirectory, config: TrainConfig, group: ProcessGroup | None, *, resume: bool, overwrite: bool
 ) -> AbstractContextManager[object]:
-    """Take the folder of a run and make it ready, by rank 0 alone; every rank of the group calls it.
+    """Lock the folder of a run and create or reopen it. Every rank of the group calls it; rank 0 does the work.
 
     Args:
         directory: of the run.
         config: written there.
         group: all ranks of the run; None for one.
-        resume: go on in what is there.
-        overwrite: remove what is there.
+        resume: continue the run in the folder.
+        overwrite: remove the run in the folder.
 
     Returns:
-        What holds the folder: enter it for as long as the run goes on.
+        A context manager that holds the lock: enter it for the duration of the run.
 
     Raises:
-        OSError, ValueError: on every rank, in the same sentence: another process works on the folder, or it cannot be used.
+        OSError, ValueError: on every rank, with the same message: another process uses the folder, or it is not usable.
     """
-    problem: list[str] | None = None  # the other ranks wait for it, whatever it is
+    problem: list[str] | None = None  # sent to the other ranks in any case, because they wait for it
     lock = directory.lock()
     if group_rank(group) == 0:
         try:
@@ -66,18 +67,22 @@ def open_run(
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run's files are."""
+    """The paths of a run's files.
+
+    Attributes:
+        path: the folder.
+    """
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """The whole configuration, defaults included, as JSON."""
+        """The complete configuration, defaults included, as JSON."""
         return self.path / "config.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON record a line."""
+        """One JSON record per line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -87,38 +92,38 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer, where tokens are not bytes."""
+        """The tokenizer, if tokens are not bytes."""
         return self.path / "tokenizer.json"
 
     @property
     def machine(self) -> Path:
-        """What it ran on, as JSON."""
+        """The machine, the mesh and the text, as JSON."""
         return self.path / "machine.json"
 
     @property
     def positions(self) -> list[Path]:
-        """Measured losses by position in the context, as JSON: one file per context length, text and checkpoint."""
+        """Losses by position in the context, as JSON: one file per context length, text and checkpoint."""
         return sorted(self.path.glob("positions-*.json"))
 
     def positions_of(self, context: int, *, text: str = "", step: int | None = None) -> Path:
-        """One of them.
+        """The file of one evaluation by position.
 
         Args:
-            context: tokens a window.
-            text: which text, if it is not the one that the run held out: part of a file's name.
-            step: of a checkpoint; None: the run as it ended.
+            context: tokens per window.
+            text: a name for the text, part of the file name; empty: the held-out split of the run.
+            step: of a checkpoint; None: the final weights.
         """
         parts = [str(context), *([text] if text else []), *([] if step is None else [f"step-{step}"])]
         return self.path / f"positions-{'-'.join(parts)}.json"
 
     @property
     def curves(self) -> Path:
-        """The picture."""
+        """The loss plot."""
         return self.path / "curves.png"
 
     @property
     def sample(self) -> Path:
-        """The text written at the end."""
+        """The text generated at the end."""
         return self.path / "sample.txt"
 
     @property
@@ -128,15 +133,15 @@ class RunDirectory:
 
     @property
     def tensorboard(self) -> Path:
-        """What TensorBoard reads."""
+        """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"
 
     def lock(self) -> RunLock:
-        """The lock that the one process has that writes here: of a run, its rank 0."""
+        """The lock of the folder. Only the process that holds it writes there: rank 0 of a run."""
         return RunLock(self.path)
 
     def check_not_in_use(self) -> None:
-        """Raise :class:`race_dist.training.run_lock.RunInUse` where another process works on the folder now."""
+        """Raise :class:`race_dist.training.run_lock.RunInUse` if another process uses the folder."""
         check_not_in_use(self.path)
 
     def _is_empty(self) -> bool:
@@ -150,8 +155,7 @@ class RunDirectory:
             )
 
     def check_free(self, *, overwrite: bool) -> None:
-        """Raise FileExistsError where a run would write over files: another run's without ``overwrite``, or ones that
-        no run has made."""
+        """Raise FileExistsError if the folder holds a run (unless ``overwrite``) or files that do not belong to a run."""
         self._check_link()
         if not self.path.exists() or self._is_empty():
             return
@@ -164,7 +168,7 @@ class RunDirectory:
             )
 
     def create(self, config: TrainConfig, *, overwrite: bool) -> None:
-        """Make the folder and write the configuration; with ``overwrite`` the files of the run before are removed."""
+        """Create the folder and write the configuration; with ``overwrite``, remove the files of the previous run."""
         self.check_free(overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         files = (self.metrics, self.weights, self.curves, self.sample, self.tokenizer, self.machine, *self.positions)
@@ -184,14 +188,14 @@ class RunDirectory:
         self.write_config(config)
 
     def check_resumable(self) -> None:
-        """Raise FileExistsError where the folder holds something, but no run."""
+        """Raise FileExistsError if the folder holds files but no run."""
         self._check_link()
         self.check_not_in_use()
         if self.path.exists() and not self.config.is_file() and not self._is_empty():
             raise FileExistsError(f"{self.path} exists and is not the folder of a run; choose another name")
 
     def reopen(self, config: TrainConfig) -> None:
-        """Make the folder, or go on in one that is there: everything in it stays, the configuration too until
+        """Create the folder, or keep an existing one as it is. The old configuration stays until
         :func:`race_dist.training.loop.run` has found that the checkpoint fits the new one."""
         self.check_resumable()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -199,26 +203,26 @@ class RunDirectory:
             self.write_config(config)
 
     def write_config(self, config: TrainConfig) -> None:
-        """What the run is from now on."""
+        """Replace the configuration."""
         write_text(self.config, config.to_json())
 
     def load_config(self) -> TrainConfig:
-        """The configuration the run had. Raises FileNotFoundError or ValueError in one sentence."""
+        """The configuration of the run. Raises FileNotFoundError or ValueError."""
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} is not the folder of a run: there is no {self.config.name} in it")
         return parse_config(read_json_object(self.config), source=str(self.config))
 
     def load_model(self, device: torch.device | str = "cpu", *, step: int | None = None) -> DecoderLM:
-        """The trained model, in evaluation mode: as the run left it, or else as its newest checkpoint has it.
+        """The trained model, in evaluation mode: the final weights, or else those of the newest checkpoint.
 
         Args:
-            device: to put it on.
-            step: None, or that of a checkpoint.
+            device: to load it to.
+            step: load the checkpoint of this step instead.
 
         Raises:
-            FileNotFoundError: there is no such run, or nothing of it is saved yet.
-            ValueError: what is saved is damaged, or does not fit the configuration.
-            CheckpointError: no checkpoint is whole.
+            FileNotFoundError: the run does not exist, or nothing is saved yet.
+            ValueError: the weights are damaged, or do not fit the configuration.
+            CheckpointError: all checkpoints are damaged.
         """
         config = self.load_config()
         dtype = torch.float64 if config.precision == "float64" else torch.float32
@@ -237,33 +241,33 @@ class RunDirectory:
             raise FileNotFoundError(f"{self.path} has {what}")
         check_same_model(saved.facts["config"]["model"], config.model.model_dump(mode="json"), str(saved.path))
         model = DecoderLM(config.model, dtype=dtype)
-        store.load(saved, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+        store.load(saved, TensorState({f"model.{name}": p.detach() for name, p in model.named_parameters()}))
         return model.to(device).eval()
 
     def describe(self, facts: Mapping[str, Any], tokenizer: Path | None) -> None:
-        """Write down on what the run runs, and with which tokenizer, a copy of which goes into the folder. Raises OSError."""
+        """Write machine.json, and copy the tokenizer to the folder. Raises OSError."""
         if tokenizer is not None:
             with atomic_write(self.tokenizer) as partial:
                 shutil.copyfile(tokenizer, partial)
         write_checksummed_json(self.machine, {**facts, "tokenizer": None if tokenizer is None else file_digest(tokenizer)})
 
     def read_machine(self) -> dict[str, Any]:
-        """What :meth:`describe` has written; nothing where there is no such file. Raises ValueError where it is damaged, or was
-        changed (one that was written before it had a checksum is taken)."""
+        """The content of machine.json; empty if there is no such file. Raises ValueError if it was damaged or changed; a file
+        of an older version, without a checksum, is accepted."""
         return read_checksummed_json(self.machine, required=False) if self.machine.is_file() else {}
 
     def codec(self) -> Codec:
-        """Of the tokens that the run was trained on.
+        """Encodes and decodes the tokens that the run was trained on.
 
         Raises:
-            ImportError: they need a library that is missing.
-            ValueError: the run's tokenizer is missing, or not the one that it was trained with.
+            ImportError: the tokenizers library is not installed.
+            ValueError: the run's tokenizer is missing, or is not the one that it was trained with.
         """
         return codec_for(self.checked_tokenizer())
 
     def checked_tokenizer(self) -> Path | None:
-        """The run's tokenizer.json, None where tokens are bytes. Raises ValueError where it is not what the run was trained
-        with, or is gone."""
+        """The run's tokenizer.json; None if tokens are bytes. Raises ValueError if it is missing, or is not the one that the
+        run was trained with."""
         facts = self.read_machine()
         if facts.get("tokenizer") is not None:
             verify_file(self.tokenizer, facts["tokenizer"])

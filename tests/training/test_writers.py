@@ -22,10 +22,10 @@ from race_dist.training.checkpoint import CheckpointError, OtherRunError
 from race_dist.training.config import TrainConfig, parse_config
 from race_dist.training.logging.metrics import Metrics, read_metrics
 from race_dist.training.logging.report import write_report
+from race_dist.training.logging.writers import JsonlWriter, TensorBoardWriter, WriteErrors
 from race_dist.training.loop import Hooks, Outcome, run
-from race_dist.training.ranks import RankMesh
-from race_dist.training.records import JsonlWriter, TensorBoardWriter, WriteErrors
-from race_dist.training.rundir import RunDirectory
+from race_dist.training.rank_mesh import RankMesh
+from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 
 
@@ -283,14 +283,14 @@ def test_a_full_disk_under_tensorboard_is_one_sentence(tmp_path: Path, capfd: py
 def test_probes_and_tensorboard_that_fail_are_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from race_dist.training import records
+    from race_dist.training.logging import writers
 
     class Writer:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
         add_scalar = add_text = close = fail
 
-    monkeypatch.setattr(records, "import_summary_writer", lambda: Writer)
+    monkeypatch.setattr(writers, "import_summary_writer", lambda: Writer)
     said: list[str] = []
     board = TensorBoardWriter(tmp_path, 0, WriteErrors(said.append))
     for step in (1, 2):
@@ -315,7 +315,7 @@ def test_probes_and_tensorboard_that_fail_are_said_once(
     ],
 )
 def test_names_are_shown_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from race_dist.training.logging.curves import RunCurves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
+    from race_dist.training.logging.plots import RunCurves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
 
     records = [{"kind": kind, "step": n, "bpb": 1.0, "lr": 0.1, "grad_norm": 1.0} for n in (1, 2) for kind in ("train", "eval")]
     positions = [{"context": 64, "buckets": [{"start": 0, "stop": 16, "loss": 3.0, "targets": 16}]}]

@@ -1,4 +1,4 @@
-"""This process's place among the ranks of a run."""
+"""The mesh of a run: data-parallel groups of context-parallel ranks, and this rank's place in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from race_dist.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class RankMesh:
-    """The mesh of a run as one rank sees it: ``dp`` groups of ``sp`` ranks each.
+    """The mesh of a run as one rank sees it: ``dp`` data-parallel groups of ``sp`` context-parallel ranks each.
 
     Attributes:
         device: of this rank.
         world: all ranks of the mesh; None for one process.
-        sp_group: the ranks that share this rank's sequences; None for one.
-        layout: order of their shards.
+        sp_group: the ranks that hold shards of this rank's sequences; None for one rank.
+        layout: how a sequence is sharded over them, "contiguous" or "zigzag".
     """
 
     device: torch.device
@@ -32,12 +32,12 @@ class RankMesh:
 
     @classmethod
     def join(cls, config: TrainConfig) -> RankMesh:
-        """Join the job that the environment describes (none: this process alone) and take a place in its mesh.
+        """Join the job that the environment describes (none: this process alone) and build the mesh.
 
-        :func:`race_dist.parallel.shutdown` ends it.
+        :func:`race_dist.parallel.shutdown` destroys the process groups.
 
         Raises:
-            ValueError: the mesh of the configuration does not fit the number of ranks, or there is no such device.
+            ValueError: the mesh of the configuration does not fit the number of ranks, or the device does not exist.
         """
         dp, sp = config.parallel.mesh(rank_environment().world_size)
         device = init_distributed(device=None if config.device == "auto" else config.device, timeout=config.parallel.timeout)
@@ -48,25 +48,25 @@ class RankMesh:
 
     @property
     def rank(self) -> int:
-        """Of this process; 0 writes and prints."""
+        """This process's rank. Rank 0 writes and prints."""
         return group_rank(self.world)
 
     @property
     def sp(self) -> int:
-        """Ranks that share a sequence."""
+        """Number of ranks that share a sequence."""
         return group_size(self.sp_group)
 
     @property
     def sp_rank(self) -> int:
-        """Which of them this is."""
+        """This rank within ``sp_group``."""
         return group_rank(self.sp_group)
 
     @property
     def dp(self) -> int:
-        """Groups of them."""
+        """Number of data-parallel groups."""
         return group_size(self.world) // self.sp
 
     @property
     def dp_rank(self) -> int:
-        """Which group this rank is in."""
+        """The data-parallel group that this rank belongs to."""
         return self.rank // self.sp
