@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 LOOPBACK = "127.0.0.1"
 STORE_FD_VARIABLE = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
@@ -26,6 +27,7 @@ RANK_VARIABLES = frozenset(
     }
 )
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_")
+DEFAULT_RANKS_PER_NODE = 8  # an HGX or DGX node, where the launcher does not say
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,45 @@ def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
     if found is not None and found < 0:
         raise ValueError(f"LOCAL_RANK={found} in the environment must not be negative")
     return found
+
+
+def ranks_per_node(environment: Mapping[str, str] | None = None) -> int:
+    """Number of ranks that share a node, from the launcher's variables; the same on every rank of the job.
+
+    The number of ranks divided by the number of nodes, rounded up, where the launcher sets both: WORLD_SIZE and
+    GROUP_WORLD_SIZE (torchrun) or CROSS_SIZE (DeepSpeed), SLURM_STEP_NUM_TASKS and SLURM_STEP_NUM_NODES (srun). Otherwise
+    LOCAL_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_SIZE (mpirun) or SLURM_NTASKS_PER_NODE; without any of them
+    ``DEFAULT_RANKS_PER_NODE``. Values that are not positive integers are skipped.
+
+    Args:
+        environment: of a process; None is this one's, which is read once.
+    """
+    return _own_ranks_per_node() if environment is None else _ranks_per_node(environment)
+
+
+@cache
+def _own_ranks_per_node() -> int:
+    return _ranks_per_node(os.environ)
+
+
+def _ranks_per_node(e: Mapping[str, str]) -> int:
+    world = _positive(e, "WORLD_SIZE")
+    tasks, step_nodes = _positive(e, "SLURM_STEP_NUM_TASKS"), _positive(e, "SLURM_STEP_NUM_NODES")
+    local = _positive(e, "LOCAL_WORLD_SIZE")
+    nodes = _positive(e, "GROUP_WORLD_SIZE") or _positive(e, "CROSS_SIZE")
+    if nodes is None and tasks is not None and world in (None, tasks):  # srun started the ranks, not a launcher inside a task
+        world, nodes = tasks, step_nodes
+    if world is not None and local == world:
+        return world
+    if world is not None and nodes is not None and nodes <= world:
+        return -(-world // nodes)
+    others = (_positive(e, name) for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"))
+    return local or next(filter(None, others), DEFAULT_RANKS_PER_NODE)
+
+
+def _positive(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name, "").strip()
+    return int(value) if re.fullmatch(r"0*[1-9][0-9]{0,8}", value) else None
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int | None:

@@ -201,17 +201,18 @@ def test_arithmetic_of_the_attention(tables: int, planes: int, flops: int) -> No
 def test_seconds_of_a_scan() -> None:
     """528 KB a rank; 15 us and 300 GB/s inside a node, 25 us and 45 GB/s beyond: on paper."""
     state, inside, between = 16 * 64 * 129 * 4, Link(15e-6, 300e9), Link(25e-6, 45e9)
-    assert 1e6 * scan_seconds(8, state, inside) == pytest.approx(57, abs=1)
-    assert 1e6 * scan_seconds(64, state, between) == pytest.approx(220, abs=1)
-    assert 1e6 * scan_seconds(1024, state, between) == pytest.approx(367, abs=1)
-    assert scan_seconds(1, state, inside) == 0
+    assert 1e6 * scan_seconds(8, state, inside, ranks_per_node=8) == pytest.approx(57, abs=1)
+    assert 1e6 * scan_seconds(64, state, between, ranks_per_node=8) == pytest.approx(220, abs=1)
+    assert 1e6 * scan_seconds(1024, state, between, ranks_per_node=8) == pytest.approx(367, abs=1)
+    assert scan_seconds(1, state, inside, ranks_per_node=8) == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 9, 64])
 @pytest.mark.parametrize("size", [2**10, 2**14, 2**20])
-def test_the_scan_is_planned_as_it_is_done(ranks: int, size: int) -> None:
+@pytest.mark.parametrize("per_node", [4, 8])
+def test_the_scan_is_planned_as_it_is_done(ranks: int, size: int, per_node: int) -> None:
     carry = [torch.empty(size, dtype=torch.uint8)]
-    assert gathers_all(ranks, size) == (_pick("auto", carry, ranks) == "all_gather")
+    assert gathers_all(ranks, size, per_node) == (_pick("auto", carry, ranks, per_node) == "all_gather")
 
 
 def test_exchange_does_not_grow_with_the_context() -> None:

@@ -29,6 +29,7 @@ from race_dist.parallel.packed_documents import Documents
 from race_dist.parallel.scan import Algorithm
 from race_dist.parallel.sharding import Layout, check_layout, check_zigzag
 from race_dist.parallel.state_exchange import Prefix, Route, Total
+from race_dist.rank_environment import ranks_per_node
 from race_dist.sketch import SketchState
 
 
@@ -99,6 +100,7 @@ def check_same_attention(
         "backend": getattr(backend, "__name__", type(backend).__name__),
         "output_final_state": output_final,
         "algorithm": algorithm,
+        "ranks_per_node": ranks_per_node(),
         "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked),
     }
     need_offset = layout == "contiguous" and p.cu_seqlens is not None
@@ -319,18 +321,16 @@ def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradien
     )
 
 
-NODE = 8  # GPUs
-
-
-def splits_heads(on_gpu: bool, ranks: int) -> bool:
-    """Whether a layer's heads go in two halves over so many ranks, or all at once."""
-    return not on_gpu or ranks > NODE
+def splits_heads(on_gpu: bool, ranks: int, ranks_per_node: int) -> bool:
+    """Whether a layer's heads are exchanged in two halves or all at once, which costs less among the GPUs of a node."""
+    return not on_gpu or ranks > ranks_per_node
 
 
 def head_halves(p: AttentionInputs, group: ProcessGroup) -> list[AttentionInputs]:
     """The problem of each half of the key/value heads and their query heads, views; or the whole problem alone."""
     heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
-    bounds = [0, heads // 2, heads] if heads > 1 and splits_heads(p.q.is_cuda, group_size(group)) else [0, heads]
+    in_halves = heads > 1 and splits_heads(p.q.is_cuda, group_size(group), ranks_per_node())
+    bounds = [0, heads // 2, heads] if in_halves else [0, heads]
     return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
 
 

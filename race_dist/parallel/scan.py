@@ -33,11 +33,11 @@ from race_dist.distributed.communication import (
 from race_dist.distributed.consistency import check_same_call
 from race_dist.distributed.eager import eager
 from race_dist.parallel.sharding import Layout, check_layout
+from race_dist.rank_environment import ranks_per_node
 
 Algorithm = Literal["auto", "all_gather", "recursive_doubling"]
 ALGORITHMS: tuple[Algorithm, ...] = ("auto", "all_gather", "recursive_doubling")
 
-_FEW_RANKS = 8  # the ranks of a node, where one all-gather costs about what three rounds do
 _SMALL_BUFFER = 2**20  # bytes of all ranks' carries below which latency counts, not their number
 
 
@@ -111,11 +111,12 @@ def exclusive_scan_pieces(
             "layout": layout,
             "reverse": reverse,
             "algorithm": algorithm,
+            "ranks_per_node": ranks_per_node(),
             "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         }
         check_same_call("exclusive_scan", facts, group, tensors[0].device)
     wire = _Differentiable(group)
-    scan = _scan(pieces, wire, group, layout, reverse, _pick(algorithm, tensors, world))
+    scan = _scan(pieces, wire, group, layout, reverse, _pick(algorithm, tensors, world, ranks_per_node()))
     result = _finish(scan)
     return [c.with_tensors(attach(wire.tokens, c.tensors())) for c in result]
 
@@ -200,7 +201,7 @@ def start_scan(
     layout, algorithm = _check(pieces, layout, algorithm)
     checks.flag("reverse", reverse)
     tensors = [t for piece in pieces for t in piece.tensors()]
-    picked = _pick(algorithm, tensors, group_size(group))
+    picked = _pick(algorithm, tensors, group_size(group), ranks_per_node())
     return ScanHandle(_scan(pieces, _Raw(group), group, layout, reverse, picked), tensors)
 
 
@@ -365,8 +366,9 @@ def _check_carry(carry: Any, name: str) -> None:
         )
 
 
-def _pick(algorithm: Algorithm, tensors: Sequence[Tensor], world: int) -> Algorithm:
+def _pick(algorithm: Algorithm, tensors: Sequence[Tensor], world: int, ranks_per_node: int) -> Algorithm:
+    """Inside a node one all-gather costs about what the rounds of recursive doubling do, and takes one launch."""
     if algorithm != "auto":
         return algorithm
-    small = world <= _FEW_RANKS or world * packed_size(tensors) <= _SMALL_BUFFER
+    small = world <= ranks_per_node or world * packed_size(tensors) <= _SMALL_BUFFER
     return "all_gather" if small else "recursive_doubling"

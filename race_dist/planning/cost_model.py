@@ -234,19 +234,19 @@ class Exchange:
     exposed: float
 
 
-def scan_seconds(ranks: int, size: float, link: Link) -> float:
+def scan_seconds(ranks: int, size: float, link: Link, *, ranks_per_node: int) -> float:
     """The exclusive scan of carries of ``size`` bytes: an all-gather (a start a doubling of the ranks, then W - 1 carries
     arrive), or recursive doubling (``ceil(log2 W)`` rounds of one carry)."""
     rounds = math.ceil(math.log2(ranks)) if ranks > 1 else 0
-    if gathers_all(ranks, int(size)):
+    if gathers_all(ranks, int(size), ranks_per_node):
         return rounds * link.latency + (ranks - 1) * size / link.bandwidth
     return rounds * (link.latency + size / link.bandwidth)
 
 
-def scan_sent(ranks: int, size: float) -> float:
+def scan_sent(ranks: int, size: float, *, ranks_per_node: int) -> float:
     """Bytes that one rank sends in a scan."""
     rounds = math.ceil(math.log2(ranks)) if ranks > 1 else 0
-    return size * (ranks - 1 if gathers_all(ranks, int(size)) else rounds)
+    return size * (ranks - 1 if gathers_all(ranks, int(size), ranks_per_node) else rounds)
 
 
 def all_reduce_seconds(ranks: int, size: float, link: Link) -> float:
@@ -275,7 +275,7 @@ def _sequence_exchange(job: Job, layout: Layout, machine: Roofline, sent: dict[s
     gradient) is summed over the ranks too, and tails are scanned and broadcast; nothing hides their start-up.
     """
     m, ranks, link = job.model, layout.sp, machine.cluster.link(layout.sp)
-    parts = scan_parts(layout, machine.cluster)
+    parts, per_node = scan_parts(layout, machine.cluster), machine.cluster.per_node
     streamed, again, part = layout.chunk_size is not None, count_passes(job, layout), scan_bytes(job, layout) / parts
     own = [seconds * layout.rows(job) * layout.chunk(job) / m.num_layers for seconds in attention_seconds(job, layout, machine)]
     exposed = 0.0
@@ -284,13 +284,13 @@ def _sequence_exchange(job: Job, layout: Layout, machine: Roofline, sent: dict[s
         calls = chunks * (again.forward + again.backward)
         tail = layout.rows(job) * tail_bytes(job, kind)
         if tail:
-            sent["tails"] += calls * (scan_sent(ranks, tail) + (tail if streamed else 0))
+            sent["tails"] += calls * (scan_sent(ranks, tail, ranks_per_node=per_node) + (tail if streamed else 0))
             broadcast = all_reduce_seconds(ranks, tail, link) / 2 if streamed else 0.0
-            exposed += calls * (scan_seconds(ranks, tail, link) + broadcast)
+            exposed += calls * (scan_seconds(ranks, tail, link, ranks_per_node=per_node) + broadcast)
         if kind != "R":
             continue
-        sent["sketches (scan)"] += calls * parts * scan_sent(ranks, part)
-        one = scan_seconds(ranks, part, link)
+        sent["sketches (scan)"] += calls * parts * scan_sent(ranks, part, ranks_per_node=per_node)
+        one = scan_seconds(ranks, part, link, ranks_per_node=per_node)
         for times, local in ((again.forward, own[0]), (again.backward, own[1])):
             hidden = machine.rates.overlap * local / 2  # of each half, beside the other's work
             shown = one if parts == 1 else max(0.0, one - hidden / 2) + max(0.0, one - hidden)

@@ -186,7 +186,7 @@ def scan_bytes(job: Job, layout: Layout) -> int:
 
 def scan_parts(layout: Layout, cluster: Cluster) -> int:
     """Exchanges a RACE layer makes of its heads: two halves, or all at once."""
-    return 2 if splits_heads(cluster.gpu.name != "cpu", layout.sp) else 1
+    return 2 if splits_heads(cluster.gpu.name != "cpu", layout.sp, cluster.per_node) else 1
 
 
 def _exchange(job: Job, layout: Layout, cluster: Cluster) -> int:
@@ -195,11 +195,11 @@ def _exchange(job: Job, layout: Layout, cluster: Cluster) -> int:
         return 0
     sketch = scan_bytes(job, layout) if "R" in job.model.layer_kinds else 0
     tail = layout.rows(job) * max(tail_bytes(job, kind) for kind in layer_counts(job.model))
-    copies = layout.sp + 1 if gathers_all(layout.sp, sketch // scan_parts(layout, cluster)) else 4
+    copies = layout.sp + 1 if gathers_all(layout.sp, sketch // scan_parts(layout, cluster), cluster.per_node) else 4
     return copies * sketch + (layout.sp + 1) * tail
 
 
-def gathers_all(ranks: int, size: int) -> bool:
-    """Whether the scan hands every carry to every rank (few ranks, or little data) rather than doubling distances: the
-    rule of ``race_dist.parallel.scan``."""
-    return ranks <= 8 or ranks * size <= 2**20
+def gathers_all(ranks: int, size: int, ranks_per_node: int) -> bool:
+    """Whether the scan is an all-gather (the ranks of a node, or little data) or recursive doubling: the rule of
+    ``race_dist.parallel.scan``."""
+    return ranks <= ranks_per_node or ranks * size <= 2**20

@@ -17,6 +17,7 @@ from race_dist.ops.inputs import AttentionInputs
 from race_dist.parallel import state_exchange
 from race_dist.parallel.attention import context_parallel_attention, splits_heads
 from race_dist.parallel.scan import Algorithm, start_scan
+from race_dist.rank_environment import ranks_per_node
 from race_dist.sketch import SketchState
 
 REPEATS = 20
@@ -64,7 +65,7 @@ def _hidden(job: Job, count: int, algorithm: Algorithm) -> dict[str, Any]:
     whole = job.milliseconds(call, count)
     with mock.patch.object(state_exchange, "start_scan", lambda pieces, *_, **__: _NoScan(pieces)):
         local = job.milliseconds(call, count)
-    scans = 4 if splits_heads(job.device.type == "cuda", count) else 2  # forward and backward
+    scans = 4 if splits_heads(job.device.type == "cuda", count, ranks_per_node()) else 2  # forward and backward
     scan = _scan_of(job, count, algorithm, job.sizes.base.heads * 2 // scans)
     added, alone = max(0.0, whole - local), scans * scan
     return {

@@ -22,7 +22,7 @@ def attention_milliseconds(job: Job, shape: Shape, count: int) -> float:
     half = 4 * shape.heads * shape.tables * 2**shape.planes * (shape.head_dim + 1) / 2
     one, link = 0.0, cluster.link(count)
     if count > 1:
-        one = scan_seconds(count, half, link)
+        one = scan_seconds(count, half, link, ranks_per_node=cluster.per_node)
     exposed = sum(max(0.0, one - rates.overlap * part / 4) + max(0.0, one - rates.overlap * part / 2) for part in local)
     return 1e3 * (sum(local) + exposed)
 
