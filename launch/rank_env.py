@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from race_dist.launch import caches
 
@@ -201,7 +202,7 @@ def share(cores: Sequence[int], index: int, count: int) -> set[int]:
 def _bus_id(index: int) -> str:
     import torch
 
-    p = torch.cuda.get_device_properties(index)
+    p: Any = torch.cuda.get_device_properties(index)  # its type stubs lack the PCI numbers
     return f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
 
 
