@@ -168,7 +168,7 @@ def test_parameters_are_counted_exactly(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["R", "R bare", "W", "RW tied"])
 def test_carries_are_counted(shape: str) -> None:
-    """Up to counts and flags of the tails, a few bytes a layer."""
+    """Up to counts and flags of the tails, a few bytes per layer."""
     config = model_of(**SHAPES[shape])
     carry = DecoderLM(config).zero_carry(3, state_dtype=torch.float64)
     held = sum(t.nbytes for t in carry.tensors())
