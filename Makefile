@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo check test test-all test-gpu lint bench clean help
+.PHONY: demo check test test-all test-gpu lint typecheck bench clean help
 
 help:
 	@echo "make demo      install, train a small model over 2 ranks on 2 cores, sample from it (a few minutes)"
@@ -18,8 +18,8 @@ help:
 	@echo "make test      lint, then the tests that need no GPU (under 20 minutes on 2 cores)"
 	@echo "make test-all  the slow tests too"
 	@echo "make test-gpu  the tests that need a CUDA device"
-	@echo "make lint      ruff and mypy"
-	@echo "make bench     time the attention beside its peers on this machine"
+	@echo "make lint      ruff (rules and format) and mypy"
+	@echo "make bench     time the attention and its baselines on this machine"
 
 demo: .venv/.installed
 	$(BIN)/race-dist train configs/demo.toml --nproc 2 --overwrite
@@ -42,6 +42,15 @@ test-gpu: .venv/.installed-dev
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check --quiet .
+	@$(MAKE) --no-print-directory typecheck
+
+# mypy sees the package as it is installed: with kernels/ and launch/ inside.
+TYPED := build/typing/race_dist
+
+typecheck:
+	@mkdir -p $(TYPED) && find $(TYPED) -type l -delete
+	@ln -s $(CURDIR)/race_dist/* $(CURDIR)/kernels $(CURDIR)/launch $(TYPED)/
 	$(BIN)/mypy
 
 bench: .venv/.installed

@@ -125,7 +125,7 @@ def planned_row(size: str, context: str, gpus: str) -> str:
         f"{layout.dp} x {layout.sp}",
         f"{chunk:,}",
         "yes" if layout.checkpointing else "no",
-        "fsdp" if layout.sharding == "fsdp" else "whole",
+        "fsdp" if layout.sharding == "fsdp" else "replicated",
         f"{memory.peak / 2**30:.0f} GiB",
         seconds(plan.step),
         f"{float(f'{job.context / plan.step:.3g}'):,.0f}",

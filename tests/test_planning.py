@@ -27,16 +27,21 @@ from race_dist.planning import (
     Rates,
     find_gpu,
     largest_context,
+    layer_cost,
     load_rates,
     make_plan,
     memory,
     parse_count,
     recommend,
 )
+from race_dist.planning.activation_memory import autocast_weight_bytes
+from race_dist.planning.carry_sizes import chunk_start_states, uses_all_gather
 from race_dist.planning.clusters import Link
-from race_dist.planning.cost_model import attention_cost, count_passes, scan_seconds
-from race_dist.planning.memory import activations, chunk_start_states, gathers_all
-from race_dist.planning.tally import autocast_weight_bytes, carry_bytes, parameters
+from race_dist.planning.communication_cost import scan_seconds
+from race_dist.planning.cost_model import count_passes
+from race_dist.planning.memory import activations
+from race_dist.planning.parameter_counts import parameter_count
+from race_dist.planning.race_cost import attention_cost
 from race_dist.streaming import streamed_backward
 from race_dist.training.config import load_config
 
@@ -158,16 +163,16 @@ def test_peak_of_a_streamed_step(pattern: str, narrow: bool, checkpointing: bool
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_are_counted_exactly(shape: str) -> None:
     config = model_of(**SHAPES[shape])
-    assert parameters(config) == sum(p.numel() for p in DecoderLM(config).parameters())
+    assert parameter_count(config) == sum(p.numel() for p in DecoderLM(config).parameters())
 
 
 @pytest.mark.parametrize("shape", ["R", "R bare", "W", "RW tied"])
 def test_carries_are_counted(shape: str) -> None:
-    """Up to counts and flags of the tails, a few bytes a layer."""
+    """Up to counts and flags of the tails, a few bytes per layer."""
     config = model_of(**SHAPES[shape])
     carry = DecoderLM(config).zero_carry(3, state_dtype=torch.float64)
     held = sum(t.nbytes for t in carry.tensors())
-    counted = 3 * sum(carry_bytes(Job(config, 1, 3, "float32"), kind) for kind in config.layer_kinds)
+    counted = 3 * sum(layer_cost(kind).carry_bytes(Job(config, 1, 3, "float32")) for kind in config.layer_kinds)
     assert counted == pytest.approx(held, rel=0.01)
 
 
@@ -183,10 +188,10 @@ def test_streaming_keeps_activations_and_adds_small_states() -> None:
 
 def test_passes() -> None:
     job = Job(model_of(), 2**20, 1)
-    assert count_passes(job, Layout(1, 1)).products == 3
-    assert count_passes(job, Layout(1, 1, 1024)).products == pytest.approx(4, rel=1e-3)  # 8 instead of 6 x parameters x tokens
-    assert count_passes(job, Layout(1, 1, 1024, True)).products == pytest.approx(5, rel=1e-3)
-    assert count_passes(job, Layout(1, 1, 2**20)).products == 3  # one chunk: nothing is run before it
+    assert count_passes(job, Layout(1, 1)).forward_units == 3
+    assert count_passes(job, Layout(1, 1, 1024)).forward_units == pytest.approx(4, rel=1e-3)  # 8, not 6 x parameters x tokens
+    assert count_passes(job, Layout(1, 1, 1024, True)).forward_units == pytest.approx(5, rel=1e-3)
+    assert count_passes(job, Layout(1, 1, 2**20)).forward_units == 3  # one chunk: nothing is run before it
 
 
 @pytest.mark.parametrize(("tables", "planes", "flops"), [(2, 2, 49_152), (4, 4, 110_592), (1, 8, 356_352)])
@@ -212,7 +217,7 @@ def test_seconds_of_a_scan() -> None:
 @pytest.mark.parametrize("per_node", [4, 8])
 def test_the_scan_is_planned_as_it_is_done(ranks: int, size: int, per_node: int) -> None:
     carry = [torch.empty(size, dtype=torch.uint8)]
-    assert gathers_all(ranks, size, per_node) == (_pick("auto", carry, ranks, per_node) == "all_gather")
+    assert uses_all_gather(ranks, size, per_node) == (_pick("auto", carry, ranks, per_node) == "all_gather")
 
 
 def test_exchange_does_not_grow_with_the_context() -> None:
@@ -317,8 +322,8 @@ def test_counts_are_read_as_people_write_them(text: str, count: int) -> None:
         (lambda: Layout(1, 1, 0), "chunk_size must be at least 1; got 0"),
         (lambda: Layout(1, 1, sharding="zero"), 'sharding must be "none" or "fsdp"; got \'zero\''),  # type: ignore
         (lambda: Layout(1, 1, keep="disk"), 'keep must be "device" or "host"; got \'disk\''),  # type: ignore
-        (lambda: parse_count("many"), "'many' is no number of tokens: write for example 131072, 128K, 75M or 1B"),
-        (lambda: parse_count("1.5"), "'1.5' is no number of tokens"),
+        (lambda: parse_count("many"), "'many' is not a number of tokens: write for example 131072, 128K, 75M or 1B"),
+        (lambda: parse_count("1.5"), "'1.5' is not a number of tokens"),
         (lambda: make_plan(Job(model_of(), 64), Layout(1, 2), CPU), "makes 2 ranks, but the cluster has 1 GPUs"),
         (
             lambda: make_plan(Job(model_of(), 64), Layout(2, 1), Cluster(GPUS["cpu"], 2)),
@@ -332,7 +337,7 @@ def test_counts_are_read_as_people_write_them(text: str, count: int) -> None:
             lambda: recommend(Job(model_of(), 64), Cluster(GPUS["cpu"], 4), None, Choices(dp=3)),
             "dp = 3 times sp = 1 makes 3 ranks",
         ),
-        (lambda: Choices.checked(None, None, "-1", None, None, None), "'-1' is no number of tokens"),
+        (lambda: Choices.checked(None, None, "-1", None, None, None), "'-1' is not a number of tokens"),
         (lambda: Rates(matmul=1.5), "rate matmul must be above 0 and at most 1; got 1.5"),
         (lambda: Rates(host_forward=-1), "rate host_forward must be a finite number of at least 0; got -1"),
         (lambda: Rates(attention={}), "rate attention maps a number of features to two positive numbers"),
@@ -379,7 +384,7 @@ def invoke(*arguments: str | Path) -> tuple[int, str]:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_presets_have_the_size_in_their_name(path: Path) -> None:
-    count = parameters(load_config(path).model)
+    count = parameter_count(load_config(path).model)
     assert count == pytest.approx(parse_count(path.stem.removeprefix("plan-")), rel=0.15)
 
 
@@ -407,7 +412,7 @@ def test_json_holds_everything() -> None:
     ("arguments", "sentence"),
     [
         (["--gpu", "h1000"], "unknown GPU type 'h1000'"),
-        (["--context", "x"], "'x' is no number of tokens"),
+        (["--context", "x"], "'x' is not a number of tokens"),
         (["--gpus", "0"], "'--gpus': it must be from 1 to 1,000,000; got '0'"),
         (["--keep", "disk"], "'--keep': 'disk' is not one of"),
         (["--rates", "none.json"], "'--rates': there is no file 'none.json'"),

@@ -1,4 +1,4 @@
-"""Machines: GPUs and the links between them, from a small table."""
+"""GPU types, their links and memories, from a small table; and a cluster of one type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Link:
-    """What one GPU sees of a network: seconds to start a message, bytes a second that arrive, in one direction."""
+    """One GPU's connection to a network: latency in seconds, bandwidth in bytes per second in one direction."""
 
     latency: float
     bandwidth: float
@@ -21,16 +21,16 @@ class GPU:
     """One device.
 
     Attributes:
-        name: what it is called on the command line.
+        name: on the command line.
         memory: bytes that the driver reports.
-        bandwidth: bytes a second of its memory, as its vendor states.
-        flops: dense operations a second by the dtype of a matrix product, as its vendor states (bfloat16 on tensor cores,
+        bandwidth: bytes per second of its memory, as its vendor states.
+        flops: dense operations per second by the dtype of a matrix product, as its vendor states (bfloat16 on tensor cores,
             float32 on the vector units: TF32 is off unless asked for; float64 on whichever is faster).
-        per_node: devices a node.
-        inside, between: links inside a node and between nodes, a device.
-        host: bytes a second to the host's memory, in one direction.
-        host_memory: bytes of host memory a device.
-        reserve: bytes that the driver, its libraries and the allocator's gaps take.
+        per_node: devices per node.
+        intra_node, inter_node: links of one device inside a node and between nodes.
+        host: bytes per second to host memory, in one direction.
+        host_memory: bytes of host memory per device.
+        reserve: bytes that the driver, its libraries and fragmentation of the allocator take.
     """
 
     name: str
@@ -38,8 +38,8 @@ class GPU:
     bandwidth: float
     flops: dict[str, float]
     per_node: int
-    inside: Link
-    between: Link
+    intra_node: Link
+    inter_node: Link
     host: float
     host_memory: int
     reserve: int
@@ -113,10 +113,10 @@ _SHORT = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The table's entry of a GPU type; case and the memory size may be left out.
+    """The table's entry of a GPU type; case is ignored, and the memory size may be omitted.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the table has no such type.
     """
     key = name.strip().lower().replace("_", "-").replace(" ", "-")
     key = _SHORT.get(key, key)
@@ -128,8 +128,8 @@ def find_gpu(name: str) -> GPU:
 
 
 def match_gpu(device_name: str) -> GPU | None:
-    """The table's entry of what a driver calls "NVIDIA H100 80GB HBM3"; None where it has none. By the chip's name alone:
-    peaks do not depend on the memory's size."""
+    """The table's entry for a driver's device name such as "NVIDIA H100 80GB HBM3", or None. It compares the chip's name only:
+    peaks do not depend on the memory size."""
     for name in sorted(GPUS, key=len, reverse=True):
         if name.split("-")[0] in device_name.lower():
             return GPUS[name]
@@ -138,7 +138,7 @@ def match_gpu(device_name: str) -> GPU | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """``count`` GPUs of one type, ``per_node`` a node.
+    """``count`` GPUs of one type, ``per_node`` per node.
 
     Raises:
         ValueError: a number is less than 1.
@@ -152,24 +152,29 @@ class Cluster:
         if self.count < 1:
             raise ValueError(f"the number of GPUs must be at least 1; got {self.count}")
         if self.per_node < 0:
-            raise ValueError(f"GPUs a node must be at least 1; got {self.per_node}")
+            raise ValueError(f"GPUs per node must be at least 1; got {self.per_node}")
         if self.per_node == 0:
             object.__setattr__(self, "per_node", self.gpu.per_node)
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are CPUs."""
+        return self.gpu.name == "cpu"
+
+    @property
     def usable(self) -> int:
-        """Bytes of one GPU that tensors may take."""
+        """Bytes of one GPU that tensors may use."""
         return self.gpu.memory - self.gpu.reserve
 
     @property
     def unit(self) -> str:
-        """What one device is called in sentences; a plural takes an s."""
-        return "machine" if self.gpu.name == "cpu" else "GPU"
+        """The word for one device in sentences; its plural takes an s."""
+        return "machine" if self.on_cpu else "GPU"
 
     def link(self, ranks: int) -> Link:
         """The slowest link that a collective over ``ranks`` neighbouring GPUs crosses."""
-        return self.gpu.inside if ranks <= self.per_node else self.gpu.between
+        return self.gpu.intra_node if ranks <= self.per_node else self.gpu.inter_node
 
     def link_name(self, ranks: int) -> str:
-        """The same in words."""
+        """:meth:`link` in words."""
         return "inside a node" if ranks <= self.per_node else "between nodes"

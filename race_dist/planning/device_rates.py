@@ -1,4 +1,4 @@
-"""What hardware achieves of what it promises: the constants of the model of time that only a measurement can give."""
+"""Achieved rates of hardware: the constants of the cost model that only a measurement can give."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MEASURED_ATTENTION = {8: (1.03, 1.32), 64: (1.18, 1.29), 256: (0.54, 1.66)}  # s
 
 @dataclass(frozen=True)
 class Rates:
-    """Achieved rates. The defaults are first estimates, each with its origin; ``--rates FILE`` replaces any of them.
+    """Achieved rates. Each default has its origin; ``--rates FILE`` replaces any of them.
 
     Attributes:
-        source: where the numbers come from, in words.
+        source: where the numbers come from, as text.
         matmul: fraction of the peak that large matrix products reach. Default: 0.65, what cuBLAS reaches in bfloat16 on
             an H100 at sizes of 2048 and more, power limit included (estimate).
         bandwidth: fraction of the rated memory bandwidth that element-wise kernels reach. Default: 0.87, a device copy
             on an H100 (2.92 of 3.35 TB/s, measured).
-        attention: times the roofline of :func:`race_dist.planning.cost_model.attention_cost` that the attention takes
+        attention: time of the attention as a multiple of the roofline of :func:`race_dist.planning.race_cost.attention_cost`
             (forward, backward), by the number of features S; the nearest S counts. Defaults: 2**20 tokens and 8 heads of 128
             on an H100 (measured, docs/benchmarks/attention-h100.json): 4.6 and 9.8 ms at S = 8, 5.3 and 9.6 ms at 64 (decay
             per token), 15.1 and 51.5 ms at 256, where fewer states are written forward than the roofline counts.
@@ -32,11 +32,10 @@ class Rates:
             moves its temporaries too: about half as much again (estimate).
         compiled_forward, compiled_backward: where blocks are compiled, the bytes that their kernels move as a multiple of
             what :mod:`race_dist.planning.elementwise_traffic` counts. Default: 1; the count gave 136 ms where a profile on an
-            H100 had
-            143 ms (measured, docs/benchmarks/streaming-h100-2m.json).
-        host_forward: seconds in which the host queues the kernels of one block's forward pass: about 120 launches of 5
-            microseconds (estimate). A backward pass takes twice this. Small chunks are bound by it.
-        overlap: fraction of what can run beside computation that does. Default: 0.9 (estimate).
+            H100 had 143 ms (measured, docs/benchmarks/streaming-h100-2m.json).
+        host_forward: seconds in which the host launches the kernels of one block's forward pass: about 120 launches of 5
+            microseconds (estimate). A backward pass takes twice this. Small chunks are launch-bound.
+        overlap: fraction of hidable communication that computation hides. Default: 0.9 (estimate).
     """
 
     source: str = "measurements on one H100, and estimates"

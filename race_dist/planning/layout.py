@@ -1,4 +1,4 @@
-"""What is planned: a job, and a layout that runs it."""
+"""The inputs of a plan: a job (model, context, batch, precision) and a layout (mesh, chunks, checkpointing, sharding)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Literal, cast
 
 from race_dist.messages import short_repr
 from race_dist.models import ModelConfig
+from race_dist.nn import LayerKind, kinds_in
 from race_dist.planning.clusters import Cluster
+from race_dist.planning.quantities import ChunkShape
 from race_dist.strict_config import COUNT_LIMIT
 
 Precision = Literal["bfloat16", "float32", "float64"]
@@ -20,10 +22,10 @@ _SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def parse_count(text: str, low: int = 0) -> int:
-    """A number of tokens as people write it: ``75M``, ``1B``, ``131072``, ``128K`` (thousands, not powers of two).
+    """Parse a number of tokens: ``75M``, ``1B``, ``131072``, ``128K`` (thousands, not powers of two).
 
     Raises:
-        ValueError: it is not one whole number of at least ``low``; it is longer than any text.
+        ValueError: it is not a whole number from ``low`` to ``COUNT_LIMIT``.
     """
     match = re.fullmatch(
         r"([0-9]{1,40}(?:_[0-9]{1,40}){0,20}(?:\.[0-9]{1,40})?(?:E[0-9]{1,3})?)([KMB]?)", str(text).strip().upper()
@@ -31,12 +33,17 @@ def parse_count(text: str, low: int = 0) -> int:
     number = Decimal(match[1].replace("_", "")) * _SCALES[match[2]] if match else Decimal("NaN")
     if number.is_nan() or number != number.to_integral_value():
         raise ValueError(
-            f"{short_repr(text)} is no number of tokens: write for example 131072, 128K, 75M or 1B"
+            f"{short_repr(text)} is not a number of tokens: write for example 131072, 128K, 75M or 1B"
             + (", without commas" if "," in str(text) else "")
         )
     if not low <= number <= COUNT_LIMIT:
-        raise ValueError(f"{short_repr(text)} is no number of tokens from {low} to {COUNT_LIMIT:,}")
+        raise ValueError(f"{short_repr(text)} is not a number of tokens from {low} to {COUNT_LIMIT:,}")
     return int(number)
+
+
+def growing_carries(model: ModelConfig) -> list[LayerKind]:
+    """Kinds of layers in the model whose carry grows with the sequence: they cannot be streamed."""
+    return [kind for kind in kinds_in(model.layer_kinds) if not kind.fixed_size_carry]
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,14 @@ class Job:
     """One optimizer step of a causal language model.
 
     Attributes:
-        model: its shape.
-        context: tokens a sequence, ``T``.
-        batch: sequences a step, over all ranks.
+        model: configuration of the model.
+        context: tokens per sequence.
+        batch: sequences per step, over all ranks.
         precision: "bfloat16" (autocast: weights, gradients and norms stay float32), "float32" or "float64".
         compiled: whether the blocks are compiled (``compile = true`` in a training configuration).
 
     Raises:
-        ValueError: a number is less than 1, or no such precision.
+        ValueError: a number is less than 1, the precision is unknown, or a layer is not causal.
     """
 
     model: ModelConfig
@@ -66,22 +73,24 @@ class Job:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.precision not in ("bfloat16", "float32", "float64"):
             raise ValueError(f'precision must be "bfloat16", "float32" or "float64"; got {self.precision!r}')
-        if not self.model.race.causal and "R" in self.model.layer_kinds:
-            raise ValueError("the planner knows causal language models only, but model.race.causal is False: leave it out")
+        for kind in kinds_in(self.model.layer_kinds):
+            if kind.is_causal(self.model) is False:
+                name = f"model.{kind.options_name}.causal"
+                raise ValueError(f"the planner knows causal language models only, but {name} is False: leave it out")
 
     @classmethod
     def checked(cls, model: ModelConfig, context: int, batch: int, precision: str, *, compiled: bool = False) -> Job:
-        """A job from words that are checked here."""
+        """A job from values that are checked here."""
         return cls(model, context, batch, cast(Precision, precision), compiled)
 
     @property
     def param_bytes(self) -> int:
-        """Bytes of a number in weights, gradients, norms and the residual stream."""
+        """Bytes per number of weights, gradients, norms and the residual stream."""
         return 8 if self.precision == "float64" else 4
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of a number in matrix products and in the attention."""
+        """Bytes per number of matrix products and the attention."""
         return 2 if self.precision == "bfloat16" else self.param_bytes
 
 
@@ -90,15 +99,15 @@ class Layout:
     """How the GPUs share the job.
 
     Attributes:
-        dp: groups of ranks, each with its share of the batch.
-        sp: ranks a group, each with its shard of every sequence (of every super-chunk, when streamed).
+        dp: data-parallel size: groups of ranks, each with its share of the batch.
+        sp: context-parallel size: ranks per group, each with a shard of every sequence (when streamed: of every chunk).
         chunk_size: tokens of each row whose activations exist at a time on one rank; None: the sequence is not streamed.
         checkpointing: recompute each block in the backward pass.
-        sharding: "none" (every rank holds all weights) or "fsdp" (weights and optimizer states are divided).
-        keep: where the carries at chunk starts wait, "device" or "host".
+        sharding: "none" (every rank holds all weights) or "fsdp" (weights and optimizer states are sharded).
+        keep: where the carries at chunk starts are stored, "device" or "host".
 
     Raises:
-        ValueError: a number is less than 1, or no such choice.
+        ValueError: a number is less than 1, or an option is unknown.
     """
 
     dp: int
@@ -134,18 +143,18 @@ class Layout:
             raise ValueError(f"batch = {job.batch} does not divide over dp = {self.dp} groups of ranks: change one of them")
         if job.context < self.sp:
             raise ValueError(f"context = {job.context} is shorter than sp = {self.sp} ranks: lower --sp")
-        if self.chunk_size is not None and "S" in job.model.layer_kinds:
+        for kind in growing_carries(job.model)[:1] if self.chunk_size is not None else ():
             raise ValueError(
-                "a full-softmax layer cannot be streamed: its carry is every key and value so far; take the S "
-                f"out of layer_pattern = {job.model.layer_pattern!r} or plan without --chunk-size"
+                f"a {kind.name.replace(' ', '-')} layer cannot be streamed: its carry is {kind.carry_text}; take the "
+                f"{kind.letter} out of layer_pattern = {job.model.layer_pattern!r} or plan without --chunk-size"
             )
 
     def rows(self, job: Job) -> int:
-        """Sequences a rank works on, ``B``."""
+        """Sequences per rank, ``B``."""
         return job.batch // self.dp
 
     def shard(self, job: Job) -> int:
-        """Tokens of each sequence that fall to one rank."""
+        """Tokens of each sequence on one rank."""
         return -(-job.context // self.sp)
 
     def chunk(self, job: Job) -> int:
@@ -155,3 +164,7 @@ class Layout:
     def chunks(self, job: Job) -> int:
         """Chunks of a sequence."""
         return math.ceil(self.shard(job) / self.chunk(job))
+
+    def chunk_shape(self, job: Job, cluster: Cluster) -> ChunkShape:
+        """What one rank works on at a time."""
+        return ChunkShape(self.rows(job), self.chunk(job), cluster.on_cpu)

@@ -1,4 +1,4 @@
-"""A plan: what one optimizer step takes on a cluster under a layout, and which layout to take."""
+"""A plan: memory, communication and time of one optimizer step under a layout, and the search for the best layout."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from race_dist.planning.clusters import Cluster
+from race_dist.planning.communication_cost import Exchange, exchange
 from race_dist.planning.cost_model import (
-    Exchange,
-    Roofline,
     attention_seconds,
     count_passes,
     elementwise_seconds,
-    exchange,
     launch_seconds,
     matmul_seconds,
     offload_seconds,
@@ -21,10 +19,11 @@ from race_dist.planning.cost_model import (
     useful_flops,
 )
 from race_dist.planning.device_rates import Rates
-from race_dist.planning.layout import Job, Keep, Layout, Sharding, parse_count
+from race_dist.planning.layout import Job, Keep, Layout, Sharding, growing_carries, parse_count
 from race_dist.planning.memory import Memory, memory
+from race_dist.planning.roofline import Roofline
 
-LONGEST = 2**50  # tokens: where looking for the largest context ends
+MAX_CONTEXT = 2**50  # tokens: where the search for the largest context ends
 CHUNKS = tuple(2**n for n in range(10, 23))  # chunk sizes that are tried
 
 
@@ -33,10 +32,10 @@ class Plan:
     """One job under one layout.
 
     Attributes:
-        job, layout, cluster, rates: what was asked.
-        memory: of the fullest GPU.
-        exchange: bytes that a GPU sends in a step.
-        seconds: of a step, by part; they add up to ``step``.
+        job, layout, cluster, rates: the inputs of the plan.
+        memory: of the GPU that needs most.
+        exchange: bytes that one GPU sends per step.
+        seconds: per step, by part; they add up to ``step``.
     """
 
     job: Job
@@ -54,19 +53,19 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all GPUs."""
+        """Tokens per second over all GPUs."""
         return self.job.context * self.job.batch / self.step
 
     @property
     def mfu(self) -> float:
-        """Useful operations over what the GPUs' peak could do in the time; what is computed again does not count."""
+        """Useful operations over what the GPUs' peak could do in the time; recomputation does not count."""
         peak = self.cluster.gpu.flops[self.job.precision] * self.layout.ranks
         return useful_flops(self.job) / (peak * self.step)
 
     @property
     def repeats(self) -> float:
-        """Operations of the blocks over those that any method needs: 4/3 when streamed."""
-        return count_passes(self.job, self.layout).products / 3
+        """Operations of the blocks over those that any method needs: 4/3 when streamed, because of recomputation."""
+        return count_passes(self.job, self.layout).forward_units / 3
 
 
 def make_plan(job: Job, layout: Layout, cluster: Cluster, rates: Rates | None = None) -> Plan:
@@ -77,26 +76,26 @@ def make_plan(job: Job, layout: Layout, cluster: Cluster, rates: Rates | None = 
     """
     layout.check(job, cluster)
     rates = rates or Rates()
-    machine = Roofline(job, cluster, rates)
+    roofline = Roofline(job, cluster, rates)
     tokens = layout.rows(job) * layout.shard(job)
-    forward, backward = attention_seconds(job, layout, machine)
-    sent = exchange(job, layout, machine)
+    forward, backward = attention_seconds(job, layout, roofline)
+    sent = exchange(job, layout, roofline)
     seconds = {
-        "matrix products": matmul_seconds(job, layout, machine),
+        "matrix products": matmul_seconds(job, layout, roofline),
         "attention": tokens * (forward * count_passes(job, layout).forward + backward),
-        "element-wise": elementwise_seconds(job, layout, machine),
+        "element-wise": elementwise_seconds(job, layout, roofline),
         "exchange not hidden": sent.exposed,
-        "optimizer": optimizer_seconds(job, layout, machine),
-        "offload not hidden": offload_seconds(job, layout, machine),
+        "optimizer": optimizer_seconds(job, layout, roofline),
+        "offload not hidden": offload_seconds(job, layout, roofline),
     }
     device = sum(seconds[part] for part in ("matrix products", "attention", "element-wise"))
-    seconds["waiting for the host"] = max(0.0, launch_seconds(job, layout, machine) - device)
+    seconds["waiting for the host"] = max(0.0, launch_seconds(job, layout, roofline) - device)
     return Plan(job, layout, cluster, rates, memory(job, layout, cluster), sent, seconds)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the search may vary: None is free, a value is fixed. ``chunk_size`` 0 fixes "not streamed"."""
+    """Options that the search may vary: None is free, a value is fixed. ``chunk_size = 0`` fixes "not streamed"."""
 
     dp: int | None = None
     sp: int | None = None
@@ -115,7 +114,7 @@ class Choices:
         sharding: str | None,
         keep: str | None,
     ) -> Choices:
-        """Choices from words, as the command line has them. Raises ValueError where one is none."""
+        """Choices from the command line's texts. Raises ValueError for an invalid one."""
         chunk = None if chunk_size is None else parse_count(chunk_size)
         tried = Layout(
             1 if dp is None else dp,
@@ -130,7 +129,7 @@ class Choices:
         )
 
     def layouts(self, job: Job, cluster: Cluster) -> Iterator[Layout]:
-        """Every layout that is allowed, those that divide as they must."""
+        """Every layout that the choices allow and whose sizes divide."""
         for dp, sp in self._meshes(job, cluster):
             shard = -(-job.context // sp)
             for chunk in self._chunks(job, shard):
@@ -156,7 +155,7 @@ class Choices:
     def _chunks(self, job: Job, shard: int) -> list[int | None]:
         if self.chunk_size is not None:
             return [self.chunk_size or None]
-        if "S" in job.model.layer_kinds:
+        if growing_carries(job.model):
             return [None]
         return [None, *(chunk for chunk in CHUNKS if chunk < shard)]
 
@@ -167,9 +166,9 @@ class Choices:
 
 
 def recommend(job: Job, cluster: Cluster, rates: Rates | None = None, choices: Choices | None = None) -> Plan:
-    """The fastest layout that fits; of those within 2% of it, the simplest, then the one that takes the least memory.
+    """The fastest layout that fits; among those within 2% of it the simplest, then the one with the smallest peak.
 
-    Where none fits, the one that comes nearest (its ``memory.fits`` is False).
+    Where none fits, the one that is closest to fitting (its ``memory.fits`` is False).
     """
     plans = [make_plan(job, layout, cluster, rates) for layout in (choices or Choices()).layouts(job, cluster)]
     fitting = [plan for plan in plans if plan.memory.fits]
@@ -194,17 +193,17 @@ def recommend(job: Job, cluster: Cluster, rates: Rates | None = None, choices: C
 
 
 def largest_context(plan: Plan, choices: Choices | None = None, *, seconds: float | None = None) -> int:
-    """The longest context, to 1%, that fits the memory (and a step of so many seconds) on the plan's mesh and sharding, with
-    the best chunk size for it; 0 if none does."""
+    """The longest context, to 1%, that fits the memory (and a step of ``seconds``) on the plan's mesh and sharding with the
+    best chunk size for it; 0 if none does."""
     layout = plan.layout
     fixed = replace(choices or Choices(), dp=layout.dp, sp=layout.sp, sharding=layout.sharding)
 
     def possible(context: int) -> bool:
         job = replace(plan.job, context=context)
-        for each in fixed.layouts(job, plan.cluster):
-            if not memory(job, each, plan.cluster).fits:
+        for candidate in fixed.layouts(job, plan.cluster):
+            if not memory(job, candidate, plan.cluster).fits:
                 continue
-            if seconds is None or make_plan(job, each, plan.cluster, plan.rates).step <= seconds:
+            if seconds is None or make_plan(job, candidate, plan.cluster, plan.rates).step <= seconds:
                 return True
         return False
 
@@ -212,12 +211,12 @@ def largest_context(plan: Plan, choices: Choices | None = None, *, seconds: floa
 
 
 def _largest(possible: Callable[[int], bool], start: int) -> int:
-    """The largest number for which ``possible`` holds, to 1%, if it holds up to some number and not beyond."""
+    """The largest number for which ``possible`` holds, to 1%; it must hold up to some number and not beyond."""
     if not possible(start):
         return 0
     low, high = start, 2 * start
     while possible(high):
-        if high >= LONGEST:
+        if high >= MAX_CONTEXT:
             return high
         low, high = high, 2 * high
     while high - low > max(1, low // 100):

@@ -26,7 +26,7 @@ def test_a_report_holds_every_candidate_at_every_length(tmp_path: Path) -> None:
     assert len(said) == 7
 
 
-def test_a_slow_peer_leaves_at_longer_sequences() -> None:
+def test_a_slow_baseline_is_not_timed_at_longer_sequences() -> None:
     report = run(
         Shape(0, heads=1, head_dim=8, tables=1, planes=2),
         [64, 128],
@@ -39,8 +39,8 @@ def test_a_slow_peer_leaves_at_longer_sequences() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_linear_peer_computes_linear_attention(causal: bool) -> None:
-    """A peer that computes something cheaper would make any figure good."""
+def test_the_linear_baseline_computes_linear_attention(causal: bool) -> None:
+    """A baseline that computes something cheaper would falsify the comparison."""
     shape = Shape(128, heads=1, head_dim=8, causal=causal)
     q, k, v = torch.randn(3, 1, 128, 1, 8).double().unbind(0)
     score = (torch.nn.functional.elu(q[0, :, 0]) + 1) @ (torch.nn.functional.elu(k[0, :, 0]) + 1).mT

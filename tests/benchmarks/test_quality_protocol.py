@@ -69,9 +69,9 @@ def test_a_variant_that_is_no_model_is_named() -> None:
     broken = protocol(variant=[{"name": "wide", "model": {"dims": 3}}])
     with pytest.raises(ValueError, match=r"variant 'wide': unknown key model.dims; did you mean model.dim\?"):
         model_config(broken, broken.variant[0], 0)
-    peer = protocol(variant=[{"name": "peer", "mixer": "gated_delta", "model": {"layer_pattern": "W"}}])
-    with pytest.raises(ValueError, match="stands where layer_pattern has an R"):
-        model_config(peer, peer.variant[0], 0)
+    baseline = protocol(variant=[{"name": "baseline", "mixer": "gated_delta", "model": {"layer_pattern": "W"}}])
+    with pytest.raises(ValueError, match="layer_pattern needs an R"):
+        model_config(baseline, baseline.variant[0], 0)
     with pytest.raises(ValueError, match="no such variant; there are: a; b"):
         protocol().chosen(["c"])
 

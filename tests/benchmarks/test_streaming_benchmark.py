@@ -16,7 +16,7 @@ from race_dist.models import ModelConfig
 from race_dist.planning import Cluster, Job, Layout, Rates, make_plan
 from race_dist.planning.clusters import find_gpu, match_gpu
 from race_dist.planning.cost_model import streamed_flops
-from race_dist.planning.tally import parameters
+from race_dist.planning.parameter_counts import parameter_count
 from race_dist.training.config import TrainConfig, parse_config
 
 
@@ -34,7 +34,7 @@ def test_a_whole_step_has_every_figure(config: TrainConfig, tmp_path: Path) -> N
     for row, tokens in zip(report["rows"], (512, 1024), strict=True):
         assert row["tokens"] == tokens
         assert row["text_tokens"] == min(tokens, 20 * 41)
-        assert row["parameters"] == parameters(config.model)
+        assert row["parameters"] == parameter_count(config.model)
         assert row["seconds"] == pytest.approx(row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"])
         assert row["loss"] == pytest.approx(5.6, abs=0.3)  # log(256), and a little for weights that are not zero
         assert row["flops"] == streamed_flops(config.model, tokens) > 8 * row["parameters"] * tokens

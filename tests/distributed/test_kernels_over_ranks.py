@@ -1,4 +1,4 @@
-"""The Triton backend over a group, in the interpreter: a pass that was begun before its state is known goes on right."""
+"""The Triton backend over a group, in the interpreter: a pass that starts without its initial state ends exactly."""
 
 from __future__ import annotations
 

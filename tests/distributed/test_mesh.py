@@ -1,4 +1,4 @@
-"""Jobs of several ranks: agreement at the start, the mesh, a job under torchrun."""
+"""Jobs of several ranks: consistency checks at the start, the mesh, a job under torchrun."""
 
 from __future__ import annotations
 

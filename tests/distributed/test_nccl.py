@@ -72,9 +72,9 @@ def scans(group):
     for algorithm in ("all_gather", "recursive_doubling"):
         mass = torch.full((1, 2, 4), rank + 1.0, device="cuda", requires_grad=True)
         carry = SketchState(mass, torch.ones(1, 2, 4, 3, device="cuda"))
-        entering = exclusive_scan(carry, group, algorithm=algorithm)
-        entering.mass.sum().backward()
-        results.append((entering.mass.mean().item(), mass.grad.mean().item()))
+        initial = exclusive_scan(carry, group, algorithm=algorithm)
+        initial.mass.sum().backward()
+        results.append((initial.mass.mean().item(), mass.grad.mean().item()))
     shard = torch.full((2 - rank, 3), float(rank), device="cuda", requires_grad=True)
     whole = unshard_sequence(shard, group, dim=0)
     whole.sum().backward()

@@ -1,4 +1,4 @@
-"""The script for several GPUs, small, over gloo: every part measures, the peers are exact, a limit still leaves a JSON."""
+"""The script for several GPUs, small, over gloo: every part measures, the baselines are exact, a limit still leaves a JSON."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_limit_leaves_a_json_of_what_was_measured(tmp_path: Path) -> None:
     assert "limit had passed" in report["peers"]["skipped"]
 
 
-def peers(group: ProcessGroup, length: int, heads: int, name: str, layout: Layout) -> tuple[float, ...]:
+def baseline_errors(group: ProcessGroup, length: int, heads: int, name: str, layout: Layout) -> tuple[float, ...]:
     """Relative errors of output and gradients against one rank."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(1, length, heads, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
@@ -101,5 +101,5 @@ def peers(group: ProcessGroup, length: int, heads: int, name: str, layout: Layou
     ],
 )
 def test_softmax_peers_are_exact(world: int, length: int, heads: int, name: str, layout: Layout) -> None:
-    for errors in run_ranks(world, peers, length, heads, name, layout):
+    for errors in run_ranks(world, baseline_errors, length, heads, name, layout):
         assert max(errors) <= 1e-6  # the ring adds its parts in float32

@@ -23,11 +23,11 @@ class Language:
 
     Args:
         protocol: with a ``language`` table.
-        run: whose seed draws the windows.
-        device: where the text lies.
+        run: its seed draws the windows.
+        device: of the text.
 
     Raises:
-        ValueError: the text is too short, is not bytes, or there is none.
+        ValueError: the text is too short, is not bytes, or does not exist.
     """
 
     def __init__(self, protocol: Protocol, run: Run, device: torch.device) -> None:
@@ -47,11 +47,11 @@ class Language:
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence that is measured."""
+        """Tokens of an evaluated sequence."""
         return self._eval_context
 
     def header(self) -> dict[str, Any]:
-        """What the text is."""
+        """Facts about the text."""
         passes = self.steps * self.batch_size * self.task.context / len(self.train)
         return {
             "text": self.corpus.name,
@@ -62,7 +62,7 @@ class Language:
         }
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """A step's windows ``[B, T + 1]``, and how many targets they have."""
+        """A step's windows ``[B, T + 1]``, and the number of their targets."""
         size = self.task.context
         batch = training_batch(self.train, seed=self.seed, position=step, batch_size=self.batch_size, context=size)
         starts = torch.tensor(batch.starts, device=self.device)
@@ -74,14 +74,14 @@ class Language:
         return batch[0].shape[1] - 1
 
     def loss(self, model: DecoderLM, batch: tuple[Tensor, ...], sequence: Sequence) -> Tensor:
-        """The mean loss of a batch whose rows stand as ``sequence`` says."""
+        """The mean loss of a batch."""
         windows, targets = batch
         h = hidden(model, windows[:, :-1], sequence)
         return model.loss(h, windows[:, 1:].contiguous(), num_targets=targets)
 
     @torch.no_grad()
     def measure(self, model: DecoderLM) -> dict[str, Any]:
-        """Bits per byte of the held-out text, whole and by position in the window."""
+        """Bits per byte of the held-out text: mean, and by position in the window."""
         size = self._eval_context
         rows = max(1, self.batch_size * self.task.context // size)
         total = torch.zeros(size, dtype=torch.float64, device=self.device)
@@ -100,7 +100,7 @@ class Language:
 
 
 def bits_by_token(model: DecoderLM, windows: Tensor) -> Tensor:
-    """``[B, T]`` float64 of windows ``[B, T + 1]``."""
+    """Bits per token ``[B, T]`` (float64) of windows ``[B, T + 1]``."""
     logits = model(windows[:, :-1]).float()
     losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
     return losses.view(windows.shape[0], -1).double() / math.log(2)

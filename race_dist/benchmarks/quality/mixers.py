@@ -1,5 +1,5 @@
-"""Linear peers of RACE in plain PyTorch, in chunks: the gated delta rule, simple gated linear attention, and the delta rule on
-RACE's buckets. For training short sequences side by side; nothing here is tuned for speed."""
+"""Linear-attention baselines in plain PyTorch, in chunks: the gated delta rule, simple gated linear attention, and the delta
+rule on RACE's buckets. For training on short sequences; not tuned for speed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CHUNK = 64
 
 
 class LinearBaseline(RaceAttention):
-    """Another linear attention with all that stands around RACE's: projections, convolutions, a decay per token, a norm per
-    head and the gate. Whole sequences on one rank only.
+    """Another linear attention with the other parts of a RACE layer: projections, convolutions, a decay per token, a norm per
+    head and the gate. Complete sequences on one rank only.
 
     Args:
-        config: of the RACE layer whose place it takes: its widths, convolutions and gate count.
+        config: of the RACE layer that it replaces: its widths, convolutions and gate are used.
         layer: index of the layer.
     """
 
     def __init__(self, config: RaceConfig, layer: int = 0, **options: Any) -> None:
-        super().__init__(self.adapted(config), layer, **options)
+        super().__init__(self.baseline_config(config), layer, **options)
 
-    def adapted(self, config: RaceConfig) -> RaceConfig:
-        """The config without what only the hash needs."""
+    def baseline_config(self, config: RaceConfig) -> RaceConfig:
+        """The config without the options of the hash."""
         return config.model_copy(
             update={
                 "qk_norm": False,
@@ -48,7 +48,7 @@ class LinearBaseline(RaceAttention):
 
     @property
     def state_numbers(self) -> int:
-        """Of one row: a matrix a head."""
+        """Numbers of one row's state: one matrix per head."""
         return self.num_kv_heads * self.head_dim * self.head_dim
 
     def forward(  # type: ignore[override]
@@ -60,14 +60,14 @@ class LinearBaseline(RaceAttention):
         """``x [B, T, dim]`` to the same; there is no carry."""
         sequence = sequence or Sequence.of(x.shape[1], device=x.device)
         if carry is not None or sequence.group is not None or sequence.cu_seqlens is not None or sequence.key_mask is not None:
-            raise ValueError(f"{type(self).__name__} is a benchmark's peer: whole unpadded sequences on one rank only")
+            raise ValueError(f"{type(self).__name__} is a benchmark baseline: complete unpadded sequences on one rank only")
         (q, k, v), _ = apply_short_convs(self.project(x), (self.q_conv, self.k_conv, self.v_conv), None, sequence)
         heads = [t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.activated(q, k, v)]
-        rates = self._decay(x)
-        assert rates is not None
+        log_decay = self._decay(x)
+        assert log_decay is not None
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = (t.to(compute_dtype(x)) for t in heads)
-            out = self.recurrence(q, k, v, rates.transpose(1, 2), x)
+            out = self.recurrence(q, k, v, log_decay.transpose(1, 2), x)
         assert self.out_norm is not None
         y = self.out_norm(out.transpose(1, 2)).flatten(2).to(heads[2].dtype)
         if self.gate_proj is not None:
@@ -100,19 +100,19 @@ class GatedDelta(LinearBaseline):
         self.write_proj = Linear(config.dim, self.num_kv_heads, **where)
 
     def recurrence(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, x: Tensor) -> Tensor:
-        q, k = self.addresses(q, k)
+        q, k = self.normalized(q, k)
         write = torch.sigmoid(F.linear(x.to(q.dtype), self.write_proj.weight.to(q.dtype))).transpose(1, 2)
         return gated_delta(q, k, v, log_decay, write)
 
-    def addresses(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """What reads and writes the state; keys of unit length."""
+    def normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of unit length, which read and write the state."""
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
 
 
 class BucketDelta(GatedDelta):
-    """The delta rule on RACE's buckets: the soft hash's features, of unit length, in place of keys and queries."""
+    """The delta rule on RACE's buckets: the soft hash's features, of unit length, instead of keys and queries."""
 
-    def adapted(self, config: RaceConfig) -> RaceConfig:
+    def baseline_config(self, config: RaceConfig) -> RaceConfig:
         return config.model_copy(update={"normalization": "none", "decay": "token", "rope_base": None})
 
     @property
@@ -122,7 +122,7 @@ class BucketDelta(GatedDelta):
     def activated(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
 
-    def addresses(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         features = []
         for t, scale in ((q, self.q_scale), (k, self.k_scale)):
             if scale is not None:
@@ -139,7 +139,7 @@ BASELINE_MIXERS: dict[str, type[LinearBaseline]] = {
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """``[B, H, T, ...]`` as ``[B, H, N, C, ...]``, the last chunk filled up with zeros."""
+    """``[B, H, T, ...]`` as ``[B, H, N, C, ...]``, the last chunk padded with zeros."""
     missing = -x.shape[2] % chunk
     if missing:
         x = torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], 2)
@@ -167,10 +167,10 @@ def gated_linear(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, chunk: i
     total, factor = _within(log_decay)
     inside = ((q @ k.mT) * factor) @ v
     sums = (k * (total[..., -1:] - total).exp()[..., None]).mT @ v  # [B, H, N, K, D]
-    last, entering = total[..., -1].exp(), q * total.exp()[..., None]
+    last, decayed_q = total[..., -1].exp(), q * total.exp()[..., None]
     state, out = torch.zeros_like(sums[:, :, 0]), []
     for n in range(q.shape[2]):
-        out.append(inside[:, :, n] + entering[:, :, n] @ state)
+        out.append(inside[:, :, n] + decayed_q[:, :, n] @ state)
         state = last[:, :, n, None, None] * state + sums[:, :, n]
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length]
 
@@ -188,23 +188,23 @@ def gated_delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, write: Tenso
     q, k, v, log_decay, write = (_chunks(t, chunk) for t in (q, k, v, log_decay, write))
     total, factor = _within(log_decay)
     written = k * write[..., None]
-    # the triangle is solved: powers of it overflow where keys are nearly parallel
+    # solve_triangular, because powers of the matrix overflow where keys are nearly parallel
     triangle = ((written @ k.mT) * factor).tril(-1) + torch.eye(chunk, dtype=q.dtype, device=q.device)
     right = torch.cat([v * write[..., None], written * total.exp()[..., None]], -1)
     solved = torch.linalg.solve_triangular(triangle, right, upper=False, unitriangular=True)
     values, keys = solved[..., :width], solved[..., width:]
-    inside, entering = (q @ k.mT) * factor, q * total.exp()[..., None]
-    leaving, last = k * (total[..., -1:] - total).exp()[..., None], total[..., -1].exp()
+    inside, decayed_q = (q @ k.mT) * factor, q * total.exp()[..., None]
+    decayed_k, last = k * (total[..., -1:] - total).exp()[..., None], total[..., -1].exp()
     state, out = q.new_zeros(*q.shape[:2], q.shape[-1], width), []
     for n in range(q.shape[2]):
         new = values[:, :, n] - keys[:, :, n] @ state
-        out.append(entering[:, :, n] @ state + inside[:, :, n] @ new)
-        state = last[:, :, n, None, None] * state + leaving[:, :, n].mT @ new
+        out.append(decayed_q[:, :, n] @ state + inside[:, :, n] @ new)
+        state = last[:, :, n, None, None] * state + decayed_k[:, :, n].mT @ new
     return torch.stack(out, 2).flatten(2, 3)[:, :, :length]
 
 
 class NoFeedForward(nn.Module):
-    """Stands where a block has its feed-forward and adds nothing."""
+    """Replaces a block's feed-forward and returns zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""A protocol: the task, the budget, and the variants that are compared. Read from TOML."""
+"""A protocol: the task, the budget, and the variants. Read from TOML."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class LanguageTask(StrictConfig):
         path, pattern, held_out: as ``[data]`` of a training configuration.
         context: bytes of a training window.
         eval_context: bytes of a held-out window; None: ``context``.
-        eval_tokens: how much of the held-out text is read at the end, at most.
-        positions: equal parts of the context whose bits per byte are given one by one.
+        eval_tokens: at most so many tokens of the held-out text are evaluated.
+        positions: number of equal parts of the context whose bits per byte are reported separately.
     """
 
     path: str = "python-stdlib"
@@ -40,7 +40,7 @@ class LanguageTask(StrictConfig):
 
 
 class Pairs(StrictConfig):
-    """Sequences of ``length`` tokens that begin with ``pairs`` pairs of key and value; ``weight``: its share of the training
+    """Sequences of ``length`` tokens that begin with ``pairs`` pairs of key and value; ``weight``: their share of the training
     steps."""
 
     length: int = Field(ge=4, le=SIZE_LIMIT)
@@ -55,13 +55,13 @@ class Pairs(StrictConfig):
 
 
 class RecallTask(StrictConfig):
-    """Multi-query associative recall (MQAR) as zoology generates it: pairs first, then each key once more, at distances drawn
-    from a power law, between random tokens; the answer to a key is its value.
+    """Multi-query associative recall (MQAR) as zoology generates it: pairs first, then each key once more between
+    random tokens, at distances drawn from a power law; the target at a key is its value.
 
     Attributes:
-        train: what training draws from, each step one kind.
-        test: what is measured.
-        examples: of each kind that is measured.
+        train: kinds of training sequences; each step uses one kind.
+        test: kinds of test sequences.
+        examples: test sequences per kind.
         power: exponent of the distances (zoology's power_a).
     """
 
@@ -72,13 +72,13 @@ class RecallTask(StrictConfig):
 
 
 class Variant(StrictConfig):
-    """One model that is compared.
+    """One of the compared models.
 
     Attributes:
         name: unique in the protocol.
-        mixer: what the R layers are: "model" (RACE, as ``model.race`` says) or a peer of :mod:`.mixers`.
+        mixer: the layer at each R: "model" (RACE with ``model.race``) or a baseline of :mod:`.mixers`.
         model: keys of ModelConfig that differ from the protocol's, nested tables merged.
-        rates: learning rates tried with the first seed; None: the protocol's.
+        rates: learning rates for the first seed; None: the protocol's.
         seeds: None: the protocol's.
         planes_lr: learning rate of trained planes; None: that of the rest.
         note: for the page.
@@ -94,18 +94,18 @@ class Variant(StrictConfig):
 
 
 class Protocol(StrictConfig):
-    """What is compared, and how.
+    """The compared variants and their common settings.
 
     Attributes:
         name, about: for the page.
         task: exactly one of ``language`` and ``recall`` is given.
         seeds: of weights, planes and data. The first one also chooses the learning rate.
-        rates: learning rates tried with the first seed; the other seeds get the best.
+        rates: learning rates for the first seed; the other seeds use the best.
         steps, batch_size: of training.
         precision: "float32" or "bfloat16" (autocast).
-        compiled: whether blocks are compiled with torch.compile (where that fails, the run says so and goes on without).
-        parameters: trained numbers that every variant gets, by the width of its feed-forward; None: as the model says.
-        feed_forward: False leaves the feed-forward out of every block.
+        compiled: whether blocks are compiled with torch.compile (where that fails, the run prints it and continues without).
+        parameters: trained numbers of every variant, set by the width of its feed-forward; None: the model's.
+        feed_forward: False removes the feed-forward from every block.
         model: ModelConfig's keys, for all variants.
         optim: AdamW and the schedule; its lr is the run's.
         variant: the models.
@@ -150,13 +150,13 @@ class Protocol(StrictConfig):
         return self
 
     def chosen(self, names: Iterable[str]) -> Protocol:
-        """Only the variants of these names. Raises ValueError for a name that is none."""
-        wanted = list(names)
+        """Only the variants of these names. Raises ValueError for an unknown name."""
+        selected = list(names)
         known = {v.name: v for v in self.variant}
-        unknown = [name for name in wanted if name not in known]
+        unknown = [name for name in selected if name not in known]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: no such variant; there are: {'; '.join(known)}")
-        return self.model_copy(update={"variant": tuple(v for v in self.variant if v.name in wanted)})
+        return self.model_copy(update={"variant": tuple(v for v in self.variant if v.name in selected)})
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Run:
 
 
 def settings_digest(protocol: Protocol, variant: Variant) -> str:
-    """Of all that decides a variant's runs but for rate and seed: results of other settings are not taken for them."""
+    """Digest of all settings of a variant's runs except rate and seed, so that results of other settings are not reused."""
     common = protocol.model_dump(mode="json", exclude={"name", "about", "seeds", "rates", "variant", "compiled"})
     own = variant.model_dump(mode="json", exclude={"name", "note", "rates", "seeds"})
     return hashlib.sha256(json.dumps([common, own], sort_keys=True).encode()).hexdigest()[:16]
@@ -183,7 +183,7 @@ def load_protocol(path: Path, overrides: Iterable[str] = ()) -> Protocol:
     """Read a protocol; overrides are ``"a.b=value"`` with a TOML value.
 
     Raises:
-        ValueError: it is no TOML, or a key is unknown or out of its range; one sentence that names the file and the key.
+        ValueError: it is not TOML, or a key is unknown or out of its range; one sentence that names the file and the key.
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():

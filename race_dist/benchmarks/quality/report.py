@@ -1,4 +1,4 @@
-"""A page and a picture of a protocol's results."""
+"""A page and a plot of a protocol's results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from race_dist.files import write_text
 
 
 def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a variant, best first: at its best rate, mean and spread over seeds, parameters, state, time."""
+    """One row per variant, best first: at its best learning rate, mean and range over seeds, parameters, state, time."""
     rows = []
     for name, settings in data["variants"].items():
         runs = [r for r in data["runs"] if r["variant"] == name and "failed" not in r]
@@ -43,20 +43,19 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The page."""
+    """The page as Markdown."""
     protocol, rows = data["protocol"], summary(data)
     lines = [f"# {protocol['name']}", "", protocol["about"].strip(), ""]
     for machine in data["machines"]:
-        place = machine.get("gpu") or machine["processor"]
+        hardware = machine.get("gpu") or machine["processor"]
         lines.append(
-            f"Made {machine['date'][:10]} on {place} (torch {machine['torch']}, triton {machine['triton']}), "
+            f"Made {machine['date'][:10]} on {hardware} (torch {machine['torch']}, triton {machine['triton']}), "
             f"{machine['side_by_side']} runs side by side: `{machine['command']}`"
         )
     lines += ["", *_texts(data)]
     lines += [
-        f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best of those tried "
-        "with the first seed. State: bytes at two a number. Seconds are those of training with others beside it: a lead "
-        "at most.",
+        f"{protocol['steps']} steps of {protocol['batch_size']} sequences. The learning rate is the best one with "
+        "the first seed. State: two bytes per number. Seconds were measured with concurrent runs: only a hint.",
         "",
     ]
     metric = "bits per byte" if rows and rows[0]["metric"] == "bits_per_byte" else "accuracy"
@@ -79,7 +78,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def _texts(data: dict[str, Any]) -> list[str]:
-    """What text the runs read: results on different texts do not compare, and several passes measure something else."""
+    """The texts of the runs: results on different texts, or with different numbers of passes, are not comparable."""
     texts = {
         (t["digest"], t["training_bytes"], t.get("passes"))
         for r in data["runs"]
@@ -91,12 +90,12 @@ def _texts(data: dict[str, Any]) -> list[str]:
         for digest, size, passes in sorted(texts, key=str)
     ]
     if len({digest for digest, *_ in texts}) > 1:
-        lines.append("These are different texts: their figures do not compare.")
+        lines.append("These are different texts: their figures are not comparable.")
     return [*lines, ""] if lines else []
 
 
 def _kinds(rows: list[dict[str, Any]]) -> list[str]:
-    """Recall by kind of sequence, a row a variant."""
+    """Recall by kind of sequence, one row per variant."""
     rows = [row for row in rows if row["metric"] == "accuracy"]
     if not rows:
         return []
@@ -115,7 +114,7 @@ def _kinds(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write_report(data: dict[str, Any], path: Path) -> list[Path]:
-    """The page and the picture beside the results; returns their paths."""
+    """Write the page and the plot next to the results; returns their paths."""
     rows = summary(data)
     page = path.with_suffix(".md")
     write_text(page, markdown(data))
@@ -145,7 +144,7 @@ def _draw_bits(data: dict[str, Any], rows: list[dict[str, Any]], picture: Path) 
     for row in rows[:: max(1, len(rows) // 8)]:
         parts = row["runs"][0]["by_position"]
         right.plot([(n + 0.5) / len(parts) for n in range(len(parts))], parts, marker=".", label=row["variant"])
-    right.set(xlabel="place in the context", ylabel="bits per byte")
+    right.set(xlabel="position in the context", ylabel="bits per byte")
     right.legend(fontsize=7)
     right.grid(alpha=0.3)
     figure.savefig(picture, dpi=120)
@@ -164,7 +163,7 @@ def _draw_recall(data: dict[str, Any], rows: list[dict[str, Any]], picture: Path
         )
     axes.set(
         xscale="log",
-        xlabel="state, KiB at two bytes a number",
+        xlabel="state, KiB at two bytes per number",
         ylabel="accuracy over all kinds",
         title=data["protocol"]["name"],
     )

@@ -1,5 +1,8 @@
-"""What runs when: learning rates with the first seed, then the other seeds at the best, several side by side; results are kept
-as soon as they are there, and runs that are kept are not made again."""
+"""The schedule of a protocol's runs: learning rates with the first seed, then the other seeds at the best rate, several at a
+time.
+
+Results are stored at once, and stored runs are not repeated.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from race_dist.machine import machine_info
 
 
 def score(result: dict[str, Any]) -> float:
-    """Lower is better: bits per byte, or the share of queries that are missed."""
+    """Bits per byte, or the error rate of recall: lower is better."""
     return float(result["bits_per_byte"]) if "bits_per_byte" in result else 1 - float(result["accuracy"])
 
 
@@ -34,7 +37,7 @@ class Results:
         protocol: whose results they are.
 
     Raises:
-        ValueError: the file is none of this benchmark, or holds a variant's results that were made with other settings.
+        ValueError: the file does not belong to this benchmark, or has results of a variant with other settings.
     """
 
     def __init__(self, path: Path, protocol: Protocol) -> None:
@@ -64,7 +67,7 @@ class Results:
                 f"{self.path} holds results of the protocol {data['protocol'].get('name')!r}, not of "
                 f"{self.protocol.name!r}: give another --out"
             )
-        runs = [row for row in data["runs"] if "failed" not in row]  # what failed is tried again
+        runs = [row for row in data["runs"] if "failed" not in row]  # failed runs are retried
         self.data = {**data, "protocol": self.data["protocol"], "runs": runs}
 
     def of(self, variant: str) -> list[dict[str, Any]]:
@@ -72,23 +75,23 @@ class Results:
         return [row for row in self.data["runs"] if row["variant"] == variant]
 
     def keys(self) -> set[tuple[str, float, int]]:
-        """What is there; a run that failed in this session too."""
+        """Keys of the stored runs, including runs that failed in this call."""
         return {(row["variant"], row["rate"], row["seed"]) for row in self.data["runs"]}
 
     def add(self, run: Run, result: dict[str, Any]) -> None:
-        """Keep a result, on disk at once."""
+        """Store a result on disk at once."""
         self.data["runs"].append({"variant": run.variant.name, "rate": run.rate, "seed": run.seed, **result})
         self.write()
 
     def write(self) -> None:
-        """The file, whole or not at all."""
+        """Write the file atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.data)
 
 
 def pending(protocol: Protocol, results: Results) -> Iterator[Run]:
-    """What can be run now, the most wanted first: the first rate of every variant, the second, ..., then the other seeds of
-    each variant whose rates have all been tried."""
+    """Runs that can start now, by priority: the first learning rate of every variant, the second, ..., then the other seeds of
+    each variant whose rates are all done."""
     known = results.keys()
     for n in range(max(len(rates_of(protocol, v)) for v in protocol.variant)):
         for variant in protocol.variant:
@@ -113,7 +116,7 @@ def seeds_of(protocol: Protocol, variant: Variant) -> tuple[int, ...]:
 
 
 def best_rate(protocol: Protocol, variant: Variant, results: Results) -> float | None:
-    """The rate that did best with the first seed; None until all have been tried, or where all failed."""
+    """The best learning rate with the first seed; None until all are done, or where all failed."""
     first = seeds_of(protocol, variant)[0]
     rows = {row["rate"]: row for row in results.of(variant.name) if row["seed"] == first}
     if any(rate not in rows for rate in rates_of(protocol, variant)):
@@ -124,8 +127,8 @@ def best_rate(protocol: Protocol, variant: Variant, results: Results) -> float |
 
 @dataclass(frozen=True)
 class Options:
-    """How the runs are made: where, how many side by side, threads of each, and when to end: seconds from the start; a run
-    under way is then given up."""
+    """Device of the runs, number of concurrent runs, threads of each, and a time limit in seconds; unfinished runs are then
+    stopped."""
 
     device: str = "cpu"
     jobs: int = 1
@@ -138,55 +141,55 @@ class _Running:
     run: Run
     process: BaseProcess
     connection: Connection
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
 
-class Board:
-    """Runs side by side, each in a process of its own.
+class Scheduler:
+    """Concurrent runs, each in a separate process.
 
     Args:
-        protocol: what is run.
-        results: what is there already, and where results go.
-        options: how.
-        say: is given a line a run.
+        protocol: the runs.
+        results: stored results; new ones are added.
+        options: of the runs.
+        say: receives one line per run.
     """
 
     def __init__(self, protocol: Protocol, results: Results, options: Options, say: Callable[[str], None] = print) -> None:
         self.protocol, self.results, self.options, self.say = protocol, results, options, say
         self.running: list[_Running] = []
         self.text = protocol.model_dump_json()
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         self.longest = 0.0
 
     def run(self) -> list[str]:
-        """Make every run that is pending. Returns a line for each that the limit has cut off."""
+        """Run everything that is pending. Returns one line per run that the time limit stopped."""
         for variant in self.protocol.variant:
-            model_config(self.protocol, variant, self.protocol.seeds[0])  # said before anything is trained
+            model_config(self.protocol, variant, self.protocol.seeds[0])  # checked before anything is trained
         self.results.data["machines"].append(
             {**machine_info(torch.device(self.options.device)), "side_by_side": self.options.jobs}
         )
         try:
             while self._fill() or self.running:
                 self._collect()
-                if self._left() <= 0:
+                if self._seconds_left() <= 0:
                     break
         finally:
-            given_up = [describe(each.run) for each in self.running]
-            for each in self.running:
-                each.process.kill()
-                each.process.join()
+            stopped = [describe(job.run) for job in self.running]
+            for job in self.running:
+                job.process.kill()
+                job.process.join()
             self.results.write()
-        return given_up
+        return stopped
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         limit = self.options.limit_seconds
-        return float("inf") if limit is None else self.begun + limit - time.monotonic()
+        return float("inf") if limit is None else self.started + limit - time.monotonic()
 
     def _fill(self) -> bool:
-        """Start what there is room for and, as far as earlier runs tell, time."""
+        """Start runs while there are free slots and, judging by earlier runs, time."""
         started = False
-        while len(self.running) < self.options.jobs and self._left() > self.longest:
-            busy = {each.run.key for each in self.running}
+        while len(self.running) < self.options.jobs and self._seconds_left() > self.longest:
+            busy = {job.run.key for job in self.running}
             run = next((r for r in pending(self.protocol, self.results) if r.key not in busy), None)
             if run is None:
                 break
@@ -195,7 +198,7 @@ class Board:
         return started
 
     def _start(self, run: Run) -> _Running:
-        context = get_context("forkserver")  # a child begins with everything imported
+        context = get_context("forkserver")  # children start with all imports done
         context.set_forkserver_preload(["race_dist.benchmarks.quality.worker"])
         receive, send = context.Pipe(duplex=False)
         from race_dist.benchmarks.quality.worker import work
@@ -211,25 +214,25 @@ class Board:
         return _Running(run, process, receive)
 
     def _collect(self) -> None:
-        """Wait for results, and keep those that came."""
-        ready = wait([each.connection for each in self.running], timeout=max(0.0, min(self._left(), 3600.0)))
-        for each in [r for r in self.running if r.connection in ready]:
+        """Wait for results and store them."""
+        ready = wait([job.connection for job in self.running], timeout=max(0.0, min(self._seconds_left(), 3600.0)))
+        for job in [r for r in self.running if r.connection in ready]:
             try:
-                result = json.loads(each.connection.recv_bytes())
+                result = json.loads(job.connection.recv_bytes())
             except EOFError:
-                each.process.join()
-                result = {"failed": f"the process ended with exit code {each.process.exitcode} and no result"}
-            each.process.join()
-            self.running.remove(each)
-            wall = time.monotonic() - each.begun
+                job.process.join()
+                result = {"failed": f"the process ended with exit code {job.process.exitcode} and no result"}
+            job.process.join()
+            self.running.remove(job)
+            wall = time.monotonic() - job.started
             self.longest = max(self.longest, wall)
-            place = len(self.results.data["machines"]) - 1
-            self.results.add(each.run, {**result, "wall_seconds": round(wall, 1), "machine": place})
-            self.say(f"{describe(each.run)}: {outcome(result)}, {wall:.0f} s")
+            machine_index = len(self.results.data["machines"]) - 1
+            self.results.add(job.run, {**result, "wall_seconds": round(wall, 1), "machine": machine_index})
+            self.say(f"{describe(job.run)}: {outcome(result)}, {wall:.0f} s")
 
 
 def outcome(result: dict[str, Any]) -> str:
-    """A result in a few words."""
+    """A result as text."""
     if "failed" in result:
         return f"failed, {result['failed']}"
     if "bits_per_byte" in result:
@@ -238,18 +241,18 @@ def outcome(result: dict[str, Any]) -> str:
 
 
 def run_protocol(protocol: Protocol, out: Path, options: Options, say: Callable[[str], None] = print) -> Results:
-    """The whole benchmark; results are in ``out`` as they come, the page and the picture beside it at the end."""
+    """Run the benchmark; each result is written to ``out`` at once, the page and the plot at the end."""
     from race_dist.benchmarks.quality.report import write_report
 
     results = Results(out, protocol)
     known = len(results.data["runs"])
     if known:
         say(f"{known} runs are in {out} already")
-    for line in Board(protocol, results, options, say).run():
-        say(f"given up at the limit: {line}")
+    for line in Scheduler(protocol, results, options, say).run():
+        say(f"stopped at the time limit: {line}")
     left = sum(1 for _ in pending(protocol, results))
     if left:
-        say(f"{left} runs or more are left: the same command goes on with them")
+        say(f"{left} runs or more are left: the same command continues with them")
     for path in write_report(results.data, out):
         say(f"written: {path}")
     return results

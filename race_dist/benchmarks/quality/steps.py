@@ -1,6 +1,6 @@
-"""Training steps that are launched at once: after a few ordinary steps a step becomes a CUDA graph, one a shape of batch.
+"""Training steps as CUDA graphs: after a few eager steps, one graph per shape of a batch.
 
-Small models are otherwise bound by the host, and several of them on one GPU most of all.
+Small models are otherwise launch-bound, especially several of them on one GPU.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from race_dist.nn.norm import compute_dtype
 from race_dist.training.config import OptimConfig
 from race_dist.training.optim import build_optimizer
 
-WARM = 5  # ordinary steps of a shape before its graph: kernels are compiled and tuned there
+WARMUP = 5  # eager steps of a shape before its graph, which compile and tune kernels
 
 
 class Task(Protocol):
-    """What :class:`Steps` asks of a task."""
+    """The interface of a task for :class:`Steps`."""
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """What a step reads."""
+        """The inputs of a step."""
         ...
 
     def length(self, batch: tuple[Tensor, ...]) -> int:
@@ -41,19 +41,19 @@ class Steps:
 
     Args:
         model: on ``device``.
-        task: gives batches and the loss.
+        task: its batches and loss.
         optim: AdamW's options.
-        narrow: whether to run under bfloat16 autocast.
-        device: on a GPU steps become graphs.
+        bfloat16: whether to run under bfloat16 autocast.
+        device: on a GPU, steps are captured in graphs.
     """
 
-    def __init__(self, model: DecoderLM, task: Task, optim: OptimConfig, *, narrow: bool, device: torch.device) -> None:
-        self.model, self.task, self.optim, self.narrow, self.device = model, task, optim, narrow, device
+    def __init__(self, model: DecoderLM, task: Task, optim: OptimConfig, *, bfloat16: bool, device: torch.device) -> None:
+        self.model, self.task, self.optim, self.bfloat16, self.device = model, task, optim, bfloat16, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, optim)
         self.graphed = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.graphed else None
-        if self.stream is not None:  # the steps before a capture run where it will run
+        if self.stream is not None:  # steps before a capture run on the capture's stream
             self.stream.wait_stream(torch.cuda.current_stream(device))
             torch.cuda.set_stream(self.stream)
         for group in self.optimizer.param_groups:
@@ -64,27 +64,27 @@ class Steps:
         self.sequences: dict[int, Sequence] = {}
 
     def step(self, number: int, rate: float) -> Tensor:
-        """One step at a learning rate; the loss before it, on the device."""
+        """One step at a learning rate; returns the loss before it, on the device."""
         batch = self.task.batch(number)
         self._set_rate(rate)
         shape = tuple(n for t in batch for n in t.shape)
         self.seen[shape] = self.seen.get(shape, 0) + 1
         if shape in self.graphs:
             graph, inputs, loss = self.graphs[shape]
-            for mine, given in zip(inputs, batch, strict=True):
-                mine.copy_(given)
+            for static, new in zip(inputs, batch, strict=True):
+                static.copy_(new)
             graph.replay()
             return loss
-        if self.graphed and self.seen[shape] > WARM and self._capture(shape, batch):
+        if self.graphed and self.seen[shape] > WARMUP and self._capture(shape, batch):
             return self.graphs[shape][2]
-        loss = self._plain(batch)
+        loss = self._eager_step(batch)
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def try_loss(self) -> None:
         """Forward and backward of the first batch, without a step."""
         batch = self.task.batch(0)
-        with autocast(self.device, narrow=self.narrow):
+        with autocast(self.device, bfloat16=self.bfloat16):
             loss = self.task.loss(self.model, batch, self._sequence(batch))
         loss.backward()
 
@@ -96,9 +96,9 @@ class Steps:
             else:
                 group["lr"] = scaled
 
-    def _plain(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Forward, backward, clip, step; gradients are left."""
-        with autocast(self.device, narrow=self.narrow):
+    def _eager_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Forward, backward, clipping, update; gradients remain."""
+        with autocast(self.device, bfloat16=self.bfloat16):
             loss = self.task.loss(self.model, batch, self._sequence(batch))
         loss.backward()
         if self.optim.clip:
@@ -107,7 +107,7 @@ class Steps:
         return loss.detach()
 
     def _sequence(self, batch: tuple[Tensor, ...]) -> Sequence:
-        """Where rows of that length stand; made once, since it copies from the host."""
+        """The positions of rows of that length; created once per length, because it copies from the host."""
         length = self.task.length(batch)
         if length not in self.sequences:
             sequence = Sequence.of(length, device=self.device, return_carry=False)
@@ -120,13 +120,13 @@ class Steps:
         return self.sequences[length]
 
     def _capture(self, shape: tuple[int, ...], batch: tuple[Tensor, ...]) -> bool:
-        """Make the graph of a step of this shape and run it once; False (and no more graphs) where that fails."""
+        """Capture the graph of a step of this shape and run it once; False (and no more graphs) where that fails."""
         inputs = tuple(t.clone() for t in batch)
         graph: Any = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                loss = self._plain(inputs)
+                loss = self._eager_step(inputs)
             graph.replay()
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
@@ -135,10 +135,10 @@ class Steps:
             self.optimizer.zero_grad(set_to_none=True)
             return False
         self.graphs[shape] = graph, inputs, loss
-        self.optimizer.zero_grad(set_to_none=True)  # the graph's own live in its pool
+        self.optimizer.zero_grad(set_to_none=True)  # the graph's gradients live in its memory pool
         return True
 
 
-def autocast(device: torch.device, *, narrow: bool) -> AbstractContextManager[Any]:
-    """bfloat16 where that is asked for."""
-    return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
+def autocast(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[Any]:
+    """bfloat16 autocast, or no autocast."""
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()

@@ -1,4 +1,4 @@
-"""From a variant to a model: its layers, its width, and the bytes of state that it carries."""
+"""Build a variant's model: its layers, the width of its feed-forward, and the bytes of its state."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from torch import Tensor, nn
 from race_dist.benchmarks.quality.mixers import BASELINE_MIXERS, LinearBaseline, NoFeedForward
 from race_dist.benchmarks.quality.protocol import Protocol, Run, Variant, merged
 from race_dist.models import DecoderLM, ModelConfig
-from race_dist.nn import Sequence, initialize
+from race_dist.nn import Sequence, initialize, layer_kind
 
-FFN_STEP = 16  # the feed-forward's width is a multiple of it: what tensor cores like
+FFN_STEP = 16  # the feed-forward's width is a multiple of this, for tensor cores
 
 
 def model_config(protocol: Protocol, variant: Variant, seed: int) -> ModelConfig:
-    """The variant's ModelConfig. Raises ValueError, naming the variant, for keys that are none or do not fit."""
+    """The variant's ModelConfig. Raises ValueError, naming the variant, for unknown or invalid keys."""
     tree = merged(protocol.model, variant.model)
     tree = {"vocab_size": 256 if protocol.recall is None else 8192, **tree, "seed": seed}
     tree["race"] = {**tree.get("race", {}), "seed": seed}
     config = ModelConfig.check(tree, source=f"variant {variant.name!r}", prefix="model.")
-    if variant.mixer != "model" and ("R" not in config.layer_kinds or config.kv_heads != config.num_heads):
+    if variant.mixer != "model" and (not any(map(_is_race, config.layer_kinds)) or config.kv_heads != config.num_heads):
         raise ValueError(
-            f"variant {variant.name!r}: mixer = {variant.mixer!r} stands where layer_pattern has an R, with as "
+            f"variant {variant.name!r}: mixer = {variant.mixer!r} replaces RACE layers: layer_pattern needs an R, and as "
             "many key/value heads as heads"
         )
     return config
 
 
+def _is_race(letter: str) -> bool:
+    return layer_kind(letter).options_name == "race"
+
+
 def build_model(protocol: Protocol, variant: Variant, seed: int, device: torch.device | str = "cpu") -> DecoderLM:
-    """The variant's model with its first weights; its feed-forward as wide as the protocol's ``parameters`` ask for."""
+    """The variant's initialized model, with a feed-forward whose width gives the protocol's number of ``parameters``."""
     config = model_config(protocol, variant, seed)
     if protocol.parameters is not None:
         config = config.model_copy(update={"ffn_dim": fitting_ffn(protocol, variant, config)})
@@ -58,7 +62,7 @@ def _assembled(protocol: Protocol, variant: Variant, config: ModelConfig, device
     model = DecoderLM(config, device=device)
     for layer, kind in enumerate(config.layer_kinds):
         block: Any = model.blocks[layer]
-        if variant.mixer != "model" and kind == "R":
+        if variant.mixer != "model" and _is_race(kind):
             block.mixer = BASELINE_MIXERS[variant.mixer](
                 config.race, layer, output_gain=(2 * config.num_layers) ** -0.5, init_weights=False, device=device
             )
@@ -73,8 +77,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def state_bytes(model: DecoderLM, context: int, *, number: int = 2) -> int:
-    """Bytes that a sequence leaves behind after ``context`` tokens, for the next token to be read: sketches or matrices, the
-    tails of windows and convolutions, keys and values, ``number`` bytes each."""
+    """Bytes of a sequence's state after ``context`` tokens: sketches or matrices, tails of windows and convolutions, keys and
+    values, with ``number`` bytes per number."""
     total = 0
     for block in model.blocks:
         mixer = cast(Any, block).mixer
@@ -89,8 +93,8 @@ def state_bytes(model: DecoderLM, context: int, *, number: int = 2) -> int:
 
 
 def hidden(model: DecoderLM, ids: Tensor, sequence: Sequence) -> Tensor:
-    """``[B, T, dim]`` after the last norm, as :meth:`DecoderLM.hidden` of rows that stand as ``sequence`` says; nothing is
-    copied from the host, so that a CUDA graph can hold it."""
+    """``[B, T, dim]`` after the last norm, as :meth:`DecoderLM.hidden` at the positions of ``sequence``, without copies from
+    the host, so that a CUDA graph can capture it."""
     x = model.embed(ids)
     for block in model.blocks:
         x, _ = block(x, None, sequence)
@@ -99,5 +103,5 @@ def hidden(model: DecoderLM, ids: Tensor, sequence: Sequence) -> Tensor:
 
 
 def describe(run: Run) -> str:
-    """A run in a line."""
+    """A run as one line."""
     return f"{run.variant.name}, lr {run.rate:g}, seed {run.seed}"

@@ -1,4 +1,4 @@
-"""One training of a protocol: build the model, train it, measure it. In a process of its own: a failure ends no other run."""
+"""One run of a protocol: build the model, train it, measure it, in a separate process, so that a failure ends no other run."""
 
 from __future__ import annotations
 
@@ -20,36 +20,35 @@ from race_dist.models import DecoderLM
 from race_dist.training.optim import learning_rate
 
 CURVE = 24  # points of the training loss that are kept
-UNTIMED = 20  # steps before the clock starts: kernels are compiled there
+UNTIMED = 20  # first steps, which compile kernels and are not timed
 
 
 def work(connection: Connection, protocol: str, variant: int, rate: float, seed: int, device: str, threads: int | None) -> None:
-    """The process: train, and send the result as JSON, ``{"failed": ...}`` if there is none."""
+    """Entry point of the process: train, and send the result as JSON; ``{"failed": reason}`` after an error."""
     settings = Protocol.model_validate_json(protocol)
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         result = train(settings, Run(settings.variant[variant], rate, seed), torch.device(device))
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        result = {"failed": f"{type(error).__name__}: {str(error)[:500]} ({place.name}, line {place.lineno})"}
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        result = {"failed": f"{type(error).__name__}: {str(error)[:500]} ({frame.name}, line {frame.lineno})"}
     connection.send_bytes(json.dumps(result).encode())
     connection.close()
 
 
 def train(protocol: Protocol, run: Run, device: torch.device) -> dict[str, Any]:
-    """The result of a run as JSON: what was measured, parameters, state, the curve and the time.
+    """The result of a run as JSON: measurements, parameters, state, training curve and time.
 
-    ``seconds`` are those of the steps after the first few, times their number: with other runs beside this one on the device
-    they say little about the model.
+    ``seconds`` extrapolates the steps after the first few: with concurrent runs on the device it says little about the model.
     """
     torch.manual_seed(run.seed)
     torch.set_float32_matmul_precision("high")
-    narrow = protocol.precision == "bfloat16"
+    bfloat16 = protocol.precision == "bfloat16"
     task = Language(protocol, run, device) if protocol.language is not None else Recall(protocol, run, device)
     model = build_model(protocol, run.variant, run.seed, device)
     optim = protocol.optim.model_copy(update={"lr": run.rate, "planes_lr": run.variant.planes_lr})
-    steps = Steps(model, task, optim, narrow=narrow, device=device)
+    steps = Steps(model, task, optim, bfloat16=bfloat16, device=device)
     compiled = protocol.compiled and compile_blocks(model, steps)
     losses, clocked, start = torch.zeros(protocol.steps, device=device), 0, time.perf_counter()
     for number in range(protocol.steps):
@@ -63,8 +62,8 @@ def train(protocol: Protocol, run: Run, device: torch.device) -> dict[str, Any]:
     ]
     seconds = (time.perf_counter() - start) / clocked * protocol.steps
     if not all(math.isfinite(point[1]) for point in curve):
-        return {"failed": f"the loss is no number after {next(s for s, v in curve if not math.isfinite(v))} steps"}
-    with autocast(device, narrow=narrow):
+        return {"failed": f"the loss is NaN or Inf after {next(s for s, v in curve if not math.isfinite(v))} steps"}
+    with autocast(device, bfloat16=bfloat16):
         measured = task.measure(model.eval())
     peak = {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2)} if device.type == "cuda" else {}
     return {
@@ -82,13 +81,13 @@ def train(protocol: Protocol, run: Run, device: torch.device) -> dict[str, Any]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, if it is one that runs behind."""
+    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def compile_blocks(model: DecoderLM, steps: Steps) -> bool:
-    """Compile the blocks and try them; False where that fails, and the model then runs as it is."""
+    """Compile the blocks and test them; False where that fails, and the model then runs without a compiler."""
     blocks = list(model._blocks())
     for block in blocks:
         block.compile(dynamic=False)

@@ -1,4 +1,4 @@
-"""What the planner says of the same calls."""
+"""The planner's predictions for the measured calls."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from race_dist.benchmarks.scaling.job import Job
 from race_dist.models import ModelConfig
 from race_dist.planning import Job as Planned
 from race_dist.planning import Layout, Rates, make_plan
-from race_dist.planning.cost_model import Roofline, attention_seconds, scan_seconds
+from race_dist.planning.communication_cost import scan_seconds
+from race_dist.planning.cost_model import attention_seconds
+from race_dist.planning.roofline import Roofline
 from race_dist.training.config import TrainConfig
 
 
 def attention_milliseconds(job: Job, shape: Shape, count: int) -> float:
-    """Forward + backward of one attention call of ``count`` ranks: its local work, and what its exchange adds."""
+    """Forward + backward of one attention call of ``count`` ranks: local computation, and the part of the exchange that is
+    not hidden."""
     race = RaceConfig(num_tables=shape.tables, num_planes=shape.planes, normalization="global", decay="none", short_conv=0)
     model = ModelConfig(vocab_size=256, dim=shape.heads * shape.head_dim, num_layers=1, num_heads=shape.heads, race=race)
     cluster, rates = job.cluster(count), Rates()
@@ -28,6 +31,6 @@ def attention_milliseconds(job: Job, shape: Shape, count: int) -> float:
 
 
 def step_seconds(job: Job, config: TrainConfig, tokens: int, chunk_size: int, count: int) -> float:
-    """One streamed step of ``count`` ranks."""
+    """Seconds of one streamed step of ``count`` ranks."""
     planned = Planned(config.model, tokens, 1, config.precision, config.compile)
     return make_plan(planned, Layout(1, count, chunk_size), job.cluster(count)).step
