@@ -66,7 +66,7 @@ class AttentionInputs:
         log_decay: ``[B, T, Hkv]`` or None, at most 0 (stride 0 over batch and tokens when constant).
         key_mask: ``[B, T]`` bool or None; masked (False) keys add nothing. race_attention has set their decay to 0.
         cu_seqlens: ``[N + 1]`` int64 on the device or None; with packed documents B = 1.
-        initial: state before the first token, one row per batch row or document, or None.
+        initial: state before the first token, one row per batch row or document, without a total log decay; or None.
         causal: whether token i attends to tokens j <= i only.
         normalization: "global", "bucket" or "none".
     """

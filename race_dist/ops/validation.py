@@ -74,6 +74,8 @@ def validate(arguments: AttentionArguments, *, sharded: bool, check_values: bool
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     features = planes.shape[1] * 2 ** planes.shape[2]
     _check_initial_state(initial, (rows, heads, features, v.shape[3]), q)
+    if initial is not None and initial.log_decay is not None:  # the decay of earlier tokens plays no part in this call
+        initial = SketchState.unchecked(initial.mass, initial.values)
     betas, decays = _validate_beta(beta, heads, dtype, q), _validate_log_decay(log_decay, causal, k, key_mask)
     if check_values:
         per_head = log_decay is not None and log_decay.dim() == 1  # its values are checked once, not at every token
