@@ -187,6 +187,29 @@ def readable(x: Tensor) -> bool:
     )
 
 
+def cu_seqlens(value: Tensor | None, length: int | None = None) -> None:
+    """Check the boundaries of packed documents: ``[N + 1]`` integers that start at 0, never fall and end at ``length``.
+
+    None is no packed documents. Values are read only where they are :func:`readable`.
+
+    Raises:
+        TypeError: they are not a tensor.
+        ValueError: their dtype, shape or values do not fit.
+    """
+    if value is None:
+        return
+    tensor("cu_seqlens", value)
+    if value.dim() != 1 or value.numel() < 2 or value.dtype not in INTEGERS:
+        raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {value.dtype} {list(value.shape)}")
+    if not readable(value):
+        return
+    first, last = int(value[0]), int(value[-1])
+    if first != 0 or bool((value.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must start at 0 and never fall; got {value[:20].tolist()}")
+    if length is not None and last != length:
+        raise ValueError(f"cu_seqlens must end at the sequence's length, {length}; it ends at {last}")
+
+
 def rows(name: str, value: Any, count: int) -> slice | Tensor:
     """An index of rows that keeps their dimension: a slice, or ``[n]`` integers, or ``[count]`` bool.
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from race_dist import checks
-from race_dist.attention import HAS_TRITON, BackendName, _autocast, _pick_backend, _problem, check_backend
-from race_dist.ops.autograd import unsupported
+from race_dist.ops.backends import HAS_TRITON, BackendName, check_backend, select_backend
 from race_dist.ops.explain import KernelPlan
 from race_dist.ops.inputs import Normalization
+from race_dist.ops.validation import AttentionArguments, validate
 from race_dist.sketch import SketchState
 
 
@@ -40,20 +39,16 @@ def explain_plan(
     Raises:
         TypeError, ValueError: as the call itself would.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        checks.tensor(name, x)
-    q, k, v = _autocast(q, k, v)
-    problem = _problem(
-        q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state, sharded=group is not None
-    )
+    arguments = AttentionArguments(q, k, v, planes, beta, causal, normalization, cu_seqlens, key_mask, log_decay, initial_state)
+    inputs = validate(arguments, sharded=group is not None)
     check_backend(backend)
-    chosen = _pick_backend(problem, backend)
-    if chosen == "reference":
+    selected = select_backend(inputs, backend)
+    if selected.name == "reference":
         return KernelPlan("reference", "all pairs", (), "it computes all pairs of tokens, for checking")
-    if chosen == "triton":
+    if selected.name == "triton":
         from race_dist.ops.triton import explain
 
-        return explain(problem)
+        return explain(inputs)
     if backend == "chunked":
         reason = 'backend="chunked" was asked for; "auto" takes GPU kernels where it can'
     elif not q.is_cuda:
@@ -61,5 +56,5 @@ def explain_plan(
     elif not HAS_TRITON:
         reason = 'triton is not installed: pip install "race-dist[triton]"'
     else:
-        reason = f'the GPU kernels do not fit: backend="triton" {unsupported(problem, "triton")}'
+        reason = f'the GPU kernels do not fit: backend="triton" {selected.reason}'
     return KernelPlan("chunked", "PyTorch chunks", (), reason)

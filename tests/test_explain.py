@@ -44,15 +44,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend believes that it is on a Hopper GPU; nothing is run."""
     pytest.importorskip("triton")
     from race_dist.kernels.plan import Spec
+    from race_dist.ops import device
     from race_dist.ops import triton as backend
 
-    for name, value in {
-        "_has_pipes": lambda device: True,
-        "_bulk": lambda *tensors: tensors[0].shape[3] % 8 == 0,
-        "_processors": lambda device: 132,
-        "unsupported": lambda p: None,
-    }.items():
-        monkeypatch.setattr(backend, name, value)
+    monkeypatch.setattr(device, "has_pipelines", lambda device: True)
+    monkeypatch.setattr(device, "supports_tma", lambda *tensors: tensors[0].shape[3] % 8 == 0)
+    monkeypatch.setattr(device, "num_sms", lambda device: 132)
+    monkeypatch.setattr(backend, "unsupported", lambda inputs: None)
     monkeypatch.setattr(Spec, "min_block", 64)
     monkeypatch.setattr(explain, "_said", set())
     backend.clear_plan_cache()
@@ -122,7 +120,7 @@ def test_kernels_get_the_planes_that_cost_least(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, expected: torch.dtype
 ) -> None:
     seen = []
-    monkeypatch.setattr(attention, "attend", lambda problem, backend: seen.append(problem) or (problem.v, None))
+    monkeypatch.setattr(attention, "single_rank_attention", lambda inputs, backend: seen.append(inputs) or (inputs.v, None))
     race_attention(*tensors(dtype=dtype), sample_planes(2, 3, 16, seed=0), 2.0)
     assert [problem.planes.dtype for problem in seen] == [expected]
 

@@ -24,7 +24,7 @@ from race_dist.parallel import (
     shard_rows,
     unshard_sequence,
 )
-from race_dist.parallel.sharding import check_cu_seqlens, check_layout, check_zigzag
+from race_dist.parallel.sharding import check_layout, check_zigzag
 
 
 class Span(NamedTuple):
@@ -130,7 +130,7 @@ class Sequence:
         if world == 1:
             group = None
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
+            checks.cu_seqlens(cu_seqlens, length * world if world == 1 or layout == "zigzag" else None)
             cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64)
         if layout == "zigzag":
             check_zigzag(length * world, world, cu_seqlens)

@@ -1,9 +1,15 @@
-"""What every backend is given: one rank's attention, checked and brought to one form."""
+"""Inputs and results of the attention on one rank, as every backend takes and returns them.
+
+:meth:`AttentionInputs.flatten` and :meth:`AttentionInputs.unflatten` are the one boundary to PyTorch: autograd functions,
+custom operators and compiled graphs pass ``(*InputTensors, *InputOptions)`` and read saved tensors back with :func:`take`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from itertools import islice
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,22 +20,54 @@ Normalization = Literal["global", "bucket", "none"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("global", "bucket", "none")
 BUCKET_EPS = 1e-6  # of the "bucket" normalization, as in the paper's released code
 
+_Group = TypeVar("_Group")
+
+
+class InputTensors(NamedTuple):
+    """Tensors of :class:`AttentionInputs` in flattened order, which is also the order of their gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    planes: Tensor
+    beta: Tensor
+    log_decay: Tensor | None
+    key_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    initial_mass: Tensor | None
+    initial_values: Tensor | None
+
+
+class InputOptions(NamedTuple):
+    """Static options of :class:`AttentionInputs`; they follow the tensors in flattened order."""
+
+    causal: bool
+    normalization: Normalization
+
+
+# the flattened inputs in the language of torch.library
+INPUT_SCHEMA = (
+    ", ".join(f"{'Tensor' if kind is Tensor else 'Tensor?'} {name}" for name, kind in get_type_hints(InputTensors).items())
+    + ", bool causal, str normalization"
+)
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Inputs of one call on one rank. Tensors may have any strides; nothing here is ever expanded over query heads.
+    """Validated inputs of one attention call on one rank. Tensors may have any strides; keys and values are never expanded
+    over query heads.
 
     Attributes:
         q: ``[B, T, Hq, D]``.
         k: ``[B, T, Hkv, D]``.
         v: ``[B, T, Hkv, Dv]``.
         planes: ``[Hkv, L, P, D]`` (stride 0 over heads that share them).
-        beta: ``[Hkv]``, on the device, state dtype.
-        log_decay: ``[B, T, Hkv]`` or None, 0 or less (stride 0 over batch and tokens when constant).
-        key_mask: ``[B, T]`` bool or None; False keys add nothing (race_attention has set their decay to 0).
-        cu_seqlens: ``[N + 1]`` int64 on the device or None; with it B = 1.
-        initial: state before the first token, one row a batch row or document, or None.
-        causal: whether token i reads tokens j <= i only.
+        beta: ``[Hkv]``, on the device, in the compute dtype.
+        log_decay: ``[B, T, Hkv]`` or None, at most 0 (stride 0 over batch and tokens when constant).
+        key_mask: ``[B, T]`` bool or None; masked (False) keys add nothing. race_attention has set their decay to 0.
+        cu_seqlens: ``[N + 1]`` int64 on the device or None; with packed documents B = 1.
+        initial: state before the first token, one row per batch row or document, without a total log decay; or None.
+        causal: whether token i attends to tokens j <= i only.
         normalization: "global", "bucket" or "none".
     """
 
@@ -45,6 +83,21 @@ class AttentionInputs:
     causal: bool
     normalization: Normalization
 
+    def flatten(self) -> tuple[InputTensors, InputOptions]:
+        """The tensors and the static options; :meth:`unflatten` is the inverse."""
+        mass, values = (None, None) if self.initial is None else (self.initial.mass, self.initial.values)
+        tensors = InputTensors(
+            self.q, self.k, self.v, self.planes, self.beta, self.log_decay, self.key_mask, self.cu_seqlens, mass, values
+        )
+        return tensors, InputOptions(self.causal, self.normalization)
+
+    @classmethod
+    def unflatten(cls, tensors: InputTensors, options: InputOptions) -> AttentionInputs:
+        """The inverse of :meth:`flatten`."""
+        q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, mass, values = tensors
+        initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
+        return cls(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, *options)
+
     @property
     def features(self) -> int:
         """``S = L * 2**P``."""
@@ -57,7 +110,7 @@ class AttentionInputs:
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Of states that come out: the initial state's where there is one, the compute dtype otherwise."""
+        """Dtype of returned states: the initial state's where there is one, the compute dtype otherwise."""
         return self.compute_dtype if self.initial is None else self.initial.mass.dtype
 
     @property
@@ -66,16 +119,48 @@ class AttentionInputs:
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
 
-def den_floor(dtype: torch.dtype) -> float:
-    """Below this denominator a row of the "global" normalization, and all its gradients, are 0."""
-    return 2.0**-960 if dtype == torch.float64 else 2.0**-96
+def take(group: type[_Group], values: Iterator[Any]) -> _Group:
+    """Read the next values as one named tuple."""
+    fields = cast(Any, group)._fields
+    return group(*islice(values, len(fields)))
+
+
+def split_arguments(arguments: Sequence[Any]) -> tuple[InputTensors, InputOptions, list[Any]]:
+    """Split the arguments of an operator ``(*InputTensors, *InputOptions, *others)``."""
+    values = iter(arguments)
+    return take(InputTensors, values), take(InputOptions, values), list(values)
+
+
+def differentiable(tensors: InputTensors, *, need_planes: bool, need_beta: bool = True) -> list[Tensor | None]:
+    """The inputs that get a gradient, None for the others."""
+    return list(
+        tensors._replace(
+            planes=tensors.planes if need_planes else None,  # type: ignore[arg-type]
+            beta=tensors.beta if need_beta else None,  # type: ignore[arg-type]
+            key_mask=None,
+            cu_seqlens=None,
+        )
+    )
+
+
+class ResultTensors(NamedTuple):
+    """Tensors of :class:`ForwardResult` in flattened order."""
+
+    out: Tensor
+    den: Tensor
+    states: Tensor
+    final_mass: Tensor
+    final_values: Tensor
 
 
 class ForwardResult(NamedTuple):
-    """What a forward pass returns.
+    """Result of a forward pass, which the backward pass needs again.
 
-    ``out [B, T, Hq, Dv]`` in q's dtype; ``den [B, T, Hq]`` in the compute dtype ("global" only, else empty);
-    ``states``: the backend's own saved states; ``final``: the state after the last token of each row.
+    Attributes:
+        out: ``[B, T, Hq, Dv]`` in q's dtype.
+        den: ``[B, T, Hq]`` denominators in the compute dtype ("global" only, else empty).
+        states: the backend's own saved states.
+        final: the state after the last token of each row.
     """
 
     out: Tensor
@@ -83,25 +168,45 @@ class ForwardResult(NamedTuple):
     states: Tensor
     final: SketchState
 
+    def flatten(self) -> ResultTensors:
+        """The tensors; the total log decay of the final state is a function of the inputs (:func:`total_log_decay`)."""
+        return ResultTensors(self.out, self.den, self.states, self.final.mass, self.final.values)
+
+    @classmethod
+    def unflatten(cls, tensors: ResultTensors) -> ForwardResult:
+        """The inverse of :meth:`flatten`."""
+        out, den, states, mass, values = tensors
+        return cls(out, den, states, SketchState.unchecked(mass, values))
+
 
 class Started(NamedTuple):
-    """The part of a pass that needs nothing from other ranks: the state that goes on to them (forwards the final state,
-    backwards the gradient of the initial state), and what the backend has by then and goes on from."""
+    """Result of the first phase of a pass, which needs nothing from other ranks.
+
+    Attributes:
+        state: the local sums that other ranks need: in the forward pass the final state, in the backward pass the gradient
+            of the initial state.
+        partial: the backend's partial results, for the second phase.
+    """
 
     state: SketchState
-    rest: Any
+    partial: Any
 
 
-class Into(NamedTuple):
-    """Tensors, of any strides, that a backward pass writes its largest gradients to, like ``q``, ``k`` and ``v``."""
+class GradBuffers(NamedTuple):
+    """Tensors of any strides, shaped like q, k and v, that a backward pass writes their gradients to."""
 
     q: Tensor
     k: Tensor
     v: Tensor
 
+    @classmethod
+    def empty_like(cls, inputs: AttentionInputs) -> GradBuffers:
+        """Contiguous buffers."""
+        return cls(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.q, inputs.k, inputs.v)))
+
 
 class Gradients(NamedTuple):
-    """What a backward pass returns: like the inputs; None where nothing was asked or there is no such input."""
+    """Gradients of the inputs; None where none was asked for or the call has no such input."""
 
     q: Tensor
     k: Tensor
@@ -111,19 +216,29 @@ class Gradients(NamedTuple):
     log_decay: Tensor | None
     initial: SketchState | None
 
+    def flatten(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the order of :class:`InputTensors`."""
+        mass, values = (None, None) if self.initial is None else (self.initial.mass, self.initial.values)
+        return self.q, self.k, self.v, self.planes, self.beta, self.log_decay, None, None, mass, values
 
-def total_log_decay(p: AttentionInputs) -> Tensor | None:
-    """Sum of each row's (or document's) log decays, ``[B or N, Hkv]`` in the state dtype; differentiable."""
-    if p.log_decay is None:
+
+def den_floor(dtype: torch.dtype) -> float:
+    """Below this denominator a row of the "global" normalization, and all its gradients, are 0."""
+    return 2.0**-960 if dtype == torch.float64 else 2.0**-96
+
+
+def total_log_decay(inputs: AttentionInputs) -> Tensor | None:
+    """Sum of the log decays of each batch row or document, ``[B or N, Hkv]`` in the state dtype; differentiable."""
+    if inputs.log_decay is None:
         return None
-    log_decay = p.log_decay.to(p.state_dtype)
-    if p.cu_seqlens is None:
+    log_decay = inputs.log_decay.to(inputs.state_dtype)
+    if inputs.cu_seqlens is None:
         return log_decay.sum(1)
-    total = log_decay.new_zeros(p.num_states, log_decay.shape[2])
-    return total.index_add(0, document_ids(p.cu_seqlens, p.q.shape[1]), log_decay[0])
+    total = log_decay.new_zeros(inputs.num_states, log_decay.shape[2])
+    return total.index_add(0, document_ids(inputs.cu_seqlens, inputs.q.shape[1]), log_decay[0])
 
 
 def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:
-    """``[T]``: the document each token belongs to."""
+    """``[T]``: the document of each token."""
     positions = torch.arange(length, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:], positions, right=True)

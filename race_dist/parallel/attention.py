@@ -1,19 +1,23 @@
-"""The attention over a group: exchange what enters, run the local call, in the forward pass and in the backward.
+"""Context-parallel attention: each rank computes its shard, and the ranks exchange the states between the shards.
 
-Heads go in two halves, so that the exchange of one half runs while the other half computes:
+Forward: every local call sums up its keys and values (``start_forward``), the ranks exchange the sums, and every local call
+finishes from the state that enters it (``finish_forward``). The backward pass is the mirror image. Heads are split into two
+groups, so that the exchange of one group overlaps the computation of the other:
 
-    begin(half 0)  begin(half 1)  finish(half 0)  finish(half 1)
-                   [exchange of half 0]  [exchange of half 1]
+    start(group 0)  start(group 1)        finish(group 0)        finish(group 1)
+                    [exchange of group 0] [exchange of group 1]
 
-Not among the GPUs of a node, where an exchange takes less time than the host does to launch everything twice.
+Within one node heads are not split: there an exchange takes less time than the host needs to launch everything twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,19 +27,20 @@ from torch.distributed import ProcessGroup
 from race_dist.distributed.communication import group_rank, group_size, start_all_reduce
 from race_dist.distributed.consistency import check_same_call
 from race_dist.distributed.eager import eager
-from race_dist.ops.autograd import Backend, autocast_disabled
-from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients, Into
-from race_dist.parallel.packed_documents import Documents
+from race_dist.ops.autograd import autocast_disabled
+from race_dist.ops.backends import Backend
+from race_dist.ops.inputs import AttentionInputs, ForwardResult, GradBuffers, Gradients, InputTensors, Started, take
+from race_dist.parallel.packed_documents import PackedDocumentsExchange
 from race_dist.parallel.scan import Algorithm
 from race_dist.parallel.sharding import Layout, check_layout, check_zigzag
-from race_dist.parallel.state_exchange import Prefix, Route, Total
+from race_dist.parallel.state_exchange import PrefixExchange, StateExchange, SumExchange
 from race_dist.rank_environment import ranks_per_node
 from race_dist.sketch import SketchState
 
 
 @eager
 def context_parallel_attention(
-    problem: AttentionInputs,
+    inputs: AttentionInputs,
     group: ProcessGroup,
     layout: str,
     backend: Backend,
@@ -43,18 +48,18 @@ def context_parallel_attention(
     output_final: bool = True,
     algorithm: Algorithm = "auto",
 ) -> tuple[Tensor, SketchState | None]:
-    """The attention over a sequence that the ranks of ``group`` share.
+    """The attention over a sequence that is sharded over the ranks of ``group``.
 
     Differentiable in q, k, v, planes, beta, log_decay and the initial state. The loss is the sum of the ranks' losses:
-    gradients of q, k, v and log_decay are whole, those of planes, beta and the initial state are this rank's share.
+    gradients of q, k, v and log_decay are complete, those of planes, beta and the initial state are this rank's share.
 
     Args:
-        problem: q, k, v, log_decay and key_mask are this rank's shard; cu_seqlens and initial are those of the whole
+        inputs: q, k, v, log_decay and key_mask are this rank's shard; cu_seqlens and initial are those of the whole
             sequence, the same on every rank.
         group: the ranks that hold the sequence, in order.
         layout: "contiguous" (shards of any lengths) or "zigzag".
         backend: computes the local calls.
-        output_final: whether the final state is wanted; without it its exchange is saved.
+        output_final: whether to return the final state; without it its exchange is saved.
         algorithm: of the scan, as for :func:`race_dist.parallel.exclusive_scan`.
 
     Returns:
@@ -63,50 +68,54 @@ def context_parallel_attention(
     Raises:
         ValueError: no such layout, shards that do not fit ``cu_seqlens`` or the layout, or calls that differ between
             ranks (compared at every call on the CPU, at the first of its kind on CUDA).
-        RankFailure: another rank died or did not come.
+        RankFailure: another rank died or did not make the call.
     """
     layout = check_layout(layout)
-    offset = check_same_attention(problem, group, layout, backend, output_final, algorithm)
-    p = problem
-    initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    call = Call(group, layout, backend, offset, output_final, algorithm, p.causal, p.normalization)
-    out, *final = _GroupAttention.apply(call, p.q, p.k, p.v, p.planes, p.beta, p.log_decay, p.key_mask, p.cu_seqlens, *initial)
+    offset = check_same_attention(inputs, group, layout, backend, output_final, algorithm)
+    call = ContextParallelCall(group, layout, backend, offset, output_final, algorithm)
+    out, *final = _ContextParallelAttention.apply(inputs, call, *inputs.flatten()[0])
     return out, SketchState.unchecked(*final) if final else None
 
 
 def check_same_attention(
-    p: AttentionInputs, group: ProcessGroup, layout: Layout, backend: Backend, output_final: bool, algorithm: Algorithm
+    inputs: AttentionInputs,
+    group: ProcessGroup,
+    layout: Layout,
+    backend: Backend,
+    output_final: bool,
+    algorithm: Algorithm,
 ) -> int | Tensor:
-    """Compare the ranks' calls; the number of rows on earlier ranks where documents are packed, 0 otherwise."""
-    length, on_cpu = p.q.shape[1], p.q.device.type == "cpu"
+    """Compare the calls of the ranks; return the number of rows on earlier ranks where documents are packed, else 0."""
+    q, cu_seqlens = inputs.q, inputs.cu_seqlens
+    length, on_cpu = q.shape[1], q.device.type == "cpu"
     documents: object = None
-    if p.cu_seqlens is not None:
-        documents = p.cu_seqlens.numel() - 1
+    if cu_seqlens is not None:
+        documents = cu_seqlens.numel() - 1
         if on_cpu:
-            documents = f"{documents} (digest {hashlib.sha256(p.cu_seqlens.numpy().tobytes()).hexdigest()[:12]})"
-    asked = (p.q, p.k, p.v, p.planes, p.beta, p.log_decay, *(() if p.initial is None else p.initial.tensors()))
+            documents = f"{documents} (digest {hashlib.sha256(cu_seqlens.numpy().tobytes()).hexdigest()[:12]})"
+    shape = lambda x: [x.shape[0], "T", *x.shape[2:]]
     facts = {
-        "q": [p.q.shape[0], "T", *p.q.shape[2:]],
-        "k": [p.k.shape[0], "T", *p.k.shape[2:]],
-        "v": [p.v.shape[0], "T", *p.v.shape[2:]],
-        "dtype": p.q.dtype,
-        "planes": list(p.planes.shape),
-        "causal": p.causal,
-        "normalization": p.normalization,
+        "q": shape(q),
+        "k": shape(inputs.k),
+        "v": shape(inputs.v),
+        "dtype": q.dtype,
+        "planes": list(inputs.planes.shape),
+        "causal": inputs.causal,
+        "normalization": inputs.normalization,
         "layout": layout,
         "documents": documents,
-        "log_decay": p.log_decay is not None,
-        "initial_state": None if p.initial is None else p.state_dtype,
+        "log_decay": inputs.log_decay is not None,
+        "initial_state": None if inputs.initial is None else inputs.state_dtype,
         "backend": getattr(backend, "__name__", type(backend).__name__),
         "output_final_state": output_final,
         "algorithm": algorithm,
         "ranks_per_node": ranks_per_node(),
-        "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in asked),
+        "requires_grad": torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.flatten()[0]),
     }
-    need_offset = layout == "contiguous" and p.cu_seqlens is not None
-    lengths = check_same_call("race_attention", facts, group, p.q.device, length=length, need_lengths=need_offset)
+    need_offset = layout == "contiguous" and cu_seqlens is not None
+    lengths = check_same_call("race_attention", facts, group, q.device, length=length, need_lengths=need_offset)
     if on_cpu and lengths is not None:
-        _check_lengths(lengths.tolist(), layout, p.cu_seqlens)
+        _check_lengths(lengths.tolist(), layout, cu_seqlens)
     elif layout == "zigzag":
         check_zigzag(length * group_size(group), group_size(group))
     if not need_offset:
@@ -117,7 +126,7 @@ def check_same_attention(
 
 
 def _check_lengths(lengths: list[int], layout: Layout, cu_seqlens: Tensor | None) -> None:
-    """The same verdict on every rank."""
+    """Check the lengths of all shards; every rank comes to the same result."""
     world, total = len(lengths), sum(lengths)
     if layout == "zigzag":
         if len(set(lengths)) > 1:
@@ -131,8 +140,8 @@ def _check_lengths(lengths: list[int], layout: Layout, cu_seqlens: Tensor | None
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a call is made of besides tensors."""
+class ContextParallelCall:
+    """What determines a call besides its inputs."""
 
     group: ProcessGroup
     layout: Layout
@@ -140,122 +149,157 @@ class Call:
     offset: int | Tensor
     output_final: bool
     algorithm: Algorithm
-    causal: bool
-    normalization: Any
 
-    def problem(self, tensors: Sequence[Tensor | None]) -> AttentionInputs:
-        q, k, v, planes, beta = cast(list[Tensor], tensors[:5])
-        log_decay, key_mask, cu_seqlens, mass, values = tensors[5:]
-        initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
-        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
-        return AttentionInputs(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, self.causal, self.normalization)
-
-    def route(self, p: AttentionInputs) -> Route:
-        if p.cu_seqlens is not None and self.layout == "contiguous":
-            return Documents(self.group, p, self.offset, self.algorithm)
-        return Prefix(self.group, self.layout, p, self.algorithm) if p.causal else Total(self.group, p)
+    def exchange(self, inputs: AttentionInputs) -> StateExchange:
+        """The exchange of states that such inputs need."""
+        if inputs.cu_seqlens is not None and self.layout == "contiguous":
+            return PackedDocumentsExchange(self.group, inputs, self.offset, self.algorithm)
+        if inputs.causal:
+            return PrefixExchange(self.group, self.layout, inputs, self.algorithm)
+        return SumExchange(self.group, inputs)
 
 
-class _GroupAttention(torch.autograd.Function):
-    """(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial) -> out, and the final state where it is wanted."""
+class SavedCall(NamedTuple):
+    """Tensors that one local call keeps for its backward pass, besides its inputs and its rows of the output."""
+
+    den: Tensor
+    states: Tensor
+    final_mass: Tensor
+    final_values: Tensor
+    initial_mass: Tensor
+    initial_values: Tensor
+
+    @classmethod
+    def flatten(cls, result: ForwardResult, initial: SketchState) -> SavedCall:
+        """The tensors of a local call's result and of the state that entered it."""
+        return cls(*result.flatten()[1:], initial.mass, initial.values)
+
+    @classmethod
+    def take_all(cls, values: Iterator[Tensor]) -> list[SavedCall]:
+        """Read the tensors of all local calls back."""
+        tensors = list(values)
+        return [take(cls, iter(tensors[i:])) for i in range(0, len(tensors), len(cls._fields))]
+
+    def unflatten(self, out: Tensor) -> tuple[ForwardResult, SketchState]:
+        """The inverse of :meth:`flatten`."""
+        final = SketchState.unchecked(self.final_mass, self.final_values)
+        return ForwardResult(out, self.den, self.states, final), SketchState.unchecked(self.initial_mass, self.initial_values)
+
+    def copy_states(self) -> SavedCall:
+        """With its own copies of the final and initial state, which may be views of each other or of the inputs."""
+        return SavedCall(self.den, self.states, *(t.clone() for t in self[2:]))
+
+
+class ContextParallelResult(NamedTuple):
+    """Result of this rank's forward pass.
+
+    Attributes:
+        out: ``[B, T, Hq, Dv]``.
+        final: tensors of the final state of the whole sequence; empty unless asked for.
+        saved: of each local call, group of heads after group of heads.
+    """
+
+    out: Tensor
+    final: tuple[Tensor, ...]
+    saved: list[SavedCall]
+
+    def flatten(self) -> list[Tensor]:
+        """All tensors; :meth:`unflatten` is the inverse."""
+        return [self.out, *self.final, *(t for saved in self.saved for t in saved)]
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Tensor], num_final: int) -> ContextParallelResult:
+        """The inverse of :meth:`flatten`; ``num_final`` is the number of the final state's tensors."""
+        values = iter(tensors)
+        out, final = next(values), tuple(islice(values, num_final))
+        return cls(out, final, SavedCall.take_all(values))
+
+
+class _ContextParallelAttention(torch.autograd.Function):
+    """``(inputs, call, *InputTensors) -> (out, *final)``."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results, kept = forward_pass(call, tensors)
-        ctx.call = call
-        ctx.save_for_backward(*tensors, results[0], *kept)
-        return results
+    def forward(ctx: Any, inputs: AttentionInputs, call: ContextParallelCall, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        result = run_forward(inputs, call)
+        ctx.call, ctx.options = call, inputs.flatten()[1]
+        ctx.save_for_backward(*tensors, *result._replace(final=()).flatten())
+        return result.out, *result.final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: under activation checkpointing it cannot be read twice
-        tensors, (out, *kept) = saved[:_INPUTS], saved[_INPUTS:]
-        every = backward_pass(ctx.call, tensors, out, kept, dout, dfinal, need_planes=ctx.needs_input_grad[4])
-        return None, *(g if need else None for g, need in zip(every, ctx.needs_input_grad[1:]))
+        values = iter(ctx.saved_tensors)  # read once: activation checkpointing allows no second time
+        inputs = AttentionInputs.unflatten(take(InputTensors, values), ctx.options)
+        result = ContextParallelResult.unflatten(list(values), num_final=0)
+        needed = ctx.needs_input_grad[2:]
+        need_planes = bool(take(InputTensors, iter(needed)).planes)
+        gradients = run_backward(inputs, ctx.call, result, dout, dfinal, need_planes=need_planes)
+        return None, None, *(g if need else None for g, need in zip(gradients, needed))
 
 
-def forward_pass(call: Call, tensors: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """The results (out, and the final state's tensors where it is wanted), and what the backward pass wants."""
-    p = call.problem(tensors)
-    route, backend, halves = call.route(p), call.backend, head_halves(p, call.group)
-    calls = [route.cut.calls(half) for half in halves]
-    out = p.q.new_empty(*p.q.shape[:3], p.v.shape[3])
-    places = [route.cut.of(part) for part in _split_heads(out, halves, queries=True)]
-    finals, kept = [], []
-    with autocast_disabled(p.q):
-        begun, finishes = [], []
-        for half, each, place in zip(halves, calls, places):
-            initial = _initial(half)
-            begun.append(
-                [
-                    backend.start_forward(replace(one, initial=state), o)
-                    for one, state, o in zip(each, route.known(initial), place)
-                ]
-            )
-            finishes.append(route.start_forward([b.state for b in begun[-1]], initial))
-        for each, place, begins, finish in zip(calls, places, begun, finishes):
-            entering = finish()
-            done = [
-                backend.forward(replace(one, initial=state), o, b) for one, state, o, b in zip(each, entering, place, begins)
-            ]
+def run_forward(inputs: AttentionInputs, call: ContextParallelCall) -> ContextParallelResult:
+    """The forward pass of this rank."""
+    exchange, backend, groups = call.exchange(inputs), call.backend, head_groups(inputs, call.group)
+    out = inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[3])
+    started: list[list[Started]] = []
+    pending, finals, saved = [], [], []
+    with autocast_disabled(inputs.q):
+        for heads in groups:
+            initial, buffers = _initial(heads.inputs), exchange.partition.split(out[:, :, heads.query_heads])
+            calls = exchange.partition.calls(heads.inputs, exchange.known_initial(initial))
+            started.append([backend.start_forward(local, buffer) for local, buffer in zip(calls, buffers)])
+            pending.append(exchange.start_exchange([s.state for s in started[-1]], initial))
+        for begun, finish_exchange in zip(started, pending):
+            initials = finish_exchange()
+            results = [backend.finish_forward(s, initial) for s, initial in zip(begun, initials)]
             if call.output_final:
-                finals.append(_StateSum(route.final([f.final for f in done]), call.group))
-            for f, state in zip(done, entering):
-                kept += [f.den, f.states, f.final.mass, f.final.values, state.mass, state.values]
-    states = [each.wait().tensors() for each in finals]
-    return (out, *(_join(parts, 1) for parts in zip(*states))), kept
+                finals.append(_StateSum(exchange.final_share([r.final for r in results]), call.group))
+            saved += [SavedCall.flatten(result, initial) for result, initial in zip(results, initials)]
+    states = [final.wait().tensors() for final in finals]
+    return ContextParallelResult(out, tuple(_concatenate(parts, 1) for parts in zip(*states)), saved)
 
 
-def backward_pass(
-    call: Call,
-    tensors: Sequence[Tensor | None],
-    out: Tensor,
-    kept: list[Tensor],
+def run_backward(
+    inputs: AttentionInputs,
+    call: ContextParallelCall,
+    result: ContextParallelResult,
     dout: Tensor,
     dfinal: Sequence[Tensor],
     *,
     need_planes: bool,
 ) -> tuple[Tensor | None, ...]:
-    """A gradient of each tensor of a problem, None where there can be none."""
-    p = call.problem(tensors)
-    route, backend, halves = call.route(p), call.backend, head_halves(p, call.group)
-    arriving = _StateSum(SketchState.unchecked(*dfinal), call.group) if call.output_final else None
-    gradients = [x.new_empty(x.shape) for x in (p.q, p.k, p.v)]
-    places = _places(route, halves, gradients)
-    work = _backward_calls(p, route, halves, out, dout, kept)
-    with autocast_disabled(p.q):
-        begun, finishes = [], []
-        for i, (half, each, place) in enumerate(zip(halves, work, places)):
-            begun.append(
+    """The gradients in the order of :class:`InputTensors`, None where there can be none."""
+    exchange, backend, groups = call.exchange(inputs), call.backend, head_groups(inputs, call.group)
+    dfinal_sum = _StateSum(SketchState.unchecked(*dfinal), call.group) if call.output_final else None
+    grad_buffers = GradBuffers.empty_like(inputs)
+    calls = _backward_calls(exchange, groups, result, dout, grad_buffers)
+    started: list[list[Started]] = []
+    pending = []
+    with autocast_disabled(inputs.q):
+        for heads, local_calls in zip(groups, calls):
+            started.append(
                 [
-                    backend.start_backward(one, saved, d, need_planes=need_planes, into=into)
-                    for one, saved, d, into in zip(each.calls, each.saved, each.douts, place)
+                    backend.start_backward(c.inputs, c.saved, c.dout, need_planes=need_planes, grad_buffers=c.grad_buffers)
+                    for c in local_calls
                 ]
             )
-            finishes.append(route.start_backward([b.state for b in begun[-1]], _arriving(arriving, half, p, i)))
-        grads = [
-            [
-                backend.backward(one, saved, d, state, need_planes=need_planes, into=into, begun=b)
-                for one, saved, d, state, into, b in zip(each.calls, each.saved, each.douts, finish(), place, begins)
-            ]
-            for each, place, begins, finish in zip(work, places, begun, finishes)
+            wait_dfinal = partial(_wait_dfinal, dfinal_sum, heads)
+            pending.append(exchange.start_reverse_exchange([s.state for s in started[-1]], wait_dfinal))
+        gradients = [
+            [backend.finish_backward(s, state) for s, state in zip(begun, finish_exchange())]
+            for begun, finish_exchange in zip(started, pending)
         ]
-    merged = _merge(route, gradients, grads)
-    if merged.log_decay is not None and arriving is not None:
-        dtotal = arriving.wait().log_decay
+    merged = _merge(exchange, grad_buffers, gradients)
+    if merged.log_decay is not None and dfinal_sum is not None:
+        dtotal = dfinal_sum.wait().log_decay
         assert dtotal is not None
-        rows = route.rows(p.q.shape[1])
-        merged.log_decay.add_(dtotal[:, None] if rows is None else dtotal[rows])
-    initial = (None, None) if merged.initial is None else (merged.initial.mass, merged.initial.values)
-    return *merged[:6], None, None, *initial
-
-
-_INPUTS = 10  # tensors of a problem
+        documents = exchange.document_ids(inputs.q.shape[1])
+        merged.log_decay.add_(dtotal[:, None] if documents is None else dtotal[documents])
+    return merged.flatten()
 
 
 class _StateSum:
-    """The sum of the ranks' shares of a state, under way: one all-reduce."""
+    """The sum of the ranks' shares of a state: one asynchronous all-reduce."""
 
     def __init__(self, share: SketchState, group: ProcessGroup) -> None:
         self._like = share
@@ -267,57 +311,57 @@ class _StateSum:
         return self._like.with_tensors(tuple(part.view_as(t) for part, t in zip(parts, tensors)))
 
 
-class _Work(NamedTuple):
-    """One half's local calls in the backward pass."""
+class _BackwardCall(NamedTuple):
+    """Arguments of one local call of the backward pass."""
 
-    calls: list[AttentionInputs]
-    saved: list[ForwardResult]
-    douts: list[Tensor]
+    inputs: AttentionInputs
+    saved: ForwardResult
+    dout: Tensor
+    grad_buffers: GradBuffers
 
 
 def _backward_calls(
-    p: AttentionInputs, route: Route, halves: Sequence[AttentionInputs], out: Tensor, dout: Tensor, kept: list[Tensor]
-) -> list[_Work]:
-    """The local calls with their initial states, outputs and saved states."""
-    work = []
-    for half, *parts in zip(halves, *(_split_heads(x, halves, queries=True) for x in (out, dout))):
-        outs, douts = map(route.cut.of, parts)
-        calls, saved = [], []
-        for one, part in zip(route.cut.calls(half), outs):
-            den, states, mass, values, initial_mass, initial_values = kept[:6]
-            kept = kept[6:]
-            calls.append(replace(one, initial=SketchState.unchecked(initial_mass, initial_values)))
-            saved.append(ForwardResult(part, den, states, SketchState.unchecked(mass, values)))
-        work.append(_Work(calls, saved, douts))
-    return work
+    exchange: StateExchange,
+    groups: Sequence[HeadGroup],
+    result: ContextParallelResult,
+    dout: Tensor,
+    grad_buffers: GradBuffers,
+) -> list[list[_BackwardCall]]:
+    """The local calls of each group of heads, with their initial states, saved results and views of the buffers."""
+    partition, saved_calls, calls = exchange.partition, iter(result.saved), []
+    for heads in groups:
+        outs, douts, dqs = (partition.split(x[:, :, heads.query_heads]) for x in (result.out, dout, grad_buffers.q))
+        dks, dvs = (partition.split(x[:, :, heads.heads]) for x in (grad_buffers.k, grad_buffers.v))
+        restored = [next(saved_calls).unflatten(out) for out in outs]
+        local_inputs = partition.calls(heads.inputs, [initial for _, initial in restored])
+        buffers = [GradBuffers(dq, dk, dv) for dq, dk, dv in zip(dqs, dks, dvs)]
+        saved = [result for result, _ in restored]
+        calls.append([_BackwardCall(*each) for each in zip(local_inputs, saved, douts, buffers)])
+    return calls
 
 
-def _places(route: Route, halves: Sequence[AttentionInputs], gradients: Sequence[Tensor]) -> list[list[Into]]:
-    """Where each half's local calls write dq, dk and dv: views of the rank's gradients."""
-    parts = (_split_heads(x, halves, queries=i == 0) for i, x in enumerate(gradients))
-    return [[Into(*each) for each in zip(*map(route.cut.of, half))] for half in zip(*parts)]
+def _merge(exchange: StateExchange, grad_buffers: GradBuffers, gradients: Sequence[Sequence[Gradients]]) -> Gradients:
+    """The gradients of all local calls as those of the rank's inputs."""
 
+    def sum_calls(name: str) -> Tensor:
+        return _concatenate([torch.stack([getattr(g, name) for g in calls]).sum(0) for calls in gradients], 0)
 
-def _merge(route: Route, qkv: Sequence[Tensor], grads: Sequence[Sequence[Gradients]]) -> Gradients:
-    """The gradients of all local calls, as those of the rank's problem."""
+    def merge_log_decay() -> Tensor:
+        merge = exchange.partition.merge
+        return _concatenate([merge([g.log_decay for g in calls if g.log_decay is not None]) for calls in gradients], 2)
 
-    def decays() -> Tensor:
-        return _join([route.cut.merge([g.log_decay for g in half if g.log_decay is not None]) for half in grads], 2)
+    def merge_initial() -> SketchState:
+        share = exchange.initial_gradient_share
+        shares = [share([g.initial for g in calls if g.initial is not None]).tensors() for calls in gradients]
+        return SketchState.unchecked(*(_concatenate(parts, 1) for parts in zip(*shares)))
 
-    def shares(name: str) -> Tensor:
-        return _join([torch.stack([getattr(g, name) for g in half]).sum(0) for half in grads], 0)
-
-    some = grads[0][0]
-    initials = [route.dinitial([g.initial for g in half if g.initial is not None]).tensors() for half in grads]
-    initial = SketchState.unchecked(*(_join(parts, 1) for parts in zip(*initials)))
+    first = gradients[0][0]
     return Gradients(
-        qkv[0],
-        qkv[1],
-        qkv[2],
-        None if some.planes is None else shares("planes"),
-        shares("beta"),
-        None if some.log_decay is None else decays(),
-        initial,
+        *grad_buffers,
+        planes=None if first.planes is None else sum_calls("planes"),
+        beta=sum_calls("beta"),
+        log_decay=None if first.log_decay is None else merge_log_decay(),
+        initial=merge_initial(),
     )
 
 
@@ -326,52 +370,61 @@ def splits_heads(on_gpu: bool, ranks: int, ranks_per_node: int) -> bool:
     return not on_gpu or ranks > ranks_per_node
 
 
-def head_halves(p: AttentionInputs, group: ProcessGroup) -> list[AttentionInputs]:
-    """The problem of each half of the key/value heads and their query heads, views; or the whole problem alone."""
-    heads, repeats = p.k.shape[2], p.q.shape[2] // p.k.shape[2]
-    in_halves = heads > 1 and splits_heads(p.q.is_cuda, group_size(group), ranks_per_node())
-    bounds = [0, heads // 2, heads] if in_halves else [0, heads]
-    return [_heads(p, a, b, repeats) for a, b in zip(bounds, bounds[1:])]
+class HeadGroup(NamedTuple):
+    """Some key/value heads and their query heads.
+
+    Attributes:
+        inputs: views of the heads' inputs.
+        heads: key/value heads.
+        query_heads: query heads.
+    """
+
+    inputs: AttentionInputs
+    heads: slice
+    query_heads: slice
 
 
-def _split_heads(x: Tensor, halves: Sequence[AttentionInputs], *, queries: bool) -> tuple[Tensor, ...]:
-    """x ``[B, T, Hq or Hkv, ...]`` as views of the halves' heads."""
-    return x.split([(half.q if queries else half.k).shape[2] for half in halves], 2)
+def head_groups(inputs: AttentionInputs, group: ProcessGroup) -> list[HeadGroup]:
+    """Two groups of heads, or one."""
+    heads, repeats = inputs.k.shape[2], inputs.q.shape[2] // inputs.k.shape[2]
+    split = heads > 1 and splits_heads(inputs.q.is_cuda, group_size(group), ranks_per_node())
+    bounds = [0, heads // 2, heads] if split else [0, heads]
+    groups = []
+    for start, end in zip(bounds, bounds[1:]):
+        some, queries = slice(start, end), slice(start * repeats, end * repeats)
+        groups.append(HeadGroup(_select_heads(inputs, some, queries), some, queries))
+    return groups
 
 
-def _heads(p: AttentionInputs, a: int, b: int, repeats: int) -> AttentionInputs:
+def _select_heads(inputs: AttentionInputs, heads: slice, queries: slice) -> AttentionInputs:
+    initial = inputs.initial
     return replace(
-        p,
-        q=p.q[:, :, a * repeats : b * repeats],
-        k=p.k[:, :, a:b],
-        v=p.v[:, :, a:b],
-        planes=p.planes[a:b],
-        beta=p.beta[a:b],
-        log_decay=None if p.log_decay is None else p.log_decay[:, :, a:b],
-        initial=None if p.initial is None else p.initial.with_tensors(tuple(t[:, a:b] for t in p.initial.tensors())),
+        inputs,
+        q=inputs.q[:, :, queries],
+        k=inputs.k[:, :, heads],
+        v=inputs.v[:, :, heads],
+        planes=inputs.planes[heads],
+        beta=inputs.beta[heads],
+        log_decay=None if inputs.log_decay is None else inputs.log_decay[:, :, heads],
+        initial=None if initial is None else initial.with_tensors(tuple(t[:, heads] for t in initial.tensors())),
     )
 
 
-def _initial(p: AttentionInputs) -> SketchState:
-    """The state that enters the whole sequence."""
-    if p.initial is not None:
-        return p.initial
-    return SketchState.empty(p.num_states, p.k.shape[2], p.features, p.v.shape[3], dtype=p.state_dtype, device=p.q.device)
+def _initial(inputs: AttentionInputs) -> SketchState:
+    """The initial state of the whole sequence."""
+    if inputs.initial is not None:
+        return inputs.initial
+    sizes = (inputs.num_states, inputs.k.shape[2], inputs.features, inputs.v.shape[3])
+    return SketchState.empty(*sizes, dtype=inputs.state_dtype, device=inputs.q.device)
 
 
-def _arriving(dfinal: _StateSum | None, half: AttentionInputs, p: AttentionInputs, index: int) -> Callable[[], SketchState]:
-    """How to get one half's gradient of the final state of the whole sequence."""
-    heads = half.k.shape[2]
-    first = index * (p.k.shape[2] // 2)
-
-    def wait() -> SketchState:
-        if dfinal is None:
-            return _initial(half).zero()
-        state = dfinal.wait()
-        return SketchState.unchecked(state.mass[:, first : first + heads], state.values[:, first : first + heads])
-
-    return wait
+def _wait_dfinal(dfinal_sum: _StateSum | None, heads: HeadGroup) -> SketchState:
+    """The gradient of the final state of the whole sequence, of a group of heads."""
+    if dfinal_sum is None:
+        return _initial(heads.inputs).zero()
+    state = dfinal_sum.wait()
+    return SketchState.unchecked(state.mass[:, heads.heads], state.values[:, heads.heads])
 
 
-def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

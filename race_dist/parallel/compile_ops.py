@@ -1,8 +1,8 @@
-"""The exchanges of a sequence inside compiled graphs: each is one opaque operator, so that a block stays one graph.
+"""Context parallelism inside compiled graphs: each exchange is one opaque custom operator, so that a block stays one graph.
 
-For causal layers over contiguous shards without packed documents, which is what a long sequence is streamed as; anything
-else leaves the graph. Each operator's results are read on every rank: an operator that is read on some ranks alone would be
-taken out of the other ranks' graphs, and they would not meet.
+For causal layers over contiguous shards without packed documents, which is how a long sequence is streamed; other calls break
+the graph. All ranks read the results of each operator: on a rank that did not, the compiler would remove the operator, and the
+collectives of the other ranks would wait for it forever.
 """
 
 from __future__ import annotations
@@ -18,217 +18,135 @@ from torch.distributed import distributed_c10d as c10d
 from race_dist.distributed.collectives import tree_sum
 from race_dist.distributed.communication import group_rank, group_size, pack, start_all_gather, start_all_to_all, unpack
 from race_dist.distributed.consistency import check_same_call
-from race_dist.ops.autograd import get_backend
-from race_dist.ops.inputs import AttentionInputs, Normalization
-from race_dist.parallel.attention import Call, backward_pass, check_same_attention, forward_pass, head_halves
+from race_dist.ops.backends import get_backend
+from race_dist.ops.inputs import INPUT_SCHEMA, AttentionInputs, InputTensors, differentiable, split_arguments, take
+from race_dist.parallel.attention import (
+    ContextParallelCall,
+    ContextParallelResult,
+    check_same_attention,
+    head_groups,
+    run_backward,
+    run_forward,
+)
 from race_dist.sketch import SketchState
 
-KEPT = 6  # tensors that the backward pass wants of each half of the heads
+_OPTIONS_SCHEMA = "str backend, str group, bool output_final"
 
 
 def compiled_context_parallel_attention(
-    p: AttentionInputs, group: ProcessGroup, backend: str, *, output_final: bool
+    inputs: AttentionInputs, group: ProcessGroup, backend: str, *, output_final: bool
 ) -> tuple[Tensor, SketchState | None]:
     """:func:`race_dist.parallel.attention.context_parallel_attention`, contiguous, without documents."""
-    initial = (None, None) if p.initial is None else (p.initial.mass, p.initial.values)
-    out, *rest = _group_attention(
-        p.q,
-        p.k,
-        p.v,
-        p.planes,
-        p.beta,
-        p.log_decay,
-        p.key_mask,
-        *initial,
-        p.causal,
-        p.normalization,
-        backend,
-        group.group_name,
-        output_final,
-    )
+    tensors, options = inputs.flatten()
+    results = _context_parallel_attention(*tensors, *options, backend, group.group_name, output_final)
     if not output_final:
-        return out, None
-    return out, SketchState.unchecked(*rest[: 2 if p.log_decay is None else 3])
+        return results[0], None
+    return results[0], SketchState.unchecked(*results[1 : 1 + _num_final(tensors, output_final)])
 
 
-def _group(name: str) -> ProcessGroup:
-    """As torch's own functional collectives find it."""
+def _num_final(tensors: InputTensors, output_final: bool) -> int:
+    """Number of the final state's tensors."""
+    return 0 if not output_final else 2 if tensors.log_decay is None else 3
+
+
+def _find_group(name: str) -> ProcessGroup:
+    """As PyTorch's functional collectives find it."""
     return cast(Any, c10d)._resolve_process_group(name)
 
 
-def _call(p: AttentionInputs, backend: str, group: ProcessGroup, output_final: bool) -> Call:
-    return Call(group, "contiguous", get_backend(backend), 0, output_final, "auto", p.causal, p.normalization)
+def _call(backend: str, group: str, output_final: bool) -> ContextParallelCall:
+    return ContextParallelCall(_find_group(group), "contiguous", get_backend(backend), 0, output_final, "auto")
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    planes: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    key_mask: Tensor | None,
-    mass: Tensor | None,
-    values: Tensor | None,
-    causal: bool,
-    normalization: str,
-) -> AttentionInputs:
-    initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
-    return AttentionInputs(
-        q, k, v, planes, beta, log_decay, key_mask, None, initial, causal, cast(Normalization, normalization)
-    )
+def _forward_op(*arguments: Any) -> list[Tensor]:
+    tensors, options, others = split_arguments(arguments)
+    inputs, call = AttentionInputs.unflatten(tensors, options), _call(*others)
+    check_same_attention(inputs, call.group, call.layout, call.backend, call.output_final, call.algorithm)
+    result = run_forward(inputs, call)
+    final, saved = tuple(t.clone() for t in result.final), [each.copy_states() for each in result.saved]
+    return ContextParallelResult(result.out, final, saved).flatten()
 
 
-@torch.library.custom_op("race_dist::context_parallel_attention", mutates_args=())
-def _group_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    planes: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    key_mask: Tensor | None,
-    mass: Tensor | None,
-    values: Tensor | None,
-    causal: bool,
-    normalization: str,
-    backend: str,
-    group: str,
-    output_final: bool,
-) -> list[Tensor]:
-    p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
-    call = _call(p, backend, _group(group), output_final)
-    check_same_attention(p, call.group, call.layout, call.backend, output_final, call.algorithm)
-    results, kept = forward_pass(call, _inputs(p))
-    small = [t if n % KEPT < 2 else t.clone() for n, t in enumerate(kept)]  # states may be views of each other or of inputs
-    return [results[0], *(t.clone() for t in results[1:]), *small]
+_context_parallel_attention = torch.library.custom_op(
+    "race_dist::context_parallel_attention",
+    _forward_op,
+    mutates_args=(),
+    schema=f"({INPUT_SCHEMA}, {_OPTIONS_SCHEMA}) -> Tensor[]",
+)
 
 
-def _inputs(p: AttentionInputs) -> list[Tensor | None]:
-    return [
-        p.q,
-        p.k,
-        p.v,
-        p.planes,
-        p.beta,
-        p.log_decay,
-        p.key_mask,
-        None,
-        *((None, None) if p.initial is None else (p.initial.mass, p.initial.values)),
-    ]
+@_context_parallel_attention.register_fake
+def _forward_fake(*arguments: Any) -> list[Tensor]:
+    tensors, options, (backend, group, output_final) = split_arguments(arguments)
+    inputs = AttentionInputs.unflatten(tensors, options)
 
+    def state(inputs: AttentionInputs) -> list[Tensor]:
+        shape = inputs.num_states, inputs.k.shape[2], inputs.features
+        dtype = inputs.state_dtype
+        return [inputs.q.new_empty(shape, dtype=dtype), inputs.q.new_empty(*shape, inputs.v.shape[3], dtype=dtype)]
 
-@_group_attention.register_fake
-def _(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    planes,
-    beta,
-    log_decay,
-    key_mask,
-    mass,
-    values,
-    causal,
-    normalization,
-    backend,
-    group,
-    output_final,
-):
-    p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
-    rows, heads, features, width = p.num_states, k.shape[2], p.features, v.shape[3]
-    state = lambda count: [
-        q.new_empty(rows, count, features, dtype=p.state_dtype),
-        q.new_empty(rows, count, features, width, dtype=p.state_dtype),
-    ]
-    results = [q.new_empty(*q.shape[:3], width)]
+    results = [inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[3])]
     if output_final:
-        results += state(heads) + ([] if log_decay is None else [q.new_empty(rows, heads, dtype=p.state_dtype)])
-    for half in head_halves(p, _group(group)):
-        den = half.q.shape[:3] if normalization == "global" else (0,)
+        results += state(inputs)
+        if inputs.log_decay is not None:
+            results.append(inputs.q.new_empty(inputs.num_states, inputs.k.shape[2], dtype=inputs.state_dtype))
+    for heads in head_groups(inputs, _find_group(group)):
+        some = heads.inputs
+        den = some.q.shape[:3] if inputs.normalization == "global" else (0,)
         results += [
-            q.new_empty(den, dtype=p.compute_dtype),
-            q.new_empty(get_backend(backend).states_shape(half), dtype=p.compute_dtype),
-            *state(half.k.shape[2]),
-            *state(half.k.shape[2]),
+            some.q.new_empty(den, dtype=some.compute_dtype),
+            some.q.new_empty(get_backend(backend).states_shape(some), dtype=some.compute_dtype),
+            *state(some),
+            *state(some),
         ]
     return results
 
 
-@torch.library.custom_op("race_dist::context_parallel_attention_backward", mutates_args=())
-def _group_attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    planes: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    key_mask: Tensor | None,
-    mass: Tensor | None,
-    values: Tensor | None,
-    out: Tensor,
-    kept: list[Tensor],
-    dout: Tensor,
-    dfinal: list[Tensor],
-    causal: bool,
-    normalization: str,
-    backend: str,
-    group: str,
-    output_final: bool,
-    need_planes: bool,
-) -> list[Tensor]:
-    p = _problem(q, k, v, planes, beta, log_decay, key_mask, mass, values, causal, normalization)
-    call = _call(p, backend, _group(group), output_final)
-    grads = backward_pass(call, _inputs(p), out, kept, dout, dfinal, need_planes=need_planes)
-    like = (q, k, v, planes, beta, log_decay, mass, values)
-    chosen = zip(like, (*grads[:6], *grads[8:]), strict=True)
-    return [q.new_empty(0) if x is None or g is None else g.clone() if n > 2 else g for n, (x, g) in enumerate(chosen)]
+def _backward_op(*arguments: Any) -> list[Tensor]:
+    """The gradients of the inputs that :func:`differentiable` names, in their order."""
+    tensors, options, (*call, need_planes, results, dout, dfinal) = split_arguments(arguments)
+    result = ContextParallelResult.unflatten(results, _num_final(tensors, output_final=call[-1]))
+    inputs = AttentionInputs.unflatten(tensors, options)
+    gradients = run_backward(inputs, _call(*call), result, dout, dfinal, need_planes=need_planes)
+    asked = differentiable(tensors, need_planes=need_planes)
+    found = InputTensors._make(None if x is None else g for x, g in zip(asked, gradients))
+    # the gradients of q, k and v are new tensors; the small ones may be views of each other
+    return [*found[:3], *(g.clone() for g in found[3:] if g is not None)]
 
 
-@_group_attention_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    planes,
-    beta,
-    log_decay,
-    key_mask,
-    mass,
-    values,
-    out,
-    kept,
-    dout,
-    dfinal,
-    causal,
-    normalization,
-    backend,
-    group,
-    output_final,
-    need_planes,
-):
-    like = (q, k, v, planes if need_planes else None, beta, log_decay, mass, values)
-    return [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in like]
+_context_parallel_attention_backward = torch.library.custom_op(
+    "race_dist::context_parallel_attention_backward",
+    _backward_op,
+    mutates_args=(),
+    schema=f"({INPUT_SCHEMA}, {_OPTIONS_SCHEMA}, bool need_planes, Tensor[] results, Tensor dout, Tensor[] dfinal) -> Tensor[]",
+)
+
+
+@_context_parallel_attention_backward.register_fake
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    tensors, _, (*_, need_planes, _, _, _) = split_arguments(arguments)
+    return [x.new_empty(x.shape) for x in differentiable(tensors, need_planes=need_planes) if x is not None]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.options = inputs[9:]
-    ctx.save_for_backward(*inputs[:9], *output)
+    tensors, options, ctx.call = split_arguments(inputs)
+    ctx.options = options
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *_, output_final = ctx.options
-    inputs, results = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-    finals = 0 if not output_final else 2 if inputs[5] is None else 3
-    dout, *dfinal = (torch.zeros_like(t) if g is None else g for g, t in zip(grads[: 1 + finals], results))
-    found = _group_attention_backward(
-        *inputs, results[0], list(results[1 + finals :]), dout, dfinal, *ctx.options, ctx.needs_input_grad[3]
-    )
-    every = (*found[:6], None, *found[6:])
-    return *(g if need else None for g, need in zip(every, ctx.needs_input_grad)), None, None, None, None, None
+    values = iter(ctx.saved_tensors)
+    tensors, results = take(InputTensors, values), list(values)
+    num_final = _num_final(tensors, output_final=ctx.call[-1])
+    dout, *dfinal = (torch.zeros_like(t) if g is None else g for g, t in zip(grads[: 1 + num_final], results))
+    need = take(InputTensors, iter(ctx.needs_input_grad))
+    need_planes: Any = need.planes
+    found = iter(_context_parallel_attention_backward(*tensors, *ctx.options, *ctx.call, need_planes, results, dout, dfinal))
+    gradients = [None if x is None else next(found) for x in differentiable(tensors, need_planes=need_planes)]
+    return *(g if n else None for g, n in zip(gradients, need)), *(None,) * (len(ctx.options) + len(ctx.call))
 
 
-cast(Callable[..., None], _group_attention.register_autograd)(_attention_gradients, setup_context=_save_attention)
+cast(Callable[..., None], _context_parallel_attention.register_autograd)(_attention_gradients, setup_context=_save_attention)
 
 
 # --- the last tokens of the shard before --------------------------------------------------------------------------------
@@ -250,7 +168,7 @@ def compiled_halo_exchange(
 
 @torch.library.custom_op("race_dist::edges", mutates_args=())
 def _edges(own: list[Tensor], before: list[Tensor], group: str) -> list[Tensor]:
-    ranks = _group(group)
+    ranks = _find_group(group)
     rank, device = group_rank(ranks), own[0].device
     check_same_call("edges", {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}, ranks, device)
     every = unpack(start_all_gather(pack(own), ranks).wait(), own)
@@ -267,7 +185,7 @@ def _(own, before, group):  # type: ignore[no-untyped-def]
 def _edges_backward(dentering: list[Tensor], dleaving: list[Tensor], group: str) -> list[Tensor]:
     """Gradients of ``own``, then of ``before``: what a rank's tail gives, it gives to the rank after it; the last rank's to
     every rank that reads what leaves."""
-    ranks = _group(group)
+    ranks = _find_group(group)
     rank, world, count = group_rank(ranks), group_size(ranks), len(dentering)
     every = unpack(start_all_gather(pack([*dentering, *dleaving]), ranks).wait(), [*dentering, *dleaving])
     last = rank == world - 1
@@ -307,7 +225,7 @@ def compiled_all_gather(own: Sequence[Tensor], group: ProcessGroup) -> list[Tens
 
 @torch.library.custom_op("race_dist::gather", mutates_args=())
 def _gather(own: list[Tensor], group: str) -> list[Tensor]:
-    ranks = _group(group)
+    ranks = _find_group(group)
     facts = {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}
     check_same_call("gather", facts, ranks, own[0].device)
     return [t.clone() for t in unpack(start_all_gather(pack(own), ranks).wait(), own)]
@@ -315,13 +233,13 @@ def _gather(own: list[Tensor], group: str) -> list[Tensor]:
 
 @_gather.register_fake
 def _(own, group):  # type: ignore[no-untyped-def]
-    return [t.new_empty(group_size(_group(group)), *t.shape) for t in own]
+    return [t.new_empty(group_size(_find_group(group)), *t.shape) for t in own]
 
 
 @torch.library.custom_op("race_dist::gather_backward", mutates_args=())
 def _gather_backward(gradients: list[Tensor], group: str) -> list[Tensor]:
     """Of each rank's tensors, summed over the ranks that read them."""
-    ranks = _group(group)
+    ranks = _find_group(group)
     packed = pack(gradients, rows=group_size(ranks))
     return [tree_sum(g).clone() for g in unpack(start_all_to_all(packed, ranks).wait(), [g[0] for g in gradients])]
 

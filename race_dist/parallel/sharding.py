@@ -33,29 +33,6 @@ def check_layout(layout: str) -> Layout:
     return checks.choice("layout", layout, LAYOUTS)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | None, total: int | None = None) -> None:
-    """Raise unless boundaries are integers that start at 0, never fall and end at ``total`` (values are read on the CPU only).
-
-    Raises:
-        TypeError: they are no tensor of integers.
-        ValueError: their shape or values do not fit.
-    """
-    if cu_seqlens is None:
-        return
-    checks.tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in checks.INTEGERS:
-        raise ValueError(
-            f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        )
-    if not checks.readable(cu_seqlens):
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must start at 0 and never fall; got {cu_seqlens[:20].tolist()}")
-    if total is not None and last != total:
-        raise ValueError(f"cu_seqlens must end at the sequence's length, {total}; it ends at {last}")
-
-
 def shard_lengths(total: int, world: int) -> list[int]:
     """Rows of each rank under the contiguous layout: the first ``total mod world`` ranks have one more."""
     total, world = (
@@ -140,7 +117,7 @@ def local_segments(
             offset = checks.integer("offset", offset, minimum=0, maximum=2**62)
         elif offset.dim() != 0 or offset.is_floating_point():
             raise ValueError(f"offset must be an integer or a 0-dimensional int tensor; got {checks.short_repr(offset)}")
-        check_cu_seqlens(cu_seqlens)
+        checks.cu_seqlens(cu_seqlens)
         device = checks.device("device", device)
     if cu_seqlens is not None:
         cu = cu_seqlens.to(torch.int64)
@@ -172,7 +149,7 @@ def shard_rows(
     """
     layout, total = check_layout(layout), checks.integer("total", total, minimum=0, maximum=2**62)
     _check_rank(rank, world)
-    check_cu_seqlens(cu_seqlens, total)
+    checks.cu_seqlens(cu_seqlens, total)
     device = checks.device("device", device) if cu_seqlens is None else cu_seqlens.device
     if layout == "contiguous":
         lengths = shard_lengths(total, world)
@@ -237,7 +214,7 @@ def shard_positions(
     layout, length = check_layout(layout), checks.integer("length", length, minimum=0, maximum=2**62)
     rank, world = group_rank(group), group_size(group)
     total = None if total is None else checks.integer("total", total, minimum=0, maximum=2**62)
-    check_cu_seqlens(cu_seqlens, total if world > 1 else length)
+    checks.cu_seqlens(cu_seqlens, total if world > 1 else length)
     device = cu_seqlens.device if cu_seqlens is not None else checks.device("device", device)
     offset: int | Tensor = 0
     if layout == "zigzag":
@@ -282,7 +259,7 @@ def shard_sequence(
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
     dim = _check_dim(x, dim)
     total = x.shape[dim]
-    check_cu_seqlens(cu_seqlens, total)
+    checks.cu_seqlens(cu_seqlens, total)
     if world == 1:
         return x
     if layout == "contiguous":
@@ -335,7 +312,7 @@ def unshard_sequence(
     dim = _check_dim(x, dim)
     length = x.shape[dim]
     total = None if total is None else checks.integer("total", total, minimum=0, maximum=2**62)
-    check_cu_seqlens(cu_seqlens, length if world == 1 else total)
+    checks.cu_seqlens(cu_seqlens, length if world == 1 else total)
     if world == 1:
         _expect_length(length, length if total is None else total, 0, 1)
         return x

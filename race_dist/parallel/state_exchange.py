@@ -1,11 +1,11 @@
-"""What a rank exchanges around its local calls: which state enters each of them, in the forward pass and in the backward.
+"""Exchange of states between the ranks: which state enters each local call, in the forward pass and in the backward pass.
 
-A route starts an exchange and returns how to finish it, so that local work can run in between. ``initial`` and ``dfinal``
-are of the whole sequence, the same on every rank; what a route gives back are the states of the local calls.
+An exchange is started and finished in two steps, so that local work runs in between. ``initial`` and ``dfinal`` belong to the
+whole sequence and are the same on every rank; the states that an exchange returns belong to the local calls.
 
-    Prefix     causal; one state a batch row, or (zigzag) a document
-    Total      not causal; the sum over the other ranks
-    Documents  contiguous shards that documents cross (:mod:`race_dist.parallel.packed_documents`)
+    PrefixExchange           causal: exclusive scan; one state per batch row, or (zigzag) per document
+    SumExchange              not causal: sum over the other ranks
+    PackedDocumentsExchange  contiguous shards that documents cross (:mod:`race_dist.parallel.packed_documents`)
 """
 
 from __future__ import annotations
@@ -18,143 +18,146 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from race_dist.distributed.communication import group_rank, group_size, start_all_reduce
-from race_dist.ops.inputs import AttentionInputs, document_ids
+from race_dist.ops import inputs as attention_inputs
+from race_dist.ops.inputs import AttentionInputs
 from race_dist.parallel.scan import Algorithm, start_scan
 from race_dist.parallel.shard_partition import ShardPartition
 from race_dist.parallel.sharding import Layout, local_segments
 from race_dist.sketch import SketchState
 
-States = list[SketchState]
-Finish = Callable[[], States]
-Arriving = Callable[[], SketchState]  # waits for the gradient of the final state of the whole sequence
+States = list[SketchState]  # one state per local call
+FinishExchange = Callable[[], States]  # waits for the exchange
+WaitState = Callable[[], SketchState]  # waits for the gradient of the final state of the whole sequence
 
 
-class Route(Protocol):
+class StateExchange(Protocol):
     """The exchange of one kind of call."""
 
-    cut: ShardPartition
+    partition: ShardPartition
 
-    def known(self, initial: SketchState) -> States:
-        """What enters each call, as far as this rank knows it before the exchange."""
+    def known_initial(self, initial: SketchState) -> States:
+        """The state that enters each local call, as far as this rank knows it before the exchange."""
         ...
 
-    def start_forward(self, finals: States, initial: SketchState) -> Finish:
-        """Exchange what leaves each call when what is :meth:`known` enters it; finishing gives each call's initial state."""
+    def start_exchange(self, finals: States, initial: SketchState) -> FinishExchange:
+        """Exchange the final states of the local calls, computed from :meth:`known_initial`; finishing returns the initial
+        state of each local call."""
         ...
 
-    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
-        """Exchange the gradients of the calls' initial states when those of their final states are 0; finishing gives the
-        gradient of each call's final state."""
+    def start_reverse_exchange(self, dinitials: States, wait_dfinal: WaitState) -> FinishExchange:
+        """Exchange the gradients of the calls' initial states, computed with a gradient of 0 of their final states; finishing
+        returns the gradient of the final state of each local call."""
         ...
 
-    def final(self, finals: Sequence[SketchState]) -> SketchState:
-        """This rank's share of the final state, from its calls'; the shares add up."""
+    def final_share(self, finals: Sequence[SketchState]) -> SketchState:
+        """This rank's share of the final state of the whole sequence; the shares add up."""
         ...
 
-    def dinitial(self, grads: Sequence[SketchState]) -> SketchState:
-        """This rank's share of the initial state's gradient, from its calls'; the shares add up."""
+    def initial_gradient_share(self, dinitials: Sequence[SketchState]) -> SketchState:
+        """This rank's share of the gradient of the initial state of the whole sequence; the shares add up."""
         ...
 
-    def rows(self, length: int) -> Tensor | None:
-        """``[T]`` document of each of the rank's rows; None where nothing is packed."""
+    def document_ids(self, length: int) -> Tensor | None:
+        """``[T]`` document of each of the rank's rows; None where no documents are packed."""
         ...
 
 
-def plain(state: SketchState) -> SketchState:
-    """Without the total log decay, which no call reads of a state that enters it."""
+def without_decay(state: SketchState) -> SketchState:
+    """The state without its total log decay, which no local call reads of its initial state."""
     return SketchState.unchecked(state.mass, state.values)
 
 
-class Prefix:
-    """Causal: what enters a piece is the combination of the pieces before it."""
+class PrefixExchange:
+    """Causal: the combination of all earlier pieces of the sequence enters a piece."""
 
-    def __init__(self, group: ProcessGroup, layout: Layout, p: AttentionInputs, algorithm: Algorithm) -> None:
+    def __init__(self, group: ProcessGroup, layout: Layout, inputs: AttentionInputs, algorithm: Algorithm) -> None:
         rank, world = group_rank(group), group_size(group)
         self.group, self.layout, self.algorithm = group, layout, algorithm
         zigzag = layout == "zigzag"
-        if p.cu_seqlens is not None:
-            runs = local_segments(p.q.shape[1], rank, world, layout=layout, cu_seqlens=p.cu_seqlens)
-            self.cut = ShardPartition(alternate=True, cu_seqlens=runs.cu_seqlens)
+        if inputs.cu_seqlens is not None:
+            segments = local_segments(inputs.q.shape[1], rank, world, layout=layout, cu_seqlens=inputs.cu_seqlens)
+            self.partition = ShardPartition(interleaved=True, cu_seqlens=segments.cu_seqlens)
         else:
-            self.cut = ShardPartition.zigzag(p) if zigzag else ShardPartition()
+            self.partition = ShardPartition.zigzag(inputs) if zigzag else ShardPartition()
         self.num_pieces = 2 if zigzag else 1
-        self.first = 0 if rank == 0 else None  # the piece that begins the sequence, where this rank has it
+        # index of the piece on this rank that begins the sequence, and of the one that ends it
+        self.first = 0 if rank == 0 else None
         self.last = self.num_pieces - 1 if rank == (0 if zigzag else world - 1) else None
 
-    def _only(self, piece: int | None, state: SketchState) -> States:
-        """The state for one of this rank's pieces, zero for the others."""
-        return [state if i == piece else state.zero() for i in range(self.num_pieces)]
+    def known_initial(self, initial: SketchState) -> States:
+        pieces = [initial if i == self.first else initial.zero() for i in range(self.num_pieces)]
+        return self.partition.from_pieces(pieces)
 
-    def _entering(self, carries: States, piece: int | None, state: SketchState) -> States:
-        """What the scan brought, but for the piece that the state from outside enters."""
-        return self.cut.states([state if i == piece else plain(c) for i, c in enumerate(carries)])
+    def start_exchange(self, finals: States, initial: SketchState) -> FinishExchange:
+        scan = start_scan(self.partition.to_pieces(finals), self.group, self.layout, algorithm=self.algorithm)
+        return lambda: self._with_outer_state(scan.wait(), self.first, initial)
 
-    def known(self, initial: SketchState) -> States:
-        return self.cut.states(self._only(self.first, initial))
-
-    def start_forward(self, finals: States, initial: SketchState) -> Finish:
-        scan = start_scan(self.cut.pieces(finals), self.group, self.layout, algorithm=self.algorithm)
-        return lambda: self._entering(scan.wait(), self.first, initial)
-
-    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
-        state = dfinal()
-        own = [state.combine(u) if i == self.last else u for i, u in enumerate(self.cut.pieces(suffixes))]
+    def start_reverse_exchange(self, dinitials: States, wait_dfinal: WaitState) -> FinishExchange:
+        dfinal = wait_dfinal()
+        pieces = self.partition.to_pieces(dinitials)
+        own = [dfinal.combine(piece) if i == self.last else piece for i, piece in enumerate(pieces)]
         scan = start_scan(own, self.group, self.layout, reverse=True, algorithm=self.algorithm)
-        return lambda: self._entering(scan.wait(), self.last, state)
+        return lambda: self._with_outer_state(scan.wait(), self.last, dfinal)
 
-    def final(self, finals: Sequence[SketchState]) -> SketchState:
-        pieces = self.cut.pieces(finals)
+    def final_share(self, finals: Sequence[SketchState]) -> SketchState:
+        pieces = self.partition.to_pieces(finals)
         state = pieces[0].zero() if self.last is None else pieces[self.last]
         decays = [piece.log_decay for piece in pieces if piece.log_decay is not None]
         return SketchState.unchecked(state.mass, state.values, sum(decays[1:], decays[0]) if decays else None)
 
-    def dinitial(self, grads: Sequence[SketchState]) -> SketchState:
-        pieces = self.cut.pieces(grads)
+    def initial_gradient_share(self, dinitials: Sequence[SketchState]) -> SketchState:
+        pieces = self.partition.to_pieces(dinitials)
         return pieces[0].zero() if self.first is None else pieces[self.first]
 
-    def rows(self, length: int) -> Tensor | None:
-        if self.cut.cu_seqlens is None:
+    def document_ids(self, length: int) -> Tensor | None:
+        if self.partition.cu_seqlens is None:
             return None
-        return document_ids(self.cut.cu_seqlens, length) // self.num_pieces
+        return attention_inputs.document_ids(self.partition.cu_seqlens, length) // self.num_pieces
+
+    def _with_outer_state(self, scanned: States, piece: int | None, state: SketchState) -> States:
+        """The scanned states, with ``state`` for the piece at the end of the sequence, which no other rank's state enters."""
+        pieces = [state if i == piece else without_decay(s) for i, s in enumerate(scanned)]
+        return self.partition.from_pieces(pieces)
 
 
-class Total:
-    """Not causal: what enters is the sum of the other ranks' sketches, by one all-reduce each way."""
+class SumExchange:
+    """Not causal: the sum of the other ranks' states enters, by one all-reduce per direction."""
 
-    def __init__(self, group: ProcessGroup, p: AttentionInputs) -> None:
+    def __init__(self, group: ProcessGroup, inputs: AttentionInputs) -> None:
         self.group = group
-        world = group_size(group)
-        self.cut = ShardPartition(
-            cu_seqlens=None if p.cu_seqlens is None else p.cu_seqlens // world
-        )  # zigzag: the same of each
+        # a zigzag rank holds an equal share of each document
+        cu_seqlens = None if inputs.cu_seqlens is None else inputs.cu_seqlens // group_size(group)
+        self.partition = ShardPartition(cu_seqlens=cu_seqlens)
 
-    def _start(self, own: SketchState, outside: SketchState) -> Finish:
+    def known_initial(self, initial: SketchState) -> States:
+        return [initial.zero()]
+
+    def start_exchange(self, finals: States, initial: SketchState) -> FinishExchange:
+        return self._start_sum(finals[0], initial)
+
+    def start_reverse_exchange(self, dinitials: States, wait_dfinal: WaitState) -> FinishExchange:
+        return self._start_sum(dinitials[0], wait_dfinal())
+
+    def final_share(self, finals: Sequence[SketchState]) -> SketchState:
+        return self._on_first_rank(finals[0])
+
+    def initial_gradient_share(self, dinitials: Sequence[SketchState]) -> SketchState:
+        return self._on_first_rank(dinitials[0])
+
+    def document_ids(self, length: int) -> Tensor | None:
+        cu_seqlens = self.partition.cu_seqlens
+        return None if cu_seqlens is None else attention_inputs.document_ids(cu_seqlens, length)
+
+    def _start_sum(self, own: SketchState, outer: SketchState) -> FinishExchange:
         packed = torch.cat([own.mass.reshape(-1), own.values.reshape(-1)])
         pending = start_all_reduce(packed, self.group)
 
         def finish() -> States:
             mass, values = (pending.wait() - packed).split([own.mass.numel(), own.values.numel()])
-            return [SketchState.unchecked(outside.mass + mass.view_as(own.mass), outside.values + values.view_as(own.values))]
+            return [SketchState.unchecked(outer.mass + mass.view_as(own.mass), outer.values + values.view_as(own.values))]
 
         return finish
 
-    def known(self, initial: SketchState) -> States:
-        return [initial.zero()]
-
-    def start_forward(self, finals: States, initial: SketchState) -> Finish:
-        return self._start(finals[0], initial)
-
-    def start_backward(self, suffixes: States, dfinal: Arriving) -> Finish:
-        return self._start(suffixes[0], dfinal())
-
-    def _on_first_rank(self, states: Sequence[SketchState]) -> SketchState:
-        return states[0] if group_rank(self.group) == 0 else states[0].zero()
-
-    def final(self, finals: Sequence[SketchState]) -> SketchState:
-        return self._on_first_rank(finals)
-
-    def dinitial(self, grads: Sequence[SketchState]) -> SketchState:
-        return self._on_first_rank(grads)
-
-    def rows(self, length: int) -> Tensor | None:
-        return None if self.cut.cu_seqlens is None else document_ids(self.cut.cu_seqlens, length)
+    def _on_first_rank(self, state: SketchState) -> SketchState:
+        """The total is known on every rank: the first one contributes it."""
+        return state if group_rank(self.group) == 0 else state.zero()

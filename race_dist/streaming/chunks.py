@@ -16,7 +16,6 @@ from torch.distributed import ProcessGroup
 from race_dist import checks
 from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import group_rank, group_size, shard_lengths
-from race_dist.parallel.sharding import check_cu_seqlens
 
 Tokens = Tensor | np.ndarray
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -67,7 +66,7 @@ class ChunkedTokens:
             raise ValueError(f"input_ids and labels must both be [B, T]; got {list(input_ids.shape)} and {list(labels.shape)}")
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids holds no tokens: [B, T] needs T of at least 1")
-        check_cu_seqlens(cu_seqlens)
+        checks.cu_seqlens(cu_seqlens)
         if cu_seqlens is not None and (input_ids.shape[0] != 1 or int(cu_seqlens[-1]) != input_ids.shape[1]):
             raise ValueError(
                 f"cu_seqlens must end at T = {input_ids.shape[1]} with B = 1; it ends at {int(cu_seqlens[-1])} "

@@ -61,9 +61,9 @@ def test_one_half_is_sent_while_the_other_computes() -> None:
             "start_forward",
             "send",
             "wait all_gather",
-            "forward",
+            "finish_forward",
             "wait all_gather",
-            "forward",
+            "finish_forward",
         ]
         assert backward == [
             "start_backward",
@@ -71,9 +71,9 @@ def test_one_half_is_sent_while_the_other_computes() -> None:
             "start_backward",
             "send",
             "wait all_gather",
-            "backward",
+            "finish_backward",
             "wait all_gather",
-            "backward",
+            "finish_backward",
         ]
 
 

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -22,8 +23,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from race_dist.kernels.plan import KERNELS, shared_bytes
+from race_dist.ops import device
 from race_dist.ops import triton as backend
 from race_dist.ops.inputs import AttentionInputs
+from race_dist.ops.triton.plan import plan_call
 
 RECURRENT = {
     "tile_sums_fwd": "race_tile_sums_fwd_kernel",
@@ -134,11 +137,10 @@ def assembled(ptx: str) -> dict[str, int | str]:
 def main() -> None:
     capability, limit, *names = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     driver.set_active(NoCard(capability))
-    backend.unsupported = lambda p: None
-    backend._bulk = lambda *tensors: capability >= 90
-    backend._has_pipes = lambda device: capability == 90 and bool(names)
-    backend.triton.set_allocator(lambda *request: None)
-    backend._shared_limit = lambda device: limit
+    device.supports_tma = lambda *tensors: capability >= 90
+    device.has_pipelines = lambda device: capability == 90 and bool(names)
+    device.shared_memory_limit = lambda device: limit
+    triton.set_allocator(lambda *request: None)
     made: dict[str, CompiledKernel] = {}
 
     def getitem(self: JITFunction, grid: object) -> object:
@@ -155,7 +157,7 @@ def main() -> None:
         p = problem(**options)  # type: ignore[arg-type]
         saved = backend.forward(p)
         backend.backward(p, saved, torch.empty_like(saved.out), None, need_planes=trained)
-        plan = backend._plan(p, trained, capability >= 90)
+        plan = plan_call(p, trained, tma=capability >= 90)
         for name in KERNELS:
             kernel = PIPELINED.get(name, "") if plan.pipelined else RECURRENT[name]
             if kernel:

@@ -11,6 +11,7 @@ from race_dist.hashing import sample_planes
 from race_dist.ops import chunked
 from race_dist.ops import triton as triton_backend
 from race_dist.ops.inputs import AttentionInputs, ForwardResult, Gradients
+from race_dist.ops.triton.launch import KernelCall
 from race_dist.sketch import SketchState
 from tests.ops.cases import relative_error
 
@@ -116,7 +117,7 @@ def check_pipelines(
     """The pipelines serve ``p``, and agree with the chunked pass in float64 to the rounding of their operands: gradients to
     ``most`` of their norms, which count as no smaller than 1e-5 of the output gradient's (where one token is alone, that of
     its query is 0)."""
-    assert triton_backend._Call(p, need_planes, (dout,)).plan.pipelined
+    assert KernelCall(p, need_planes, (dout,)).plan.pipelined
     forward, gradients = both(p, dout, dfinal, need_planes=need_planes)
     right = chunked.forward(double(p))
     right_gradients = chunked.backward(

@@ -18,6 +18,7 @@ from race_dist.attention import race_attention
 from race_dist.kernels.plan import make_plan
 from race_dist.ops import triton as backend
 from race_dist.ops.inputs import AttentionInputs
+from race_dist.ops.triton import launch, plan
 from race_dist.sketch import SketchState
 
 SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, documents=5)
@@ -27,7 +28,7 @@ SMALL = Limits(length=48, heads=2, repeats=2, dim=17, tables=3, planes=4, docume
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 and tiles of 32 tokens, so that a few dozen tokens cross both."""
     monkeypatch.setattr(
-        backend, "make_plan", lambda spec, work, **limits: make_plan(spec, work, **limits | {"chunk": 16, "tile": 32})
+        plan, "make_plan", lambda spec, work, **limits: make_plan(spec, work, **limits | {"chunk": 16, "tile": 32})
     )
     backend.clear_plan_cache()
 
@@ -71,7 +72,7 @@ def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> No
     case = next(
         c
         for c in (draw(seed, replace(SMALL, length=1), dtype=torch.float32) for seed in range(200))
-        if backend._is_decoding(c.inputs) and c.inputs.initial is not None
+        if plan.is_decoding(c.inputs) and c.inputs.initial is not None
     )
     assert case.inputs.initial is not None
     large = SketchState(case.inputs.initial.mass.to(dtype) + 2.0**25, case.inputs.initial.values.to(dtype))
@@ -85,7 +86,7 @@ def test_one_token_is_decoded_in_the_state_s_precision(dtype: torch.dtype) -> No
 
 
 def test_a_chain_of_pieces_is_the_whole() -> None:
-    """What is begun: the final state without the read-out; the initial state's gradient."""
+    """The first phase returns the final state without the output, or the gradient of the initial state."""
     case = next(
         c
         for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
@@ -98,11 +99,11 @@ def test_a_chain_of_pieces_is_the_whole() -> None:
     zero = case.dfinal.zero()
     gradients = backend.backward(p, forward, case.dout, zero, need_planes=False)
     assert gradients.initial is not None
-    begun = backend.start_backward(p, forward, case.dout, need_planes=False)
-    torch.testing.assert_close(begun.state.values, gradients.initial.values)
-    whole = backend.backward(p, forward, case.dout, zero, need_planes=False, begun=begun)
+    started = backend.start_backward(p, forward, case.dout, need_planes=False)
+    torch.testing.assert_close(started.state.values, gradients.initial.values)
+    whole = backend.finish_backward(started, zero)
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], gradients[:3]))
-    again = backend.forward(p, begun=backend.start_forward(p))
+    again = backend.finish_forward(backend.start_forward(p), p.initial)
     assert torch.equal(again.out, forward.out)
     assert torch.equal(again.states, forward.states)
 
@@ -139,9 +140,9 @@ def test_the_public_call_reaches_it() -> None:
 
 
 def test_what_it_cannot_do_it_says() -> None:
-    case = draw(3, SMALL, dtype=torch.float64)
+    p = draw(3, SMALL, dtype=torch.float64).inputs
     with pytest.raises(ValueError, match=r'bfloat16, float16 and float32; got torch.float64; use backend="chunked"'):
-        backend.forward(case.inputs)
+        race_attention(p.q, p.k, p.v, p.planes, p.beta, causal=p.causal, backend="triton")
 
 
 def test_the_custom_op_is_registered_right_for_it() -> None:
@@ -169,7 +170,7 @@ def test_calls_are_of_one_kind_where_their_tensors_lie_alike() -> None:
     """A kind's compiled kernels run without another look at their arguments: whatever Triton compiles for tells kinds apart."""
     q, k, v = (torch.randn(2, 40, 3, 16) for _ in range(3))
     p = AttentionInputs(q, k, v, torch.randn(3, 2, 3, 16), torch.ones(3), None, None, None, None, True, "global")
-    kind = lambda p: backend._Call(p).kind
+    kind = lambda p: launch.KernelCall(p).signature
     assert kind(p) is kind(replace(p, q=q.clone()))
     elsewhere = torch.empty(q.numel() + 1)[1:].view(q.shape)  # 4 bytes further on
     across = q.transpose(1, 2).contiguous().transpose(1, 2)

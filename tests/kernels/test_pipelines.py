@@ -13,7 +13,9 @@ if torch.cuda.is_available():
     pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
 
 from race_dist.kernels.plan import PIPELINED, Plan, Spec, make_plan
+from race_dist.ops import device
 from race_dist.ops import triton as backend
+from race_dist.ops.triton import launch, plan
 from tests.kernels.emulated import Deadlock, Hazard, emulated
 from tests.kernels.flaws import FLAWS, square_kernel
 from tests.kernels.problems import both, check_pipelines, drawn
@@ -36,15 +38,12 @@ def planned(spec: Spec, work: int, **options: object) -> Plan:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend believes that it is on a Hopper card, of two multiprocessors: then tiles are a few chunks long."""
-    pipes = {name: emulated(kernel) for name, kernel in backend._pipes().items()}
-    for name, value in {
-        "make_plan": planned,
-        "_has_pipes": lambda device: True,
-        "_bulk": lambda *tensors: True,
-        "_processors": lambda device: 2,
-        "_pipes": lambda: pipes,
-    }.items():
-        monkeypatch.setattr(backend, name, value)
+    pipes = {name: emulated(kernel) for name, kernel in launch.hopper_kernels().items()}
+    monkeypatch.setattr(plan, "make_plan", planned)
+    monkeypatch.setattr(launch, "hopper_kernels", lambda: pipes)
+    monkeypatch.setattr(device, "has_pipelines", lambda device: True)
+    monkeypatch.setattr(device, "supports_tma", lambda *tensors: True)
+    monkeypatch.setattr(device, "num_sms", lambda device: 2)
     monkeypatch.setattr(Spec, "min_block", 64)  # a card's blocks, not the interpreter's
     backend.clear_plan_cache()
 
@@ -153,7 +152,7 @@ def test_whose_turn_it_is_changes_nothing() -> None:
     p, dout, dfinal = drawn(device="cpu", length=200, heads=1, states=True, decay="token")
     runs = []
     for seed in range(3):
-        for pipe in backend._pipes().values():
+        for pipe in launch.hopper_kernels().values():
             pipe.seed = 1000 * seed  # type: ignore[attr-defined]
         runs.append(both(p, dout, dfinal))
     for forward, gradients in runs[1:]:

@@ -53,7 +53,7 @@ def test_bfloat16_rounds_only_its_inputs_and_outputs(seed: int) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("documents", [0, 5])
 def test_the_pieces_of_a_chain_are_the_whole(normalization: str, causal: bool, documents: int) -> None:
-    """What is begun: the final state without the read-out, and the initial state's gradient: what ranks exchange."""
+    """The first phase returns what ranks exchange: the final state without the output, and the initial state's gradient."""
     case = next(
         c
         for c in map(draw, range(1000))

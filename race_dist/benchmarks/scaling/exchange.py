@@ -12,7 +12,7 @@ import torch
 from race_dist.benchmarks.attention import inputs
 from race_dist.benchmarks.scaling.job import Job
 from race_dist.hashing import sample_planes
-from race_dist.ops.autograd import get_backend, unsupported
+from race_dist.ops.backends import get_backend, select_backend
 from race_dist.ops.inputs import AttentionInputs
 from race_dist.parallel import state_exchange
 from race_dist.parallel.attention import context_parallel_attention, splits_heads
@@ -88,25 +88,27 @@ def _call(job: Job, count: int, algorithm: Algorithm) -> Callable[[], object]:
     shape = replace(job.sizes.base, length=job.sizes.per_rank)
     q, k, v = inputs(shape, job.device)
     planes = sample_planes(shape.tables, shape.planes, shape.head_dim, seed=0, device=job.device, dtype=q.dtype)
-    p = AttentionInputs(
-        q,
-        k,
-        v,
-        planes.expand(shape.heads, -1, -1, -1),
-        torch.full((shape.heads,), 2.0, device=job.device),
-        None,
-        None,
-        None,
-        None,
-        True,
-        "global",
+    attention_inputs = AttentionInputs(
+        q=q,
+        k=k,
+        v=v,
+        planes=planes.expand(shape.heads, -1, -1, -1),
+        beta=torch.full((shape.heads,), 2.0, device=job.device),
+        log_decay=None,
+        key_mask=None,
+        cu_seqlens=None,
+        initial=None,
+        causal=True,
+        normalization="global",
     )
-    usable = job.device.type == "cuda" and unsupported(p, "triton") is None
-    backend, group, gradient = get_backend("triton" if usable else "chunked"), job.group(count), torch.randn_like(q)
+    backend = get_backend(select_backend(attention_inputs, "auto").name)
+    group, gradient = job.group(count), torch.randn_like(q)
     assert group is not None
 
     def both() -> None:
-        out, _ = context_parallel_attention(p, group, "contiguous", backend, output_final=False, algorithm=algorithm)
+        out, _ = context_parallel_attention(
+            attention_inputs, group, "contiguous", backend, output_final=False, algorithm=algorithm
+        )
         torch.autograd.grad(out, (q, k, v), gradient)
 
     return both

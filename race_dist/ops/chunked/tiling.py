@@ -71,15 +71,15 @@ class Tile:
 class Tiling:
     """The tiles of one problem, in order."""
 
-    def __init__(self, p: AttentionInputs) -> None:
-        batch, length, query_heads, _ = p.q.shape
-        self.device = p.q.device
-        self.chunk = max(1, min(64 if p.features <= 128 else 128, length))  # one token is decoded without padding
-        rows = 2**14 if p.q.device.type == "cpu" else 2**18  # query rows worked on at once: a few MB of features
+    def __init__(self, inputs: AttentionInputs) -> None:
+        batch, length, query_heads, _ = inputs.q.shape
+        self.device = inputs.q.device
+        self.chunk = max(1, min(64 if inputs.features <= 128 else 128, length))  # one token is decoded without padding
+        rows = 2**14 if inputs.q.device.type == "cpu" else 2**18  # query rows worked on at once: a few MB of features
         self.per_tile = min(64, max(8, rows // (self.chunk * max(1, batch * query_heads))))
-        self.length, self.cu_seqlens = length, p.cu_seqlens
+        self.length, self.cu_seqlens = length, inputs.cu_seqlens
         # every document may leave one ragged chunk; a bound that depends on shapes only
-        ragged = p.num_states if p.cu_seqlens is not None and length else 0
+        ragged = inputs.num_states if inputs.cu_seqlens is not None and length else 0
         self.num_chunks = length // self.chunk + ragged if ragged else -(-length // self.chunk)
         self.num_tiles = -(-self.num_chunks // self.per_tile)
 
@@ -127,46 +127,46 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class Links:
+class TileWeights:
     """The weights inside a tile, broadcastable over batch and heads; None where all are 1.
 
     Attributes:
-        pair: ``[.., n, C, C]``: token i of a chunk sees token j <= i of it with this weight.
-        entry: ``[.., n, C, 1]``: token i sees the state before its chunk with this weight.
-        exit: ``[.., n, C, 1]``: token j is added to the sum of its chunk with this weight.
-        through: ``[.., n, 1, 1]``: a state crosses a chunk with this weight.
-        sources: ``[.., n + 1, n + 1]``: row m, the state before chunk m (row n: after the tile), reads column 0, the
+        intra: ``[.., n, C, C]``: token i of a chunk sees token j <= i of it with this weight.
+        from_start: ``[.., n, C, 1]``: token i sees the state before its chunk with this weight.
+        to_end: ``[.., n, C, 1]``: token j is added to the sum of its chunk with this weight.
+        chunk_decay: ``[.., n, 1, 1]``: a state crosses a chunk with this weight.
+        inter: ``[.., n + 1, n + 1]``: row m, the state before chunk m (row n: after the tile), reads column 0, the
             state that enters the tile, and column j, the sum of chunk j - 1.
-        begin: ``[.., n + 1, n]``: row m reads the initial state of the document that begins at chunk j (packed only).
-        across: ``[.., 1, 1]`` float64: the state that enters the tile leaves it with this weight.
+        from_initial: ``[.., n + 1, n]``: row m reads the initial state of the document that begins at chunk j (packed only).
+        tile_decay: ``[.., 1, 1]`` float64: the state that enters the tile leaves it with this weight.
     """
 
-    pair: Tensor
-    entry: Tensor | None
-    exit: Tensor | None
-    through: Tensor | None
-    sources: Tensor
-    begin: Tensor | None
-    across: Tensor
+    intra: Tensor
+    from_start: Tensor | None
+    to_end: Tensor | None
+    chunk_decay: Tensor | None
+    inter: Tensor
+    from_initial: Tensor | None
+    tile_decay: Tensor
 
 
-def links(p: AttentionInputs, tile: Tile) -> Links:
+def tile_weights(inputs: AttentionInputs, tile: Tile) -> TileWeights:
     """The weights of a causal tile. Sums of log decays are float64: only their differences are exponentiated."""
-    (n, c), dtype, device = tile.shape, p.compute_dtype, p.q.device
+    (n, c), dtype, device = tile.shape, inputs.compute_dtype, inputs.q.device
     segment = torch.zeros(n, dtype=torch.long, device=device) if tile.begins is None else tile.begins.cumsum(0)
     reader = torch.cat([segment, segment[-1:]])  # [n + 1]: document read by the state before chunk m, and after the tile
-    source = torch.cat([segment.new_zeros(1), segment])  # [n + 1]: document of the entering state and of the chunks
+    source = torch.cat([segment.new_zeros(1), segment])  # [n + 1]: document of the initial state and of the chunks
     order = torch.arange(n + 1, device=device)
     seen = (order[:, None] >= order) & (reader[:, None] == source)
     seen_begin = None
     if tile.begins is not None:
         seen_begin = (order[:, None] >= order[:-1]) & (reader[:, None] == segment) & tile.begins
     lower = torch.ones(c, c, dtype=torch.bool, device=device).tril()
-    if p.log_decay is None:
+    if inputs.log_decay is None:
         begin = None if seen_begin is None else seen_begin.to(dtype)
-        return Links(lower.to(dtype), None, None, None, seen.to(dtype), begin, seen[-1:, :1].double())
+        return TileWeights(lower.to(dtype), None, None, None, seen.to(dtype), begin, seen[-1:, :1].double())
 
-    log_decay = tile.take(p.log_decay.clamp(min=MIN_LOG_DECAY), torch.float64)  # [B, H, n, C]
+    log_decay = tile.take(inputs.log_decay.clamp(min=MIN_LOG_DECAY), torch.float64)  # [B, H, n, C]
     if tile.valid is not None:
         log_decay = log_decay * tile.valid
     inside = log_decay.cumsum(-1)
@@ -178,7 +178,7 @@ def links(p: AttentionInputs, tile: Tile) -> Links:
 
     sources = weights(before[..., :, None] - before[..., None, :], seen)
     begin = None if seen_begin is None else weights(before[..., :, None] - before[..., None, :-1], seen_begin)
-    return Links(
+    return TileWeights(
         weights(inside[..., :, None] - inside[..., None, :], lower),
         inside[..., None].exp().to(dtype),
         (total - inside)[..., None].exp().to(dtype),
