@@ -121,11 +121,11 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
                 f'attn_implementation="{IMPLEMENTATION}" does not compute: use another implementation'
             )
         Settings.of(config).implementation_config()
-        _attach(model, named=True)
+        _install_hook(model, named=True)
     return original(model, attn_implementation, *args, **kwargs)
 
 
-def _attach(model: Any, *, named: bool = False) -> None:
+def _install_hook(model: Any, *, named: bool = False) -> None:
     """Install the decoder hook if the attention is "race", or is about to be (``named``). Models of another structure do
     without it: each of their layers then describes the batch itself."""
     if not named and getattr(model.config, KEY, None) != IMPLEMENTATION:
@@ -137,7 +137,7 @@ def _attach(model: Any, *, named: bool = False) -> None:
 def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Settings], None]) -> None:
     original(model)
     _guard_trainer()
-    _attach(model)
+    _install_hook(model)
     settings = Settings.of(model.config)
     if not settings.layers:
         return
