@@ -277,7 +277,7 @@ def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, An
     [
         ({"attention_dropout": 0.1}, {}, "attention_dropout = 0"),
         ({}, {"attention_mask": torch.ones(1, 1, 10, 10)}, r"4-dimensional.*keep such layers softmax"),
-        ({}, {"output_attentions": True}, "output_attentions=True asks for weights"),
+        ({}, {"output_attentions": True}, "output_attentions=True asks for attention weights"),
     ],
 )
 def test_what_race_attention_has_not_is_refused(changes: dict[str, Any], call: dict[str, Any], message: str) -> None:

@@ -145,7 +145,7 @@ def wrong(group: Any, what: str) -> None:
         ("softmax", r"layers \[0, 1\] are softmax attention"),
         ("models", "the ranks do not agree on the model"),
         ("labels", "labels of a shard need shift_labels"),
-        ("rows", "need a batch of one row; got 2"),
+        ("rows", "must be in one row; got 2 rows"),
         ("positions", "position_ids restart inside a shard"),
         ("switched", "was changed to 'sdpa' after sequence_parallel was called"),
         ("cache", "decoding over a shared sequence"),

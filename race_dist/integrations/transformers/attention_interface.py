@@ -74,7 +74,7 @@ def race_attention_forward(
         key, value: ``[B, Hkv, Tk, D]``: cached keys and values, then those of the query's tokens.
         attention_mask: ``[B, Tk]`` from :func:`race_mask`.
         position_ids, cu_seq_lens_q: packed documents.
-        race_sequence: what all layers of a model share, where :func:`attach` has found it out already.
+        race_sequence: the description of the rows that the DecoderHook has computed for all layers, or None.
 
     Returns:
         ``[B, T, Hq, D]``, and None in the place of attention weights.
@@ -83,9 +83,8 @@ def race_attention_forward(
         ValueError: dropout, a sliding window, a logit cap, attention weights or another unsupported feature is requested.
     """
     padded_length = query.shape[2]
-    if (
-        race_sequence is not None and not race_sequence.sequence.length
-    ):  # a shard without tokens: the token that is there is a placeholder
+    # a shard without tokens holds one placeholder token
+    if race_sequence is not None and not race_sequence.sequence.length:
         query, key, value = (x[:, :, :0] for x in (query, key, value))
     batch, _, length, _ = query.shape
     keys = key.shape[2]

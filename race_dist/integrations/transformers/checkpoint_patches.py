@@ -32,7 +32,7 @@ from race_dist.integrations.transformers.layer import LOADING, RaceSelfAttention
 from race_dist.integrations.transformers.settings import CONFIG_ENTRY, IMPLEMENTATION, Settings, stored_options
 
 CONVERTED = "race_converted"  # the stored name of a model with converted layers
-KEY = "_attn_implementation"
+IMPLEMENTATION_KEY = "_attn_implementation"
 
 
 def install(build: Callable[[PreTrainedModel, Settings], None]) -> None:
@@ -69,7 +69,7 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
     entry = _stored_implementation(config)
     if entry is None:
         return result
-    result[KEY] = entry
+    result[IMPLEMENTATION_KEY] = entry
     if _own_implementation(config) == IMPLEMENTATION and not Settings.of(config).layers:
         settings = Settings.of(config)
         result[CONFIG_ENTRY] = settings.model_copy(
@@ -80,7 +80,7 @@ def _to_dict(original: Any, config: Any) -> dict[str, Any]:
 
 def _own_implementation(config: Any) -> str | None:
     """The implementation of one configuration: "race", "race_converted" or None for anything else."""
-    if getattr(config, KEY, None) == IMPLEMENTATION:
+    if getattr(config, IMPLEMENTATION_KEY, None) == IMPLEMENTATION:
         return IMPLEMENTATION
     return CONVERTED if getattr(config, CONFIG_ENTRY, None) is not None and Settings.of(config).layers else None
 
@@ -97,17 +97,17 @@ def _stored_implementation(config: Any) -> str | dict[str, Any] | None:
 
 def _from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
     if kwargs.get("attn_implementation") is not None:
-        config_dict = {name: value for name, value in config_dict.items() if name != KEY}
-    made = original(cls, config_dict, **kwargs)
-    for config in _with_parts(made[0] if isinstance(made, tuple) else made):
-        if getattr(config, KEY, None) == CONVERTED:
+        config_dict = {name: value for name, value in config_dict.items() if name != IMPLEMENTATION_KEY}
+    result = original(cls, config_dict, **kwargs)
+    for config in _with_sub_configs(result[0] if isinstance(result, tuple) else result):
+        if getattr(config, IMPLEMENTATION_KEY, None) == CONVERTED:
             config._attn_implementation_internal = None
-    return made
+    return result
 
 
-def _with_parts(config: Any) -> list[Any]:
+def _with_sub_configs(config: Any) -> list[Any]:
     parts = [getattr(config, name, None) for name in config.sub_configs]
-    return [config, *(each for part in parts if isinstance(part, PretrainedConfig) for each in _with_parts(part))]
+    return [config, *(nested for part in parts if isinstance(part, PretrainedConfig) for nested in _with_sub_configs(part))]
 
 
 def _check_implementation(original: Any, model: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -121,14 +121,14 @@ def _check_implementation(original: Any, model: Any, attn_implementation: str | 
                 f'attn_implementation="{IMPLEMENTATION}" does not compute: use another implementation'
             )
         Settings.of(config).implementation_config()
-        _attach(model, named=True)
+        _install_hook(model, named=True)
     return original(model, attn_implementation, *args, **kwargs)
 
 
-def _attach(model: Any, *, named: bool = False) -> None:
+def _install_hook(model: Any, *, named: bool = False) -> None:
     """Install the decoder hook if the attention is "race", or is about to be (``named``). Models of another structure do
     without it: each of their layers then describes the batch itself."""
-    if not named and getattr(model.config, KEY, None) != IMPLEMENTATION:
+    if not named and getattr(model.config, IMPLEMENTATION_KEY, None) != IMPLEMENTATION:
         return
     with contextlib.suppress(TypeError, AttributeError):  # no decoder, or not created yet
         install_decoder_hook(model)
@@ -136,8 +136,8 @@ def _attach(model: Any, *, named: bool = False) -> None:
 
 def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Settings], None]) -> None:
     original(model)
-    _guard_trainer()
-    _attach(model)
+    _patch_trainer()
+    _install_hook(model)
     settings = Settings.of(model.config)
     if not settings.layers:
         return
@@ -150,13 +150,13 @@ def _post_init(original: Any, model: Any, build: Callable[[PreTrainedModel, Sett
 
 def _refuse_softmax_config(path: Any, config: Any, attn_implementation: Any) -> None:
     """Raise ValueError if the saved model has attn_implementation="race" and the caller's configuration names none."""
-    chosen = getattr(config, KEY + "_internal", None) is not None or attn_implementation is not None
+    chosen = getattr(config, IMPLEMENTATION_KEY + "_internal", None) is not None or attn_implementation is not None
     if chosen or not isinstance(config, PretrainedConfig) or not isinstance(path, (str, Path)):
         return
     stored, entries = Path(path) / "config.json", None
     with contextlib.suppress(OSError, ValueError):  # transformers reports the error itself
         entries = json.loads(stored.read_text(encoding="utf-8"))
-    if isinstance(entries, dict) and entries.get(KEY) == IMPLEMENTATION:
+    if isinstance(entries, dict) and entries.get(IMPLEMENTATION_KEY) == IMPLEMENTATION:
         raise ValueError(
             f'the model in {path} has attn_implementation="{IMPLEMENTATION}", but the given config names none, and '
             "the model would become softmax: leave config out, or pass attn_implementation=..."
@@ -169,7 +169,7 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.get("config"),
         kwargs.get("attn_implementation"),
     )
-    token, wanted = LOADING.set(True), kwargs.pop("output_loading_info", False)
+    token, return_info = LOADING.set(True), kwargs.pop("output_loading_info", False)
     try:
         model, info = original(cls, *args, output_loading_info=True, **kwargs)
     finally:
@@ -182,7 +182,7 @@ def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
             "the saved one does"
         )
     finish_loading(model)
-    return (model, info) if wanted else model
+    return (model, info) if return_info else model
 
 
 def finish_loading(model: nn.Module) -> None:
@@ -202,13 +202,13 @@ def finish_loading(model: nn.Module) -> None:
 # --- HF's Trainer is slow to import: it is patched when a model is created and the Trainer has been imported ---------------
 
 
-def _guard_trainer() -> None:
+def _patch_trainer() -> None:
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if trainer is not None and not hasattr(trainer._load_from_checkpoint, "race"):
-        _wrap(trainer, "_load_from_checkpoint", _resume)
+        _wrap(trainer, "_load_from_checkpoint", _load_from_checkpoint)
 
 
-def _resume(original: Any, trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
+def _load_from_checkpoint(original: Any, trainer: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
     model = next((m for m in (trainer.model, *args) if m is not None), None)
     check_same_attention(folder, getattr(model, "config", None))
     return original(trainer, folder, *args, **kwargs)
@@ -232,6 +232,6 @@ def check_same_attention(folder: str | Path, config: Any) -> None:
 
 def _attention(entries: dict[str, Any]) -> tuple[Any, Any]:
     """The implementation and the settings, without the backend, of a configuration in JSON form."""
-    name, settings = entries.get(KEY), entries.get(CONFIG_ENTRY) or {}
+    name, settings = entries.get(IMPLEMENTATION_KEY), entries.get(CONFIG_ENTRY) or {}
     options = {key: value for key, value in settings.get("options", {}).items() if key != "backend"}
     return name, (settings | {"options": options} if name else None)

@@ -145,12 +145,10 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
         options = stored_options(settings.layer_config())
         _replace_all(model, settings.model_copy(update={"layers": tuple(missing), "options": options}))
     for module in model.modules():
-        if isinstance(module, RaceSelfAttention):  # keeps transformers from reinitializing these weights
-            for part in (
-                module,
-                *(m for name, m in module.named_modules() if name and name.split(".")[0] not in INHERITED_MODULES),
-            ):
-                part._is_hf_initialized = True
+        if isinstance(module, RaceSelfAttention):
+            for name, part in module.named_modules():
+                if name.split(".")[0] not in INHERITED_MODULES:
+                    part._is_hf_initialized = True  # keeps transformers from initializing these weights again
 
 
 def _options(race: RaceConfig | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -197,49 +195,46 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
     """Replace the layers that the settings list. If one cannot be replaced, restore the model and raise ValueError."""
     decoder = decoder_of(model)
     blocks: Any = decoder.layers
-    places = {index: _attention_of(blocks[index], index) for index in settings.layers}
-    converted = [index for index, (_, module) in places.items() if isinstance(module, RaceSelfAttention)]
+    replaced = {index: _attention_of(blocks[index], index) for index in settings.layers}
+    converted = [index for index, (_, module) in replaced.items() if isinstance(module, RaceSelfAttention)]
     if converted:
         raise ValueError(f"layer {converted[0]} is a RACE layer already: leave it out of layers")
-    text = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     can_run = not any(t.is_meta for t in (*decoder.parameters(), *decoder.buffers()))
-    made = {index: _layer(module, index, settings, text) for index, (_, module) in places.items()}
+    new_layers = {index: _new_layer(module, index, settings, text_config) for index, (_, module) in replaced.items()}
     if can_run:
-        calls = conversion_check.record_calls(decoder, {index: module for index, (_, module) in places.items()})
-        for index, (_, module) in places.items():
-            _check_conversion(calls.get(index), module, made[index], index, getattr(text, "max_position_embeddings", None))
+        calls = conversion_check.record_calls(decoder, {index: module for index, (_, module) in replaced.items()})
+        for index, (_, module) in replaced.items():
+            _check_conversion(
+                calls.get(index), module, new_layers[index], index, getattr(text_config, "max_position_embeddings", None)
+            )
     hooks = (decoder._forward_pre_hooks, decoder._forward_hooks)
     before = [set(kind) for kind in hooks]
     try:
-        for index, (name, module) in places.items():
-            setattr(blocks[index], name, made[index].train(module.training))
+        for index, (name, module) in replaced.items():
+            setattr(blocks[index], name, new_layers[index].train(module.training))
         install_decoder_hook(model)
         if can_run:
             conversion_check.run(decoder)
     except Exception as error:
-        for index, (name, module) in places.items():
+        for index, (name, module) in replaced.items():
             setattr(blocks[index], name, module)
         for kind, known in zip(hooks, before, strict=True):
             for key in set(kind) - known:
                 del kind[key]
         raise ValueError(
-            f"{type(model).__name__} does not run with RACE layers in the place of layers {list(places)}: {error}"
+            f"{type(model).__name__} does not run with RACE layers in the place of layers {list(replaced)}: {error}"
         ) from error
 
 
-def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
-    """The RACE layer that replaces an attention module."""
+def _new_layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
+    """The RACE layer that rereplaced an attention module."""
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
         raise ValueError(f"{where} is not causal, but converted layers are: leave it out of layers")
-    dropout = [
-        str(p)
-        for p in (
-            getattr(attention, "attention_dropout", 0.0),
-            *(m.p for m in attention.modules() if isinstance(m, nn.Dropout)),
-        )
-        if isinstance(p, float) and p > 0
-    ]
+    rates = [getattr(attention, "attention_dropout", 0.0)]
+    rates += [module.p for module in attention.modules() if isinstance(module, nn.Dropout)]
+    dropout = [rate for rate in rates if isinstance(rate, float) and rate > 0]
     if dropout:
         raise ValueError(
             f"{where} drops attention weights (dropout = {dropout[0]}), but a RACE layer has none to drop: create "
@@ -252,9 +247,9 @@ def _layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> R
     race = RaceConfig.check(options, source="race").with_model_dims(
         dim=text.hidden_size, num_heads=found.heads, num_kv_heads=found.kv_heads, head_dim=found.head_dim, rope_base=10000.0
     )
-    weights = list(attention.get_submodule(found.names[-1]).parameters())
-    # no floating-point parameter: quantized weights
-    like = next((p for p in (*weights, *attention.parameters()) if p.is_floating_point()), torch.empty(0))
+    output_projection = attention.get_submodule(found.names[-1])
+    weights = (*output_projection.parameters(), *attention.parameters())
+    like = next((p for p in weights if p.is_floating_point()), torch.empty(0))  # quantized weights: none is floating-point
     layer = RaceSelfAttention(
         attention, found, race, index, inherit_rope=settings.inherit_rope, device=like.device, dtype=like.dtype
     )
@@ -286,12 +281,12 @@ def _own_config(model: PreTrainedModel) -> None:
 def _rope_base(config: Any, attention: nn.Module, head_dim: int, index: int) -> float:
     """The base of the model's rotary positions. RACE layers use the model's angles; the base marks them as rotary."""
     rope = getattr(config, "rope_parameters", None) or {}
-    turned = getattr(attention, "rotary_ndims", None) or int(
+    rotated = getattr(attention, "rotary_ndims", None) or int(
         head_dim * rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)
     )
-    if turned != head_dim:
+    if rotated != head_dim:
         raise ValueError(
-            f"layer {index} rotates {turned} of {head_dim} dimensions of a head: RACE layers rotate all or none, so pass "
+            f"layer {index} rotates {rotated} of {head_dim} dimensions of a head: RACE layers rotate all or none, so pass "
             "inherit_rope=False"
         )
     return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)

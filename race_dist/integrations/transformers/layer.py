@@ -134,11 +134,11 @@ class RaceSelfAttention(RaceAttention):
         race_sequence: BatchSequence | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """``hidden_states [B, T, dim]`` to the same, and no attention weights.
+        """The output ``[B, T, dim]`` of ``hidden_states [B, T, dim]``, and None in the place of attention weights.
 
-        The past comes from and goes to a cache by whichever name this version of transformers gives it. ``race_sequence`` is
-        what :func:`attach` has found out for all layers; a layer called by itself takes padding masks, positions and
-        cu_seq_lens.
+        The carry is read from and written to a cache, which has one of three names in different versions of transformers.
+        ``race_sequence`` is the description of the rows that the DecoderHook has computed for all layers. A layer that is
+        called by itself computes it from the padding mask, positions and cu_seq_lens.
         """
         past = next((c for c in (cache, past_key_values, layer_past) if c is not None), None)
         batch, length, _ = hidden_states.shape
@@ -178,7 +178,7 @@ class RaceSelfAttention(RaceAttention):
             return rows.sequence
         if embeddings is None:
             raise ValueError(
-                f"layer {self.layer_idx} inherits the model's rotary positions but was given no "
+                f"layer {self.layer_idx} inherits the model's rotary positions but got no "
                 "position_embeddings: convert it with inherit_rope=False"
             )
         dtype = compute_dtype(x)

@@ -54,9 +54,10 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
     whole = dict(batch)
     if whole.get("position_ids") is None:
         mask = whole.get("attention_mask")
-        whole["position_ids"] = (
-            torch.arange(length, device=ids.device) if mask is None else (mask.ne(0).cumsum(-1) - 1).clamp(min=0)
-        )  # padding is not counted
+        if mask is None:
+            whole["position_ids"] = torch.arange(length, device=ids.device)
+        else:  # padding is not counted
+            whole["position_ids"] = (mask.ne(0).cumsum(-1) - 1).clamp(min=0)
     whole["position_ids"] = whole["position_ids"].expand(rows, -1)
     cu_seqlens = whole.get("cu_seq_lens_q")
     if cu_seqlens is None and whole.get("attention_mask") is None:
