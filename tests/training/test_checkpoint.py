@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked, pruned; a run that goes on from one is the run that was not interrupted."""
+"""Checkpoints: atomic, verified and pruned; a resumed run repeats the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def loaded(folder: Path) -> tuple[int, dict[str, Tensor], list[str]]:
     return found.step, blank, store.problems
 
 
-def test_what_is_saved_is_loaded_bit_by_bit(tmp_path: Path) -> None:
+def test_saved_tensors_are_loaded_bit_by_bit(tmp_path: Path) -> None:
     saved(tmp_path, [10, 20])
     step, found, problems = loaded(tmp_path)
     assert (step, problems) == (20, [])
@@ -68,7 +68,7 @@ def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
     assert torch.equal(loaded(tmp_path)[1]["model.a"], tensors(5)["model.a"])
 
 
-def test_old_ones_are_pruned(tmp_path: Path) -> None:
+def test_old_checkpoints_are_pruned(tmp_path: Path) -> None:
     saved(tmp_path, [10, 20, 30, 40, 50, 60], keep=2, keep_every=20)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "000002-step-00000020",
@@ -104,7 +104,7 @@ def flip(file: Path) -> None:
         (lambda file: file.write_text(file.read_text().replace('"position": 20', '"position": 21')), MANIFEST, "was changed"),
     ],
 )
-def test_a_damaged_one_is_passed_over_and_told(tmp_path: Path, damage: Any, which: str, says: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path: Path, damage: Any, which: str, says: str) -> None:
     saved(tmp_path, [10, 20])
     damage(next((tmp_path / "000002-step-00000020").glob(which)))
     step, found, problems = loaded(tmp_path)
@@ -118,7 +118,7 @@ def test_a_damaged_one_is_passed_over_and_told(tmp_path: Path, damage: Any, whic
         CheckpointManager(tmp_path, None).latest()
 
 
-def test_what_a_crash_left_half_done_is_not_seen_and_removed(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_of_a_crash_are_ignored_and_removed(tmp_path: Path) -> None:
     assert CheckpointManager(tmp_path, None).latest() is None
     saved(tmp_path, [10])
     (tmp_path / ".partial-ab-2").mkdir()
@@ -131,7 +131,7 @@ def test_what_a_crash_left_half_done_is_not_seen_and_removed(tmp_path: Path) -> 
     assert newest.step == 20
 
 
-def test_a_write_that_fails_is_told_and_harms_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_is_reported_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     store = saved(folder, [10])
     shutil.move(folder, tmp_path / "aside")
@@ -146,8 +146,8 @@ def test_a_write_that_fails_is_told_and_harms_nothing(tmp_path: Path) -> None:
     assert loaded(folder)[0] == 30
 
 
-def test_a_write_cut_short_leaves_no_half_of_it(tmp_path: Path) -> None:
-    """What stayed would keep the room that a full disk lacks."""
+def test_a_failed_write_leaves_no_partial_files(tmp_path: Path) -> None:
+    """Partial files would occupy space on a full disk."""
     store, limits = saved(tmp_path, [10]), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes a file may have
     try:
@@ -168,7 +168,7 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
             store.load(newest, TensorState(wrong))
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------
+# --- runs ----------------------------------------------------------------------------------------------------------------
 
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:
@@ -202,7 +202,7 @@ def curve(config: TrainConfig) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_run_that_is_stopped_and_resumed_repeats_the_undisturbed_one(tmp_path: Path, precision: str) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, precision: str) -> None:
     whole = settings(tmp_path, name="whole", precision=precision)
     parts = settings(tmp_path, name="parts", precision=precision)
     go(whole)
@@ -231,7 +231,7 @@ def test_lines_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     assert curve(config) == before
 
 
-def test_a_damaged_checkpoint_is_told_when_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:
+def test_a_resume_from_an_earlier_checkpoint_reports_the_damaged_one(tmp_path: Path) -> None:
     config = settings(tmp_path)
     go(config, stop_after=7)
     undisturbed = curve(config)
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_told_when_a_run_goes_on_from_the_one_before(tmp
     assert "is damaged" in events[0]["text"]
 
 
-def test_a_run_resumes_only_what_it_was(tmp_path: Path) -> None:
+def test_a_resume_refuses_another_model_or_optimizer(tmp_path: Path) -> None:
     config = settings(tmp_path)
     go(config, stop_after=3)
     with pytest.raises(CheckpointError, match=r"written with another seed, optim.lr; put back"):

@@ -1,4 +1,4 @@
-"""Reading a corpus, holding a part out of it, drawing batches."""
+"""Reading a corpus, splitting it, and drawing batches."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from race_dist.training.data.corpus import BLOCK, Corpus, load_corpus
 
 
 def corpus_of(size: int) -> Corpus:
-    """A corpus whose 3-byte groups say where they stand."""
+    """A corpus whose 3-byte groups encode their position."""
     return Corpus("numbers", np.frombuffer(np.arange(size // 4 + 1, dtype=">u4").tobytes()[:size], dtype=np.uint8))
 
 
 @pytest.mark.parametrize("size", [BLOCK * 40, BLOCK * 40 + 5, BLOCK * 39 + BLOCK // 2, BLOCK * 20, 10_000, 21, 3])
-def test_the_two_sides_share_nothing_and_miss_nothing(size: int) -> None:
+def test_the_two_splits_are_disjoint_and_complete(size: int) -> None:
     corpus = corpus_of(size)
     blocks = [corpus.tokens[start : start + corpus.block] for start in range(0, size, corpus.block)]
     train = [b for n, b in enumerate(blocks) if n % 10 != 9]
@@ -158,7 +158,7 @@ def test_every_tenth_document_or_the_tail_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("held_out", ["blocks", "documents", "tail"])
-def test_separate_documents_begin_where_they_begin(held_out: str) -> None:
+def test_separate_documents_keep_their_boundaries(held_out: str) -> None:
     corpus = documents_of([int(n) for n in np.random.default_rng(1).integers(1, 9, 100)])
     assert corpus.documents is not None
     begins = set(corpus.documents.tolist())
@@ -171,7 +171,7 @@ def test_separate_documents_begin_where_they_begin(held_out: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_shards_of_a_batch_are_those_of_the_whole(layout: str, world: int) -> None:
+def test_the_shards_of_a_batch_add_up_to_the_whole_batch(layout: str, world: int) -> None:
     split = corpus_of(20_000).train
     batch = Batch(split, (0, 17, 1_000, 12_345), 24, 3)
     rows = torch.from_numpy(np.stack([batch.row(n) for n in range(4)]).astype(np.int64))
@@ -216,7 +216,7 @@ def test_shards_that_do_not_fit_are_refused() -> None:
         check_shards(24, 2, Shard(0, 3, "zigzag"), separate=True)
 
 
-def test_reading_all_of_a_file_leaves_little_of_it_in_memory(tmp_path: Path) -> None:
+def test_reading_a_whole_file_keeps_little_memory(tmp_path: Path) -> None:
     file = tmp_path / "sparse"
     with file.open("wb") as data:
         data.truncate(2**28)

@@ -1,4 +1,4 @@
-"""Using a trained model: contexts that are kept, losses by position, weights in and out, dry runs, TensorBoard."""
+"""Using a trained model: saved prompt state, losses by position, export, dry runs, TensorBoard."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def model_of(pattern: str, **changes: Any) -> DecoderLM:
 
 
 @pytest.mark.parametrize("pattern", ["R", "RW", "RS"])
-def test_a_kept_context_goes_on_as_the_text_itself(tmp_path: Path, pattern: str) -> None:
+def test_saved_prompt_state_continues_as_the_text_itself(tmp_path: Path, pattern: str) -> None:
     model, codec = model_of(pattern), ByteCodec()
     pieces = [b"abc", b"", "näive €".encode() * (200 if "S" in pattern else 4000), b"the end"]
     whole, count = read_text(model, pieces, codec)
@@ -107,7 +107,7 @@ def test_a_kept_context_goes_on_as_the_text_itself(tmp_path: Path, pattern: str)
         assert abs(short.stat().st_size - (tmp_path / "kept").stat().st_size) < 200  # whatever the length
 
 
-def test_generating_from_a_context_is_generating_from_its_tokens() -> None:
+def test_generation_from_prompt_state_equals_generation_from_its_tokens() -> None:
     model, ids = model_of("RW"), torch.randint(256, (2, 50))
     context = prefill(model, ids, chunk=7)
     assert isinstance(context, PromptState)
@@ -115,7 +115,7 @@ def test_generating_from_a_context_is_generating_from_its_tokens() -> None:
     assert torch.equal(torch.stack(list(generate(model, context, 9, temperature=0))), expected)
 
 
-def test_a_context_of_padded_rows_is_kept(tmp_path: Path) -> None:
+def test_prompt_state_of_padded_rows_is_saved(tmp_path: Path) -> None:
     model, ids = model_of("RWS"), torch.randint(256, (2, 9))
     context = prefill(model, ids, key_mask=torch.tensor([[True] * 5 + [False] * 4, [False] * 2 + [True] * 7]))
     save_context(tmp_path / "kept", context, model, 12)
@@ -125,7 +125,7 @@ def test_a_context_of_padded_rows_is_kept(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(context.carry.tensors(), kept.carry.tensors(), strict=True))
 
 
-def test_a_context_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_prompt_state_of_another_model_is_refused(tmp_path: Path) -> None:
     model = model_of("R")
     save_context(tmp_path / "kept", read_text(model, [b"text"], ByteCodec())[0], model, 4)
     with pytest.raises(ValueError, match="was read by another model"):
@@ -141,7 +141,7 @@ def test_a_context_of_another_model_is_refused(tmp_path: Path) -> None:
         load_context(tmp_path / "weights", model)
 
 
-def test_losses_by_position_are_those_of_the_whole_window(tmp_path: Path) -> None:
+def test_losses_by_position_equal_those_of_the_whole_window(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}; " for n in range(900)))
     split = load_corpus(str(tmp_path / "text.txt")).whole()
     model = model_of("RW").double()
@@ -158,7 +158,7 @@ def test_losses_by_position_are_those_of_the_whole_window(tmp_path: Path) -> Non
     assert found["loss"] == pytest.approx(float(sums.mean()) / windows, rel=1e-9)
 
 
-def test_documents_stay_apart_in_losses_by_position(tmp_path: Path) -> None:
+def test_documents_stay_separate_in_losses_by_position(tmp_path: Path) -> None:
     for n in range(12):
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{n:02d}.txt").write_text(f"document {n}: " + "abc " * (5 + 3 * n))
@@ -169,7 +169,7 @@ def test_documents_stay_apart_in_losses_by_position(tmp_path: Path) -> None:
     assert one["tokens"] == 600 - len(split.boundaries_in(1, 601))
 
 
-def test_the_command_reads_once_keeps_and_goes_on(tmp_path: Path) -> None:
+def test_the_command_prefills_once_saves_and_continues(tmp_path: Path) -> None:
     run = train(tmp_path)
     (tmp_path / "prompt.txt").write_text("line 7 of the text: naïve\n" * 500, encoding="utf-8")
     kept = tmp_path / "kept.safetensors"
@@ -192,7 +192,7 @@ def test_the_command_reads_once_keeps_and_goes_on(tmp_path: Path) -> None:
     assert (code, "too few for one window of 1,000,000" in text) == (2, True)
 
 
-def test_weights_go_out_and_in(tmp_path: Path) -> None:
+def test_weights_are_exported_and_loaded(tmp_path: Path) -> None:
     run = train(tmp_path)
     code, text = invoke("export", run, "--out", tmp_path / "weights.safetensors", "--step", "6")
     assert code == 0, text
@@ -211,7 +211,7 @@ def test_weights_go_out_and_in(tmp_path: Path) -> None:
         load_weights(trained, tmp_path / "none")
 
 
-def test_a_tokenizer_serves_from_packing_to_the_sample(tmp_path: Path) -> None:
+def test_a_tokenizer_is_used_from_packing_to_the_sample(tmp_path: Path) -> None:
     text = "the cat sat on the mat. " * 400 + "\n" + "grüße\n" * 100
     (tmp_path / "plain.txt").write_text(text, encoding="utf-8")
     pack(str(tmp_path / "plain.txt"), tmp_path / "packed", tokenizer=tokenizer(tmp_path, text))
@@ -245,7 +245,7 @@ sample = {{ prompt = "the cat", tokens = 5 }}
     assert held_out["bpb"] == pytest.approx(held_out["loss"] / 0.6931471805599453 / ratio)
 
 
-def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_estimates_and_writes_nothing(tmp_path: Path) -> None:
     train(tmp_path, name="first")
     before = sorted(tmp_path.rglob("*"))
     code, text = invoke("train", tmp_path / "run.toml", "--dry-run", "--override", "name=other")

@@ -1,4 +1,4 @@
-"""Steps that go wrong: skipped, rolled back from, and said."""
+"""Bad steps: skipped, rolled back, and reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from race_dist.training.run_directory import RunDirectory
 from race_dist.training.trainer import Trainer
 
 
-def test_far_off_is_judged_by_the_median_of_good_steps() -> None:
+def test_spikes_are_judged_by_the_median_of_good_steps() -> None:
     guard = Guard(GuardConfig(loss_spike=2.0, norm_spike=20.0, norm_alarm=4.0))
     assert guard.judge(1e9, 1e9).bad is None  # there is nothing to compare with yet
     for _ in range(11):
@@ -35,7 +35,7 @@ def test_far_off_is_judged_by_the_median_of_good_steps() -> None:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_what_is_no_number_is_bad_from_the_first_step(loss: float, norm: float) -> None:
+def test_nan_and_inf_are_bad_from_the_first_step(loss: float, norm: float) -> None:
     guard = Guard(GuardConfig(loss_spike=0, skips=1))
     assert str(guard.judge(loss, norm).bad).startswith(f"the loss is {loss:g} and the gradient's norm {norm:g}")
     assert not guard.exhausted
@@ -43,7 +43,7 @@ def test_what_is_no_number_is_bad_from_the_first_step(loss: float, norm: float) 
     assert guard.exhausted
 
 
-def test_a_guard_goes_on_from_its_state() -> None:
+def test_a_guard_continues_from_its_state() -> None:
     first = Guard(GuardConfig(window=12))
     for n in range(30):
         first.judge(3.0 + n % 7 / 3, 1.0 + n % 5 / 7)
@@ -72,7 +72,7 @@ def settings(folder: Path, **changes: Any) -> TrainConfig:
 
 
 class Sabotage:
-    """A step method that turns the gradients of batches at some positions into no numbers."""
+    """A ForwardBackward that puts NaN into the gradients of batches at some positions."""
 
     def __init__(self, trainer: Trainer, positions: set[int]) -> None:
         self.trainer, self.inner, self.positions = trainer, trainer.engine.forward_backward, positions
@@ -104,7 +104,7 @@ def events(config: TrainConfig) -> list[tuple[int, str]]:
     ]
 
 
-def test_a_bad_step_is_skipped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_step_is_skipped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path)
     trainer, _ = sabotaged(config, {5})
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -133,7 +133,7 @@ def test_several_bad_steps_roll_back_and_other_data_follows(tmp_path: Path) -> N
     assert (trainer.step, trainer.position, trainer.guard.rollbacks) == (16, 19, 1)
 
 
-def test_what_goes_wrong_for_good_ends_the_run(tmp_path: Path) -> None:
+def test_persistent_bad_steps_end_the_run(tmp_path: Path) -> None:
     config = settings(tmp_path)
     trainer, _ = sabotaged(config, set(range(9, 99)))
     with pytest.raises(FloatingPointError, match=r"step 10: the loss is .*, and 1 steps before it were skipped; try a lower"):
@@ -145,8 +145,8 @@ def test_what_goes_wrong_for_good_ends_the_run(tmp_path: Path) -> None:
             run(trainer, RunDirectory(config.directory))
 
 
-def test_a_checkpoint_that_no_good_step_followed_is_not_gone_back_to_again(tmp_path: Path) -> None:
-    """What it holds may be why: an update that ruined the weights is seen in the step after it."""
+def test_a_checkpoint_that_no_good_step_followed_is_not_used_twice(tmp_path: Path) -> None:
+    """Its weights may be the cause: an update that ruins the weights shows in the next step."""
     config = settings(tmp_path, guard={"skips": 1, "rollbacks": 2})
     trainer, _ = sabotaged(config, {8, 9, 10, 11})
     run(trainer, RunDirectory(config.directory))
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_no_good_step_followed_is_not_gone_back_to_again(tmp_p
     assert trainer.step == 16
 
 
-def test_a_checkpoint_waits_for_a_good_step(tmp_path: Path) -> None:
+def test_a_checkpoint_is_deferred_to_a_good_step(tmp_path: Path) -> None:
     config = settings(tmp_path)
     trainer, _ = sabotaged(config, {3, 11})
     run(trainer, RunDirectory(config.directory))
@@ -169,7 +169,7 @@ def test_a_checkpoint_waits_for_a_good_step(tmp_path: Path) -> None:
     assert [r["step"] for r in records if r.get("what") == "checkpoint"] == [5, 8, 13, 16]
 
 
-def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     config = settings(tmp_path)
     trainer, _ = sabotaged(config, set())
     update = trainer.engine.update
@@ -199,8 +199,8 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
         {"model": {"dim": 16, "num_layers": 3, "num_heads": 2, "layer_pattern": "RWS", "race": {"decay": "token"}}},
     ],
 )
-def test_a_run_that_diverges_on_the_cpu_meets_the_guard(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Weights that become Inf make a loss that is none, and not a complaint about an argument of the attention."""
+def test_a_run_that_diverges_on_the_cpu_is_stopped_by_the_guard(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Weights that become Inf give a NaN loss, and not an error about an argument of the attention."""
     config = settings(tmp_path, optim={"warmup_steps": 1, "lr": 1e30, "clip": 0}, checkpoint={"every": 1}, **changes)
     with pytest.raises(FloatingPointError, match=r"the loss is .* and the gradient's norm .*; try a lower optim\.lr"):
         run(sabotaged(config, set())[0], RunDirectory(config.directory))

@@ -1,4 +1,4 @@
-"""What a run has left is read back as it was written, or a sentence names the file."""
+"""Files of a run are read as they were written, or an error names the damaged file."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_weights_with_a_flipped_bit_are_named(copy: RunDirectory, tmp_path: Path
 
 
 @pytest.mark.parametrize("step", [None, 2])
-def test_a_configuration_that_was_changed_is_not_that_of_the_weights(step: int | None, copy: RunDirectory) -> None:
-    """Planes are drawn from a seed in it: one digit would give another model without a word."""
+def test_a_changed_configuration_does_not_fit_the_weights(step: int | None, copy: RunDirectory) -> None:
+    """The planes depend on a seed in it: one changed digit would silently give another model."""
     tree = json.loads(copy.config.read_text())
     tree["model"]["loss_chunk"] = 64  # how it is computed may change
     copy.config.write_text(json.dumps(tree))
@@ -113,7 +113,7 @@ def test_a_configuration_that_was_changed_is_not_that_of_the_weights(step: int |
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", '"x"', "{", "", "\0" * 9, "{}", '{"model": []}', '{"model": 5}'])
-def test_a_configuration_that_is_none_is_one_sentence(content: str, copy: RunDirectory) -> None:
+def test_an_invalid_configuration_is_reported_in_one_sentence(content: str, copy: RunDirectory) -> None:
     copy.config.write_text(content)
     for words in (
         ["generate", copy.path, "--prompt", "x", "--tokens", "1"],
@@ -129,7 +129,7 @@ def test_a_configuration_that_is_none_is_one_sentence(content: str, copy: RunDir
     "damage",
     [Path.unlink, lambda f: flip(f, 800), lambda f: f.write_text("{}"), lambda f: shutil.copy(f.with_name("other.json"), f)],
 )
-def test_another_tokenizer_than_the_runs_is_not_used(damage: Callable[[Path], Any], copy: RunDirectory) -> None:
+def test_a_changed_tokenizer_is_refused(damage: Callable[[Path], Any], copy: RunDirectory) -> None:
     from tokenizers import Tokenizer
 
     other = Tokenizer.from_file(str(copy.tokenizer))
@@ -162,10 +162,8 @@ def change(file: Path, old: str, new: str) -> None:
         ("positions-32.json", '"bytes_per_token": ', '"bytes_per_token": 1', r"positions-32\.json does not hold"),
     ],
 )
-def test_a_figure_that_was_changed_is_not_reported(
-    name: str, old: str, new: str, says: str, copy: RunDirectory, tmp_path: Path
-) -> None:
-    """One digit would be another result, one letter of a key a check less."""
+def test_changed_results_are_not_reported(name: str, old: str, new: str, says: str, copy: RunDirectory, tmp_path: Path) -> None:
+    """One changed digit would be another result, and one changed letter of a key would skip a check."""
     write_report([copy.path], tmp_path / "out")
     change(copy.path / name, old, new)
     with pytest.raises(ValueError, match=says):
@@ -175,7 +173,7 @@ def test_a_figure_that_was_changed_is_not_reported(
             copy.codec()
 
 
-def test_figures_of_before_there_were_checksums_are_read(copy: RunDirectory, tmp_path: Path) -> None:
+def test_results_without_checksums_are_read(copy: RunDirectory, tmp_path: Path) -> None:
     for file in (copy.machine, *copy.positions):
         tree = json.loads(file.read_text())
         del tree["digest"]
@@ -183,7 +181,7 @@ def test_figures_of_before_there_were_checksums_are_read(copy: RunDirectory, tmp
     assert write_report([copy.path], tmp_path / "out").is_file()
 
 
-def test_a_context_that_lacks_a_tensor_or_a_bit_is_named(copy: RunDirectory, tmp_path: Path) -> None:
+def test_damaged_prompt_state_is_named(copy: RunDirectory, tmp_path: Path) -> None:
     model, file = copy.load_model(), tmp_path / "kept"
     context, count = read_text(model, [b"a text"], copy.codec())
     save_context(file, context, model, count)
@@ -221,7 +219,7 @@ def test_a_surplus_file_in_a_checkpoint_is_not_read(copy: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", "{}", '{"digest": 1}', "\0" * 9, "[" * 10**5])
-def test_a_manifest_that_is_none_is_passed_over(content: str, copy: RunDirectory) -> None:
+def test_an_invalid_manifest_is_skipped(content: str, copy: RunDirectory) -> None:
     (newest,) = copy.checkpoints.glob("*-step-00000004")
     (newest / "manifest.json").write_text(content)
     store = CheckpointManager(copy.checkpoints, None, read_only=True)
@@ -251,9 +249,7 @@ def test_a_manifest_that_is_none_is_passed_over(content: str, copy: RunDirectory
         (lambda p: ((p / "corpus.json").unlink(), (p / "corpus.json").mkdir()), r"corpus\.json is no file"),
     ],
 )
-def test_a_corpus_that_was_changed_is_named(
-    damage: Callable[[Path], Any], says: str, finished: RunDirectory, tmp_path: Path
-) -> None:
+def test_a_changed_corpus_is_named(damage: Callable[[Path], Any], says: str, finished: RunDirectory, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     shutil.copytree(finished.load_config().data.path, packed)
     verify_packed(packed)
@@ -281,11 +277,11 @@ def test_documents_and_a_surplus_tokenizer(tmp_path: Path) -> None:
         open_packed(tmp_path / "packed")
 
 
-# --- a streamed step under way -----------------------------------------------------------------------------------------------
+# --- a streamed step in progress ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generations", [1, 2])
-def test_training_makes_a_damaged_step_anew(generations: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_restarts_a_damaged_step(generations: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, stream={"chunk_size": 8, "minutes": 1e-9})
     trainer, asked = Trainer(config, RankMesh(torch.device("cpu"))), iter(range(1, 99))
     batch = training_batch(trainer.train, seed=0, position=0, batch_size=2, context=32)

@@ -1,4 +1,4 @@
-"""A run whose process is killed, whenever that is, goes on as if nothing had happened."""
+"""Fault tolerance: a run whose process is killed at any time resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def train(tree: dict[str, Any], die_at: int | None = None) -> None:
-    """In a process of its own: begin or go on; die by SIGKILL at the n-th file operation that a checkpoint makes."""
+    """Start or resume a run in a separate process, and SIGKILL it at the n-th file operation of a checkpoint."""
     import torch
 
     from race_dist import checkpoint_files

@@ -1,4 +1,4 @@
-"""Measurements of a run: each text and checkpoint has a file of its own, in the run's tokens, and the report names it."""
+"""Losses by position: one file per text and checkpoint, in the run's tokens; the report names them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ sample = {{ tokens = 30, temperature = 3.0 }}
     return folder / "runs" / "tokens"
 
 
-def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Path) -> None:
+def test_every_text_and_checkpoint_has_its_own_file(folder: Path, run: Path) -> None:
     held_out = (run / "positions-32.json").read_text()
     first, second = folder / "a" / "other.txt", folder / "b" / "other.txt"
     for n, file in enumerate((first, second)):
@@ -92,7 +92,7 @@ def test_every_text_and_checkpoint_has_its_own_measurement(folder: Path, run: Pa
     assert len(labels) == before
 
 
-def test_more_measurements_than_line_styles_are_all_drawn() -> None:
+def test_more_evaluations_than_line_styles_are_all_drawn() -> None:
     measured = [{"context": 2**n, "buckets": [{"start": 0, "stop": 2**n, "loss": 1.0}]} for n in range(1, 8)]
     figure = draw_positions([RunCurves("run", [], measured)])
     assert len(figure.axes[0].get_legend().get_texts()) == 7
@@ -105,7 +105,7 @@ def test_an_empty_path_is_no_held_out_text(run: Path, path: str) -> None:
     assert invoke("eval", run, "--context", "0")[0] == 2
 
 
-def test_a_text_that_cannot_be_measured_on_is_told_by_the_option(tmp_path: Path, run: Path) -> None:
+def test_an_unusable_text_is_reported_with_the_option(tmp_path: Path, run: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_bytes(b"\xff")
     (tmp_path / "empty.txt").touch()
@@ -126,7 +126,7 @@ def test_a_held_out_text_that_has_changed_is_refused(tmp_path: Path) -> None:
     assert invoke("eval", run, "--data", text)[0] == 0
 
 
-def test_another_text_goes_through_the_runs_tokenizer(folder: Path, token_run: Path) -> None:
+def test_another_text_is_encoded_with_the_runs_tokenizer(folder: Path, token_run: Path) -> None:
     text = "a mat, a cat and the grüße of another\r\n" * 20
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text(text, encoding="utf-8")
@@ -155,7 +155,7 @@ def test_tokens_of_another_kind_are_refused(folder: Path, run: Path, token_run: 
     assert (code, "with another tokenizer" in said.replace("\n", " ")) == (2, True)
 
 
-def test_a_run_without_its_tokenizer_is_not_one_of_bytes(token_run: Path) -> None:
+def test_a_missing_tokenizer_is_not_replaced_by_bytes(token_run: Path) -> None:
     file = token_run / "tokenizer.json"
     whole = file.read_bytes()
     for change in (None, whole + b" "):
@@ -167,7 +167,7 @@ def test_a_run_without_its_tokenizer_is_not_one_of_bytes(token_run: Path) -> Non
     assert invoke("generate", token_run, "--prompt", "a", "--tokens", "3")[0] == 0
 
 
-def test_the_sample_of_a_run_begins_in_its_own_text(folder: Path, token_run: Path) -> None:
+def test_the_sample_of_a_run_begins_with_its_held_out_text(folder: Path, token_run: Path) -> None:
     written = (token_run / "sample.txt").read_text(encoding="utf-8")
     assert written[:15] in (folder / "plain.txt").read_text(encoding="utf-8")
     held_out = load_corpus(str(folder / "text.txt")).held_out
@@ -205,7 +205,7 @@ def test_the_beginning_of_a_prompt_file_is_printed_as_it_is(tmp_path: Path, run:
     assert (head.text, head.whole) == ("abc", False)
 
 
-def test_text_goes_to_a_terminal_that_lacks_its_characters(folder: Path, token_run: Path) -> None:
+def test_text_is_printed_on_a_terminal_that_lacks_its_characters(folder: Path, token_run: Path) -> None:
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     for words in (
         ["generate", token_run, "--prompt", "grüße", "--tokens", "30", "--temperature", "3"],
@@ -220,7 +220,7 @@ def test_text_goes_to_a_terminal_that_lacks_its_characters(folder: Path, token_r
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_packing_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupted_packing_leaves_no_files(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "text.txt").write_text("the cat sat on the mat\n" * 600_000)
     words = ["data", "pack", "text.txt", "--out", "packed", "--tokenizer", str(tokenizer(tmp_path, "the cat sat on the mat"))]
     process = subprocess.Popen([sys.executable, "-m", "race_dist.cli", *words], cwd=tmp_path, stderr=subprocess.PIPE)

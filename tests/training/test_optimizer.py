@@ -1,4 +1,4 @@
-"""The learning rate over the steps and who decays."""
+"""The learning rate schedule and weight decay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from race_dist.training.config import OptimConfig
 from race_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
-def test_the_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+def test_the_rate_warms_up_linearly_and_decays_along_a_cosine() -> None:
     config = OptimConfig(lr=2e-3, final_lr=0.1, warmup_steps=10)
     rates = [learning_rate(step, 110, config) for step in range(110)]
     assert rates[:10] == pytest.approx([2e-4 * n for n in range(1, 11)])
@@ -29,7 +29,7 @@ def test_without_warm_up_the_first_step_is_already_on_the_cosine() -> None:
     assert learning_rate(3, 4, config) == pytest.approx(0.0)
 
 
-def test_only_the_matrices_of_linear_maps_decay() -> None:
+def test_weight_decay_applies_to_linear_layers_only() -> None:
     model = nn.ModuleDict(
         {
             "embed": nn.Embedding(8, 4),
@@ -57,7 +57,7 @@ def test_only_the_matrices_of_linear_maps_decay() -> None:
     }
 
 
-def test_planes_get_a_rate_of_their_own() -> None:
+def test_planes_have_their_own_learning_rate() -> None:
     config = OptimConfig(lr=1e-2, planes_lr=5e-2, warmup_steps=2)
     model = DecoderLM(ModelConfig(vocab_size=8, dim=8, num_layers=2, num_heads=2, race=RaceConfig(train_planes=True)))
     optimizer = build_optimizer(model, config)

@@ -1,4 +1,4 @@
-"""Packing text, opening it again, and what is said about a corpus that was cut or changed."""
+"""Packing text, opening a packed corpus, and errors about truncated or changed files."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_tokenizer_makes_fewer_tokens_that_decode_to_the_text(tmp_path: Path) 
         pack(str(tmp_path / "text.txt"), tmp_path / "other", tokenizer=tmp_path / "bad.json")
 
 
-def test_text_that_is_not_utf8_is_refused_or_left_out(folder: Path, tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_refused_or_skipped(folder: Path, tmp_path: Path) -> None:
     (folder / "bad.txt").write_bytes(b"good for a while\n" * 3 + b"\xff")
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text \(near byte 51\)"):
         pack(str(folder), tmp_path / "packed")
@@ -97,7 +97,7 @@ def test_text_that_is_not_utf8_is_refused_or_left_out(folder: Path, tmp_path: Pa
         pack(str(folder), tmp_path / "other", pattern="*.md")
 
 
-def test_a_corpus_that_was_cut_or_changed_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_truncated_or_changed_corpus_is_reported(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "packed"
     size = len(pack(str(folder), path).tokens)
 
@@ -124,7 +124,7 @@ def test_a_corpus_that_was_cut_or_changed_is_told(folder: Path, tmp_path: Path) 
     broken(INDEX, index.replace(b'"format": 1', b'"format": 9'), "has format 9, this version reads 1")
 
 
-def test_what_samples_miss_the_check_finds(tmp_path: Path) -> None:
+def test_a_full_check_finds_what_samples_miss(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(os.urandom(2**22).hex().encode())
     pack(str(tmp_path / "text.txt"), tmp_path / "packed")
     verify_packed(tmp_path / "packed")
@@ -137,7 +137,7 @@ def test_what_samples_miss_the_check_finds(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "packed" / INDEX).read_text())["tokens"] == 2**23
 
 
-def test_a_full_disk_is_told_by_the_name_of_what_is_packed(folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_the_corpus_name(folder: Path, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # bytes a file may have
     try:

@@ -1,4 +1,4 @@
-"""The report page: what is in it, and how a real browser shows it."""
+"""The report page: its content, and how a real browser shows it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FLAGS = [
 
 
 def run_folder(folder: Path, name: str, **changes: Any) -> Path:
-    """A run that has ended, made up."""
+    """The files of a finished run, made up."""
     config = parse_config(
         {
             "name": name,
@@ -91,7 +91,7 @@ def page(tmp_path: Path) -> Path:
     return write_report(runs, tmp_path / "out")
 
 
-def test_the_page_needs_nothing_else_and_says_what_differs(page: Path) -> None:
+def test_the_page_is_self_contained_and_shows_differences(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", text)
     assert {p.name for p in page.parent.iterdir()} == {"report.html", "loss.png", "progress.png", "positions.png"}
@@ -103,13 +103,13 @@ def test_the_page_needs_nothing_else_and_says_what_differs(page: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; text" in text
 
 
-def test_runs_are_told_apart_by_as_much_of_their_path_as_it_takes(tmp_path: Path) -> None:
+def test_runs_are_named_by_the_part_of_their_path_that_differs(tmp_path: Path) -> None:
     runs = [run_folder(tmp_path / "x", "same"), run_folder(tmp_path / "y", "same")]
     text = write_report(runs, tmp_path / "out").read_text()
     assert "<title>race-dist: x/same, y/same</title>" in text
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
         write_report([tmp_path], tmp_path / "out")
     run = run_folder(tmp_path, "first")
@@ -121,7 +121,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report([run], tmp_path / "out")
 
 
-def test_pictures_are_drawn_from_any_records(tmp_path: Path) -> None:
+def test_plots_are_drawn_from_any_records(tmp_path: Path) -> None:
     train = [{"kind": "train", "step": n, "bpb": 8 / n, "lr": 1 / n} for n in range(1, 9)]
     for records in ([], train):
         for draw in (draw_loss, draw_positions, draw_progress):

@@ -1,4 +1,4 @@
-"""A whole run in one process: what it writes, what it reads back, when it stops."""
+"""A run in one process: the files it writes, how they are read back, and when it stops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def alone(config: TrainConfig) -> Trainer:
 
 
 @pytest.mark.parametrize(("precision", "tied"), [("float32", True), ("bfloat16", False), ("float64", False)])
-def test_a_run_leaves_everything_and_reads_it_back(
+def test_a_run_writes_its_files_and_reads_them_back(
     tmp_path: Path, precision: str, tied: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(tmp_path, precision=precision, model={"dim": 16, "num_layers": 1, "num_heads": 2, "tie_embeddings": tied})
@@ -108,7 +108,7 @@ def test_a_run_can_be_repeated_bit_by_bit(tmp_path: Path) -> None:
     assert len({step.loss for step in steps}) == 6
 
 
-def test_metrics_are_flushed_line_by_line_and_survive_a_cut(tmp_path: Path) -> None:
+def test_metrics_are_written_line_by_line_and_survive_truncation(tmp_path: Path) -> None:
     path, shown = tmp_path / "metrics.jsonl", io.StringIO()
     metrics = Metrics(path, 10, Console(file=shown, width=40))
     record = {"loss": 1.0, "bpb": 1.4427, "lr": 0.1, "grad_norm": 2.0, "tokens_per_second": 12345.0, "seconds": 1.0}
@@ -131,7 +131,7 @@ def test_metrics_show_a_bar_on_a_terminal(tmp_path: Path) -> None:
     assert "1.443 bits/byte, 950 tokens/s" in shown.getvalue()
 
 
-def test_text_comes_in_whole_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_generated_text_has_complete_characters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = "é€".encode() + b"\xff" + b"a" + "é".encode()[:1]
     monkeypatch.setattr("race_dist.training.sampling.generate", lambda *_, **__: (torch.tensor([byte]) for byte in written))
     model = alone(settings(tmp_path)).model

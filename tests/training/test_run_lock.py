@@ -1,4 +1,4 @@
-"""One process has a run's folder: another is refused by name, and what was killed leaves nothing behind."""
+"""The lock of a run's folder: another process is refused by name, and a killed process leaves no lock."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path: P
     assert (folder / LOCK).read_text() == ""
 
 
-def test_ranks_that_start_again_wait_for_one_that_is_dying(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_restarted_ranks_wait_for_a_dying_process(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     folder = tmp_path / "r"
     owner = json.loads((folder / LOCK).read_text()) | {"ticks": "1"}  # as if the process had died, its end not yet done
     (folder / LOCK).write_text(json.dumps(owner))
@@ -71,7 +71,7 @@ def test_ranks_that_start_again_wait_for_one_that_is_dying(tmp_path: Path, holde
     end.join()
 
 
-def test_where_locks_stay_on_one_node_the_file_tells_who_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_replace_locks_that_are_local_to_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_locks_are_local", lambda file: True)
     monkeypatch.setattr(run_lock, "_HEARTBEAT", 0.05)
     elsewhere = replace(Owner.this_process(), host="other", boot="other", pid=1)
@@ -90,13 +90,13 @@ def test_where_locks_stay_on_one_node_the_file_tells_who_lives(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": "x"}', "\x00" * 10])
-def test_a_lock_that_nobody_holds_is_taken_whatever_is_in_it(tmp_path: Path, text: str) -> None:
+def test_a_free_lock_is_acquired_whatever_the_file_contains(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK).write_text(text)
     check_not_in_use(tmp_path)
     RunLock(tmp_path).acquire().release()
 
 
-def test_a_linked_lock_is_refused_and_a_left_over_one_is_no_run(tmp_path: Path) -> None:
+def test_a_symlinked_lock_is_refused_and_a_stale_lock_is_not_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     folder.mkdir()
     (folder / LOCK).write_text("")
@@ -110,7 +110,7 @@ def test_a_linked_lock_is_refused_and_a_left_over_one_is_no_run(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "tensorboard", "metrics.jsonl", "model.safetensors", "."])
-def test_a_run_that_begins_anew_removes_nothing_behind_a_link(tmp_path: Path, part: str) -> None:
+def test_overwriting_a_run_removes_nothing_behind_a_symlink(tmp_path: Path, part: str) -> None:
     directory, scratch = RunDirectory(tmp_path / "r"), tmp_path / "scratch"
     directory.create(CONFIG, overwrite=False)
     place = directory.path / part if part != "." else directory.path
@@ -138,7 +138,7 @@ def opened(group: dist.ProcessGroup, folder: str) -> list[str]:
         return said
 
 
-def test_whatever_keeps_rank_0_from_the_folder_ends_every_rank_in_the_same_sentence(tmp_path: Path) -> None:
+def test_an_error_of_rank_0_ends_every_rank_with_the_same_message(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
     found = run_ranks(2, opened, str(tmp_path))
     assert found[0] == found[1]
@@ -148,7 +148,7 @@ def test_whatever_keeps_rank_0_from_the_folder_ends_every_rank_in_the_same_sente
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_link_to_nothing_is_no_folder_of_a_run(resume: bool, tmp_path: Path) -> None:
+def test_a_dangling_link_is_not_the_folder_of_a_run(resume: bool, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "none")
     with pytest.raises(OSError, match=r"is a symbolic link to .*, which is not there; remove the link"):
         open_run(RunDirectory(tmp_path / "link"), CONFIG, None, resume=resume, overwrite=not resume)

@@ -1,4 +1,4 @@
-"""No text of a folder is left out in silence: it is read once, named in a line, or refused by name."""
+"""Every text file of a folder is read once, named as skipped, or refused by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def documents(corpus: Corpus) -> list[bytes]:
 
 
 def both(root: Path, out: Path, pattern: str = "*") -> Corpus:
-    """Read and packed, which must be the same."""
+    """The corpus read directly and packed, which must be equal."""
     read, packed = load_corpus(str(root), pattern), pack(str(root), out, pattern=pattern)
     assert documents(read) == documents(packed)
     assert read.skipped.describe() == packed.skipped.describe()
@@ -72,7 +72,7 @@ def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     assert documents(both(tmp_path / "data", tmp_path / "out")) == [b"a", b"b"]
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+def test_special_files_are_named(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"a.txt": "a"})
     (root / "dangling.txt").symlink_to("nowhere")
     (root / "round.txt").symlink_to("round.txt")
@@ -91,7 +91,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     assert not load_corpus(str(make(tmp_path / "other", {"b.md": "b"})), "*.md").skipped
 
 
-def test_a_link_to_a_folder_that_is_gone_is_named_whatever_the_pattern(tmp_path: Path) -> None:
+def test_a_dangling_folder_link_is_named_whatever_the_pattern(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"a.txt": "a", "b.md": "b"})
     (root / "more").symlink_to(tmp_path / "unmounted")
     (root / "readme").symlink_to(root / "b.md")  # a file, of another name than those that are read
@@ -175,7 +175,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
         load_corpus(str(make(tmp_path / "empty", {"a.txt": ""})))
 
 
-def test_what_is_left_out_is_printed_by_the_commands(tmp_path: Path) -> None:
+def test_skipped_files_are_printed_by_the_commands(tmp_path: Path) -> None:
     text = "".join(f"line {n}\n" for n in range(400))
     root = make(tmp_path / "data", {"a.txt": text, "b.txt": text, "c.txt": text.upper()})
     code, said = invoke("data", "pack", root, "--out", tmp_path / "packed")
@@ -187,7 +187,7 @@ def test_what_is_left_out_is_printed_by_the_commands(tmp_path: Path) -> None:
     assert len(list(Trainer(settings(tmp_path), RankMesh(torch.device("cpu"))).describe())) == 2
 
 
-def test_a_run_with_megatrons_engine_prints_it_too(tmp_path: Path) -> None:
+def test_skipped_files_are_printed_with_megatrons_engine(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     from race_dist.integrations.megatron.training import MegatronEngine
 
@@ -202,7 +202,7 @@ def test_a_run_with_megatrons_engine_prints_it_too(tmp_path: Path) -> None:
     assert said[-1] == f"left out of {root}: {root}/b.txt (has the content of another file)"
 
 
-def test_text_that_is_not_utf8_names_the_way_out(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_reported_with_the_fix(tmp_path: Path) -> None:
     root = make(tmp_path / "data", {"a.txt": "a", "b.txt": b"caf\xe9 au lait"})
     with pytest.raises(ValueError, match=r"b.txt is not UTF-8 text; .*data pack .*--skip-undecodable"):
         load_corpus(str(root))
@@ -213,7 +213,7 @@ def test_text_that_is_not_utf8_names_the_way_out(tmp_path: Path) -> None:
 
 
 def test_only_undecodable_files_are_skipped(tmp_path: Path) -> None:
-    """Another fault of packing is not taken for one of them."""
+    """Other errors of packing are not taken for them."""
     root = make(tmp_path / "data", {"a.txt": "a"})
     file = tokenizer(tmp_path, "a b c")
     file.write_text(file.read_text().replace('"type": "BPE"', '"type": "Nothing"').replace('"type":"BPE"', '"type":"Nothing"'))

@@ -1,4 +1,4 @@
-"""What is packed or prompted is what ``tokenizer.encode`` gives for the whole text."""
+"""Packed text and prompts have the tokens that ``tokenizer.encode`` gives for the whole text."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def tokens_of(file: Path, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_a_text_in_windows_has_the_tokens_of_the_whole_text(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
+def test_text_in_windows_has_the_tokens_of_the_whole_text(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
     file = saved(make(), tmp_path)
     windows = TextTokenizer(file, window=500, overlap=240)
     calls = []
@@ -184,7 +184,7 @@ def test_a_text_in_windows_has_the_tokens_of_the_whole_text(tmp_path: Path, make
     ],
     ids=["a", "spaces", "lines", "word", "digits", "nul"],
 )
-def test_long_runs_without_a_place_to_cut(tmp_path: Path, make: Callable[[], Tokenizer], text: str) -> None:
+def test_long_text_without_a_place_to_split(tmp_path: Path, make: Callable[[], Tokenizer], text: str) -> None:
     file = saved(make(), tmp_path)
     windows = TextTokenizer(file, window=500, overlap=240)
     got = [n for ids in windows.encode([text.encode()]) for n in ids.tolist()]
@@ -223,7 +223,7 @@ def test_documents_and_prompts_have_the_tokenizers_tokens(tmp_path: Path, make: 
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_tokens_one_after_the_other_read_as_all_together(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
+def test_tokens_decode_one_by_one_as_all_together(tmp_path: Path, make: Callable[[], Tokenizer]) -> None:
     codec, draw = TokenizerCodec(saved(make(), tmp_path)), random.Random(0)
     library, known = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), codec.known_ids.tolist()
     for _ in range(100):
@@ -249,7 +249,7 @@ def word_level(ids: dict[str, int]) -> str:
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(9, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (200_000, np.uint32)])
-def test_the_packed_numbers_hold_the_largest_id(tmp_path: Path, largest: int, dtype: type) -> None:
+def test_the_packed_dtype_holds_the_largest_id(tmp_path: Path, largest: int, dtype: type) -> None:
     (tmp_path / "tok.json").write_text(word_level({"<unk>": 0, "a": 1, "b": 2, "<eot>": largest}))
     (tmp_path / "text").write_text("a b <eot> a")
     corpus = pack(str(tmp_path / "text"), tmp_path / "packed", tokenizer=tmp_path / "tok.json")
@@ -291,7 +291,7 @@ def test_an_added_token_far_above_the_model_counts(tmp_path: Path) -> None:
     assert corpus.vocab_size == max(tokenizer.get_vocab().values()) + 1 > max(corpus.tokens.tolist())
 
 
-def test_dropout_that_is_stored_with_a_tokenizer_is_off(tmp_path: Path) -> None:
+def test_dropout_that_is_stored_in_a_tokenizer_is_off(tmp_path: Path) -> None:
     tokenizer = gpt_like()
     wanted = tokenizer.encode(text_of(2_000), add_special_tokens=False).ids
     tokenizer.model.dropout = 0.5
@@ -299,7 +299,7 @@ def test_dropout_that_is_stored_with_a_tokenizer_is_off(tmp_path: Path) -> None:
     assert torch.cat(list(codec.encode([text_of(2_000).encode()]))).tolist() == wanted
 
 
-def test_a_text_that_the_tokenizer_cannot_encode_is_told(tmp_path: Path) -> None:
+def test_text_that_the_tokenizer_cannot_encode_is_reported(tmp_path: Path) -> None:
     tree = json.loads(word_level({"a": 0}))
     tree["model"]["unk_token"] = "<none>"
     (tmp_path / "tok.json").write_text(json.dumps(tree))
@@ -320,7 +320,7 @@ def model_of(vocab_size: int) -> DecoderLM:
     "choice",
     [{"temperature": 0.0}, {"temperature": 3.0}, {"temperature": 3.0, "top_k": 50}, {"temperature": 3.0, "top_p": 0.9}],
 )
-def test_ids_of_a_padded_vocabulary_are_never_drawn(choice: dict[str, Any]) -> None:
+def test_ids_of_a_padded_vocabulary_are_never_sampled(choice: dict[str, Any]) -> None:
     model, prompt = model_of(320), torch.tensor([[5, 7], [200, 3]])
     free = torch.stack(list(generate(model, prompt, 60, **choice)))
     if choice["temperature"]:
@@ -338,12 +338,12 @@ def test_ids_of_a_padded_vocabulary_are_never_drawn(choice: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "allowed", [0, 321, -1, True, torch.ones(319, dtype=torch.bool), torch.ones(320), torch.zeros(320) > 1, [1]]
 )
-def test_allowed_ids_that_are_none_are_refused(allowed: Any) -> None:
+def test_invalid_allowed_ids_are_refused(allowed: Any) -> None:
     with pytest.raises(ValueError, match="allowed"):
         list(generate(model_of(320), torch.tensor([1]), 1, allowed=allowed))
 
 
-def test_gaps_of_a_tokenizer_are_not_drawn_and_unknown_tokens_of_a_prompt_are_refused(tmp_path: Path) -> None:
+def test_id_gaps_are_not_sampled_and_unknown_prompt_tokens_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tok.json").write_text(word_level({"<unk>": 0, "a": 3, "b": 7, "far": 40}))
     codec = TokenizerCodec(tmp_path / "tok.json")
     assert codec.known_ids.tolist() == [0, 3, 7, 40]

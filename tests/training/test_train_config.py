@@ -1,4 +1,4 @@
-"""The configuration: TOML, overrides, and what a mistake is told."""
+"""The configuration: TOML, overrides, and error messages."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_byte_model_has_256_tokens(config: Path) -> None:
         ("steps.more=5", r"steps is a value, not a table"),
     ],
 )
-def test_a_mistake_is_told_in_one_sentence(config: Path, override: str, message: str) -> None:
+def test_a_mistake_is_reported_in_one_sentence(config: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_config(config, [override])
     assert "\n" not in str(caught.value)
@@ -80,7 +80,7 @@ def test_an_override_sets_one_key_only(config: Path) -> None:
     assert load_config(config, ["data.path=1\nsteps=99"]).steps == 30
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_files_that_are_not_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no configuration file"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("steps = = 3")
@@ -100,7 +100,7 @@ def test_a_configuration_survives_json(config: Path) -> None:
     assert again.optim == loaded.optim
 
 
-def test_one_seed_is_enough(config: Path) -> None:
+def test_one_seed_sets_all_seeds(config: Path) -> None:
     loaded = load_config(config, ["seed=7"])
     assert (loaded.model.seed, loaded.model.race.seed) == (7, 7)
     loaded = load_config(config, ["seed=7", "model.seed=1", "model.race.seed=2"])
@@ -116,6 +116,6 @@ def test_the_mesh_takes_all_ranks(dp: int | None, sp: int | None, world: int, me
 
 
 @pytest.mark.parametrize(("dp", "sp", "world"), [(3, None, 4), (None, 3, 4), (2, 2, 3), (None, 2, 1), (8, None, 4)])
-def test_a_mesh_that_does_not_fit_says_how_many_ranks_it_wants(dp: int | None, sp: int | None, world: int) -> None:
+def test_a_mesh_that_does_not_fit_names_the_ranks_it_needs(dp: int | None, sp: int | None, world: int) -> None:
     with pytest.raises(ValueError, match=rf"ranks, but {world} (was|were) started; start"):
         ParallelConfig(dp=dp, sp=sp).mesh(world)

@@ -1,4 +1,4 @@
-"""A run is never ended by what it writes about itself, and what it has written is read as far as it is whole."""
+"""Write errors never end a run, and damaged metrics are read as far as they are intact."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def go(config: TrainConfig, *, resume: bool = False, **hooks: Any) -> Outcome:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """What a full disk is to a file."""
+    """A file on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -66,7 +66,7 @@ def largest_file(size: int) -> Iterator[None]:
 # --- one file --------------------------------------------------------------------------------------------------------------
 
 
-def test_records_wait_for_a_disk_that_is_full(tmp_path: Path) -> None:
+def test_records_are_kept_while_the_disk_is_full(tmp_path: Path) -> None:
     said: list[str] = []
     path = tmp_path / "metrics.jsonl"
     file = JsonlWriter(path, WriteErrors(said.append))
@@ -124,7 +124,7 @@ def damaged_metrics(path: Path) -> None:
     path.write_bytes(b"\n".join([*parts, *DAMAGED[len(GOOD) * size :], b'{"kind": "train", "step": 9, "lo']))
 
 
-def test_damaged_lines_are_passed_over_wherever_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_lines_are_skipped_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     damaged_metrics(path)
     assert read_metrics(path) == GOOD
@@ -136,7 +136,7 @@ def test_damaged_lines_are_passed_over_wherever_they_stand(tmp_path: Path, capsy
     assert read_metrics(path) == [{"kind": "train", "step": 1, "loss": None, "lr": None, "bpb": None, "grad_norm": 3}]
 
 
-def test_a_report_is_made_of_damaged_metrics(tmp_path: Path) -> None:
+def test_a_report_is_made_from_damaged_metrics(tmp_path: Path) -> None:
     config = settings(tmp_path)
     directory = RunDirectory(config.directory)
     directory.create(config, overwrite=False)
@@ -154,10 +154,10 @@ def test_a_report_is_made_of_damaged_metrics(tmp_path: Path) -> None:
             write_report([directory.path], tmp_path / "out")
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_costs_the_records_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_loses_records_but_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, steps=30, eval={"every": 100, "tokens": 100})
     with (
         largest_file(3000),
@@ -183,7 +183,7 @@ def test_a_full_disk_costs_the_records_and_not_the_run(tmp_path: Path, capsys: p
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_folders_in_the_place_of_files_cost_those_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_in_place_of_files_lose_those_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, steps=2)
     directory = RunDirectory(config.directory)
 
@@ -200,7 +200,7 @@ def test_folders_in_the_place_of_files_cost_those_files(tmp_path: Path, capsys: 
     directory.load_model()
 
 
-def test_a_last_checkpoint_that_fails_does_not_cost_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_last_checkpoint_does_not_lose_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(tmp_path, checkpoint={"every": 4})
     directory = RunDirectory(config.directory)
 
@@ -221,7 +221,7 @@ def test_a_last_checkpoint_that_fails_does_not_cost_the_weights(tmp_path: Path, 
 
 
 class Blocked:
-    """Asks to stop after the sixth step, by when nothing can be saved."""
+    """Requests a stop after the sixth step, when nothing can be saved any more."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, 0
@@ -247,7 +247,7 @@ def fail(*_: Any, **__: Any) -> Any:
         ("stream_text", "sample.txt"),
     ],
 )
-def test_what_a_library_raises_at_the_end_is_said(
+def test_errors_of_a_library_at_the_end_are_reported(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finalize, name, fail)
@@ -264,8 +264,8 @@ def test_what_a_library_raises_at_the_end_is_said(
     directory.load_model()
 
 
-def test_a_full_disk_under_tensorboard_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its writer is a thread, which would print a traceback and then fail whoever calls it."""
+def test_a_full_disk_under_tensorboard_is_reported_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its writer is a thread, which would print a traceback and raise its error in the next call."""
     said: list[str] = []
     hook = threading.excepthook
     with largest_file(400):
@@ -280,7 +280,7 @@ def test_a_full_disk_under_tensorboard_is_one_sentence(tmp_path: Path, capfd: py
     assert threading.excepthook is hook
 
 
-def test_probes_and_tensorboard_that_fail_are_said_once(
+def test_failing_probes_and_tensorboard_are_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from race_dist.training.logging import writers
@@ -314,7 +314,7 @@ def test_probes_and_tensorboard_that_fail_are_said_once(
         "\U0001f600 \u4e2d.txt",
     ],
 )
-def test_names_are_shown_as_they_are(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_shown_literally(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from race_dist.training.logging.plots import RunCurves, draw_loss, draw_positions, draw_progress, save_png, shown, to_svg
 
     records = [{"kind": kind, "step": n, "bpb": 1.0, "lr": 0.1, "grad_norm": 1.0} for n in (1, 2) for kind in ("train", "eval")]
@@ -332,7 +332,7 @@ def test_names_are_shown_as_they_are(name: str, tmp_path: Path, capsys: pytest.C
     assert name.encode("utf-8", "backslashreplace").decode() in capsys.readouterr().out
 
 
-def test_a_run_on_a_text_with_a_hostile_name_leaves_its_pictures(tmp_path: Path) -> None:
+def test_a_text_with_a_hostile_name_still_gets_plots(tmp_path: Path) -> None:
     config = settings(tmp_path)
     text = tmp_path / "in$_$[/b]<c>.txt"
     text.parent.mkdir()
@@ -364,7 +364,7 @@ def test_the_same_text_at_another_path_resumes(tmp_path: Path) -> None:
         go(parse_config(tree | {"steps": 7, "data": tree["data"] | {"path": str(moved)}}), resume=True)
 
 
-def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
     config = settings(tmp_path)
     go(config)
     directory = RunDirectory(config.directory)
@@ -381,7 +381,7 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path) -> None:
     assert directory.load_model() is not None
 
 
-def test_documents_that_begin_elsewhere_are_another_text(tmp_path: Path) -> None:
+def test_moved_document_boundaries_are_another_text(tmp_path: Path) -> None:
     def texts(name: str, sizes: list[int]) -> dict[str, Any]:
         text, start = "".join(f"line {n} of the text: {n * n}\n" for n in range(900)), 0
         (tmp_path / name).mkdir()
@@ -398,7 +398,7 @@ def test_documents_that_begin_elsewhere_are_another_text(tmp_path: Path) -> None
         go(settings(tmp_path, data=other, sample={"tokens": 0}, steps=6), resume=True)
 
 
-def test_a_missing_tensorboard_is_said_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tensorboard_is_reported_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import builtins
 
     real: Callable[..., Any] = builtins.__import__
@@ -414,7 +414,7 @@ def test_a_missing_tensorboard_is_said_before_anything_is_trained(tmp_path: Path
 
 
 @pytest.mark.parametrize(("error", "code"), [(OtherRunError("of another run"), 2), (CheckpointError("the disk is full"), 1)])
-def test_a_launcher_tries_again_only_what_may_end_otherwise(error: CheckpointError, code: int) -> None:
+def test_a_launcher_restarts_only_recoverable_errors(error: CheckpointError, code: int) -> None:
     with pytest.raises(typer.Exit) as left, work():
         raise error
     assert left.value.exit_code == code

@@ -126,7 +126,7 @@ def _page(runs: Sequence[_Run], pictures: Mapping[str, str]) -> str:
         )
         body.append(_measurements(runs))
     body += [
-        _figure("Training", pictures["progress"], "Before clipping; over all ranks together."),
+        _figure("How it went", pictures["progress"], "Before clipping; over all ranks together."),
         _events(runs),
         _configuration(runs),
         _machines(runs),
