@@ -1,13 +1,13 @@
-"""A step that takes hours, stored in its middle and resumed.
+"""Checkpoints of a streamed step while it runs: a step that takes hours is stored and resumed.
 
-Each rank writes its own files into a folder that all ranks see (or each its own): the carries, as they come; and, as one
-*generation*, everything else. A generation counts once every rank has written it, and the one before stays until then, so
-that a step can be killed at any moment.
+Each rank writes its own files, to one folder that all ranks share or to a folder per rank. Carries are written as they are
+computed; everything else is written as a *generation*. A generation is valid once every rank has written it. The generation
+before is kept until then, so that the step can be killed at any moment.
 
     carries-FIRST.safetensors   rows of the stack of carries, from row FIRST on
     N.safetensors               the tensors of generation N
-    N.json                      its manifest, written last: of which step it is, how far it is, and a checksum of every file
-    step.json                   which step this is, in words, and which generations there are
+    N.json                      its manifest, written last: the step's digest, its progress, and a checksum of every file
+    step.json                   the facts that identify the step, and the numbers of the generations
 """
 
 from __future__ import annotations
@@ -43,40 +43,40 @@ from race_dist.output_paths import atomic_write
 from race_dist.streaming.chunks import Tokens
 from race_dist.terminal import print_line
 
-KEPT = 2  # generations
-PIECES, PIECE = 64, 4096  # of a text, read for its digest
+KEPT_GENERATIONS = 2
+DIGEST_PIECES, PIECE_LENGTH = 64, 4096  # tokens of a text that its digest reads
 PHASES = ("forward", "backward")
-_KINDS = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list, "files": dict}
+_MANIFEST = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list, "files": dict}
 _NOTHING, _ANOTHER_STEP = -1, -2
 
 
 class DamagedStepError(ValueError):
-    """What is stored of a step is damaged, and nothing whole is left to go on from. The message names the file."""
+    """The stored step is damaged and no valid generation is left to resume from. The message names the file."""
 
 
 class OtherStepError(ValueError):
-    """What is stored under a step's key is of other weights, another text or other chunks."""
+    """The step stored under the same key has other weights, another text or other chunks."""
 
 
 @dataclass(frozen=True)
 class StepCheckpoint:
-    """Where a step in progress is stored, and how often.
+    """Where a running step is stored, and how often.
 
         streamed_backward(..., checkpoint=StepCheckpoint("runs/long/step", every=600))
 
-    The same call resumes the step where it was stored; the weights, the text and the chunks must then be the same. What is
-    stored is checked when it is read: where the newest is damaged, the step goes on from the one before. What cannot be
-    stored (a full disk) is said, and the step goes on. What is stored stays until :meth:`clear`, also when the step has
-    ended: clear it once the optimizer's step is safe.
+    The same call resumes the step; the weights, the text and the chunks must then be the same. Files are verified when they are
+    read: if the newest generation is damaged, the step resumes from the one before. If storing fails (a full disk), a line is
+    printed and the step continues. Files stay until :meth:`clear`, also after the end of the step: clear them once the
+    optimizer's step is safe.
 
     Attributes:
-        folder: for its files, made where it is not there. Ranks may share it.
-        every: seconds between two times of storing.
-        key: which step this is, in any words. What is stored under another key is of a step that is over, and replaced.
-        stop: asked after every chunk; when it answers True on any rank, the step is stored and ends with StepInterrupted.
+        folder: for the files; created if missing. Ranks may share it.
+        every: seconds between two checkpoints.
+        key: any text that identifies the step. Files with another key belong to an earlier step and are replaced.
+        stop: called after every chunk; when it returns True on any rank, the step is stored and raises StepInterrupted.
 
     Raises:
-        TypeError, ValueError: a field is of another type, or the folder cannot be one.
+        TypeError, ValueError: a field has another type, or ``folder`` cannot be a folder.
     """
 
     folder: str | Path
@@ -95,17 +95,17 @@ class StepCheckpoint:
 
     def clear(self) -> None:
         """Remove what this process has stored."""
-        shutil.rmtree(_place(self.folder), ignore_errors=True)
+        shutil.rmtree(_rank_folder(self.folder), ignore_errors=True)
 
 
 @dataclass
 class SavedStep:
-    """A step in its middle.
+    """The state of a stored step.
 
     Attributes:
-        phase, done: chunks done of a phase.
+        phase, done: the number of chunks done in a phase.
         tensors: by name.
-        carries: ``[count, bytes]`` rows of the stack of carries.
+        carries: ``[count, bytes]``: the rows of the stack of carries.
     """
 
     phase: str
@@ -116,26 +116,26 @@ class SavedStep:
 
 @dataclass(frozen=True)
 class _Generation:
-    """One generation as its manifest describes it."""
+    """One generation and its manifest."""
 
     number: int
-    about: dict[str, Any]
+    manifest: dict[str, Any]
 
     @property
     def position(self) -> int:
-        """How far the step is: ranks go on together from the same one."""
-        return int(self.about["done"]) + 2**40 * PHASES.index(self.about["phase"])
+        """The progress of the step as one number: all ranks resume from the same one."""
+        return int(self.manifest["done"]) + 2**40 * PHASES.index(self.manifest["phase"])
 
 
 @dataclass
 class StepStore:
-    """One rank's side of a step's checkpoints.
+    """The checkpoints of a running step on one rank.
 
     Attributes:
-        checkpoint: what the user asked for.
-        facts: names and values that must be the same for what is stored to be of this step.
-        group: the ranks that store it together.
-        problem: why the last :meth:`save` has failed, as a sentence; None: it has not.
+        checkpoint: the user's options.
+        facts: names and values that identify the step: a stored step with other values is another step.
+        group: the ranks that store the step together.
+        problem: why the last :meth:`save` failed, as a sentence; None if it succeeded.
     """
 
     checkpoint: StepCheckpoint
@@ -147,136 +147,142 @@ class StepStore:
 
     @property
     def folder(self) -> Path:
-        """This rank's."""
-        return _place(self.checkpoint.folder)
+        """This rank's folder."""
+        return _rank_folder(self.checkpoint.folder)
 
     @property
     def stored(self) -> bool:
-        """Whether there is anything to go on from."""
+        """Whether there is a generation to resume from."""
         return bool(self._kept)
 
     def due(self) -> bool:
-        """Whether it is time to store again."""
+        """Whether it is time for the next checkpoint."""
         return time.monotonic() - self._last >= self.checkpoint.every
 
     # --- reading -------------------------------------------------------------------------------------------------------
 
     def load(self) -> SavedStep | None:
-        """The newest of what all ranks have stored of this step and is whole; None where there is nothing, or another step's.
+        """The newest generation of this step that is valid on all ranks; None if there is none.
 
-        A damaged file is named in a printed line.
+        A line is printed that names damaged files.
 
         Raises:
-            DamagedStepError: there is something of this step, and none of it is whole.
-            OtherStepError: something is stored under this step's key, but of other weights, another text or other chunks.
+            DamagedStepError: generations of this step are stored, and none of them is valid.
+            OtherStepError: a step with other weights, another text or other chunks is stored under this step's key.
         """
-        own, others, trouble = self._found()
+        own, other_step, damage = self._found()
         found = {g.position: g for g in own}
         chosen: _Generation | None = None
         while chosen is None:
-            newest = min_over_ranks(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
+            newest = min_over_ranks(_ANOTHER_STEP if other_step else max(found, default=_NOTHING), self.group)
             if newest < 0:
                 break
-            wrong = self._wrong(found[newest]) if newest in found else None
-            trouble += [] if wrong is None else [wrong]
-            if min_over_ranks(int(newest in found and wrong is None), self.group):
+            error = self._verify(found[newest]) if newest in found else None
+            damage += [] if error is None else [error]
+            if min_over_ranks(int(newest in found and error is None), self.group):
                 chosen = found[newest]
             found = {position: g for position, g in found.items() if position < newest}
         if newest == _ANOTHER_STEP:
-            others = others or "something else, as another rank has found"
+            other_step = other_step or "something else, as another rank has found"
             raise OtherStepError(
-                f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
+                f"{self.folder} holds a step in progress of {other_step}: make it the same again, or remove that "
                 "folder to begin the step anew"
             )
-        if chosen is None and max_over_ranks([len(trouble)], self.group)[0]:
-            damage = trouble[0] if trouble else "another rank has found a damaged file"
+        if chosen is None and max_over_ranks([len(damage)], self.group)[0]:
+            first = damage[0] if damage else "another rank has found a damaged file"
             raise DamagedStepError(
-                f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to begin the step anew"
+                f"{first}, and no other generation of this step is valid; remove {self.folder} to begin the step anew"
             )
         if chosen is None:
             if own:
-                print_line(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
+                print_line(f"{self.folder}: no generation of this step is stored on all ranks; the step begins anew")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        if trouble:
+        if damage:
             print_line(
-                f"{'; '.join(trouble)}: the step goes on from what was stored after {chosen.about['done']} chunks of the "
-                f"{chosen.about['phase']} phase"
+                f"{'; '.join(damage)}: the step goes on from what was stored after {chosen.manifest['done']} chunks of the "
+                f"{chosen.manifest['phase']} phase"
             )
         self._kept = [chosen]
         return self._read(chosen)
 
     def _found(self) -> tuple[list[_Generation], str | None, list[str]]:
-        """This rank's generations of this step (their files not checked yet); what else is stored under its key, in words;
-        and what is damaged."""
+        """What is stored on this rank, from manifests alone.
+
+        Returns:
+            The generations of this step, their files not verified yet; how another step under this key differs (None if there
+            is none), in words; and damaged files, as sentences.
+        """
         own: list[_Generation] = []
-        trouble: list[str] = []
-        others, over = None, False
-        words, listed = self._words(trouble)
+        damage: list[str] = []
+        other_step, earlier_step = None, False
+        facts, listed = self._read_facts(damage)
         for number in self._numbers("json") | listed:
             try:
-                about = read_checksummed_json(self.folder / f"{number}.json", _KINDS)
-                if about["generation"] != number:
-                    raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {about['generation']}")
+                manifest = read_checksummed_json(self.folder / f"{number}.json", _MANIFEST)
+                if manifest["generation"] != number:
+                    raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {manifest['generation']}")
             except (OSError, DamagedFileError) as error:
-                trouble.append(
+                damage.append(
                     f"{self.folder / f'{number}.json'} is missing" if isinstance(error, FileNotFoundError) else str(error)
                 )
                 continue
-            if about["key"] != self.checkpoint.key or about["phase"] not in PHASES:
-                over = True
-            elif about["step"] != json_digest(self.facts):
-                differ = [name for name, value in self.facts.items() if words.get(name, value) != value]
-                others = f"another {' and another '.join(differ)}" if differ else "something else"
+            if manifest["key"] != self.checkpoint.key or manifest["phase"] not in PHASES:
+                earlier_step = True
+            elif manifest["step"] != json_digest(self.facts):
+                differ = [name for name, value in self.facts.items() if facts.get(name, value) != value]
+                other_step = f"another {' and another '.join(differ)}" if differ else "something else"
             else:
-                own.append(_Generation(number, about))
-        return own, others, [] if over and not own else trouble  # a step that is over may be damaged as it likes
+                own.append(_Generation(number, manifest))
+        return own, other_step, [] if earlier_step and not own else damage  # damage of an earlier step does not matter
 
-    def _words(self, trouble: list[str]) -> tuple[dict[str, Any], set[int]]:
-        """What ``step.json`` says: the stored step's facts and generations."""
+    def _read_facts(self, damage: list[str]) -> tuple[dict[str, Any], set[int]]:
+        """The facts and the numbers of generations in ``step.json``; appends to ``damage``."""
         try:
             record = read_checksummed_json(self.folder / "step.json", {"key": str, "facts": dict, "generations": list})
         except FileNotFoundError:
             return {}, set()
         except (OSError, DamagedFileError) as error:
-            trouble.append(str(error))
+            damage.append(str(error))
             return {}, set()
-        mine = record["key"] == self.checkpoint.key  # else it is what is left of a step that is over
-        return (record["facts"], {int(n) for n in record["generations"]}) if mine else ({}, set())
+        if record["key"] != self.checkpoint.key:  # left over from an earlier step
+            return {}, set()
+        return record["facts"], {int(n) for n in record["generations"]}
 
     def _numbers(self, suffix: str) -> set[int]:
-        """Of the generations that have such a file."""
+        """The numbers of the generations that have a file with this suffix."""
         return {int(file.stem) for file in self.folder.glob(f"*.{suffix}") if file.stem.isdecimal()}
 
-    def _wrong(self, generation: _Generation) -> str | None:
-        """What is damaged of a generation, as a sentence."""
+    def _verify(self, generation: _Generation) -> str | None:
+        """The damage of a generation's files as a sentence; None if they are valid."""
         try:
-            for name, wanted in generation.about["files"].items():
-                verify_file(self.folder / name, wanted)
+            for name, expected in generation.manifest["files"].items():
+                verify_file(self.folder / name, expected)
         except (OSError, DamagedFileError) as error:
             return str(error)
         return None
 
     def _read(self, generation: _Generation) -> SavedStep:
-        about = generation.about
-        parts = [load_file(self.folder / name)["rows"] for name in about["carries"]]
-        carries = torch.cat(parts)[: about["rows"]] if parts else None
-        return SavedStep(about["phase"], about["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
+        manifest = generation.manifest
+        parts = [load_file(self.folder / name)["rows"] for name in manifest["carries"]]
+        carries = torch.cat(parts)[: manifest["rows"]] if parts else None
+        tensors = load_file(self.folder / f"{generation.number}.safetensors")
+        return SavedStep(manifest["phase"], manifest["done"], tensors, carries)
 
     # --- writing -------------------------------------------------------------------------------------------------------
 
     def save(self, phase: str, done: int, tensors: Mapping[str, Tensor], new_rows: Callable[[int], Tensor | None]) -> None:
-        """Store a generation; every rank of the group calls it at the same chunk.
+        """Store a generation. Every rank of the group calls it after the same chunk.
 
-        Where a rank cannot write, that is told, ``problem`` says why, and what was stored before stays.
+        If a rank cannot write, a line is printed, ``problem`` gives the reason, and the generation before stays.
 
         Args:
-            phase, done: chunks done.
+            phase, done: the number of chunks done in a phase.
             tensors: on any device.
-            new_rows: from the first of the carries that is not stored yet, all that are there; None where there are none.
+            new_rows: returns the carries from a given index on, those not stored yet; None if there are none.
         """
-        before: dict[str, Any] = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
-        rows, told = new_rows(before["rows"]), self.problem
+        before: dict[str, Any] = self._kept[-1].manifest if self._kept else {"rows": 0, "carries": [], "files": {}}
+        rows, known_problem = new_rows(before["rows"]), self.problem
         generation: _Generation | None = None
         self._last = time.monotonic()
         try:
@@ -284,15 +290,15 @@ class StepStore:
             self.problem = None
         except OSError as error:
             self.problem = str(error)
-        if not min_over_ranks(int(generation is not None), self.group):  # it counts for all ranks, or for none
+        if not min_over_ranks(int(generation is not None), self.group):  # valid on all ranks or on none
             self.problem = self.problem or "another rank could not store its part of the step"
-            if told is None:
+            if known_problem is None:
                 print_line(f"{self.problem}: the step goes on and is stored again later")
         else:
             assert generation is not None
-            self._kept = [*self._kept, generation][-KEPT:]
-            self._write_words()
-        self._remove_others()
+            self._kept = [*self._kept, generation][-KEPT_GENERATIONS:]
+            self._write_facts()
+        self._remove_unneeded()
 
     def _write(
         self, phase: str, done: int, tensors: Mapping[str, Tensor], rows: Tensor | None, before: Mapping[str, Any]
@@ -307,7 +313,7 @@ class StepStore:
             count += len(rows)
         name = f"{number}.safetensors"
         files[name] = self._write_tensors(name, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-        about = {
+        manifest = {
             "generation": number,
             "key": self.checkpoint.key,
             "step": json_digest(self.facts),
@@ -317,11 +323,11 @@ class StepStore:
             "carries": carries,
             "files": files,
         }
-        write_checksummed_json(self.folder / f"{number}.json", about)
-        return _Generation(number, about)
+        write_checksummed_json(self.folder / f"{number}.json", manifest)
+        return _Generation(number, manifest)
 
     def _write_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Write a file; its size and checksum."""
+        """Write a file. Returns its size and checksum."""
         with atomic_write(self.folder / name) as partial:
             try:
                 save_file(tensors, partial)
@@ -329,8 +335,8 @@ class StepStore:
                 raise OSError(str(error)) from None
             return file_digest(partial)
 
-    def _write_words(self) -> None:
-        """``step.json``. Nothing depends on it: where it cannot be written, there is none."""
+    def _write_facts(self) -> None:
+        """Write ``step.json``, which serves messages only; if it cannot be written, remove it."""
         file, generations = self.folder / "step.json", [g.number for g in self._kept]
         try:
             write_checksummed_json(file, {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": generations})
@@ -338,26 +344,26 @@ class StepStore:
             with suppress(OSError):
                 file.unlink()
 
-    def _remove_others(self) -> None:
-        """Remove what no generation that is kept needs, manifests first."""
-        needed = {"step.json"} | {f"{g.number}.json" for g in self._kept} | {n for g in self._kept for n in g.about["files"]}
+    def _remove_unneeded(self) -> None:
+        """Remove the files that no kept generation needs, manifests first."""
+        needed = {"step.json"} | {f"{g.number}.json" for g in self._kept} | {n for g in self._kept for n in g.manifest["files"]}
         with suppress(OSError):
             files = [file for file in self.folder.iterdir() if file.name not in needed]
             for file in sorted(files, key=lambda file: file.suffix != ".json"):
                 file.unlink()
 
 
-def _place(folder: str | Path) -> Path:
+def _rank_folder(folder: str | Path) -> Path:
     return Path(folder) / f"rank-{dist.get_rank() if dist.is_initialized() else 0}"
 
 
 def tokens_digest(tokens: Tokens) -> str:
-    """Of a text's shape and of pieces all over it: quick for any length."""
+    """A digest of a text's shape and of pieces spread over it, so that it is quick for any length."""
     length = int(tokens.shape[1])
     digest = hashlib.blake2b(str(tuple(tokens.shape)).encode(), digest_size=16)
-    for n in range(PIECES):
-        start = n * max(0, length - PIECE) // max(1, PIECES - 1)
-        piece = tokens[:, start : start + PIECE]
+    for n in range(DIGEST_PIECES):
+        start = n * max(0, length - PIECE_LENGTH) // max(1, DIGEST_PIECES - 1)
+        piece = tokens[:, start : start + PIECE_LENGTH]
         piece = piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()
         digest.update(np.ascontiguousarray(piece, dtype=np.int64).tobytes())
     return digest.hexdigest()
@@ -365,7 +371,7 @@ def tokens_digest(tokens: Tokens) -> str:
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """Of every parameter's name, shape, sum, sum of squares, and a sum with weights that differ by place."""
+    """A digest of every parameter's name, shape, sum, sum of squares, and position-weighted sum."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         wide = p.detach().double().flatten()
