@@ -59,7 +59,7 @@ def make(kind: str, seed: int) -> SketchState | Affine:
 
 
 def weighted(carries, seed):
-    """A loss that reads every floating tensor of some carries with weights of its own."""
+    """A loss that reads every floating-point tensor of some carries, with different weights."""
     generator = torch.Generator().manual_seed(1000 + seed)
     total = torch.zeros((), dtype=torch.float64)
     for carry in carries:
@@ -73,32 +73,32 @@ def weighted(carries, seed):
 def sharded(group, kind, layout, reverse, algorithm):
     rank, pieces = dist.get_rank(group), 2 if layout == "zigzag" else 1
     mine = [make(kind, pieces * rank + p) for p in range(pieces)]
-    entering = exclusive_scan_pieces(mine, group, layout, reverse=reverse, algorithm=algorithm)
-    loss = weighted(entering, rank)
+    initial = exclusive_scan_pieces(mine, group, layout, reverse=reverse, algorithm=algorithm)
+    loss = weighted(initial, rank)
     if loss.requires_grad:  # nothing enters a single piece
         loss.backward()
     raw = start_scan(mine, group, layout, reverse=reverse, algorithm=algorithm).wait()
-    same = all(a.equal(b) for x, y in zip(raw, entering) for a, b in zip(x.tensors(), y.tensors()))
+    same = all(a.equal(b) for x, y in zip(raw, initial) for a, b in zip(x.tensors(), y.tensors()))
     grads = [t.grad for piece in mine for t in piece.tensors()]
-    return [tuple(t.detach() for t in c.tensors()) for c in entering], grads, same
+    return [tuple(t.detach() for t in c.tensors()) for c in initial], grads, same
 
 
 def on_one_rank(world, kind, layout, reverse):
-    """The same by definition: fold all pieces before each piece, one loss, autograd."""
+    """The definition: fold all pieces before each piece, one loss, autograd."""
     pieces = 2 if layout == "zigzag" else 1
     every = {(r, p): make(kind, pieces * r + p) for r in range(world) for p in range(pieces)}
     order = [(r, 0) for r in range(world)] + ([(r, 1) for r in reversed(range(world))] if pieces == 2 else [])
     if reverse:
         order.reverse()
-    entering, running = {}, every[order[0]].zero()
+    initial, running = {}, every[order[0]].zero()
     for place in order:
-        entering[place] = running
+        initial[place] = running
         running = running.combine(every[place])
-    loss = sum(weighted([entering[r, p] for p in range(pieces)], r) for r in range(world))
+    loss = sum(weighted([initial[r, p] for p in range(pieces)], r) for r in range(world))
     if loss.requires_grad:
         loss.backward()
     return [
-        ([entering[r, p].tensors() for p in range(pieces)], [t.grad for p in range(pieces) for t in every[r, p].tensors()])
+        ([initial[r, p].tensors() for p in range(pieces)], [t.grad for p in range(pieces) for t in every[r, p].tensors()])
         for r in range(world)
     ]
 
@@ -124,10 +124,10 @@ def test_scan_is_a_fold(world: int, layout: str, algorithm: str) -> None:
 
 
 def unused(group):
-    """The last rank's carry is read by none, the first rank's loss does not depend on what enters it."""
+    """Nothing reads the last rank's carry, and the first rank's loss does not depend on its initial carry."""
     carry = make("decay", dist.get_rank(group))
-    entering = exclusive_scan(carry, group)
-    entering.mass.sum().backward()
+    initial = exclusive_scan(carry, group)
+    initial.mass.sum().backward()
     return carry.mass.grad
 
 

@@ -1,4 +1,4 @@
-"""What of the parallel floor shows in one process: packing, folding, cutting, a world of one, errors."""
+"""Context parallelism in one process: packing, folding, shard partitions, a world of one rank, errors."""
 
 from __future__ import annotations
 
@@ -81,18 +81,18 @@ def test_zigzag_halves_are_views(batch: int, strided: bool) -> None:
     p = AttentionInputs(
         draw(4), draw(2), draw(2), torch.randn(2, 1, 2, 4), torch.ones(2), decay, mask, None, None, True, "global"
     )
-    cut = ShardPartition.zigzag(p)
-    assert cut.mode == ("halves" if strided and batch > 1 else "rows")
-    calls = cut.calls(p)
+    partition = ShardPartition.zigzag(p)
+    assert partition.mode == ("halves" if strided and batch > 1 else "rows")
+    calls = partition.calls(p)
     for call in calls:
         assert call.q.untyped_storage().data_ptr() == p.q.untyped_storage().data_ptr()
         assert call.q.shape[1] == 4
-    assert cut.merge([call.q for call in calls]).equal(p.q)
+    assert partition.merge([call.q for call in calls]).equal(p.q)
     states = [SketchState(torch.randn(batch, 2, 4), torch.randn(batch, 2, 4, 4)) for _ in range(2)]
-    for before, after in zip(states, cut.pieces(cut.states(states)), strict=True):
+    for before, after in zip(states, partition.pieces(partition.states(states)), strict=True):
         assert after.mass.equal(before.mass)
-    half = cut.of(p.q)
-    second = half[0][1] if cut.mode == "rows" else half[1][0]
+    half = partition.of(p.q)
+    second = half[0][1] if partition.mode == "rows" else half[1][0]
     assert second.equal(p.q[0, 4:])
 
 
