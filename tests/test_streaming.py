@@ -1,4 +1,4 @@
-"""A sequence streamed in chunks has the gradients of the whole."""
+"""A sequence streamed in chunks has the gradients of one pass."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def gradients(net: DecoderLM) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    assert got.keys() == wanted.keys()
-    for name, right in wanted.items():
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert got.keys() == expected.keys()
+    for name, right in expected.items():
         assert float((got[name] - right).norm()) <= tolerance * max(float(right.norm()), 1e-6), name
 
 
@@ -56,11 +56,11 @@ def test_gradients_are_those_of_the_whole(pattern: str, length: int, chunk_size:
     ids, labels = text(2, length)
     wanted_loss = net(ids, labels)
     wanted_loss.backward()
-    wanted = gradients(net)
+    expected = gradients(net)
     net.zero_grad()
     loss = streamed_backward(net, ids, labels, chunk_size=chunk_size)
     assert abs(float(loss - wanted_loss.detach())) <= 1e-12
-    assert_same(gradients(net), wanted)
+    assert_same(gradients(net), expected)
     assert abs(float(streamed_loss(net, ids, labels, chunk_size=chunk_size) - wanted_loss.detach())) <= 1e-12
 
 
@@ -77,10 +77,10 @@ def test_every_kind_of_carry_hands_its_gradient_back(race: dict[str, Any]) -> No
     net = model(**race)
     ids, labels = text(1, 45)
     net(ids, labels).backward()
-    wanted = gradients(net)
+    expected = gradients(net)
     net.zero_grad()
     streamed_backward(net, ids, labels, chunk_size=10, keep="host")
-    assert_same(gradients(net), wanted)
+    assert_same(gradients(net), expected)
 
 
 @pytest.mark.parametrize("bounds", [[0, 10, 20, 45], [0, 45], [0, 0, 7, 7, 8, 30, 45, 45], [0, 3, 10, 11, 45]])
@@ -89,22 +89,22 @@ def test_packed_documents(bounds: list[int]) -> None:
     ids, labels = text(1, 45)
     cu_seqlens = torch.tensor(bounds)
     net(ids, labels, cu_seqlens=cu_seqlens).backward()
-    wanted = gradients(net)
+    expected = gradients(net)
     net.zero_grad()
     streamed_backward(net, ids, labels, chunk_size=10, cu_seqlens=cu_seqlens)
-    assert_same(gradients(net), wanted)
+    assert_same(gradients(net), expected)
 
 
 def test_adds_to_gradients_that_stand_there_and_reads_memory_maps(tmp_path: Any) -> None:
     net = model()
     ids, labels = text(1, 30)
     net(ids, labels).backward()
-    wanted = {name: 2 * g for name, g in gradients(net).items()}
+    expected = {name: 2 * g for name, g in gradients(net).items()}
     for name, array in (("ids", ids), ("labels", labels)):
         np.save(tmp_path / f"{name}.npy", array.numpy().astype(np.int16))
     maps = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("ids", "labels")]
     streamed_backward(net, maps[0], maps[1], chunk_size=8)
-    assert_same(gradients(net), wanted)
+    assert_same(gradients(net), expected)
 
 
 def test_no_targets_give_zero_loss_and_zero_gradients() -> None:
@@ -115,16 +115,16 @@ def test_no_targets_give_zero_loss_and_zero_gradients() -> None:
 
 
 def test_narrow_parameters_add_up_in_float32() -> None:
-    """In bfloat16 a thousand small gradients added one by one would stop growing at 256 of them."""
+    """In bfloat16 a sum of a thousand small gradients would stop growing after 256 of them."""
     net = model().to(torch.bfloat16)
     ids, labels = text(1, 600)
     whole = model().to(torch.bfloat16).float()
     whole(ids, labels).backward()
     streamed_backward(net, ids, labels, chunk_size=2)
     got = torch.cat([p.grad.flatten().float() for p in net.parameters() if p.grad is not None])
-    wanted = torch.cat([p.grad.flatten() for p in whole.parameters() if p.grad is not None])
+    expected = torch.cat([p.grad.flatten() for p in whole.parameters() if p.grad is not None])
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in net.parameters())
-    assert float((got - wanted).norm() / wanted.norm()) <= 0.1
+    assert float((got - expected).norm() / expected.norm()) <= 0.1
 
 
 def test_progress_counts_every_chunk_of_both_phases() -> None:
@@ -197,21 +197,21 @@ def test_sketches_recovered_by_subtraction(pattern: str, normalization: str) -> 
     net = model(pattern, decay="none", normalization=normalization)
     ids, labels = text(2, 45)
     net(ids, labels).backward()
-    wanted = gradients(net)
+    expected = gradients(net)
     net.zero_grad()
     streamed_backward(net, ids, labels, chunk_size=4, keep="subtract")
-    assert_same(gradients(net), wanted)
+    assert_same(gradients(net), expected)
 
 
 def test_subtraction_costs_no_digits_in_float32() -> None:
-    """The sketches are float64 sums of what float32 chunks add: 64 of them taken away again leave the early ones whole."""
+    """Sketches are float64 sums of float32 chunks: subtracting 64 chunks recovers the early states exactly."""
     net = model(decay="none").float()
     ids, labels = text(1, 1024)
     streamed_backward(net, ids, labels, chunk_size=16)
-    wanted = gradients(net)
+    expected = gradients(net)
     net.zero_grad()
     streamed_backward(net, ids, labels, chunk_size=16, keep="subtract")
-    assert_same(gradients(net), wanted, 1e-6)
+    assert_same(gradients(net), expected, 1e-6)
 
 
 def test_subtraction_is_refused_where_documents_begin() -> None:
@@ -221,36 +221,36 @@ def test_subtraction_is_refused_where_documents_begin() -> None:
 
 
 def test_targets_may_be_counted_elsewhere() -> None:
-    """Replicas that share a batch divide by the targets of all."""
+    """Replicas that share a batch divide by the number of targets of all replicas."""
     net, (ids, labels) = model(), text(1, 30)
     mean = streamed_backward(net, ids, labels, chunk_size=8)
-    wanted, count = gradients(net), int((labels != -100).sum())
+    expected, count = gradients(net), int((labels != -100).sum())
     net.zero_grad()
     assert float(streamed_backward(net, ids, labels, chunk_size=8, num_targets=3 * count)) == pytest.approx(float(mean) / 3)
-    assert_same(gradients(net), {name: g / 3 for name, g in wanted.items()})
+    assert_same(gradients(net), {name: g / 3 for name, g in expected.items()})
 
 
 @pytest.mark.parametrize(("length", "chunk_size"), [(30, 8), (24, 8), (5, 9)])
 def test_a_prompt_is_read_in_chunks(length: int, chunk_size: int) -> None:
     net, (ids, _) = model("RW"), text(2, length)
     with torch.no_grad():
-        wanted = net(ids)[:, -1]
+        expected = net(ids)[:, -1]
         logits, carry = streamed_prompt(net, ids, chunk_size=chunk_size)
-        assert float((logits - wanted).norm() / wanted.norm()) <= 1e-12
+        assert float((logits - expected).norm() / expected.norm()) <= 1e-12
         following = torch.ones(2, 1, dtype=torch.int64)
         h, _ = net.hidden(following, carry)
-        wanted = net(torch.cat([ids, following], 1))[:, -1]
-        assert float((net.logits(h)[:, -1] - wanted).norm() / wanted.norm()) <= 1e-12
+        expected = net(torch.cat([ids, following], 1))[:, -1]
+        assert float((net.logits(h)[:, -1] - expected).norm() / expected.norm()) <= 1e-12
 
 
 def test_compiled_blocks_run_one_graph_in_both_phases() -> None:
-    """A graph for the forward phase and another for the backward phase would round differently in a narrow dtype."""
+    """Different graphs in the forward and in the backward phase would round differently in bfloat16."""
     from torch._dynamo.utils import counters
 
     ids, labels = text(1, 64)
     net = model("R").float()
     eager = streamed_backward(net, ids, labels, chunk_size=16)
-    wanted = gradients(net)
+    expected = gradients(net)
     net.zero_grad()
     torch.compiler.reset()
     counters.clear()
@@ -259,11 +259,11 @@ def test_compiled_blocks_run_one_graph_in_both_phases() -> None:
     loss = streamed_backward(net, ids, labels, chunk_size=16)
     assert counters["stats"]["unique_graphs"] == 1  # for all blocks, chunks and phases
     assert abs(float(loss - eager)) <= 1e-6
-    assert_same(gradients(net), wanted, 1e-4)
+    assert_same(gradients(net), expected, 1e-4)
 
 
 def test_a_chunks_graph_is_gone_before_the_next_begins() -> None:
-    """Compiled blocks record a graph in the forward phase too; two chunks' activations must never stand at once."""
+    """Compiled blocks record a graph in the forward phase too; activations of two chunks must never exist at once."""
     net, (ids, labels), alive = model(), text(1, 64), []
     for block in net.blocks:
         block.compile(dynamic=False, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a step under way, its gradients are right or a sentence names the file."""
+"""With any damage to the files of a running step, its gradients are right or an error names the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def step(
 
 
 def outcome(folder: Path) -> Tensor | str:
-    """The gradients of the resumed step, or the sentence in which it was refused."""
+    """The gradients of the resumed step, or the message of the error."""
     try:
         return step(folder)
     except DamagedStepError as error:
@@ -56,14 +56,14 @@ def outcome(folder: Path) -> Tensor | str:
 
 
 @pytest.fixture(scope="module")
-def wanted() -> Tensor:
-    """Of the step in one go."""
+def expected() -> Tensor:
+    """The gradients of the step without interruption."""
     return step(None)
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Folders of a step that was stopped in its forward phase, and in its backward phase."""
+    """Folders of a step that was stopped in its forward phase and in its backward phase."""
     folders = {}
     for moment in (FORWARD, BACKWARD):
         folders[moment] = tmp_path_factory.mktemp(f"stored-{moment}")
@@ -73,7 +73,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def damages(folder: Path, draw: random.Random) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """Every file in ``folder``, damaged in every way: a name, and what does it to a copy."""
+    """Every file in ``folder``, damaged in every way: a name, and a function that damages a copy."""
     files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
     for file in files:
         size = (folder / file).stat().st_size
@@ -104,7 +104,7 @@ def cut(file: Path, length: int, zeros: int = 0) -> None:
 
 @pytest.mark.parametrize("moment", [FORWARD, BACKWARD])
 def test_no_damage_changes_a_gradient_silently(
-    moment: int, stored: dict[int, Path], wanted: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moment: int, stored: dict[int, Path], expected: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw, folder = random.Random(moment), tmp_path / "step"
     count = recovered = 0
@@ -121,7 +121,7 @@ def test_no_damage_changes_a_gradient_silently(
             assert file in found, (name, found)
             continue
         recovered += 1
-        assert torch.equal(found, wanted), name
+        assert torch.equal(found, expected), name
         needless = file == unread or name.endswith("step.json: removed")
         assert (file in said and said.count("\n") == 1) or (needless and not said), (name, said)
     assert count > 150
@@ -129,27 +129,27 @@ def test_no_damage_changes_a_gradient_silently(
 
 
 def test_a_damaged_generation_costs_what_was_done_since_the_one_before(
-    stored: dict[int, Path], wanted: Tensor, tmp_path: Path
+    stored: dict[int, Path], expected: Tensor, tmp_path: Path
 ) -> None:
     folder = tmp_path / "step"
     shutil.copytree(stored[BACKWARD], folder)
     newest = max(int(file.stem) for file in folder.glob("rank-0/[0-9]*.json"))
     flip(folder / f"rank-0/{newest}.safetensors", 9000)
     seen: list[Progress] = []
-    assert torch.equal(step(folder, seen=seen), wanted)
+    assert torch.equal(step(folder, seen=seen), expected)
     assert len(seen) == 7 - BACKWARD + 1
     seen.clear()
-    assert torch.equal(step(folder, seen=seen), wanted)  # stored anew, whole
+    assert torch.equal(step(folder, seen=seen), expected)  # stored anew, whole
     assert not seen
 
 
-def test_an_older_generations_file_is_not_taken_for_a_newer(stored: dict[int, Path], wanted: Tensor, tmp_path: Path) -> None:
-    """Its checksum is that of a file that was whole once."""
+def test_an_older_generations_file_is_not_taken_for_a_newer(stored: dict[int, Path], expected: Tensor, tmp_path: Path) -> None:
+    """Its checksum is that of a file that was valid once."""
     folder = tmp_path / "step"
     shutil.copytree(stored[BACKWARD], folder)
     older, newest = sorted((folder / "rank-0").glob("[0-9]*.safetensors"), key=lambda file: int(file.stem))
     shutil.copy(older, newest)
-    assert torch.equal(step(folder), wanted)
+    assert torch.equal(step(folder), expected)
 
 
 def test_where_nothing_is_whole_a_sentence_names_the_file(stored: dict[int, Path], tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_where_nothing_is_whole_a_sentence_names_the_file(stored: dict[int, Path
 
 @pytest.mark.parametrize("moment", [FORWARD, BACKWARD])
 def test_a_full_disk_does_not_end_the_step(
-    moment: int, wanted: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    moment: int, expected: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from race_dist import files
 
@@ -185,7 +185,7 @@ def test_a_full_disk_does_not_end_the_step(
     assert not list(tmp_path.rglob("*partial*"))
     full[0] = False
     seen: list[Progress] = []
-    assert torch.equal(step(tmp_path, seen=seen), wanted)
+    assert torch.equal(step(tmp_path, seen=seen), expected)
     assert len(seen) == 7 - 2
 
 

@@ -1,4 +1,4 @@
-"""A step that is ended in its middle goes on from there, and ends with the very gradients of one that was not."""
+"""A step that is interrupted resumes and has exactly the gradients of one that was not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def step(net: DecoderLM, **options: Any) -> Tensor:
 
 
 def after(count: int) -> Callable[[], bool]:
-    """Stop when asked for the ``count``-th time."""
+    """Stop at the ``count``-th call."""
     asked = iter(range(1, 100))
     return lambda: next(asked) == count
 
@@ -122,7 +122,7 @@ def test_what_is_stored_must_be_of_this_step(change: str, words: str, tmp_path: 
 
 
 def test_files_cut_short_are_not_taken(tmp_path: Path) -> None:
-    """What a kill during writing leaves: a generation that is not recorded, and a partial file."""
+    """The files after a kill during writing: a generation without a record, and a partial file."""
     net = model()
     step(net)
     with pytest.raises(StepInterrupted):
@@ -191,7 +191,7 @@ def test_ctrl_c_without_a_checkpoint_says_that_nothing_is_kept() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_carries_in_several_slabs(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long sequences allocate their carries piece by piece; stored every chunk, in both phases."""
+    """Long sequences allocate their carries slab by slab; stored after every chunk, in both phases."""
     net, again = model(), model()
     step(net)
     size = packed_size(net.zero_carry(1, state_dtype=torch.float64).tensors())

@@ -24,7 +24,7 @@ class ModelConfig(StrictConfig):
     num_layers: int = Field(ge=1, le=2**16, description="Number of blocks.")
     num_heads: int = Field(ge=1, le=WIDTH_LIMIT, description="Query heads of a mixing layer.")
     num_kv_heads: int | None = Field(
-        default=None, ge=1, le=WIDTH_LIMIT, description="Key/value heads, a divisor of num_heads; None: as many."
+        default=None, ge=1, le=WIDTH_LIMIT, description="Key/value heads, a divisor of num_heads; None: num_heads."
     )
     head_dim: int | None = Field(default=None, ge=1, le=WIDTH_LIMIT, description="Width of one head; None: dim // num_heads.")
     layer_pattern: str = Field(
@@ -32,25 +32,28 @@ class ModelConfig(StrictConfig):
         description="Kinds of mixing layers, cycled over the blocks: R = RACE, W = sliding-window softmax, S = full softmax.",
     )
     race: RaceConfig = Field(
-        default_factory=RaceConfig, description="The RACE layers; this config fills in their dim, heads and rope_base."
+        default_factory=RaceConfig,
+        description="Options of the RACE layers; dim, heads and rope_base are filled in from the model.",
     )
-    softmax: SoftmaxConfig = Field(default_factory=SoftmaxConfig, description="Convolution and gate of the W and S layers.")
-    window: int = Field(default=128, le=COUNT_LIMIT, description="Tokens that a W layer sees, itself included.")
+    softmax: SoftmaxConfig = Field(
+        default_factory=SoftmaxConfig, description="Options of the W and S layers: convolution and gate."
+    )
+    window: int = Field(default=128, le=COUNT_LIMIT, description="Tokens that a W layer sees, including the token itself.")
     ffn_dim: int | None = Field(
         default=None, ge=1, le=2**24, description="Inner width of the SwiGLU; None: 8/3 of dim, rounded up to 64."
     )
-    tie_embeddings: bool = Field(default=False, description="Whether the head's weight is the embedding's.")
+    tie_embeddings: bool = Field(default=False, description="Whether the output head shares the weight of the embedding.")
     rope_base: Annotated[float, Field(gt=1, le=1e30)] | None = Field(
         default=10000.0,
         description="Base of the rotary positions of softmax layers, and of RACE layers that have any; None: no positions.",
     )
     norm_eps: float = Field(default=1e-6, ge=1e-30, le=1, description="Added to the mean square in RMS norms.")
-    seed: int = Field(default=0, ge=0, le=SEED_LIMIT, description="Of the initial weights.")
+    seed: int = Field(default=0, ge=0, le=SEED_LIMIT, description="Seed of the initial weights.")
     loss_chunk: int | None = Field(
-        default=None, ge=1, le=SIZE_LIMIT, description="Rows of logits that exist at a time in the loss; None: by size."
+        default=None, ge=1, le=SIZE_LIMIT, description="Rows of logits that exist at a time in the loss; None: chosen by size."
     )
     activation_checkpointing: bool = Field(
-        default=False, description="Recompute each block in the backward pass instead of keeping its activations."
+        default=False, description="Recompute each block in the backward pass instead of storing its activations."
     )
 
     @field_validator("window")

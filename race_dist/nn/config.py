@@ -1,4 +1,4 @@
-"""RaceConfig: every choice about one RACE layer, checked when it is made."""
+"""RaceConfig and SoftmaxConfig: the options of one layer, validated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from race_dist.hashing import MAX_PLANES
 from race_dist.nn.output_gate import GateActivation
 from race_dist.strict_config import SEED_LIMIT, StrictConfig
 
-WIDTH_LIMIT = 2**20  # of widths and heads of one layer: beyond it no layer fits a machine
+WIDTH_LIMIT = 2**20  # of widths and numbers of heads: no larger layer fits a machine
 Decay = Literal["none", "multiscale", "token"]
 
 
@@ -29,7 +29,7 @@ def _check_conv_values(width: int, conv_values: bool) -> None:
 
 
 class SoftmaxConfig(StrictConfig):
-    """What window and full softmax layers have beside projections and positions. The default is nothing.
+    """Optional parts of window and full softmax layers: convolution and gate. The default is none.
 
     Raises:
         ValueError: a field is out of its range or contradicts another one.
@@ -41,7 +41,7 @@ class SoftmaxConfig(StrictConfig):
     )
     conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     output_gate: bool = Field(default=False, description="Multiply the output by a gate computed from the input.")
-    gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
+    gate_activation: GateActivation = Field(default="silu", description="Activation of the gate's logits: silu or sigmoid.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -50,14 +50,13 @@ class SoftmaxConfig(StrictConfig):
 
 
 class RaceConfig(StrictConfig):
-    """Choices of a RACE layer. The defaults are what text asks for, not the bare layer of the paper.
+    """Options of a RACE layer. The defaults are chosen for language modelling; the layer of the paper is simpler.
 
-    Three choices carry most of the quality of a language model: unit-normalised queries and keys (raw ones saturate the
-    tanh of the hash), a short convolution before the hash (buckets are blind to what stands next to what), and a decay
-    set by the input, read out without a denominator but with a norm per head and a gate. The bare layer is
-    ``RaceConfig(qk_norm=False, short_conv=0, decay="none", normalization="global", output_gate=False)``; the authors'
-    released code adds ``normalization="bucket", share_planes=True, train_beta=False, beta_init=exp(-log_temp) /
-    sqrt(head_dim)`` to that.
+    Three options contribute most to the quality of a language model: unit-normalised queries and keys (others saturate the
+    tanh of the hash), a short convolution before the hash (buckets do not see which tokens are adjacent), and data-dependent
+    decay with an output norm per head and a gate in place of a denominator. The layer of the paper is
+    ``RaceConfig(qk_norm=False, short_conv=0, decay="none", normalization="global", output_gate=False)``. The authors' released
+    code also has ``normalization="bucket", share_planes=True, train_beta=False, beta_init=exp(-log_temp) / sqrt(head_dim)``.
 
     Raises:
         ValueError: a field is out of its range or contradicts another one.
@@ -71,29 +70,29 @@ class RaceConfig(StrictConfig):
         default=None,
         ge=1,
         le=WIDTH_LIMIT,
-        description="Key and value heads, a divisor of num_heads; None: as many. A model fills it in.",
+        description="Key/value heads, a divisor of num_heads; None: num_heads. A model fills it in.",
     )
     head_dim: int | None = Field(default=None, ge=1, le=WIDTH_LIMIT, description="Width of one head; None: dim // num_heads.")
-    causal: bool = Field(default=True, description="Whether a token reads only itself and what came before it.")
+    causal: bool = Field(default=True, description="Whether a token reads only itself and the tokens before it.")
 
     num_tables: int = Field(
         default=4, ge=1, le=2**16, description="Hash tables L: independent sets of buckets whose similarities add."
     )
     num_planes: int = Field(
         default=4,
-        description="Hyperplanes P of a table, 1 to 10: a table has 2**P buckets. More planes "
-        "are sharper than more tables, and cost 2**P.",
+        description="Hyperplanes P per table, 1 to 10: a table has 2**P buckets. More planes "
+        "resolve more than more tables, at a cost of 2**P.",
     )
     beta_init: float | tuple[float, ...] = Field(
         default=2.0,
-        description="Sharpness of the soft hash at the start, one number or one per key/value head. 2 suits 4 "
+        description="Initial beta (sharpness) of the soft hash: one number, or one per key/value head. 2 suits 4 "
         "planes, 4 suits 8.",
     )
-    train_beta: bool = Field(default=True, description="Whether the sharpness is trained, one number per key/value head.")
+    train_beta: bool = Field(default=True, description="Whether beta is trained, one number per key/value head.")
     train_planes: bool = Field(
         default=False,
-        description="Whether the hyperplanes are trained; they then belong to the "
-        "checkpoint, otherwise seed and layer say what they are.",
+        description="Whether the hyperplanes are trained; they are then stored in checkpoints. "
+        "Otherwise they follow from the seed and the layer's index.",
     )
     share_planes: bool = Field(default=False, description="Whether the heads of a layer share one set of hyperplanes.")
     seed: int = Field(
@@ -104,9 +103,9 @@ class RaceConfig(StrictConfig):
     )
     normalization: Literal["global", "bucket", "none"] = Field(
         default="none",
-        description="global: divide by the summed similarity, as the paper does. bucket: divide in each "
-        "bucket, as its released code does. none: divide by nothing and normalise each head's "
-        "output (RMS), best where decay is per token. Default: none if causal, else global.",
+        description="global: divide by the summed similarity, as in the paper. bucket: divide in each "
+        "bucket, as in its released code. none: no division, but an RMS norm of each head's "
+        "output; best with decay per token. Default: none if causal, else global.",
     )
     qk_norm: bool = Field(default=True, description="Scale each query and key to a learned length per head before hashing.")
     short_conv: ConvWidth = Field(
@@ -115,21 +114,21 @@ class RaceConfig(StrictConfig):
     conv_values: bool = Field(default=False, description="Whether values get such a convolution too.")
     decay: Decay = Field(
         default="token",
-        description="How a layer forgets. none: never. multiscale: at a fixed rate per head, from fast to "
-        "never. token: at a rate per head and token that is computed from the input. Default: "
+        description="Decay of the state. none: no decay. multiscale: a fixed rate per head, from fast to "
+        "none. token: data-dependent decay, a rate per head and token that is computed from the input. Default: "
         "token if causal, else none.",
     )
     output_gate: bool = Field(default=True, description="Multiply the output by a gate computed from the input.")
-    gate_activation: GateActivation = Field(default="silu", description="What makes the gate of its logits: silu or sigmoid.")
+    gate_activation: GateActivation = Field(default="silu", description="Activation of the gate's logits: silu or sigmoid.")
     rope_base: Annotated[float, Field(gt=1, le=1e30)] | Literal["auto"] | None = Field(
         default="auto",
         description="Base of the rotary positions; None: no positions. auto: the model's base (10000 in "
-        "a layer that stands alone) without decay, none with it: decay and convolution say "
-        "where a token stands, and turned queries and keys hash worse.",
+        "a layer outside a model) without decay, none with decay: decay and convolution already encode "
+        "positions, and rotated queries and keys hash worse.",
     )
     norm_eps: float = Field(default=1e-6, ge=1e-30, le=1, description="Added to the mean square in the RMS norm of the output.")
     backend: Literal["auto", "reference", "chunked", "triton"] = Field(
-        default="auto", description="What computes the attention. auto: the fastest one that runs here."
+        default="auto", description="Implementation of the attention. auto: the fastest one available."
     )
 
     @model_validator(mode="before")
@@ -189,7 +188,7 @@ class RaceConfig(StrictConfig):
         return self.dim // self.num_heads
 
     def resolved_rope_base(self, model_base: float | None = 10000.0) -> float | None:
-        """Base of the rotary positions, or None: ``rope_base`` with "auto" resolved."""
+        """The base of the rotary positions, or None: ``rope_base`` with "auto" resolved."""
         if self.rope_base == "auto":
             return model_base if self.decay == "none" else None
         return self.rope_base
@@ -202,10 +201,10 @@ class RaceConfig(StrictConfig):
     def with_model_dims(
         self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None, rope_base: float | None = None
     ) -> RaceConfig:
-        """This config with a model's widths; what was already set must agree. ``rope_base`` is the model's.
+        """This config with the widths and ``rope_base`` of a model; fields that are set already must agree.
 
         Raises:
-            ValueError: a field is set to something else.
+            ValueError: a field is set to another value.
         """
         model = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         if head_dim is not None:

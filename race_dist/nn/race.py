@@ -159,7 +159,7 @@ class RaceAttention(RaceCore, MixingLayer):
         Args:
             x: ``[B, T, dim]``: this rank's rows.
             carry: of the tokens before, or None at the beginning of a sequence.
-            sequence: where the rows stand; None: one document on one rank, at positions 0 to T - 1.
+            sequence: the position of the rows; None: one document on one rank, at positions 0 to T - 1.
 
         Returns:
             ``y [B, T, dim]`` and the outgoing carry (None unless ``sequence.return_carry``).

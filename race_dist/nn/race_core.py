@@ -239,7 +239,7 @@ class RaceCore(SeededModule):
             q: ``[B, T, Hq, D]``.
             k, v: ``[B, T, Hkv, D]``.
             tail: the inputs of the convolutions before this piece, or None.
-            sequence: where the rows stand.
+            sequence: the position of the rows in their sequence.
         """
         if self.q_conv is None:
             return (q, k, v), None
@@ -264,7 +264,7 @@ class RaceCore(SeededModule):
             q: ``[B, T, Hq, D]``: this rank's rows, with any strides.
             k, v: ``[B, T, Hkv, D]``.
             sketch: of the tokens before, or None at the beginning of a sequence.
-            sequence: where the rows stand; None: one document on one rank, at positions 0 to T - 1.
+            sequence: the position of the rows; None: one document on one rank, at positions 0 to T - 1.
             log_decay: ``[B, T, Hkv]``, at most 0: the log decays of ``decay="token"``.
 
         Returns:

@@ -1,7 +1,8 @@
 """A recurrent layer over packed documents, padding and ranks, written once for any carry.
 
-A layer says how it runs over consecutive tokens from an initial carry. :func:`run_recurrence` cuts this rank's rows into spans,
-finds the carry that enters each span by an exclusive scan over the ranks, and returns the carry after the whole sequence.
+A layer defines how it runs over consecutive tokens from an initial carry. :func:`run_recurrence` splits this rank's rows into
+spans, computes the initial carry of each span by an exclusive scan over the ranks, and returns the carry after the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def run_recurrence(
     Args:
         tensors: what the layer reads of each token, each ``[B, T, ...]``.
         carry: the carry before the call's sequence, the same on every rank; ``zero_carry`` at a beginning.
-        sequence: where the rows stand.
+        sequence: the position of the rows in their sequence.
         scan: from a span and its initial carry to its outputs ``[B, n, ...]`` and its final carry.
         summarize: the final carry alone, from a zero carry: under a group it is needed before the outputs can be computed.
             None: ``scan`` without its outputs.

@@ -1,4 +1,4 @@
-"""The registry of layer kinds: what each letter of ``layer_pattern`` stands for, and what modes ask about a kind.
+"""The registry of layer kinds: the meaning of each letter of ``layer_pattern``, and the facts that other modules need.
 
 A new kind of mixing layer joins with one file: a carry (:class:`race_dist.nn.mixing_layer.LayerCarry`), a layer
 (:class:`race_dist.nn.mixing_layer.MixingLayer`), and a :class:`LayerKind` that is registered under a letter.

@@ -1,4 +1,4 @@
-"""Positions, packed documents, padding and shards: where the tokens of a layer's call stand in their sequence."""
+"""Positions, packed documents, padding and shards: the position of a call's tokens in their sequence."""
 
 from __future__ import annotations
 
@@ -156,10 +156,10 @@ class Sequence:
         real = [span.of(key_mask) for span in spans]
         own = [TokenCount.of(*piece) for piece in zip(real, begins, strict=True)]
         before = TokenCount(position.expand(key_mask.shape[0]), torch.zeros_like(own[0].reset))
-        entering, after = exchange_carries(own, before, self.group, self.layout, return_carry=self.return_carry)
+        initial, after = exchange_carries(own, before, self.group, self.layout, return_carry=self.return_carry)
         positions = [
             real_positions(mask, count.count, self._starts(span, document))
-            for mask, count, span, document in zip(real, entering, spans, documents, strict=True)
+            for mask, count, span, document in zip(real, initial, spans, documents, strict=True)
         ]
         compactions = tuple(Compaction.of(*piece) for piece in zip(real, begins, documents, strict=True))
         return replace(
@@ -253,8 +253,8 @@ class Sequence:
         if boundaries is None or span.document is not None:
             return None
         index = span.start + torch.arange(span.length, device=boundaries.device)
-        entering = (boundaries < span.start).sum().expand(before)
-        return torch.cat([entering, torch.searchsorted(boundaries, index, right=True)])
+        carried = (boundaries < span.start).sum().expand(before)
+        return torch.cat([carried, torch.searchsorted(boundaries, index, right=True)])
 
     def last_document_start(self, span: Span) -> Tensor | None:
         """The row of a span at which its last document begins (negative: before the span); None if the span has no boundary."""

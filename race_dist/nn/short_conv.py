@@ -89,7 +89,7 @@ def apply_short_convs(
         tensors: each ``[B, T, channels]``.
         convs: one per tensor, all of one width; None leaves its tensor unchanged.
         tail: the inputs of the convolutions before this piece, or None.
-        sequence: where the rows stand.
+        sequence: the position of the rows in their sequence.
 
     Returns:
         The tensors, and the outgoing tail (None without a convolution, or unless ``sequence.return_carry``).

@@ -175,7 +175,7 @@ def run_with_tail(
         tensors: what the layer reads of tokens before the current one, each ``[B, T, ...]``.
         width: ``n``, the number of tokens that the layer looks back.
         carry: the tail before the call's sequence, or None.
-        sequence: where the rows stand.
+        sequence: the position of the rows in their sequence.
         layer: from a span with its initial tail to its outputs, each ``[B, length, ...]``; no output may depend on a later
             token. It reads other tensors of the same rows through :meth:`SpanWithTail.of`.
 

@@ -1,9 +1,9 @@
-"""The exclusive scan over ranks: what enters each rank's piece of the sequence, for any carry.
+"""The exclusive scan over ranks: the initial carry of each rank's piece of the sequence, for any carry.
 
-A carry is an element of a monoid (:mod:`race_dist.carry`), so the scan is written once: *all_gather* hands every carry to
-every rank, which folds those before it by pairs; *recursive_doubling* takes ``ceil(log2 W)`` rounds, in round i of which
-a rank hears from the rank ``2**i`` places before it all that this one knows. Both are exact, differentiable through
-``combine``, and combine in an order that depends on nothing but ranks.
+A carry is an element of a monoid (:mod:`race_dist.carry`), so the scan is written once for all carries, with two algorithms.
+*all_gather* gives every carry to every rank, which combines the carries before its own in pairs. *recursive_doubling* takes
+``ceil(log2 W)`` rounds; in round i each rank receives the combined carry of the rank ``2**i`` before it. Both are exact and
+differentiable through ``combine``. The order of combination depends only on the ranks.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from race_dist.rank_environment import ranks_per_node
 Algorithm = Literal["auto", "all_gather", "recursive_doubling"]
 ALGORITHMS: tuple[Algorithm, ...] = ("auto", "all_gather", "recursive_doubling")
 
-_SMALL_BUFFER = 2**20  # bytes of all ranks' carries below which latency counts, not their number
+_SMALL_BUFFER = 2**20  # bytes of all ranks' carries, below which latency dominates
 
 
 def fold(carries: Sequence[CarryT]) -> CarryT:
-    """Combine one or more carries, earliest first, by pairs: long sums lose few digits."""
+    """Combine one or more carries, earliest first, in pairs (a tree reduction), so that long sums lose few digits."""
     level = list(carries) if isinstance(carries, Sequence) else []
     if not level:
         raise ValueError(f"fold takes a list of one or more carries; got {checks.typed_repr(carries)}")
@@ -56,19 +56,19 @@ def fold(carries: Sequence[CarryT]) -> CarryT:
 
 @eager
 def exclusive_scan(carry: CarryT, group: ProcessGroup | None, *, reverse: bool = False, algorithm: str = "auto") -> CarryT:
-    """The combination of the carries of all ranks before this one, in rank order; ``carry.zero()`` on the first.
+    """The combined carries of all ranks before this one, in rank order; ``carry.zero()`` on the first rank.
 
-    Differentiable, for any carry. Every rank of the group calls it, forward and backward.
+    It is differentiable, for any carry. Every rank of the group must call it, forward and backward.
 
     Args:
-        carry: this rank's: the summary of its piece of the sequence. Shapes and dtypes are the same on every rank.
+        carry: the carry of this rank's piece of the sequence. Shapes and dtypes must be the same on every rank.
         group: the ranks, in the order of their pieces; None is one rank.
-        reverse: from the last rank towards the first: the combination of ranks W-1, ..., r+1, in this order (the
-            higher rank is the earlier operand). The adjoint of the forward scan.
-        algorithm: "all_gather", "recursive_doubling", or "auto", which picks by the ranks and the bytes of a carry.
+        reverse: scan from the last rank to the first: the combination of ranks W-1, ..., r+1, in this order (the
+            higher rank is the earlier operand). This is the adjoint of the forward scan.
+        algorithm: "all_gather", "recursive_doubling", or "auto", which chooses by the number of ranks and the size of a carry.
 
     Raises:
-        ValueError: no such algorithm, or the ranks' calls do not fit each other (compared before data moves).
+        ValueError: the algorithm is unknown, or the calls of the ranks differ (they are compared before data is exchanged).
     """
     _check_carry(carry, "carry")
     return exclusive_scan_pieces([carry], group, reverse=reverse, algorithm=algorithm)[0]
@@ -83,20 +83,20 @@ def exclusive_scan_pieces(
     reverse: bool = False,
     algorithm: str = "auto",
 ) -> list[CarryT]:
-    """What enters each of this rank's pieces of the sequence: :func:`exclusive_scan` for any shard layout.
+    """The initial carry of each of this rank's pieces of the sequence: :func:`exclusive_scan` for any shard layout.
 
     Args:
-        pieces: summaries of this rank's pieces in local order: one (contiguous) or two (zigzag). Documents that zigzag
-            cuts one by one are a batch dimension of the carries.
+        pieces: the carries of this rank's pieces in local order: one (contiguous) or two (zigzag). Packed documents under
+            zigzag are a batch dimension of the carries.
         group, algorithm: as for :func:`exclusive_scan`.
         layout: "contiguous" or "zigzag".
-        reverse: from the end of the sequence towards its beginning.
+        reverse: scan from the end of the sequence to its beginning.
 
     Returns:
-        One carry a piece.
+        One carry per piece.
 
     Raises:
-        ValueError: as :func:`exclusive_scan`, and when the layout does not have this many pieces.
+        ValueError: as for :func:`exclusive_scan`, or the layout has another number of pieces.
     """
     layout, algorithm = _check(pieces, layout, algorithm)
     checks.flag("reverse", reverse)
@@ -115,21 +115,21 @@ def exclusive_scan_pieces(
             "requires_grad": torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         }
         check_same_call("exclusive_scan", facts, group, tensors[0].device)
-    wire = _Differentiable(group)
-    scan = _scan(pieces, wire, group, layout, reverse, _pick(algorithm, tensors, world, ranks_per_node()))
+    transport = _DifferentiableTransport(group)
+    scan = _scan(pieces, transport, group, layout, reverse, _pick(algorithm, tensors, world, ranks_per_node()))
     result = _finish(scan)
-    return [c.with_tensors(attach(wire.tokens, c.tensors())) for c in result]
+    return [c.with_tensors(attach(transport.tokens, c.tensors())) for c in result]
 
 
 @eager
 def exclusive_sum(carry: CarryT, group: ProcessGroup | None) -> CarryT:
-    """The sum of the *other* ranks' carries, tensor by tensor, by one all-reduce. Differentiable.
+    """The sum of the *other* ranks' carries, tensor by tensor, by one all-reduce. It is differentiable.
 
-    What non-causal attention needs in place of the scan; the carry's ``combine`` must be addition.
+    Non-causal attention needs it in place of the scan. The carry's ``combine`` must be addition.
 
     Raises:
         TypeError: a tensor of the carry is not floating point.
-        ValueError: the ranks' calls do not fit each other.
+        ValueError: the calls of the ranks differ.
     """
     _check_carry(carry, "carry")
     tensors = carry.tensors()
@@ -150,12 +150,12 @@ def exclusive_sum(carry: CarryT, group: ProcessGroup | None) -> CarryT:
 
 @lru_cache
 def _exchange_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that exchanges run on, one after another, as a group's collectives do."""
+    """The CUDA stream on which all exchanges of a device run, one after another."""
     return torch.cuda.Stream(device)
 
 
 class ScanHandle(Generic[CarryT]):
-    """A scan under way (:func:`start_scan`); :meth:`wait` gives what enters each piece."""
+    """A running scan (:func:`start_scan`); :meth:`wait` returns the initial carry of each piece."""
 
     def __init__(self, scan: Generator[None, None, list[CarryT]], tensors: Sequence[Tensor]) -> None:
         device = tensors[0].device
@@ -163,7 +163,7 @@ class ScanHandle(Generic[CarryT]):
         self._stream = _exchange_stream(device) if device.type == "cuda" else None
         self._result: list[CarryT] | None = None
         if self._stream is None:
-            next(scan)  # the first exchange is launched and runs beside what the caller does next
+            next(scan)  # start the first exchange, which overlaps with the caller's work
             return
         self._stream.wait_stream(torch.cuda.current_stream(device))
         for t in tensors:
@@ -172,7 +172,7 @@ class ScanHandle(Generic[CarryT]):
             self._result = _finish(scan)
 
     def wait(self) -> list[CarryT]:
-        """One carry a piece. On CUDA the current stream waits, the host does not."""
+        """One carry per piece. On CUDA the current stream waits, the host does not."""
         if self._result is None:
             self._result = _finish(self._scan)
         if self._stream is not None:
@@ -193,85 +193,85 @@ def start_scan(
     reverse: bool = False,
     algorithm: str = "auto",
 ) -> ScanHandle[CarryT]:
-    """:func:`exclusive_scan_pieces` without gradients and without waiting: the exchange runs beside what the caller does next.
+    """:func:`exclusive_scan_pieces` without gradients and without waiting, so that the exchange overlaps with other work.
 
-    On CUDA all of it runs on a stream of its own; on the CPU the first round does, so "all_gather" overlaps whole.
-    The ranks' calls are not compared.
+    On CUDA the whole scan runs on a side stream. On the CPU only the first round overlaps: for "all_gather" that is all of it.
+    The calls of the ranks are not compared.
     """
     layout, algorithm = _check(pieces, layout, algorithm)
     checks.flag("reverse", reverse)
     tensors = [t for piece in pieces for t in piece.tensors()]
     picked = _pick(algorithm, tensors, group_size(group), ranks_per_node())
-    return ScanHandle(_scan(pieces, _Raw(group), group, layout, reverse, picked), tensors)
+    return ScanHandle(_scan(pieces, _PlainTransport(group), group, layout, reverse, picked), tensors)
 
 
-# --- the algorithms, over either kind of wire ----------------------------------------------------------------------------
+# --- the algorithms, over either kind of transport ----------------------------------------------------------------------------
 
-Ticket = Callable[[], Tensors]
+Pending = Callable[[], Tensors]
 Steps = Generator[None, None, list[CarryT]]
 
 
-class _Wire(Protocol):
-    """Moves a carry's tensors; a ticket waits for the result."""
+class _Transport(Protocol):
+    """Exchanges the tensors of a carry. Each method returns a function that waits for the result."""
 
-    def gather(self, tensors: Sequence[Tensor]) -> Ticket: ...
+    def gather(self, tensors: Sequence[Tensor]) -> Pending: ...
 
-    def shift(self, tensors: Sequence[Tensor], by: int) -> Ticket: ...
+    def shift(self, tensors: Sequence[Tensor], by: int) -> Pending: ...
 
-    def broadcast(self, tensors: Sequence[Tensor], source: int) -> Ticket: ...
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> Pending: ...
 
 
-class _Raw:
-    """No gradients; the exchange is under way when a method returns."""
+class _PlainTransport:
+    """Without gradients; the exchange is running when a method returns."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = cast(ProcessGroup, group)
 
-    def gather(self, tensors: Sequence[Tensor]) -> Ticket:
+    def gather(self, tensors: Sequence[Tensor]) -> Pending:
         pending = start_all_gather(pack(tensors), self.group)
         return lambda: unpack(pending.wait(), tensors)
 
-    def shift(self, tensors: Sequence[Tensor], by: int) -> Ticket:
+    def shift(self, tensors: Sequence[Tensor], by: int) -> Pending:
         pending = start_shift(pack(tensors), by, self.group)
         return lambda: unpack(pending.wait(), tensors)
 
-    def broadcast(self, tensors: Sequence[Tensor], source: int) -> Ticket:
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> Pending:
         pending = start_broadcast(pack(tensors), source, self.group)
         return lambda: unpack(pending.wait(), tensors)
 
 
-class _Differentiable:
-    """Autograd functions; ``tokens`` of those that ran, to be attached to the result."""
+class _DifferentiableTransport:
+    """With autograd functions; ``tokens`` collects theirs, to be attached to the result."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = cast(ProcessGroup, group)
         self.tokens: list[Tensor] = []
 
-    def _keep(self, token: Tensor, tensors: Tensors) -> Ticket:
+    def _keep(self, token: Tensor, tensors: Tensors) -> Pending:
         self.tokens.append(token)
         return lambda: tensors
 
-    def gather(self, tensors: Sequence[Tensor]) -> Ticket:
+    def gather(self, tensors: Sequence[Tensor]) -> Pending:
         return self._keep(*collectives.gather(tensors, self.group))
 
-    def shift(self, tensors: Sequence[Tensor], by: int) -> Ticket:
+    def shift(self, tensors: Sequence[Tensor], by: int) -> Pending:
         return self._keep(*collectives.shift(tensors, by, self.group))
 
-    def broadcast(self, tensors: Sequence[Tensor], source: int) -> Ticket:
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> Pending:
         return self._keep(*collectives.broadcast(tensors, source, self.group))
 
 
 def _scan(
-    pieces: Sequence[CarryT], wire: _Wire, group: ProcessGroup | None, layout: Layout, reverse: bool, algorithm: str
+    pieces: Sequence[CarryT], transport: _Transport, group: ProcessGroup | None, layout: Layout, reverse: bool, algorithm: str
 ) -> Steps[CarryT]:
     if group_size(group) == 1:
         return _on_one_rank(pieces, reverse)
     assert group is not None
     if algorithm == "all_gather":
-        return _by_all_gather(pieces, wire, group, reverse)
+        return _by_all_gather(pieces, transport, group, reverse)
     if layout == "contiguous":
-        return _by_doubling(pieces[0], wire, group, reverse)
-    return _by_doubling_zigzag(pieces, wire, group, reverse)
+        return _by_doubling(pieces[0], transport, group, reverse)
+    return _by_doubling_zigzag(pieces, transport, group, reverse)
 
 
 def _on_one_rank(pieces: Sequence[CarryT], reverse: bool) -> Steps[CarryT]:
@@ -281,50 +281,50 @@ def _on_one_rank(pieces: Sequence[CarryT], reverse: bool) -> Steps[CarryT]:
     return carries[::-1] if reverse else carries
 
 
-def _by_all_gather(pieces: Sequence[CarryT], wire: _Wire, group: ProcessGroup, reverse: bool) -> Steps[CarryT]:
+def _by_all_gather(pieces: Sequence[CarryT], transport: _Transport, group: ProcessGroup, reverse: bool) -> Steps[CarryT]:
     rank, world = group_rank(group), group_size(group)
-    ticket = wire.gather([t for piece in pieces for t in piece.tensors()])
+    pending = transport.gather([t for piece in pieces for t in piece.tensors()])
     yield
-    gathered = list(ticket())
-    every: list[list[CarryT]] = []  # [piece][rank]
+    gathered = list(pending())
+    carries: list[list[CarryT]] = []  # [piece][rank]
     for piece in pieces:
         parts, gathered = gathered[: len(piece.tensors())], gathered[len(piece.tensors()) :]
-        every.append([piece.with_tensors(tuple(part[r] for part in parts)) for r in range(world)])
+        carries.append([piece.with_tensors(tuple(part[r] for part in parts)) for r in range(world)])
     order = [(0, r) for r in range(world)] + [(1, r) for r in reversed(range(world))][: world * (len(pieces) - 1)]
     if reverse:
         order.reverse()
-    sequence = [every[p][r] for p, r in order]
-    places = [order.index((p, rank)) for p in range(len(pieces))]
-    return [fold(sequence[:place]) if place else pieces[0].zero() for place in places]
+    sequence = [carries[p][r] for p, r in order]
+    positions = [order.index((p, rank)) for p in range(len(pieces))]
+    return [fold(sequence[:n]) if n else pieces[0].zero() for n in positions]
 
 
-def _by_doubling(carry: CarryT, wire: _Wire, group: ProcessGroup, reverse: bool) -> Steps[CarryT]:
-    """``ceil(log2 W)`` rounds; after the round of distance d a rank knows the 2d pieces up to its own."""
+def _by_doubling(carry: CarryT, transport: _Transport, group: ProcessGroup, reverse: bool) -> Steps[CarryT]:
+    """``ceil(log2 W)`` rounds; after the round with distance d a rank has combined the 2d pieces up to its own."""
     world = group_size(group)
-    place = world - 1 - group_rank(group) if reverse else group_rank(group)
-    before: CarryT | None = None
-    upto, distance = carry, 1
+    position = world - 1 - group_rank(group) if reverse else group_rank(group)
+    exclusive: CarryT | None = None
+    inclusive, distance = carry, 1
     while distance < world:
-        ticket = wire.shift(upto.tensors(), -distance if reverse else distance)
+        pending = transport.shift(inclusive.tensors(), -distance if reverse else distance)
         yield
-        received = carry.with_tensors(ticket())
-        if place >= distance:
-            before = received if before is None else received.combine(before)
-            upto = received.combine(upto)
+        received = carry.with_tensors(pending())
+        if position >= distance:
+            exclusive = received if exclusive is None else received.combine(exclusive)
+            inclusive = received.combine(inclusive)
         distance *= 2
-    return [carry.zero() if before is None else before]
+    return [carry.zero() if exclusive is None else exclusive]
 
 
-def _by_doubling_zigzag(pieces: Sequence[CarryT], wire: _Wire, group: ProcessGroup, reverse: bool) -> Steps[CarryT]:
-    """First pieces lie in rank order, second pieces after them in the opposite order. Backwards the two swap roles."""
+def _by_doubling_zigzag(pieces: Sequence[CarryT], transport: _Transport, group: ProcessGroup, reverse: bool) -> Steps[CarryT]:
+    """First pieces are in rank order, second pieces follow in reverse rank order. In a reverse scan the two swap roles."""
     first, second = reversed(pieces) if reverse else pieces
     last = group_size(group) - 1
-    (before_first,) = yield from _by_doubling(first, wire, group, False)
-    (before_second,) = yield from _by_doubling(second, wire, group, True)
+    (before_first,) = yield from _by_doubling(first, transport, group, False)
+    (before_second,) = yield from _by_doubling(second, transport, group, True)
     total = before_first.combine(first)
-    ticket = wire.broadcast(total.tensors(), last)
+    pending = transport.broadcast(total.tensors(), last)
     yield
-    total = first.with_tensors(ticket())
+    total = first.with_tensors(pending())
     carries = [before_first, total.combine(before_second)]
     return carries[::-1] if reverse else carries
 
@@ -339,7 +339,7 @@ def _finish(scan: Steps[CarryT]) -> list[CarryT]:
 
 @lru_cache
 def _is_carry(kind: type[Carry]) -> bool:
-    """Whether it has a carry's methods; looked up once a class."""
+    """Whether a class has the methods of a carry; cached, because the check is slow."""
     return issubclass(kind, Carry)
 
 

@@ -1,11 +1,11 @@
-"""Shard order: which rows of a sequence a rank holds, and in which order. The one place that knows.
+"""Sharding of a sequence for context parallelism: which rows a rank holds, and in which order.
 
 *contiguous*: rank r holds one run of rows. :func:`shard_sequence` gives the first ``T mod W`` of W ranks one row more;
-shards cut by hand may have any lengths, 0 included.
+shards made otherwise may have any lengths, including 0.
 
-*zigzag*: the sequence is cut into 2W equal slices and rank r holds slices r and 2W-1-r, in this order, so that every
-rank has as many early rows as late ones. With ``cu_seqlens`` each document is cut so on its own, and a rank's rows
-are, document after document, its two slices of each.
+*zigzag*: the sequence is split into 2W equal slices, and rank r holds slices r and 2W-1-r, in this order, so that every
+rank has as many early rows as late ones. With ``cu_seqlens`` each document is split on its own; a rank's rows are its two
+slices of the first document, then of the second, and so on.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MAX_RANKS = 2**20
 
 
 def check_layout(layout: str) -> Layout:
-    """``layout``, or ValueError when there is no such layout (TypeError where it is no string)."""
+    """``layout``; ValueError if it is unknown, TypeError if it is not a string."""
     return checks.choice("layout", layout, LAYOUTS)
 
 
 def shard_lengths(total: int, world: int) -> list[int]:
-    """Rows of each rank under the contiguous layout: the first ``total mod world`` ranks have one more."""
+    """The rows of each rank under the contiguous layout: the first ``total mod world`` ranks have one more."""
     total, world = (
         checks.integer("total", total, minimum=0, maximum=2**62),
         checks.integer("world", world, minimum=1, maximum=MAX_RANKS),
@@ -46,7 +46,7 @@ def shard_lengths(total: int, world: int) -> list[int]:
 def check_zigzag(total: int, world: int, cu_seqlens: Tensor | None = None) -> None:
     """Raise ValueError unless every document (or the sequence) divides into 2 * ``world`` slices.
 
-    Document lengths are read only where ``cu_seqlens`` is on the CPU.
+    The lengths of documents are checked only if ``cu_seqlens`` is on the CPU.
     """
     if total % (2 * world):
         raise ValueError(
@@ -67,15 +67,15 @@ def check_zigzag(total: int, world: int, cu_seqlens: Tensor | None = None) -> No
 
 @dataclass(frozen=True)
 class Segments:
-    """A rank's rows as runs of consecutive rows of one document (of the sequence, where nothing is packed).
+    """A rank's rows as runs of consecutive rows of one document (of the sequence, without packed documents).
 
-    Contiguous: one run, or one a document (empty for documents that lie on other ranks). Zigzag: two runs, or two a
-    document, the earlier slice first.
+    Contiguous: one run, or one per document (empty for documents on other ranks). Zigzag: two runs, or two per document, the
+    earlier slice first.
 
     Attributes:
-        cu_seqlens: ``[M + 1]`` local row at which each run begins; the last entry is the rank's number of rows.
-        documents: ``[M]`` the document each run belongs to.
-        starts: ``[M]`` position within its document of each run's first row.
+        cu_seqlens: ``[M + 1]``: the local row at which each run begins; the last entry is the rank's number of rows.
+        documents: ``[M]``: the document of each run.
+        starts: ``[M]``: the position in its document of each run's first row.
     """
 
     cu_seqlens: Tensor
@@ -83,7 +83,7 @@ class Segments:
     starts: Tensor
 
     def positions(self, length: int) -> Tensor:
-        """``[length]`` position of each of the rank's rows within its document."""
+        """``[length]``: the position of each of the rank's rows in its document."""
         row = torch.arange(length, device=self.cu_seqlens.device)
         run = torch.searchsorted(self.cu_seqlens[1:].contiguous(), row, right=True)
         return row - self.cu_seqlens[run] + self.starts[run]
@@ -99,15 +99,15 @@ def local_segments(
     offset: int | Tensor = 0,
     device: torch.device | str | None = None,
 ) -> Segments:
-    """How ``length`` rows of ``rank`` fall into documents. No communication, no synchronisation with the device.
+    """The runs of the ``length`` rows of ``rank``. It needs no communication and does not wait for the device.
 
     Args:
         length: rows on this rank.
         rank, world: of the group.
         layout: "contiguous" or "zigzag".
-        cu_seqlens: ``[N + 1]`` boundaries of the packed documents in the whole sequence, or None.
-        offset: contiguous only: rows on earlier ranks (:func:`shard_offset`).
-        device: of the result; that of ``cu_seqlens`` when it is given.
+        cu_seqlens: ``[N + 1]``: the boundaries of packed documents in the whole sequence, or None.
+        offset: contiguous only: the number of rows on earlier ranks (:func:`shard_offset`).
+        device: of the result; the device of ``cu_seqlens`` if that is given.
     """
     layout = check_layout(layout)
     if not torch.compiler.is_compiling():
@@ -142,10 +142,10 @@ def shard_rows(
     cu_seqlens: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """``[T_r]`` rows of the whole sequence that ``rank`` of ``world`` holds, in its order.
+    """``[T_r]``: the rows of the whole sequence that ``rank`` of ``world`` holds, in its order.
 
     Raises:
-        ValueError: zigzag, and a document (or the sequence) does not divide by ``2 * world``.
+        ValueError: under zigzag a document (or the sequence) does not divide by ``2 * world``.
     """
     layout, total = check_layout(layout), checks.integer("total", total, minimum=0, maximum=2**62)
     _check_rank(rank, world)
@@ -172,9 +172,9 @@ def _check_rank(rank: int, world: int) -> None:
 
 
 def shard_offset(length: int, group: ProcessGroup | None, device: torch.device | str | None = None) -> int | Tensor:
-    """Rows on the ranks before this one, for contiguous shards of any lengths. Every rank of the group calls it.
+    """The number of rows on the ranks before this one, for contiguous shards. Every rank of the group must call it.
 
-    An int where the group talks over the CPU; on a CUDA ``device`` a 0-dimensional tensor, read without waiting for it.
+    It is an int if the group communicates on the CPU; on a CUDA ``device`` it is a 0-dimensional tensor, so that nothing waits.
     """
     length = checks.integer("length", length, minimum=0, maximum=2**62)
     if group_size(group) == 1:
@@ -195,21 +195,21 @@ def shard_positions(
     total: int | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """``[length]`` int64 positions of this rank's rows in the whole sequence, restarting at each document.
+    """``[length]`` int64: the positions of this rank's rows in the whole sequence, restarting at each document.
 
-    What a rotary embedding needs. Under the contiguous layout every rank of the group calls it (the ranks exchange
-    their lengths), unless ``total`` is given.
+    Rotary embeddings need them. Under the contiguous layout every rank of the group must call it (the ranks exchange their
+    lengths), unless ``total`` is given.
 
     Args:
         length: rows on this rank.
-        group: the sequence-parallel group; None is one rank.
+        group: the context-parallel group; None is one rank.
         layout: "contiguous" or "zigzag".
-        cu_seqlens: ``[N + 1]`` document boundaries in the whole sequence, or None.
-        total: length of the whole sequence; says that contiguous shards are those of :func:`shard_sequence`.
-        device: of the result; that of ``cu_seqlens`` when it is given.
+        cu_seqlens: ``[N + 1]``: the boundaries of documents in the whole sequence, or None.
+        total: the length of the whole sequence, if contiguous shards are those of :func:`shard_sequence`.
+        device: of the result; the device of ``cu_seqlens`` if that is given.
 
     Raises:
-        ValueError: no such layout, ``length`` is not what ``total`` gives this rank, or zigzag does not divide.
+        ValueError: the layout is unknown, ``length`` is not this rank's share of ``total``, or zigzag does not divide.
     """
     layout, length = check_layout(layout), checks.integer("length", length, minimum=0, maximum=2**62)
     rank, world = group_rank(group), group_size(group)
@@ -242,19 +242,19 @@ def _expect_length(length: int, total: int, rank: int, world: int) -> list[int]:
 def shard_sequence(
     x: Tensor, group: ProcessGroup | None, *, dim: int, layout: str = "contiguous", cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """This rank's rows of a sequence that every rank holds. No communication.
+    """This rank's rows of a sequence that every rank holds. It needs no communication.
 
-    Differentiable: the gradient is this rank's share of x's, zero outside its rows; the shares add up over the ranks.
+    It is differentiable: the gradient of x is this rank's share, zero outside its rows; the shares add up over the ranks.
 
     Args:
         x: the whole sequence, ``T`` rows along ``dim``.
-        group: the sequence-parallel group; None is one rank.
+        group: the context-parallel group; None is one rank.
         dim: the sequence dimension.
         layout: "contiguous" (a view) or "zigzag".
-        cu_seqlens: ``[N + 1]`` boundaries of packed documents, which zigzag cuts one by one.
+        cu_seqlens: ``[N + 1]``: the boundaries of packed documents, each of which zigzag splits on its own.
 
     Raises:
-        ValueError: no such layout, or zigzag and a document (or the sequence) does not divide by ``2 * W``.
+        ValueError: the layout is unknown, or under zigzag a document (or the sequence) does not divide by ``2 * W``.
     """
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
     dim = _check_dim(x, dim)
@@ -291,22 +291,22 @@ def unshard_sequence(
     cu_seqlens: Tensor | None = None,
     total: int | None = None,
 ) -> Tensor:
-    """The whole sequence on every rank, from the ranks' shards: the inverse of :func:`shard_sequence`.
+    """The whole sequence on every rank, gathered from the shards: the inverse of :func:`shard_sequence`.
 
-    Differentiable: each rank's loss may read all of it, and the gradient of a shard is the sum over the ranks.
+    It is differentiable: the loss of every rank may read all rows, and the gradient of a shard is the sum over the ranks.
 
     Args:
-        x: this rank's rows along ``dim``; contiguous shards may have any lengths, 0 included.
-        group: the sequence-parallel group; None is one rank.
+        x: this rank's rows along ``dim``; contiguous shards may have any lengths, including 0.
+        group: the context-parallel group; None is one rank.
         dim: the sequence dimension.
         layout: "contiguous" or "zigzag".
-        cu_seqlens: ``[N + 1]`` boundaries of packed documents, as given to :func:`shard_sequence`.
-        total: length of the whole sequence; saves the exchange of lengths (and, on CUDA, waiting for it) when
+        cu_seqlens: ``[N + 1]``: the boundaries of packed documents, as given to :func:`shard_sequence`.
+        total: the length of the whole sequence; it saves the exchange of lengths (and, on CUDA, waiting for it) if
             contiguous shards are those of :func:`shard_sequence`.
 
     Raises:
-        ValueError: no such layout, ``total`` does not fit this rank's rows, zigzag does not divide, or the ranks' calls
-            do not fit each other.
+        ValueError: the layout is unknown, ``total`` does not fit this rank's rows, zigzag does not divide, or the calls of
+            the ranks differ.
     """
     layout, world, rank = check_layout(layout), group_size(group), group_rank(group)
     dim = _check_dim(x, dim)

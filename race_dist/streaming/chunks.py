@@ -1,4 +1,4 @@
-"""A long text in chunks: cut, shared out over the ranks, and read ahead of the model."""
+"""A long text in chunks: split, sharded over the ranks, and prefetched."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import group_rank, group_size, shard_lengths
 
 Tokens = Tensor | np.ndarray
-WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start`` to ``stop`` of the whole sequence, with the documents that are cut inside it."""
+    """Tokens ``start`` to ``stop`` of the whole sequence, and the boundaries of documents inside it."""
 
     index: int
     start: int
@@ -32,7 +32,7 @@ class Chunk:
 
 
 class LoadedChunk(NamedTuple):
-    """A chunk with this rank's tokens and labels, ``[B, T]`` int64 on the model's device."""
+    """A chunk with this rank's tokens and labels, each ``[B, T]`` int64 on the model's device."""
 
     chunk: Chunk
     ids: Tensor
@@ -40,12 +40,12 @@ class LoadedChunk(NamedTuple):
 
 
 class ChunkedTokens:
-    """Tokens and their labels, ``[B, T]`` each, in chunks of ``chunk_size`` tokens a rank.
+    """Tokens and their labels, each ``[B, T]``, in chunks of ``chunk_size`` tokens per rank.
 
     Attributes:
         batch, length: B and T.
-        step: tokens of a row in a chunk, over all ranks.
-        count: chunks.
+        step: tokens of each row in a chunk, over all ranks.
+        count: the number of chunks.
     """
 
     def __init__(
@@ -81,21 +81,21 @@ class ChunkedTokens:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def chunk(self, index: int) -> Chunk:
-        """The chunk of that index."""
+        """The chunk with that index."""
         start = index * self.step
         stop = min(start + self.step, self.length)
         return Chunk(index, start, stop, self._documents(start, stop))
 
     def _documents(self, start: int, stop: int) -> Tensor | None:
-        """Boundaries inside a chunk. One that stands at its start leaves the first document, which continues the
-        carry, empty; one at its end is the next chunk's."""
+        """The boundaries of documents inside a chunk. A boundary at its start leaves the first document, which continues the
+        carry, empty; a boundary at its end belongs to the next chunk."""
         if self._boundaries is None:
             return None
         inside = [b - start for b in self._boundaries if start <= b < stop and b > 0]
         return torch.tensor([0, *inside, stop - start], dtype=torch.int64, device=self._device)
 
     def count_targets(self) -> int:
-        """Targets of the whole sequence, counted piece by piece."""
+        """The number of targets in the whole sequence, counted piece by piece."""
         if isinstance(self.labels, np.ndarray) and self.labels.dtype.kind == "u":
             return self.batch * self.length
         step = max(self.step, 2**22)
@@ -103,7 +103,7 @@ class ChunkedTokens:
         return sum(int((piece != IGNORE_INDEX).sum()) for piece in pieces)
 
     def read(self, indices: Iterable[int]) -> Iterator[LoadedChunk]:
-        """Chunks in the given order. While one is worked on, a thread reads the next and sends it to the device."""
+        """Chunks in the given order. A thread reads the next chunk and copies it to the device while one is processed."""
         with ThreadPoolExecutor(1, thread_name_prefix="race_dist-text") as reader:
             order = iter(indices)
             pending = None
@@ -111,22 +111,24 @@ class ChunkedTokens:
                 pending = reader.submit(self._fetch, index)
                 break
             while pending is not None:
-                chunk, ids, labels, arrived = pending.result()
+                chunk, ids, labels, copied = pending.result()
                 following = next(order, None)
                 pending = None if following is None else reader.submit(self._fetch, following)
-                if arrived is not None:
+                if copied is not None:
                     stream = torch.cuda.current_stream(self._device)
-                    stream.wait_event(arrived)
+                    stream.wait_event(copied)
                     for x in (ids, labels):
                         x.record_stream(stream)
                 yield LoadedChunk(chunk, ids.to(torch.int64), labels.to(torch.int64))
 
     def _fetch(self, index: int) -> tuple[Chunk, Tensor, Tensor, torch.cuda.Event | None]:
-        """On the reader's thread: this rank's part of a chunk, on the device once the event has passed."""
+        """This rank's shard of a chunk, on the device once the event has passed. Runs on the reader's thread."""
         with nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             chunk = self.chunk(index)
             first, last = self._shard(chunk)
-            ids, labels = (self._send(x, name, first, last) for name, x in (("input_ids", self.ids), ("labels", self.labels)))
+            ids, labels = (
+                self._copy_to_device(x, name, first, last) for name, x in (("input_ids", self.ids), ("labels", self.labels))
+            )
             if self._copies is None:
                 return chunk, ids, labels, None
             event = torch.cuda.Event()
@@ -134,14 +136,14 @@ class ChunkedTokens:
             return chunk, ids, labels, event
 
     def _shard(self, chunk: Chunk) -> tuple[int, int]:
-        """Where this rank's contiguous share of a chunk begins and ends in the sequence."""
+        """The first token of this rank's contiguous shard of a chunk in the sequence, and the token after its last."""
         lengths = shard_lengths(chunk.stop - chunk.start, group_size(self._group))
         rank = group_rank(self._group)
         first = chunk.start + sum(lengths[:rank])
         return first, first + lengths[rank]
 
-    def _send(self, x: Tokens, name: str, first: int, last: int) -> Tensor:
-        """Tokens in the dtype they have where they are; on the device, or on their way to it."""
+    def _copy_to_device(self, x: Tokens, name: str, first: int, last: int) -> Tensor:
+        """This rank's tokens in their own dtype, being copied to the device."""
         part: Any = x[:, first:last]
         if isinstance(part, np.ndarray):
             narrow = part.dtype in (np.uint8, np.int16, np.int32)
@@ -153,7 +155,7 @@ class ChunkedTokens:
         return part.to(device=self._device, non_blocking=True)
 
     def _check_range(self, name: str, part: Tensor) -> None:
-        """A device would end the process at a token that is none."""
+        """Raise ValueError for ids outside the vocabulary: on a device they would abort the process."""
         if name == "labels" and part.dtype != torch.uint8:
             part = part.masked_fill(part == IGNORE_INDEX, 0)
         if part.numel() == 0:
@@ -171,6 +173,6 @@ def _check_tokens(name: str, x: Tokens) -> None:
         raise TypeError(f"{name} must be a torch.Tensor or a NumPy array; got {checks.typed_repr(x)}")
     if isinstance(x, Tensor):
         checks.tensor(name, x)
-    whole = np.issubdtype(x.dtype, np.integer) if isinstance(x, np.ndarray) else x.dtype in WHOLE
-    if not whole:
+    is_integer = np.issubdtype(x.dtype, np.integer) if isinstance(x, np.ndarray) else x.dtype in INTEGER_DTYPES
+    if not is_integer:
         raise TypeError(f"{name} must be integers; got {x.dtype}")

@@ -1,4 +1,4 @@
-"""Parameter gradients of one step, added up over its chunks, whoever holds the parameters: one rank, DDP or FSDP2."""
+"""Gradient accumulation over the chunks of one step, for a plain model, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REDUCES = ("mean", "sum", "none")
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP; under FSDP2 the model itself, whose ``hidden`` gathers weights as its ``forward`` does."""
+    """The model inside DDP; under FSDP2 the model itself, with ``hidden`` registered as a method that gathers weights."""
     if isinstance(model, DistributedDataParallel):
         return unwrap_model(model.module)
     if isinstance(model, FSDPModule) and not hasattr(model, "_race_dist_hidden"):
@@ -30,25 +30,25 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 class GradientAccumulator:
-    """Added up over chunks in at least float32, and synchronised once, after the last.
+    """Accumulates gradients over chunks in at least float32, and synchronises them once, after the last chunk.
 
-    Entering sets aside what stands in ``.grad``; an exception puts it back as it was.
+    Entering the context sets the present ``.grad`` aside; an exception restores it.
 
     Args:
-        model: as the user has it.
+        model: the user's model, with its wrapper.
         group: the ranks that share the sequence.
         reduce: "mean" or "sum" over replicas, or "none": each rank keeps its share.
 
     Raises:
-        ValueError: no such ``reduce``.
+        ValueError: ``reduce`` is unknown.
     """
 
     def __init__(self, model: nn.Module, group: ProcessGroup | None, reduce: Reduce) -> None:
         checks.choice("reduce", reduce, REDUCES)
         self._model, self._group, self._reduce = model, group if group_size(group) > 1 else None, reduce
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._held: list[Tensor | None] = []
-        self._wide: dict[int, Tensor] = {}
+        self._previous: list[Tensor | None] = []
+        self._accumulated: dict[int, Tensor] = {}
 
     @property
     def sharded(self) -> bool:
@@ -56,7 +56,7 @@ class GradientAccumulator:
         return any(isinstance(p, DTensor) for p in self._parameters)
 
     def __enter__(self) -> GradientAccumulator:
-        self._held = [p.grad for p in self._parameters]
+        self._previous = [p.grad for p in self._parameters]
         for p in self._parameters:
             p.grad = None
         return self
@@ -65,52 +65,52 @@ class GradientAccumulator:
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(True)
         if kind is not None:
-            for p, held in zip(self._parameters, self._held):
-                p.grad = held
+            for p, previous in zip(self._parameters, self._previous):
+                p.grad = previous
 
     def begin_chunk(self, *, last: bool) -> None:
-        """Before a chunk's backward pass: FSDP2 reduces gradients in the last one only."""
+        """Call it before a chunk's backward pass: FSDP2 reduces gradients only in the last one."""
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last and self._reduce != "none")
 
     def collect(self) -> None:
-        """Take the chunk's gradients of narrow parameters away; wide ones add up where they are."""
+        """Accumulate a chunk's gradients of bfloat16 and float16 parameters; the others accumulate in ``.grad``."""
         for i, p in enumerate(self._parameters):
             if p.grad is None or p.dtype in (torch.float32, torch.float64):
                 continue
-            self._wide[i] = self._wide[i].add_(p.grad) if i in self._wide else p.grad.float()
+            self._accumulated[i] = self._accumulated[i].add_(p.grad) if i in self._accumulated else p.grad.float()
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has been added up, and what stood there before, to be stored."""
+        """The accumulated gradients and the previous ``.grad``, for a checkpoint."""
         result: dict[str, Tensor] = {}
-        for i, (p, held) in enumerate(zip(self._parameters, self._held)):
-            fresh = self._wide.get(i, p.grad)
-            result |= {} if fresh is None else {f"gradient.{i}": fresh}
-            result |= {} if held is None else {f"held.{i}": held}
+        for i, (p, previous) in enumerate(zip(self._parameters, self._previous)):
+            current = self._accumulated.get(i, p.grad)
+            result |= {} if current is None else {f"gradient.{i}": current}
+            result |= {} if previous is None else {f"held.{i}": previous}
         return result
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
+        """Restore what :meth:`tensors` returned."""
         for i, p in enumerate(self._parameters):
-            fresh, held = tensors.get(f"gradient.{i}"), tensors.get(f"held.{i}")
-            self._held[i] = None if held is None else held.to(p.device)
-            if fresh is None:
+            current, previous = tensors.get(f"gradient.{i}"), tensors.get(f"held.{i}")
+            self._previous[i] = None if previous is None else previous.to(p.device)
+            if current is None:
                 continue
             if p.dtype in (torch.float32, torch.float64):
-                p.grad = fresh.to(p.device)
+                p.grad = current.to(p.device)
             else:
-                self._wide[i] = fresh.to(p.device)
+                self._accumulated[i] = current.to(p.device)
 
     def finish(self) -> None:
-        """Sum over the ranks of the sequence, average or sum over replicas, and add to what stood in ``.grad`` before."""
-        for i, (p, held) in enumerate(zip(self._parameters, self._held)):
-            fresh = self._wide.pop(i, p.grad)
-            if fresh is None and self._reduce == "none" and self.sharded:
-                p.grad = held  # FSDP2 keeps what has been added up until it reduces
+        """Sum over the ranks of the sequence, average or sum over replicas, and add to the previous ``.grad``."""
+        for i, (p, previous) in enumerate(zip(self._parameters, self._previous)):
+            current = self._accumulated.pop(i, p.grad)
+            if current is None and self._reduce == "none" and self.sharded:
+                p.grad = previous  # FSDP2 keeps accumulated gradients until it reduces them
                 continue
-            fresh = self._reduced(torch.zeros_like(p) if fresh is None else fresh)
-            p.grad = (fresh if held is None else fresh + held).to(p.dtype)
+            current = self._reduced(torch.zeros_like(p) if current is None else current)
+            p.grad = (current if previous is None else current + previous).to(p.dtype)
 
     def _reduced(self, gradient: Tensor) -> Tensor:
         if self._reduce == "none":
@@ -120,12 +120,11 @@ class GradientAccumulator:
         gradient = gradient if self._group is None else all_reduce_sum(gradient, self._group)
         if not isinstance(self._model, DistributedDataParallel):
             return gradient
-        replicas = self._model.process_group  # those that share a sequence hold its sum alike
+        replicas = self._model.process_group  # ranks that share a sequence hold the same sum
         return all_reduce_sum(gradient, replicas) / (group_size(replicas if self._reduce == "mean" else self._group))
 
     def _over_sequence(self, gradient: DTensor) -> DTensor:
-        """FSDP2 has averaged (or, as it was told, summed) over the ranks of its mesh; those that share the sequence are to be
-        summed."""
+        """The sum over the ranks of the sequence of a gradient that FSDP2 has averaged (or summed) over its mesh."""
         if self._group is None:
             return gradient
         mesh, sharing = set(gradient.device_mesh.mesh.flatten().tolist()), set(dist.get_process_group_ranks(self._group))

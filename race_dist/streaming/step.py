@@ -320,7 +320,7 @@ class _Step:
         self.phase, self.done = phase, done
         report = self.pace.chunk_done(phase, done)
         due = self.store is not None and self.store.due()
-        stop, due = (bool(v) for v in max_over_ranks([self.interrupts.wanted(), due], self.world))
+        stop, due = (bool(v) for v in max_over_ranks([self.interrupts.requested(), due], self.world))
         finished = phase == "backward" and done == self.stream.text.count
         if self.store is not None and (stop or due or finished):
             self._save(self.store)

@@ -1,4 +1,4 @@
-"""Convolutions of values and of window and softmax layers over several ranks are those of one."""
+"""Convolutions of values and in window and full softmax layers over several ranks equal those on one rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards and back: every layout, uneven and empty shards, documents, gradients, positions."""
+"""Sharding and unsharding: every layout, uneven and empty shards, documents, gradients, positions."""
 
 from __future__ import annotations
 

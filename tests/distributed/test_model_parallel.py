@@ -1,4 +1,4 @@
-"""A model over several ranks is the model on one: outputs, losses, gradients and carries, in every layout."""
+"""A model over several ranks equals the model on one rank: outputs, losses, gradients and carries, in every layout."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import spawn_ranks
-from test_passes import Case, attend, check_results, edge_cases, make, random_case
+from test_context_parallel_attention import Case, attend, check_results, edge_cases, make, random_case
 
 from race_dist import SketchState, race_attention
 from race_dist.parallel import count_bytes, exclusive_scan, unshard_sequence

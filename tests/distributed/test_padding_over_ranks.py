@@ -1,4 +1,4 @@
-"""A masked token is absent over several ranks too: each row is the row without its padding, on one rank."""
+"""A masked token is absent over several ranks too: each row equals the row without its padding on one rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(pattern: str, **race: object) -> ModelConfig:
 
 
 def padding(batch: int, total: int = TOTAL, seed: int = 0) -> Tensor:
-    """Padding inside each row; the second begins with so much of it that a shard has nothing else, the third is all padding."""
+    """Padding inside each row; the second row begins with a whole shard of padding, the third is all padding."""
     mask = torch.rand(batch, total, generator=torch.Generator().manual_seed(seed)) > 0.4
     mask[1:2, : total // 2] = False
     mask[2:] = False
@@ -60,7 +60,7 @@ def close(actual: object, expected: object) -> None:
 
 
 def summed(group: dist.ProcessGroup, tensors: list[Tensor]) -> list[Tensor]:
-    """Over the ranks."""
+    """The same over the ranks."""
     result = [t.detach().clone() for t in tensors]
     for t in result:
         dist.all_reduce(t, group=group)
@@ -107,7 +107,7 @@ def test_shards_of_any_length(lengths: list[int], packed: bool) -> None:
 
 
 def turns_case(group: dist.ProcessGroup, pattern: str, layout: str) -> None:
-    """Padded pieces, one after the other and each over the ranks; the last is not masked."""
+    """Padded pieces in sequence, each over the ranks; the last piece has no mask."""
     ids, mask = tokens(3)[0], padding(3)
     mask[:, 24:] = True
     model = DecoderLM(config(pattern, rope_base=50.0), dtype=torch.float64)
@@ -158,7 +158,7 @@ def test_encoders_over_two_ranks(layout: str) -> None:
 
 
 def short_case(group: dist.ProcessGroup, total: int, targets: bool) -> None:
-    """Fewer tokens than ranks, none at all, no target anywhere."""
+    """Fewer tokens than ranks, no tokens, and no targets."""
     ids, labels = tokens(2, total)
     labels = labels if targets else torch.full_like(labels, -100)
     model = DecoderLM(config("RWS"), dtype=torch.float64)
@@ -188,7 +188,7 @@ def test_a_mask_on_one_rank_alone_is_an_error() -> None:
 
 
 def compiled_case(group: dist.ProcessGroup, pattern: str) -> tuple[list[Tensor], int]:
-    """Padded pieces through blocks that may not leave their graph: gradients, and how many graphs made them."""
+    """Padded pieces through blocks compiled with fullgraph: gradients, and the number of graphs."""
     torch.compiler.reset()
     counters.clear()
     ids, mask, weight = compiled_inputs()

@@ -59,7 +59,7 @@ def make(kind: str, seed: int) -> SketchState | Affine:
 
 
 def weighted(carries, seed):
-    """A loss that reads every floating tensor of some carries with weights of its own."""
+    """A loss that reads every floating-point tensor of some carries, with different weights."""
     generator = torch.Generator().manual_seed(1000 + seed)
     total = torch.zeros((), dtype=torch.float64)
     for carry in carries:
@@ -84,7 +84,7 @@ def sharded(group, kind, layout, reverse, algorithm):
 
 
 def on_one_rank(world, kind, layout, reverse):
-    """The same by definition: fold all pieces before each piece, one loss, autograd."""
+    """The definition: fold all pieces before each piece, one loss, autograd."""
     pieces = 2 if layout == "zigzag" else 1
     every = {(r, p): make(kind, pieces * r + p) for r in range(world) for p in range(pieces)}
     order = [(r, 0) for r in range(world)] + ([(r, 1) for r in reversed(range(world))] if pieces == 2 else [])
@@ -124,7 +124,7 @@ def test_scan_is_a_fold(world: int, layout: str, algorithm: str) -> None:
 
 
 def unused(group):
-    """The last rank's carry is read by none, the first rank's loss does not depend on what enters it."""
+    """Nothing reads the last rank's carry, and the first rank's loss does not depend on its initial carry."""
     carry = make("decay", dist.get_rank(group))
     initial = exclusive_scan(carry, group)
     initial.mass.sum().backward()

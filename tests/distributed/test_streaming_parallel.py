@@ -50,7 +50,7 @@ def test_equals_one_rank(world: int, pattern: str, length: int, chunk_size: int,
 
 
 def stopped(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
-    """One rank is asked to stop; then the step goes on from where it was stored. Uneven shards, a document's edge inside."""
+    """One rank stops; then the step resumes. With uneven shards and a document boundary inside."""
     ids, labels = text(1, 41)
     options: dict[str, Any] = {"chunk_size": 5, "group": group, "cu_seqlens": torch.tensor([0, 17, 41])}
     asked = iter(range(100))
@@ -67,16 +67,16 @@ def stopped(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
 
 def test_all_ranks_stop_at_the_same_chunk_and_resume(tmp_path: Path) -> None:
     net, (ids, labels) = model("RW"), text(1, 41)
-    wanted: Tensor = net(ids, labels, cu_seqlens=torch.tensor([0, 17, 41]))
-    wanted.backward()
+    expected: Tensor = net(ids, labels, cu_seqlens=torch.tensor([0, 17, 41]))
+    expected.backward()
     for said, loss, got in run_ranks(2, stopped, str(tmp_path)):
         assert said == "interrupted after 1 of 5 chunks of the backward phase"
-        assert abs(loss - float(wanted.detach())) <= 1e-12
+        assert abs(loss - float(expected.detach())) <= 1e-12
         assert_same(got, gradients(net))
 
 
 def one_rank_lost(group: ProcessGroup, folder: str) -> list[str]:
-    """The files of rank 1 are gone: the ranks begin anew together; then its weights are others: all are told."""
+    """Without the files of rank 1 all ranks begin anew; with other weights on rank 1 all ranks raise."""
     ids, labels = text(1, 41)
     seen: list[str] = []
     for change in ("files", "weights"):
@@ -130,7 +130,7 @@ def test_subtraction_over_ranks() -> None:
 
 
 def damaged(group: ProcessGroup, folder: str, how: str) -> tuple[Any, ...]:
-    """A step is stopped, what one rank has stored of it is damaged, and it goes on: the chunks it made again, the gradients."""
+    """A step is stopped, the files of one rank are damaged, and it resumes: the repeated chunks, the gradients."""
     ids, labels = text(1, 41)
     options: dict[str, Any] = {"chunk_size": 5, "group": group}
     rank, asked, seen = dist.get_rank(group), iter(range(1, 100)), list[Any]()
@@ -174,7 +174,7 @@ def test_ranks_go_on_together_from_what_all_have_whole(how: str, again: int, tmp
 
 
 def full_on_one(group: ProcessGroup, folder: str) -> tuple[Any, ...]:
-    """Rank 1 cannot write after the third chunk; the step is stopped after the sixth and goes on."""
+    """Rank 1 cannot write after the third chunk; the step is stopped after the sixth chunk and resumes."""
     ids, labels = text(1, 41)
     rank, asked, seen = dist.get_rank(group), iter(range(1, 100)), list[Any]()
 
@@ -219,13 +219,13 @@ def prompt(group: ProcessGroup, length: int) -> Tensor:
 @pytest.mark.parametrize("length", [31, 40, 2])
 def test_a_prompt_over_ranks(length: int) -> None:
     with torch.no_grad():
-        wanted = model("RW")(text(1, length)[0])[:, -1]
+        expected = model("RW")(text(1, length)[0])[:, -1]
     for got in run_ranks(3, prompt, length):
-        assert float((got - wanted).norm() / wanted.norm()) <= 1e-12
+        assert float((got - expected).norm() / expected.norm()) <= 1e-12
 
 
 def wrapped(world: ProcessGroup, sp: int) -> list[tuple[str, dict[str, Tensor], int]]:
-    """Each row of ``sp`` ranks streams its own text. For each wrapper the gradients, and how often FSDP2 has reduced any."""
+    """Each row of ``sp`` ranks streams its own text. For each wrapper: the gradients and the number of reductions by FSDP2."""
     mesh = build_mesh(dist.get_world_size() // sp, sp)
     group = mesh["sp"].get_group() if sp > 1 else None
     ids, labels = text(1, 37, seed=dist.get_rank() // sp)
@@ -259,7 +259,7 @@ def test_replicas_are_averaged_once(world: int, sp: int) -> None:
 
 
 def compiled(group: ProcessGroup, pattern: str, race: dict[str, Any], length: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients, and how many graphs made them; blocks that leave their graph raise."""
+    """Gradients, and the number of graphs; a graph break raises."""
     torch.compiler.reset()
     counters.clear()
     net, (ids, labels) = model(pattern, **race), text(1, length)

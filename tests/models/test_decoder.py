@@ -1,4 +1,4 @@
-"""The decoder: every pattern, cut anywhere, with documents, in every precision."""
+"""The decoder with every pattern, in pieces, with documents, in every precision."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def test_far_positions() -> None:
-    """Softmax layers are blind to where a sequence stands, also at positions that float32 cannot tell apart."""
+    """Softmax layers are invariant to the position of a sequence, also at positions that float32 cannot distinguish."""
     net, (ids, _) = model("W"), text(1, 10)
     zero = net.zero_carry(1)
     far = type(zero)(zero.layers, torch.tensor(2**40))
@@ -181,9 +181,9 @@ def test_carry_can_be_cut_from_the_graph() -> None:
     net, (ids, _) = model(), text(1, 5)
     _, carry = net.hidden(ids)
     assert carry is not None
-    cut = detach(carry)
-    assert not any(t.requires_grad for t in cut.tensors())
-    assert len(cut.layers) == 3
+    detached = detach(carry)
+    assert not any(t.requires_grad for t in detached.tensors())
+    assert len(detached.layers) == 3
 
 
 def test_errors() -> None:

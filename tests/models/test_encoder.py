@@ -1,4 +1,4 @@
-"""The bidirectional encoder: it sees both sides, and no padding."""
+"""The bidirectional encoder sees tokens on both sides and no padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation continues what the full forward would say, over a carry of constant size."""
+"""Generation equals the full forward pass, with a carry of constant size."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_errors(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("pattern", ["R", "RW", "RS"])
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_prompts_of_several_lengths(pattern: str, chunk: int) -> None:
-    """Padded left, right and inside, in chunks that may hold nothing else; then a second turn that some rows lack."""
+    """Padding on the left, on the right and inside, also whole chunks of it; then a second turn that some rows lack."""
     net = model(pattern)
     mask = torch.tensor([[0] * 8 + [1] * 3, [1] * 5 + [0] * 6, [1, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1]], dtype=torch.bool)
     turn = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Labels that are the input are refused in words that hold the line to write; labels that are right are not."""
+"""Labels that equal the input raise errors with the correct line of code; correct labels do not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shifted(input_ids: Tensor) -> Tensor:
 
 
 def masked(ids: Tensor) -> Tensor:
-    """As in fine-tuning on answers: the front does not count."""
+    """As in fine-tuning on answers: labels of the prompt are -100."""
     labels = ids.clone()
     labels[:, :5] = -100
     return labels
@@ -51,9 +51,9 @@ def test_labels_that_are_the_input_are_refused_with_the_line_to_write(again: Any
     model, ids = model_of(), ids_of()
     labels = again(ids)
     if isinstance(labels, Tensor):
-        with pytest.raises(ValueError, match="labels") as told:
+        with pytest.raises(ValueError, match="labels") as raised:
             model(ids, labels)
-        assert SHIFTED in str(told.value)
+        assert SHIFTED in str(raised.value)
         with pytest.raises(ValueError, match="labels"):
             model(ids.int(), labels=labels)
     assert all(p.grad is None for p in model.parameters())
@@ -143,7 +143,7 @@ def test_a_prompt_has_no_labels() -> None:
 
 
 def test_the_check_reads_no_numbers_from_a_device() -> None:
-    """Stands for CUDA: meta tensors have no numbers that could be read."""
+    """A stand-in for CUDA: values of meta tensors cannot be read."""
     ids = torch.zeros(2, 8, dtype=torch.int64, device="meta")
     check_shifted(ids, torch.zeros(2, 8, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="labels"):

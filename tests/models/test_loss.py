@@ -1,4 +1,4 @@
-"""The loss in chunks against PyTorch's on whole logits."""
+"""The chunked loss against PyTorch's loss on all logits."""
 
 from __future__ import annotations
 

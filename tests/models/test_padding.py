@@ -1,4 +1,4 @@
-"""A masked token is absent: each row of a padded batch is the row without its padding, in a model alone, in every mode."""
+"""A masked token is absent: each row of a padded batch equals the row without its padding, in every mode of a model."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def text(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> list[Tensor]:
-    """Of every parameter, 0 where there is none."""
+    """The gradient of every parameter, 0 where there is none."""
     return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
 
 
@@ -92,7 +92,7 @@ def test_each_row_is_the_row_without_its_padding(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["R", "mixed"])
 def test_padding_has_no_gradient(name: str) -> None:
-    """A loss that reads what padding gets, and more than a label, is that of the real tokens."""
+    """A loss that reads the hidden states of padding, and more than labels, equals that of the real tokens."""
     model, mask = decoder(name), mask_of(*MASKS)
     ids, _ = text(mask)
     weight = torch.randn(*mask.shape, 16, generator=torch.Generator().manual_seed(1), dtype=F64)
@@ -148,7 +148,7 @@ def test_turns_go_on_from_real_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_with_padding(name: str) -> None:
-    """Padding in documents, whole documents of it, and a carry into the first."""
+    """Padding inside documents, documents of padding only, and a carry into the first document."""
     model, mask = decoder(name), mask_of("#-##---##-#--####-----##-#--##")
     cu, real = torch.tensor([0, 5, 5, 11, 17, 22, 30]), mask[0]
     ids, labels = text(mask)
@@ -178,7 +178,7 @@ def test_ids_and_labels_of_padding_are_not_looked_at() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_whose_input_is_not_finite_at_padding(name: str) -> None:
-    """As behind somebody else's layer that divides 0 by 0 there."""
+    """As after a layer that divides 0 by 0 at padding."""
     model, mask = decoder(name), mask_of(*MASKS)
     x = torch.randn(*mask.shape, 16, generator=torch.Generator().manual_seed(4), dtype=F64)
     strange = torch.where(mask[..., None], x, float("nan"))

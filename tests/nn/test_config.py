@@ -1,4 +1,4 @@
-"""Bad choices are answered with the value and the fix."""
+"""Invalid options raise errors that name the value and the fix."""
 
 from __future__ import annotations
 

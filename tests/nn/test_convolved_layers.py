@@ -1,4 +1,4 @@
-"""Convolutions of values and of softmax layers, and gates: what they compute, and that pieces and padding change nothing."""
+"""Convolutions of values and in softmax layers, and gates: against the definition, in pieces and with padding."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_cut_anywhere(kind: str, extras: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("pattern", ["R", "W", "S"])
 def test_padding_is_absent(pattern: str) -> None:
-    """Tokens around holes get what they get in the row without the holes."""
+    """Tokens around holes have the outputs of the row without the holes."""
     module = DecoderLM(config(pattern), dtype=F64)
     ids, mask = torch.randint(0, 19, (1, 14)), torch.ones(1, 14, dtype=torch.bool)
     mask[0, [0, 4, 5, 9, 13]] = False

@@ -1,4 +1,4 @@
-"""The RACE layer: what it computes, and that pieces, documents and padding change nothing."""
+"""The RACE layer against its definition, and invariance to pieces, documents and padding."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def layer(variant: str, **more: object) -> RaceAttention:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_pieces_and_documents(variant: str, packed: bool) -> None:
-    """Cut anywhere, documents included, a sequence gives the same outputs, gradients and final carry."""
+    """A sequence split anywhere, also inside documents, gives the same outputs, gradients and final carry."""
     module, total = layer(variant), 21
     batch, cu = (1, [0, 0, 5, 13, 13, total]) if packed else (2, [0, total])
     x = torch.randn(batch, total, 16, dtype=F64, requires_grad=True)
@@ -73,7 +73,7 @@ def test_pieces_and_documents(variant: str, packed: bool) -> None:
 
 
 def test_what_it_computes() -> None:
-    """The layer with everything on, written out."""
+    """The layer with all options, written out."""
     module = layer("default", rope_base=10000.0)
     with torch.no_grad():
         for p in module.parameters():

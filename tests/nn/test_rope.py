@@ -1,4 +1,4 @@
-"""Angles against exact arithmetic."""
+"""Rotary angles against exact arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tail is a monoid: cut a sequence anywhere, into pieces of any length, with documents, and it is the same."""
+"""The tail is a monoid: a sequence split into pieces of any lengths, with documents, has the same tail."""
 
 from __future__ import annotations
 

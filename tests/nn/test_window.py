@@ -1,4 +1,4 @@
-"""Convolution, window and full softmax against what they mean, token by token."""
+"""Convolution, window and full softmax attention against their definitions, token by token."""
 
 from __future__ import annotations
 
