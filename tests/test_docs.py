@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from race_dist import RaceConfig, planning, race_attention
 from race_dist.cli import app
-from race_dist.launch.start import describe
+from race_dist.launch.start import load_job_and_run
 from race_dist.models import DecoderLM, ModelConfig
 from race_dist.training.config import TrainConfig, load_config
 from race_dist.training.config_reference import tables, to_markdown, to_text
@@ -80,7 +80,7 @@ def test_presets_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: py
     assert load_config("demo.toml").name == "plan-1m"  # a file of that name counts
     assert load_config("demo").name == "demo"
     assert find_config("deepspeed-zero3", ".json").is_file()
-    assert describe(Path("demo"), [], None, [])[1].config == ROOT / "configs/demo.toml"  # a job's ranks start elsewhere
+    assert load_job_and_run(Path("demo"), [], None, [])[1].config == ROOT / "configs/demo.toml"  # a job's ranks start elsewhere
     with pytest.raises(FileNotFoundError, match=r"no configuration file dem; give a path, or the name of a preset: demo, "):
         load_config("dem")
     with pytest.raises(FileNotFoundError, match=r"no configuration file elsewhere/demo\.toml"):
