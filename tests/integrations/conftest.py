@@ -1,4 +1,4 @@
-"""The ranks of tests/distributed serve here too."""
+"""Make the helpers of tests/distributed importable here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two ranks do under DeepSpeed in tests/integrations/test_deepspeed_models.py, in one launch."""
+"""The jobs that two ranks run under DeepSpeed for test_deepspeed_models.py, in one launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 24
 
 
 def everything(group: Any, folder: str) -> dict[str, Any]:
-    """Each job by name; what it returned, or the text of what it raised."""
+    """Run every job; return its result, or its traceback, by name."""
     jobs: list[Callable[[str], Any]] = [drop_in, swap_ulysses, resume, transformers, refusals, launch_sizes, raw]
     found: dict[str, Any] = {}
     for job in jobs:
@@ -47,14 +47,14 @@ def world() -> Any:
 
 
 def heads(model_axis: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """q, k, v of 4 and 2 heads, whole, sequence dimension ``model_axis``."""
+    """Unsharded q, k, v with 4 and 2 heads; the sequence is dimension ``model_axis``."""
     draw = torch.Generator().manual_seed(3)
     shape = (2, LENGTH) if model_axis == 1 else (LENGTH, 2)
     return tuple(torch.randn(*shape, n, 8, generator=draw, dtype=dtype) for n in (4, 2, 2))
 
 
 def drop_in(folder: str) -> dict[str, float]:
-    """SketchAttention on shards against itself on one rank, outputs and gradients, in both layouts of the tensors."""
+    """Errors of SketchAttention on shards against one rank: outputs and gradients, for both tensor layouts."""
     errors = {}
     for axis in (0, 1):
         for layout in ("contiguous", "zigzag"):
@@ -77,7 +77,7 @@ def drop_in(folder: str) -> dict[str, float]:
 
 
 class UlyssesBlock(nn.Module):
-    """As people write it: projections around DistributedAttention, ``[T, B, H, D]``."""
+    """A typical Ulysses block: projections around DistributedAttention, ``[T, B, H, D]``."""
 
     def __init__(self, group: Any) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class UlyssesBlock(nn.Module):
 
 
 def swap_ulysses(folder: str) -> dict[str, Any]:
-    """A Ulysses model handed to initialize: what stands there then, and its gradients against one rank."""
+    """Pass a Ulysses model to initialize: the new class of its attention, and the error of its gradients against one rank."""
     torch.manual_seed(0)
     model = UlyssesBlock(world())
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def train(engine: Any, steps: range) -> list[float]:
 
 
 def resume(folder: str) -> dict[int, tuple[list[float], list[float]]]:
-    """Six steps in one go, and three, a checkpoint of DeepSpeed's, a new engine, three more; for every stage."""
+    """The last three losses without interruption, and after loading a DeepSpeed checkpoint, by ZeRO stage."""
     found = {}
     for stage in range(4):
         start = lambda stage=stage: initialize(
@@ -155,7 +155,7 @@ def resume(folder: str) -> dict[int, tuple[list[float], list[float]]]:
 
 
 def tile(model: Any) -> None:
-    """ALST's tiled MLP, put in as its documentation says."""
+    """Replace the MLPs by ALST's tiled MLP, as its documentation says."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 
     for layer in model.model.layers:
@@ -165,7 +165,7 @@ def tile(model: Any) -> None:
 
 
 def tiled_loss(model: Any, hidden: Tensor, targets: Tensor, count: float) -> Tensor:
-    """ALST's fused logits and loss."""
+    """The loss by ALST's fused logits and loss."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     def loss(head: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class TiledModel(nn.Module):
 
 
 def transformers(folder: str) -> dict[str, float]:
-    """A converted Llama under ZeRO, sequences shared, with and without ALST's tiles: the step against one rank's."""
+    """Errors of a converted Llama's step under ZeRO with sequence parallelism and ALST's tiles, against one rank."""
     from race_dist.integrations.transformers import convert, sequence_parallel, shard_batch
 
     errors = {}
@@ -228,7 +228,7 @@ def transformers(folder: str) -> dict[str, float]:
 
 
 class _WithSketch(nn.Module):
-    """A module around the one that is trained, whose sequences the caller has arranged to be shared."""
+    """A wrapper of the trained module, for a model whose sequence parallelism the caller has set up."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class _WithSketch(nn.Module):
 
 
 def refusals(folder: str) -> dict[str, str]:
-    """What initialize says to wirings that train wrongly."""
+    """The error messages of initialize for settings that would train wrongly."""
     said = {}
 
     class Mpu:
@@ -283,8 +283,8 @@ def refusals(folder: str) -> dict[str, str]:
 
 
 def raw(folder: str) -> dict[str, tuple[float, float]]:
-    """DeepSpeed itself, wired as people wire it: for each, how far the ranks' weights are apart after a step, and the applied
-    gradient over the true one."""
+    """DeepSpeed without this package, in configurations that users write: the largest difference of the ranks' weights after
+    a step, and the applied gradient divided by the true one."""
     import deepspeed
     from deepspeed.utils import groups
 
@@ -345,7 +345,7 @@ def raw(folder: str) -> dict[str, tuple[float, float]]:
 
 
 def launch_sizes(folder: str) -> dict[str, int]:
-    """Bytes that an attention call hands to collectives, forward and backward, by length."""
+    """Bytes that one attention call passes to collectives, forward and backward, by sequence length."""
     found = {}
     for length in (1024, 4096):
         module = SketchAttention(RaceConfig(num_heads=4, num_kv_heads=2, head_dim=16), world())

@@ -1,4 +1,4 @@
-"""Small transformers models with random weights, one of every class that is claimed."""
+"""Small transformers models with random weights, one for every supported class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(kind: str, *, implementation: str = "sdpa", dtype: torch.dtype = torch
     config._attn_implementation = implementation
     torch.manual_seed(1)
     made = model(config).to(dtype).eval()
-    for name, parameter in made.named_parameters():  # no bias or norm is at its neutral value, where errors would hide
+    for name, parameter in made.named_parameters():  # move biases and norms off their neutral values, which would hide errors
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
     return made

@@ -1,4 +1,4 @@
-"""What the Megatron tests run on each rank: a tiny GPTModel over some layout, its loss and its whole gradients."""
+"""Helpers of the Megatron tests on each rank: a tiny GPTModel on a tp x cp x dp mesh, its loss and its full gradients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VOCAB, LENGTH, ROWS = 32, 48, 4
 
 
 def model_config(**race: Any) -> ModelConfig:
-    """Tiny, with everything on; ``race_`` options as keywords, others with a leading underscore."""
+    """A tiny model with every feature. Keywords are options of RaceConfig; those of ModelConfig have a leading underscore."""
     own = {name[1:]: race.pop(name) for name in list(race) if name.startswith("_")}
     defaults: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -46,7 +46,7 @@ def model_config(**race: Any) -> ModelConfig:
 
 
 def batch(real: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Tokens and targets ``[ROWS, LENGTH]``, the same everywhere; some targets do not count, nor those past ``real``."""
+    """Tokens and targets ``[ROWS, LENGTH]``, the same on all ranks. Some targets, and those past ``real``, are ignored."""
     rows = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     labels = rows[:, 1:].clone()
     labels[1, 5:11] = -100
@@ -57,16 +57,16 @@ def batch(real: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Outcome:
-    """What one layout computed: the mean loss and every gradient, whole and under DecoderLM's names, in numpy."""
+    """The results on one mesh: the mean loss, and every full gradient by DecoderLM's names, as numpy arrays."""
 
     loss: float
     grads: dict[str, Any] = field(default_factory=dict)
 
 
 def native(config: ModelConfig, real: Sequence[int] | None = None) -> Outcome:
-    """The reference: DecoderLM in float64 on one rank."""
+    """The reference result: DecoderLM in float64 on one rank."""
     model = DecoderLM(config, dtype=torch.float64)
-    with torch.no_grad():  # as far from the start as float32 weights can say
+    with torch.no_grad():  # the perturbed float32 weights, in float64
         for p, q in zip(model.parameters(), weights(config).values(), strict=True):
             p.copy_(q)
     loss = model(*batch(real))
@@ -75,8 +75,8 @@ def native(config: ModelConfig, real: Sequence[int] | None = None) -> Outcome:
 
 
 def weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Initial weights, with what starts at a constant moved off it, and an embedding of unit size: a small one before a
-    norm makes large gradients, and their last digits large too."""
+    """Initial weights, with constant initial values perturbed, and an embedding of unit size: a small embedding before a norm
+    makes large gradients with large rounding errors."""
     state = {name: p.detach().clone() for name, p in DecoderLM(config).named_parameters()}
     state["embed.weight"] *= 50
     generator = torch.Generator().manual_seed(2)
@@ -88,7 +88,7 @@ def weights(config: ModelConfig) -> dict[str, Tensor]:
 
 @contextmanager
 def layout(tp: int, cp: int) -> Iterator[None]:
-    """All ranks of the job as tp x cp x dp."""
+    """Use all ranks of the job as a tp x cp x dp mesh."""
     with without_cuda():
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
@@ -110,7 +110,7 @@ def build(config: ModelConfig, **more: Any) -> GPTModel:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows handed as packed documents (THD), each with ``real`` of its LENGTH tokens and padding after them.
+    """Rows passed as packed documents (THD); of each the first ``real`` tokens are real and the rest is padding.
 
     With ``dynamic`` ranks the context-parallel groups are those of packed_seq_params, not the job's.
     """
@@ -130,7 +130,7 @@ class Packed:
 
 
 def own_zigzag(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """This rank's part of ``[rows, length, ...]``, by Megatron's own loader (newer ones have one argument more)."""
+    """This rank's shard of ``[rows, length, ...]``, by Megatron's own function (newer versions have one more argument)."""
     more = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
     part: Tensor = get_batch_on_this_cp_rank({"x": x}, cp_group=group, **more)["x"]
     return part
@@ -138,7 +138,7 @@ def own_zigzag(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Which rows and which shard of them this rank has."""
+    """The batch rows of this rank and the group that shares them."""
 
     rows: slice
     group: ProcessGroup | None
@@ -154,7 +154,7 @@ class Place:
         return cls(slice(index * ROWS // dp, (index + 1) * ROWS // dp), group)
 
     def part(self, x: Tensor, order: str, flat: bool) -> Tensor:
-        """This rank's part of ``[ROWS, LENGTH]``, flat where its rows are packed: zigzag as Megatron's own loader cuts it."""
+        """This rank's shard of ``[ROWS, LENGTH]``, flat if rows are packed; zigzag by Megatron's own function."""
         if order == "contiguous":
             own = x[self.rows].reshape(1, -1) if flat else x[self.rows]
             return shard_sequence(own, self.group, dim=1).contiguous()
@@ -163,7 +163,7 @@ class Place:
 
 
 def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = None, **more: Any) -> Outcome:
-    """One step's loss and gradients through Megatron's DistributedDataParallel."""
+    """The loss and gradients of one step through Megatron's DistributedDataParallel."""
     model = build(config, race_layout=order, **more)
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     model.zero_grad_buffer()
@@ -185,7 +185,7 @@ def run(config: ModelConfig, order: str = "zigzag", *, packed: Packed | None = N
 
 
 def losses_of_training(config: ModelConfig, steps: int, *, use_distributed_optimizer: bool) -> list[float]:
-    """Mean losses of some optimizer steps on the same batch."""
+    """Mean losses of a number of optimizer steps on the same batch."""
     model = build(config)
     ddp = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(use_distributed_optimizer=use_distributed_optimizer), model

@@ -1,4 +1,4 @@
-"""What several test processes need is computed by one of them."""
+"""Compute a value once for several test processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
-    """``compute()``, in the first process of this test session that asks for ``name``; the others wait for its result."""
+    """The result of ``compute()`` under ``name``: the first process of the test session computes it, the others wait."""
     base = factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     stored = root / f"{name}.pickle"

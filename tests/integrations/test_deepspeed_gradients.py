@@ -1,4 +1,4 @@
-"""The gradient that DeepSpeed applies is the true one: every ZeRO stage, mesh and clipping, one launch a number of ranks."""
+"""DeepSpeed applies the true gradient: every ZeRO stage and mesh, with and without clipping, one launch per number of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure_all(group: Any, world: int) -> dict[Case, Ratio]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[Case, Ratio]]]:
-    """What each rank of a world found: one launch a world."""
+    """The measurements of each rank; one launch per number of ranks."""
 
     def launch(world: int) -> list[dict[Case, Ratio]]:
         outcomes = spawn_ranks(world, measure_all, world, timeout=60.0)
@@ -32,7 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_grid_is_the_whole_one(world: int) -> None:
-    """ZeRO {0, 1, 2, 3} x meshes x clipping on and off."""
+    """Every ZeRO stage and mesh, with and without clipping, is measured."""
     meshes = {2: {(1, 2), (2, 1)}, 4: {(1, 4), (2, 2), (4, 1)}}[world]
     grid = {(case.stage, (case.sp, case.dp), case.clip > 0) for case in cases(world)}
     assert grid == {(stage, mesh, clipped) for stage in range(4) for mesh in meshes for clipped in (False, True)}
@@ -47,10 +47,10 @@ def test_the_applied_gradient_is_the_true_one(measured: Callable[[int], list[dic
     for found in measured(case.sp * case.dp):
         ratio = found[case]
         assert ratio.spread == 0
-        if case.bfloat16:  # gradients of 8 bits, rounded in another order by each arrangement
+        if case.bfloat16:  # bfloat16 gradients, rounded in a different order on each mesh
             assert ratio.ratio == pytest.approx(1, abs=2**-6)
         else:
-            # float32 itself is off by ratio.rounding, 4e-6 to 13e-6 by the processor; ranks round in another order, once more
+            # the error of float32 alone is ratio.rounding, 4e-6 to 13e-6 depending on the CPU; ranks round in another order
             limit = max(1e-5, 2 * ratio.rounding)
             assert limit < 1e-4
             assert ratio.ratio == pytest.approx(1, abs=limit)

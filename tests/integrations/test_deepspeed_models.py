@@ -1,4 +1,4 @@
-"""Models under DeepSpeed with shared sequences: Ulysses models, transformers, ALST's tiles, checkpoints, refusals."""
+"""Models under DeepSpeed with sequence parallelism: Ulysses, transformers, ALST's tiles, checkpoints, refused settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.integrations.once import once
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the two ranks found, in one launch; they must have found the same."""
+    """The results of the two ranks, from one launch; they must be equal."""
 
     def launch() -> dict[str, Any]:
         outcomes = spawn_ranks(2, deepspeed_ranks.everything, str(tmp_path_factory.mktemp("deepspeed")), timeout=60.0)
@@ -86,7 +86,7 @@ def test_what_would_train_wrongly_is_refused(found: dict[str, Any], name: str, m
 
 
 def test_the_wirings_that_are_refused_or_made_up_for_are_wrong_in_the_installed_deepspeed(found: dict[str, Any]) -> None:
-    """Should this fail, DeepSpeed has changed: docs/deepspeed.md and config.py say what it no longer does."""
+    """If this fails, DeepSpeed has changed, and docs/deepspeed.md and deepspeed/config.py must be updated."""
     result = job(found, "raw")
     for diverging in ("mesh", "mpu"):
         assert result[diverging][0] > 0.1, diverging

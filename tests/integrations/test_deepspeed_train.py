@@ -1,4 +1,4 @@
-"""``race-dist train --engine deepspeed``: the native trainer's losses, checkpoints that go on bitwise, three ways to start."""
+"""``race-dist train --engine deepspeed``: the native trainer's losses, bitwise resume, and three launchers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def go(trainer: Any, steps: int) -> list[tuple[float, float]]:
 
 
 def train_all(group: Any, text: str, folder: str) -> dict[str, Any]:
-    """Two ranks: native, then each stage; after half the steps a checkpoint, which a new trainer goes on from."""
+    """Losses on two ranks: native, then each ZeRO stage; a new trainer resumes from a checkpoint after half of the steps."""
     from race_dist.integrations.engines import make_trainer
     from race_dist.training.checkpoint import CheckpointManager
 
@@ -170,7 +170,7 @@ def test_presets_are_read_by_the_trainer_and_by_initialize(preset: Path, text: s
 
 
 def start(command: list[str], folder: Path) -> list[float]:
-    """Run a command in ``folder`` and return the losses that it has written."""
+    """Run a command in ``folder`` and return the losses of its metrics."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     done = subprocess.run(
         command,
@@ -187,7 +187,7 @@ def start(command: list[str], folder: Path) -> list[float]:
     return [r["loss"] for r in records if r["kind"] == "train"]
 
 
-@pytest.mark.timeout(600)  # eight processes, each with DeepSpeed's imports
+@pytest.mark.timeout(600)  # eight processes import DeepSpeed
 def test_three_launchers_start_the_same_training(text: str, tmp_path: Path) -> None:
     tree = settings(text, engine="deepspeed", deepspeed={"zero_optimization": {"stage": 3}}, checkpoint={"minutes": 0})
     with socket.socket() as free:
@@ -212,7 +212,7 @@ def test_three_launchers_start_the_same_training(text: str, tmp_path: Path) -> N
 
 
 def toml(tree: dict[str, Any], prefix: str = "") -> str:
-    """A configuration as TOML, tables last."""
+    """The TOML text of a configuration, with tables at the end."""
     plain = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, dict)]
     tables = [f"[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}" for key, value in tree.items() if isinstance(value, dict)]
     return "\n".join(plain + tables)

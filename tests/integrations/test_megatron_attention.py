@@ -1,5 +1,5 @@
-"""Megatron's own scenario for attention layers, against the RACE layer: output and gradients under every layout of the grid
-are those of one rank.
+"""Megatron's own test of parallel attention with a RACE layer: output and gradients on every mesh of the grid equal those of
+one rank.
 
 The grid is that of megatron-core's test of parallel attention: tensor, sequence and context parallelism on four ranks,
 sequence packing, output gate, query and key layer norms.
@@ -51,7 +51,7 @@ def attention(tp: int, sp: bool, cp: int, **options: Any) -> nn.Module:
 
 
 def own_part(x: Tensor, sp: bool, packed: bool) -> Tensor:
-    """This rank's rows of ``[s, b, h]``: zigzag by context, one document after the other, then by sequence parallelism."""
+    """This rank's shard of ``[s, b, h]``: zigzag over context-parallel ranks, then by sequence parallelism."""
     part = own_zigzag(x.transpose(0, 1), parallel_state.get_context_parallel_group())
     part = part.reshape(1, -1, WIDTH) if packed else part
     part = part.transpose(0, 1)
@@ -62,7 +62,7 @@ def own_part(x: Tensor, sp: bool, packed: bool) -> Tensor:
 
 
 def step(layer: nn.Module, x: Tensor, weight: Tensor, packed: Any) -> tuple[Tensor, Tensor]:
-    """Output and gradient of the input, of the loss ``sum(weight * (output + bias))``."""
+    """The output, and the gradient of the input for the loss ``sum(weight * (output + bias))``."""
     x = x.clone().requires_grad_(True)
     out, bias = layer(x, attention_mask=None, packed_seq_params=packed)
     ((out + bias) * weight).sum().backward()
@@ -71,7 +71,7 @@ def step(layer: nn.Module, x: Tensor, weight: Tensor, packed: Any) -> tuple[Tens
 
 
 def gradients(layer: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's, summed over the ranks that have seen different tokens, whole."""
+    """The full gradient of every parameter, summed over the ranks with different tokens."""
     tp, cp = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
 
     def read(p: nn.Parameter) -> Tensor:
@@ -79,14 +79,14 @@ def gradients(layer: nn.Module) -> dict[str, Tensor]:
         grad = all_reduce_sum(p.grad, cp)
         return all_reduce_sum(grad, tp) if p in partial else grad
 
-    # what finalize_model_grads adds up over tensor-parallel ranks
+    # the parameters whose gradients finalize_model_grads sums over tensor-parallel ranks
     partial = {p for name, p in layer.named_parameters() if getattr(p, "sequence_parallel", False) or "_layernorm" in name}
     return gather_full_weights(layer, tp, read)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A layer's options, the layouts it is held to, and how closely, as a part of the largest value."""
+    """The options of a layer, its meshes, and the tolerance relative to the largest value."""
 
     name: str
     options: dict[str, Any]
@@ -97,7 +97,7 @@ class Variant:
 VARIANTS = [
     Variant("defaults", {}, GRID),
     Variant("bare", {"race_output_gate": False, "race_decay": "none", "race_normalization": "global"}, GRID),
-    # megatron-core's layer norm without extensions has no sequence parallelism, and its gate is float32 whatever comes in
+    # megatron-core's layer norm from pip has no sequence parallelism, and its gate is always computed in float32
     Variant(
         "megatron's gate, layer norms, fewer groups than ranks",
         {"num_query_groups": 2, "qk_layernorm": True, "attention_output_gate": True, "race_output_gate": False},
@@ -108,9 +108,9 @@ VARIANTS = [
 
 
 def errors(_: ProcessGroup, variants: list[Variant]) -> dict[str, float]:
-    """The error of everything under every layout, as a part of what is allowed, in float64."""
+    """Every error on every mesh in float64, divided by its tolerance."""
     worst: dict[str, float] = {}
-    torch.set_default_dtype(torch.float64)  # the layer norms take it
+    torch.set_default_dtype(torch.float64)  # the layer norms use the default dtype
 
     def compare(what: str, got: Tensor, expected: Tensor) -> None:
         assert got.isfinite().all(), what

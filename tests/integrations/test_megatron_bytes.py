@@ -1,4 +1,4 @@
-"""What context parallelism exchanges, counted, and the benchmark of a training step."""
+"""Bytes that context parallelism exchanges, and the benchmark of a training step."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_bytes_do_not_grow_with_the_sequence_where_all_to_all_does() -> None:
         rows = {row["length"]: row for row in rank.value}
         assert len({row["race_bytes"] for row in rows.values()}) == 1
         state = 4 * 64 * (16 + 1) * 4  # heads x features x (width + 1) x float32
-        assert rows[64]["race_bytes"] > 4 * state  # two halves of the shard, forward and backward
+        assert rows[64]["race_bytes"] > 4 * state  # two halves of the shard (zigzag), forward and backward
         assert rows[64]["race_bytes"] < 6 * state
-        for length in LENGTHS:  # there: queries, keys, values, gate and two numbers a head; back: the output; and gradients
+        for length in LENGTHS:  # queries, keys, values, gate and two numbers per head, then the output; and gradients
             assert rows[length]["all_to_all_bytes"] == 2 * 4 * length // 2 * (4 * 64 + 2 * 4 + 64)
 
 

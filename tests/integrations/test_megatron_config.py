@@ -1,4 +1,4 @@
-"""The Megatron adapters on one rank: what the config takes and refuses, masks, packing, arguments, specs, constants."""
+"""The Megatron adapters on one rank: config checks, masks, packing, arguments, specs, constants."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def config(**options: Any) -> RaceTransformerConfig:
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.destroy_model_parallel()  # what a run before in this process left
+    parallel_state.destroy_model_parallel()  # left by an earlier test in this process
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     yield
     parallel_state.destroy_model_parallel()
@@ -128,7 +128,7 @@ def test_a_plain_config_is_refused_and_a_copy_taken() -> None:
     with pytest.raises(TypeError, match=r"core_transformer_config_from_args\(args, RaceTransformerConfig\)"):
         RaceCoreAttention(plain, 1, AttnMaskType.causal)
     fewer = copy.deepcopy(config(race_beta_init=(1.0, 3.0)))
-    fewer.num_query_groups = 4  # what attention hands on where there are fewer groups than ranks
+    fewer.num_query_groups = 4  # as Megatron does in its copy if there are fewer groups than ranks
     assert fewer.race().num_kv_heads == 2
 
 
@@ -243,15 +243,15 @@ def test_a_checkpoint_of_other_planes_is_refused() -> None:
     assert "planes" not in state
     core(race_seed=5).load_state_dict(state)
     other = core(race_seed=6)
-    other.planes_of.copy_(state["planes_of"])  # dist_checkpointing reads into the tensors of the model
+    other.planes_of.copy_(state["planes_of"])  # dist_checkpointing loads into the tensors of the model
     with pytest.raises(RuntimeError, match=r"trained with other hyperplanes: race_seed 5 there and 6 here"):
         other.load_state_dict(state)
 
 
 def test_no_value_is_read_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph needs: meta tensors have no values, and reading one is an error."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know the device
-    monkeypatch.setattr(checks, "tensor", lambda name, value, **_: value)  # no meta tensors
+    """CUDA graphs require this. Meta tensors have no values, so that reading one raises an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not support the meta device
+    monkeypatch.setattr(checks, "tensor", lambda name, value, **_: value)  # it refuses meta tensors
     layer = core().to("meta")
     bounds = torch.empty(4, dtype=torch.int32, device="meta")
     documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_q_padded=bounds)
@@ -274,7 +274,7 @@ def test_padding_of_packed_documents_adds_nothing() -> None:
     where = SequenceShard.of(12, packed([3, 0, 4], [4, 2, 5]), None, "zigzag", torch.device("cpu"))
     assert where.cu_seqlens is not None
     assert where.key_mask is not None
-    assert where.cu_seqlens.tolist() == [0, 4, 6, 11, 12]  # one row after the last document: padding alone
+    assert where.cu_seqlens.tolist() == [0, 4, 6, 11, 12]  # a last document of padding alone
     assert where.key_mask[0].tolist() == [True] * 3 + [False] * 3 + [True] * 4 + [False] * 2
     plain = SequenceShard.of(7, packed([3, 4]), None, "zigzag", torch.device("cpu"))
     assert plain.cu_seqlens is not None

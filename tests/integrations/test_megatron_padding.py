@@ -1,4 +1,4 @@
-"""Padding is absent from Megatron's layers: masks and padded packing against the rows without it, in float64."""
+"""Padding is absent in Megatron's layers: masks and padded packing against rows without padding, in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MASKS = ["000111111111", "111111100000", "111000110111", "010110011010"]
 
 
 class World:
-    """One rank, without a process group."""
+    """A pg_collection of one rank without process groups."""
 
     tp = cp = None
 
@@ -75,7 +75,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("mask", [None, "110111010111"])
 def test_padded_documents_are_as_if_they_ended(name: str, mask: str | None) -> None:
-    """cu_seqlens with padding, and a mask on top of it."""
+    """cu_seqlens with padding, without and with a mask."""
     layer, (qkv, decay) = core(**OPTIONS[name]), inputs(1, 12, OPTIONS[name])
     hidden = None if mask is None else torch.tensor([bit == "0" for bit in mask])
     packed = PackedSeqParams(

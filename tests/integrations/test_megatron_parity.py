@@ -1,4 +1,4 @@
-"""A GPTModel with RACE layers is one model however its ranks are arranged: DecoderLM, to float32's digits."""
+"""A GPTModel with RACE layers computes what DecoderLM does on every tp x cp x dp mesh, to float32 precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BARE = {"qk_norm": False, "short_conv": 0, "decay": "none", "normalization": "gl
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, the model's options (those of RaceConfig; others with an underscore) and those of the run."""
+    """A mesh, the options of the model (of RaceConfig; others with an underscore) and the options of the run."""
 
     tp: int
     cp: int
@@ -28,14 +28,16 @@ class Case:
 
 def outcomes(_: ProcessGroup, cases: list[Case]) -> list[Outcome]:
     results = []
-    for (tp, cp), alike in itertools.groupby(cases, lambda case: (case.tp, case.cp)):  # groups of ranks cost more than a step
+    for (tp, cp), alike in itertools.groupby(
+        cases, lambda case: (case.tp, case.cp)
+    ):  # creating process groups is slower than a step
         with layout(tp, cp):
             results += [run(model_config(**case.model), **case.options) for case in alike]
     return results
 
 
 def run_cases(world: int, cases: list[Case]) -> list[list[Outcome]]:
-    """Hold every case, on every rank, to DecoderLM in float64."""
+    """Compare every case, on every rank, with DecoderLM in float64."""
     ranks = spawn_ranks(world, outcomes, cases, timeout=120)
     for rank in ranks:
         assert rank.error is None, rank.error
@@ -58,7 +60,7 @@ def test_one_rank_and_two() -> None:
 
 
 def trained(_: ProcessGroup) -> list[list[float]]:
-    """Losses of four steps of megatron-core's optimizer, with its states on every rank and divided over the ranks."""
+    """Losses of four steps of megatron-core's optimizer, with replicated and with sharded optimizer states."""
     with layout(1, 1):
         return [losses_of_training(model_config(), 4, use_distributed_optimizer=divided) for divided in (False, True)]
 
@@ -95,7 +97,7 @@ def test_four_ranks() -> None:
 
 
 def test_packed_documents_are_rows() -> None:
-    """THD is SBHD: the same documents one after the other, padded or not, also in groups that the batch brings itself."""
+    """THD gives the same as SBHD, padded or not, also with the context-parallel groups of packed_seq_params."""
     ragged = (LENGTH, LENGTH - 9, LENGTH // 2 + 1, 3)
     assert len(ragged) == ROWS
     run_cases(
@@ -112,7 +114,7 @@ def test_packed_documents_are_rows() -> None:
 
 
 def test_recompute_and_determinism() -> None:
-    """Activations computed again, whole layers or the core attention, change nothing; a second run has the same bits."""
+    """Recomputation of layers or of the core attention changes nothing, and a second run is bitwise the same."""
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     selective = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     fixed = {"deterministic_mode": True}

@@ -1,4 +1,4 @@
-"""``engine = "megatron"`` runs what the trainer runs: the same losses, files and reports, resumed under any layout."""
+"""``engine = "megatron"`` trains as the native engine does: the same losses, files and reports, resumed on any mesh."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ tokens = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a configuration, and the run of one process by the trainer's own engine."""
+    """A folder with a configuration and the run of one process with the native engine."""
     folder = tmp_path_factory.mktemp("megatron")
     (folder / "text.txt").write_text(" ".join(f"{n} squared is {n * n}." for n in range(6000)))
     text = TINY.format(runs=(folder / "runs").as_posix(), text=(folder / "text.txt").as_posix())
@@ -86,7 +86,7 @@ def assert_same_run(folder: Path, name: str) -> None:
     assert got.keys() == expected.keys()
     for key, line in expected.items():
         assert got[key].keys() == line.keys()
-        assert got[key]["loss"] == pytest.approx(line["loss"], abs=3e-5), key  # float32, and clipped steps add up
+        assert got[key]["loss"] == pytest.approx(line["loss"], abs=3e-5), key  # float32 rounding, which adds up over the steps
         for figure in ("lr", "grad_norm", "tokens"):
             assert got[key].get(figure, 0) == pytest.approx(line.get(figure, 0), rel=3e-4), (key, figure)
     files = {f.name for f in (folder / "runs" / "native").iterdir()}
@@ -112,7 +112,7 @@ def test_a_run_is_the_trainers_and_resumes_under_another_layout(folder: Path) ->
 
 
 def test_bfloat16_learns_as_the_trainer_does(folder: Path) -> None:
-    """Its weights are bfloat16 beside float32 ones in the optimizer, the trainer's are float32 under autocast."""
+    """Megatron's weights are bfloat16 with float32 copies in the optimizer; the native engine's are float32 under autocast."""
     for name in ("native", "megatron"):
         arguments = ["-o", f"name={name}-bfloat16", "-o", f"engine={name}", "-o", "precision=bfloat16", "-o", "optim.lr=2e-3"]
         result = CliRunner().invoke(app, ["train", str(folder / "tiny.toml"), *arguments, "-o", "checkpoint.every=0"])

@@ -1,4 +1,4 @@
-"""A saved model says what its attention is, and comes back as that or not at all."""
+"""A saved model records its attention, and is loaded with the same attention or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from race_dist.integrations.transformers import RaceSelfAttention, convert, from_pretrained
 from tests.integrations.hf_models import GROUPED, SIZES, build, tokens
 
-BARE = {"qk_norm": False, "train_beta": False, "decay": "none", "short_conv": 0, "num_planes": 3, "seed": 7}  # no new weights
+BARE = {"qk_norm": False, "train_beta": False, "decay": "none", "short_conv": 0, "num_planes": 3, "seed": 7}  # adds no weights
 KINDS = ("race", "options", "converted", "bare", "hybrid")
 
 
@@ -36,7 +36,7 @@ def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """A folder and the model of every kind."""
+    """The folder and the model of each kind."""
     found = {}
     for kind in KINDS:
         model, folder = make(kind), tmp_path_factory.mktemp(kind)
@@ -84,7 +84,7 @@ def test_other_heads_and_new_models_have_the_attention_of_the_configuration(kind
         assert sum(isinstance(m, RaceSelfAttention) for m in other.modules()) == count, name
         assert other.config._attn_implementation == model.config._attn_implementation, name
         assert all(p.isfinite().all() for p in other.parameters()), name
-    assert made["head"].score.weight.std() > 0  # transformers still draws what is in no checkpoint
+    assert made["head"].score.weight.std() > 0  # transformers still initializes weights that are not in the checkpoint
 
 
 def test_a_pipeline_and_a_trainer_keep_the_attention(saved: Any, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_pipeline_and_a_trainer_keep_the_attention(saved: Any, tmp_path: Path)
 
 
 def test_a_run_is_not_resumed_with_another_attention(tmp_path: Path) -> None:
-    """HF's Trainer loads the weights alone, into whatever model it was given."""
+    """HF's Trainer loads only the weights into the given model."""
     rows = [{"input_ids": x, "labels": x} for x in tokens(2, 8)]
 
     def trainer(model: Any) -> Any:
@@ -191,7 +191,7 @@ def test_a_model_made_of_the_same_configuration_stays_softmax(tmp_path: Path) ->
 
 
 def test_a_part_of_a_model_comes_back_too(tmp_path: Path) -> None:
-    """Vision and text, of which only the text is RACE."""
+    """A vision-language model in which only the text model is RACE."""
     text = hf.LlamaConfig(**SIZES | GROUPED)
     vision = hf.CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
@@ -227,7 +227,7 @@ def test_settings_that_are_not_those_of_the_weights_are_refused(
     data["race_attention"]["options"] |= change
     (tmp_path / "config.json").write_text(json.dumps(data))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    if message is None:  # what computes the attention is no setting of the weights
+    if message is None:  # the backend does not belong to the weights
         torch.testing.assert_close(logits(from_pretrained(tmp_path).eval()), logits(model), atol=1e-5, rtol=1e-5)
         return
     for reader in (hf.AutoModelForCausalLM.from_pretrained, from_pretrained):

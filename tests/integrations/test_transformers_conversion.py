@@ -1,4 +1,4 @@
-"""What conversion takes over: all that an attention module has and does, or nothing and a reason."""
+"""Conversion takes over every parameter and operation of an attention module, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from race_dist.nn.norm import rms
 from tests.integrations.hf_models import GROUPED, SIZES, build, tokens
 
 F64 = torch.float64
-OLD = hf.__version__.startswith("4.")  # there these are written another way, and refused in words
+OLD = hf.__version__.startswith("4.")  # where these modules are written differently, and refused
 newer = pytest.mark.skipif(OLD, reason="transformers 4 has another build of this model")
 PLAIN = {"decay": "none", "short_conv": 0, "rope_base": None}
 
@@ -55,32 +55,32 @@ def heads(x: Tensor) -> Tensor:
 
 
 def over_all_heads(x: Tensor, norm: Any) -> Tensor:
-    """OLMo 2: one RMS over the numbers of all heads."""
+    """OLMo 2: one RMS norm over all heads together."""
     return heads(norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt())
 
 
 def per_head(x: Tensor, norm: Any) -> Tensor:
-    """Qwen 3: one RMS, one weight for the heads."""
+    """Qwen 3: an RMS norm per head, whose weight the heads share."""
     x = heads(x)
     return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
 
 def layer_norm_of_heads(x: Tensor, norm: Any) -> Tensor:
-    """Cohere: each head's mean and variance, a weight per head and channel."""
+    """Cohere: mean and variance per head, with a weight per head and channel."""
     x = heads(x)
     x = x - x.mean(-1, keepdim=True)
     return norm.weight * x * (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
 
 def norm_per_head(x: Tensor, norm: Any) -> Tensor:
-    """StableLM: a LayerNorm for each head."""
+    """StableLM: one LayerNorm per head."""
     return torch.stack(
         [F.layer_norm(x[..., 8 * i : 8 * i + 8], (8,), n.weight, n.bias, n.eps) for i, n in enumerate(norm.norms)], 2
     )
 
 
 def scaled(x: Tensor, norm: Any) -> Tensor:
-    """Gemma 3: the weight counts from one."""
+    """Gemma 3: the norm multiplies by 1 + weight."""
     x = heads(x)
     return (1 + norm.weight) * x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
 
@@ -99,7 +99,7 @@ NORMS: list[tuple[str, str, dict[str, Any], Callable[[Tensor, Any], Tensor]]] = 
 def test_norms_of_queries_and_keys_are_applied_as_the_model_does(
     name: str, norm: str, changes: dict[str, Any], independent: Callable[[Tensor, Any], Tensor]
 ) -> None:
-    """A converted layer against all pairs, with the norms written out."""
+    """A converted layer against the sum over all pairs of tokens, with the norms written out."""
     kind = getattr(hf, f"{name}ForCausalLM", None) or hf.Gemma3ForCausalLM
     model = tiny(name, **changes) if hasattr(hf, f"{name}ForCausalLM") else gemma3(**changes)
     assert isinstance(model, kind)
@@ -240,7 +240,7 @@ def test_layers_that_can_be_converted_are_where_others_cannot() -> None:
 
 
 def test_a_projection_of_more_than_queries_is_refused_unseen() -> None:
-    """On the meta device, where nothing can be run, too."""
+    """Also on the meta device, where the model cannot be run."""
     for device in ("cpu", "meta"):
         model = tiny("Llama").to(device)
         model.model.layers[1].self_attn.q_proj = nn.Linear(32, 64, dtype=F64, device=device)
@@ -249,7 +249,7 @@ def test_a_projection_of_more_than_queries_is_refused_unseen() -> None:
 
 
 def test_positions_are_inherited_only_where_they_are_turned_alike() -> None:
-    """Cohere turns neighbours, Llama halves; a RACE layer turns halves."""
+    """Cohere rotates neighbouring pairs; Llama and RACE layers rotate halves."""
     rope = {"decay": "none", "short_conv": 0}
     with pytest.raises(ValueError, match="other rotary positions"):
         convert(tiny("Cohere"), inherit_rope=True, race=rope)

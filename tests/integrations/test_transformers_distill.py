@@ -1,4 +1,4 @@
-"""Teaching a converted model: what the two losses are, and that they teach."""
+"""Distillation: the values of the two losses, and that training on them works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RACE in transformers models of every claimed class: padding, packing, grouped queries, decoding, checkpoints."""
+"""RACE in transformers models of every supported class: padding, packing, grouped queries, decoding, checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(kind: str, mode: str, **changes: Any) -> Any:
 
 
 def cases() -> list[tuple[str, str]]:
-    """GPT-NeoX turns a quarter of each head, which a RACE layer cannot take over."""
+    """GPT-NeoX rotates a quarter of each head, which a RACE layer cannot inherit."""
     return [(kind, mode) for kind in KINDS for mode in MODES if (kind, mode) != ("gpt_neox", "inherited")]
 
 
@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def checkpoint(model: Any) -> None:
-    """By the name that this version of transformers gives it."""
+    """The cache, under the name of this version of transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -221,7 +221,7 @@ def test_options_of_the_implementation_are_read_from_the_config() -> None:
 
 
 def test_the_implementation_is_the_attention_of_its_definition() -> None:
-    """One layer's attention against all pairs in float64, on the queries and keys that transformers makes."""
+    """The attention of one layer against the sum over all pairs of tokens in float64, with transformers' queries and keys."""
     from race_dist import race_attention
     from race_dist.integrations.transformers import race_attention_forward
     from race_dist.nn.norm import rms

@@ -1,4 +1,4 @@
-"""Padding is absent: every real token of a transformers model gets what it gets in the row from which padding was removed."""
+"""Padding is absent: every real token of a transformers model gets the same as in the row without padding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     made = build(kind, dtype=F64) if request.param.split("-")[0] != "race" else build(kind, implementation="race", dtype=F64)
     for parameter in made.parameters():
         if parameter.dim() > 1:
-            parameter.data.mul_(4)  # far from small numbers, where a fault would hide
+            parameter.data.mul_(4)  # large weights, because small ones could hide an error
     return made if request.param.split("-")[0] == "race" else convert(made, **options)
 
 
@@ -52,7 +52,7 @@ def mask_of(*rows: str) -> Tensor:
 
 
 def padded(mask: Tensor, ids: Tensor, pad: int = 55) -> Tensor:
-    """``ids [B, n]`` at the real places of each row, as many as there are; ``pad`` elsewhere."""
+    """``ids [B, n]`` at the real tokens of each row, and ``pad`` elsewhere."""
     rows = torch.full(mask.shape, pad)
     for row, real, source in zip(rows, mask.bool(), ids, strict=True):
         row[real] = source[: int(real.sum())]
@@ -64,7 +64,7 @@ def cache_of(out: Any) -> Any:
 
 
 def going_on(model: Any, cache: Any) -> dict[str, Any]:
-    """A cache by the name that this version of transformers gives it."""
+    """A cache, under the name of this version of transformers."""
     return {"cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values": cache}
 
 
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_row_without_padding(model: Any) -> None:
 
 @pytest.mark.parametrize("given", [False, True], ids=["counted", "given"])
 def test_a_turn_on_a_warm_cache_goes_on_from_real_tokens(model: Any, given: bool) -> None:
-    """Three turns, padding in each."""
+    """Three turns of a conversation, with padding in each."""
     mask, ids = mask_of("00111110101", "11011011011"), tokens(2, 9)
     rows = padded(mask, ids)
     positions, cache, outs = (mask.cumsum(-1) - 1).clamp(min=0), None, []

@@ -1,4 +1,4 @@
-"""Transformers models whose sequences several ranks share: losses, gradients, HF's Trainer."""
+"""Sequence parallelism of transformers models: losses, gradients, HF's Trainer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
     whole = {"input_ids": ids, "labels": ids.masked_fill(ids < 20, -100)}
     if kind == "packed":
         whole["position_ids"] = torch.cat([torch.arange(n) for n in (8, 12, 4)])[None]
-    if kind == "inside":  # and nobody says the positions
+    if kind == "inside":  # without position_ids
         mask = (tokens(rows, 24, seed=5) > 40).long()
         whole |= {"attention_mask": mask, "labels": whole["labels"].masked_fill(mask == 0, -100)}
-    if kind == "short":  # fewer tokens than ranks: shards without any
+    if kind == "short":  # fewer tokens than ranks: some shards are empty
         whole |= {"attention_mask": torch.ones_like(ids), "labels": ids}
     if kind == "padded":
         mask = torch.ones_like(ids)
@@ -47,7 +47,7 @@ def batch(kind: str) -> dict[str, torch.Tensor]:
 
 
 def loss_and_gradients(group: Any, mode: str, kind: str, layout: str, checkpointing: bool = False) -> dict[str, Any]:
-    """Of the whole batch, whoever holds it: shares and their gradients, summed."""
+    """The loss and gradients of the whole batch: the shares of the ranks, summed."""
     from race_dist.integrations.transformers import sequence_parallel, shard_batch
     from tests.integrations.test_transformers_models import checkpoint
 
@@ -83,7 +83,7 @@ def test_shares_add_up_to_the_loss_and_gradients_of_one_rank(mode: str, kind: st
     expected = loss_and_gradients(None, mode, kind, "contiguous")
     for found in run_ranks(world, loss_and_gradients, mode, kind, layout, checkpointing=mode == "converted"):
         for name, value in expected.items():
-            # transformers computes its loss in float32, whatever the model is in
+            # transformers computes its loss in float32 for every dtype of the model
             torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -108,7 +108,7 @@ def test_padding_inside_a_row_has_the_loss_of_the_rows_without_it(mode: str) -> 
 
 
 def shifted(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The target of each real token: the next real one."""
+    """The target of each real token is the next real token."""
     targets = torch.full_like(whole["labels"], -100)
     for row, mask in enumerate(whole["attention_mask"].bool()):
         targets[row, mask] = torch.nn.functional.pad(whole["labels"][row, mask][1:], (0, 1), value=-100)
@@ -157,7 +157,7 @@ def test_what_cannot_be_shared_is_refused(what: str, message: str) -> None:
 
 
 def train(group: Any, folder: str, sp: int) -> dict[str, Any]:
-    """HF's Trainer over 12 rows of a converted model; ``sp`` ranks share each."""
+    """Train a converted model on 12 rows with HF's Trainer; ``sp`` ranks share each row."""
     from transformers import Trainer, TrainingArguments
 
     from race_dist.integrations.transformers import sequence_parallel_trainer
@@ -196,7 +196,7 @@ def train(group: Any, folder: str, sp: int) -> dict[str, Any]:
 
 
 def accelerated(rows: list[dict[str, torch.Tensor]], group: Any) -> list[float]:
-    """A plain accelerate loop, all ranks sharing each batch of two rows: the weights after it."""
+    """The weights after an accelerate loop in which all ranks share each batch of two rows."""
     from accelerate import Accelerator
 
     from race_dist.integrations.transformers import ShardedLoader, sequence_parallel
@@ -208,7 +208,7 @@ def accelerated(rows: list[dict[str, torch.Tensor]], group: Any) -> list[float]:
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5), loader)
     for batch in ShardedLoader(loader, group):
         loss = model(**batch, use_cache=False).loss
-        accelerator.backward(loss * group_size(group))  # DDP averages over the ranks; shares add up
+        accelerator.backward(loss * group_size(group))  # DDP averages over the ranks, but shares must be summed
         optimizer.step()
         optimizer.zero_grad()
     return [float(p.detach().double().norm()) for p in model.parameters()]
