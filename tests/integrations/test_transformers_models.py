@@ -212,8 +212,10 @@ def test_the_implementation_can_be_switched_to_and_back() -> None:
 def test_options_of_the_implementation_are_read_from_the_config() -> None:
     ids = tokens(1, 10)
     plain = logits(build("llama", implementation="race"), ids)
-    sharp = logits(build("llama", implementation="race", race_attention={"options": {"num_planes": 6, "num_tables": 1}}), ids)
-    assert (plain - sharp).abs().max() > 1e-4
+    more_planes = logits(
+        build("llama", implementation="race", race_attention={"options": {"num_planes": 6, "num_tables": 1}}), ids
+    )
+    assert (plain - more_planes).abs().max() > 1e-4
     with pytest.raises(ValueError, match=r"decay need parameters.*convert"):
         logits(build("llama", implementation="race", race_attention={"options": {"decay": "token"}}), ids)
     with pytest.raises(ValueError, match=r"config.race_attention: unknown key option; did you mean options"):

@@ -73,10 +73,10 @@ def shard_batch(batch: Mapping[str, Any], group: ProcessGroup | None, *, layout:
     if group_size(group) == 1:
         return whole
     assert group is not None
-    cut = lambda x: isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (rows, length)
+    is_sharded = lambda x: isinstance(x, Tensor) and x.dim() >= 2 and x.shape[:2] == (rows, length)
     cu = cu_seqlens if layout == "zigzag" else None
     return {
-        name: shard_sequence(x, group, dim=1, layout=layout, cu_seqlens=cu).contiguous() if cut(x) else x
+        name: shard_sequence(x, group, dim=1, layout=layout, cu_seqlens=cu).contiguous() if is_sharded(x) else x
         for name, x in whole.items()
     }
 
