@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.harness import spawn_ranks
 from tests.integrations import deepspeed_ranks
@@ -115,3 +116,15 @@ def test_what_a_sketch_attention_cannot_see_is_refused() -> None:
         module(x, x, x, 0, None, torch.ones(5, 5))
     with pytest.raises(ValueError, match="batch_dim_idx must be 0 or 1; got 2"):
         module(x, x, x, 2)
+
+
+def test_the_old_names_of_the_mesh_work_with_a_warning() -> None:
+    from race_dist.integrations import deepspeed
+
+    with pytest.warns(DeprecationWarning, match="is now race_dist.integrations.deepspeed.SequenceParallelMesh"):
+        assert deepspeed.Shared is deepspeed.SequenceParallelMesh
+    with (
+        pytest.warns(DeprecationWarning, match=r"is now initialize\(sequence_mesh=...\)"),
+        pytest.raises(TypeError, match="sequence_mesh must be a SequenceParallelMesh; got int 3"),
+    ):
+        deepspeed.initialize(model=torch.nn.Linear(2, 2), config={}, shared=3)

@@ -34,6 +34,7 @@ from race_dist.integrations.megatron import (
     get_race_layer_spec,
 )
 from race_dist.integrations.megatron.config import OWNED_BY_MEGATRON, PREFIX
+from race_dist.integrations.megatron.core_attention import state_dict_name
 from race_dist.integrations.megatron.cpu import without_cuda
 from race_dist.integrations.megatron.sequence_shard import SequenceShard
 from race_dist.integrations.megatron.weights import from_megatron, load_full_weights, to_megatron
@@ -246,6 +247,20 @@ def test_a_checkpoint_of_other_planes_is_refused() -> None:
     other.planes_of.copy_(state["planes_of"])  # dist_checkpointing loads into the tensors of the model
     with pytest.raises(RuntimeError, match=r"trained with other hyperplanes: race_seed 5 there and 6 here"):
         other.load_state_dict(state)
+
+
+def test_names_in_checkpoints_are_flat() -> None:
+    layer = core(race_conv_values=True, race_seed=5)
+    names = {"q_scale", "k_scale", "log_beta", "out_norm", "q_conv", "k_conv", "v_conv", "planes_of"}
+    assert set(layer.state_dict()) == names
+    assert {tensor.key for tensor in layer.sharded_state_dict("a.").values()} == {f"a.{name}" for name in names}
+    assert {state_dict_name(name) for name, _ in layer.named_parameters()} == names - {"planes_of"}
+    changed = {name: value + 1 if value.is_floating_point() else value for name, value in layer.state_dict().items()}
+    layer.load_state_dict(changed)
+    assert all(torch.equal(value, changed[name]) for name, value in layer.state_dict().items())
+    own = "decoder.layers.0.self_attention.core_attention."
+    assert state_dict_name(f"{own}core.q_conv.weight") == f"{own}q_conv"
+    assert state_dict_name("decoder.final_layernorm.weight") == "decoder.final_layernorm.weight"
 
 
 def test_no_value_is_read_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
