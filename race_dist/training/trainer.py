@@ -19,7 +19,8 @@ from race_dist.training.checkpoint import CheckpointManager, OtherRunError, Save
 from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
-from race_dist.training.data.corpus import Corpus, load_corpus
+from race_dist.training.data.corpus import load_corpus
+from race_dist.training.data.splits import Corpus
 from race_dist.training.engine import CheckModel, Engine, NativeEngine
 from race_dist.training.guard import Guard, Verdict
 from race_dist.training.logging.writers import import_summary_writer

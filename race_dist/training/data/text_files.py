@@ -48,6 +48,14 @@ def printable(path: str | Path) -> str:
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def expand_home(path: str, option: str = "data.path") -> Path:
+    """Expand ``~`` or ``~USER``. Raises ValueError, naming ``option``, if there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{option}: {path!r} begins with a home folder that is not there: write the whole path") from None
+
+
 def check_pattern(path: str, pattern: str) -> None:
     """Raise ValueError for a pattern that matches no names, or that does not apply to ``path``."""
     if not pattern.strip("/."):
