@@ -161,8 +161,8 @@ class Corpus:
         assert self.documents is not None
         inner = self.documents[1:-1]
         piece = np.searchsorted(starts, inner, side="right") - 1
-        held = (piece >= 0) & (inner < stops[piece]) & (inner > starts[piece])
-        moved = inner[held] - starts[piece[held]] + ends[piece[held]]
+        inside = (piece >= 0) & (inner < stops[piece]) & (inner > starts[piece])
+        moved = inner[inside] - starts[piece[inside]] + ends[piece[inside]]
         return Split(self.tokens, starts, ends, np.union1d(moved, ends[1:-1]))
 
     def digest(self) -> str:

@@ -172,12 +172,12 @@ def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(source) as file:
         while True:
-            data, held = _read(source, file, piece), len(decoder.getstate()[0])
+            data, pending = _read(source, file, piece), len(decoder.getstate()[0])
             try:
                 decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 raise Undecodable(
-                    f"{printable(source)} is not UTF-8 text (near byte {start - held + error.start}): "
+                    f"{printable(source)} is not UTF-8 text (near byte {start - pending + error.start}): "
                     "convert it, for example with iconv"
                 ) from None
             if not data:
