@@ -64,15 +64,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """Write named tensors as safetensors, with checksums of the tensors and of ``metadata`` in the header."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} could not be written: there is no folder {path.parent}")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header: dict[str, Any] = {
         "metadata": dict(metadata or {}),
-        "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(whole.items())},
+        "tensors": {name: _tensor_digest(tensor) for name, tensor in sorted(on_cpu.items())},
     }
     header[DIGEST] = json_digest(header)
     with atomic_write(path) as partial:
         try:
-            save_file(whole, partial, {_HEADER: json.dumps(header)})
+            save_file(on_cpu, partial, {_HEADER: json.dumps(header)})
         except SafetensorError as error:
             raise OSError(str(error)) from None
 
@@ -206,10 +206,10 @@ class CheckedTensors:
     def _read_header(self, text: str) -> None:
         try:
             header = json.loads(text)
-            whole = header.pop(DIGEST) == json_digest(header) and header["tensors"].keys() == set(self._stored.keys())
+            intact = header.pop(DIGEST) == json_digest(header) and header["tensors"].keys() == set(self._stored.keys())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             raise DamagedFileError(f"{self.path} is damaged: its header, or the set of its tensors, is not what was written")
         self.metadata, self._sums = {**self.metadata, **header["metadata"]}, header["tensors"]
 

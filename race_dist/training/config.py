@@ -20,7 +20,7 @@ from race_dist.strict_config import (
     NonEmpty,
     StrictConfig,
 )
-from race_dist.training.data.corpus import BYTE_VOCAB, HeldOut
+from race_dist.training.data.splits import BYTE_VOCAB, HeldOut
 from race_dist.training.presets import find_config
 
 FLOAT32_LIMIT = 3.4e38  # of factors that multiply float32 tensors

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import race_dist
 from race_dist.parallel import check_same_on_all_ranks
 from race_dist.training.config import TrainConfig
-from race_dist.training.data.corpus import Corpus
+from race_dist.training.data.splits import Corpus
 
 _HEAD = 4096  # elements of each tensor that are compared
 

@@ -21,7 +21,8 @@ from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch
 from race_dist.training.optim import build_optimizer, optimizer_tensors, set_learning_rate
 from race_dist.training.rank_mesh import RankMesh
-from race_dist.training.step import ForwardBackward, build_forward_backward
+from race_dist.training.step import ForwardBackward, NativeForwardBackward
+from race_dist.training.streamed_step import StreamedForwardBackward
 
 CheckModel = Callable[[nn.Module], None]
 
@@ -116,6 +117,13 @@ class NativeEngine:
     def describe(self) -> str:
         """See :class:`Engine`."""
         return describe_mesh(self.num_parameters, self.mesh, is_sharded=self.forward_backward.replica.is_sharded)
+
+
+def build_forward_backward(config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> ForwardBackward:
+    """Streamed or full sequences, as the configuration says. ``model`` is on the meta device and gets its weights here."""
+    if config.stream.chunk_size:
+        return StreamedForwardBackward(config, model, mesh)
+    return NativeForwardBackward(config, model, mesh)
 
 
 def describe_mesh(num_parameters: int, mesh: RankMesh, *, is_sharded: bool) -> str:

@@ -13,7 +13,8 @@ from race_dist.files import file_digest
 from race_dist.terminal import plain_console
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import evaluation_batches
-from race_dist.training.data.corpus import LARGEST_IN_MEMORY, Corpus, Split, load_corpus
+from race_dist.training.data.corpus import LARGEST_IN_MEMORY, load_corpus
+from race_dist.training.data.splits import Corpus, Split
 from race_dist.training.data.tokenizer import TextTokenizer
 from race_dist.training.finalize import write_positions
 from race_dist.training.logging.metrics import nats_to_bits

@@ -17,7 +17,7 @@ from torch import Tensor
 from race_dist.files import write_checksummed_json, write_text
 from race_dist.models import DecoderLM
 from race_dist.training.checkpoint import CheckpointError
-from race_dist.training.data.corpus import Corpus, Split
+from race_dist.training.data.splits import Corpus, Split
 from race_dist.training.logging.metrics import Metrics, nats_to_bits, read_metrics
 from race_dist.training.logging.plots import RunCurves, draw_loss, save_png
 from race_dist.training.loss_by_position import loss_by_position

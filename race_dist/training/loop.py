@@ -142,9 +142,9 @@ class _Run:
             self.directory.path / "step-in-progress" if config.checkpoint.on else None, self.hooks.stop_requested
         )
         while trainer.step < config.steps:
-            asked = self.hooks.stop_requested()
+            stop_requested = self.hooks.stop_requested()
             try:
-                result = trainer.train_step(flags=(asked, self._is_due()))
+                result = trainer.train_step(flags=(stop_requested, self._is_due()))
             except StepInterrupted as interrupted:
                 return self._stop_inside_step(interrupted, evaluation)
             stop, due = result.flags

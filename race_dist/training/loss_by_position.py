@@ -9,7 +9,7 @@ import torch
 
 from race_dist.models import DecoderLM, ModelCarry
 from race_dist.training.data.batches import Batch, Shard, evaluation_batches
-from race_dist.training.data.corpus import Split
+from race_dist.training.data.splits import Split
 
 CHUNK = 8192  # tokens per forward pass
 FIRST = 16  # positions in the first bucket; every following bucket ends at twice the position

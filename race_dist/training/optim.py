@@ -24,10 +24,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         else {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] == "planes"}
     )
     decayed = [p for p in trained if id(p) in linear - embedded]
-    kept = [p for p in trained if id(p) not in (linear - embedded) | planes]
+    undecayed = [p for p in trained if id(p) not in (linear - embedded) | planes]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
     if config.planes_lr is not None:
         scale = config.planes_lr / config.lr

@@ -142,17 +142,17 @@ class Head:
 
 def _chunks(tokens: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same tokens, ``CHUNK`` at a time, so that the result does not depend on the pieces."""
-    held, size = [], 0
+    buffer, size = [], 0
     for piece in tokens:
-        held.append(piece)
+        buffer.append(piece)
         size += len(piece)
         if size >= CHUNK:
-            whole = torch.cat(held)
+            ids = torch.cat(buffer)
             full = size - size % CHUNK
-            yield from whole[:full].split(CHUNK)
-            held, size = [whole[full:]], size - full
+            yield from ids[:full].split(CHUNK)
+            buffer, size = [ids[full:]], size - full
     if size:
-        yield torch.cat(held)
+        yield torch.cat(buffer)
 
 
 def write_text(

@@ -15,7 +15,7 @@ from race_dist.models import DecoderLM
 from race_dist.parallel import DataParallelModel
 from race_dist.training.config import TrainConfig
 from race_dist.training.data.batches import Batch, Shard, ShardedBatch
-from race_dist.training.data.corpus import Split
+from race_dist.training.data.splits import Split
 from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.weights_file import load_weights
 
@@ -57,15 +57,6 @@ class ForwardBackward(Protocol):
     def loss(self, batch: Batch) -> Tensor:
         """This rank's share of the summed loss of a batch, without gradients. The shares add up to the summed loss."""
         ...
-
-
-def build_forward_backward(config: TrainConfig, model: DecoderLM, mesh: RankMesh) -> ForwardBackward:
-    """Streamed or full sequences, as the configuration says. ``model`` is on the meta device and gets its weights here."""
-    if config.stream.chunk_size:
-        from race_dist.training.streamed_step import StreamedForwardBackward
-
-        return StreamedForwardBackward(config, model, mesh)
-    return NativeForwardBackward(config, model, mesh)
 
 
 class FullSequence:

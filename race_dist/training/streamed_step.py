@@ -149,8 +149,8 @@ class StreamedForwardBackward:
 def _read(batch: Batch, rows: range) -> _Sequences:
     """Some rows of a batch. They are not copied if they are contiguous in a memory map and all their targets count."""
     windows = [batch.row(row) for row in rows]
-    whole = windows[0][None] if len(windows) == 1 else np.stack(windows)
-    inputs, labels = whole[:, :-1], whole[:, 1:]
+    tokens = windows[0][None] if len(windows) == 1 else np.stack(windows)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
     starts, context = [batch.starts[row] for row in rows], batch.context
     begins = [batch.split.boundaries_in(start + 1, start + context + 1) - start - 1 for start in starts]
     if any(len(b) for b in begins) or rows[-1] >= batch.count:

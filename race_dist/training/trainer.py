@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import race_dist
@@ -18,7 +19,8 @@ from race_dist.training.checkpoint import CheckpointManager, OtherRunError, Save
 from race_dist.training.config import TrainConfig, differing_keys
 from race_dist.training.consistency import check_ranks_consistent
 from race_dist.training.data.batches import Batch, Shard, check_fits, check_shards, evaluation_batches, training_batch
-from race_dist.training.data.corpus import Corpus, load_corpus
+from race_dist.training.data.corpus import load_corpus
+from race_dist.training.data.splits import Corpus
 from race_dist.training.engine import CheckModel, Engine, NativeEngine
 from race_dist.training.guard import Guard, Verdict
 from race_dist.training.logging.writers import import_summary_writer
@@ -138,34 +140,31 @@ class Trainer:
         share = self.engine.gradients(batch).double()
         shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.mesh.world).tolist()
-        norm, verdict = self._update(loss)
-        self.step += 1
-        self.position += 1
-        return StepResult(loss, norm, tuple(f > 0 for f in raised), verdict)
-
-    def _update(self, loss: float) -> tuple[float, Verdict]:
-        """Change the weights, unless the guard refuses the step; the gradient's norm, and the verdict."""
-        rate = learning_rate(self.step, self.config.steps, self.config.optim)
+        rate = learning_rate(self.step, config.steps, config.optim)
         norm = self.engine.gradient_norm()
         if norm is None:
-            return self._update_at_once(loss, rate)
-        verdict = self.guard.judge(loss, float(norm))
-        if verdict.bad is None:
-            self.engine.update(rate, norm)
-        return float(norm), verdict
+            norm, verdict = self._update_at_once(loss, rate)
+        else:
+            verdict = self.guard.judge(loss, float(norm))
+            if verdict.bad is None:
+                self.engine.update(rate, norm)
+        self.step += 1
+        self.position += 1
+        return StepResult(loss, float(norm), tuple(f > 0 for f in raised), verdict)
 
-    def _update_at_once(self, loss: float, rate: float) -> tuple[float, Verdict]:
-        """For engines that know the gradient's norm only after the update."""
+    def _update_at_once(self, loss: float, rate: float) -> tuple[Tensor, Verdict]:
+        """Update with an engine that knows the gradient's norm only afterwards; returns the norm and the verdict."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {self.step + 1}: the loss is {loss}; try a lower optim.lr or a longer optim.warmup_steps"
             )
-        norm = float(self.engine.update(rate, None))
-        if not math.isfinite(norm):
+        norm = self.engine.update(rate, None)
+        if not math.isfinite(float(norm)):
             raise FloatingPointError(
-                f"step {self.step + 1}: the gradient's norm is {norm}; go on from the last checkpoint with a lower optim.lr"
+                f"step {self.step + 1}: the gradient's norm is {float(norm)}; go on from the last checkpoint with a lower "
+                "optim.lr"
             )
-        return norm, self.guard.judge_applied(loss, norm)
+        return norm, self.guard.judge_applied(loss, float(norm))
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:

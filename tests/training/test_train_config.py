@@ -52,7 +52,8 @@ def test_a_byte_model_has_256_tokens(config: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", r"tiny.toml: unknown key optim.learning_rate; known are accumulate, beta1"),
+        ("optim.learning_rate=1", r"tiny.toml: unknown key optim.learning_rate; did you mean optim.lr\?"),
+        ("optim.zzz=1", r"tiny.toml: unknown key optim.zzz; known are accumulate, beta1"),
         ("optim.warmup=1", r"unknown key optim.warmup; did you mean optim.warmup_steps\?"),
         ("optimizer.lr=1", r"unknown key optimizer; did you mean optim\?"),
         ("model.num_head=2", r"unknown key model.num_head; did you mean model.num_heads\?"),

@@ -111,7 +111,7 @@ class DeepSpeedEngine:
         norm = torch.nn.utils.get_total_norm(grads) if grads else None
         self.engine.step()
         self.has_states = True
-        return torch.tensor(float(self.engine.get_global_grad_norm())) if norm is None else norm
+        return torch.tensor(float(self.engine.get_global_grad_norm()), dtype=torch.float64) if norm is None else norm
 
     @property
     def is_plain(self) -> bool:

@@ -96,7 +96,7 @@ class MegatronRankMesh(RankMesh):
 
 def _check(config: TrainConfig) -> None:
     """Raise ValueError for a setting that this engine does not support."""
-    for asked, name, reason in (
+    for is_set, name, reason in (
         (config.precision == "float64", 'precision = "float64"', "megatron-core computes losses in float32"),
         (config.compile, "compile = true", "megatron-core compiles its own modules"),
         (
@@ -105,7 +105,7 @@ def _check(config: TrainConfig) -> None:
             "parameters are divided by parallel.tp",
         ),
     ):
-        if asked:
+        if is_set:
             raise ValueError(f'engine = "megatron" does not go with {name}: {reason}')
     for name, value in (
         ("num_heads", config.model.num_heads),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from race_dist.models.loss import IGNORE_INDEX
 from race_dist.parallel import shard_lengths
-from race_dist.training.data.corpus import Split, Tokens
+from race_dist.training.data.splits import Split, Tokens
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ import numpy as np
 
 from race_dist.files import DamagedFileError, read_json_object, verify_json, write_checksummed_json
 from race_dist.output_paths import check_output_folder
-from race_dist.training.data.corpus import BYTE_VOCAB, Corpus, expand_home, sample_digest
+from race_dist.training.data.splits import BYTE_VOCAB, Corpus, sample_digest
 from race_dist.training.data.text_files import (
     STDLIB,
     SkippedFiles,
     Undecodable,
     check_pattern,
+    expand_home,
     find_texts,
     stdlib_texts,
     utf8_pieces,
@@ -98,14 +99,14 @@ class _Writer:
         """Write one document; False if it is skipped because an earlier one has the same content."""
         content, before, text = hashlib.sha256(), self.file.tell(), 0
 
-        def watched() -> Iterator[bytes]:
+        def hashed_pieces() -> Iterator[bytes]:
             nonlocal text
             for piece in pieces:
                 content.update(piece)
                 text += len(piece)
                 yield piece
 
-        for tokens in self.encode(watched()):
+        for tokens in self.encode(hashed_pieces()):
             self.file.write(tokens)
         if content.digest() in self.seen:
             self.file.seek(before)

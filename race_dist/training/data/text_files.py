@@ -48,6 +48,14 @@ def printable(path: str | Path) -> str:
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def expand_home(path: str, option: str = "data.path") -> Path:
+    """Expand ``~`` or ``~USER``. Raises ValueError, naming ``option``, if there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{option}: {path!r} begins with a home folder that is not there: write the whole path") from None
+
+
 def check_pattern(path: str, pattern: str) -> None:
     """Raise ValueError for a pattern that matches no names, or that does not apply to ``path``."""
     if not pattern.strip("/."):
@@ -164,12 +172,12 @@ def utf8_pieces(source: Path, piece: int = _PIECE) -> Iterator[bytes]:
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
     with _open(source) as file:
         while True:
-            data, held = _read(source, file, piece), len(decoder.getstate()[0])
+            data, pending = _read(source, file, piece), len(decoder.getstate()[0])
             try:
                 decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 raise Undecodable(
-                    f"{printable(source)} is not UTF-8 text (near byte {start - held + error.start}): "
+                    f"{printable(source)} is not UTF-8 text (near byte {start - pending + error.start}): "
                     "convert it, for example with iconv"
                 ) from None
             if not data:

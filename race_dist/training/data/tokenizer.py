@@ -109,8 +109,8 @@ class TextTokenizer:
         source = _Characters(pieces)
         left = self._encode(source.take(self._window))
         emitted = 0  # tokens of the window that were yielded
-        while fresh := source.take(self._window - self._overlap):
-            right, low, high = self._join(left, fresh, emitted)
+        while next_text := source.take(self._window - self._overlap):
+            right, low, high = self._join(left, next_text, emitted)
             yield left.ids[emitted:low]
             left, emitted = right, high
         yield left.ids[emitted:]
@@ -123,12 +123,12 @@ class TextTokenizer:
         offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         return _Window(text, offsets[:, 0], offsets[:, 1], np.asarray(encoding.ids, np.int64))
 
-    def _join(self, left: _Window, fresh: str, emitted: int) -> tuple[_Window, int, int]:
+    def _join(self, left: _Window, next_text: str, emitted: int) -> tuple[_Window, int, int]:
         """Encode the next window, and join it to the previous one.
 
         Args:
             left: the previous window.
-            fresh: the text after it.
+            next_text: the text after it.
             emitted: tokens of ``left`` that were yielded.
 
         Returns:
@@ -136,13 +136,13 @@ class TextTokenizer:
         """
         overlap = self._overlap
         while overlap < len(left.text):
-            right = self._encode(left.text[-overlap:] + fresh)
+            right = self._encode(left.text[-overlap:] + next_text)
             shift, quarter = len(left.text) - overlap, overlap // 4
             a, b = left.token_range(shift + quarter, shift + 3 * quarter), right.token_range(quarter, 3 * quarter)
             if a[0] >= emitted and _equal(left, a, right, b, shift):
                 return right, left.token_range(shift + 2 * quarter, 0)[0], right.token_range(2 * quarter, 0)[0]
             overlap *= 4
-        grown = self._encode(left.text + fresh)
+        grown = self._encode(left.text + next_text)
         before = max(0, emitted - _MIN_EQUAL)
         if not _equal(left, (before, emitted), grown, (before, emitted), 0, fewest=0):
             raise ValueError(

@@ -215,11 +215,11 @@ def _events(runs: Sequence[_Run]) -> str:
 
 def _configuration(runs: Sequence[_Run]) -> str:
     flat = [_flat(run.config.model_dump(mode="json")) for run in runs]
-    keys = sorted({key for each in flat for key in each})
-    differing = [key for key in keys if len({each.get(key) for each in flat}) > 1]
+    keys = sorted({key for config in flat for key in config})
+    differing = [key for key in keys if len({config.get(key) for config in flat}) > 1]
     parts = ["<h2>Configuration</h2>"]
     if len(runs) > 1:
-        rows = [_row(key, [each.get(key, "") for each in flat], " class=differs") for key in differing]
+        rows = [_row(key, [config.get(key, "") for config in flat], " class=differs") for key in differing]
         parts.append(_table(("key", *(run.name for run in runs)), rows))
     same = [_row(key, [flat[0][key]]) for key in keys if key not in differing]
     parts.append(
