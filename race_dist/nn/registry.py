@@ -81,6 +81,11 @@ class LayerKind(ABC):
     def build(self, model: ModelShape, layer: int, *, causal: bool, **options: Unpack[BuildOptions]) -> MixingLayer:
         """The mixing layer of block ``layer`` in a model of this config."""
 
+    @property
+    def adjective(self) -> str:
+        """The name before a noun: "a full-softmax layer"."""
+        return self.name.replace(" ", "-")
+
     def options(self, model: ModelShape) -> StrictConfig | None:
         """The options of such layers in a model."""
         options: StrictConfig | None = None if self.options_name is None else getattr(model, self.options_name)
