@@ -1,4 +1,4 @@
-"""Layers: RACE attention, softmax attention beside it, their parts and carries, and the registry of layer kinds."""
+"""Layers: RACE attention, window and full softmax attention, their parts and carries, and the registry of layer kinds."""
 
 from race_dist.nn.config import RaceConfig, SoftmaxConfig
 from race_dist.nn.full_attention import FullAttention, FullKind, HistoryCarry

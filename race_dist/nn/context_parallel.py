@@ -1,4 +1,4 @@
-"""Carries across the ranks of a sequence, for any carry: what enters each of a rank's spans, and what leaves the sequence."""
+"""The exchange of carries over the ranks of a sequence, for any carry: the initial carry of each span, and the final carry."""
 
 from __future__ import annotations
 

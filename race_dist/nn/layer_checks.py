@@ -1,4 +1,4 @@
-"""Checks of what a mixing layer is called with, in one place for all kinds of layers."""
+"""Checks of the arguments of mixing layers, in one place for all kinds."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _check_carry(layer: MixingLayer, carry: LayerCarry, batch: int) -> None:
     try:
         found, rows = carry.row_shapes(), carry.tensors()[0].shape[0]
     except (AttributeError, IndexError, TypeError):
-        raise TypeError(f"carry is no carry of {name}: it holds something else than tensors") from None
+        raise TypeError(f"carry is not a carry of {name}: it holds something other than tensors") from None
     if len(found) != len(expected) or not all(map(_fit, found, expected)):
         raise ValueError(
             f"carry is of another layer: its tensors are {list(found)} behind the batch, those of this {name} {list(expected)}"

@@ -1,4 +1,4 @@
-"""What every layer that mixes tokens provides: :class:`MixingLayer`, and :class:`LayerCarry` for what it carries."""
+"""Base classes of layers that mix tokens, :class:`MixingLayer`, and of their carries, :class:`LayerCarry`."""
 
 from __future__ import annotations
 

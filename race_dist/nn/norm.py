@@ -1,4 +1,4 @@
-"""Root-mean-square norms computed in float32 (float64 for float64), whatever autocast says."""
+"""Root-mean-square norms in float32 (float64 for float64), also under autocast."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RMSNorm(SeededModule):
     """``rms(x) * weight`` in the dtype of ``x``.
 
     Args:
-        *shape: of the weight; the mean goes over the last dimension only, so ``RMSNorm(H, D)`` norms each head.
+        *shape: of the weight. The mean is taken over the last dimension only, so ``RMSNorm(H, D)`` is one norm per head.
         eps: added to the mean square.
     """
 

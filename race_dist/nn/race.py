@@ -206,7 +206,7 @@ class RaceKind(LayerKind):
         if decay == "none":
             return None
         shown = f'"{decay}"' if prefix else repr(decay)  # as in a config file, or as in Python
-        return f'needs {prefix}race.decay = "none", but it is {shown}: a state that has decayed cannot be recovered'
+        return f'needs {prefix}race.decay = "none", but it is {shown}: a decayed state cannot be recovered by subtraction'
 
     def build(self, model: ModelShape, layer: int, *, causal: bool, **options: Unpack[BuildOptions]) -> RaceAttention:
         return RaceAttention(model.race, layer, **options)

@@ -24,9 +24,9 @@ class TokenSpan(NamedTuple):
     """Consecutive tokens of the sequence.
 
     Attributes:
-        tensors: what the layer reads of each token, each ``[B, n, ...]``.
+        tensors: inputs of the layer, each ``[B, n, ...]``.
         starts: ``[n]`` bool: tokens at which a document begins, so that nothing before them is seen; None: no token.
-        mask: ``[B, n]`` bool, False for padding: a token that leaves the carry as it is (a document may still begin at it);
+        mask: ``[B, n]`` bool, False for padding: such a token does not change the carry (but a document may begin at it);
             None: every token is real.
     """
 
@@ -46,12 +46,12 @@ def run_recurrence(
     """Run a recurrent layer over this rank's rows, wherever the tokens before them are.
 
     Args:
-        tensors: what the layer reads of each token, each ``[B, T, ...]``.
+        tensors: inputs of the layer, each ``[B, T, ...]``.
         carry: the carry before the call's sequence, the same on every rank; ``zero_carry`` at a beginning.
         sequence: the position of the rows in their sequence.
         scan: from a span and its initial carry to its outputs ``[B, n, ...]`` and its final carry.
-        summarize: the final carry alone, from a zero carry: under a group it is needed before the outputs can be computed.
-            None: ``scan`` without its outputs.
+        summarize: from a span and the zero carry to the final carry. Under a group it runs before ``scan``, which needs the
+            initial carry. None: ``scan`` itself, whose outputs are dropped.
 
     Returns:
         The outputs ``[B, T, ...]`` and the carry after the call's sequence (None unless ``sequence.return_carry``).

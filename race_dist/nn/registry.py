@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import torch
 
+from race_dist.nn.config import RaceConfig, SoftmaxConfig
+from race_dist.nn.mixing_layer import MixingLayer
 from race_dist.strict_config import StrictConfig
-
-if TYPE_CHECKING:
-    from race_dist.nn.config import RaceConfig, SoftmaxConfig
-    from race_dist.nn.mixing_layer import MixingLayer
 
 
 class ModelShape(Protocol):
@@ -65,8 +63,8 @@ class LayerKind(ABC):
         direction: "causal": a token reads only itself and the tokens before it; "either": the model decides; "config": the
             field ``causal`` of the options decides.
         fixed_size_carry: whether the carry's size is independent of the tokens seen. Otherwise a model cannot be streamed.
-        carry_text: what a carry that grows consists of, for messages.
-        cost: the planner's cost of such a layer (:mod:`race_dist.planning` says what it must provide); nothing else reads it.
+        carry_text: the contents of a carry that grows, for messages.
+        cost: the planner's cost of such a layer, which :mod:`race_dist.planning` defines; nothing else reads it.
     """
 
     letter: str
@@ -81,6 +79,11 @@ class LayerKind(ABC):
     def build(self, model: ModelShape, layer: int, *, causal: bool, **options: Unpack[BuildOptions]) -> MixingLayer:
         """The mixing layer of block ``layer`` in a model of this config."""
 
+    @property
+    def adjective(self) -> str:
+        """The name before a noun: "a full-softmax layer"."""
+        return self.name.replace(" ", "-")
+
     def options(self, model: ModelShape) -> StrictConfig | None:
         """The options of such layers in a model."""
         options: StrictConfig | None = None if self.options_name is None else getattr(model, self.options_name)
@@ -93,8 +96,8 @@ class LayerKind(ABC):
         return True if self.direction == "causal" else None
 
     def why_not_subtracted(self, model: ModelShape, prefix: str = "") -> str | None:
-        """Why the carry before a piece cannot be recovered by subtracting what the piece added: a predicate for messages. None:
-        it can, or the carry has nothing that adds up.
+        """The reason why the carry before a piece cannot be recovered by subtracting what the piece added, as the predicate of
+        a sentence; None if it can, or if no tensor of the carry is a sum.
 
         Args:
             model: the config of the model.

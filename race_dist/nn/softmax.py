@@ -36,7 +36,7 @@ class SoftmaxOptions(TypedDict, total=False):
 
 
 class SoftmaxAttention(MixingLayer):
-    """What :class:`WindowAttention` and :class:`FullAttention` share; these two define which tokens a token sees.
+    """The base class of :class:`WindowAttention` and :class:`FullAttention`, which define the tokens that a token sees.
 
     Args:
         dim: width of input and output.

@@ -172,7 +172,7 @@ def run_with_tail(
     hold real tokens only; the outputs of padding are 0 and have no gradient.
 
     Args:
-        tensors: what the layer reads of tokens before the current one, each ``[B, T, ...]``.
+        tensors: inputs of the layer, of which it reads earlier tokens, each ``[B, T, ...]``.
         width: ``n``, the number of tokens that the layer looks back.
         carry: the tail before the call's sequence, or None.
         sequence: the position of the rows in their sequence.

@@ -1,13 +1,13 @@
-"""A step that takes hours, stored in its middle and resumed.
+"""Checkpoints of a streamed step while it runs: a step that takes hours is stored and resumed.
 
-Each rank writes its own files into a folder that all ranks see (or each its own): the carries, as they come; and, as one
-*generation*, everything else. A generation counts once every rank has written it, and the one before stays until then, so
-that a step can be killed at any moment.
+Each rank writes its own files, to one folder that all ranks share or to a folder per rank. Carries are written as they are
+computed; everything else is written as a *generation*. A generation is valid once every rank has written it. The generation
+before is kept until then, so that the step can be killed at any moment.
 
     carries-FIRST.safetensors   rows of the stack of carries, from row FIRST on
     N.safetensors               the tensors of generation N
-    N.json                      its manifest, written last: of which step it is, how far it is, and a checksum of every file
-    step.json                   which step this is, in words, and which generations there are
+    N.json                      its manifest, written last: the step's digest, its progress, and a checksum of every file
+    step.json                   the facts that identify the step, and the numbers of the generations
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ from race_dist.files import DamagedFileError, json_digest, read_checksummed_json
 from race_dist.streaming.chunks import Tokens
 from race_dist.terminal import print_line
 
-KEPT = 2  # generations
-PIECES, PIECE = 64, 4096  # of a text, read for its digest
+KEPT_GENERATIONS = 2
+DIGEST_PIECES, PIECE_LENGTH = 64, 4096  # tokens of a text that its digest reads
 PHASES = ("forward", "backward")
-_KINDS = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list}
+_MANIFEST = {"generation": int, "key": str, "step": str, "phase": str, "done": int, "rows": int, "carries": list}
 _NOTHING, _ANOTHER_STEP = -1, -2
 
 
 class DamagedStepError(ValueError):
-    """What is stored of a step is damaged, and nothing whole is left to go on from. The message names the file."""
+    """The stored step is damaged and no valid generation is left to resume from. The message names the file."""
 
 
 class OtherStepError(ValueError):
-    """What is stored under a step's key is of other weights, another text or other chunks."""
+    """The step stored under the same key has other weights, another text or other chunks."""
 
 
 @dataclass(frozen=True)
 class StepCheckpoint:
-    """Where a step in progress is stored, and how often.
+    """Where a running step is stored, and how often.
 
         streamed_backward(..., checkpoint=StepCheckpoint("runs/long/step", every=600))
 
-    The same call resumes the step where it was stored; the weights, the text and the chunks must then be the same. What is
-    stored is checked when it is read: where the newest is damaged, the step goes on from the one before. What cannot be
-    stored (a full disk) is said, and the step goes on. What is stored stays until :meth:`clear`, also when the step has
-    ended: clear it once the optimizer's step is safe.
+    The same call resumes the step; the weights, the text and the chunks must then be the same. Files are verified when they are
+    read: if the newest generation is damaged, the step resumes from the one before. If storing fails (a full disk), a line is
+    printed and the step continues. Files stay until :meth:`clear`, also after the end of the step: clear them once the
+    optimizer's step is safe.
 
     Attributes:
-        folder: for its files, made where it is not there. Ranks may share it.
-        every: seconds between two times of storing.
-        key: which step this is, in any words. What is stored under another key is of a step that is over, and replaced.
-        stop: asked after every chunk; when it answers True on any rank, the step is stored and ends with StepInterrupted.
+        folder: for the files; created if missing. Ranks may share it.
+        every: seconds between two checkpoints.
+        key: any text that identifies the step. Files with another key belong to an earlier step and are replaced.
+        stop: called after every chunk; when it returns True on any rank, the step is stored and raises StepInterrupted.
 
     Raises:
-        TypeError, ValueError: a field is of another type, or the folder cannot be one.
+        TypeError, ValueError: a field has another type, or ``folder`` cannot be a folder.
     """
 
     folder: str | Path
@@ -87,17 +87,17 @@ class StepCheckpoint:
 
     def clear(self) -> None:
         """Remove what this process has stored."""
-        shutil.rmtree(_place(self.folder), ignore_errors=True)
+        shutil.rmtree(_rank_folder(self.folder), ignore_errors=True)
 
 
 @dataclass
 class SavedStep:
-    """A step in its middle.
+    """The state of a stored step.
 
     Attributes:
-        phase, done: chunks done of a phase.
+        phase, done: the number of chunks done in a phase.
         tensors: by name.
-        carries: ``[count, bytes]`` rows of the stack of carries.
+        carries: ``[count, bytes]``: the rows of the stack of carries.
     """
 
     phase: str
@@ -108,35 +108,35 @@ class SavedStep:
 
 @dataclass(frozen=True)
 class _Generation:
-    """One generation as its manifest describes it."""
+    """One generation."""
 
     manifest: Manifest
 
     @property
-    def about(self) -> dict[str, Any]:
-        """What the manifest says."""
+    def facts(self) -> dict[str, Any]:
+        """The entries of the manifest."""
         return self.manifest.body
 
     @property
     def number(self) -> int:
-        """Its number: the newest has the highest."""
-        return int(self.about["generation"])
+        """The newest generation has the highest number."""
+        return int(self.facts["generation"])
 
     @property
     def position(self) -> int:
-        """How far the step is: ranks continue together from the same one."""
-        return int(self.about["done"]) + 2**40 * PHASES.index(self.about["phase"])
+        """The progress of the step as one number: all ranks resume from the same one."""
+        return int(self.facts["done"]) + 2**40 * PHASES.index(self.facts["phase"])
 
 
 @dataclass
 class StepStore:
-    """One rank's side of a step's checkpoints.
+    """The checkpoints of a running step on one rank.
 
     Attributes:
-        checkpoint: what the user asked for.
-        facts: names and values that must be the same for what is stored to be of this step.
-        group: the ranks that store it together.
-        problem: why the last :meth:`save` has failed, as a sentence; None: it has not.
+        checkpoint: the user's options.
+        facts: names and values that identify the step: a stored step with other values is another step.
+        group: the ranks that store the step together.
+        problem: why the last :meth:`save` failed, as a sentence; None if it succeeded.
     """
 
     checkpoint: StepCheckpoint
@@ -148,110 +148,114 @@ class StepStore:
 
     @property
     def folder(self) -> Path:
-        """This rank's."""
-        return _place(self.checkpoint.folder)
+        """This rank's folder."""
+        return _rank_folder(self.checkpoint.folder)
 
     @property
     def stored(self) -> bool:
-        """Whether there is anything to go on from."""
+        """Whether there is a generation to resume from."""
         return bool(self._kept)
 
     def due(self) -> bool:
-        """Whether it is time to store again."""
+        """Whether it is time for the next checkpoint."""
         return time.monotonic() - self._last >= self.checkpoint.every
 
     # --- reading -------------------------------------------------------------------------------------------------------
 
     def load(self) -> SavedStep | None:
-        """The newest of what all ranks have stored of this step and is whole; None where there is nothing, or another step's.
+        """The newest generation of this step that is valid on all ranks; None if there is none.
 
-        A damaged file is named in a printed line.
+        A line is printed that names damaged files.
 
         Raises:
-            DamagedStepError: there is something of this step, and none of it is whole.
-            OtherStepError: something is stored under this step's key, but of other weights, another text or other chunks.
+            DamagedStepError: generations of this step are stored, and none of them is valid.
+            OtherStepError: a step with other weights, another text or other chunks is stored under this step's key.
         """
-        own, others, trouble = self._found()
+        own, other_step, damage = self._found()
         found = {g.position: g for g in own}
         chosen: _Generation | None = None
         while chosen is None:
-            newest = min_over_ranks(_ANOTHER_STEP if others else max(found, default=_NOTHING), self.group)
+            newest = min_over_ranks(_ANOTHER_STEP if other_step else max(found, default=_NOTHING), self.group)
             if newest < 0:
                 break
-            wrong = self._wrong(found[newest]) if newest in found else None
-            trouble += [] if wrong is None else [wrong]
-            if min_over_ranks(int(newest in found and wrong is None), self.group):
+            error = self._verify(found[newest]) if newest in found else None
+            damage += [] if error is None else [error]
+            if min_over_ranks(int(newest in found and error is None), self.group):
                 chosen = found[newest]
             found = {position: g for position, g in found.items() if position < newest}
         if newest == _ANOTHER_STEP:
-            others = others or "something else, as another rank has found"
+            other_step = other_step or "something else, as another rank has found"
             raise OtherStepError(
-                f"{self.folder} holds a step in progress of {others}: make it the same again, or remove that "
+                f"{self.folder} holds a step in progress of {other_step}: make it the same again, or remove that "
                 "folder to begin the step anew"
             )
-        if chosen is None and max_over_ranks([len(trouble)], self.group)[0]:
-            damage = trouble[0] if trouble else "another rank has found a damaged file"
+        if chosen is None and max_over_ranks([len(damage)], self.group)[0]:
+            first = damage[0] if damage else "another rank has found a damaged file"
             raise DamagedStepError(
-                f"{damage}, and nothing else that is stored of this step is whole; remove {self.folder} to begin the step anew"
+                f"{first}, and no other generation of this step is valid; remove {self.folder} to begin the step anew"
             )
         if chosen is None:
             if own:
-                print_line(f"{self.folder}: the ranks have stored nothing of this step in common; it begins anew")
+                print_line(f"{self.folder}: no generation of this step is stored on all ranks; the step begins anew")
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        if trouble:
+        if damage:
             print_line(
-                f"{'; '.join(trouble)}: the step goes on from what was stored after {chosen.about['done']} chunks of the "
-                f"{chosen.about['phase']} phase"
+                f"{'; '.join(damage)}: the step goes on from what was stored after {chosen.facts['done']} chunks of the "
+                f"{chosen.facts['phase']} phase"
             )
         self._kept = [chosen]
         return self._read(chosen)
 
     def _found(self) -> tuple[list[_Generation], str | None, list[str]]:
-        """This rank's generations of this step (their files not checked yet); what else is stored under its key, in words;
-        and what is damaged."""
+        """The generations stored on this rank; only manifests are read.
+
+        Returns:
+            The generations of this step, their files not verified yet; how another step under this key differs (None if there
+            is none), in words; and damaged files, as sentences.
+        """
         own: list[_Generation] = []
-        trouble: list[str] = []
-        others, over = None, False
-        words, listed = self._words(trouble)
+        damage: list[str] = []
+        other_step, earlier_step = None, False
+        facts, listed = self._read_facts(damage)
         for number in self._numbers("json") | listed:
             try:
-                manifest = Manifest.read(self.folder / f"{number}.json", _KINDS)
-                about = manifest.body
-                if about["generation"] != number:
-                    raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {about['generation']}")
+                generation = _Generation(Manifest.read(self.folder / f"{number}.json", _MANIFEST))
+                if generation.number != number:
+                    raise DamagedFileError(f"{self.folder / f'{number}.json'} is that of generation {generation.number}")
             except (OSError, DamagedFileError) as error:
-                trouble.append(
+                damage.append(
                     f"{self.folder / f'{number}.json'} is missing" if isinstance(error, FileNotFoundError) else str(error)
                 )
                 continue
-            if about["key"] != self.checkpoint.key or about["phase"] not in PHASES:
-                over = True
-            elif about["step"] != json_digest(self.facts):
-                differ = [name for name, value in self.facts.items() if words.get(name, value) != value]
-                others = f"another {' and another '.join(differ)}" if differ else "something else"
+            if generation.facts["key"] != self.checkpoint.key or generation.facts["phase"] not in PHASES:
+                earlier_step = True
+            elif generation.facts["step"] != json_digest(self.facts):
+                differ = [name for name, value in self.facts.items() if facts.get(name, value) != value]
+                other_step = f"another {' and another '.join(differ)}" if differ else "something else"
             else:
-                own.append(_Generation(manifest))
-        return own, others, [] if over and not own else trouble  # a step that is over may be damaged as it likes
+                own.append(generation)
+        return own, other_step, [] if earlier_step and not own else damage  # damage of an earlier step does not matter
 
-    def _words(self, trouble: list[str]) -> tuple[dict[str, Any], set[int]]:
-        """What ``step.json`` says: the stored step's facts and generations."""
+    def _read_facts(self, damage: list[str]) -> tuple[dict[str, Any], set[int]]:
+        """The facts and the numbers of generations in ``step.json``; appends to ``damage``."""
         try:
             record = read_checksummed_json(self.folder / "step.json", {"key": str, "facts": dict, "generations": list})
         except FileNotFoundError:
             return {}, set()
         except (OSError, DamagedFileError) as error:
-            trouble.append(str(error))
+            damage.append(str(error))
             return {}, set()
-        mine = record["key"] == self.checkpoint.key  # else it is what is left of a step that is over
-        return (record["facts"], {int(n) for n in record["generations"]}) if mine else ({}, set())
+        if record["key"] != self.checkpoint.key:  # left over from an earlier step
+            return {}, set()
+        return record["facts"], {int(n) for n in record["generations"]}
 
     def _numbers(self, suffix: str) -> set[int]:
-        """Of the generations that have such a file."""
+        """The numbers of the generations that have a file with this suffix."""
         return {int(file.stem) for file in self.folder.glob(f"*.{suffix}") if file.stem.isdecimal()}
 
-    def _wrong(self, generation: _Generation) -> str | None:
-        """What is damaged of a generation, as a sentence."""
+    def _verify(self, generation: _Generation) -> str | None:
+        """The damage of a generation's files as a sentence; None if they are valid."""
         try:
             generation.manifest.verify()
         except (OSError, DamagedFileError) as error:
@@ -259,25 +263,25 @@ class StepStore:
         return None
 
     def _read(self, generation: _Generation) -> SavedStep:
-        about = generation.about
-        parts = [load_file(self.folder / name)["rows"] for name in about["carries"]]
-        carries = torch.cat(parts)[: about["rows"]] if parts else None
-        return SavedStep(about["phase"], about["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
+        facts = generation.facts
+        parts = [load_file(self.folder / name)["rows"] for name in facts["carries"]]
+        carries = torch.cat(parts)[: facts["rows"]] if parts else None
+        return SavedStep(facts["phase"], facts["done"], load_file(self.folder / f"{generation.number}.safetensors"), carries)
 
     # --- writing -------------------------------------------------------------------------------------------------------
 
     def save(self, phase: str, done: int, tensors: Mapping[str, Tensor], new_rows: Callable[[int], Tensor | None]) -> None:
-        """Store a generation; every rank of the group calls it at the same chunk.
+        """Store a generation. Every rank of the group calls it after the same chunk.
 
-        Where a rank cannot write, that is told, ``problem`` says why, and what was stored before stays.
+        If a rank cannot write, a line is printed, ``problem`` gives the reason, and the generation before stays.
 
         Args:
-            phase, done: chunks done.
+            phase, done: the number of chunks done in a phase.
             tensors: on any device.
-            new_rows: from the first of the carries that is not stored yet, all that are there; None where there are none.
+            new_rows: returns the carries from a given index on, those not stored yet; None if there are none.
         """
-        before: dict[str, Any] = self._kept[-1].about if self._kept else {"rows": 0, "carries": [], "files": {}}
-        rows, told = new_rows(before["rows"]), self.problem
+        before: dict[str, Any] = self._kept[-1].facts if self._kept else {"rows": 0, "carries": [], "files": {}}
+        rows, known_problem = new_rows(before["rows"]), self.problem
         generation: _Generation | None = None
         self._last = time.monotonic()
         try:
@@ -285,14 +289,14 @@ class StepStore:
             self.problem = None
         except OSError as error:
             self.problem = str(error)
-        if not min_over_ranks(int(generation is not None), self.group):  # it counts for all ranks, or for none
+        if not min_over_ranks(int(generation is not None), self.group):  # valid on all ranks or on none
             self.problem = self.problem or "another rank could not store its part of the step"
-            if told is None:
+            if known_problem is None:
                 print_line(f"{self.problem}: the step goes on and is stored again later")
         else:
             assert generation is not None
-            self._kept = [*self._kept, generation][-KEPT:]
-            self._write_words()
+            self._kept = [*self._kept, generation][-KEPT_GENERATIONS:]
+            self._write_facts()
         remove_unlisted(self.folder, [g.manifest for g in self._kept], keep=["step.json"])
 
     def _write(
@@ -308,7 +312,7 @@ class StepStore:
             count += len(rows)
         name = f"{number}.safetensors"
         files[name] = save_tensors_file(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-        about = {
+        facts = {
             "generation": number,
             "key": self.checkpoint.key,
             "step": json_digest(self.facts),
@@ -317,10 +321,10 @@ class StepStore:
             "rows": count,
             "carries": carries,
         }
-        return _Generation(Manifest.write(self.folder / f"{number}.json", about, files))
+        return _Generation(Manifest.write(self.folder / f"{number}.json", facts, files))
 
-    def _write_words(self) -> None:
-        """``step.json``. Nothing depends on it: where it cannot be written, there is none."""
+    def _write_facts(self) -> None:
+        """Write ``step.json``, which serves messages only; if it cannot be written, remove it."""
         file, generations = self.folder / "step.json", [g.number for g in self._kept]
         try:
             write_checksummed_json(file, {"key": self.checkpoint.key, "facts": dict(self.facts), "generations": generations})
@@ -329,17 +333,17 @@ class StepStore:
                 file.unlink()
 
 
-def _place(folder: str | Path) -> Path:
+def _rank_folder(folder: str | Path) -> Path:
     return Path(folder) / f"rank-{dist.get_rank() if dist.is_initialized() else 0}"
 
 
 def tokens_digest(tokens: Tokens) -> str:
-    """Of a text's shape and of pieces all over it: quick for any length."""
+    """A digest of a text's shape and of pieces spread over it, so that it is quick for any length."""
     length = int(tokens.shape[1])
     digest = hashlib.blake2b(str(tuple(tokens.shape)).encode(), digest_size=16)
-    for n in range(PIECES):
-        start = n * max(0, length - PIECE) // max(1, PIECES - 1)
-        piece = tokens[:, start : start + PIECE]
+    for n in range(DIGEST_PIECES):
+        start = n * max(0, length - PIECE_LENGTH) // max(1, DIGEST_PIECES - 1)
+        piece = tokens[:, start : start + PIECE_LENGTH]
         piece = piece if isinstance(piece, np.ndarray) else piece.cpu().numpy()
         digest.update(np.ascontiguousarray(piece, dtype=np.int64).tobytes())
     return digest.hexdigest()
@@ -347,7 +351,7 @@ def tokens_digest(tokens: Tokens) -> str:
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """Of every parameter's name, shape, sum, sum of squares, and a sum with weights that differ by place."""
+    """A digest of every parameter's name, shape, sum, sum of squares, and position-weighted sum."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         wide = p.detach().double().flatten()

@@ -196,7 +196,7 @@ class _Stream:
         for kind in kinds_in(inner.config.layer_kinds):
             if not kind.fixed_size_carry:
                 raise ValueError(
-                    f"a {kind.name} layer cannot be streamed: its carry is {kind.carry_text}; "
+                    f"a {kind.adjective} layer cannot be streamed: its carry is {kind.carry_text}; "
                     f"layer_pattern = {inner.config.layer_pattern!r} may hold {streamable_letters()}"
                 )
         if inner.norm.weight.is_meta:

@@ -12,6 +12,7 @@ from race_dist.config_loader import ConfigLoader
 from race_dist.files import read_json_object
 from race_dist.messages import short_repr
 from race_dist.models import ModelConfig
+from race_dist.nn import kinds_in, streamable_letters
 from race_dist.strict_config import (
     COUNT_LIMIT,
     SEED_LIMIT,
@@ -285,8 +286,11 @@ class TrainConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if "R" in self.model.layer_kinds and not self.model.race.causal:
-            raise ValueError("model.race.causal must be true: a language model reads only earlier tokens; got false")
+        for kind in kinds_in(self.model.layer_kinds):
+            if kind.is_causal(self.model) is False:
+                raise ValueError(
+                    f"model.{kind.options_name}.causal must be true: a language model reads only earlier tokens; got false"
+                )
         if self.deepspeed and self.engine != "deepspeed":
             raise ValueError(f'deepspeed is given but engine is "{self.engine}": set engine = "deepspeed" or leave it out')
         if self.engine != "megatron" and self.parallel.tp > 1:
@@ -308,7 +312,7 @@ class TrainConfig(StrictConfig):
     def _check_planes_rate(self) -> None:
         if self.engine != "native":
             raise ValueError(f'optim.planes_lr needs engine = "native"; it is "{self.engine}": leave it out')
-        if not (self.model.race.train_planes and "R" in self.model.layer_kinds):
+        if not (self.model.race.train_planes and any(k.options_name == "race" for k in kinds_in(self.model.layer_kinds))):
             raise ValueError(
                 f"optim.planes_lr is {self.optim.planes_lr}, but no layer trains its planes: set "
                 "model.race.train_planes = true or leave it out"
@@ -317,18 +321,18 @@ class TrainConfig(StrictConfig):
     def _check_streamed(self) -> None:
         if self.engine != "native":
             raise ValueError(f'stream.chunk_size needs engine = "native"; it is "{self.engine}"')
-        if "S" in self.model.layer_kinds:
-            raise ValueError(
-                f"stream.chunk_size does not go with the full-softmax layers of model.layer_pattern = "
-                f"{self.model.layer_pattern!r}: their carry grows with the sequence; use R and W"
-            )
+        for kind in kinds_in(self.model.layer_kinds):
+            if not kind.fixed_size_carry:
+                raise ValueError(
+                    f"stream.chunk_size does not go with the {kind.adjective} layers of model.layer_pattern = "
+                    f"{self.model.layer_pattern!r}: their carry, {kind.carry_text}, grows with the sequence; "
+                    f"use {streamable_letters()}"
+                )
+            reason = kind.why_not_subtracted(self.model, prefix="model.")
+            if self.stream.keep == "subtract" and reason is not None:
+                raise ValueError(f'stream.keep = "subtract" {reason}; use "host"')
         if self.parallel.layout == "zigzag":
             raise ValueError('stream.chunk_size shards each chunk in order: leave parallel.layout = "contiguous"')
-        if self.stream.keep == "subtract" and "R" in self.model.layer_kinds and self.model.race.decay != "none":
-            raise ValueError(
-                f'stream.keep = "subtract" needs model.race.decay = "none", but it is '
-                f'"{self.model.race.decay}": a decayed state cannot be recomputed by subtraction; use "host"'
-            )
         if self.stream.keep == "subtract" and self.data.documents == "separate":
             raise ValueError(
                 'stream.keep = "subtract" does not go with data.documents = "separate": the state before a document '
