@@ -30,11 +30,22 @@ def plan_of(report: dict[str, Any], row: dict[str, Any], rates: Rates | None = N
     return make_plan(job_of(report, row["tokens"]), layout, Cluster(gpu, 1), rates)
 
 
+# names of kernels in profiles that are older than the kernels' present names
+STORED_NAMES = {
+    "tile_sums": "race_tile_sums_fwd_kernel",
+    "scan_tiles": "race_scan_kernel",
+    "pipe_out": "race_hopper_fwd_kernel",
+    "pipe_queries": "race_hopper_bwd_dq_kernel",
+    "pipe_keys": "race_hopper_bwd_dkv_kernel",
+}
+
+
 def profiled_rates(name: str) -> Rates:
     report = load(name)
     profile = report["rows"][0]["profile"]
+    kernels = [{**kernel, "name": STORED_NAMES.get(kernel["name"], kernel["name"])} for kernel in profile["kernels"]]
     gpu = find_gpu("h100") if report["device"] == "cuda" else GPUS["cpu"]
-    return measured_rates(job_of(report, profile["tokens"]), report["chunk_size"], gpu, profile["kernels"], source=name)
+    return measured_rates(job_of(report, profile["tokens"]), report["chunk_size"], gpu, kernels, source=name)
 
 
 @pytest.mark.parametrize("name", ["h100-75m", "h100-1b"])
