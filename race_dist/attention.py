@@ -110,21 +110,21 @@ def race_attention(
         q: ``[B, T, Hq, D]``, float64, float32, bfloat16 or float16, any strides.
         k: ``[B, T, Hkv, D]``; Hq is a multiple of Hkv and query head h reads key/value head ``h // (Hq // Hkv)``.
         v: ``[B, T, Hkv, Dv]``.
-        planes: ``[L, P, D]`` or ``[Hkv, L, P, D]``, from :func:`race_dist.sample_planes`; gets a gradient if it wants one.
-        beta: sharpness > 0: a float, a scalar tensor or ``[Hkv]``; gets a gradient if it wants one.
-        causal: whether a token reads only itself and what came before.
-        normalization: "global" (the paper), "bucket" (its released code) or "none" (follow it by a norm).
+        planes: ``[L, P, D]`` or ``[Hkv, L, P, D]``, from :func:`race_dist.sample_planes`; differentiable.
+        beta: sharpness > 0: a float, a scalar tensor or ``[Hkv]``; differentiable.
+        causal: whether a token attends only to itself and earlier tokens.
+        normalization: "global" (the paper), "bucket" (its released code) or "none" (apply a norm afterwards).
         cu_seqlens: ``[N + 1]`` int, packed documents (B = 1): document n is tokens ``cu_seqlens[n]`` to
-            ``cu_seqlens[n + 1]``; the state starts anew at each. Empty documents are legal.
-        key_mask: ``[B, T]`` bool; a False token is absent: the others, the states and all gradients are what they would be
-            without it, whatever its q, k, v and log_decay hold (NaN too). Its own output is 0, without a gradient.
-        log_decay: at most 0, causal only: ``[Hkv]`` (no gradient) or ``[B, T, Hkv]`` (differentiable). Token i sees token
-            j with weight ``exp(sum of log_decay over j < t <= i)``.
-        initial_state: what came before, one row a batch row or document; differentiable.
+            ``cu_seqlens[n + 1]``; the state is reset at each. Empty documents are allowed.
+        key_mask: ``[B, T]`` bool; a masked (False) token is absent: other outputs, states and gradients are those of the
+            sequence without it, whatever its q, k, v and log_decay hold (NaN too). Its own output is 0, without a gradient.
+        log_decay: at most 0, causal only: ``[Hkv]`` (no gradient) or ``[B, T, Hkv]`` (differentiable). Token j has in
+            the output of token i the weight ``exp(sum of log_decay over j < t <= i)``.
+        initial_state: state before the first token, one row per batch row or document; differentiable.
         output_final_state: also return the state after the last token of each row or document (initial state included).
-        group: ranks that each hold a shard of the sequence; ``cu_seqlens`` (masked tokens included) and ``initial_state`` are
-            then those of the whole sequence, the same on every rank, and so is the final state. The loss is the sum of the
-            ranks' losses.
+        group: context-parallel group, of whose ranks each holds a shard of the sequence. ``cu_seqlens`` (masked tokens
+            included) and ``initial_state`` are then those of the whole sequence, the same on every rank, and so is the final
+            state. The loss is the sum of the ranks' losses.
         layout: order of the shards, "contiguous" or "zigzag" (see :func:`race_dist.parallel.shard_sequence`).
         backend: "chunked" (PyTorch, any device), "triton" (GPU), "reference" (all pairs, small T), or "auto".
 
@@ -132,7 +132,7 @@ def race_attention(
         ``out [B, T, Hq, Dv]`` in q's dtype, or ``(out, final_state)``.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names its value and the fix. Values are looked at
+        TypeError, ValueError: an argument does not fit; the message names its value and the fix. Values are checked
             only where they are Python numbers or CPU tensors.
         ImportError: backend="triton" without triton.
     """

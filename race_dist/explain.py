@@ -1,4 +1,4 @@
-"""Which kernels a call of the attention runs, without running them."""
+"""Which kernels run for a call of the attention, without running them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Soft locality-sensitive hashing: the planes, the corners and the feature map (arXiv 2510.04008, section 3)."""
+"""Soft locality-sensitive hashing: hyperplanes, buckets and the feature map (arXiv 2510.04008, section 3)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 
 from race_dist import checks
 
-MAX_PLANES = 10  # 2**10 corners a table: past this a table is larger than what any document fills
-MAX_NUMBERS = 2**31  # of the hyperplanes of one call, 16 GiB while they are drawn
+MAX_PLANES = 10  # 2**10 buckets per table: no document fills a larger table
+MAX_NUMBERS = 2**31  # numbers in the hyperplanes of one call: 16 GiB while they are drawn
 
 
 def bucket_signs(num_planes: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
-    """The corners of the ``P``-cube, ``c [R, P]`` with ``R = 2**P``: +1 where bit p of r, most significant first, is 1,
-    -1 elsewhere."""
+    """The signs of the buckets, ``c [R, P]`` with ``R = 2**P``: +1 where bit p of r, most significant first, is 1, else -1."""
     r = torch.arange(2**num_planes, device=device)
     bits = r[:, None] >> torch.arange(num_planes - 1, -1, -1, device=device) & 1
     return (2 * bits - 1).to(dtype)
@@ -36,10 +35,10 @@ def sample_planes(
 ) -> Tensor:
     """Hyperplanes with rows drawn i.i.d. from N(0, I), the same on every device and rank.
 
-    The draw is a counter-based generator (Philox) addressed by ``(seed, layer, global head)``, so a rank that holds
-    heads 8 to 15 gets the rows that a rank holding all heads has there, whatever either drew before. Values are
-    rounded to bfloat16, so that every backend projects with the very same planes. Whoever changes them in place does so under
-    ``torch.no_grad()``, not through ``.data``, which PyTorch does not count as a change.
+    They come from a counter-based generator (Philox) addressed by ``(seed, layer, global head)``: a rank that holds heads 8 to
+    15 gets the rows that a rank with all heads has there, whatever either drew before. Values are rounded to bfloat16, so that
+    every backend projects with the same planes. To change them in place, use ``torch.no_grad()``, not ``.data``: PyTorch does
+    not count the latter as a change.
 
     Args:
         num_tables: ``L >= 1``.
@@ -56,7 +55,7 @@ def sample_planes(
 
     Raises:
         ValueError: an argument is out of its range, or there is no such device.
-        TypeError: an argument is no integer, or the dtype is not floating point.
+        TypeError: an argument is not an integer, or the dtype is not floating point.
     """
     num_tables, num_planes = check_tables_and_planes(num_tables, num_planes)
     head_dim = checks.integer("head_dim", head_dim, minimum=1, maximum=2**31 - 1)
@@ -76,7 +75,7 @@ def sample_planes(
     narrow = narrow.view(-1, num_tables, num_planes, head_dim)
     narrow = narrow if num_heads is not None else narrow[0]
     planes = narrow.to(dtype)
-    if planes is not narrow and not planes.is_inference():  # whose writes are not counted
+    if planes is not narrow and not planes.is_inference():  # writes to inference tensors are not counted
         setattr(planes, _NARROW, (narrow, planes._version))
     return planes
 
@@ -85,8 +84,11 @@ _NARROW = "_race_dist_bfloat16"
 
 
 def as_bfloat16(planes: Tensor) -> Tensor:
-    """The same planes in bfloat16, where :func:`sample_planes` made this very tensor, nobody has written to it since and it
-    wants no gradient: then nothing is rounded, and kernels project once instead of twice. Else ``planes``."""
+    """The same planes in bfloat16, if that rounds nothing, else ``planes``; kernels then project once instead of twice.
+
+    Nothing is rounded where :func:`sample_planes` returned this tensor, it has not been written to since, and it requires no
+    gradient.
+    """
     narrow: Tensor | None
     narrow, version = getattr(planes, _NARROW, (None, 0))
     if narrow is None or planes.is_inference() or planes.requires_grad:

@@ -11,6 +11,6 @@ def short_repr(value: object, limit: int = 80) -> str:
         return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # of somebody else's class, or of a container of integers too long to print
+    except Exception:  # the class is not ours, or a container holds integers too long to print
         text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,1 +1,1 @@
-"""The attention on one rank: by definition, in chunks, in Triton kernels. The contract is in docs/architecture.md."""
+"""The attention on one rank: validation, autograd, and the backends reference, chunked and triton (docs/architecture.md)."""

@@ -23,6 +23,7 @@ from race_dist.ops.inputs import (
     INPUT_SCHEMA,
     AttentionInputs,
     ForwardResult,
+    InputOptions,
     InputTensors,
     ResultTensors,
     differentiable,
@@ -42,7 +43,7 @@ def single_rank_attention(inputs: AttentionInputs, backend: str) -> tuple[Tensor
     if is_traced(tensors):
         results = _attention(*tensors, *options, backend)
     else:
-        results = _Attention.apply(inputs, backend, *tensors)
+        results = _Attention.apply(inputs, options, backend, *tensors)
     out, _, _, mass, values = results
     return out, SketchState.unchecked(mass, values, total_log_decay(inputs))
 
@@ -82,11 +83,6 @@ def autocast_disabled(q: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _run_forward(inputs: AttentionInputs, backend: str) -> ResultTensors:
-    with autocast_disabled(inputs.q):
-        return get_backend(backend).forward(inputs).flatten()
-
-
 def _run_backward(
     inputs: AttentionInputs,
     results: ResultTensors,
@@ -117,12 +113,15 @@ def _final_gradient(results: ResultTensors, dmass: Tensor | None, dvalues: Tenso
 
 
 class _Attention(torch.autograd.Function):
-    """``(inputs, backend, *InputTensors) -> ResultTensors``."""
+    """``(inputs, options, backend, *tensors) -> ResultTensors``; ``tensors`` are those of ``inputs``, which autograd tracks."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: AttentionInputs, backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results = _run_forward(inputs, backend)
-        ctx.backend, ctx.options = backend, inputs.flatten()[1]
+    def forward(
+        ctx: Any, inputs: AttentionInputs, options: InputOptions, backend: str, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        with autocast_disabled(inputs.q):
+            results = get_backend(backend).forward(inputs).flatten()
+        ctx.backend, ctx.options = backend, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *results)
         ctx.mark_non_differentiable(results.den, results.states)
@@ -133,7 +132,7 @@ class _Attention(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dden: None, dstates: None, dmass: Tensor | None, dvalues: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        values, needed = iter(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        values, needed = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
         inputs, results = AttentionInputs.unflatten(take(InputTensors, values), ctx.options), take(ResultTensors, values)
         need = take(InputTensors, iter(needed))
         gradients = _run_backward(
@@ -145,7 +144,7 @@ class _Attention(torch.autograd.Function):
             need_planes=cast(bool, need.planes),
             need_beta=cast(bool, need.beta),
         )
-        return None, None, *(g if n else None for g, n in zip(gradients, needed))
+        return None, None, None, *(g if n else None for g, n in zip(gradients, needed))
 
 
 # --- the custom operator -----------------------------------------------------------------------------------------------
@@ -155,7 +154,8 @@ _RESULT_SCHEMA = ", ".join(f"Tensor {name}" for name in ResultTensors._fields)
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, options, (backend,) = split_arguments(arguments)
-    return tuple(_run_forward(AttentionInputs.unflatten(tensors, options), backend))
+    with autocast_disabled(tensors.q):
+        return tuple(get_backend(backend).forward(AttentionInputs.unflatten(tensors, options)).flatten())
 
 
 _attention = torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""What the host asks of a GPU before it plans a call; each answer is kept."""
+"""Properties of a GPU that decide which kernels run; cached."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def shared_memory_limit(device: torch.device) -> int:
 
 
 def supports_tma(*tensors: Tensor) -> bool:
-    """Whether TMA (Hopper and later) can move these rows: 16-byte strides, unit stride inside a row."""
+    """Whether TMA (Hopper and later) can load these rows: 16-byte strides, unit stride inside a row."""
     if not tensors[0].is_cuda or capability(tensors[0].device) < 9:
         return False
-    for x in tensors:  # host time of every call
+    for x in tensors:  # part of the host time of every call
         size, (b, t, h, d) = x.element_size(), x.stride()
         if d != 1 or min(b, t, h) <= 0 or ((b | t | h | x.shape[3]) * size | x.data_ptr()) % 16 or x.shape[1] >= 2**31:
             return False

@@ -1,4 +1,4 @@
-"""Which kernels a call runs and why, and one warning for each kind of call that does not run in the fastest."""
+"""Which kernels run for a call and why, and one warning per kind of call that does not run in the fastest kernels."""
 
 from __future__ import annotations
 

@@ -249,9 +249,9 @@ def run_forward(inputs: AttentionInputs, call: ContextParallelCall) -> ContextPa
             calls = exchange.partition.calls(heads.inputs, exchange.known_initial(initial))
             started.append([backend.start_forward(local, buffer) for local, buffer in zip(calls, buffers)])
             pending.append(exchange.start_exchange([s.state for s in started[-1]], initial))
-        for begun, finish_exchange in zip(started, pending):
+        for group_started, finish_exchange in zip(started, pending):
             initials = finish_exchange()
-            results = [backend.finish_forward(s, initial) for s, initial in zip(begun, initials)]
+            results = [backend.finish_forward(s, initial) for s, initial in zip(group_started, initials)]
             if call.output_final:
                 finals.append(_StateSum(exchange.final_share([r.final for r in results]), call.group))
             saved += [SavedCall.flatten(result, initial) for result, initial in zip(results, initials)]
@@ -286,8 +286,8 @@ def run_backward(
             wait_dfinal = partial(_wait_dfinal, dfinal_sum, heads)
             pending.append(exchange.start_reverse_exchange([s.state for s in started[-1]], wait_dfinal))
         gradients = [
-            [backend.finish_backward(s, state) for s, state in zip(begun, finish_exchange())]
-            for begun, finish_exchange in zip(started, pending)
+            [backend.finish_backward(s, state) for s, state in zip(group_started, finish_exchange())]
+            for group_started, finish_exchange in zip(started, pending)
         ]
     merged = _merge(exchange, grad_buffers, gradients)
     if merged.log_decay is not None and dfinal_sum is not None:

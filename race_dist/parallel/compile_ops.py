@@ -149,117 +149,115 @@ def _attention_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor |
 cast(Callable[..., None], _context_parallel_attention.register_autograd)(_attention_gradients, setup_context=_save_attention)
 
 
-# --- the last tokens of the shard before --------------------------------------------------------------------------------
+# --- halo exchange: the last tokens of the previous shard ---------------------------------------------------------------
 
 
 def compiled_halo_exchange(
     own: Sequence[Tensor], before: Sequence[Tensor], group: ProcessGroup
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What enters a rank's shard and what leaves the sequence, of tails that are full: the tail of the rank before (on the
-    first rank ``before``, that of the sequence's beginning), and that of the last rank.
+    """The tail before this rank's shard, and the tail of the whole sequence: those of the previous and of the last rank.
 
     Args:
-        own: a shard's last tokens, floating, the same shapes on every rank.
-        before: like them, the same on every rank.
+        own: the last tokens of this rank's shard, floating point, of the same shapes on every rank.
+        before: the tail before the sequence, which the first rank gets; like ``own``, the same on every rank.
     """
-    result = _edges(list(own), list(before), group.group_name)
+    result = _halo_exchange(list(own), list(before), group.group_name)
     return result[: len(own)], result[len(own) :]
 
 
-@torch.library.custom_op("race_dist::edges", mutates_args=())
-def _edges(own: list[Tensor], before: list[Tensor], group: str) -> list[Tensor]:
+@torch.library.custom_op("race_dist::halo_exchange", mutates_args=())
+def _halo_exchange(own: list[Tensor], before: list[Tensor], group: str) -> list[Tensor]:
     ranks = _find_group(group)
     rank, device = group_rank(ranks), own[0].device
-    check_same_call("edges", {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}, ranks, device)
-    every = unpack(start_all_gather(pack(own), ranks).wait(), own)
-    entering = [b.clone() if rank == 0 else t[rank - 1].clone() for b, t in zip(before, every, strict=True)]
-    return entering + [t[-1].clone() for t in every]
+    check_same_call("halo_exchange", {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}, ranks, device)
+    gathered = unpack(start_all_gather(pack(own), ranks).wait(), own)
+    previous = [b.clone() if rank == 0 else t[rank - 1].clone() for b, t in zip(before, gathered, strict=True)]
+    return previous + [t[-1].clone() for t in gathered]
 
 
-@_edges.register_fake
+@_halo_exchange.register_fake
 def _(own, before, group):  # type: ignore[no-untyped-def]
     return [t.new_empty(t.shape) for t in (*before, *own)]
 
 
-@torch.library.custom_op("race_dist::edges_backward", mutates_args=())
-def _edges_backward(dentering: list[Tensor], dleaving: list[Tensor], group: str) -> list[Tensor]:
-    """Gradients of ``own``, then of ``before``: what a rank's tail gives, it gives to the rank after it; the last rank's to
-    every rank that reads what leaves."""
+@torch.library.custom_op("race_dist::halo_exchange_backward", mutates_args=())
+def _halo_exchange_backward(dprevious: list[Tensor], dlast: list[Tensor], group: str) -> list[Tensor]:
+    """Gradients of ``own``, then of ``before``: the tail of a rank was read by the next rank, that of the last rank by all."""
     ranks = _find_group(group)
-    rank, world, count = group_rank(ranks), group_size(ranks), len(dentering)
-    every = unpack(start_all_gather(pack([*dentering, *dleaving]), ranks).wait(), [*dentering, *dleaving])
-    last = rank == world - 1
+    rank, world, count = group_rank(ranks), group_size(ranks), len(dprevious)
+    gathered = unpack(start_all_gather(pack([*dprevious, *dlast]), ranks).wait(), [*dprevious, *dlast])
+    is_last = rank == world - 1
     own = [
-        tree_sum(leaving) if last else entering[rank + 1].clone()
-        for entering, leaving in zip(every[:count], every[count:], strict=True)
+        tree_sum(last) if is_last else previous[rank + 1].clone()
+        for previous, last in zip(gathered[:count], gathered[count:], strict=True)
     ]
-    return own + [g.clone() if rank == 0 else torch.zeros_like(g) for g in dentering]
+    return own + [g.clone() if rank == 0 else torch.zeros_like(g) for g in dprevious]
 
 
-@_edges_backward.register_fake
-def _(dentering, dleaving, group):  # type: ignore[no-untyped-def]
-    return [t.new_empty(t.shape) for t in (*dleaving, *dentering)]
+@_halo_exchange_backward.register_fake
+def _(dprevious, dlast, group):  # type: ignore[no-untyped-def]
+    return [t.new_empty(t.shape) for t in (*dlast, *dprevious)]
 
 
-def _save_edges(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _save_halo_exchange(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.group, ctx.count = inputs[2], len(inputs[0])
     ctx.save_for_backward(*output)
 
 
-def _edges_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    whole = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors)]
-    found = _edges_backward(whole[: ctx.count], whole[ctx.count :], ctx.group)
+def _halo_exchange_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    gradients = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors)]
+    found = _halo_exchange_backward(gradients[: ctx.count], gradients[ctx.count :], ctx.group)
     return found[: ctx.count], found[ctx.count :], None
 
 
-cast(Callable[..., None], _edges.register_autograd)(_edges_gradients, setup_context=_save_edges)
+cast(Callable[..., None], _halo_exchange.register_autograd)(_halo_exchange_gradients, setup_context=_save_halo_exchange)
 
 
-# --- every rank's tensors -------------------------------------------------------------------------------------------------
+# --- all-gather ---------------------------------------------------------------------------------------------------------
 
 
 def compiled_all_gather(own: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """``[W, ...]`` each: every rank's tensors, of the same shapes and dtypes; differentiable where they are floating."""
-    return _gather(list(own), group.group_name)
+    """The tensors of all ranks, ``[W, ...]`` each, of the same shapes and dtypes; differentiable if floating point."""
+    return _all_gather(list(own), group.group_name)
 
 
-@torch.library.custom_op("race_dist::gather", mutates_args=())
-def _gather(own: list[Tensor], group: str) -> list[Tensor]:
+@torch.library.custom_op("race_dist::all_gather", mutates_args=())
+def _all_gather(own: list[Tensor], group: str) -> list[Tensor]:
     ranks = _find_group(group)
     facts = {"shapes": [list(t.shape) for t in own], "dtypes": [t.dtype for t in own]}
-    check_same_call("gather", facts, ranks, own[0].device)
+    check_same_call("all_gather", facts, ranks, own[0].device)
     return [t.clone() for t in unpack(start_all_gather(pack(own), ranks).wait(), own)]
 
 
-@_gather.register_fake
+@_all_gather.register_fake
 def _(own, group):  # type: ignore[no-untyped-def]
     return [t.new_empty(group_size(_find_group(group)), *t.shape) for t in own]
 
 
-@torch.library.custom_op("race_dist::gather_backward", mutates_args=())
-def _gather_backward(gradients: list[Tensor], group: str) -> list[Tensor]:
-    """Of each rank's tensors, summed over the ranks that read them."""
+@torch.library.custom_op("race_dist::all_gather_backward", mutates_args=())
+def _all_gather_backward(gradients: list[Tensor], group: str) -> list[Tensor]:
+    """Gradients of this rank's tensors, summed over the ranks, which all read them."""
     ranks = _find_group(group)
     packed = pack(gradients, rows=group_size(ranks))
     return [tree_sum(g).clone() for g in unpack(start_all_to_all(packed, ranks).wait(), [g[0] for g in gradients])]
 
 
-@_gather_backward.register_fake
+@_all_gather_backward.register_fake
 def _(gradients, group):  # type: ignore[no-untyped-def]
     return [g.new_empty(g.shape[1:]) for g in gradients]
 
 
-def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _save_all_gather(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.group = inputs[1]
     ctx.save_for_backward(*output)
 
 
-def _gather_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    whole = [
+def _all_gather_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    gradients = [
         torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, ctx.saved_tensors) if t.is_floating_point()
     ]
-    found = iter(_gather_backward(whole, ctx.group))
+    found = iter(_all_gather_backward(gradients, ctx.group))
     return [next(found) if t.is_floating_point() else None for t in ctx.saved_tensors], None
 
 
-cast(Callable[..., None], _gather.register_autograd)(_gather_gradients, setup_context=_save_gather)
+cast(Callable[..., None], _all_gather.register_autograd)(_all_gather_gradients, setup_context=_save_all_gather)

@@ -124,7 +124,7 @@ class _QueryGradient:
 
     Attributes:
         g: ``[B, H, n, Q, E]`` of (num, den).
-        reads: query weights, see :func:`read_features`.
+        reads: ``[B, H, n, Q, S]`` weights with which queries read the state (:func:`read_features`).
         dphi: ``[B, H, n, Q, S]`` of the query features.
         dmass: ``[B, H, n, C, S]`` of the running mass ("bucket" only).
         dstate: ``[B, H, n, S, E]`` of the state before each chunk, from its own tokens.
@@ -142,27 +142,24 @@ class _QueryGradient:
 def _query_gradient(
     inputs: AttentionInputs, loaded: LoadedTile, before: Tensor, saved: ForwardResult, dout: Tensor
 ) -> _QueryGradient:
+    """Backward through the output of one tile, as far as its queries and the states before its chunks."""
     reads, mass = read_features(inputs, loaded, before)
     g = _numerator_gradient(inputs, loaded, before, saved, dout)
     dreads = g @ before.mT
-    entry = (
-        None
-        if loaded.weights is None or loaded.weights.from_start is None
-        else repeat_per_query_head(loaded.weights.from_start, g)
-    )
-    if entry is not None:
-        dreads *= entry
+    from_start = None if loaded.weights is None else loaded.weights.from_start
+    decay = None if from_start is None else repeat_per_query_head(from_start, g)
+    if decay is not None:
+        dreads *= decay
     if loaded.weights is not None:
         dreads += weigh_pairs(loaded, g @ loaded.vx.mT) @ loaded.k.phi
-    dstate = (reads if entry is None else reads * entry).mT @ g
+    dstate = (reads if decay is None else reads * decay).mT @ g
     if mass is None:
         dcumulative = (reads * dreads).sum(-1) if inputs.log_decay is not None and inputs.normalization == "none" else None
         return _QueryGradient(g, reads, dreads, None, dstate, _sum_query_heads(loaded, dcumulative))
     dmass_q = -reads * dreads / mass  # each query head's share
     dcumulative = -(dmass_q * BUCKET_EPS).sum(-1) if inputs.log_decay is not None else None
     dmass = dmass_q.unflatten(3, (-1, loaded.tile.shape[1])).sum(3)
-    entered = dmass if loaded.weights is None or loaded.weights.from_start is None else dmass * loaded.weights.from_start
-    dstate[..., -1] += entered.sum(-2)
+    dstate[..., -1] += (dmass if from_start is None else dmass * from_start).sum(-2)
     return _QueryGradient(g, reads, dreads / mass, dmass, dstate, _sum_query_heads(loaded, dcumulative))
 
 
@@ -175,8 +172,8 @@ def _numerator_gradient(
 ) -> Tensor:
     """``[g | h]``, the gradients of num and den: ``g = do / den``, ``h = -(do . o) / den``.
 
-    h is taken from the saved output where that has the working precision; a 16-bit output has lost the digits that h
-    needs, and num is computed again.
+    h is computed from the saved output where that has the compute dtype. A 16-bit output has lost the digits that h needs, so
+    that num is computed again.
     """
     do = take_queries(inputs, loaded.tile, dout)
     if loaded.tile.valid is not None:
@@ -202,7 +199,7 @@ def _reverse_step(
     Args:
         dstate: ``[B, H, n, S, E]`` gradient of the states before the chunks, from the chunks' own tokens.
         running: ``[B, H, S, E]`` float64 gradient of the state after the tile.
-        dfinal: ``[rows, H, S, E]`` gradient of the final states (documents: enters where each ends).
+        dfinal: ``[rows, H, S, E]`` gradient of the final states (packed: each is added where its document ends).
         dinitial: ``[N, H, S, E]`` gradient of the documents' initial states, added to here; None when nothing is packed.
 
     Returns:
@@ -214,12 +211,12 @@ def _reverse_step(
     if loaded.tile.ends is not None:
         ending = select_per_chunk(dfinal.to(dstate.dtype), loaded.tile) * loaded.tile.ends[:, None, None]
         dstate = dstate + (ending if weights.chunk_decay is None else ending * weights.chunk_decay)
-    every = torch.cat([dstate, running[:, :, None].to(dstate.dtype)], 2)  # [B, H, n + 1, S, E]
-    suffix = (weights.inter[..., 1:].mT @ every.flatten(3)).view_as(dstate)
+    later = torch.cat([dstate, running[:, :, None].to(dstate.dtype)], 2)  # [B, H, n + 1, S, E]
+    suffix = (weights.inter[..., 1:].mT @ later.flatten(3)).view_as(dstate)
     if ending is not None:
         suffix = suffix + ending
     if weights.from_initial is not None and dinitial is not None:
-        add_per_chunk(dinitial, (weights.from_initial.mT @ every.flatten(3)).view_as(dstate), loaded.tile)
+        add_per_chunk(dinitial, (weights.from_initial.mT @ later.flatten(3)).view_as(dstate), loaded.tile)
     local = (weights.inter[..., :-1, :1].mT @ dstate.flatten(3)).view_as(running).double()
     return weights.tile_decay * running.view_as(local) + local, suffix
 
@@ -237,7 +234,7 @@ def _key_gradient(loaded: LoadedTile, queries: _QueryGradient, suffix: Tensor) -
 
 
 def _inter_chunk_gradient(loaded: LoadedTile, suffix: Tensor) -> tuple[Tensor, Tensor]:
-    """What keys and values get from the tokens after their chunk (or, not causal, from all)."""
+    """Gradients of keys and values from the tokens after their chunk (not causal: from all tokens)."""
     dphi, dvx = loaded.vx @ suffix.mT, loaded.k.phi @ suffix
     if loaded.weights is not None and loaded.weights.to_end is not None:
         dphi *= loaded.weights.to_end
@@ -246,15 +243,15 @@ def _inter_chunk_gradient(loaded: LoadedTile, suffix: Tensor) -> tuple[Tensor, T
 
 
 class _GradientSums:
-    """The gradients of a backward pass as they come together, tile by tile."""
+    """The gradients of a backward pass, accumulated tile by tile."""
 
     def __init__(self, inputs: AttentionInputs, need_planes: bool, need_beta: bool, grad_buffers: GradBuffers) -> None:
         self.inputs = inputs
         self.q, self.k, self.v = grad_buffers
         self.beta = torch.zeros(inputs.beta.shape, dtype=torch.float64, device=inputs.q.device) if need_beta else None
         self.planes = torch.zeros(inputs.planes.shape, dtype=torch.float64, device=inputs.q.device) if need_planes else None
-        # of G_i
-        self.decay = None if inputs.log_decay is None else inputs.q.new_zeros(inputs.log_decay.shape, dtype=torch.float64)
+        # gradient of the cumulative log decay G_i
+        self.dcumulative = None if inputs.log_decay is None else inputs.q.new_zeros(inputs.log_decay.shape, dtype=torch.float64)
         self.signs = bucket_signs(inputs.planes.shape[2], dtype=inputs.compute_dtype, device=inputs.q.device)
 
     def add_queries(self, loaded: LoadedTile, queries: _QueryGradient) -> None:
@@ -266,13 +263,15 @@ class _GradientSums:
         dx = self._hash_backward(loaded.k, dphi)
         loaded.tile.put(self.k, dx.unflatten(2, dphi.shape[2:4]))
         loaded.tile.put(self.v, dvx[..., :-1])
-        if self.decay is not None:
+        if self.dcumulative is not None:
             column = -(loaded.k.phi * dphi).sum(-1)
-            loaded.tile.put(self.decay, column if dcumulative is None else column + dcumulative)
+            loaded.tile.put(self.dcumulative, column if dcumulative is None else column + dcumulative)
 
     def _hash_backward(self, rows: HashedRows, dphi: Tensor) -> Tensor:
-        """From the gradient of features ``[B, H, n, N, S]`` to that of rows ``[B, H, n * N, D]``; beta's and planes' on
-        the way."""
+        """Backward through the soft hash: the gradient of rows ``[B, H, n * N, D]`` from that of features ``[B, H, n, N, S]``.
+
+        Adds to the gradients of beta and the planes.
+        """
         inputs, dtype = self.inputs, rows.x.dtype
         _, tables, number, dim = inputs.planes.shape
         weighted = (rows.phi * dphi).flatten(2, 3).unflatten(-1, (tables, -1))  # [B, H, N, L, R]
@@ -288,11 +287,11 @@ class _GradientSums:
         return du @ inputs.planes.to(dtype).flatten(1, 2)
 
     def gradients(self, dinitial: Tensor, last: Tensor | None) -> Gradients:
-        """All of them; ``last [rows, H]`` is what G at each last token gets through the final state."""
+        """All gradients; ``last [rows, H]`` is the gradient of G at each row's last token through the final state."""
         inputs = self.inputs
         log_decay = None
-        if self.decay is not None and last is not None and inputs.log_decay is not None:
-            log_decay = _decay_gradient(inputs, self.decay, last).to(inputs.log_decay.dtype)
+        if self.dcumulative is not None and last is not None and inputs.log_decay is not None:
+            log_decay = _decay_gradient(inputs, self.dcumulative, last).to(inputs.log_decay.dtype)
         initial = None if inputs.initial is None else to_sketch(inputs, dinitial)
         return Gradients(
             self.q,
@@ -305,11 +304,11 @@ class _GradientSums:
         )
 
 
-def _decay_gradient(inputs: AttentionInputs, decay: Tensor, last: Tensor) -> Tensor:
+def _decay_gradient(inputs: AttentionInputs, dcumulative: Tensor, last: Tensor) -> Tensor:
     """``dlog_decay_t = sum over i >= t of dG_i`` inside each document, float64."""
-    suffix = decay.flip(1).cumsum(1).flip(1)
+    suffix = dcumulative.flip(1).cumsum(1).flip(1)
     if inputs.cu_seqlens is None:
         return suffix + last[:, None]
-    document = document_ids(inputs.cu_seqlens, decay.shape[1])
-    beyond = F.pad(suffix, (0, 0, 0, 1))[:, inputs.cu_seqlens[1:]]  # what the documents after it hold
+    document = document_ids(inputs.cu_seqlens, dcumulative.shape[1])
+    beyond = F.pad(suffix, (0, 0, 0, 1))[:, inputs.cu_seqlens[1:]]  # the sums of later documents
     return suffix - beyond[:, document] + last[document]

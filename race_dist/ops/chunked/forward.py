@@ -59,20 +59,20 @@ def new_output(inputs: AttentionInputs) -> Tensor:
 
 
 def states_shape(inputs: AttentionInputs) -> tuple[int, ...]:
-    """Of ``ForwardResult.states``: the state before each tile, or the sums."""
+    """Of ``ForwardResult.states``: the state before each tile (causal) or the totals."""
     shape = (inputs.k.shape[2], inputs.features, inputs.v.shape[3] + 1)
     return (Tiling(inputs).num_tiles, inputs.q.shape[0], *shape) if inputs.causal else (inputs.num_states, *shape)
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """Always None: this backend computes every problem, on any device."""
+    """Always None: this backend computes all inputs, on any device."""
     return None
 
 
 def _scan_tiles(
     inputs: AttentionInputs, tiling: Tiling, out: Tensor | None = None, den: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Along the tiles, carrying the state; writes outputs where asked.
+    """Scan over the tiles, which writes the output on its way where buffers are given.
 
     Returns:
         The states before each tile ``[tiles, B, H, S, E]`` (with outputs) and the final state ``[rows, H, S, E]``.
@@ -98,20 +98,20 @@ def _scan_tiles(
 
 
 def read_features(inputs: AttentionInputs, loaded: LoadedTile, before: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a query reads buckets with: its features, or for "bucket" its features over (mass + eps); and that sum."""
+    """The weights with which queries read the state, and for "bucket" mass + eps, by which the features are divided."""
     if inputs.normalization != "bucket":
         return loaded.phi_q, None
     mass = before[..., None, :, -1]  # [B, H, n, 1, S]
     if loaded.weights is not None:
-        mass = loaded.weights.intra @ loaded.k.phi + (
-            mass if loaded.weights.from_start is None else loaded.weights.from_start * mass
-        )
-    mass = repeat_per_query_head(mass, loaded.phi_q) + BUCKET_EPS if loaded.weights is not None else mass + BUCKET_EPS
+        if loaded.weights.from_start is not None:
+            mass = loaded.weights.from_start * mass
+        mass = repeat_per_query_head(loaded.weights.intra @ loaded.k.phi + mass, loaded.phi_q)
+    mass = mass + BUCKET_EPS
     return loaded.phi_q / mass, mass
 
 
 def read_out(inputs: AttentionInputs, loaded: LoadedTile, before: Tensor) -> Tensor:
-    """The read-out before it is divided, ``[B, H, n, Q, E]``; its last column is the denominator."""
+    """The output before normalization, ``[B, H, n, Q, E]``; its last column is the denominator."""
     reads, _ = read_features(inputs, loaded, before)
     num = reads @ before
     if loaded.weights is not None:
@@ -122,14 +122,14 @@ def read_out(inputs: AttentionInputs, loaded: LoadedTile, before: Tensor) -> Ten
 
 
 def weigh_pairs(loaded: LoadedTile, products: Tensor) -> Tensor:
-    """Products of a chunk's queries and keys ``[B, H, n, Q, C]``, weighted by what sees what; in place."""
+    """Multiply the products of a chunk's queries and keys ``[B, H, n, Q, C]`` by causal mask and decay, in place."""
     assert loaded.weights is not None
     products.unflatten(3, (-1, products.shape[-1])).mul_(loaded.weights.intra[..., None, :, :])
     return products
 
 
 def _write_output(inputs: AttentionInputs, loaded: LoadedTile, num: Tensor, out: Tensor, den: Tensor) -> None:
-    """Divide and write."""
+    """Normalize and store the output."""
     result = num[..., :-1]
     if inputs.normalization == "global":
         weight = num[..., -1:]

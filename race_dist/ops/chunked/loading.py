@@ -15,7 +15,13 @@ from race_dist.ops.inputs import AttentionInputs
 
 @dataclass
 class HashedRows:
-    """Rows of one tile and their features. x ``[B, H, N, D]``, u ``[B, H, N, L, P]``, phi ``[B, H, n, N / n, S]``."""
+    """Query or key rows of one tile and their features; ``N`` rows are those of n chunks.
+
+    Attributes:
+        x: ``[B, H, N, D]`` the rows.
+        u: ``[B, H, N, L, P]`` tanh of their projections.
+        phi: ``[B, H, n, N / n, S]`` their features.
+    """
 
     x: Tensor
     u: Tensor
@@ -24,7 +30,15 @@ class HashedRows:
 
 @dataclass
 class LoadedTile:
-    """One tile, loaded: features of queries (None where not asked) and keys, value rows ``vx [B, H, n, C, E]``."""
+    """The inputs of one tile.
+
+    Attributes:
+        tile: which tokens.
+        weights: causal order, decay and document boundaries; None without ``causal``.
+        q: hashed queries, None unless asked for.
+        k: hashed keys; features of masked keys and of padding are 0.
+        vx: ``[B, H, n, C, E]`` value rows ``[v | 1]``.
+    """
 
     tile: Tile
     weights: TileWeights | None
@@ -39,6 +53,7 @@ class LoadedTile:
 
 
 def load_tile(inputs: AttentionInputs, tile: Tile, *, queries: bool = True) -> LoadedTile:
+    """Copy the rows of a tile and hash them."""
     dtype = inputs.compute_dtype
     k = hash_rows(inputs, tile.take(inputs.k, dtype))
     keep = tile.valid
@@ -58,6 +73,7 @@ def load_tile(inputs: AttentionInputs, tile: Tile, *, queries: bool = True) -> L
 
 
 def hash_rows(inputs: AttentionInputs, x: Tensor) -> HashedRows:
+    """Hash rows ``[B, H, n, N / n, D]``."""
     rows = x.flatten(2, 3)
     u = project(rows, inputs.planes.to(rows.dtype)).tanh_()
     phi = bucket_probabilities(2 * inputs.beta.to(rows.dtype)[:, None, None, None] * u).flatten(-2)
@@ -65,13 +81,13 @@ def hash_rows(inputs: AttentionInputs, x: Tensor) -> HashedRows:
 
 
 def take_queries(inputs: AttentionInputs, tile: Tile, x: Tensor) -> Tensor:
-    """``x [B, T, Hq, ...]`` as ``[B, Hkv, n, Q, ...]``: the query heads of a key/value head, one after the other."""
+    """Load ``x [B, T, Hq, ...]`` as ``[B, Hkv, n, Q, ...]``: the query heads of one key/value head follow each other."""
     part = tile.take(x, inputs.compute_dtype).unflatten(1, (inputs.k.shape[2], -1))
     return part.movedim(2, 3).flatten(3, 4)
 
 
 def put_queries(tile: Tile, target: Tensor, part: Tensor) -> None:
-    """The inverse of :func:`take_queries`."""
+    """Store rows; the inverse of :func:`take_queries`."""
     part = part.unflatten(3, (-1, tile.shape[1])).movedim(3, 2)
     tile.put(target, part.flatten(1, 2))
 

@@ -15,20 +15,26 @@ from race_dist.sketch import SketchState
 
 @dataclass
 class ChunkStates:
-    """``sums [B, H, n, S, E]`` of each chunk, ``before [B, H, n, S, E]`` the state before it."""
+    """States of the chunks of one tile.
+
+    Attributes:
+        sums: ``[B, H, n, S, E]`` what the keys and values of each chunk add.
+        before: ``[B, H, n, S, E]`` the state before each chunk.
+    """
 
     sums: Tensor
     before: Tensor
 
 
 def to_sketch(inputs: AttentionInputs, state: Tensor) -> SketchState:
+    """The sketches of augmented states ``[rows, H, S, E]``, in the state dtype."""
     state = state.to(inputs.state_dtype)
     mass, values = (part.clone(memory_format=torch.contiguous_format) for part in (state[..., -1], state[..., :-1]))
     return SketchState.unchecked(mass, values, total_log_decay(inputs))
 
 
 def to_augmented(inputs: AttentionInputs, state: SketchState | None) -> Tensor:
-    """``[values | mass]`` as float64; zeros for None."""
+    """Augmented states ``[values | mass]`` of sketches, float64; zeros for None."""
     if state is None:
         return torch.zeros(
             inputs.num_states,
@@ -47,7 +53,7 @@ def select_per_chunk(state: Tensor, tile: Tile) -> Tensor:
 
 
 def add_per_chunk(target: Tensor, chunks: Tensor, tile: Tile) -> None:
-    """Add ``[B, H, n, S, E]``, one a chunk, to its row or document of ``target``."""
+    """Add the states ``[B, H, n, S, E]`` of chunks to their batch rows or documents in ``target``."""
     if tile.document is None:
         target += chunks.sum(2)
     else:
@@ -55,7 +61,7 @@ def add_per_chunk(target: Tensor, chunks: Tensor, tile: Tile) -> None:
 
 
 def chunk_states(inputs: AttentionInputs, loaded: LoadedTile, initial: Tensor) -> ChunkStates:
-    """The chunks' sums and the states before them, from the state that enters the tile ``[B, H, S, E]``."""
+    """The sums of the chunks and the states before them, from the state ``initial [B, H, S, E]`` before the tile."""
     weights = loaded.weights
     assert weights is not None
     sums = (loaded.k.phi if weights.to_end is None else loaded.k.phi * weights.to_end).mT @ loaded.vx
@@ -68,7 +74,7 @@ def chunk_states(inputs: AttentionInputs, loaded: LoadedTile, initial: Tensor) -
 
 
 def state_after_tile(inputs: AttentionInputs, loaded: LoadedTile, state: ChunkStates, initial: Tensor) -> Tensor:
-    """The float64 state after the tile, ``[B, H, S, E]``."""
+    """The float64 state after the tile, ``[B, H, S, E]``, from the state ``initial`` before it."""
     weights = loaded.weights
     assert weights is not None
     local = (weights.inter[..., -1:, 1:] @ state.sums.flatten(3)).view_as(initial).double()
@@ -81,5 +87,5 @@ def state_after_tile(inputs: AttentionInputs, loaded: LoadedTile, state: ChunkSt
 def states_after_chunks(loaded: LoadedTile, state: ChunkStates) -> Tensor:
     """The state after each chunk."""
     assert loaded.weights is not None
-    through = loaded.weights.chunk_decay
-    return state.sums + (state.before if through is None else through * state.before)
+    decay = loaded.weights.chunk_decay
+    return state.sums + (state.before if decay is None else decay * state.before)

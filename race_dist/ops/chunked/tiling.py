@@ -1,11 +1,11 @@
-"""How a sequence is cut for the chunked pass: chunks for matrix products, tiles of chunks for saved states.
+"""Division of a sequence into chunks, for matrix products, and tiles of chunks, for saved states.
 
-A *chunk* is up to C tokens of one document; a *tile* is up to n chunks worked on together. Rows of a chunk that hold no
-token (a ragged end) are padding: their keys add nothing and their outputs are dropped.
+A *chunk* is up to C tokens of one document; a *tile* is up to n chunks that are computed together. The last rows of a chunk may
+be padding: their keys add nothing and their outputs are dropped.
 
-Inside a tile the state before each chunk is a weighted sum of *sources*: the state that enters the tile and the
-chunks' own sums. The weights, one small matrix a head, carry the causal order, the decay and the document boundaries all
-at once; the backward pass is its transpose.
+Inside a tile the state before each chunk is a weighted sum of the state before the tile and the sums of the chunks. The
+weights, one small matrix per head, express causal order, decay and document boundaries together; the backward pass uses their
+transpose.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from race_dist.ops.inputs import AttentionInputs
 
-MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 too; -inf itself would make differences NaN
+MIN_LOG_DECAY = -1000.0  # its exponential is 0 in float64 too; differences of -inf would be NaN
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tile:
     ends: Tensor | None = None
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tile's part of ``x [B, T, H, ...]`` as ``[B, H, n, C, ...]``, contiguous."""
+        """Load the tile's rows of ``x [B, T, H, ...]`` as ``[B, H, n, C, ...]``, contiguous."""
         n, c = self.shape
         if self.rows is not None:
             part = x[:, self.rows]
@@ -60,7 +60,7 @@ class Tile:
         return part.movedim(3, 1).to(dtype).contiguous()
 
     def put(self, target: Tensor, part: Tensor) -> None:
-        """Write ``part [B, H, n, C, ...]`` to its place in ``target [B, T, H, ...]``."""
+        """Store ``part [B, H, n, C, ...]`` to the tile's rows of ``target [B, T, H, ...]``."""
         part = part.movedim(1, 3)  # [B, n, C, H, ...]
         if self.rows is not None:
             target[:, self.rows[self.valid]] = part[:, self.valid].to(target.dtype)
@@ -69,18 +69,18 @@ class Tile:
 
 
 class Tiling:
-    """The tiles of one problem, in order."""
+    """The tiles of one call, in order."""
 
     def __init__(self, inputs: AttentionInputs) -> None:
         batch, length, query_heads, _ = inputs.q.shape
         self.device = inputs.q.device
-        self.chunk = max(1, min(64 if inputs.features <= 128 else 128, length))  # one token is decoded without padding
-        rows = 2**14 if inputs.q.device.type == "cpu" else 2**18  # query rows worked on at once: a few MB of features
+        self.chunk = max(1, min(64 if inputs.features <= 128 else 128, length))  # a single token is not padded
+        rows = 2**14 if inputs.q.device.type == "cpu" else 2**18  # query rows per tile: a few MB of features
         self.per_tile = min(64, max(8, rows // (self.chunk * max(1, batch * query_heads))))
         self.length, self.cu_seqlens = length, inputs.cu_seqlens
-        # every document may leave one ragged chunk; a bound that depends on shapes only
-        ragged = inputs.num_states if inputs.cu_seqlens is not None and length else 0
-        self.num_chunks = length // self.chunk + ragged if ragged else -(-length // self.chunk)
+        # every document may have one chunk with padding: an upper bound from shapes alone
+        padded = inputs.num_states if inputs.cu_seqlens is not None and length else 0
+        self.num_chunks = length // self.chunk + padded if padded else -(-length // self.chunk)
         self.num_tiles = -(-self.num_chunks // self.per_tile)
 
     def __iter__(self) -> Iterator[Tile]:
@@ -112,7 +112,7 @@ class Tiling:
         offset = number[:, None] * self.chunk + torch.arange(self.chunk, device=self.device)
         valid = offset < lengths[document, None]
         rows = torch.where(valid, starts[document, None] + offset, 0)
-        held = valid[:, 0]
+        not_empty = valid[:, 0]
         return Tile(
             index,
             0,
@@ -121,8 +121,8 @@ class Tiling:
             rows,
             valid,
             document,
-            begins=held & (number == 0),
-            ends=held & (chunk == last_chunk[document] - 1),
+            begins=not_empty & (number == 0),
+            ends=not_empty & (chunk == last_chunk[document] - 1),
         )
 
 
@@ -131,14 +131,15 @@ class TileWeights:
     """The weights inside a tile, broadcastable over batch and heads; None where all are 1.
 
     Attributes:
-        intra: ``[.., n, C, C]``: token i of a chunk sees token j <= i of it with this weight.
-        from_start: ``[.., n, C, 1]``: token i sees the state before its chunk with this weight.
-        to_end: ``[.., n, C, 1]``: token j is added to the sum of its chunk with this weight.
-        chunk_decay: ``[.., n, 1, 1]``: a state crosses a chunk with this weight.
-        inter: ``[.., n + 1, n + 1]``: row m, the state before chunk m (row n: after the tile), reads column 0, the
-            state that enters the tile, and column j, the sum of chunk j - 1.
-        from_initial: ``[.., n + 1, n]``: row m reads the initial state of the document that begins at chunk j (packed only).
-        tile_decay: ``[.., 1, 1]`` float64: the state that enters the tile leaves it with this weight.
+        intra: ``[.., n, C, C]`` weight of token j in the output of token i of the same chunk.
+        from_start: ``[.., n, C, 1]`` weight of the state before the chunk in the output of token i.
+        to_end: ``[.., n, C, 1]`` weight of token j in the sum of its chunk.
+        chunk_decay: ``[.., n, 1, 1]`` weight of the state before a chunk in the state after it.
+        inter: ``[.., n + 1, n + 1]`` weights in the state before chunk m (row m; row n: after the tile) of the state before the
+            tile (column 0) and of the sum of chunk j - 1 (column j).
+        from_initial: ``[.., n + 1, n]`` weight in the state before chunk m of the initial state of the document that begins at
+            chunk j (packed only).
+        tile_decay: ``[.., 1, 1]`` float64 weight of the state before the tile in the state after it.
     """
 
     intra: Tensor
@@ -153,18 +154,18 @@ class TileWeights:
 def tile_weights(inputs: AttentionInputs, tile: Tile) -> TileWeights:
     """The weights of a causal tile. Sums of log decays are float64: only their differences are exponentiated."""
     (n, c), dtype, device = tile.shape, inputs.compute_dtype, inputs.q.device
-    segment = torch.zeros(n, dtype=torch.long, device=device) if tile.begins is None else tile.begins.cumsum(0)
-    reader = torch.cat([segment, segment[-1:]])  # [n + 1]: document read by the state before chunk m, and after the tile
-    source = torch.cat([segment.new_zeros(1), segment])  # [n + 1]: document of the initial state and of the chunks
+    document = torch.zeros(n, dtype=torch.long, device=device) if tile.begins is None else tile.begins.cumsum(0)
+    row = torch.cat([document, document[-1:]])  # [n + 1]: document of the state before chunk m, and after the tile
+    column = torch.cat([document.new_zeros(1), document])  # [n + 1]: document of the state before the tile, and of the chunks
     order = torch.arange(n + 1, device=device)
-    seen = (order[:, None] >= order) & (reader[:, None] == source)
-    seen_begin = None
+    visible = (order[:, None] >= order) & (row[:, None] == column)
+    initial_visible = None
     if tile.begins is not None:
-        seen_begin = (order[:, None] >= order[:-1]) & (reader[:, None] == segment) & tile.begins
+        initial_visible = (order[:, None] >= order[:-1]) & (row[:, None] == document) & tile.begins
     lower = torch.ones(c, c, dtype=torch.bool, device=device).tril()
     if inputs.log_decay is None:
-        begin = None if seen_begin is None else seen_begin.to(dtype)
-        return TileWeights(lower.to(dtype), None, None, None, seen.to(dtype), begin, seen[-1:, :1].double())
+        from_initial = None if initial_visible is None else initial_visible.to(dtype)
+        return TileWeights(lower.to(dtype), None, None, None, visible.to(dtype), from_initial, visible[-1:, :1].double())
 
     log_decay = tile.take(inputs.log_decay.clamp(min=MIN_LOG_DECAY), torch.float64)  # [B, H, n, C]
     if tile.valid is not None:
@@ -173,17 +174,19 @@ def tile_weights(inputs: AttentionInputs, tile: Tile) -> TileWeights:
     total = inside[..., -1:]  # [B, H, n, 1]
     before = F.pad(total[..., 0].cumsum(-1), (1, 0))  # [B, H, n + 1]: decay from the tile's start to chunk m
 
-    def weights(difference: Tensor, mask: Tensor) -> Tensor:
+    def masked_exp(difference: Tensor, mask: Tensor) -> Tensor:
         return difference.masked_fill_(~mask, -torch.inf).to(dtype).exp_()
 
-    sources = weights(before[..., :, None] - before[..., None, :], seen)
-    begin = None if seen_begin is None else weights(before[..., :, None] - before[..., None, :-1], seen_begin)
+    inter = masked_exp(before[..., :, None] - before[..., None, :], visible)
+    from_initial = (
+        None if initial_visible is None else masked_exp(before[..., :, None] - before[..., None, :-1], initial_visible)
+    )
     return TileWeights(
-        weights(inside[..., :, None] - inside[..., None, :], lower),
+        masked_exp(inside[..., :, None] - inside[..., None, :], lower),
         inside[..., None].exp().to(dtype),
         (total - inside)[..., None].exp().to(dtype),
         total[..., None].exp().to(dtype),
-        sources,
-        begin,
-        (before[..., -1:].exp() * seen[-1, 0])[..., None],
+        inter,
+        from_initial,
+        (before[..., -1:].exp() * visible[-1, 0])[..., None],
     )
