@@ -1,1 +1,1 @@
-"""Starting a training run on one machine or many."""
+"""Launchers: start a training run on one machine or on many."""

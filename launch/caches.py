@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: on a node's own disk, in a folder that nobody but its user can write to."""
+"""Caches of compiled kernels: on the node's local disk, in a folder that only its user can write to."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", 
 
 
 def use_local_caches(environment: MutableMapping[str, str]) -> None:
-    """Put compiled kernels under RACE_DIST_CACHE on this node's own disk, a folder per user, unless told otherwise.
+    """Set the cache variables of Triton, Inductor and CUDA to a folder per user under RACE_DIST_CACHE on the local disk.
 
-    What lies there is loaded as code, so only a folder is used that belongs to this user and that no other can write to, alone
-    or by way of a folder above it. Where the usual one is not so, another is made, and a line says where.
+    Variables that are already set are kept. Files in the cache are loaded as code, so the folder must belong to this user, and
+    no other user may be able to write to it or to a folder above it. If the usual folder does not meet this, another folder
+    is created and its path is printed.
 
     Raises:
-        ValueError: no folder can be made.
+        ValueError: no folder can be created.
     """
     root = environment.get("RACE_DIST_CACHE", "")
     wanted = [name for name in _CACHES if name not in environment]
@@ -28,14 +29,14 @@ def use_local_caches(environment: MutableMapping[str, str]) -> None:
         return
     folder = private_folder(Path(root))
     for name in wanted:
-        environment[name] = str(_made_private(folder / _CACHES[name]))
+        environment[name] = str(_make_private(folder / _CACHES[name]))
 
 
 def private_folder(root: Path) -> Path:
-    """``ROOT/UID``, or another folder where that one is not this user's own or cannot be made.
+    """``ROOT/UID``, or another folder if that one does not belong to this user alone or cannot be created.
 
     Raises:
-        ValueError: no folder can be made.
+        ValueError: no folder can be created.
     """
     root, user, reasons = root.absolute(), str(os.getuid()), []
     common = Path(tempfile.gettempdir()).absolute() / f"race-dist-cache-{user}"
@@ -43,14 +44,14 @@ def private_folder(root: Path) -> Path:
         try:
             candidate.parent.mkdir(parents=True, exist_ok=True)
             _check_above(candidate.parent)
-            _made_private(candidate)
+            _make_private(candidate)
             for part in _CACHES.values():
-                _made_private(candidate / part)
+                _make_private(candidate / part)
         except OSError as error:
             reasons.append(str(error))
             continue
         if reasons:
-            _say(f"compiled kernels are kept in {candidate}: {reasons[0]}")
+            _report(f"compiled kernels are kept in {candidate}: {reasons[0]}")
         return candidate
     try:
         made = Path(tempfile.mkdtemp(prefix=f"race-dist-cache-{user}-"))
@@ -59,17 +60,17 @@ def private_folder(root: Path) -> Path:
             f"no folder for compiled kernels can be made in RACE_DIST_CACHE={root} ({'; '.join(reasons)}; "
             f"{error}): set the job's cache to a folder of your own"
         ) from None
-    _say(f"compiled kernels are kept in {made} for this process alone: {reasons[0]}")
+    _report(f"compiled kernels are kept in {made} for this process alone: {reasons[0]}")
     return made
 
 
-def _say(text: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+def _report(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node
         print(f"race-dist: {text}", file=sys.stderr)
 
 
-def _made_private(folder: Path) -> Path:
-    """Make a folder of mode 0700, or check that the one that is there can be trusted. OSError where it cannot."""
+def _make_private(folder: Path) -> Path:
+    """Create a folder with mode 0700, or check that the existing one can be trusted. OSError if it cannot."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
@@ -87,18 +88,18 @@ def _made_private(folder: Path) -> Path:
 
 
 def _check_above(folder: Path) -> None:
-    """OSError where another user could put another folder in place of one in here."""
+    """OSError if another user could replace this folder or one above it."""
     resolved = folder.resolve()
-    for each in (resolved, *resolved.parents):
-        found = each.stat()
+    for parent in (resolved, *resolved.parents):
+        found = parent.stat()
         if found.st_uid not in (0, os.getuid(), _unmapped_user()):
-            raise OSError(f"the cache's folder {each} belongs to another user ({found.st_uid})")
+            raise OSError(f"the cache's folder {parent} belongs to another user ({found.st_uid})")
         if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-            raise OSError(f"others may write to the cache's folder {each} (mode {stat.S_IMODE(found.st_mode):o})")
+            raise OSError(f"others may write to the cache's folder {parent} (mode {stat.S_IMODE(found.st_mode):o})")
 
 
 def _unmapped_user() -> int:
-    """The number under which a container that maps users shows folders of the host's root; -1 where users are not mapped."""
+    """The user id that a container with mapped users shows for folders of the host's root; -1 if users are not mapped."""
     try:
         if Path("/proc/self/uid_map").read_text(encoding="ascii").split() == ["0", "0", "4294967295"]:
             return -1

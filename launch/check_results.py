@@ -1,4 +1,4 @@
-"""What preflight finds: one line a question, with a verdict."""
+"""Results of the preflight checks, with a verdict each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Verdict = Literal["ok", "warn", "fail", "unknown"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """An answer to one question about one rank, one node or the whole group.
+    """The result of one check of a rank, a node or the whole group.
 
     Attributes:
-        name: the question: ``"gpu memory"``.
-        verdict: ``"fail"`` refuses the node, ``"warn"`` is for a person to look at, ``"unknown"`` could not be asked.
-        value: what was found, of JSON types; None is unknown, never 0.
-        detail: a sentence, where the value does not speak for itself.
+        name: what was checked: ``"gpu memory"``.
+        verdict: ``"fail"`` refuses the node, ``"warn"`` needs a person to look, ``"unknown"`` could not be measured.
+        value: the measurement, of JSON types; None is unknown, never 0.
+        detail: a sentence that explains the value where needed.
     """
 
     name: str
@@ -28,13 +28,13 @@ class CheckResult:
 
 @dataclass
 class RankReport:
-    """Everything about one rank.
+    """All check results of one rank.
 
     Attributes:
-        rank, local_rank: its numbers.
-        node: its host's name.
-        facts: what must be the same on all ranks (versions, digests).
-        findings: about its device and its node.
+        rank, local_rank: its rank in the job and on its node.
+        node: its host name.
+        facts: values that must be the same on all ranks (versions, digests).
+        findings: results of the checks of its device and its node.
     """
 
     rank: int
@@ -45,12 +45,12 @@ class RankReport:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> RankReport:
-        """What ``dataclasses.asdict`` made, from another rank."""
+        """The report of another rank, from what ``dataclasses.asdict`` returned there."""
         return cls(**{**tree, "findings": [CheckResult(**finding) for finding in tree["findings"]]})
 
 
 def compare_facts(reports: Sequence[RankReport]) -> list[CheckResult]:
-    """One finding a fact: all ranks have it alike, or who differs."""
+    """One result per fact: it is the same on all ranks, or names the ranks that differ."""
     found = []
     for name in sorted({name for report in reports for name in report.facts}):
         values = [report.facts.get(name, "unknown") for report in reports]
@@ -66,7 +66,7 @@ def compare_facts(reports: Sequence[RankReport]) -> list[CheckResult]:
 
 
 def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.8) -> list[CheckResult]:
-    """Ranks whose figure ``name`` (larger is better) is below ``slow`` times the median: the nodes that hold up the rest."""
+    """Ranks whose value of ``name`` (larger is better) is below ``slow`` times the median: the stragglers."""
     values = {r.rank: f.value for r in reports for f in r.findings if f.name == name and f.value is not None}
     if len(values) < 2:
         return []
@@ -82,7 +82,7 @@ def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.
 
 
 def refusals(reports: Iterable[RankReport], shared: Iterable[CheckResult]) -> list[str]:
-    """Why the job should not start here: a sentence each, with the node's name."""
+    """Reasons not to start the job here: one sentence per failed check, with the node's name."""
     found = [
         f"{r.node} (rank {r.rank}): {f.name}: {f.detail or f.value}" for r in reports for f in r.findings if f.verdict == "fail"
     ]
@@ -90,7 +90,7 @@ def refusals(reports: Iterable[RankReport], shared: Iterable[CheckResult]) -> li
 
 
 def table(reports: Sequence[RankReport], shared: Sequence[CheckResult]) -> Any:
-    """A rich table: every finding about the group; of ranks those that are not plainly ok, and one whole rank."""
+    """A rich table: all results of the group and of the first rank, and those of other ranks that are not ok."""
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False, show_edge=False)

@@ -1,4 +1,4 @@
-"""What preflight asks of a node and of the whole group: disk, clocks, limits, collectives, the scan."""
+"""The preflight checks of a node and of the group: disk, clocks, limits, collectives, the exclusive scan."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from race_dist.training.consistency import code_digest
 
 _MIB, _GIB = 2**20, 2**30
 _SHARED = {0x6969: "NFS", 0x0BD00BD0: "Lustre", 0x47504653: "GPFS", 0x19830326: "BeeGFS", 0xFF534D42: "CIFS"}
-_STATE_BYTES = 12  # a parameter in a checkpoint: itself and AdamW's two moments, float32
+_STATE_BYTES = 12  # per parameter in a checkpoint: the weight and AdamW's two moments, float32
 
 
 def facts(config: TrainConfig | None, device: torch.device) -> dict[str, str]:
-    """What must be the same on every rank."""
-    found = {
+    """Values that must be the same on every rank."""
+    values = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "race-dist code": code_digest()[:12],
     }
     if config is not None:
-        found["configuration"] = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
+        values["configuration"] = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     if device.type == "cuda":
         from race_dist.training.logging.telemetry import Nvml, device_uuid
 
-        found |= {
+        values |= {
             "cuda": str(torch.version.cuda),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
             "gpu type": torch.cuda.get_device_name(device),
         }
         try:
-            found["driver"] = Nvml(device_uuid(device)).system("GetDriverVersion") or "unknown"
+            values["driver"] = Nvml(device_uuid(device)).system("GetDriverVersion") or "unknown"
         except (ImportError, OSError):
-            found["driver"] = "unknown"
-    return found
+            values["driver"] = "unknown"
+    return values
 
 
 def node(device: torch.device) -> Iterator[CheckResult]:
-    """Limits of this process and this node."""
+    """Check the limits of this process and this node."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield CheckResult(
         "open files",
@@ -73,7 +73,7 @@ def node(device: torch.device) -> Iterator[CheckResult]:
         "shared memory",
         "warn" if shm < _GIB else "ok",
         shm,
-        f"/dev/shm has {shm / _MIB:.0f} MiB: NCCL wants 1 GiB (--ipc=host or --shm-size)" if shm < _GIB else "",
+        f"/dev/shm has {shm / _MIB:.0f} MiB: NCCL needs 1 GiB (--ipc=host or --shm-size)" if shm < _GIB else "",
     )
     yield CheckResult("cores", "ok", len(os.sched_getaffinity(0)))
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
@@ -87,33 +87,33 @@ def node(device: torch.device) -> Iterator[CheckResult]:
 
 
 def file_system(path: Path) -> str | None:
-    """The shared file system a path lies on; None for the node's own."""
+    """The shared file system that holds a path; None for a local one."""
     import ctypes
 
     while not path.exists():
         path = path.parent
-    buffer = ctypes.create_string_buffer(256)  # struct statfs: f_type is its first long
+    buffer = ctypes.create_string_buffer(256)  # struct statfs, whose first long is f_type
     if ctypes.CDLL(None, use_errno=True).statfs(str(path).encode(), buffer):
         return None
     return _SHARED.get(ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF)
 
 
 def disk(folder: Path, megabytes: int = 64) -> Iterator[CheckResult]:
-    """Speed of the disk that checkpoints go to, and whether what is read is what was written."""
+    """Measure the disk for checkpoints, and check that it returns the bytes that were written."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".preflight-{platform.node()}-{os.getpid()}"
     block = os.urandom(_MIB)
     try:
-        began = time.perf_counter()
+        started = time.perf_counter()
         with file.open("wb") as out:
             for _ in range(megabytes):
                 out.write(block)
             out.flush()
             os.fsync(out.fileno())
-        wrote = time.perf_counter() - began
-        began = time.perf_counter()
+        wrote = time.perf_counter() - started
+        started = time.perf_counter()
         good = all(piece == block for piece in _pieces(file))
-        read = time.perf_counter() - began
+        read = time.perf_counter() - started
     except OSError as error:
         yield CheckResult("disk", "fail", str(folder), str(error))
         return
@@ -123,7 +123,7 @@ def disk(folder: Path, megabytes: int = 64) -> Iterator[CheckResult]:
         "disk",
         "ok" if good else "fail",
         {"write_mb_s": round(megabytes * 1.048576 / wrote, 1), "read_mb_s": round(megabytes * 1.048576 / read, 1)},
-        "" if good else f"{folder} gives back other bytes than were written",
+        "" if good else f"{folder} returns other bytes than were written",
     )
 
 
@@ -134,7 +134,7 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 
 def space(folder: Path, config: TrainConfig | None) -> Iterator[CheckResult]:
-    """Whether the checkpoints that the run keeps fit on the disk."""
+    """Check that the checkpoints that the run keeps fit on the disk."""
     free = shutil.disk_usage(folder).free
     if config is None:
         yield CheckResult("free space", "ok", free)
@@ -155,7 +155,7 @@ def space(folder: Path, config: TrainConfig | None) -> Iterator[CheckResult]:
 
 
 def speed(device: torch.device) -> Iterator[CheckResult]:
-    """Memory and matrix product of this rank's device, to find one that is slower than its peers."""
+    """Measure memory bandwidth and matrix multiplication of this rank's device, to find stragglers."""
     cuda = device.type == "cuda"
     size, dtype = (256 * _MIB, torch.bfloat16) if cuda else (16 * _MIB, torch.float32)
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -167,14 +167,14 @@ def speed(device: torch.device) -> Iterator[CheckResult]:
 
 
 def median_time(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Seconds of a call, once it is warm."""
+    """Median seconds of a call, after warm-up."""
     times = []
     for _ in range(repeats + 2):
         _sync(device)
-        began = time.perf_counter()
+        started = time.perf_counter()
         run()
         _sync(device)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
 
 
@@ -184,7 +184,7 @@ def _sync(device: torch.device) -> None:
 
 
 def all_reduce(group: ProcessGroup | None, device: torch.device) -> Iterator[CheckResult]:
-    """Sums over all ranks: right to the last bit on small integers, and how fast."""
+    """Check that an all-reduce of small integers is exact, and measure its speed."""
     rank, world = group_rank(group), group_size(group)
     x = (torch.arange(2**16, device=device, dtype=torch.float32) % 97) * (rank + 1)
     expected = (torch.arange(2**16, device=device, dtype=torch.float32) % 97) * (world * (world + 1) // 2)
@@ -208,17 +208,17 @@ def scan(
     features: int = 64,
     width: int = 128,
 ) -> Iterator[CheckResult]:
-    """The exclusive scan of sketches: against a plain sum of the earlier ranks' in float64, and how fast."""
+    """Check the exclusive scan of sketches against a float64 sum over the earlier ranks, and measure its speed."""
     rank = group_rank(group)
     generator = torch.Generator().manual_seed(rank)
     mass = torch.rand(1, heads, features, generator=generator).to(device)
     values = torch.randn(1, heads, features, width, generator=generator).to(device)
-    found = exclusive_scan(SketchState(mass, values), group)
+    prefix = exclusive_scan(SketchState(mass, values), group)
     error = 0.0
-    for mine, every in ((found.mass, all_gather_tensor(mass, group)), (found.values, all_gather_tensor(values, group))):
-        expected = every[:rank].double().sum(0)
-        error = max(error, float((mine - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
-    limit = 2.0**-22 * max(1, group_size(group))  # one rounding of float32 an addition
+    for scanned, gathered in ((prefix.mass, all_gather_tensor(mass, group)), (prefix.values, all_gather_tensor(values, group))):
+        expected = gathered[:rank].double().sum(0)
+        error = max(error, float((scanned - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
+    limit = 2.0**-22 * max(1, group_size(group))  # one float32 rounding per addition
     yield CheckResult(
         "scan",
         "ok" if error <= limit else "fail",
@@ -230,7 +230,7 @@ def scan(
 
 
 def clock_skew(group: ProcessGroup | None) -> float:
-    """Seconds that this rank's clock is ahead of rank 0's, to within the time a barrier takes."""
+    """Seconds that this rank's clock is ahead of rank 0's, up to the duration of a barrier."""
     differences = []
     for _ in range(7):
         barrier(group)

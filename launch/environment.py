@@ -1,4 +1,4 @@
-"""What may stand in a job's file and what may not: text of one line, and secrets by reference only."""
+"""What a job file may contain: text of one line, and secrets only by reference."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ _LOGIN_IN_URL = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
 def one_line(text: str, what: str = "") -> str:
-    """The text, where it has one line and no control characters, so that nothing of it can stand as a line of its own in a
-    script or a manifest.
+    """Return the text if it is one line without control characters, so that it cannot add a line to a script or manifest.
 
     Args:
-        text: any.
-        what: named in the error.
+        text: any text.
+        what: its name in the error.
 
     Raises:
         ValueError: it has a line break or another control character, or bytes that are not UTF-8.
@@ -69,8 +68,8 @@ def one_line(text: str, what: str = "") -> str:
 
 
 def is_secret(name: str, value: str = "") -> bool:
-    """Whether a variable holds what others must not read: by its name (``HF_TOKEN``, ``WANDB_API_KEY``, ``DB_PASSWORD``,
-    ``AWS_SECRET_ACCESS_KEY``), or as its value is an address with a password in it."""
+    """Whether a variable is a secret: by its name (``HF_TOKEN``, ``WANDB_API_KEY``, ``DB_PASSWORD``,
+    ``AWS_SECRET_ACCESS_KEY``), or because its value is a URL with a password."""
     words = name.upper().split("_")
     return (
         not _SECRET_WORDS.isdisjoint(words)
@@ -81,11 +80,11 @@ def is_secret(name: str, value: str = "") -> bool:
 
 
 def no_secret(text: str) -> str:
-    """The text, where it holds no secret: neither ``NAME=VALUE`` of one, as in ``--export=HF_TOKEN=...``, nor a password in an
-    address.
+    """Return the text if it contains no secret: no ``NAME=VALUE`` of one, as in ``--export=HF_TOKEN=...``, and no URL with a
+    password.
 
     Raises:
-        ValueError: it holds one, which would stand in the job's file. The message does not show it.
+        ValueError: it contains a secret, which would be written to the job's file. The message does not show it.
     """
     name = next(
         (name for name, value in _ASSIGNMENT.findall(text) if value and not value.startswith("$") and is_secret(name)), None
@@ -103,11 +102,11 @@ def no_secret(text: str) -> str:
 
 
 class EnvironmentReference(StrictConfig):
-    """A variable whose value is not in the job, but where the job is started from.
+    """An environment variable whose value is not in the job but in the launcher's environment or in a Secret.
 
     Attributes:
-        from_env: the name of a variable in the environment of the launcher (of sbatch, of ``race-dist launch``).
-        secret, key: a Secret of the cluster and its key, for Kubernetes.
+        from_env: the name of a variable in the environment of the launcher (sbatch, ``race-dist launch``).
+        secret, key: a Kubernetes Secret and its key.
     """
 
     from_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -122,10 +121,10 @@ class EnvironmentReference(StrictConfig):
 
 
 def read_environment(value: object) -> object:
-    """A job's table ``env`` with references read and numbers as text. Values of secrets stay out of the errors.
+    """Parse a job's table ``env``: references, text, and numbers as text. Errors do not show values of secrets.
 
     Raises:
-        ValueError: a value is no text, number or reference, or has a line break; the message names the variable.
+        ValueError: a value is not text, a number or a reference, or has a line break; the message names the variable.
     """
     if not isinstance(value, Mapping):
         return value

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster: one typed description, read from a template or a file, for every launcher."""
+"""The description of a job: one typed configuration for all launchers, read from a template or a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from race_dist.strict_config import SIZE_LIMIT, TIMEOUT_LIMIT, StrictConfig
 TEMPLATES = NamedFiles(Path(__file__).with_name("templates"), hidden=("fabrics",))
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _LONGEST = 3650 * _DAY
-_OWN_DIRECTIVES = {  # and where they come from
+_OWN_DIRECTIVES = {  # written by the job itself, and the key that sets them
     "job-name": "set name",
     "nodes": "set nodes",
     "ntasks-per-node": "set ranks_per_node",
@@ -34,7 +34,7 @@ def parse_time(value: object) -> int:
     """Seconds of ``"90m"``, ``"24h"``, ``"7d"``, ``"MM"``, ``"HH:MM:SS"`` or ``"D-HH:MM:SS"`` (Slurm's forms).
 
     Raises:
-        ValueError: it is none of them, or not positive.
+        ValueError: the text has another form, or the time is not positive.
     """
     text = str(value).strip()
     if match := re.fullmatch(r"([0-9]{1,9})([smhd])", text):
@@ -57,7 +57,7 @@ def parse_time(value: object) -> int:
 
 
 def slurm_time(seconds: int) -> str:
-    """``D-HH:MM:SS``, as sbatch takes it; never less than was asked for."""
+    """``D-HH:MM:SS``, as sbatch reads it, rounded up."""
     minutes = -(-seconds // _MINUTE)
     return f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
 
@@ -90,7 +90,7 @@ def _inner_path(text: str) -> str:
 Seconds = Annotated[int, BeforeValidator(parse_time)]
 Text = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(one_line)]  # may be empty
 Line = Annotated[Text, AfterValidator(_filled)]
-PublicText = Annotated[Text, AfterValidator(no_secret)]  # it stands in files and on screens
+PublicText = Annotated[Text, AfterValidator(no_secret)]  # written to files and printed
 PublicLine = Annotated[Line, AfterValidator(no_secret)]
 Mount = Annotated[str, AfterValidator(one_line), AfterValidator(_mount)]
 InnerPath = Annotated[str, AfterValidator(one_line), AfterValidator(_inner_path)]
@@ -100,13 +100,13 @@ EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class ContainerConfig(StrictConfig):
-    """An image to run in, and by what.
+    """A container image and its runtime.
 
     Attributes:
-        image: as the runtime names it: a registry path, an .sqsh or .sif file, or the TOML of an ``edf``.
+        image: a registry path, an .sqsh or .sif file, or the TOML of an ``edf``.
         runtime: ``"pyxis"`` (srun --container-image), ``"edf"`` (CSCS container engine: srun --environment),
             ``"apptainer"``, ``"podman"`` or ``"docker"``.
-        workdir: the folder inside to run in.
+        workdir: the working folder inside the container.
     """
 
     image: PublicLine
@@ -115,12 +115,12 @@ class ContainerConfig(StrictConfig):
 
 
 class SlurmConfig(StrictConfig):
-    """What only Slurm is told.
+    """Settings for Slurm only.
 
     Attributes:
         partition, account, qos, constraint, reservation: as sbatch takes them.
-        gpu_request: how GPUs are asked for: ``--gpus-per-node``, ``--gpus-per-task``, ``--gres=gpu:N`` or not at all.
-        exclusive: whole nodes.
+        gpu_request: how GPUs are requested: ``--gpus-per-node``, ``--gpus-per-task``, ``--gres=gpu:N`` or not at all.
+        exclusive: allocate whole nodes.
         signal: sent to every rank ``stop_before`` seconds before the end of the time limit.
         directives: further ``#SBATCH --KEY=VALUE`` lines; an empty value writes ``--KEY``.
         srun: further options of srun.
@@ -147,19 +147,20 @@ class SlurmConfig(StrictConfig):
 
 
 class KubernetesConfig(StrictConfig):
-    """What only Kubernetes is told.
+    """Settings for Kubernetes only.
 
     Attributes:
-        namespace, queue: where the job goes; ``queue`` is that of Kueue.
+        namespace: of the job's objects.
+        queue: a Kueue queue.
         image_pull_policy: of the container.
-        gpu_resource: the name the device plugin gives to GPUs.
-        claims: persistent volume claims and where they are mounted, ``{"data": "/data"}``.
+        gpu_resource: the resource name of the GPU device plugin.
+        claims: persistent volume claims and their mount paths, ``{"data": "/data"}``.
         node_selector: labels that the nodes must have.
         shared_memory: size of /dev/shm.
-        tolerate: taints' keys to tolerate.
-        runs: the folder of all runs inside the pods; it must lie in a claim or a mount, or a pod would take it with it.
-        host_network: use the nodes' own network (RoCE and InfiniBand without a secondary network).
-        resources: further resources a pod, ``{"rdma/ib": "8"}``.
+        tolerate: keys of taints to tolerate.
+        runs: the folder of all runs inside the pods; it must be in a claim or a mount, because the pod's own disk is deleted.
+        host_network: use the host network (RoCE and InfiniBand without a secondary network).
+        resources: further resources per pod, ``{"rdma/ib": "8"}``.
         grace: seconds between SIGTERM and SIGKILL, in which the run saves.
     """
 
@@ -178,35 +179,35 @@ class KubernetesConfig(StrictConfig):
 
 
 class JobConfig(StrictConfig):
-    """One job: how many machines for how long, in which software, over which fabric.
+    """One job: its nodes, ranks, time limit, software and network.
 
     Attributes:
-        name: of the job; left out, the run's.
-        nodes: machines.
-        min_nodes: under torchrun, go on with as few when others are lost; None waits for all of them.
-        ranks_per_node: processes a node; one a GPU.
-        device: ``"cuda"`` or ``"cpu"``. Left out, the configuration's; where that leaves it open too, ``"cuda"``, or under
+        name: of the job; the default is the run's.
+        nodes: number of machines.
+        min_nodes: torchrun continues with this many nodes if others are lost; None waits for all nodes.
+        ranks_per_node: processes per node, one per GPU.
+        device: ``"cuda"`` or ``"cpu"``. The default is the configuration's; if that is "auto", ``"cuda"``, or under
             ``launch local`` what this machine has.
-        cpus_per_rank: cores a rank; None leaves it to the launcher.
-        memory: a node, ``"200G"``; None asks for nothing, ``"0"`` is all of it under Slurm.
+        cpus_per_rank: cores per rank; None leaves it to the launcher.
+        memory: per node, ``"200G"``; None requests none, ``"0"`` requests all of it under Slurm.
         time: the time limit.
-        stop_before: how long before it the run is told to save, stop and go back to the queue.
-        restarts: how often ranks that failed are started again in place, before the job goes back to the queue.
-        requeues: how often the job goes back to the queue, in all.
-        timeout: seconds a collective waits for a rank before it is named and the run restarts; None leaves it to the run.
+        stop_before: how long before the time limit the run is signaled to save, stop and be requeued.
+        restarts: how often failed ranks are restarted in place before the job is requeued.
+        requeues: how often the job is requeued in total.
+        timeout: seconds that a collective waits for a rank before the run fails and restarts; None: as the run configures.
         numa: bind each rank to the cores near its GPU.
         venv: a virtual environment to run in; None is this one. Not together with ``container``.
-        container: an image to run in.
+        container: a container to run in.
         mounts: folders for the container, ``/host:/container[:ro]``.
         fabric: a profile of ``templates/fabrics.toml``, or ``"none"``.
-        env: further environment variables; they win over the fabric's. Secrets (by name, ``WANDB_API_KEY``) are passed by
-            reference and written nowhere; so is ``{ from_env = "NAME" }`` or, in Kubernetes, ``{ secret = "NAME", key =
-            "KEY" }``.
-        cache: a folder on each node's own disk for compiled kernels, off a shared home.
+        env: further environment variables, which override those of the fabric. Secrets (by name, ``WANDB_API_KEY``) are
+            passed by reference and never written to a file; so is ``{ from_env = "NAME" }`` or, in Kubernetes,
+            ``{ secret = "NAME", key = "KEY" }``.
+        cache: a folder on each node's local disk for compiled kernels.
         preflight: check the machines before training.
         logs: a folder for the launcher's logs; None is ``.jobs/NAME`` beside the run's folder.
-        tested: how far this template has been tried; shown by ``race-dist launch templates``.
-        slurm, kubernetes: what only these are told.
+        tested: how far this template was tested; printed by ``race-dist launch templates``.
+        slurm, kubernetes: settings for only one of them.
     """
 
     name: Word | None = None
@@ -254,26 +255,26 @@ class JobConfig(StrictConfig):
 
     @property
     def ranks(self) -> int:
-        """In all."""
+        """Number of ranks of the job."""
         return self.nodes * self.ranks_per_node
 
     def environment(self) -> dict[str, str]:
-        """What every rank finds in its environment and files may show: the fabric's settings, ours, the user's; later ones
-        win. Without what :meth:`references` has."""
-        ours = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        """Environment variables of every rank that may be written to files: our defaults, the fabric's, the user's; later ones
+        override earlier ones. Variables of :meth:`references` are not included."""
+        defaults = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         if self.device == "cuda":
-            ours |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+            defaults |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if self.cpus_per_rank is not None:
-            ours["OMP_NUM_THREADS"] = str(self.cpus_per_rank)
+            defaults["OMP_NUM_THREADS"] = str(self.cpus_per_rank)
         if self.cache is not None:
-            ours["RACE_DIST_CACHE"] = self.cache
+            defaults["RACE_DIST_CACHE"] = self.cache
         if self.numa and self.device == "cuda":
-            ours["RACE_DIST_NUMA"] = "1"
-        every, hidden = {**ours, **fabric(self.fabric), **self.env}, self.references()
-        return {name: value for name, value in every.items() if name not in hidden and isinstance(value, str)}
+            defaults["RACE_DIST_NUMA"] = "1"
+        merged, references = {**defaults, **fabric(self.fabric), **self.env}, self.references()
+        return {name: value for name, value in merged.items() if name not in references and isinstance(value, str)}
 
     def references(self) -> dict[str, EnvironmentReference]:
-        """Variables that are passed by reference: the ones given so, and every secret, from the launcher's own environment."""
+        """Variables that are passed by reference: those given as references, and all secrets."""
         found = {}
         for name, value in self.env.items():
             if isinstance(value, EnvironmentReference):
@@ -283,11 +284,11 @@ class JobConfig(StrictConfig):
         return found
 
     def secrets(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """What the launcher's environment must have for :meth:`references`: the values of secrets that ``env`` holds itself,
-        and those that it takes from ``environment``.
+        """The values of :meth:`references` for the launcher's environment: secrets given in ``env`` itself, and those taken
+        from ``environment``.
 
         Raises:
-            ValueError: a variable that is referred to is not set there.
+            ValueError: a referenced variable is not set in ``environment``.
         """
         found = {}
         for name, reference in self.references().items():
@@ -314,7 +315,7 @@ def template_names() -> list[str]:
 
 
 def fabric(name: str) -> dict[str, str]:
-    """The environment variables of a fabric profile. ValueError where there is none of that name."""
+    """The environment variables of a fabric profile. ValueError if there is no profile of that name."""
     if name == "none":
         return {}
     profiles = read_toml(TEMPLATES.folder / "fabrics.toml")
@@ -324,7 +325,7 @@ def fabric(name: str) -> dict[str, str]:
 
 
 def load_job(source: str | Path | None, changes: Iterable[str] = ()) -> JobConfig:
-    """Read a job's description and apply changes ``"a.b=value"``, whose values are TOML (a bare word is a string).
+    """Read the description of a job and apply changes ``"a.b=value"``, whose values are TOML (a bare word is a string).
 
     Args:
         source: a TOML file, the name of a template, or None for the defaults.

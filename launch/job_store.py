@@ -1,4 +1,4 @@
-"""What was submitted: one JSON file a job beside the runs, so that its state and its logs can be found again."""
+"""The store of submitted jobs: one JSON file per job, in the folder of the runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class JobRecord:
     """One submitted job.
 
     Attributes:
-        id: as the scheduler names it: ``"123"``, ``"123_0"`` of an array, ``"namespace/name"`` in Kubernetes.
-        name: of the run.
+        id: the scheduler's: ``"123"``, ``"123_0"`` of an array, ``"namespace/name"`` in Kubernetes.
+        name: name of the run.
         scheduler: ``"slurm"`` or ``"kubernetes"``.
-        submitted: when, as ISO 8601.
-        logs: the files with its output; the last part of the path is a pattern, its folder is not.
+        submitted: time of submission, ISO 8601.
+        logs: path of its log files; the last component is a pattern, the folder is literal.
         run: the run's folder.
     """
 
@@ -36,12 +36,12 @@ class JobRecord:
 
 
 def job_folder(runs: Path, name: str) -> Path:
-    """Where the jobs of a run leave scripts, logs and records."""
+    """The folder for the scripts, logs and records of a run's jobs."""
     return runs / FOLDER / name
 
 
 def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -> JobRecord:
-    """Write down a job that was submitted."""
+    """Store the record of a submitted job."""
     record = JobRecord(
         job_id, name, scheduler, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), logs, str(runs / name)
     )
@@ -53,10 +53,10 @@ def remember(runs: Path, *, job_id: str, name: str, scheduler: str, logs: str) -
 
 
 def recall(runs: Path, which: str | None = None) -> list[JobRecord]:
-    """The jobs that were submitted, oldest first; with ``which`` those of that name, id or array.
+    """The records of submitted jobs, oldest first; with ``which`` those of that name, id or array.
 
     Raises:
-        ValueError: there is none that fits, or a record is not readable.
+        ValueError: no job matches, or a record cannot be read.
     """
     records = sorted(_read(runs), key=lambda r: (r.submitted, r.id))
     if which is None:

@@ -1,4 +1,4 @@
-"""A job as a JobSet for Kubernetes: one pod a node, torchrun in it, and what kubectl is asked afterwards."""
+"""Jobs in Kubernetes: a JobSet with one pod per node and torchrun in each pod; their state, logs and end through kubectl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONFIG = "/etc/race-dist/config.toml"
 
 
 def object_name(text: str) -> str:
-    """A run's name as Kubernetes allows it: lower case, digits and dashes, short enough for a pod's host name."""
+    """A run's name as a Kubernetes object name: lower case, digits and dashes, short enough for a pod's host name."""
     name = re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:40].strip("-")
     if not name or not name[0].isalpha():
         name = f"run-{name}".strip("-")
@@ -30,8 +30,7 @@ def object_name(text: str) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that arrives in the pod as it is: Kubernetes fills in ``$(NAME)`` in commands and variables, and reads ``$$`` as a
-    dollar."""
+    """Escape text for the pod: Kubernetes expands ``$(NAME)`` in commands and variables, and reads ``$$`` as a dollar sign."""
     return text.replace("$", "$$")
 
 
@@ -40,7 +39,7 @@ def _secret_name(name: str) -> str:
 
 
 def _secret_variables(job: JobConfig, name: str) -> list[dict[str, Any]]:
-    """The pod's variables that are passed by reference: each a key of a Secret."""
+    """The pod's variables that are passed by reference, each from a key of a Secret."""
     return [
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": r.secret or _secret_name(name), "key": r.key or variable}}}
         for variable, r in job.references().items()
@@ -48,12 +47,12 @@ def _secret_variables(job: JobConfig, name: str) -> list[dict[str, Any]]:
 
 
 def own_secrets(job: JobConfig) -> list[str]:
-    """The variables that are not in a Secret of the cluster yet: :func:`submit` makes one of them."""
+    """The referenced variables that are in no Secret of the cluster; :func:`submit` creates one for them."""
     return [variable for variable, r in job.references().items() if r.secret is None]
 
 
 def secret_command(job: JobConfig, run: Run) -> str | None:
-    """What makes the job's Secret from the environment of a shell; None where it needs none."""
+    """The shell command that creates the job's Secret from the environment; None if it needs none."""
     variables = own_secrets(job)
     if not variables:
         return None
@@ -75,14 +74,14 @@ def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
     """The objects to apply: a ConfigMap with the configuration, and the JobSet.
 
     Raises:
-        ValueError: the job names no image, or its runs would be gone with the pods.
+        ValueError: the job has no image, or its runs would be deleted with the pods.
     """
     if job.container is None:
         raise ValueError("a job in Kubernetes needs an image: give container.image")
-    kept = [*job.kubernetes.claims.values(), *(m.split(":")[1] for m in job.mounts)]
-    if not any(Path(job.kubernetes.runs).is_relative_to(path) for path in kept):
+    volumes = [*job.kubernetes.claims.values(), *(m.split(":")[1] for m in job.mounts)]
+    if not any(Path(job.kubernetes.runs).is_relative_to(path) for path in volumes):
         raise ValueError(
-            f"kubernetes.runs is {job.kubernetes.runs}, which lies in none of the volumes {kept}: its checkpoints "
+            f"kubernetes.runs is {job.kubernetes.runs}, which lies in none of the volumes {volumes}: its checkpoints "
             'would be gone with the pod; name a claim for it, kubernetes.claims = { NAME = "/runs" }'
         )
     name = object_name(job.name or run.name)
@@ -100,7 +99,7 @@ def manifest(job: JobConfig, run: Run) -> list[dict[str, Any]]:
         "kind": "JobSet",
         "metadata": {"name": name, "namespace": job.kubernetes.namespace, "labels": {**labels, **queue}},
         "spec": {
-            "failurePolicy": {"maxRestarts": job.requeues},  # pods that are gone (a node lost) start the whole set again
+            "failurePolicy": {"maxRestarts": job.requeues},  # a lost pod restarts the whole set
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "successPolicy": {"operator": "All"},
             "replicatedJobs": [
@@ -128,7 +127,7 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
     assert job.container is not None
     k = job.kubernetes
     inside = replace(run, config=Path(_CONFIG), overrides=(*run.overrides, f"runs={k.runs}"))
-    pod = f"{name}-{_NODES}-0"  # the pods' host names are this and their index, within the domain of the JobSet's name
+    pod = f"{name}-{_NODES}-0"  # pods' host names: this, their index and the domain JobSet name
     words = [literal(word) for word in inside.arguments(job)]
     command = torchrun_command(
         job,
@@ -197,12 +196,12 @@ def _pod(job: JobConfig, run: Run, name: str) -> dict[str, Any]:
 
 
 def to_text(objects: Sequence[dict[str, Any]]) -> str:
-    """The objects as one List in JSON, which kubectl takes like YAML."""
+    """The objects as one JSON List, which kubectl reads like YAML."""
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)}, indent=2) + "\n"
 
 
 def kubectl(command: Sequence[str], text: str | None = None) -> str:
-    """Run kubectl. OSError where it is not installed or fails."""
+    """Run kubectl. OSError if it is not installed or fails."""
     if shutil.which("kubectl") is None:
         raise OSError("kubectl is not found: write the manifest with --write FILE and apply it where kubectl is")
     done = subprocess.run(["kubectl", *command], input=text, capture_output=True, text=True, check=False)
@@ -212,7 +211,7 @@ def kubectl(command: Sequence[str], text: str | None = None) -> str:
 
 
 def submit(job: JobConfig, run: Run) -> JobRecord:
-    """Apply the manifest."""
+    """Apply the manifest and store the job's record."""
     objects = manifest(job, run)
     meta = objects[-1]["metadata"]
     if variables := own_secrets(job):
@@ -224,14 +223,14 @@ def submit(job: JobConfig, run: Run) -> JobRecord:
             "stringData": values,
             "metadata": {k: meta[k] for k in ("namespace", "labels")} | {"name": _secret_name(meta["name"])},
         }
-        # by the server's side: the client's would keep a copy of the values in an annotation
+        # server-side: a client-side apply would copy the values into an annotation
         kubectl(["apply", "--server-side", "--force-conflicts", "-f", "-"], to_text([secret]))
     kubectl(["apply", "-f", "-"], to_text(objects))
     return remember(run.folder, job_id=f"{meta['namespace']}/{meta['name']}", name=run.name, scheduler="kubernetes", logs="")
 
 
 def state(record: JobRecord) -> dict[str, str]:
-    """Of a JobSet, in the words of :func:`race_dist.launch.slurm.state`."""
+    """State of a JobSet, with the keys of :func:`race_dist.launch.slurm.state`."""
     namespace, name = record.id.split("/")
     try:
         tree = json.loads(kubectl(["get", "jobset", name, "--namespace", namespace, "--output", "json"]))
@@ -266,6 +265,6 @@ def logs(record: JobRecord, lines: int) -> str:
 
 
 def cancel(record: JobRecord) -> None:
-    """Delete the JobSet; its pods get SIGTERM and the grace period to save in."""
+    """Delete the JobSet; its pods get SIGTERM and save within the grace period."""
     namespace, name = record.id.split("/")
     kubectl(["delete", "jobset", name, "--namespace", namespace])

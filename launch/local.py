@@ -1,4 +1,4 @@
-"""Starting the ranks of a run on this machine, without a launcher in front of the command, and keeping them running."""
+"""The launcher for one machine: starts the ranks of a run, forwards signals, and restarts the run when it fails."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from race_dist.launch.rank_env import die_with_parent
 from race_dist.rank_environment import LOOPBACK, STORE_FD_VARIABLE, without_rank_variables
 
 _POLL = 0.05  # seconds
-_GRACE = 10.0  # seconds in which the ranks beside one that failed may end by themselves, saying what they saw
-_STOP_GRACE = 600.0  # seconds in which ranks that were told to stop may save
-_LEAVE_GRACE = 30.0  # seconds in which the others leave after the first that has saved and left
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_GRACE = 10.0  # seconds after a rank failed in which the others may end by themselves and print their errors
+_STOP_GRACE = 600.0  # seconds in which ranks that were signaled to stop may save
+_LEAVE_GRACE = 30.0  # seconds in which the others end after the first rank that saved and ended
+_FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _PR_SET_CHILD_SUBREAPER = 36
-_BACKLOG = 2048  # ranks that may knock before rank 0 answers
+_BACKLOG = 2048  # connections that may wait before rank 0 accepts them
 
 
 def under_launcher() -> bool:
-    """Whether a launcher (torchrun or one like it) has already made this process one rank of several."""
+    """Whether torchrun or another launcher started this process as a rank."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def launch_ranks(arguments: Sequence[str], nproc: int, *, environment: Mapping[str, str] | None = None) -> int:
     """Run ``python ARGUMENTS`` as ``nproc`` ranks of this machine and wait for them.
 
-    A rank that fails ends the others; which one it was is said on the error stream. SIGTERM, SIGUSR1, SIGUSR2 and an
-    interrupt go on to the ranks, which save and stop. The ranks do not outlive this process, however it ends.
+    If a rank fails, the others are ended, and standard error names it. SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C are forwarded to
+    the ranks, which save and stop. The kernel ends the ranks with this process, however it ends.
 
     Args:
-        arguments: what follows ``python``, for example ``["-m", "race_dist.cli", "train", ...]``.
+        arguments: of ``python``, for example ``["-m", "race_dist.cli", "train", ...]``.
         nproc: number of ranks.
         environment: further variables for the ranks.
 
     Returns:
-        0, or the exit code of the rank that failed first; 75 where the ranks saved and stopped because they were told to;
-        130 where an interrupt ended them.
+        0, or the exit code of the first rank that failed; STOPPED (75) if the ranks were asked to stop and saved;
+        INTERRUPTED (130) if Ctrl-C ended them.
     """
     ranks = _start(arguments, nproc, environment or {})
-    with _signals() as heard:
+    with _received_signals() as received:
         try:
-            return _wait(ranks, heard)
+            return _wait(ranks, received)
         finally:
             for process in ranks:
                 if process.poll() is None:
@@ -58,7 +58,7 @@ def launch_ranks(arguments: Sequence[str], nproc: int, *, environment: Mapping[s
 
 
 def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str]) -> list[subprocess.Popen[bytes]]:
-    # Rank 0 takes over this socket: between choosing a port and rank 0's start nobody else can come to hold it.
+    # Rank 0 inherits this socket, so that no other process can take the port before rank 0 starts.
     with socket.create_server((LOOPBACK, 0), backlog=_BACKLOG) as listener:
         port, number = listener.getsockname()[1], listener.fileno()
         common = {
@@ -69,19 +69,21 @@ def _start(arguments: Sequence[str], nproc: int, environment: Mapping[str, str])
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
         }
-        # One machine's cores are shared out: ranks that each start a thread per core only get in each other's way.
+        # The ranks share the cores: with one thread per core and rank they would slow each other down.
         common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
         ranks = []
         for rank in range(nproc):
-            mine = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            held = {STORE_FD_VARIABLE: str(number)} if rank == 0 else {}
-            ranks.append(_spawn([sys.executable, *arguments], mine | held, pass_fds=[number] if rank == 0 else []))
+            rank_environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            inherited = {STORE_FD_VARIABLE: str(number)} if rank == 0 else {}
+            ranks.append(
+                _spawn([sys.executable, *arguments], rank_environment | inherited, pass_fds=[number] if rank == 0 else [])
+            )
     return ranks
 
 
 def _spawn(command: Sequence[str], environment: Mapping[str, str], *, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """A child with this environment that the kernel ends with this process, in a process group of its own: an interrupt from
-    the keyboard reaches it by way of this process only, and so once. (preexec_fn is safe here: launchers start no threads.)"""
+    """Start a child process that the kernel ends with this one. It has its own process group, so that Ctrl-C reaches it once,
+    forwarded by this process. (preexec_fn is safe here: launchers start no threads.)"""
     parent = os.getpid()
     return subprocess.Popen(
         command,
@@ -92,12 +94,12 @@ def _spawn(command: Sequence[str], environment: Mapping[str, str], *, pass_fds: 
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
-    """Until all have ended, or one has failed and the others had their time."""
-    told, deadline, first = 0, float("inf"), None
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
+    """Wait until all ranks have ended, or one has failed and the grace period of the others is over."""
+    forwarded, deadline, first = 0, float("inf"), None
     while any(process.poll() is None for process in ranks):
-        for number in heard[told:]:
-            told += 1
+        for number in received[forwarded:]:
+            forwarded += 1
             deadline = min(deadline, time.monotonic() + _STOP_GRACE)
             for process in ranks:
                 if process.poll() is None:
@@ -111,11 +113,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
         time.sleep(_POLL)
     first = _first_failure(ranks) if first is None else first
     if first is None:
-        return INTERRUPTED if heard and any(process.poll() is None for process in ranks) else 0
+        return INTERRUPTED if received and any(process.poll() is None for process in ranks) else 0
     code = ranks[first].returncode
     if code == STOPPED:
         return code
-    if signal.SIGINT in heard:
+    if signal.SIGINT in received:
         print("interrupted; the ranks were ended", file=sys.stderr)
         return INTERRUPTED
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -124,24 +126,24 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[int]) -> int:
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Which rank failed; of several at once one that a signal ended, as that one took the others with it."""
+    """The rank that failed first. Of several at once it is one that a signal ended, because that ended the others."""
     failed = [rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)]
     return min(failed, key=lambda rank: (ranks[rank].returncode > 0, rank)) if failed else None
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that arrive while the block runs, instead of what they would do."""
-    heard: list[int] = []
+def _received_signals() -> Iterator[list[int]]:
+    """Collect the signals that arrive while the block runs, instead of their default actions."""
+    received: list[int] = []
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
-    before = {number: signal.signal(number, hear) for number in _PASSED_ON}
+    previous = {number: signal.signal(number, receive) for number in _FORWARDED_SIGNALS}
     try:
-        yield heard
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -154,37 +156,37 @@ def supervise(
     progress: Callable[[], object],
     python: str = sys.executable,
 ) -> int:
-    """Keep a run going on this machine: start its launcher, and start it again when it or a rank of it fails.
+    """Run the launcher on this machine, and restart it when it or one of its ranks fails.
 
     Args:
-        words: what follows ``race-dist`` in each rank; it must find its own newest checkpoint.
+        words: arguments of ``race-dist`` in each rank, which resumes from its newest checkpoint by itself.
         nproc: number of ranks.
-        restarts: failures in a row without progress after which it gives up.
+        restarts: number of consecutive failures without progress after which to give up.
         environment: further variables for the ranks.
-        progress: what changes when the run gets further, for example the name of its newest checkpoint.
+        progress: returns a value that changes when the run makes progress, for example the name of its newest checkpoint.
         python: the interpreter of the ranks.
 
     Returns:
-        0 when the run has ended well; 75 when it saved and stopped because this process was told to; 2 at once for a
-        mistake of the user's, which starting again would not mend; else the last exit code.
+        0 if the run succeeded; STOPPED (75) if this process was asked to stop and the run saved; USER_ERROR (2) at once for an
+        error that the user must correct; otherwise the last exit code.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher dies become children of this process
-    before = frozenset(_children())
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks of a killed launcher become children of this process
+    others = frozenset(_children())
     command = [python, "-m", "race_dist.launch.local", str(nproc), *words]
-    failures, seen = 0, progress()
-    first = seen
-    with _signals() as heard:
+    failures, newest = 0, progress()
+    first = newest
+    with _received_signals() as received:
         while True:
             launcher = _spawn(command, {**os.environ, **environment})
-            code = _attend(launcher, heard)
-            _end_orphans(before)
+            code = _wait_for_launcher(launcher, received)
+            _end_orphans(others)
             now = progress()
-            mistaken = code == USER_ERROR and now == first  # later it is the machine's: a disk that is full or gone
-            if code == 0 or mistaken:
+            user_error = code == USER_ERROR and now == first  # after a checkpoint it is the machine: a full or missing disk
+            if code == 0 or user_error:
                 return code
-            if heard:
-                return INTERRUPTED if signal.SIGINT in heard and code != STOPPED else STOPPED
-            failures, seen = (failures + 1 if now == seen else 1), now
+            if received:
+                return INTERRUPTED if signal.SIGINT in received and code != STOPPED else STOPPED
+            failures, newest = (failures + 1 if now == newest else 1), now
             if failures > restarts:
                 print(f"race-dist: {failures} failures without a new checkpoint; giving up", file=sys.stderr)
                 return code if code > 0 else 128 - code
@@ -193,20 +195,20 @@ def supervise(
             time.sleep(min(30.0, 2.0 ** (failures - 2)) if failures > 1 else 0.0)
 
 
-def _attend(launcher: subprocess.Popen[bytes], heard: list[int]) -> int:
-    told = 0
+def _wait_for_launcher(launcher: subprocess.Popen[bytes], received: list[int]) -> int:
+    forwarded = 0
     while launcher.poll() is None:
-        for number in heard[told:]:
+        for number in received[forwarded:]:
             launcher.send_signal(number)
-            told += 1
+            forwarded += 1
         time.sleep(_POLL)
     return launcher.returncode
 
 
-def _end_orphans(before: frozenset[int]) -> None:
-    """Wait for processes that a launcher left behind; the kernel has told them to end. Children of ``before`` are not ours."""
+def _end_orphans(others: frozenset[int]) -> None:
+    """Wait for ranks that a launcher left behind, which the kernel has killed. ``others`` are unrelated children."""
     deadline = time.monotonic() + _GRACE
-    while orphans := [child for child in _children() if child not in before]:
+    while orphans := [child for child in _children() if child not in others]:
         for child in orphans:
             with suppress(ChildProcessError, ProcessLookupError):
                 if os.waitpid(child, os.WNOHANG)[0] == 0 and time.monotonic() > deadline:
@@ -220,7 +222,7 @@ def _children() -> list[int]:
 
 
 def _main() -> None:
-    """``python -m race_dist.launch.local N WORDS...``: the launcher that :func:`supervise` starts."""
+    """``python -m race_dist.launch.local N WORDS...``: the launcher that :func:`supervise` runs."""
     from race_dist.launch.command import RANK_MODULE
 
     sys.exit(launch_ranks(["-m", RANK_MODULE, *sys.argv[2:]], int(sys.argv[1])))

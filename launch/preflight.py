@@ -1,4 +1,4 @@
-"""``race-dist preflight``: are these machines fit for this run? A table, a JSON, and the name of the node that is not."""
+"""``race-dist preflight``: checks of the machines before a run, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from race_dist.parallel import RankFailure, barrier, gather_objects, init_distri
 from race_dist.rank_environment import local_rank
 from race_dist.training.config import TrainConfig
 
-_SKEW = 1.0  # seconds between clocks from which logs of several nodes no longer fit together
-_VISIBLE = 15.0  # seconds that a shared file system may take to show a file to other nodes
+_SKEW = 1.0  # seconds of clock difference above which logs of several nodes cannot be compared
+_VISIBLE = 15.0  # seconds within which a shared file system must show a new file on other nodes
 
 
 @dataclass(frozen=True)
 class Report:
-    """What preflight found, on every rank alike.
+    """The results of preflight, the same on every rank.
 
     Attributes:
-        ranks: one report a rank.
-        shared: findings about the group.
-        seconds: how long it took.
+        ranks: one report per rank.
+        shared: results of the group's checks.
+        seconds: duration.
     """
 
     ranks: list[RankReport]
@@ -42,11 +42,11 @@ class Report:
 
     @property
     def refused(self) -> list[str]:
-        """Why the run should not start here; empty where it may."""
+        """Reasons not to start the run here; empty if there are none."""
         return refusals(self.ranks, self.shared)
 
     def to_json(self, header: dict[str, Any]) -> str:
-        """Everything, under a header about the machine."""
+        """All results, under a header about the machine."""
         body = {
             "machine": header,
             "refused": self.refused,
@@ -61,30 +61,30 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
     """Check this rank's machine, then the group that the environment describes.
 
     Args:
-        config: of the run to come; None leaves out what depends on it.
-        folder: where its checkpoints will go.
-        device: ``"cuda"``, ``"cpu"`` or None, which is CUDA where there is a device.
+        config: of the planned run; None skips the checks that depend on it.
+        folder: for its checkpoints.
+        device: ``"cuda"``, ``"cpu"`` or None, which is CUDA if there is a device.
         timeout: seconds that ranks wait for each other.
 
     Raises:
-        RankFailure: a rank did not come; the message names it and, under Slurm, its node.
+        RankFailure: a rank did not join; the message names it and, under Slurm, its node.
         ValueError: the environment or the device is wrong.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
-        place = init_distributed(device=device, timeout=timeout)
+        torch_device = init_distributed(device=device, timeout=timeout)
         group = torch.distributed.group.WORLD if torch.distributed.get_world_size() > 1 else None
-        mine = RankReport(
+        report = RankReport(
             torch.distributed.get_rank(),
             local_rank() or 0,
             platform.node(),
-            checks.facts(config, place),
-            [*gpus.inspect(place), *checks.speed(place)],
+            checks.facts(config, torch_device),
+            [*gpus.check_device(torch_device), *checks.speed(torch_device)],
         )
-        if mine.local_rank == 0:
-            mine.findings += [*checks.node(place), *checks.disk(folder), *checks.space(folder, config)]
+        if report.local_rank == 0:
+            report.findings += [*checks.node(torch_device), *checks.disk(folder), *checks.space(folder, config)]
         skew = checks.clock_skew(group)
-        mine.findings.append(
+        report.findings.append(
             CheckResult(
                 "clock skew",
                 "warn" if abs(skew) > _SKEW else "ok",
@@ -92,30 +92,34 @@ def preflight(config: TrainConfig | None, folder: Path, *, device: str | None, t
                 f"the clock is {skew:+.1f} s off rank 0's" if abs(skew) > _SKEW else "",
             )
         )
-        shared = [*_visible(folder, group), *checks.all_reduce(group, place), *checks.scan(group, place)] if group else []
-        reports = [RankReport.from_json(tree) for tree in gather_objects(asdict(mine), group)]
+        shared = (
+            [*_visible(folder, group), *checks.all_reduce(group, torch_device), *checks.scan(group, torch_device)]
+            if group
+            else []
+        )
+        reports = [RankReport.from_json(tree) for tree in gather_objects(asdict(report), group)]
         shared = [CheckResult(**tree) for tree in gather_objects([asdict(f) for f in shared], group)[0]]
     except RankFailure as failure:
         raise RankFailure(_with_nodes(failure), failure.ranks) from failure
     shared += [*compare_facts(reports), *compare_speeds(reports, "copy GB/s"), *compare_speeds(reports, "matmul TFLOP/s")]
     shutdown()
-    return Report(reports, shared, time.perf_counter() - began)
+    return Report(reports, shared, time.perf_counter() - started)
 
 
 def _visible(folder: Path, group: ProcessGroup | None) -> Iterator[CheckResult]:
-    """Whether every node sees a file that rank 0 writes where checkpoints will go."""
+    """Check that every node sees a file that rank 0 writes to the folder for checkpoints."""
     token = folder / f".preflight-seen-{gather_objects(os.getpid(), group)[0]}"
     if torch.distributed.get_rank() == 0:
         token.touch()
     barrier(group)
     deadline = time.monotonic() + _VISIBLE
     while not token.exists() and time.monotonic() < deadline:
-        os.listdir(folder)  # makes NFS look again
+        os.listdir(folder)  # makes NFS refresh its cache
         time.sleep(0.2)
-    seen = gather_objects((token.exists(), platform.node()), group)
+    visible = gather_objects((token.exists(), platform.node()), group)
     if torch.distributed.get_rank() == 0:
         token.unlink()
-    blind = sorted({name for found, name in seen if not found})
+    blind = sorted({name for found, name in visible if not found})
     yield CheckResult(
         "shared folder",
         "fail" if blind else "ok",
@@ -136,8 +140,8 @@ def write(report: Report, file: Path) -> None:
 
     check_output_file(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    place = torch.device("cuda" if "cuda" in report.ranks[0].facts else "cpu")
-    file.write_text(report.to_json(machine_info(place)), encoding="utf-8")
+    torch_device = torch.device("cuda" if "cuda" in report.ranks[0].facts else "cpu")
+    file.write_text(report.to_json(machine_info(torch_device)), encoding="utf-8")
 
 
 def show(report: Report) -> None:

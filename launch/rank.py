@@ -1,7 +1,7 @@
-"""One rank of a job: what launchers start. ``python -m race_dist.launch.rank train CONFIG ...``
+"""One rank of a job, as launchers start it: ``python -m race_dist.launch.rank train CONFIG ...``
 
-Finds out which rank this is, puts caches on the node's own disk, binds to the cores near its GPU, sees to it that it
-does not outlive its launcher, and then runs ``race-dist`` with the remaining words.
+Reads the rank from the launcher's variables, puts caches on the node's local disk, binds the process to the cores near its GPU,
+lets the kernel end it with its launcher, and then runs ``race-dist`` with the remaining arguments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         local_rank, words = take_local_rank(sys.argv[1:] if arguments is None else arguments)
         os.environ.update(rank_variables(os.environ, local_rank))
         use_local_caches(os.environ)
-        place = rank_environment()
+        ranks = rank_environment()
     except (ValueError, OSError) as error:
         print(f"race-dist: {error}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not faulthandler.is_enabled():
         faulthandler.enable()
     if os.environ.get("RACE_DIST_NUMA") == "1":
-        bind_to_numa_node(place.local_rank or 0, place.local_world_size or 1)
+        bind_to_numa_node(ranks.local_rank or 0, ranks.local_world_size or 1)
 
     sys.argv = ["race-dist", *words]
     try:
@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     else:
         code = 0
-    # The first rank to end may have the launcher send SIGTERM to the others, and Python's own end is long and listens to
-    # none: leave at once, so that every rank's code is its own.
+    # When the first rank ends, the launcher may send SIGTERM to the others. Python's shutdown is slow and runs no handlers:
+    # exit at once, so that each rank keeps its own exit code.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(_told(code))
+    os._exit(_code_for_launcher(code))
 
 
 def take_local_rank(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
-    """``--local_rank=N`` (or ``--local-rank N``), which DeepSpeed puts in front, and the words without it."""
+    """Split off ``--local_rank=N`` (or ``--local-rank N``), which DeepSpeed adds as the first argument."""
     words, found = list(arguments), None
     for index, word in enumerate(words):
         match = re.fullmatch(r"--local[_-]rank(?:=(\d+))?", word)
@@ -68,9 +68,9 @@ def take_local_rank(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
     return found, words
 
 
-def _told(code: int) -> int:
-    """The exit code for the launcher. torchrun restarts whatever does not end with 0, and a run that has stopped when it
-    was told to must not be; where one that knows better stands above it, that one hears the true code."""
+def _code_for_launcher(code: int) -> int:
+    """The exit code for the launcher. torchrun restarts every rank that does not exit with 0, but a run that was asked to stop
+    must not be restarted. A supervisor above torchrun gets the true code."""
     if code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ and "RACE_DIST_SUPERVISED" not in os.environ:
         return 0
     return code

@@ -1,4 +1,4 @@
-"""Where a rank stands: which one it is, under whichever launcher, which cores are near its GPU, where its caches go."""
+"""The environment of a rank: its rank under any launcher, the cores near its GPU, and its caches."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from typing import Any
 
 from race_dist.launch import caches
 
-use_local_caches = caches.use_local_caches  # a rank's place includes where its caches are
+use_local_caches = caches.use_local_caches  # part of a rank's environment
 
 _PR_SET_PDEATHSIG = 1
-_STEP_STRIDE = 2749  # between the ports of two steps of a job: prime, so that steps and consecutive jobs seldom meet
+_STEP_STRIDE = (
+    2749  # between the ports of two steps of a job: prime, so that steps and consecutive jobs seldom use the same port
+)
 
 
 def rank_variables(environment: Mapping[str, str], local_rank: int | None = None) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as far as a launcher left them out.
+    """The variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT that the launcher did not set.
 
     Args:
-        environment: of this process. An empty variable counts as left out.
-        local_rank: what DeepSpeed's launcher passes on the command line.
+        environment: of this process. An empty variable counts as not set.
+        local_rank: the argument that DeepSpeed's launcher passes.
 
     Returns:
-        The variables to set; none for a process that no launcher started.
+        The variables to set; none for a process without a launcher.
 
     Raises:
-        ValueError: a launcher started several ranks, but does not say where they meet; or its variables do not fit each other.
+        ValueError: the launcher started several ranks without MASTER_ADDR and MASTER_PORT, or its variables are inconsistent.
     """
     e = {name: value for name, value in environment.items() if value.strip()}
     step = "SLURM_PROCID" in e and "SLURM_STEP_ID" in e and "SLURM_STEP_NODELIST" in e
@@ -41,7 +43,7 @@ def rank_variables(environment: Mapping[str, str], local_rank: int | None = None
             found["LOCAL_RANK"] = str(local_rank)
         return found
     if step:
-        return _of_step(e)
+        return _srun_variables(e)
     if "OMPI_COMM_WORLD_RANK" in e:
         found = {
             "RANK": e["OMPI_COMM_WORLD_RANK"],
@@ -59,8 +61,8 @@ def rank_variables(environment: Mapping[str, str], local_rank: int | None = None
     return {}
 
 
-def _of_step(e: Mapping[str, str]) -> dict[str, str]:
-    """The variables of one task of srun. Where they meet may have been exported; else it is the step's first node."""
+def _srun_variables(e: Mapping[str, str]) -> dict[str, str]:
+    """The variables of one task of srun. MASTER_ADDR is the step's first node unless it was exported."""
     world = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
     if world <= 1:
         return {}
@@ -68,23 +70,23 @@ def _of_step(e: Mapping[str, str]) -> dict[str, str]:
         "RANK": str(_integer(e, "SLURM_PROCID")),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(_integer(e, "SLURM_LOCALID")),
-        "LOCAL_WORLD_SIZE": str(_tasks_here(e)),
+        "LOCAL_WORLD_SIZE": str(_tasks_on_node(e)),
     }
     if "MASTER_ADDR" not in e:
         found["MASTER_ADDR"] = expand_hostlist(e["SLURM_STEP_NODELIST"])[0]
     if "MASTER_PORT" not in e:
-        # one of 8192 ports, by job and step, so that two jobs of one node and two steps of one job meet at different ones
+        # one of 8192 ports, chosen by job and step: two jobs on a node and two steps of a job use different ports
         found["MASTER_PORT"] = str(20000 + (_integer(e, "SLURM_JOB_ID") + _STEP_STRIDE * _integer(e, "SLURM_STEP_ID")) % 8192)
     return found
 
 
 def _check_against_step(e: Mapping[str, str]) -> None:
-    """RANK and WORLD_SIZE that are left over in the shell would make every task of a step a rank of its own."""
+    """Refuse RANK and WORLD_SIZE left over in the shell, which would make every task of a step a job of one rank."""
     tasks = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
     if _integer(e, "WORLD_SIZE") == 1 < tasks:
         raise ValueError(
             f"RANK={e['RANK']} and WORLD_SIZE={e['WORLD_SIZE']} are set in the environment, but srun started "
-            f"{tasks} tasks: unset RANK and WORLD_SIZE, so that each task takes its place from Slurm"
+            f"{tasks} tasks: unset RANK and WORLD_SIZE, so that each task takes its rank from Slurm"
         )
 
 
@@ -95,8 +97,8 @@ def _integer(e: Mapping[str, str], name: str) -> int:
     return int(e[name])
 
 
-def _tasks_here(e: Mapping[str, str]) -> int:
-    """This node's number of tasks, from Slurm's ``4(x2),3``."""
+def _tasks_on_node(e: Mapping[str, str]) -> int:
+    """The number of tasks on this node, from Slurm's ``4(x2),3``."""
     counts: list[int] = []
     for part in e.get("SLURM_STEP_TASKS_PER_NODE", e.get("SLURM_TASKS_PER_NODE", "1")).split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -107,7 +109,7 @@ def _tasks_here(e: Mapping[str, str]) -> int:
 
 
 def expand_hostlist(text: str) -> list[str]:
-    """The names in a Slurm host list: ``"nid[001-003,007],login"``. ValueError where it is none."""
+    """The host names of a Slurm host list: ``"nid[001-003,007],login"``. ValueError if it is malformed."""
     parts = re.findall(r"((?:[^,\[\]]|\[[^\]]*\])+)", text)
     hosts: list[str] = []
     for part in parts:
@@ -136,19 +138,19 @@ def host_of_rank(rank: int, environment: Mapping[str, str]) -> str | None:
         return None
     hosts, here = expand_hostlist(nodes), 0
     for index, host in enumerate(hosts):
-        here += _tasks_here({**environment, "SLURM_NODEID": str(index)})
+        here += _tasks_on_node({**environment, "SLURM_NODEID": str(index)})
         if rank < here:
             return host
     return None
 
 
 def numa_cores(bus_id: str, allowed: Sequence[int] | set[int], root: Path = Path("/sys")) -> set[int]:
-    """The allowed cores of the NUMA node that a PCI device hangs on; all allowed ones where that is not known.
+    """The allowed cores of the NUMA node of a PCI device; all allowed cores if the node is unknown.
 
     Args:
         bus_id: ``"00000000:0F:00.0"`` or ``"0000:0f:00.0"``.
         allowed: cores that this process may use.
-        root: where sysfs is.
+        root: the sysfs mount.
     """
     domain, _, rest = bus_id.lower().partition(":")
     folder = root / "bus/pci/devices" / f"{domain[-4:]}:{rest}"
@@ -169,12 +171,12 @@ def _cores(text: str) -> set[int]:
 
 
 def bind_to_numa_node(local_rank: int, local_world: int) -> set[int] | None:
-    """Keep this process on the cores near its GPU, shared out among the ranks of the same NUMA node.
+    """Bind this process to cores of its GPU's NUMA node, divided among the ranks of that NUMA node.
 
-    Memory follows: Linux takes it from the node of the core that first touches it.
+    Memory follows: Linux allocates it on the node of the core that first touches it.
 
     Returns:
-        The cores, or None where there is no GPU or nothing to choose.
+        The cores, or None if there is no GPU or no choice.
     """
     import torch
 
@@ -182,18 +184,18 @@ def bind_to_numa_node(local_rank: int, local_world: int) -> set[int] | None:
         return None
     allowed = os.sched_getaffinity(0)
     count = torch.cuda.device_count()
-    near = [numa_cores(_bus_id(i), allowed) for i in range(count)]
-    mine = near[local_rank % count]
-    sharers = [r for r in range(local_world) if near[r % count] == mine]
-    cores = share(sorted(mine), sharers.index(local_rank), len(sharers))
+    by_gpu = [numa_cores(_bus_id(i), allowed) for i in range(count)]
+    own = by_gpu[local_rank % count]
+    sharers = [r for r in range(local_world) if by_gpu[r % count] == own]
+    cores = split_cores(sorted(own), sharers.index(local_rank), len(sharers))
     if cores == allowed:
         return None
     os.sched_setaffinity(0, cores)
     return cores
 
 
-def share(cores: Sequence[int], index: int, count: int) -> set[int]:
-    """The ``index``-th of ``count`` even parts; all where there are fewer cores than parts."""
+def split_cores(cores: Sequence[int], index: int, count: int) -> set[int]:
+    """The ``index``-th of ``count`` equal parts; all cores if there are fewer cores than parts."""
     if len(cores) < count:
         return set(cores)
     return set(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
@@ -207,11 +209,11 @@ def _bus_id(index: int) -> str:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when the launcher that started it is gone, so that no rank is left over.
+    """Let the kernel kill this process when the launcher that started it ends, so that no rank is left behind.
 
     Args:
-        parent: process id of the launcher, as found when this process began.
+        parent: process id of the launcher, read when this process started.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the launcher ended before the call
         os._exit(128 + signal.SIGKILL)

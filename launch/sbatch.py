@@ -1,4 +1,4 @@
-"""A job as a plain sbatch file, to be read, kept and changed by hand."""
+"""A job as a plain sbatch file, which users can read and edit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from race_dist.launch.job import JobConfig, slurm_time
 from race_dist.launch.job_store import job_folder
 
 _BODY = """\
-# What a shell had for another job's ranks is not this one's.
+# Variables of another job's ranks, inherited from the shell.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 {environment}
 
-# Ranks that fail are started again in place, up to {restarts} times without a new checkpoint, then on other nodes if there
-# was one. A run that was told to stop (SIGUSR1, SIGUSR2 or SIGTERM to the ranks) has saved and exits with {stopped}: the
-# job goes back to the queue. SIGTERM to this script comes from Slurm, which ends the job and knows whether to requeue it.
+# Failed ranks are restarted in place, up to {restarts} times without a new checkpoint; then the job is requeued if there was a
+# checkpoint. A run that was asked to stop (SIGUSR1, SIGUSR2 or SIGTERM to the ranks) saves and exits with {stopped}: the job is
+# requeued. SIGTERM to this script comes from Slurm, which ends the job and decides whether to requeue it.
 ended=0
 export RACE_DIST_STOP_FILE={stop_file}-$SLURM_JOB_ID
 rm -f "$RACE_DIST_STOP_FILE"
@@ -32,7 +32,7 @@ run_ranks() {{
     while true; do
         wait "$pid"
         code=$?
-        kill -0 "$pid" 2>/dev/null || break  # a signal ends wait before srun has ended
+        kill -0 "$pid" 2>/dev/null || break  # a signal interrupts wait before srun has ended
     done
     return "$code"
 }}
@@ -61,7 +61,7 @@ while true; do
     if [ "$code" -eq 0 ] || [ "$code" -eq {user_error} ] || [ "$ended" -eq 1 ]; then
         exit "$code"
     fi
-    # Slurm ends the ranks beside the first that leaves, so one that was told to stop may end with another code
+    # Slurm ends the other ranks when the first one exits, so a run that was asked to stop may end with another code
     [ -e "$RACE_DIST_STOP_FILE" ] && code={stopped}
     if [ "$code" -eq {stopped} ] || [ "$failures" -ge {restarts} ]; then
         break
@@ -109,10 +109,10 @@ def directives(job: JobConfig, name: str, logs: Path) -> Iterator[str]:
 
 
 def slurm_pattern(path: Path) -> str:
-    """A path in which Slurm fills nothing in.
+    """Escape a path so that Slurm replaces nothing in it.
 
     Raises:
-        ValueError: it holds a backslash, at which Slurm would fill in nothing at all, the job's number neither.
+        ValueError: it contains a backslash, which makes Slurm replace nothing at all, not even the job's number.
     """
     if "\\" in str(path):
         raise ValueError(
@@ -123,10 +123,10 @@ def slurm_pattern(path: Path) -> str:
 
 
 def render(job: JobConfig, run: Run, logs: Path) -> str:
-    """The file's text. Values from the user are quoted for the shell and have one line each; secrets are not in it.
+    """The text of the file. Values from the user are quoted for the shell and checked to be one line; it contains no secrets.
 
     Raises:
-        ValueError: the folder that this runs in, or that of the logs, cannot stand in a script.
+        ValueError: the name of the current folder or of the log folder has control characters.
     """
     one_line(str(logs), "logs")
     environment, references, folder = job.environment(), job.references(), working_folder()
@@ -158,7 +158,7 @@ def render(job: JobConfig, run: Run, logs: Path) -> str:
 
 
 def preflight_words(run: Run, job: JobConfig) -> list[str]:
-    """``race-dist preflight`` for this run, with its checkpoints' disk and a JSON beside the run."""
+    """Arguments of ``race-dist preflight`` for this run, with a JSON report in the job's folder."""
     words = [
         "preflight",
         str(run.config),
@@ -191,7 +191,7 @@ def _directive(text: str) -> str:
 
 
 def _export_reference(name: str, source: str) -> str:
-    """A variable from the environment that sbatch was called in, which is where secrets stay."""
+    """Export a variable from the environment of sbatch, which is where secrets stay."""
     return (
         f'export {name}="${{{source}:?is not in the job environment; set it where sbatch is called, '
         'and let sbatch pass it on (--export=ALL)}"'

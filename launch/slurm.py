@@ -1,4 +1,4 @@
-"""Jobs under Slurm: submitted through submitit or as a plain sbatch file; their state, their logs, their end."""
+"""Jobs in Slurm: submission through submitit or as a plain sbatch file, state, logs and cancellation."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _ENDED = "ENDED"
 
 
 def slurm(command: Sequence[str], secrets: Mapping[str, str] | None = None) -> str:
-    """Run one of Slurm's commands and return what it printed.
+    """Run a Slurm command and return its standard output.
 
     Args:
-        command: its words.
+        command: the command and its arguments.
         secrets: added to its environment, which sbatch passes on to the job.
 
     Raises:
-        OSError: it is not installed, or it failed; with its own words.
+        OSError: it is not installed, or it failed; the message contains its output.
     """
     if shutil.which(command[0]) is None:
         raise OSError(
@@ -52,7 +52,7 @@ def slurm(command: Sequence[str], secrets: Mapping[str, str] | None = None) -> s
 
 
 def write_script(job: JobConfig, run: Run, file: Path, *, what: str = "the job's script") -> Path:
-    """Write the sbatch file of a job, for its user alone; its logs go beside its record."""
+    """Write the sbatch file of a job, readable only by its user."""
     logs = logs_folder(job, run)
     text = render(job, run, logs)
     logs.mkdir(parents=True, exist_ok=True)
@@ -60,12 +60,12 @@ def write_script(job: JobConfig, run: Run, file: Path, *, what: str = "the job's
 
 
 def logs_folder(job: JobConfig, run: Run) -> Path:
-    """Where the job's output goes."""
+    """The folder of the job's logs."""
     return (Path(job.logs) if job.logs is not None else job_folder(run.folder, run.name)).absolute()
 
 
 def submit_script(job: JobConfig, run: Run) -> JobRecord:
-    """Submit as a plain sbatch file, which stays beside the logs."""
+    """Submit as a plain sbatch file, which is kept in the job's folder."""
     file = write_script(job, run, job_folder(run.folder, run.name) / "job.sbatch")
     secrets = job.secrets(os.environ)
     job_id = slurm(["sbatch", "--parsable", str(file)], secrets).strip().split(";")[0]
@@ -73,21 +73,21 @@ def submit_script(job: JobConfig, run: Run) -> JobRecord:
 
 
 class RankTask:
-    """What submitit runs in every task: one rank as a child process, and the way back to the queue.
+    """The task that submitit runs for every rank: a child process, and the requeue of the job.
 
-    submitit would answer the signal itself, on rank 0 alone and inside the handler, where no collective save is possible.
-    So the ranks get it, save together and exit; rank 0's task then asks for the requeue. After a failure the first task
-    that sees it does. SIGTERM comes from Slurm, which ends the job and knows itself whether to requeue it.
+    submitit would handle the signal itself, on rank 0 only and inside the handler, where a collective save is impossible. Here
+    the ranks get the signal, save together and exit; the task of rank 0 then requeues the job. After a failure the first task
+    that notices it does. SIGTERM comes from Slurm, which ends the job and decides itself whether to requeue it.
 
     Args:
-        commands: run one after the other, each as one rank: preflight where it is wanted, then training.
+        commands: run one after the other as one rank: preflight if the job has it, then training.
         environment: further variables.
-        references: names of variables, and of those of the job's environment that hold their values: secrets are not here.
-        folder: to run in.
-        records: the job's own folder, where failures are counted.
-        checkpoints: the run's.
-        restarts: failures in a row without a new checkpoint after which it gives up.
-        requeues: how often the job goes back to the queue, in all.
+        references: names of variables, and of those of the job's environment that contain their values. Secrets are not here.
+        folder: working folder.
+        records: the job's folder, where failures are counted.
+        checkpoints: the run's folder of checkpoints.
+        restarts: number of consecutive failures without a new checkpoint after which to give up.
+        requeues: how often the job is requeued in total.
     """
 
     def __init__(
@@ -105,13 +105,13 @@ class RankTask:
         self.commands, self.environment, self.folder = [list(c) for c in commands], dict(environment), folder
         self.references = dict(references or {})
         self.records, self.checkpoints, self.restarts, self.requeues = records, checkpoints, restarts, requeues
-        self.asked: list[int] = []
+        self.received: list[int] = []
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        """Run the rank; returns its exit code where the job is over, raises where it failed."""
+        """Run the rank. Returns its exit code if the job is finished, raises if it failed."""
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._forward)
         missing = [source for source in self.references.values() if source not in os.environ]
         if missing:
             raise RuntimeError(f"{', '.join(missing)} is not in the job's environment: let sbatch pass it on (--export=ALL)")
@@ -128,27 +128,27 @@ class RankTask:
             code = self.process.wait()
             if code:
                 break
-        training = command is self.commands[-1]  # a preflight that refuses the nodes is no failure to repeat on them
-        if training and signal.SIGTERM not in self.asked:
-            if code == STOPPED or (code and self.asked):
+        training = command is self.commands[-1]  # a failed preflight is not repeated on the same nodes
+        if training and signal.SIGTERM not in self.received:
+            if code == STOPPED or (code and self.received):
                 self._requeue(ask=rank == "0")
-            elif code not in (0, USER_ERROR) and self._worth_another():
+            elif code not in (0, USER_ERROR) and self._count_failure():
                 self._requeue(ask=True)
         if code not in (0, STOPPED):
             raise RuntimeError(f"rank {rank} ended with code {code}")
         return code
 
-    def _pass_on(self, number: int, _: object) -> None:
-        self.asked.append(number)
+    def _forward(self, number: int, _: object) -> None:
+        self.received.append(number)
         if self.process is not None:
             self.process.send_signal(number)
 
-    def _worth_another(self) -> bool:
-        """Count a failure, once for all tasks; False where they repeat without a new checkpoint."""
-        start = f"{_own_id()}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        tally = Path(self.records) / "failures.jsonl"
+    def _count_failure(self) -> bool:
+        """Count a failure, once for all tasks. False if too many failures had no new checkpoint between them."""
+        start = f"{_own_job_id()}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        failures_file = Path(self.records) / "failures.jsonl"
         newest = max((p.name for p in Path(self.checkpoints).glob("*-step-*")), default="")
-        with tally.open("a+", encoding="utf-8") as file:
+        with failures_file.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             failures = [json.loads(line) for line in file]
@@ -165,18 +165,18 @@ class RankTask:
             print(f"back in the queue {self.requeues} times already; giving up", file=sys.stderr)
             return
         if ask:
-            with contextlib.suppress(OSError):  # another task was faster
-                slurm(["scontrol", "requeue", _own_id()])
+            with contextlib.suppress(OSError):  # another task was first
+                slurm(["scontrol", "requeue", _own_job_id()])
         time.sleep(60)  # Slurm ends this task
 
 
-def _own_id() -> str:
+def _own_job_id() -> str:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
 def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[JobRecord]:
-    """Submit through submitit; several runs become one array."""
+    """Submit through submitit; several runs become one job array."""
     try:
         import submitit
     except ImportError:
@@ -203,7 +203,7 @@ def submit_submitit(job: JobConfig, runs: Sequence[Run]) -> list[JobRecord]:
         else:
             with executor.batch():
                 jobs = [executor.submit(task) for task in tasks]
-    for path in logs.rglob("*"):  # submitit's files say how the job runs
+    for path in logs.rglob("*"):  # submitit's files contain the commands
         if path.suffix in (".pkl", ".sh") and path.is_file():
             path.chmod(0o600)
     return [
@@ -233,13 +233,13 @@ def _task(job: JobConfig, run: Run, environment: Mapping[str, str]) -> RankTask:
 
 @contextlib.contextmanager
 def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these in this process's environment while the block runs, for programs that it starts."""
-    before = {name: os.environ.get(name) for name in variables}
+    """Set variables of this process's environment while the block runs, for programs that it starts."""
+    previous = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
@@ -247,7 +247,7 @@ def _in_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]:
-    """The job's description in submitit's words: what it does not name itself goes through as further directives."""
+    """The job's description as parameters of submitit; options without a parameter are passed as further directives."""
     taken = ("--job-name", "--nodes", "--ntasks-per-node", "--time", "--open-mode", "--output")
     extra: dict[str, Any] = {}
     for directive in directives(job, name, logs):
@@ -269,13 +269,13 @@ def submitit_parameters(job: JobConfig, name: str, logs: Path) -> dict[str, Any]
 
 
 def _submitit_python(job: JobConfig) -> str | None:
-    """None is this interpreter, which also wraps ranks into a container that srun does not know."""
+    """The interpreter of submitit's tasks. None is this one, which also starts containers that are not options of srun."""
     wanted = job.venv is not None or srun_container(job, working_folder())
-    return shlex.quote(python(job)) if wanted else None  # submitit puts it into its script as it is
+    return shlex.quote(python(job)) if wanted else None  # submitit inserts it into its script unquoted
 
 
 def state(record: JobRecord) -> dict[str, str]:
-    """Of a job: ``state`` in Slurm's word (``ENDED`` where Slurm has forgotten it), ``reason``, ``nodes``, ``restarts``."""
+    """A job's ``state`` as Slurm names it (``ENDED`` if Slurm has no record of it), ``reason``, ``nodes`` and ``restarts``."""
     for read in (_from_scontrol, _from_sacct):
         found = read(record.id)
         if found is not None:
@@ -302,7 +302,7 @@ def _from_scontrol(job_id: str) -> dict[str, str] | None:
 def _from_sacct(job_id: str) -> dict[str, str] | None:
     try:
         text = slurm(["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,Reason,NodeList"])
-    except OSError:  # without accounting there is no such memory
+    except OSError:  # there is no accounting database
         return None
     for line in text.splitlines():
         found, reason, nodes = (*line.split("|"), "", "")[:3]
@@ -311,12 +311,12 @@ def _from_sacct(job_id: str) -> dict[str, str] | None:
 
 
 def cancel(record: JobRecord) -> None:
-    """Tell the job to end: its ranks get SIGTERM and save, then Slurm ends them; it does not come back."""
+    """Cancel the job: its ranks get SIGTERM and save, then Slurm ends them. It is not requeued."""
     slurm(["scancel", record.id])
 
 
 def log_files(record: JobRecord) -> list[Path]:
-    """The job's logs so far, in order. Only the last part of the record's path is a pattern; its folder is as it is written."""
+    """The job's log files, sorted. Only the last component of the record's path is a pattern; the folder is literal."""
     folder, pattern = os.path.split(record.logs)
     try:
         names = sorted(os.listdir(folder or "."))
@@ -326,7 +326,7 @@ def log_files(record: JobRecord) -> list[Path]:
 
 
 def tail(files: Sequence[Path], lines: int) -> Iterator[str]:
-    """The last lines of each file, under its name where there are several."""
+    """The last lines of each file, under its name if there are several files."""
     for file in files:
         if len(files) > 1:
             yield f"==> {file} <=="
@@ -334,7 +334,7 @@ def tail(files: Sequence[Path], lines: int) -> Iterator[str]:
 
 
 def progress(record: JobRecord) -> str:
-    """The newest step of the run, from its metrics."""
+    """The latest step of the run, from its metrics."""
     try:
         with (Path(record.run) / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))

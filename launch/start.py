@@ -1,4 +1,4 @@
-"""From a training configuration and a job's description to a run: what each verb of ``race-dist launch`` does."""
+"""What the verbs of ``race-dist launch`` do: load the job and the run, then start, submit, list or cancel."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _check_gpu_count(job: JobConfig) -> None:
 
 
 def expand_array(run: Run, array: Sequence[str]) -> list[Run]:
-    """One run for each combination of ``key=value,value,...``, named after its values; the run itself where there is none.
+    """One run per combination of ``key=value,value,...``, named after its values; the run itself if ``array`` is empty.
 
     Raises:
         ValueError: an entry has no ``=`` or no values.
@@ -129,7 +129,7 @@ def expand_array(run: Run, array: Sequence[str]) -> list[Run]:
         name = "-".join([run.name, *(f"{key.split('.')[-1]}-{value}" for key, value in pick)])
         changes = (*run.overrides, *(f"{key}={value}" for key, value in pick), f"name={name}")
         runs.append(replace(run, name=load_config(run.config, changes).name, overrides=changes))
-    names = [each.name for each in runs]
+    names = [entry.name for entry in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"--array makes two runs of the name {twice}; give each value once")
@@ -137,7 +137,7 @@ def expand_array(run: Run, array: Sequence[str]) -> list[Run]:
 
 
 def local(job: JobConfig, run: Run, *, dry_run: bool) -> int:
-    """Run on this machine, under a supervisor. Returns its exit code."""
+    """Run on this machine under a supervisor. Returns its exit code."""
     if job.nodes > 1:
         raise ValueError(f"nodes is {job.nodes}, and race-dist launch local has one machine; use torchrun, slurm or kubernetes")
     environment, words = job.environment() | {"RACE_DIST_SUPERVISED": "1"}, run.arguments(job)
@@ -166,7 +166,7 @@ def torchrun(
 ) -> int:
     """Run torchrun for this node; every node gets the same command. Returns its exit code."""
     if endpoint is None and job.nodes > 1:
-        raise ValueError(f"{job.nodes} nodes need a place to meet: --endpoint HOST:PORT, the same on each of them")
+        raise ValueError(f"{job.nodes} nodes need a rendezvous: --endpoint HOST:PORT, the same on each of them")
     if endpoint is not None:
         _check_endpoint(endpoint)
     if node_rank is not None and node_rank >= job.nodes:
@@ -205,7 +205,7 @@ def deepspeed(job: JobConfig, run: Run, *, hostfile: Path | None, dry_run: bool)
 
 
 def _check_hostfile(file: Path, job: JobConfig) -> None:
-    """Refuse what is not a list of enough hosts as DeepSpeed reads it."""
+    """Refuse a file that DeepSpeed cannot read as a list of enough hosts."""
     if not file.is_file():
         raise FileNotFoundError(f"--hostfile: there is no file {file}")
     lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -215,7 +215,7 @@ def _check_hostfile(file: Path, job: JobConfig) -> None:
         raise ValueError(
             f"--hostfile {file} "
             + ("names no host" if wrong is None else f"has the line {short_repr(wrong)}")
-            + "; it wants a line 'HOST slots=N' for each host"
+            + "; it needs a line 'HOST slots=N' for each host"
         )
     if len(hosts) < job.nodes:
         raise ValueError(f"--hostfile {file} names {len(hosts)} hosts, and nodes is {job.nodes}")
@@ -224,10 +224,10 @@ def _check_hostfile(file: Path, job: JobConfig) -> None:
 def submit_slurm(
     job: JobConfig, run: Run, *, array: Sequence[str], plain: bool, write: Path | None, dry_run: bool
 ) -> list[str]:
-    """Submit to Slurm, write the file, or with ``dry_run`` show it. Returns the lines to print."""
+    """Submit to Slurm, write the sbatch file, or with ``dry_run`` return it. Returns the lines to print."""
     runs = expand_array(run, array)
     if dry_run:
-        return [render(job, each, slurm.logs_folder(job, each)) for each in runs]
+        return [render(job, entry, slurm.logs_folder(job, entry)) for entry in runs]
     if write is not None:
         if len(runs) > 1:
             raise ValueError("--write writes one job; leave out --array")
@@ -238,12 +238,12 @@ def submit_slurm(
             f"submit it with: {format_command(['sbatch', str(write)])}",
             *([f"it takes from the environment of sbatch: {', '.join(needed)}"] if needed else []),
         ]
-    records = [slurm.submit_script(job, each) for each in runs] if plain else slurm.submit_submitit(job, runs)
+    records = [slurm.submit_script(job, entry) for entry in runs] if plain else slurm.submit_submitit(job, runs)
     return [_submitted(record) for record in records]
 
 
 def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: bool) -> list[str]:
-    """Apply the manifest, write it, or with ``dry_run`` show it. Returns the lines to print."""
+    """Apply the manifest, write it, or with ``dry_run`` return it. Returns the lines to print."""
     text = kubernetes.to_text(kubernetes.manifest(job, run))
     if dry_run:
         return [text]
@@ -259,7 +259,7 @@ def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: 
 
 
 def status(runs: Path, which: str | None) -> list[tuple[JobRecord, dict[str, str]]]:
-    """The submitted jobs and how they stand: ``state``, ``reason``, ``nodes``, ``restarts``, ``progress``."""
+    """The submitted jobs and their ``state``, ``reason``, ``nodes``, ``restarts`` and ``progress``."""
     found = []
     for record in recall(runs, which):
         facts = kubernetes.state(record) if record.scheduler == "kubernetes" else slurm.state(record)
@@ -268,7 +268,7 @@ def status(runs: Path, which: str | None) -> list[tuple[JobRecord, dict[str, str
 
 
 def logs(runs: Path, which: str, lines: int) -> list[str]:
-    """The last lines of what the newest job of that name or id printed."""
+    """The last log lines of the newest job of that name or id."""
     record = recall(runs, which)[-1]
     if record.scheduler == "kubernetes":
         return kubernetes.logs(record, lines).splitlines()
@@ -279,12 +279,12 @@ def logs(runs: Path, which: str, lines: int) -> list[str]:
 
 
 def cancel(runs: Path, which: str) -> list[str]:
-    """End all jobs of that name or id that Slurm or Kubernetes still has. Returns a line for each."""
+    """Cancel all pending or running jobs of that name or id. Returns one line per job."""
     lines = []
     for record in recall(runs, which):
-        part = kubernetes if record.scheduler == "kubernetes" else slurm
-        if part.state(record)["state"] in ("PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "COMPLETING", "CONFIGURING"):
-            part.cancel(record)
+        scheduler = kubernetes if record.scheduler == "kubernetes" else slurm
+        if scheduler.state(record)["state"] in ("PENDING", "RUNNING", "SUSPENDED", "REQUEUED", "COMPLETING", "CONFIGURING"):
+            scheduler.cancel(record)
             lines.append(f"cancelled: {record.id} ({record.name})")
     return lines or [f"nothing to cancel: no job of {which} is waiting or running"]
 
@@ -294,7 +294,7 @@ def _submitted(record: JobRecord) -> str:
 
 
 def _run_launcher(job: JobConfig, command: Sequence[str], environment: dict[str, str], *, dry_run: bool) -> int:
-    """Run a launcher's command, in the job's container where it has one; secrets are in its environment only."""
+    """Run a launcher's command, in the job's container if it has one; secrets are only in its environment."""
     references = job.references()
     command = in_container(job, command, [*environment, *references], working_folder())
     if dry_run:

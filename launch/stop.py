@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: they set a flag, which the run's ranks agree on between two steps."""
+"""Signals that ask a run to save and stop: they set a flag, which the ranks compare between two steps."""
 
 from __future__ import annotations
 
@@ -13,67 +13,68 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def stop_early(code: int) -> None:
-    """Until a run listens to signals itself, end this process when one asks it to stop: there is nothing to save yet.
+    """End this process on a stop signal until the run handles signals itself: there is nothing to save yet.
 
-    A thread hears them, as the main one may wait in a call that lets no handler run. SIGUSR1 and SIGUSR2 come from a scheduler
-    and end the process with ``code``; early or late, the file that RACE_DIST_STOP_FILE names is made, so that the script above
-    knows that ranks were told to stop, however each has ended. SIGTERM also comes from launchers, beside a rank that failed.
+    A thread receives the signals, because the main thread may block in a call that runs no handler. SIGUSR1 and SIGUSR2 come
+    from a scheduler and end the process with ``code``. At any time they also create the file RACE_DIST_STOP_FILE, so that the
+    job script knows that the ranks were asked to stop, however each of them ended. SIGTERM also comes from launchers after
+    another rank failed.
     """
-    inlet, outlet = os.pipe()
-    os.set_blocking(outlet, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in SIGNALS[:-1]:
-        signal.signal(number, _early)
-    signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
+        signal.signal(number, _ignore)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
-    def hear() -> None:
+    def watch_signals() -> None:
         while True:
-            number = os.read(inlet, 1)[0]
+            number = os.read(reader, 1)[0]
             if number not in SIGNALS[:-1]:
                 continue
-            told = number != signal.SIGTERM
-            if told and (mark := os.environ.get("RACE_DIST_STOP_FILE")):
+            from_scheduler = number != signal.SIGTERM
+            if from_scheduler and (stop_file := os.environ.get("RACE_DIST_STOP_FILE")):
                 with contextlib.suppress(OSError):
-                    os.close(os.open(mark, os.O_CREAT | os.O_WRONLY))
-            if signal.getsignal(number) is _early:
-                os._exit(code if told else 128 + number)
+                    os.close(os.open(stop_file, os.O_CREAT | os.O_WRONLY))
+            if signal.getsignal(number) is _ignore:
+                os._exit(code if from_scheduler else 128 + number)
 
-    threading.Thread(target=hear, name="race-dist-stop", daemon=True).start()
+    threading.Thread(target=watch_signals, name="race-dist-stop", daemon=True).start()
 
 
-def _early(number: int, frame: FrameType | None) -> None:
-    """Nothing: the thread has heard it."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the thread handles the signal."""
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1, SIGUSR2 or an interrupt while the block runs; a second interrupt interrupts.
+    """Set by SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C while the block runs; a second Ctrl-C raises KeyboardInterrupt.
 
         with StopFlag() as stop:
             run(trainer, directory, hooks=Hooks(stop_requested=stop.requested))
 
-    Nothing is saved in the handler: a save needs all ranks, and they are somewhere else.
+    The handler does not save: saving is collective, and the other ranks are at another point.
     """
 
     def __init__(self) -> None:
         self._number: int | None = None
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def requested(self) -> bool:
-        """Whether one has come."""
+        """Whether a signal has arrived."""
         return self._number is not None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # other threads cannot install handlers
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._number is None:
             who = f"race-dist: rank {os.environ.get('RANK', '0')} got {signal.Signals(number).name}"
-            os.write(2, f"{who}: the run saves after this step and stops\n".encode())  # print is not for handlers
+            os.write(2, f"{who}: the run saves after this step and stops\n".encode())  # print is not safe in handlers
         self._number = number

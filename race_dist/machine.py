@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Description of the machine on which a benchmark ran."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def machine_info(device: torch.device) -> dict[str, Any]:
 
 
 def _program() -> str:
-    """What stands before a command's arguments: the console command, or a module of this package that runs by itself."""
+    """The program in front of the arguments: ``race-dist``, or ``python -m`` with a module of this package."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec is not None else ""
     return f"python -m {name}" if name.startswith("race_dist.") else "race-dist"
 
 
 def peak_resident_bytes() -> int:
-    """The most resident memory that this process has had.
+    """Peak resident memory of this process.
 
-    Linux's own count of this process: ``ru_maxrss`` is no lower than what the parent had when it started this one.
+    From /proc on Linux, because ``ru_maxrss`` is never lower than the parent's memory when it started this process.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")

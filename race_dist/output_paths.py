@@ -1,4 +1,4 @@
-"""Paths that are written to: what may stand there, files that appear only when complete, and private files."""
+"""Output paths: validation, atomic writes and private files."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from race_dist.messages import short_repr
 
 
 def check_output_file(file: Path, what: str = "the output", *, make_folder: bool = True) -> None:
-    """Refuse a path for a file where writing would do something else: a link (to whatever it points to), a folder, a device,
-    or a path below something that is no folder.
+    """Refuse a path that cannot be written as a regular file: a symbolic link, a folder, a device, or a path below something
+    that is not a folder.
 
     Args:
-        file: to be written, or written anew.
-        what: the option, named in the error. Empty: the path alone is named.
-        make_folder: whether whoever writes makes the folder of the file, where there is none.
+        file: the file to create or replace.
+        what: the option, named in the error. If empty, only the path is named.
+        make_folder: whether the writer creates a missing parent folder.
 
     Raises:
-        OSError: it cannot be written as a file of its own; one sentence with the path.
+        OSError: the path cannot be written; one sentence with the path.
     """
     _check(file, what, folder=False, make=make_folder)
 
 
 def check_output_folder(folder: Path, what: str = "the output", *, follow: bool = False) -> None:
-    """The same for a folder of files: refuses a link, and everything that is there and no folder. OSError, one sentence.
+    """Refuse a path that cannot be a folder of output files: a symbolic link, or an existing file. OSError, one sentence.
 
-    With ``follow`` a link to a folder is that folder: where files are stored, but none is replaced as a whole.
+    With ``follow`` a link to a folder is accepted: for folders in which files are stored but which are not replaced.
     """
     _check(folder.resolve() if follow and os.path.isdir(folder) else folder, what, folder=True, make=True)
 
@@ -41,7 +41,7 @@ def _check(path: Path, what: str, *, folder: bool, make: bool) -> None:
 
 
 def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
-    """Why nothing can be written there, in words that follow its name."""
+    """Why the path cannot be written, as words that follow its name; None if it can."""
     try:
         found = path.lstat().st_mode
     except FileNotFoundError:
@@ -78,14 +78,14 @@ def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
 
 @contextmanager
 def atomic_write(path: Path, *, mode: int | None = None) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when the block ends, once its bytes are on disk.
+    """A temporary path that replaces ``path`` when the block ends, after its bytes are on disk.
 
-    After an error ``path`` is as it was, and what was half written is removed.
+    After an error ``path`` is unchanged, and the temporary file is removed.
 
     Args:
-        path: of the file, in a folder that is there.
-        mode: permissions, which the file has from the moment that it is made; it is then there, and empty, for the block to
-            write into. None: as the process makes files.
+        path: a file in an existing folder.
+        mode: permissions that the temporary file is created with, empty, before the block writes into it. None: the block
+            creates the file with default permissions.
 
     Raises:
         OSError: it cannot be written; the message names ``path``.
@@ -112,7 +112,7 @@ def atomic_write(path: Path, *, mode: int | None = None) -> Iterator[Path]:
 
 
 def write_private(file: Path, text: str, *, executable: bool = False, what: str = "the output") -> Path:
-    """Write a text file that only its owner can read (mode 0600, or 0700); it appears when it is complete.
+    """Atomically write a text file that only its owner can read (mode 0600, or 0700).
 
     Raises:
         OSError: as :func:`check_output_file`, or the disk is full.

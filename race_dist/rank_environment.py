@@ -1,4 +1,4 @@
-"""This process's place among the ranks of a job, as a launcher's variables tell it. Without torch: launchers read it too."""
+"""The rank of this process in its job, from the launcher's environment variables. Imports no torch: launchers use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 LOOPBACK = "127.0.0.1"
-STORE_FD_VARIABLE = "RACE_DIST_STORE_FD"  # a listening socket at MASTER_PORT that rank 0 has inherited from its launcher
+STORE_FD_VARIABLE = "RACE_DIST_STORE_FD"  # file descriptor of a socket listening at MASTER_PORT, inherited by rank 0
 RANK_VARIABLES = frozenset(
     {
         "RANK",
@@ -32,12 +32,12 @@ DEFAULT_RANKS_PER_NODE = 8  # an HGX or DGX node, where the launcher does not sa
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """This process's place, as a launcher's variables tell it.
+    """The launcher's variables of this process.
 
     Attributes:
-        rank, world: RANK of WORLD_SIZE; 0 of 1 without a launcher.
-        local_rank, local_world: LOCAL_RANK and LOCAL_WORLD_SIZE: of this machine's ranks; None where they are not set.
-        host, port: MASTER_ADDR and MASTER_PORT, where the ranks meet; None and 0 for a world of one.
+        rank, world_size: RANK and WORLD_SIZE; 0 and 1 without a launcher.
+        local_rank, local_world_size: LOCAL_RANK and LOCAL_WORLD_SIZE, on this machine; None if they are not set.
+        master_addr, master_port: MASTER_ADDR and MASTER_PORT of the rendezvous; None and 0 for a single rank.
     """
 
     rank: int = 0
@@ -49,7 +49,7 @@ class RankEnvironment:
 
     @property
     def single_node(self) -> bool:
-        """Whether the launcher says that every rank runs on this machine."""
+        """Whether all ranks run on this machine, by the launcher's variables."""
         return self.world_size > 1 and self.local_world_size == self.world_size
 
 
@@ -60,7 +60,7 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
         environment: of a process; None is this one's.
 
     Raises:
-        ValueError: a variable is empty, is no number, or does not fit the others; the message names it.
+        ValueError: a variable is empty, not an integer, or inconsistent with the others; the message names it.
     """
     e = os.environ if environment is None else environment
     rank, world = _integer(e, "RANK"), _integer(e, "WORLD_SIZE")
@@ -93,7 +93,7 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
 
 
 def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
-    """LOCAL_RANK; None where it is not set. ValueError where it is no number of at least 0."""
+    """LOCAL_RANK; None if it is not set. ValueError unless it is an integer of at least 0."""
     found = _integer(os.environ if environment is None else environment, "LOCAL_RANK")
     if found is not None and found < 0:
         raise ValueError(f"LOCAL_RANK={found} in the environment must not be negative")
@@ -149,8 +149,8 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def without_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what a launcher has put there about its ranks (torchrun's TORCHELASTIC_*, RANK, MASTER_PORT and
-    so on): ranks that are started anew must not take themselves for some of that launcher's."""
+    """Remove a launcher's variables about its ranks (RANK, MASTER_PORT, torchrun's TORCHELASTIC_* and so on): a new job's ranks
+    must not join that launcher's job."""
     return {
         name: value
         for name, value in environment.items()

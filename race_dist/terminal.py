@@ -1,4 +1,4 @@
-"""Lines on standard output that never end what they report on: a closed pipe, a full disk or an ASCII terminal."""
+"""Output to standard output that cannot fail the run: on a closed pipe, a full disk or an ASCII terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import IO, cast
 from rich.console import Console
 
 _UNWRITABLE = (OSError, ValueError)  # ValueError: the stream is closed
-_said: set[int] = set()  # ids of the streams whose failure was said
+_reported: set[int] = set()  # ids of the streams whose failure was reported
 
 
 class TolerantStream:
-    """A text stream that is written to as far as that goes.
+    """A text stream whose write errors are reported once on standard error and then ignored.
 
-    What its encoding lacks is written as an escape (``\\u0101``). A stream that fails is named once on standard error; a pipe
-    that nobody reads any more is replaced by the null device, so that the interpreter's own flush at the end does not fail.
+    Characters that its encoding lacks are written as escapes (``\\u0101``). A closed pipe is replaced by the null device, so
+    that the interpreter's flush at exit does not fail.
 
     Args:
-        stream: None is a stream that the process was started without.
+        stream: None if the process was started without this stream.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
@@ -29,24 +29,24 @@ class TolerantStream:
 
     @property
     def encoding(self) -> str:
-        """Of the stream; UTF-8 where it does not say."""
+        """Encoding of the stream; UTF-8 if it has none."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Whether the stream is a terminal."""
         try:
             return self._stream is not None and self._stream.isatty()
         except _UNWRITABLE:
             return False
 
     def fileno(self) -> int:
-        """Of the stream. Raises OSError where it has none."""
+        """File descriptor of the stream. Raises OSError if there is none."""
         if self._stream is None:
             raise OSError("there is no stream")
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write, if it can be."""
+        """Write the text; errors are reported once."""
         if self._stream is not None:
             try:
                 self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
@@ -55,7 +55,7 @@ class TolerantStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if it can be."""
+        """Flush the stream; errors are reported once."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -66,8 +66,8 @@ class TolerantStream:
         assert self._stream is not None
         if isinstance(error, BrokenPipeError):
             _discard(self._stream)
-        if id(self._stream) not in _said:
-            _said.add(id(self._stream))
+        if id(self._stream) not in _reported:
+            _reported.add(id(self._stream))
             atexit.register(_flush_or_discard, self._stream)
             with suppress(*_UNWRITABLE, AttributeError):
                 reason = getattr(error, "strerror", None) or error
@@ -82,7 +82,7 @@ def _flush_or_discard(stream: IO[str]) -> None:
 
 
 def _discard(stream: IO[str]) -> None:
-    """Send what the stream still holds, and all that follows, to the null device."""
+    """Redirect the stream, with its buffered text, to the null device."""
     with suppress(*_UNWRITABLE, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -92,12 +92,12 @@ def _discard(stream: IO[str]) -> None:
 
 
 def print_line(line: str) -> None:
-    """Print a line, if it can be printed."""
+    """Print a line; an error does not raise."""
     stream = TolerantStream(sys.stdout)
     stream.write(line + "\n")
     stream.flush()
 
 
 def plain_console() -> Console:
-    """A console that shows words as they are (no markup, no emoji names) on a tolerant standard output."""
+    """A console that prints text literally (no markup, no emoji names) to a tolerant standard output."""
     return Console(file=cast(IO[str], TolerantStream(sys.stdout)), markup=False, emoji=False, highlight=False)

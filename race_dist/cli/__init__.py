@@ -48,7 +48,7 @@ app.command()(preflight)
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command: the entry point of the console script."""
     open_standard_streams()
     replace_unknown_characters()
     try:

@@ -34,7 +34,7 @@ Write = Annotated[Path | None, option_types.output_file(metavar="FILE", help="Wr
 def launch_local(
     config: Config, override: Override = None, job: JobFile = None, change: Change = None, dry_run: DryRun = False
 ) -> None:
-    """Run on this machine. Ranks that fail are started again, from the newest checkpoint."""
+    """Run on this machine. Failed ranks are restarted from the newest checkpoint."""
     from race_dist.launch import start
 
     job_config, run = start.load_job_and_run(config, override or (), job, change or (), on_this_machine=True)
@@ -49,13 +49,13 @@ def launch_torchrun(
     job: JobFile = None,
     change: Change = None,
     endpoint: Annotated[
-        str | None, option_types.endpoint(metavar="HOST:PORT", help="Where the nodes meet: the first one.")
+        str | None, option_types.endpoint(metavar="HOST:PORT", help="Rendezvous endpoint, on the first node.")
     ] = None,
-    node_rank: Annotated[int | None, option_types.whole(metavar="N", help="This node's place.", low=0)] = None,
-    local_address: Annotated[str | None, option_types.host(metavar="HOST", help="How the others reach this node.")] = None,
+    node_rank: Annotated[int | None, option_types.integer(metavar="N", help="Rank of this node, from 0.", low=0)] = None,
+    local_address: Annotated[str | None, option_types.host(metavar="HOST", help="Address of this node for the others.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run torchrun on this node; give every node of the job the same command."""
+    """Run torchrun on this node. Run the same command on every node of the job."""
     from race_dist.launch import start
 
     job_config, run = start.load_job_and_run(config, override or (), job, change or (), on_this_machine=True)
@@ -69,10 +69,10 @@ def launch_deepspeed(
     override: Override = None,
     job: JobFile = None,
     change: Change = None,
-    hostfile: Annotated[Path | None, option_types.input_file(metavar="FILE", help="DeepSpeed's list of hosts.")] = None,
+    hostfile: Annotated[Path | None, option_types.input_file(metavar="FILE", help="DeepSpeed hostfile.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run under DeepSpeed's launcher."""
+    """Run with the DeepSpeed launcher."""
     from race_dist.launch import start
 
     job_config, run = start.load_job_and_run(config, override or (), job, change or (), on_this_machine=True)
@@ -87,13 +87,13 @@ def launch_slurm(
     job: JobFile = "slurm",
     change: Change = None,
     array: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V,V,...", help="One run for each value of a key of CONFIG. Repeatable.")
+        list[str] | None, typer.Option(metavar="KEY=V,V,...", help="One run per value of a key of CONFIG. Repeatable.")
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="A plain sbatch file instead of submitit.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Submit a plain sbatch file instead of using submitit.")] = False,
     write: Write = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Submit to Slurm. The job saves before its time is up, goes back to the queue and goes on."""
+    """Submit to Slurm. The job saves before its time limit, is requeued and resumes."""
     from race_dist.launch import start
 
     job_config, run = start.load_job_and_run(config, override or (), job, change or ())
@@ -110,7 +110,7 @@ def launch_kubernetes(
     write: Write = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Submit to Kubernetes as a JobSet: one pod a node, torchrun in each."""
+    """Submit to Kubernetes as a JobSet: one pod per node, torchrun in each."""
     from race_dist.launch import start
 
     job_config, run = start.load_job_and_run(config, override or (), job, change or ())
@@ -120,7 +120,7 @@ def launch_kubernetes(
 
 @launch.command("templates")
 def launch_templates() -> None:
-    """List the jobs' templates, and how far each was tested."""
+    """List the job templates and how far each was tested."""
     from race_dist.launch.job import load_job, template_names
 
     for name in template_names():
@@ -129,7 +129,7 @@ def launch_templates() -> None:
 
 @launch.command("status")
 def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")] = None, runs: Runs = Path("runs")) -> None:
-    """Say how submitted jobs stand."""
+    """Print the state of submitted jobs."""
     from race_dist.launch import start
 
     for record, facts in start.status(runs, which):
@@ -153,9 +153,9 @@ def launch_status(which: Annotated[str | None, typer.Argument(metavar="NAME|ID")
 def launch_logs(
     which: Annotated[str, typer.Argument(metavar="NAME|ID")],
     runs: Runs = Path("runs"),
-    lines: Annotated[int, option_types.whole("--lines", "-n", metavar="N", help="Of each file.")] = 40,
+    lines: Annotated[int, option_types.integer("--lines", "-n", metavar="N", help="Lines per file.")] = 40,
 ) -> None:
-    """Show the end of what a submitted job has printed."""
+    """Print the last lines of the logs of a submitted job."""
     from race_dist.launch import start
 
     print("\n".join(start.logs(runs, which, lines)))
@@ -163,25 +163,25 @@ def launch_logs(
 
 @launch.command("cancel")
 def launch_cancel(which: Annotated[str, typer.Argument(metavar="NAME|ID")], runs: Runs = Path("runs")) -> None:
-    """End a submitted job: it saves and does not come back."""
+    """Cancel a submitted job: it saves and is not requeued."""
     from race_dist.launch import start
 
     print("\n".join(start.cancel(runs, which)))
 
 
 def preflight(
-    config: Annotated[Path | None, typer.Argument(help="The run to come: a TOML file.", metavar="CONFIG")] = None,
+    config: Annotated[Path | None, typer.Argument(help="The planned run: a TOML file.", metavar="CONFIG")] = None,
     override: Override = None,
     nproc: Annotated[
         int | None,
-        option_types.whole(
-            metavar="N", help="Start N ranks on this machine. Leave it out under a launcher.", high=option_types.MOST_RANKS
+        option_types.integer(
+            metavar="N", help="Start N ranks on this machine. Omit it under a launcher.", high=option_types.MAX_LOCAL_RANKS
         ),
     ] = None,
     folder: Annotated[
         Path | None,
         option_types.output_folder(
-            metavar="FOLDER", help="Where checkpoints will go. Left out: the run's folder, or runs.", follow=True
+            metavar="FOLDER", help="Folder of the checkpoints. Default: the run's folder, or runs.", follow=True
         ),
     ] = None,
     device: Annotated[str | None, option_types.device()] = None,
@@ -189,12 +189,12 @@ def preflight(
         float, option_types.number(metavar="S", help="Seconds that ranks wait for each other.", low=1, high=TIMEOUT_LIMIT)
     ] = 120.0,
     out: Annotated[
-        Path | None, option_types.output_file("--json", metavar="FILE", help="Write everything there.", make_folder=True)
+        Path | None, option_types.output_file("--json", metavar="FILE", help="Write all results there.", make_folder=True)
     ] = None,
 ) -> None:
-    """Check the machines before hours are spent: GPUs, versions, collectives, disk, clocks.
+    """Check the machines before training: GPUs, versions, collectives, disk, clocks.
 
-    Prints a table; ends with 1 and the node's name where a node is not fit.
+    Prints a table. Exits with 1 and the node's name if a node fails.
     """
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.training.config import load_config

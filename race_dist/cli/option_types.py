@@ -1,4 +1,4 @@
-"""The kinds of values that options take. Each is checked before any work begins, and refused by the option's name."""
+"""Typer options by the type of their value. Values are validated before any work starts; an error names the option."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from race_dist.output_paths import check_output_file, check_output_folder
 from race_dist.strict_config import COUNT_LIMIT, SIZE_LIMIT
 
 T = TypeVar("T")
-MOST_RANKS = 1024  # of one machine
-LONGEST_TIME = 1e9  # seconds, 32 years
-COUNT_WORDS = "K, M and B are thousands, millions and billions: 4K is 4,000"
+MAX_LOCAL_RANKS = 1024  # ranks that --nproc starts on one machine
+MAX_SECONDS = 1e9  # seconds, 32 years
+COUNT_SUFFIXES = "K, M and B are thousands, millions and billions: 4K is 4,000"
 
 
-class Counts(tuple[int, ...]):
-    """Numbers with commas between them."""
+class TokenCounts(tuple[int, ...]):
+    """Several numbers of tokens, separated by commas."""
 
 
 def _option(parse: Callable[[str], T], names: tuple[str, ...], metavar: str, words: str) -> Any:
-    """An option of typer whose text goes through ``parse``; a default, which is no text, does not."""
+    """A typer option whose text is parsed by ``parse``. Its default is not parsed."""
 
     def parser(value: Any) -> Any:
         return parse(value) if isinstance(value, str) else value
@@ -34,8 +34,8 @@ def _option(parse: Callable[[str], T], names: tuple[str, ...], metavar: str, wor
     return typer.Option(*names, parser=parser, metavar=metavar, help=words)
 
 
-def whole(*names: str, metavar: str, help: str, low: int = 1, high: int = SIZE_LIMIT) -> Any:
-    """An option that takes a whole number from ``low`` to ``high``."""
+def integer(*names: str, metavar: str, help: str, low: int = 1, high: int = SIZE_LIMIT) -> Any:
+    """An option that takes an integer from ``low`` to ``high``."""
 
     def parse(text: str) -> int:
         digits = text.strip()
@@ -50,21 +50,21 @@ def whole(*names: str, metavar: str, help: str, low: int = 1, high: int = SIZE_L
 
 
 def step() -> Any:
-    """The option that chooses one of a run's checkpoints."""
-    return whole(metavar="N", help="Of this checkpoint. Left out: the run as it is.", low=0, high=COUNT_LIMIT)
+    """The option that selects one checkpoint of a run."""
+    return integer(metavar="N", help="Step of the checkpoint to use. Default: the newest weights.", low=0, high=COUNT_LIMIT)
 
 
 def number(*names: str, metavar: str, help: str, low: float, high: float, zero: bool = False) -> Any:
-    """An option that takes a finite number from ``low`` to ``high``, or 0 where ``zero``."""
+    """An option that takes a finite number from ``low`` to ``high``, or 0 if ``zero``."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if math.isnan(value) or "_" in text or not text.isascii():  # digits of other scripts are none here, as in whole()
+        if math.isnan(value) or "_" in text or not text.isascii():  # only ASCII digits, as in integer()
             raise typer.BadParameter(f"{short_repr(text)} is not a number")
-        too_small = value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0])  # 1e-400: it is not meant as 0
+        too_small = value == 0 and re.search(r"[1-9]", re.split("[eE]", text)[0])  # 1e-400 is not meant as 0
         if too_small or not (low <= value <= high or (zero and value == 0)):
             raise typer.BadParameter(f"it must be {'0 or ' if zero else ''}from {low:g} to {high:g}; got {short_repr(text)}")
         return value
@@ -81,18 +81,18 @@ def _tokens(text: str, low: int) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-def count(*names: str, metavar: str, help: str, low: int = 1) -> Any:
+def token_count(*names: str, metavar: str, help: str, low: int = 1) -> Any:
     """An option that takes a number of tokens: ``131072``, ``128K``, ``75M``."""
     return _option(lambda text: _tokens(text, low), names, metavar, help)
 
 
-def counts(*names: str, metavar: str, help: str, low: int = 1) -> Any:
+def token_counts(*names: str, metavar: str, help: str, low: int = 1) -> Any:
     """An option that takes several numbers of tokens: ``1024,4096,16K``."""
-    return _option(lambda text: Counts(_tokens(part, low) for part in text.split(",")), names, metavar, help)
+    return _option(lambda text: TokenCounts(_tokens(part, low) for part in text.split(",")), names, metavar, help)
 
 
 def text(*names: str, metavar: str, help: str) -> Any:
-    """An option that takes UTF-8 text, whatever the locale has made of its bytes."""
+    """An option that takes UTF-8 text, in whatever way the locale decoded its bytes."""
 
     def parse(value: str) -> str:
         try:
@@ -103,13 +103,13 @@ def text(*names: str, metavar: str, help: str) -> Any:
     return _option(parse, names, metavar, help)
 
 
-def device(*names: str, help: str = "cpu, cuda or cuda:N. Left out: cuda where there is a GPU.") -> Any:
-    """An option that takes a device that is there."""
+def device(*names: str, help: str = "cpu, cuda or cuda:N. Default: cuda where there is a GPU.") -> Any:
+    """An option that takes an existing device."""
     return _option(parse_device, names, "DEVICE", help)
 
 
 def parse_device(name: str) -> str:
-    """A device's name, once it is clear that it is there. Raises typer.BadParameter."""
+    """The name of an existing device. Raises typer.BadParameter."""
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
     if not match:
         raise typer.BadParameter(f"{short_repr(name)} is no device: give cpu, cuda or cuda:N")
@@ -126,7 +126,7 @@ def parse_device(name: str) -> str:
 
 
 def input_file(*names: str, metavar: str, help: str) -> Any:
-    """An option that takes a file that is there."""
+    """An option that takes an existing file."""
 
     def parse(name: str) -> Path:
         path = Path(name)
@@ -138,7 +138,7 @@ def input_file(*names: str, metavar: str, help: str) -> Any:
 
 
 def output_file(*names: str, metavar: str, help: str, make_folder: bool = False) -> Any:
-    """An option that takes a file to write; with ``make_folder`` its folder is made where it is not there."""
+    """An option that takes a file to write; with ``make_folder`` a missing folder is created."""
 
     def parse(name: str) -> Path:
         return _writable(name, lambda path: check_output_file(path, "", make_folder=make_folder))
@@ -147,7 +147,7 @@ def output_file(*names: str, metavar: str, help: str, make_folder: bool = False)
 
 
 def output_folder(*names: str, metavar: str, help: str, follow: bool = False) -> Any:
-    """An option that takes a folder to write into, which is made where it is not there; ``follow``: or a link to one."""
+    """An option that takes a folder to write into, which is created if missing; with ``follow`` also a link to a folder."""
 
     def parse(name: str) -> Path:
         return _writable(name, lambda path: check_output_folder(path, "", follow=follow))
@@ -164,7 +164,7 @@ def _writable(name: str, check: Callable[[Path], None]) -> Path:
 
 
 def _ask(path: Path, question: Callable[[Path], bool]) -> bool:
-    """The answer, or a sentence where the system cannot look: a name that is too long, a link that leads to itself."""
+    """The answer, or BadParameter where the path cannot be examined: the name is too long, or a link points to itself."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def endpoint(*names: str, metavar: str, help: str) -> Any:
 
 
 def host(*names: str, metavar: str, help: str) -> Any:
-    """An option that takes the name or the address of a host."""
+    """An option that takes a host name or address."""
 
     def parse(name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*", name):

@@ -1,4 +1,4 @@
-"""``race-dist plan``: memory, traffic and time of a step before any GPU is asked for."""
+"""``race-dist plan``: the memory, communication and time of a step, computed before any GPU is allocated."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from race_dist.cli import option_types
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="What would be trained: a TOML file.", metavar="CONFIG")],
+    config: Annotated[Path, typer.Argument(help="The training to plan: a TOML file.", metavar="CONFIG")],
     gpu: Annotated[str, typer.Option(metavar="TYPE", help="a100, h100, h200, gh200-96gb, gh200-144gb, b200 or cpu.")] = "gh200",
-    gpus: Annotated[int, option_types.whole(help="How many.", metavar="N", high=10**6)] = 1,
+    gpus: Annotated[int, option_types.integer(help="Number of GPUs.", metavar="N", high=10**6)] = 1,
     per_node: Annotated[
-        int, option_types.whole(help="How many a node. 0: as is usual for the type.", metavar="N", low=0, high=10**6)
+        int, option_types.integer(help="GPUs per node. 0: as is usual for the type.", metavar="N", low=0, high=10**6)
     ] = 0,
     context: Annotated[
-        int | None, option_types.count(help=f"Tokens a sequence: 75M, 1B. {option_types.COUNT_WORDS}.", metavar="T")
+        int | None, option_types.token_count(help=f"Tokens per sequence: 75M, 1B. {option_types.COUNT_SUFFIXES}.", metavar="T")
     ] = None,
-    batch: Annotated[int | None, option_types.whole(help="Sequences a step.", metavar="B")] = None,
-    dp: Annotated[int | None, option_types.whole(help="Fix the groups of ranks.", metavar="N")] = None,
-    sp: Annotated[int | None, option_types.whole(help="Fix the ranks that share a sequence.", metavar="N")] = None,
+    batch: Annotated[int | None, option_types.integer(help="Sequences per step.", metavar="B")] = None,
+    dp: Annotated[int | None, option_types.integer(help="Fix the data-parallel groups.", metavar="N")] = None,
+    sp: Annotated[int | None, option_types.integer(help="Fix the ranks that share a sequence.", metavar="N")] = None,
     chunk_size: Annotated[
-        int | None, option_types.count(help="Fix the chunk a rank; 0: not streamed.", metavar="T", low=0)
+        int | None, option_types.token_count(help="Fix the chunk per rank; 0: not streamed.", metavar="T", low=0)
     ] = None,
-    checkpointing: Annotated[bool | None, typer.Option(help="Fix whether blocks are computed again.")] = None,
-    sharding: Annotated[Literal["none", "fsdp"] | None, typer.Option(help="Fix it.")] = None,
-    keep: Annotated[Literal["device", "host"] | None, typer.Option(help="Fix where chunk states wait.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Fix activation checkpointing.")] = None,
+    sharding: Annotated[Literal["none", "fsdp"] | None, typer.Option(help="Fix how weights are sharded.")] = None,
+    keep: Annotated[Literal["device", "host"] | None, typer.Option(help="Fix where chunk-start states are stored.")] = None,
     precision: Annotated[
-        Literal["bfloat16", "float32", "float64"] | None, typer.Option(help="Left out: that of CONFIG.")
+        Literal["bfloat16", "float32", "float64"] | None, typer.Option(help="Default: that of CONFIG.")
     ] = None,
     budget: Annotated[
         float,
         option_types.number(
-            help="Seconds a step, for the largest context.", metavar="S", low=1e-6, high=option_types.LONGEST_TIME
+            help="Seconds per step, for the largest context.", metavar="S", low=1e-6, high=option_types.MAX_SECONDS
         ),
     ] = 600.0,
     rates: Annotated[Path | None, option_types.input_file(help="Measured rates.", metavar="FILE.json")] = None,
@@ -44,9 +44,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Say what a step takes on a cluster, and how to lay it out, before any GPU is asked for.
+    """Plan a step on a cluster: memory, time and parallel layout, before any GPU is allocated.
 
-    Memory by kind, bytes exchanged, time by part, the largest context, and why. What is not fixed is searched.
+    Prints memory and time by part, bytes exchanged and the largest context. What is not fixed is searched.
     """
     import json
 

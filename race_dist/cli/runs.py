@@ -1,4 +1,4 @@
-"""The verbs of ``race-dist`` about runs and texts that are there: generate, eval, export, report, data."""
+"""The verbs that use finished runs and texts: generate, eval, export, report, config, data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from race_dist.strict_config import SEED_LIMIT
 if TYPE_CHECKING:
     from race_dist.training.data.corpus import Corpus
 
-_ECHOED = 2**16  # bytes of a prompt file that are printed before what is written; a longer one is not
+_ECHOED = 2**16  # bytes; the text of a longer prompt file is not printed before the generated text
 
 runs = typer.Typer()
 
@@ -23,31 +23,35 @@ runs = typer.Typer()
 @runs.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="The folder of a trained run, for example runs/demo.", metavar="RUN")],
-    prompt: Annotated[str | None, option_types.text(metavar="TEXT", help="What the text goes on from.")] = None,
-    prompt_file: Annotated[Path | None, option_types.input_file(metavar="FILE", help="The same, from a file.")] = None,
-    tokens: Annotated[int, option_types.count(metavar="N", help="Tokens to write.", low=0)] = 400,
+    prompt: Annotated[str | None, option_types.text(metavar="TEXT", help="The text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, option_types.input_file(metavar="FILE", help="A file with the text to continue.")
+    ] = None,
+    tokens: Annotated[int, option_types.token_count(metavar="N", help="Tokens to generate.", low=0)] = 400,
     temperature: Annotated[
-        float, option_types.number(metavar="T", help="0 always takes the likeliest token.", low=1e-4, high=1e4, zero=True)
+        float, option_types.number(metavar="T", help="0 always takes the most likely token.", low=1e-4, high=1e4, zero=True)
     ] = 0.8,
-    top_k: Annotated[int | None, option_types.whole(metavar="K", help="Draw from the K likeliest tokens only.")] = None,
+    top_k: Annotated[int | None, option_types.integer(metavar="K", help="Sample from the K most likely tokens.")] = None,
     top_p: Annotated[
         float | None,
-        option_types.number(metavar="P", help="Draw from the likeliest tokens that together reach P.", low=1e-6, high=1),
+        option_types.number(
+            metavar="P", help="Sample from the most likely tokens whose probabilities reach P.", low=1e-6, high=1
+        ),
     ] = None,
-    seed: Annotated[int, option_types.whole(metavar="N", help="Of the draws.", low=0, high=SEED_LIMIT)] = 0,
+    seed: Annotated[int, option_types.integer(metavar="N", help="Seed of the sampling.", low=0, high=SEED_LIMIT)] = 0,
     save_context: Annotated[
-        Path | None, option_types.output_file(metavar="FILE", help="Keep what the model remembers of the prompt.")
+        Path | None, option_types.output_file(metavar="FILE", help="Save the prompt state, for --context.")
     ] = None,
     context: Annotated[
         Path | None,
-        option_types.input_file(metavar="FILE", help="Go on from what --save-context kept; a prompt comes after it."),
+        option_types.input_file(metavar="FILE", help="Continue from a saved prompt state; a prompt is appended."),
     ] = None,
     step: Annotated[int | None, option_types.step()] = None,
 ) -> None:
-    """Write text with a trained model: the prompt, then what the model makes of it, as it comes.
+    """Generate text with a trained model: prints the prompt and then each token as it is sampled.
 
-    A prompt file of any length is read once. --save-context keeps what the model remembers of it (a few kilobytes to
-    megabytes, whatever the length); --context goes on from there without reading it again.
+    A prompt file of any length is read once. --save-context saves the model's state after the prompt (kilobytes to
+    megabytes, whatever the length); --context continues from it without reading the prompt again.
     """
     from race_dist.training import sampling
     from race_dist.training.data.text_files import utf8_pieces
@@ -59,18 +63,18 @@ def generate(
         raise ValueError("give --prompt, --prompt-file or --context")
     directory = RunDirectory(run)
     model, codec = directory.load_model(default_device(), step=step), directory.codec()
-    known, before = sampling.load_context(context, model) if context is not None else (None, 0)
+    state, before = sampling.load_context(context, model) if context is not None else (None, 0)
     pieces = utf8_pieces(prompt_file) if prompt_file is not None else [(prompt or "").encode()]
     head = sampling.Head(pieces, _ECHOED)
-    remembered, count = sampling.read_text(model, head, codec, known)
+    prompt_state, count = sampling.read_text(model, head, codec, state)
     with cleaned_up():
         if save_context is not None:
-            sampling.save_context(save_context, remembered, model, before + count)
+            sampling.save_context(save_context, prompt_state, model, before + count)
             print(f"{save_context}: {save_context.stat().st_size:,} bytes for {before + count:,} tokens", file=sys.stderr)
         if prompt is not None or (prompt_file is not None and head.whole):
             print(head.text if prompt is None else prompt, end="", flush=True)
         for piece in sampling.write_text(
-            model, remembered, codec, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            model, prompt_state, codec, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         ):
             print(piece, end="", flush=True)
     print()
@@ -81,22 +85,21 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run.", metavar="RUN")],
     path: Annotated[
         str | None,
-        typer.Option("--data", metavar="PATH", help="Text to measure on, all of it. Left out: what the run held out."),
+        typer.Option("--data", metavar="PATH", help="Text to evaluate on, all of it. Default: the held-out text."),
     ] = None,
     context: Annotated[
         int | None,
-        option_types.count(
-            metavar="T", help=f"Tokens a window: 64K, 1M. Left out: as in training. {option_types.COUNT_WORDS}."
+        option_types.token_count(
+            metavar="T", help=f"Tokens per window: 64K, 1M. Default: as in training. {option_types.COUNT_SUFFIXES}."
         ),
     ] = None,
-    tokens: Annotated[int, option_types.count(metavar="N", help="Tokens to measure on, about.")] = 1_000_000,
+    tokens: Annotated[int, option_types.token_count(metavar="N", help="Approximate number of tokens to evaluate.")] = 1_000_000,
     step: Annotated[int | None, option_types.step()] = None,
 ) -> None:
-    """Measure a model on text, by position in the context: what a longer context is worth.
+    """Evaluate the loss of a model by position in the context: what a longer context is worth.
 
-    Windows of any length go through the model a chunk at a time. Another text than the held-out one goes through the run's
-    tokenizer. The figures go to a file in RUN too, one per text, window length and checkpoint, where race-dist report finds
-    them.
+    Windows of any length are computed in chunks. Text given by --data is encoded with the run's tokenizer. Results are
+    also written to RUN, one file per text, window length and checkpoint, for race-dist report.
     """
     from race_dist.training import evaluate
     from race_dist.training.run_directory import RunDirectory
@@ -113,13 +116,13 @@ def export(
 ) -> None:
     """Write the weights of a run, or of one of its checkpoints, as one safetensors file.
 
-    Another run begins with them by init = "FILE".
+    Another run starts from them with init = "FILE".
     """
     from race_dist.training.run_directory import RunDirectory
     from race_dist.training.run_lock import check_not_in_use
     from race_dist.training.weights_file import save_weights
 
-    check_not_in_use(out.parent)  # it may be the folder of a run that is going on
+    check_not_in_use(out.parent)  # it may be the folder of an active run
     model = RunDirectory(run).load_model(step=step)
     with cleaned_up():
         save_weights(out, {name: p.detach() for name, p in model.named_parameters()}, RunDirectory(run).load_config().model)
@@ -128,14 +131,14 @@ def export(
 
 @runs.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of runs, to be drawn over each other.", metavar="RUN...")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs to compare.", metavar="RUN...")],
     out: Annotated[
-        Path | None, option_types.output_folder(metavar="FOLDER", help="Where to. Left out: report in the first RUN.")
+        Path | None, option_types.output_folder(metavar="FOLDER", help="Output folder. Default: report in the first RUN.")
     ] = None,
 ) -> None:
-    """Write a page about one run or several: curves, losses by position, what differed, machines.
+    """Write a report of one or more runs: curves, loss by position, differing settings, machines.
 
-    report.html needs no other file; the pictures lie beside it as PNGs too.
+    report.html is self-contained; the plots are also written as PNG files.
     """
     from race_dist.output_paths import check_output_file, check_output_folder
     from race_dist.training.logging.report import write_report
@@ -150,11 +153,11 @@ def report(
 @runs.command()
 def config(
     keys: Annotated[
-        list[str] | None, typer.Argument(help="Keys or tables: data optim.lr. Left out: all.", metavar="[KEY...]")
+        list[str] | None, typer.Argument(help="Keys or tables: data optim.lr. Default: all.", metavar="[KEY...]")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a page, all keys.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as a Markdown page.")] = False,
 ) -> None:
-    """List the keys of a run's TOML: default, what the value may be, meaning."""
+    """List the keys of a run's TOML: default, allowed values, meaning."""
     from race_dist.training.config_reference import to_markdown, to_text
 
     if markdown and keys:
@@ -162,27 +165,27 @@ def config(
     print(to_markdown() if markdown else to_text(keys or []), end="" if markdown else "\n")
 
 
-data = typer.Typer(no_args_is_help=True, help="Make and check packed corpora.")
+data = typer.Typer(no_args_is_help=True, help="Pack corpora and verify them.")
 runs.add_typer(data, name="data")
 
 
 @data.command("pack")
 def data_pack(
     path: Annotated[str, typer.Argument(help="A text file, a folder, or python-stdlib.", metavar="PATH")],
-    out: Annotated[Path, option_types.output_folder(help="The folder to make; data.path of a run.", metavar="FOLDER")],
-    pattern: Annotated[str, option_types.text(metavar="GLOB", help='Which files of a folder, by name: "*.md".')] = "*",
+    out: Annotated[Path, option_types.output_folder(help="The folder to create; data.path of a run.", metavar="FOLDER")],
+    pattern: Annotated[str, option_types.text(metavar="GLOB", help='Names of the files to take from a folder: "*.md".')] = "*",
     tokenizer: Annotated[
-        Path | None, option_types.input_file(metavar="FILE", help="A tokenizer.json. Left out: tokens are bytes.")
+        Path | None, option_types.input_file(metavar="FILE", help="A tokenizer.json. Default: tokens are bytes.")
     ] = None,
-    one_document: Annotated[bool, typer.Option("--one-document", help="All files are one long document.")] = False,
+    one_document: Annotated[bool, typer.Option("--one-document", help="Treat all files as one document.")] = False,
     skip_undecodable: Annotated[
-        bool, typer.Option("--skip-undecodable", help="Leave out files that are not UTF-8 instead of refusing them.")
+        bool, typer.Option("--skip-undecodable", help="Skip files that are not UTF-8 instead of refusing them.")
     ] = False,
 ) -> None:
-    """Make one memory-mapped token file, with an index of documents, of any amount of text.
+    """Tokenize text of any size into one memory-mapped token file with an index of documents.
 
-    Text is read a piece at a time. Of files with the same content the first is kept. A run that trains on the folder
-    reads only what its batches need.
+    Text is read in pieces. Of several files with the same content the first is kept. A run reads from the packed folder
+    only what its batches need.
     """
     from rich.console import Console
     from rich.text import Text
@@ -205,7 +208,7 @@ def data_pack(
 
 @data.command("check")
 def data_check(folder: Annotated[Path, typer.Argument(help="A packed corpus.", metavar="FOLDER")]) -> None:
-    """Read all of a packed corpus and compare it with its checksums."""
+    """Verify the checksums of a packed corpus."""
     from race_dist.training.data.packed import verify_packed
 
     _describe_corpus(verify_packed(folder))

@@ -24,8 +24,8 @@ def train(
     ] = None,
     nproc: Annotated[
         int | None,
-        option_types.whole(
-            metavar="N", help="Start N ranks on this machine. Leave it out under torchrun.", high=option_types.MOST_RANKS
+        option_types.integer(
+            metavar="N", help="Start N ranks on this machine. Omit it under torchrun.", high=option_types.MAX_LOCAL_RANKS
         ),
     ] = None,
     engine: Annotated[
@@ -34,18 +34,18 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's newest good checkpoint; begin where there is none.")
+        bool, typer.Option("--resume", help="Continue from the newest valid checkpoint; start where there is none.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, make two steps on made-up text, write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything, run two steps on synthetic text, write nothing.")
     ] = False,
 ) -> None:
     """Train a language model on text.
 
-    The run goes to runs/NAME: its configuration, metrics.jsonl, checkpoints, the curves as a PNG, the weights as
-    safetensors and a sample. One process is enough; several ranks share the sequences (parallel.sp) and the batch
-    (parallel.dp), and get the same losses. Exit code 75: saved and left on request, --resume goes on.
-    race-dist config lists the keys of CONFIG.
+    The run goes to runs/NAME: its configuration, metrics.jsonl, checkpoints, the loss curves as a PNG, the weights as
+    safetensors and a sample. Several ranks split the sequences (parallel.sp) and the batch (parallel.dp) and get the
+    same losses as one. Exit code 75: the run was asked to stop and saved; --resume continues it. race-dist config
+    lists the keys of CONFIG.
     """
     from race_dist.launch.local import launch_ranks, under_launcher
     from race_dist.training.config import load_config

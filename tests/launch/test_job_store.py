@@ -30,13 +30,13 @@ def test_failures_count_once_a_start_and_anew_after_a_checkpoint(tmp_path: Path,
     task = RankTask([["x"]], {}, str(tmp_path), records=str(tmp_path), checkpoints=str(tmp_path / "c"), restarts=1, requeues=9)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert task._worth_another()
-    assert task._worth_another()  # another task of the same start
+    assert task._count_failure()
+    assert task._count_failure()  # another task of the same start
     (tmp_path / "c" / "000001-step-00000010").mkdir(parents=True)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert task._worth_another()
+    assert task._count_failure()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert not task._worth_another()
+    assert not task._count_failure()
 
 
 def test_without_slurm_its_commands_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

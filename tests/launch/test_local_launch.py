@@ -280,7 +280,7 @@ def test_dry_runs_print_the_command_and_do_nothing(config: Path) -> None:
     [
         (["local", "-s", "nodes=2"], "has one machine"),
         (["local", "-s", "ranks_per_node=3", "-o", "parallel.dp=2"], "makes 2 ranks, but 3 were started"),
-        (["torchrun", "-s", "nodes=2"], "need a place to meet"),
+        (["torchrun", "-s", "nodes=2"], "need a rendezvous"),
         (["deepspeed", "-s", "nodes=2"], "need --hostfile"),
         (["local", "-o", "optim.rate=1"], "unknown key optim.rate"),
         (["slurm", "--array", "seed"], "not of the form key=value"),

@@ -14,7 +14,7 @@ import torch
 
 from race_dist.launch import checks
 from race_dist.launch.check_results import CheckResult, RankReport, compare_facts, compare_speeds, refusals
-from race_dist.launch.gpus import examine, inspect
+from race_dist.launch.gpus import check_gpu, inspect
 from race_dist.parallel import RankFailure
 from race_dist.training.logging import telemetry
 from race_dist.training.logging.telemetry import Nvml, Telemetry
@@ -58,7 +58,7 @@ class Answers(Nvml):
 
 
 def verdicts(**changes: Any) -> dict[str, CheckResult]:
-    return {f.name: f for f in examine(Answers(HEALTHY | changes))}
+    return {f.name: f for f in check_gpu(Answers(HEALTHY | changes))}
 
 
 def test_a_healthy_gpu_passes_every_question() -> None:
@@ -70,7 +70,7 @@ def test_a_healthy_gpu_passes_every_question() -> None:
 
 
 def test_what_a_card_does_not_answer_is_unknown_and_never_zero() -> None:
-    for finding in examine(Answers({})):
+    for finding in check_gpu(Answers({})):
         assert (finding.verdict, finding.value) == ("unknown", None), finding
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from race_dist.launch.rank import take_local_rank
-from race_dist.launch.rank_env import expand_hostlist, host_of_rank, numa_cores, rank_variables, share, use_local_caches
+from race_dist.launch.rank_env import expand_hostlist, host_of_rank, numa_cores, rank_variables, split_cores, use_local_caches
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -144,10 +144,10 @@ def test_cores_near_a_gpu_come_from_sysfs(tmp_path: Path) -> None:
 
 
 def test_ranks_of_one_numa_node_share_its_cores() -> None:
-    parts = [share(list(range(10)), i, 4) for i in range(4)]
+    parts = [split_cores(list(range(10)), i, 4) for i in range(4)]
     assert sorted(c for part in parts for c in part) == list(range(10))
     assert all(len(part) in (2, 3) for part in parts)
-    assert share([1, 2], 0, 3) == {1, 2}
+    assert split_cores([1, 2], 0, 3) == {1, 2}
 
 
 def test_caches_go_to_the_nodes_own_disk_unless_set(tmp_path: Path) -> None:
