@@ -1,8 +1,8 @@
-"""The one idea: every layer that mixes tokens is a scan over a monoid.
+"""Carries: every layer that mixes tokens is a scan over a monoid.
 
-What a layer hands from one piece of a sequence to the next is a *carry*. A carry class says what the carry of no
-tokens is (``zero``) and how the carries of two neighbouring pieces join (``combine``); everything else (decoding,
-streaming, sequence parallelism, packed documents) is written once, over these two.
+A *carry* is the state that a layer passes from one piece of a sequence to the next. A carry class defines the carry of no
+tokens (``zero``) and the combination of the carries of two neighbouring pieces (``combine``). Decoding, streaming, context
+parallelism and packed documents are written once, over these two operations.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ class Carry(Protocol):
     """An element of a monoid made of tensors.
 
     ``combine`` is associative, differentiable and has ``zero`` as its identity. ``tensors`` and ``with_tensors`` are
-    each other's inverse: they let a collective move a carry without knowing what it means. Shapes never depend on
-    how many tokens a carry has seen.
+    inverses, with which collectives send a carry of any class. Shapes do not depend on the number of tokens.
     """
 
     def zero(self) -> Self:
@@ -42,5 +41,5 @@ CarryT = TypeVar("CarryT", bound=Carry)
 
 
 def detach(carry: CarryT) -> CarryT:
-    """The same carry, cut from the autograd graph."""
+    """The same carry, detached from the autograd graph."""
     return carry.with_tensors(tuple(t.detach() for t in carry.tensors()))

@@ -1,7 +1,7 @@
-"""Checks of arguments: each raises one sentence that names the argument, its value and what is right.
+"""Checks of arguments: each raises an error of one sentence that names the argument, its value and what is expected.
 
-Public calls use them on what a user gives. What the package hands to itself is not checked again, and nothing here waits for a
-device: a tensor's values are read only where :func:`readable` says that this costs nothing.
+Public functions check the arguments of users; internal calls are not checked again. No check synchronizes with a device: the
+values of a tensor are read only where it is :func:`readable`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from race_dist import messages
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that RACE Attention computes with
-INTEGERS = (torch.int64, torch.int32)  # of token ids and document boundaries
-MAX_SECONDS = 2_000_000  # three weeks; libraries count a timeout's milliseconds in 32 bits
-MAX_BYTES = 2**47  # what a process can address
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of RACE Attention
+INTEGERS = (torch.int64, torch.int32)  # dtypes of token ids and document boundaries
+MAX_SECONDS = 2_000_000  # three weeks: libraries store timeouts as 32-bit milliseconds
+MAX_BYTES = 2**47  # address space of a process
 FAR = 2**40
 
 _Instance = TypeVar("_Instance")
@@ -31,7 +31,7 @@ _Option = TypeVar("_Option", bound=str)
 
 
 def short_repr(value: object, limit: int = 80) -> str:
-    """A value as a message shows it: one line of at most ``limit`` characters, whatever its ``repr`` does."""
+    """A value on one line of at most ``limit`` characters, for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} {list(value.shape)}"
     if isinstance(value, np.ndarray):
@@ -40,19 +40,19 @@ def short_repr(value: object, limit: int = 80) -> str:
 
 
 def typed_repr(value: object) -> str:
-    """A value of a wrong type: the type's name and the value."""
+    """The type and the value, for errors about a wrong type."""
     text = short_repr(value)
     plain = value is None or text.startswith(("a tensor", "an array", "an integer"))
     return text if plain else f"{type(value).__name__} {text}"
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None, words: str | None = None) -> int:
-    """An integer in its range: an int, a NumPy integer or whatever else has ``__index__``, but no bool and no tensor.
+    """Check an integer and its range: an int, a NumPy integer or another type with ``__index__``, but no bool and no tensor.
 
-    ``words``: what is right, where "an integer from ... to ..." does not say it.
+    ``words``: the expectation, in place of "an integer from ... to ...".
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not an integer.
         ValueError: it is out of range.
     """
     if type(value) is not int:
@@ -68,7 +68,7 @@ def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int |
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int, a float or a NumPy number; True and False are none."""
+    """Whether it is an int, a float or a NumPy number, but not a bool."""
     if isinstance(value, (int, float)):
         return not isinstance(value, bool)
     return isinstance(value, (np.integer, np.floating))
@@ -83,10 +83,10 @@ def number(
     maximum: float | None = None,
     words: str | None = None,
 ) -> float:
-    """A finite number in its range: an int, a float, or a NumPy number, but no bool and no tensor. ``words``: as above.
+    """Check a finite number and its range: an int, a float, or a NumPy number, but no bool and no tensor. ``words``: as above.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a number.
         ValueError: it is out of range, infinite or NaN.
     """
     words = words or f"a finite number{_range(minimum, maximum, above)}"
@@ -94,21 +94,21 @@ def number(
         raise TypeError(f"{name} must be {words}; got {typed_repr(value)}")
     try:
         found = float(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         found = math.inf if value > 0 else -math.inf
-    right = (
+    in_range = (
         math.isfinite(found)
         and (above is None or found > above)
         and (minimum is None or found >= minimum)
         and (maximum is None or found <= maximum)
     )
-    if not right:
+    if not in_range:
         raise ValueError(f"{name} must be {words}; got {short_repr(value)}")
     return found
 
 
 def seconds(name: str, value: Any) -> float:
-    """A time to wait: a number of seconds above 0. Raises TypeError or ValueError."""
+    """Check a duration: a positive number of seconds. Raises TypeError or ValueError."""
     if not is_number(value):
         raise TypeError(f"{name} must be a positive number of seconds; got {typed_repr(value)}")
     if not 0 < value <= MAX_SECONDS:
@@ -117,17 +117,17 @@ def seconds(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that stands for them. Raises TypeError."""
+    """Check a bool; 0, 1 and strings are refused. Raises TypeError."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {short_repr(value)}")
     return value
 
 
 def choice(name: str, value: Any, options: Iterable[_Option]) -> _Option:
-    """One of a few words.
+    """Check one of several strings.
 
     Raises:
-        TypeError: it is no string.
+        TypeError: it is not a string.
         ValueError: there is no such option.
     """
     if isinstance(value, str):
@@ -139,24 +139,24 @@ def choice(name: str, value: Any, options: Iterable[_Option]) -> _Option:
 
 
 def instance(name: str, value: Any, kind: type[_Instance], fix: str = "") -> _Instance:
-    """An instance of a class; ``fix``: what to do, as the sentence's end. Raises TypeError."""
+    """Check an instance of a class; ``fix``: what to do instead, as the end of the sentence. Raises TypeError."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}; got {typed_repr(value)}{fix and ': '}{fix}")
     return value
 
 
 def callback(name: str, value: Any) -> Any:
-    """A function, or None. Raises TypeError."""
+    """Check a callable, or None. Raises TypeError."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function or None; got {typed_repr(value)}")
     return value
 
 
 def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = None, dim: int | None = None) -> Tensor:
-    """A dense tensor that holds values. Looks at the class, the layout and the device, not at the values.
+    """Check a dense tensor with storage: its class, layout, device, dtype and dimensions, not its values.
 
     Raises:
-        TypeError: it is no tensor, or of another dtype.
+        TypeError: it is not a tensor, or of another dtype.
         ValueError: it is sparse or nested, it is on the meta device, or it has another number of dimensions.
     """
     if not isinstance(value, Tensor):
@@ -176,8 +176,8 @@ def tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = No
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a tensor's values may be looked at: on a device that would wait for it; it would break a compiler's graph; a
-    tracer's tensors have none."""
+    """Whether a tensor's values can be read for free: reading synchronizes with a device and breaks a compiled graph, and the
+    tensors of a tracer have no values."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -211,11 +211,11 @@ def cu_seqlens(value: Tensor | None, length: int | None = None) -> None:
 
 
 def rows(name: str, value: Any, count: int) -> slice | Tensor:
-    """An index of rows that keeps their dimension: a slice, or ``[n]`` integers, or ``[count]`` bool.
+    """Check an index of rows that keeps their dimension: a slice, ``[n]`` integers, or ``[count]`` bool.
 
     Raises:
         TypeError: it is neither.
-        ValueError: a row is not there.
+        ValueError: there is no such row.
     """
     words = f"{name} must be a slice, or a tensor of row indices or of bool"
     if isinstance(value, slice):
@@ -237,17 +237,17 @@ def rows(name: str, value: Any, count: int) -> slice | Tensor:
 
 
 def device(name: str, value: Any) -> torch.device | None:
-    """A device that is here, or None.
+    """Check a device of this machine, or None.
 
     Raises:
-        TypeError: it is neither a device nor its name.
-        ValueError: it has no such name, or there is none here.
+        TypeError: it is neither a device nor the name of one.
+        ValueError: the name is not valid, or this machine has no such device.
     """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
         raise TypeError(f"{name} must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got {typed_repr(value)}")
-    if isinstance(value, torch.device) and _is_here(value):
+    if isinstance(value, torch.device) and _exists(value):
         return value
     try:
         found = torch.device(value)
@@ -262,22 +262,22 @@ def device(name: str, value: Any) -> torch.device | None:
     return found
 
 
-def _is_here(place: torch.device) -> bool:
-    """Whether it is known without a look at the device itself."""
-    if place.type == "cuda":
-        return torch.cuda.is_available() and (place.index is None or place.index < torch.cuda.device_count())
-    return place.type in ("cpu", "meta") and place.index is None
+def _exists(device: torch.device) -> bool:
+    """Whether the device is known to exist without using it."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index is None or device.index < torch.cuda.device_count())
+    return device.type in ("cpu", "meta") and device.index is None
 
 
 def dtype(name: str, value: Any, options: tuple[torch.dtype, ...] = DTYPES) -> torch.dtype:
-    """One of a few dtypes. Raises TypeError."""
+    """Check one of several dtypes. Raises TypeError."""
     if not isinstance(value, torch.dtype) or value not in options:
         raise TypeError(f"{name} must be {' or '.join(map(str, options))}; got {typed_repr(value)}")
     return value
 
 
 def factory_kwargs(device_: Any, dtype_: Any) -> dict[str, Any]:
-    """``device`` and ``dtype`` of a module's parameters, either of which may be None. Raises TypeError or ValueError."""
+    """Check ``device`` and ``dtype`` of a module's parameters, which may be None. Raises TypeError or ValueError."""
     device("device", device_)
     if dtype_ is not None:
         dtype("dtype", dtype_)
@@ -285,7 +285,7 @@ def factory_kwargs(device_: Any, dtype_: Any) -> dict[str, Any]:
 
 
 def size(item_bytes: int, **sizes: int) -> None:
-    """Refuse what no machine can hold: the product of ``sizes``, by the names of the arguments, each ``item_bytes``.
+    """Refuse a tensor that no machine can hold: the product of ``sizes``, by argument name, times ``item_bytes``.
 
     Raises:
         ValueError: it is more than a process can address.
@@ -297,11 +297,11 @@ def size(item_bytes: int, **sizes: int) -> None:
 
 
 def folder(name: str, value: Any) -> Path:
-    """The path of a folder, which need not be there yet.
+    """Check the path of a folder, which need not exist yet.
 
     Raises:
-        TypeError: it is no path.
-        ValueError: it is empty, too long, or the path of something else.
+        TypeError: it is not a path.
+        ValueError: it is empty, too long, or the path of a file.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name} must be the path of a folder; got {typed_repr(value)}")
@@ -313,25 +313,25 @@ def folder(name: str, value: Any) -> Path:
         raise ValueError(
             f"{name} must be the path of a folder, and file systems hold no name over 255 bytes; got {short_repr(value)}"
         )
-    for place in (path, *path.parents):
-        if place.exists():
-            if not place.is_dir():
+    for parent in (path, *path.parents):
+        if parent.exists():
+            if not parent.is_dir():
                 raise ValueError(
-                    f"{name} must be the path of a folder; got {short_repr(value)}, but {short_repr(str(place))} is a file"
+                    f"{name} must be the path of a folder; got {short_repr(value)}, but {short_repr(str(parent))} is a file"
                 )
             break
     return path
 
 
 def mapping(name: str, value: Any) -> Mapping[Any, Any]:
-    """A dictionary, or another mapping. Raises TypeError."""
+    """Check a dictionary, or another mapping. Raises TypeError."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dictionary; got {typed_repr(value)}")
     return value
 
 
 def _range(minimum: float | None, maximum: float | None, above: float | None = None) -> str:
-    if maximum is not None and maximum >= FAR:  # a bound that nobody comes to but by mistake is not worth a word
+    if maximum is not None and maximum >= FAR:  # a bound that is only exceeded by mistake is not mentioned
         maximum = None
     if minimum is not None and maximum is not None:
         return f" from {_bound(minimum)} to {_bound(maximum)}"

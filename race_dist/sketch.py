@@ -1,4 +1,4 @@
-"""The sketch: what RACE Attention remembers of any number of tokens (SketchState)."""
+"""The sketch: the fixed-size state of RACE Attention (SketchState)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class SketchState:
-    """Keys and values added into buckets: the carry of RACE Attention.
+    """Sums of keys and values per bucket: the carry of RACE Attention.
 
     Sketches of disjoint token sets add; with decay the earlier one is first weighted by ``exp(later.log_decay)``.
 
     Attributes:
         mass: ``[B, Hkv, S]``, ``mass[s] = sum_j w_j phi_s(k_j)``, float32 or float64.
         values: ``[B, Hkv, S, Dv]``, ``values[s] = sum_j w_j phi_s(k_j) v_j``, same dtype.
-        log_decay: ``[B, Hkv]`` or None (no decay): the sum of the piece's log decays, by which whatever came before
-            the piece is weighted. ``-inf`` means that a document began inside the piece: nothing from before it is
-            seen after it. The weights are ``w_j = exp(sum of the log decays after j)``.
+        log_decay: ``[B, Hkv]`` or None (no decay): the sum of the piece's log decays. Its exponential is the weight of the
+            state before the piece in the state after it; ``-inf`` resets the state, where a document begins inside the piece.
+            The weights are ``w_j = exp(sum of the log decays after j)``.
 
     With packed documents (``cu_seqlens``) the leading dimension counts documents instead of batch rows.
 
@@ -72,8 +72,7 @@ class SketchState:
 
     @classmethod
     def unchecked(cls, mass: Tensor, values: Tensor, log_decay: Tensor | None = None) -> Self:
-        """A sketch of what the package has computed itself: the fields are taken as they are, also where a tree of tensors
-        has something else in their place."""
+        """Construct without checks, from tensors that the package has computed itself, or from the leaves of a pytree."""
         if torch.compiler.is_compiling():
             return cls(mass, values, log_decay)
         made = object.__new__(cls)
@@ -92,11 +91,12 @@ class SketchState:
         device: torch.device | str | None = None,
         decay: bool = False,
     ) -> SketchState:
-        """The sketch of no tokens. ``dtype=torch.float64`` is the one to carry through token-by-token decoding:
-        a float32 mass that is fed single tokens stops growing at 2**24.
+        """The sketch of no tokens. Use ``dtype=torch.float64`` for token-by-token decoding: a float32 mass to which single
+        tokens are added stops growing at 2**24.
 
         Raises:
-            TypeError, ValueError: a count is no integer of at least 1 (``batch``: 0), or no machine could hold so many numbers.
+            TypeError, ValueError: a count is not an integer of at least 1 (``batch``: 0), or the sketch is too large for
+                any machine.
         """
         if not torch.compiler.is_compiling():
             counts = {"batch": batch, "heads": heads, "features": features, "value_dim": value_dim}
@@ -141,7 +141,7 @@ class SketchState:
         return (self.mass, self.values) if self.log_decay is None else (self.mass, self.values, self.log_decay)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Self:
-        """A sketch made of ``tensors``, in the order of :meth:`tensors`."""
+        """A sketch of other tensors, in the order of :meth:`tensors`."""
         return self.unchecked(*tensors)
 
     def to(self, *args: object, **kwargs: object) -> Self:

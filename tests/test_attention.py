@@ -1,4 +1,4 @@
-"""The public attention: its surface, its errors, and how it behaves inside PyTorch."""
+"""The public attention: its arguments, its errors, and its use inside PyTorch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_backends_agree_through_the_public_name() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_gradcheck(backend: str) -> None:
-    """PyTorch's own numeric check, of every differentiable input at once."""
+    """PyTorch's gradcheck of every differentiable input at once."""
     g = torch.Generator().manual_seed(0)
     q, k, v, mass, values = (
         torch.randn(*s, generator=g, dtype=torch.float64).requires_grad_()

@@ -1,4 +1,4 @@
-"""What ``explain_plan`` says, and that a slow kind of call is named once."""
+"""Reports of ``explain_plan``, and one warning per slow kind of call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PIPELINE = (
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend believes that it is on a Hopper GPU; nothing is run."""
+    """Plan as on a Hopper GPU; nothing is run."""
     pytest.importorskip("triton")
     from race_dist.kernels.plan import Spec
     from race_dist.ops import device
@@ -100,7 +100,7 @@ def test_a_slow_kind_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sampled_planes_are_read_as_bfloat16() -> None:
-    """Decided where the planes are made, not from their values; what is not surely equal keeps its dtype."""
+    """Decided by the origin of the planes, not from their values; planes that may differ keep their dtype."""
     planes = sample_planes(2, 3, 16, seed=0)
     narrow = as_bfloat16(planes)
     assert narrow.dtype == torch.bfloat16
@@ -126,7 +126,7 @@ def test_kernels_get_the_planes_that_cost_least(
 
 
 def test_planes_are_sampled_in_inference_mode() -> None:
-    """Where PyTorch counts no changes of a tensor."""
+    """In inference mode, where PyTorch does not count changes of a tensor."""
     q, k, v = tensors(dtype=torch.bfloat16)
     expected = race_attention(q, k, v, sample_planes(2, 3, 16, seed=0), 2.0)
     with torch.inference_mode():

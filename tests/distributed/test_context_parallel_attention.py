@@ -1,4 +1,4 @@
-"""The attention over a group against one rank: output, final state and every gradient, to 1e-9 in float64."""
+"""Context-parallel attention against one rank: output, final state and every gradient, to 1e-9 in float64."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Tensors of the whole sequence, weights of the loss, and what to differentiate by."""
+    """Tensors of the whole sequence, and the weights of the loss."""
 
     q: Tensor
     k: Tensor
@@ -95,7 +95,7 @@ def make(case: Case) -> Inputs:
 
 
 def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) -> dict[str, Tensor]:
-    """Forward and backward of some rows of the sequence; everything that comes out, by name."""
+    """Forward and backward of some rows of the sequence; results and gradients by name."""
 
     def take(t: Tensor) -> Tensor:
         part = t[:, rows]
@@ -147,7 +147,7 @@ def attend(case: Case, x: Inputs, rows: Tensor, group, weights: list[Tensor]) ->
 
 
 def through(*args, attend=None, **kwargs):
-    """race_attention, whose attention over a group may be another."""
+    """race_attention, optionally with another context-parallel attention."""
     if attend is None:
         return race_attention(*args, **kwargs)
     with mock.patch("race_dist.parallel.attention.context_parallel_attention", attend):
@@ -172,7 +172,7 @@ def check(cases: list[Case]) -> None:
 
 
 def check_results(cases: list[Case], per_rank: list[list[dict[str, Tensor]]]) -> None:
-    """Compare what each rank got in each case with one rank's, by definition."""
+    """Compare the results of all ranks in each case with the reference on one rank."""
     for case, results in zip(cases, zip(*per_rank)):
         x = make(case)
         weights = [sum(parts) for parts in zip(*x.final_weights)]
@@ -241,7 +241,7 @@ def test_random_calls(world: int) -> None:
 
 
 def edge_cases(world: int) -> list[Case]:
-    """Boundaries at the edges of shards, documents longer than a shard, documents and shards without tokens."""
+    """Boundaries at the edges of shards, documents longer than a shard, empty documents and shards."""
     every = {"initial": True, "final": True, "algorithm": "recursive_doubling"}
     cases = []
     for causal, normalization, decay in [

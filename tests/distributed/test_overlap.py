@@ -1,4 +1,4 @@
-"""The exchange runs beside local work, and the call sits well in compiled and checkpointed code."""
+"""The exchange overlaps local work, and the call works in compiled and checkpointed code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from race_dist.parallel.attention import context_parallel_attention
 
 
 class Recorder:
-    """The chunked backend, writing down when its functions run."""
+    """The chunked backend, which records the order of its calls."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events

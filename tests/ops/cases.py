@@ -1,4 +1,4 @@
-"""Random problems for every backend: what is drawn here is what the exactness tests cover."""
+"""Random attention calls for every backend: the cases of the exactness tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from race_dist.sketch import SketchState
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a drawn problem may be."""
+    """Largest sizes of a random call."""
 
     length: int = 300
     heads: int = 3
@@ -29,7 +29,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem and the gradients of its outputs."""
+    """Inputs of a call and the gradients of its outputs."""
 
     inputs: AttentionInputs
     dout: Tensor
@@ -37,7 +37,7 @@ class Case:
 
 
 def draw(seed: int, limits: Limits = Limits(), *, dtype: torch.dtype = torch.float64, mean: float | None = None) -> Case:
-    """A random problem: shapes, packing, decay, masks, states, normalization, values with a mean."""
+    """A random call: shapes, packing, decay, masks, states, normalization, values with a mean."""
     g = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:
@@ -80,7 +80,7 @@ def draw(seed: int, limits: Limits = Limits(), *, dtype: torch.dtype = torch.flo
 
 
 def _decay(g: torch.Generator, kind: int, batch: int, length: int, heads: int, dtype: torch.dtype) -> Tensor | None:
-    """None, a constant a head, gentle per token, or per token with hard resets that leave their neighbours exact."""
+    """None, one constant per head, gentle per token, or per token with hard resets that leave their neighbours exact."""
     if kind == 0:
         return None
     if kind == 1:
@@ -91,7 +91,7 @@ def _decay(g: torch.Generator, kind: int, batch: int, length: int, heads: int, d
 
 
 def upcast(case: Case) -> Case:
-    """The same problem in float64."""
+    """The same call in float64."""
 
     def double(x: object) -> object:
         if isinstance(x, SketchState):

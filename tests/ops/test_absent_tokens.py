@@ -18,7 +18,7 @@ CU = [0, 6, 6, 14, 29, 37]
 
 @dataclass
 class Inputs:
-    """Of one call. Tokens ``[B, T, ...]``: q, k, v, weight of the output and, where the decay is per token, that."""
+    """Inputs of one call; ``tokens [B, T, ...]``: q, k, v, weight of the output, and log_decay where it is per token."""
 
     tokens: dict[str, Tensor]
     shared: dict[str, Tensor]
@@ -86,7 +86,7 @@ def run(x: Inputs, tokens: dict[str, Tensor], rows: slice, **options: Any) -> di
 
 
 def check(x: Inputs, mask: Tensor, tolerance: float, **options: Any) -> None:
-    """The masked call against one call by definition for each row without its padding."""
+    """Compare the masked call with one reference call per row without its padding."""
     masked = run(x, x.tokens, slice(None), key_mask=mask, **options)
     shared: dict[str, Tensor] = {}
     for b, real in enumerate(mask):
@@ -142,12 +142,12 @@ def test_both_directions(normalization: str) -> None:
 
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_one_token(decay: str) -> None:
-    """Decoding a step that some rows lack: their state stays as it is."""
+    """Decoding a step in which some rows have no token: their state does not change."""
     check(inputs(decay, "global", length=1), torch.tensor([[True], [False], [False]]), 1e-9, backend="chunked")
 
 
 def test_whatever_stands_there() -> None:
-    """Other keys, queries and values there change nothing, nor do decays that no real token could have."""
+    """Keys, queries, values and log decays of masked tokens change nothing, whatever they hold."""
     x, mask = inputs("token", "none"), padding()
     expected = run(x, x.tokens, slice(None), key_mask=mask, backend="chunked")
     other = {

@@ -1,4 +1,4 @@
-"""The attention as an op, and the way past the dispatcher."""
+"""The attention as a custom operator and as an autograd function without the dispatcher."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from race_dist.attention import race_attention
 
 
 def test_the_op_and_the_direct_way_are_one() -> None:
-    """What a tracer watches runs as an op of that name; otherwise no op is called, and the numbers are the same."""
+    """Under a dispatch mode the custom operator runs; otherwise no operator is called, and the results are equal."""
 
-    class Watch(TorchDispatchMode):
+    class RecordOperators(TorchDispatchMode):
         seen: ClassVar[list[str]] = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -25,10 +25,10 @@ def test_the_op_and_the_direct_way_are_one() -> None:
     planes = torch.randn(2, 2, 8)
     run = lambda: torch.autograd.grad(race_attention(*leaves, planes, 2.0).square().sum(), leaves)
     direct = run()
-    with Watch():
+    with RecordOperators():
         traced = run()
-    assert any("race_dist.attention.default" in name for name in Watch.seen)
-    assert any("race_dist.attention_backward" in name for name in Watch.seen)
+    assert any("race_dist.attention.default" in name for name in RecordOperators.seen)
+    assert any("race_dist.attention_backward" in name for name in RecordOperators.seen)
     assert all(torch.equal(a, b) for a, b in zip(direct, traced, strict=True))
 
 

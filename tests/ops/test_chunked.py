@@ -43,7 +43,7 @@ def test_float32_keeps_its_digits(seed: int) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
 def test_bfloat16_rounds_only_its_inputs_and_outputs(seed: int) -> None:
-    """What is computed from bfloat16 inputs is float32: outputs are off by their own rounding, 2**-9, and no more."""
+    """bfloat16 inputs are computed in float32: outputs differ by their own rounding, 2**-9, and no more."""
     worst = run(draw(seed, Limits(planes=4), dtype=torch.bfloat16))
     assert max(worst[n] for n in ("out", "dq", "dk", "dv")) <= 4e-3, worst
     assert max(worst[n] for n in ("final.mass", "final.values")) <= 1e-5, worst
@@ -109,7 +109,7 @@ def test_a_long_float32_sum_keeps_growing() -> None:
 
 
 def test_strided_inputs_are_read_in_place() -> None:
-    """[S, B, H, D] views, as other frameworks hold them, give what contiguous inputs give."""
+    """[S, B, H, D] views, as in Megatron, give the results of contiguous inputs."""
     case = next(c for c in map(draw, range(100)) if c.inputs.cu_seqlens is None and c.inputs.q.shape[0] == 2)
     p = case.inputs
     views = {n: getattr(p, n).transpose(0, 1).contiguous().transpose(0, 1) for n in ("q", "k", "v")}

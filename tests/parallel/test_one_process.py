@@ -1,4 +1,4 @@
-"""What of the parallel floor shows in one process: packing, folding, cutting, a world of one, errors."""
+"""Context parallelism in one process: packing, folding, shard partitions, a world of one, errors."""
 
 from __future__ import annotations
 
