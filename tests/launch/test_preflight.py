@@ -14,7 +14,7 @@ import torch
 
 from race_dist.launch import checks
 from race_dist.launch.check_results import CheckResult, RankReport, compare_facts, compare_speeds, refusals
-from race_dist.launch.gpus import check_gpu, inspect
+from race_dist.launch.gpus import check_device, check_gpu
 from race_dist.parallel import RankFailure
 from race_dist.training.logging import telemetry
 from race_dist.training.logging.telemetry import Nvml, Telemetry
@@ -118,7 +118,7 @@ def test_without_a_driver_nvml_says_so_and_preflight_goes_on() -> None:
     pytest.importorskip("pynvml")
     with pytest.raises(OSError, match="NVML does not know GPU GPU-0"):
         Nvml("GPU-0")
-    assert [(f.name, f.verdict) for f in inspect(torch.device("cpu"))] == [("gpu", "unknown")]
+    assert [(f.name, f.verdict) for f in check_device(torch.device("cpu"))] == [("gpu", "unknown")]
 
 
 def reports(**facts: list[Any]) -> list[RankReport]:
