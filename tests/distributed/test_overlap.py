@@ -1,4 +1,4 @@
-"""The exchange runs beside local work, and the call sits well in compiled and checkpointed code."""
+"""The exchange overlaps local computation, and the call works in compiled and checkpointed code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from race_dist.parallel.attention import context_parallel_attention
 
 
 class Recorder:
-    """The chunked backend, writing down when its functions run."""
+    """The chunked backend, which records when its functions run."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
@@ -50,7 +50,9 @@ def order_of_events(group):
         out.sum().backward()
     finally:
         scan.start_all_gather, communication.PendingCollective.wait = start, wait
-    return forward[1:], [e for e in events if e != "wait all_reduce"]  # the first wait is that of the header
+    return forward[1:], [
+        e for e in events if e != "wait all_reduce"
+    ]  # the first wait is for the header of the consistency check
 
 
 def test_one_half_is_sent_while_the_other_computes() -> None:
