@@ -1,4 +1,4 @@
-"""The pages say what the code does: tables and lists are made again, and snippets are run."""
+"""The pages describe what the code does: tables and lists are regenerated, and snippets are run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planner: its counts against what PyTorch saves and allocates, its formulas against known numbers, its words."""
+"""The planner: its counts compared with what PyTorch saves and allocates, its formulas, its sentences."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def precision_of(narrow: bool) -> AbstractContextManager[Any]:
 
 
 def saved_bytes(config: ModelConfig, batch: int, length: int, narrow: bool, *, compiled: bool = False) -> int:
-    """Bytes of the different storages that autograd saves of a chunk, weights and buffers apart."""
+    """Bytes of the distinct storages that autograd saves of a chunk, without weights and buffers."""
     model = DecoderLM(config)
-    if compiled:  # as inductor parts a block's graph, without making its kernels
+    if compiled:  # with inductor's partition of a block's graph, without its kernels
         torch.compiler.reset()
         for block in model.blocks:
             block.compile(dynamic=False, backend="aot_eager_decomp_partition")
@@ -121,21 +121,21 @@ def test_compiled_activations_are_what_autograd_saves(shape: str, narrow: bool) 
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", ["R", "W"])
 def test_checkpointing_keeps_the_blocks_inputs(pattern: str, narrow: bool) -> None:
-    """What is saved of the forward pass, plus one block's own, which exists when it runs again."""
+    """The tensors saved by the forward pass, plus those of the one block that is recomputed."""
     length = 512
     config = model_of(layer_pattern=pattern, num_layers=3)
     job = Job(config, length, 1, "bfloat16" if narrow else "float32")
     layout = Layout(1, 1, length)
     plain = activations(job, layout, CPU)
     two = activations(Job(model_of(layer_pattern=pattern), length, 1, job.precision), layout, CPU)
-    ends = (3 * 64 + 1) * 4 * length  # of the last norm and the loss: gone by then
+    ends = (3 * 64 + 1) * 4 * length  # of the last norm and the loss: freed by then
     measured = saved_bytes(config.model_copy(update={"activation_checkpointing": True}), 1, length, narrow)
     predicted = activations(job, replace(layout, checkpointing=True), CPU)
     assert predicted == pytest.approx(measured - ends + (plain - two), rel=0.1)
 
 
 def peak_bytes(config: ModelConfig, length: int, chunk: int, narrow: bool) -> int:
-    """The highest sum of all tensors that one streamed step allocates."""
+    """Peak bytes of all tensors that one streamed step allocates."""
     model = DecoderLM(config)
     ids = torch.zeros(1, length, dtype=torch.int64)
     with precision_of(narrow), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -191,7 +191,7 @@ def test_passes() -> None:
     assert count_passes(job, Layout(1, 1)).forward_units == 3
     assert count_passes(job, Layout(1, 1, 1024)).forward_units == pytest.approx(4, rel=1e-3)  # 8, not 6 x parameters x tokens
     assert count_passes(job, Layout(1, 1, 1024, True)).forward_units == pytest.approx(5, rel=1e-3)
-    assert count_passes(job, Layout(1, 1, 2**20)).forward_units == 3  # one chunk: nothing is run before it
+    assert count_passes(job, Layout(1, 1, 2**20)).forward_units == 3  # one chunk: nothing runs twice
 
 
 @pytest.mark.parametrize(("tables", "planes", "flops"), [(2, 2, 49_152), (4, 4, 110_592), (1, 8, 356_352)])
@@ -204,7 +204,7 @@ def test_arithmetic_of_the_attention(tables: int, planes: int, flops: int) -> No
 
 
 def test_seconds_of_a_scan() -> None:
-    """528 KB a rank; 15 us and 300 GB/s inside a node, 25 us and 45 GB/s beyond: on paper."""
+    """528 KB per rank; 15 us and 300 GB/s inside a node, 25 us and 45 GB/s between nodes; computed by hand."""
     state, inside, between = 16 * 64 * 129 * 4, Link(15e-6, 300e9), Link(25e-6, 45e9)
     assert 1e6 * scan_seconds(8, state, inside, ranks_per_node=8) == pytest.approx(57, abs=1)
     assert 1e6 * scan_seconds(64, state, between, ranks_per_node=8) == pytest.approx(220, abs=1)
@@ -287,7 +287,7 @@ def test_dividing_weights_saves_memory_and_sends_more() -> None:
     job, cluster = Job(model_of(dim=1024, num_layers=8), 2**24, 1), Cluster(find_gpu("h100"), 8)
     whole, divided = (make_plan(job, Layout(1, 8, 65536, sharding=kind), cluster) for kind in ("none", "fsdp"))  # type: ignore
     assert divided.memory.kinds["optimizer states"] == pytest.approx(whole.memory.kinds["optimizer states"] / 8, rel=1e-3)
-    assert divided.memory.kinds["gradients"] == whole.memory.kinds["gradients"]  # added up whole over the chunks
+    assert divided.memory.kinds["gradients"] == whole.memory.kinds["gradients"]  # accumulated unsharded over the chunks
     machine_bytes = [sum(plan.exchange.bytes.values()) for plan in (whole, divided)]
     assert machine_bytes[1] > machine_bytes[0]
 

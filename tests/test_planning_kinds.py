@@ -1,4 +1,4 @@
-"""A kind of mixing layer from elsewhere in the planner: an error without a cost, a plan with one."""
+"""A kind of mixing layer that the package does not know: an error without a cost, a plan with one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Twice(LayerKind):
 
 
 class TwiceCost(LayerCost):
-    """The least that a cost must say; parameters are counted from the layer itself."""
+    """The methods that a cost must have; parameters are counted from the layer itself."""
 
     def linear_layers(self, m: ModelConfig) -> list[LinearShape]:
         return [LinearShape(m.dim, m.dim)] * 4

@@ -1,4 +1,4 @@
-"""The planner against the measured runs in docs/benchmarks: time within 20%, memory within 10%, predicted anew by this code."""
+"""The planner compared with the measured runs in docs/benchmarks: time within 20%, memory within 10%."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_of(report: dict[str, Any], row: dict[str, Any], rates: Rates | None = N
     return make_plan(job_of(report, row["tokens"]), layout, Cluster(gpu, 1), rates)
 
 
-# names of kernels in profiles that are older than the kernels' present names
+# present names of kernels in stored profiles
 STORED_NAMES = {
     "tile_sums": "race_tile_sums_fwd_kernel",
     "scan_tiles": "race_scan_kernel",
@@ -56,7 +56,7 @@ def test_the_time_of_long_steps_on_an_h100(name: str) -> None:
 
 
 def test_the_time_of_a_long_step_on_a_cpu() -> None:
-    """With the rates of a profile of three chunks on that machine: the table's CPU is nobody's."""
+    """With the rates of a profile of three chunks on the same machine; the CPU of the planner's table is a guess."""
     report = load("cpu-75m")
     row = report["rows"][0]
     assert plan_of(report, row, profiled_rates("cpu-profile")).step == pytest.approx(row["seconds"], rel=0.2)

@@ -193,9 +193,12 @@ def store(report: dict[str, Any], path: Path) -> Path:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for name in dict.fromkeys(row["name"] for row in report["rows"]):
-            mine = [row for row in report["rows"] if row["name"] == name]
+            own_rows = [row for row in report["rows"] if row["name"] == name]
             axes.plot(
-                [row["length"] for row in mine], [row["forward_backward_ms"]["p50"] for row in mine], marker="o", label=name
+                [row["length"] for row in own_rows],
+                [row["forward_backward_ms"]["p50"] for row in own_rows],
+                marker="o",
+                label=name,
             )
         first = report["rows"][0]
         axes.set(

@@ -64,9 +64,9 @@ def measured_rates(job: Job, chunk_size: int, gpu: GPU, kernels: Sequence[Mappin
     attention = job.context * job.batch * (forward * count_passes(job, layout).forward + backward)
     slower = max(MIN_RATE, spent["attention"] / attention)
     matmul = max(MIN_RATE, _product_rate(job, layout, gpu, spent["products"]))
-    rest = spent["element-wise"] / elementwise_seconds(job, layout, ideal)
+    slowdown = spent["element-wise"] / elementwise_seconds(job, layout, ideal)
     names = ("compiled_forward", "compiled_backward") if job.compiled else ("elementwise_forward", "elementwise_backward")
-    scaled = {name: round(getattr(defaults, name) * rest, 3) for name in names}
+    scaled = {name: round(getattr(defaults, name) * slowdown, 3) for name in names}
     return Rates(
         **{
             **asdict(defaults),

@@ -93,43 +93,43 @@ def measure(
 
 def measures(device: torch.device) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every measurement by name."""
-    mine = lambda shape: {"race": attention_call(shape, device)}
-    small, wide = replace(BASE, tables=2, planes=2), replace(BASE, tables=1, planes=8)
+    race_only = lambda shape: {"race": attention_call(shape, device)}
+    few_features, many_features = replace(BASE, tables=2, planes=2), replace(BASE, tables=1, planes=8)
     tables = {f"P=4 L={n}": replace(BASE, tables=n) for n in (8, 16)}
-    everywhere, four = replace(BASE, causal=False), replace(BASE, length=2**22, heads=4)
+    non_causal, four_heads = replace(BASE, causal=False), replace(BASE, length=2**22, heads=4)
     longest = replace(BASE, length=8_912_896, heads=4)
     result: dict[str, Callable[[], dict[str, Any]]] = {
         "P=4 L=4": lambda: measure(
             BASE,
             {
-                **mine(BASE),
+                **race_only(BASE),
                 "race, bfloat16 planes": attention_call(BASE, device, planes=sampled(BASE, device, dtype=torch.bfloat16)),
             },
             device,
         ),
         "trained planes": partial(_trained, device),
-        "P=2 L=2": lambda: measure(small, mine(small), device),
+        "P=2 L=2": lambda: measure(few_features, race_only(few_features), device),
         "decay per token, none": lambda: measure(
-            BASE, {"race none decay": attention_call(BASE, device, normalization="none", decay=True), **mine(BASE)}, device
+            BASE, {"race none decay": attention_call(BASE, device, normalization="none", decay=True), **race_only(BASE)}, device
         ),
-        "not causal": lambda: measure(everywhere, mine(everywhere), device),
+        "not causal": lambda: measure(non_causal, race_only(non_causal), device),
         "decode, 64 heads": lambda: time_decode(device),
-        "4 heads, T = 2**22": lambda: measure(four, mine(four), device, repeats=3),
-        "longest, 4 heads": lambda: measure(longest, mine(longest), device, repeats=1),
+        "4 heads, T = 2**22": lambda: measure(four_heads, race_only(four_heads), device, repeats=3),
+        "longest, 4 heads": lambda: measure(longest, race_only(longest), device, repeats=1),
     }
     for length in (4096, 8192, 16384, 131072):
         result[f"softmax, T = {length}"] = partial(_next_to_softmax, replace(BASE, length=length), device)
     result["linear attention, T = 2**20"] = lambda: measure(
-        BASE, {**mine(BASE), "compiled features + fla": linear_attention_baseline(BASE, device)}, device, repeats=3
+        BASE, {**race_only(BASE), "compiled features + fla": linear_attention_baseline(BASE, device)}, device, repeats=3
     )
-    result["P=8 L=1"] = lambda: measure(wide, mine(wide), device, repeats=3)
+    result["P=8 L=1"] = lambda: measure(many_features, race_only(many_features), device, repeats=3)
     grouped = replace(BASE, kv_heads=2)
-    result["grouped 4:1"] = lambda: measure(grouped, mine(grouped), device)
+    result["grouped 4:1"] = lambda: measure(grouped, race_only(grouped), device)
     # Kernel families without a pipelined version.
     for name, shape in {
         **tables,
-        "P=8 L=1, not causal": replace(wide, causal=False),
-        "P=8 L=1, grouped 4:1": replace(wide, kv_heads=2),
+        "P=8 L=1, not causal": replace(many_features, causal=False),
+        "P=8 L=1, grouped 4:1": replace(many_features, kv_heads=2),
         "float16": replace(BASE, dtype="float16"),
         "D = 256": replace(BASE, heads=4, head_dim=256),
     }.items():
@@ -191,7 +191,7 @@ def main() -> None:
     device = torch.device("cuda")
     report: dict[str, Any] = {"machine": machine_info(device), "measures": {}}
     for name, run in measures(device).items():
-        if options.only not in name or any(word in name for word in options.skip.split(",") if word):
+        if options.only not in name or any(part in name for part in options.skip.split(",") if part):
             continue
         gc.collect()
         torch.cuda.empty_cache()

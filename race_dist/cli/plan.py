@@ -11,6 +11,7 @@ from race_dist.cli import option_types
 
 
 def plan(
+    *,
     config: Annotated[Path, typer.Argument(help="The training to plan: a TOML file.", metavar="CONFIG")],
     gpu: Annotated[str, typer.Option(metavar="TYPE", help="a100, h100, h200, gh200-96gb, gh200-144gb, b200 or cpu.")] = "gh200",
     gpus: Annotated[int, option_types.integer(help="Number of GPUs.", metavar="N", high=10**6)] = 1,

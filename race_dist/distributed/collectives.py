@@ -89,11 +89,11 @@ class _Broadcast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gathered = unpack(start_all_gather(pack(grads), ctx.group).wait(), grads)
-        mine = group_rank(ctx.group) == ctx.source
+        is_source = group_rank(ctx.group) == ctx.source
         return (
             None,
             None,
-            *((tree_sum(g) if mine else torch.zeros_like(g[0])) if g.is_floating_point() else None for g in gathered),
+            *((tree_sum(g) if is_source else torch.zeros_like(g[0])) if g.is_floating_point() else None for g in gathered),
         )
 
 

@@ -229,12 +229,12 @@ def gather_objects(value: object, group: ProcessGroup | None) -> list[Any]:
     assert group is not None
     with name_failed_rank(group, "gather_objects"):
         device = group_device(group)
-        mine = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        local = torch.frombuffer(bytearray(body), dtype=torch.uint8)
         sizes = torch.empty(group_size(group), dtype=torch.int64, device=device)
-        _all_gather_into(sizes, torch.tensor([len(mine)], device=device), group)
+        _all_gather_into(sizes, torch.tensor([len(local)], device=device), group)
         longest = int(sizes.max())
         sent = torch.zeros(longest, dtype=torch.uint8, device=device)
-        sent[: len(mine)] = mine.to(device)
+        sent[: len(local)] = local.to(device)
         received = torch.empty(group_size(group), longest, dtype=torch.uint8, device=device)
         _all_gather_into(received.view(-1), sent, group)
     rows = received.cpu().numpy()

@@ -155,5 +155,5 @@ def max_over_ranks(values: list[int], group: ProcessGroup | None) -> list[int]:
     if group_size(group) == 1:
         return values
     assert group is not None
-    mine = torch.tensor(values, dtype=torch.int64, device=group_device(group))
-    return [int(v) for v in start_all_reduce(mine, group, op="max").wait()]
+    local = torch.tensor(values, dtype=torch.int64, device=group_device(group))
+    return [int(v) for v in start_all_reduce(local, group, op="max").wait()]

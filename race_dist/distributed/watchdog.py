@@ -216,8 +216,8 @@ class Watchdog:
         after = self._heartbeats(others)
         dead = [r for r in others if after[r].get("state") != "left" and before[r].get("beat") == after[r].get("beat")]
         left = [r for r in others if after[r].get("state") == "left"]
-        mine, name = self.progress[group.group_name][0], group.group_name
-        late = [r for r in others if r not in dead + left and after[r].get("at", {}).get(name, (0, ""))[0] < mine]
+        own_count, name = self.progress[group.group_name][0], group.group_name
+        late = [r for r in others if r not in dead + left and after[r].get("at", {}).get(name, (0, ""))[0] < own_count]
         if dead:
             found, text = dead, f"{format_ranks(dead)} died (no sign of life)"
         elif left:

@@ -1,4 +1,4 @@
-"""Memory, bytes and time of a training run, on paper: before any GPU is asked for.
+"""The planner: predicts memory, communication and time of a training run before GPUs are requested.
 
 from race_dist.planning import Cluster, Job, find_gpu, recommend
 plan = recommend(Job(model_config, context=75_000_000), Cluster(find_gpu("gh200"), 8))

@@ -1,4 +1,4 @@
-"""What one mixing layer takes, by its kind: parameters, activations, arithmetic, memory traffic, carry.
+"""The cost of one mixing layer by its kind: parameters, activations, arithmetic, memory traffic, carry.
 
 Each letter of ``layer_pattern`` has a :class:`LayerCost`. The package registers those of RACE and softmax layers; another kind
 registers its own with :func:`register_layer_cost`, or sets it as ``cost`` of its :class:`race_dist.nn.LayerKind`.

@@ -139,7 +139,7 @@ def _reasons(plan: Plan) -> Iterator[str]:
             "memory at any context, gradients are exact, and the blocks' forward pass is computed twice."
         )
     elif layout.checkpointing:
-        yield "Not streamed: with each block computed again in the backward pass, the activations fit at once."
+        yield "Not streamed: with each block recomputed in the backward pass, the activations fit at once."
     else:
         yield "Not streamed: all activations fit at once, so nothing is recomputed."
     if layout.chunk_size is not None and layout.checkpointing:

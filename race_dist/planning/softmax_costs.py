@@ -1,4 +1,4 @@
-"""What window and full softmax layers take."""
+"""Costs of window and full softmax layers: parameters, activations, arithmetic, carry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and the memory that a pass adds is bounded."""
+"""The attention benchmark: its report, its baselines, and a bound on the memory of a pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protocols of the quality benchmark: what they hold, what they refuse, and what runs next."""
+"""Protocols of the quality benchmark: their content, errors, and the order of runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def protocol(**changes: object) -> Protocol:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_protocol_of_the_repository_builds_its_models(config: Path) -> None:
-    """At the size it names, on no device: parameters within a percent of what is asked for."""
+    """On the meta device: parameters within one percent of the protocol's number."""
     loaded = load_protocol(config)
     for variant in loaded.variant:
         model_config(loaded, variant, 0)
@@ -83,11 +83,11 @@ def test_rates_come_first_and_seeds_get_the_best(tmp_path: Path) -> None:
     assert keys() == [("a", 1e-3, 3), ("b", 5e-3, 3), ("a", 2e-3, 3)]
     results.add(Run(p.variant[0], 1e-3, 3), {"bits_per_byte": 2.0})
     results.add(Run(p.variant[1], 5e-3, 3), {"failed": "no memory"})
-    assert keys() == [("a", 2e-3, 3)]  # b has no rate that works
+    assert keys() == [("a", 2e-3, 3)]  # every rate of b failed
     results.add(Run(p.variant[0], 2e-3, 3), {"bits_per_byte": 1.5})
     assert keys() == [("a", 2e-3, 4)]
     again = Results(tmp_path / "r.json", p)
-    assert [run.key for run in pending(p, again)] == [("b", 5e-3, 3), ("a", 2e-3, 4)]  # what failed is tried again
+    assert [run.key for run in pending(p, again)] == [("b", 5e-3, 3), ("a", 2e-3, 4)]  # failed runs are retried
 
 
 def test_results_of_other_settings_are_not_taken(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_feed_forwards_even_the_parameters_out() -> None:
 @pytest.mark.parametrize(
     ("pattern", "numbers"),
     [
-        ("R", 2 * (2 * (32 * 9 + 1) + 3 * 32)),  # mass and values of 32 buckets and the decay a head; tails of q and k
+        ("R", 2 * (2 * (32 * 9 + 1) + 3 * 32)),  # mass and values of 32 buckets and the decay per head; tails of q and k
         ("W", 2 * (3 * 2 * 16)),
         ("S", 2 * (2 * 10 * 16)),
     ],

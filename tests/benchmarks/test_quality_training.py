@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "quality"
 
 
 def step_by_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, write: Tensor | None) -> Tensor:
-    """The recurrence as it is written."""
+    """The recurrence, token by token."""
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
     out = []
     for t in range(q.shape[2]):
@@ -72,10 +72,10 @@ def test_sequences_of_recall_hold_each_pair_and_ask_for_it_once() -> None:
     assert bool(((values >= 256) & (values < 512)).all())
     for row in range(50):
         assert len(set(keys[row].tolist())) == len(set(values[row].tolist())) == len(set(places[row].tolist())) == 8
-        assert torch.equal(ids[row, places[row]], keys[row])  # the query is the key whose value is asked for
+        assert torch.equal(ids[row, places[row]], keys[row])  # the query is the key whose value is the target
     assert bool(((places >= 16) & (places < 64) & (places % 2 == 0)).all())
     near = (places < 16 + 8).double().mean()
-    assert near > 2 * 8 / 48  # short distances are likelier than a uniform draw makes them
+    assert near > 2 * 8 / 48  # short distances are more likely than under a uniform distribution
 
 
 def test_recall_measures_what_a_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every command that is stored beside a figure still names modules, options and files that exist."""
+"""Commands stored with figures and shown on pages name modules, options and files that exist."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_a_stored_command_names_what_exists(file: str, command: str, monkeypatch
     for word in words:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file()
-    if words[0] == "race-dist" and words[1] in ("bytes", "step"):  # of megatron, which stored its own arguments only
+    if words[0] == "race-dist" and words[1] in ("bytes", "step"):  # benchmarks.megatron stored its arguments without the module
         words = ["python", "-m", "race_dist.benchmarks.megatron", *words[1:]]
     module = words[words.index("-m") + 1] if "-m" in words else ""
     if words[0] == "race-dist" or module in COMMAND_LINE:
         monkeypatch.chdir(ROOT)
-        # a variant's name with spaces was stored without quotes in the first of these files
+        # the first of these files have variant names with spaces but without quotes
         known = "--variant" not in words or "'" in command
         check_options(words[words.index(module) + 1 if module else 1 :]) if known else None
         return

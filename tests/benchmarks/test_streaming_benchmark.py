@@ -1,4 +1,4 @@
-"""The streaming benchmark measures a whole step, and says what it has when it is stopped."""
+"""The streaming benchmark: a complete step, and the partial results of a stopped one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_whole_step_has_every_figure(config: TrainConfig, tmp_path: Path) -> N
         assert row["text_tokens"] == min(tokens, 20 * 41)
         assert row["parameters"] == parameter_count(config.model)
         assert row["seconds"] == pytest.approx(row["forward_seconds"] + row["backward_seconds"] + row["optimizer_seconds"])
-        assert row["loss"] == pytest.approx(5.6, abs=0.3)  # log(256), and a little for weights that are not zero
+        assert row["loss"] == pytest.approx(5.6, abs=0.3)  # log(256), and slightly more for initial weights
         assert row["flops"] == streamed_flops(config.model, tokens) > 8 * row["parameters"] * tokens
         assert row["profile"]["busy_ms"] > 0
         assert "stopped" not in row
@@ -86,7 +86,7 @@ def test_an_unknown_name_finds_none() -> None:
 
 
 def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
-    """Kernel times made by the planner at known rates give those rates back, and with them the step's time."""
+    """From kernel times that the planner computes with known rates, the same rates and the same step time are recovered."""
     model = ModelConfig(vocab_size=256, dim=1024, num_layers=4, num_heads=8)
     job, gpu, chunk = Job(model, 3 * 65536, 1, compiled=True), find_gpu("h100"), 65536
     true = Rates(matmul=0.57, attention={64: (1.4, 1.4)}, compiled_forward=1.3, compiled_backward=1.3, host_forward=0.0)
@@ -106,7 +106,7 @@ def test_rates_are_recovered_from_kernels_that_ran_at_them() -> None:
 
 
 def test_a_million_tokens_take_the_memory_of_a_hundred_thousand(tmp_path: Path) -> None:
-    """One exact optimizer step of a whole model; resident memory within 3%, carries at chunk starts apart."""
+    """One exact optimizer step of a whole model; resident memory within 3%, without the carries at chunk starts."""
     tiny, out = tmp_path / "tiny.toml", tmp_path / "figures.json"
     tiny.write_text(
         "[model]\ndim = 16\nnum_layers = 1\nnum_heads = 1\nffn_dim = 32\ntie_embeddings = true\n"

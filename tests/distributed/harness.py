@@ -1,4 +1,4 @@
-"""Several ranks under test, without paying for their start in every case.
+"""Run test functions on several ranks; the processes start once and run many cases.
 
     def case(group, factor):               # a function at the top of a test module; runs on every rank
         x = torch.full((), factor * (dist.get_rank(group) + 1.0))
@@ -31,8 +31,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MAX_WORLD = 5
-GROUP_TIMEOUT = 60.0  # seconds a collective waits for the others
-CASE_TIMEOUT = 240.0  # seconds a case may take
+GROUP_TIMEOUT = 60.0  # seconds: timeout of collectives
+CASE_TIMEOUT = 240.0  # seconds: timeout of a case
 
 
 class RankError(AssertionError):
@@ -45,7 +45,7 @@ class RankError(AssertionError):
 
 @dataclass
 class Outcome:
-    """How a process of :func:`spawn_ranks` ended: what it returned, the text of what it raised, its exit code."""
+    """The end of a process of :func:`spawn_ranks`: its return value, the text of its exception, its exit code."""
 
     value: Any = None
     error: str | None = None
@@ -64,7 +64,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     errors = [o.error for o in outcomes]
     if any(errors):
         if not all(errors):
-            pool.close()  # a rank may still wait in a collective of this case
+            pool.close()  # a rank may still be in a collective of this case
         raise RankError(errors)
     return [o.value for o in outcomes]
 

@@ -1,4 +1,4 @@
-"""Ranks that die, leave, or stay away: the others end within the timeout, with the rank's name."""
+"""Ranks that die, leave, or never join: the others end within the timeout and name the rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from race_dist.sketch import SketchState
 
 
 def steps(group, victim: int, how: str, timeout: float):
-    """Scan again and again; one rank stops in the middle. Survivors return what they caught, and after how long."""
+    """Scan in a loop; one rank stops in the middle. Survivors return the caught exception and the time that it took."""
     carry = SketchState.empty(1, 2, 8, 4)
     exclusive_scan(carry, group)
     began = time.monotonic()
@@ -30,11 +30,11 @@ def steps(group, victim: int, how: str, timeout: float):
                     os._exit(3)
                 if how == "raise":
                     raise KeyError("a bug of this rank alone")
-                if how == "stop":  # stands still, store and all, until long after the others have given up
+                if how == "stop":  # stopped, including the store, until long after the others have given up
                     subprocess.Popen(["sh", "-c", f"sleep {timeout + 30}; kill -CONT {os.getpid()}"])
                     os.kill(os.getpid(), signal.SIGSTOP)
                     return None
-                time.sleep(timeout + 6)  # "sleep": lives, but does not come
+                time.sleep(timeout + 6)  # "sleep": alive, but does not join
             exclusive_scan(carry, group)
     except RankFailure as failure:
         return str(failure), failure.ranks, time.monotonic() - began
@@ -61,12 +61,12 @@ def test_survivors_name_the_rank(victim: int, how: str) -> None:
 
 
 def silent(group, victim: int, folder: str):
-    """One rank computes for ever; nobody's collective times out before the guard looks."""
+    """One rank computes without end; no collective times out before the watchdog detects the stall."""
     from race_dist.distributed.watchdog import abort_on_stall
 
     os.dup2(os.open(f"{folder}/{dist.get_rank()}", os.O_WRONLY | os.O_CREAT), 2)
     carry = SketchState.empty(1, 2, 8, 4)
-    exclusive_scan(carry, group)  # everybody is here
+    exclusive_scan(carry, group)  # every rank has joined
     abort_on_stall(4.0)
     for step in range(3):
         if step == 2 and dist.get_rank() == victim:
@@ -81,8 +81,8 @@ def lost_in_thought() -> None:
 def test_a_stalled_job_names_the_rank_shows_its_stack_and_ends(tmp_path: Path) -> None:
     began = time.monotonic()
     outcomes = spawn_ranks(3, silent, 1, str(tmp_path), timeout=300.0)
-    assert all(outcome.error for outcome in outcomes)  # ended by the guard, or by the error of a rank that ended before
-    assert time.monotonic() - began < 100.0  # of 300 and 600 that the collective and the rank would have taken
+    assert all(outcome.error for outcome in outcomes)  # ended by the watchdog, or by the error of a rank that ended before
+    assert time.monotonic() - began < 100.0  # less than the 300 and 600 of the collective and of the rank
     for rank in (0, 2):
         assert (
             f"rank {rank}: the job has stood still for 4 s: rank 1 did not come to the collective"

@@ -67,7 +67,7 @@ def test_mesh() -> None:
         assert "dp=3 times sp=2 is 6, but there are 4 ranks" in message
         assert dp == [rank % 2, rank % 2 + 2]
         assert sp == [rank - rank % 2, rank - rank % 2 + 1]
-        assert timeouts == {"0:00:31"}  # that of the job
+        assert timeouts == {"0:00:31"}  # the job's timeout
 
 
 JOB = """

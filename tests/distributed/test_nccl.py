@@ -1,4 +1,4 @@
-"""The same over NCCL: two devices against one rank on the CPU, in float64."""
+"""The tests of scan, attention and models over NCCL: two devices compared with one rank on the CPU, in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_calls_over_nccl() -> None:
 
 
 def half_precision(group):
-    """bfloat16 at some length, by the backend that "auto" picks, against the same on one device."""
+    """bfloat16 with the backend of "auto", compared with one device."""
     rank, total = dist.get_rank(group), 8192
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, total, 4, 64, device="cuda", generator=generator).bfloat16() for _ in range(3))
@@ -91,7 +91,7 @@ def test_scans_over_nccl() -> None:
 
 
 def streamed(group):
-    """A streamed step, eager and compiled whole, against one device: relative errors, and the graphs that were made."""
+    """A streamed step, eager and compiled, compared with one device: relative errors, and the number of graphs."""
     from torch._dynamo.utils import counters
 
     from race_dist import RaceConfig

@@ -50,7 +50,9 @@ def order_of_events(group):
         out.sum().backward()
     finally:
         scan.start_all_gather, communication.PendingCollective.wait = start, wait
-    return forward[1:], [e for e in events if e != "wait all_reduce"]  # the first wait is that of the header
+    return forward[1:], [
+        e for e in events if e != "wait all_reduce"
+    ]  # the first wait is for the header of the consistency check
 
 
 def test_one_half_is_sent_while_the_other_computes() -> None:

@@ -1,4 +1,4 @@
-"""Ranks that meet, or end within the timeout in one sentence with their number; where the store listens; what they exchange."""
+"""Rendezvous: ranks join, or end within the timeout with one sentence; where the store listens; what ranks exchange."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_device_is_the_cpu_or_a_gpu(device: object) -> None:
 
 @contextlib.contextmanager
 def listener(answer: bytes | None) -> Iterator[int]:
-    """A program that accepts connections and answers with something else, or never."""
+    """A server that accepts connections and sends something else, or nothing."""
     kept: list[socket.socket] = []
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -204,7 +204,7 @@ def test_rank_0_takes_over_the_socket_of_its_launcher(monkeypatch: pytest.Monkey
     assert STORE_FD_VARIABLE not in os.environ
     with open(os.devnull) as other:
         monkeypatch.setenv(STORE_FD_VARIABLE, str(other.fileno()))
-        with rendezvous._listen("127.0.0.1", port) as own:  # what is no such socket is left alone
+        with rendezvous._listen("127.0.0.1", port) as own:  # another descriptor is left open
             assert own.fileno() != other.fileno()
 
 
@@ -217,7 +217,7 @@ def test_every_rank_gets_every_ranks_value(world: int) -> None:
     values: list[object] = [{"a": [1, 2.5, None, True], "ä": "x" * 5000}, None, [[-1, "\n"], {}]]
     for found in run_ranks(world, exchanged, values):
         assert found == values[:world]
-    assert gather_objects(("a", 1), None) == [["a", 1]]  # as it arrives from another rank
+    assert gather_objects(("a", 1), None) == [["a", 1]]  # as from another rank
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), b"x", torch.ones(1), 1j])
@@ -227,7 +227,7 @@ def test_values_between_ranks_are_of_json_types(value: object) -> None:
 
 
 def test_nothing_in_the_tree_pickles() -> None:
-    """Objects of torch.distributed are pickles, and so is what torch.load reads without weights_only."""
+    """torch.distributed sends objects as pickles, and torch.load without weights_only reads pickles."""
     forbidden = {
         "all_gather_object",
         "gather_object",

@@ -1,4 +1,4 @@
-"""The script for several GPUs, small, over gloo: every part measures, the baselines are exact, a limit still leaves a JSON."""
+"""The scaling benchmark at small sizes over gloo: every part runs, baselines are exact, the time limit leaves a JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def scaling(out: Path, *options: str) -> dict[str, Any]:
-    """The script on two ranks."""
+    """Run the benchmark on two ranks."""
     command = [
         sys.executable,
         "-m",
@@ -102,4 +102,4 @@ def baseline_errors(group: ProcessGroup, length: int, heads: int, name: str, lay
 )
 def test_softmax_peers_are_exact(world: int, length: int, heads: int, name: str, layout: Layout) -> None:
     for errors in run_ranks(world, baseline_errors, length, heads, name, layout):
-        assert max(errors) <= 1e-6  # the ring adds its parts in float32
+        assert max(errors) <= 1e-6  # ring attention adds its blocks in float32

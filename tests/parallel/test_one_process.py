@@ -54,7 +54,7 @@ def test_sums_by_pairs_keep_their_digits() -> None:
         SketchState(torch.full((1, 1, 1), 2.0**24), torch.zeros(1, 1, 1, 1)),
         *(SketchState(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, 1)) for _ in range(15)),
     ]
-    assert fold(ones).mass.item() >= 2**24 + 14  # one after the other they would stay at 2**24
+    assert fold(ones).mass.item() >= 2**24 + 14  # added one by one they would stay at 2**24
 
 
 def test_a_group_of_none_is_one_rank() -> None:
@@ -114,7 +114,7 @@ def test_a_plain_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> N
             build_mesh(1, 0)
     finally:
         shutdown()
-    shutdown()  # a second time does nothing
+    shutdown()  # a second call has no effect
 
 
 def test_errors_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

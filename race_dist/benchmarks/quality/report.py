@@ -20,8 +20,8 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
         seeds = settings["seeds"] or data["protocol"]["seeds"]
         first = [r for r in runs if r["seed"] == seeds[0]] or runs
         best = (min if metric == "bits_per_byte" else max)(first, key=lambda r: r[metric])
-        mine = [r for r in runs if r["rate"] == best["rate"]]
-        values = [r[metric] for r in mine]
+        at_best_rate = [r for r in runs if r["rate"] == best["rate"]]
+        values = [r[metric] for r in at_best_rate]
         rows.append(
             {
                 "variant": name,
@@ -29,13 +29,13 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
                 "mean": statistics.fmean(values),
                 "low": min(values),
                 "high": max(values),
-                "seeds": sorted(r["seed"] for r in mine),
+                "seeds": sorted(r["seed"] for r in at_best_rate),
                 "rate": best["rate"],
                 "rates": sorted({r["rate"] for r in first}),
                 "parameters": best["parameters"],
                 "state_bytes": best["state_bytes"],
-                "seconds": statistics.fmean(r["seconds"] for r in mine),
-                "runs": mine,
+                "seconds": statistics.fmean(r["seconds"] for r in at_best_rate),
+                "runs": at_best_rate,
                 "note": settings["note"],
             }
         )

@@ -46,13 +46,13 @@ def build_model(protocol: Protocol, variant: Variant, seed: int, device: torch.d
 def fitting_ffn(protocol: Protocol, variant: Variant, config: ModelConfig) -> int:
     """The width of the feed-forward with which the variant has about the protocol's number of parameters."""
     assert protocol.parameters is not None
-    narrow = config.model_copy(update={"ffn_dim": FFN_STEP})
-    rest = parameter_count(_assembled(protocol, variant, narrow, "meta"))
-    a_step = 3 * config.dim * FFN_STEP * config.num_layers
-    steps = 1 + round((protocol.parameters - rest) / a_step)
+    narrowest = config.model_copy(update={"ffn_dim": FFN_STEP})
+    other_parameters = parameter_count(_assembled(protocol, variant, narrowest, "meta"))
+    per_step = 3 * config.dim * FFN_STEP * config.num_layers
+    steps = 1 + round((protocol.parameters - other_parameters) / per_step)
     if steps < 1:
         raise ValueError(
-            f"variant {variant.name!r} has {rest:,} parameters with the narrowest feed-forward, more than "
+            f"variant {variant.name!r} has {other_parameters:,} parameters with the narrowest feed-forward, more than "
             f"parameters = {protocol.parameters:,}: raise it or make the model smaller"
         )
     return steps * FFN_STEP

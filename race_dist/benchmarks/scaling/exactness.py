@@ -49,7 +49,7 @@ def _attention(job: Job, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
     base, length = job.sizes.base, job.sizes.exact
     generator = torch.Generator(job.device).manual_seed(0)
     shape = (1, length, base.heads, base.head_dim)
-    whole = [torch.randn(shape, generator=generator, device=job.device).to(dtype) for _ in range(4)]
+    full = [torch.randn(shape, generator=generator, device=job.device).to(dtype) for _ in range(4)]
     planes = sample_planes(base.tables, base.planes, base.head_dim, seed=0, device=job.device, dtype=dtype)
     names = ("out", "dq", "dk", "dv")
 
@@ -60,12 +60,16 @@ def _attention(job: Job, dtype: torch.dtype, layout: Layout) -> dict[str, Any]:
         return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
 
     shard = lambda x: shard_sequence(x, job.group(job.size), dim=1, layout=layout)
-    one, many = run(whole, shared=False), run([shard(x) for x in whole], shared=True)
-    errors = {name: job.max_over_ranks(_error(a, shard(b))) for name, a, b in zip(names, many, one, strict=True)}
+    single_rank, group_results = run(full, shared=False), run([shard(x) for x in full], shared=True)
+    errors = {
+        name: job.max_over_ranks(_error(a, shard(b))) for name, a, b in zip(names, group_results, single_rank, strict=True)
+    }
     if dtype == torch.float32:
         return _verdict(errors, None)
-    true = run([t.float() for t in whole], shared=False)
-    return _verdict(errors, {name: job.max_over_ranks(_error(a, b)) for name, a, b in zip(names, one, true, strict=True)})
+    exact = run([t.float() for t in full], shared=False)
+    return _verdict(
+        errors, {name: job.max_over_ranks(_error(a, b)) for name, a, b in zip(names, single_rank, exact, strict=True)}
+    )
 
 
 def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> dict[str, Any]:
@@ -93,18 +97,18 @@ def _step(job: Job, pattern: str, dtype: torch.dtype, layout: Layout | None) -> 
                     model, ids, labels, chunk_size=-(-length // (3 * (job.size if group else 1))), group=group
                 )
                 return loss, _flat(model)
-            mine = [shard_sequence(x, group, dim=1, layout=layout).contiguous() for x in (ids, labels)]
-            loss = model(*mine, group=group, layout=layout, num_targets=length)
+            local = [shard_sequence(x, group, dim=1, layout=layout).contiguous() for x in (ids, labels)]
+            loss = model(*local, group=group, layout=layout, num_targets=length)
             loss.backward()
         return all_reduce_sum(loss, group), all_reduce_sum(_flat(model), group)
 
     bfloat16, names = dtype == torch.bfloat16, ("loss", "gradient")
-    one, many = run(bfloat16, None), run(bfloat16, job.group(job.size))
-    errors = {name: job.max_over_ranks(_error(a, b)) for name, a, b in zip(names, many, one, strict=True)}
+    single_rank, group_results = run(bfloat16, None), run(bfloat16, job.group(job.size))
+    errors = {name: job.max_over_ranks(_error(a, b)) for name, a, b in zip(names, group_results, single_rank, strict=True)}
     if not bfloat16:
         return _verdict(errors, None)
-    true = run(False, None)
-    return _verdict(errors, {name: _error(a, b) for name, a, b in zip(names, one, true, strict=True)})
+    exact = run(False, None)
+    return _verdict(errors, {name: _error(a, b) for name, a, b in zip(names, single_rank, exact, strict=True)})
 
 
 def _flat(model: DecoderLM) -> Tensor:

@@ -101,8 +101,8 @@ class Job:
 
     def seconds_left(self) -> float:
         """Seconds until the time limit by rank 0's clock, the same on every rank."""
-        mine = torch.tensor(self._seconds - (time.monotonic() - self._started), dtype=torch.float64, device=self.device)
-        return float(broadcast_tensor(mine, self.world))
+        remaining = torch.tensor(self._seconds - (time.monotonic() - self._started), dtype=torch.float64, device=self.device)
+        return float(broadcast_tensor(remaining, self.world))
 
     def write(self) -> None:
         """Write the report."""
@@ -120,12 +120,12 @@ class Job:
 
     def milliseconds(self, call: Callable[[], object], count: int, *, repeats: int | None = None) -> float:
         """The median time of a call that the first ``count`` ranks make together, on the slowest rank; all ranks wait."""
-        mine = 0.0
+        median = 0.0
         if self.takes_part(count):
             call()
-            mine = statistics.median(self._once(call, count) for _ in range(repeats or self.sizes.repeats))
+            median = statistics.median(self._once(call, count) for _ in range(repeats or self.sizes.repeats))
         barrier(self.world)
-        return self.max_over_ranks(mine)
+        return self.max_over_ranks(median)
 
     def _once(self, call: Callable[[], object], count: int) -> float:
         barrier(self.group(count))

@@ -22,10 +22,10 @@ def attention_milliseconds(job: Job, shape: Shape, count: int) -> float:
     cluster, rates = job.cluster(count), Rates()
     planned = Planned.checked(model, shape.length * count, 1, "bfloat16" if shape.dtype == "bfloat16" else "float32")
     local = [s * shape.length for s in attention_seconds(planned, Layout(1, count), Roofline(planned, cluster, rates))]
-    half = 4 * shape.heads * shape.tables * 2**shape.planes * (shape.head_dim + 1) / 2
+    half_state = 4 * shape.heads * shape.tables * 2**shape.planes * (shape.head_dim + 1) / 2
     one, link = 0.0, cluster.link(count)
     if count > 1:
-        one = scan_seconds(count, half, link, ranks_per_node=cluster.per_node)
+        one = scan_seconds(count, half_state, link, ranks_per_node=cluster.per_node)
     exposed = sum(max(0.0, one - rates.overlap * part / 4) + max(0.0, one - rates.overlap * part / 2) for part in local)
     return 1e3 * (sum(local) + exposed)
 

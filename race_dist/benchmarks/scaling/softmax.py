@@ -22,18 +22,18 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Block:
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse, ()
-    out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
-    return out, lse, tuple(rest[:6])
+    out, lse, *block_state = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
+    return out, lse, tuple(block_state[:6])
 
 
 def flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rest: tuple[Any, ...], *, causal: bool
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block_state: tuple[Any, ...], *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block, given the output and log-sum-exp of all blocks."""
     if q.device.type == "cpu":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return op(dout, q, k, v, out, lse, 0.0, causal)
-    cum_q, cum_k, max_q, max_k, seed, offset = rest
+    cum_q, cum_k, max_q, max_k, seed, offset = block_state
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward
     return op(dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset)
 
@@ -77,18 +77,18 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        out, lse, rest = flash(q, k, v, causal=True)
+        out, lse, block_state = flash(q, k, v, causal=True)
         out = out.float()
-        ctx.rests = [rest]
+        ctx.block_states = [block_state]
         half = q.shape[2] // 2
         for step, (_, source, (keys, values)) in enumerate(_ring_steps((k, v), group)):
             if step == 0:
                 continue
             rows, columns = _part(source, group_rank(group), half)
-            part, part_lse, rest = flash(
+            part, part_lse, block_state = flash(
                 q[:, :, rows].contiguous(), keys[:, :, columns].contiguous(), values[:, :, columns].contiguous(), causal=False
             )
-            ctx.rests.append(rest)
+            ctx.block_states.append(block_state)
             total = torch.logaddexp(lse[:, :, rows], part_lse)
             weights = ((one - total).exp()[..., None] for one in (lse[:, :, rows], part_lse))
             out[:, :, rows] = next(weights) * out[:, :, rows] + next(weights) * part.float()
@@ -103,7 +103,7 @@ class _Ring(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         group, dout = ctx.group, dout.transpose(1, 2).contiguous()
         rank, half = group_rank(group), q.shape[2] // 2
-        dq, dk, dv = (g.float() for g in flash_backward(dout, q, k, v, out, lse, ctx.rests[0], causal=True))
+        dq, dk, dv = (g.float() for g in flash_backward(dout, q, k, v, out, lse, ctx.block_states[0], causal=True))
         for step, (_, source, (keys, values)) in enumerate(_ring_steps((k, v), group)):
             if step == 0:
                 continue
@@ -111,7 +111,7 @@ class _Ring(torch.autograd.Function):
             rows, columns = _part(source, rank, half)
             d, queries, o, total = (x[:, :, rows].contiguous() for x in (dout, q, out, lse))
             block_keys, block_values = (x[:, :, columns].contiguous() for x in (keys, values))
-            grads = flash_backward(d, queries, block_keys, block_values, o, total, ctx.rests[step], causal=False)
+            grads = flash_backward(d, queries, block_keys, block_values, o, total, ctx.block_states[step], causal=False)
             dq[:, :, rows] += grads[0]
             dk[:, :, columns] += grads[1]
             dv[:, :, columns] += grads[2]
