@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from race_dist.parallel import build_mesh
 from race_dist.streaming import StepCheckpoint, StepInterrupted, streamed_backward, streamed_prompt
 from tests.distributed.harness import run_ranks, spawn_ranks
-from tests.test_streaming import assert_same, gradients, model, text
+from tests.streaming.test_streamed_gradients import assert_same, gradients, model, text
 
 
 def step(group: ProcessGroup, pattern: str, length: int, chunk_size: int, bounds: list[int] | None) -> tuple[Any, ...]:
@@ -110,7 +110,7 @@ def one_rank_lost(group: ProcessGroup, folder: str) -> list[str]:
     return seen
 
 
-def test_ranks_agree_on_what_is_stored(tmp_path: Path) -> None:
+def test_ranks_compare_what_is_stored(tmp_path: Path) -> None:
     first, second = run_ranks(2, one_rank_lost, str(tmp_path))
     assert first == ["StepInterrupted", "9 chunks", "StepInterrupted", "something else, as another rank has found"]
     assert second == ["StepInterrupted", "9 chunks", "StepInterrupted", "another set of weights"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from race_dist.distributed.communication import packed_size
 from race_dist.models import DecoderLM
 from race_dist.streaming import Progress, StepCheckpoint, StepInterrupted, carry_stack, streamed_backward
-from tests.test_streaming import assert_same, gradients, model, text
+from tests.streaming.test_streamed_gradients import assert_same, gradients, model, text
 
 LENGTH, CHUNK = 43, 10  # five chunks: 4 forward, 5 backward
 
@@ -138,7 +138,7 @@ def test_files_cut_short_are_not_taken(tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys
-import tests.test_streaming_resume as t
+import tests.streaming.test_step_resume as t
 from race_dist.streaming import StepCheckpoint, StepInterrupted
 net = t.model()
 try:
@@ -151,7 +151,7 @@ except StepInterrupted as error:
 
 
 def test_ctrl_c_stores_the_step_and_says_so(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
         stdin=subprocess.PIPE,

@@ -269,7 +269,7 @@ def test_a_chunks_graph_is_gone_before_the_next_begins() -> None:
         block.compile(dynamic=False, backend="aot_eager")
     hidden = net.hidden
 
-    def watched(*args: Any, **options: Any) -> Any:
+    def recorded(*args: Any, **options: Any) -> Any:
         assert all(reference() is None for reference in alive)
         h, carry = hidden(*args, **options)
         node = next(t.grad_fn for t in carry.tensors() if t.grad_fn is not None)
@@ -278,7 +278,7 @@ def test_a_chunks_graph_is_gone_before_the_next_begins() -> None:
         alive[:] = [weakref.ref(hook)]
         return h, carry
 
-    net.hidden = watched  # type: ignore[method-assign]
+    net.hidden = recorded  # type: ignore[method-assign]
     streamed_backward(net, ids, labels, chunk_size=16)
     assert alive
 
