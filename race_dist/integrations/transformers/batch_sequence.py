@@ -34,6 +34,20 @@ class BatchSequence:
         return x.reshape(self.batch, -1, *x.shape[2:]) if self.folded else x
 
 
+@dataclass(frozen=True)
+class CachedTokens:
+    """The tokens that a cache has seen before a call.
+
+    Attributes:
+        count: their number, padding included.
+        position: the number of those that are not padding, an int or ``[B]``; None: it is counted in the attention mask, or is
+            ``count`` without a mask.
+    """
+
+    count: int = 0
+    position: Tensor | int | None = None
+
+
 def batch_sequence(
     batch: int,
     length: int,
@@ -42,8 +56,7 @@ def batch_sequence(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    past: int = 0,
-    position: Tensor | int | None = None,
+    cached: CachedTokens = CachedTokens(),
     return_carry: bool = False,
     group: ProcessGroup | None = None,
     layout: str = "contiguous",
@@ -55,39 +68,27 @@ def batch_sequence(
 
     Args:
         batch, length: ``B`` and ``T`` of the new tokens on this rank.
-        attention_mask: ``[B, past + T]``, 0 where a token is padding.
+        device: of the new tokens.
+        attention_mask: ``[B, cached + T]``, 0 where a token is padding.
         position_ids: ``[B, T]`` or ``[1, T]``.
         cu_seqlens: ``[N + 1]`` boundaries of documents packed in one row (of the whole sequence, under a group).
-        past: number of cached tokens, padding included.
-        position: number of cached tokens that are not padding, an int or ``[B]``; None: counted from the mask, or ``past``
-            without a mask.
-        return_carry: whether the carry after the rows is wanted.
-        group, layout: ranks that each hold a shard of the rows.
+        cached: the tokens that a cache has seen.
+        return_carry: whether the carry after the rows is needed.
+        group, layout: the ranks that each hold a shard of the rows, and the order of the shards.
 
     Raises:
         ValueError: the mask is not a padding mask, or packed rows cannot be processed in this call.
     """
+    past = cached.count
     mask = None if attention_mask is None else _key_mask(attention_mask, batch, past, length)
-    if position is None:
-        position = past if attention_mask is None or not past else attention_mask[:, :past].to(device).ne(0).sum(1)
-    elif mask is not None and past and attention_mask is not None and attention_mask.device.type == "cpu":
-        counted = attention_mask[:, :past].ne(0).sum(1)
-        if bool((counted != torch.as_tensor(position)).any()):
-            raise ValueError(
-                f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are not padding, "
-                f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
-                "cannot forget tokens, so mask them in the call in which they are new"
-            )
+    position = _next_position(cached, attention_mask, batch, device)
     if cu_seqlens is not None and (batch > 1 or past or mask is not None):
         raise ValueError(
             f"cu_seq_lens need one row, no cache and no attention_mask; got a batch of {batch}, {past} cached "
             f"tokens and {'a' if mask is not None else 'no'} mask: pack the documents into one row"
         )
-    # M-RoPE positions of images and text: those of text come first, if they are there
-    if position_ids is not None and position_ids.dim() == 3:
-        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is not None:
-        position_ids = position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
+        position_ids = _text_positions(position_ids, batch, device)
     folded = False
     if group is None and cu_seqlens is None and mask is None and position_ids is not None and not past:
         cu_seqlens = packed_boundaries(position_ids)
@@ -113,6 +114,35 @@ def batch_sequence(
         positions = position_ids.reshape(-1) if folded else position_ids[0] if batch == 1 else position_ids
         sequence = replace(sequence, positions=positions)
     return BatchSequence(sequence, batch, folded)
+
+
+def _next_position(cached: CachedTokens, attention_mask: Tensor | None, batch: int, device: torch.device) -> Tensor | int:
+    """The position of the first new token: the number of cached tokens that are not padding.
+
+    Raises:
+        ValueError: the mask disagrees with what the cache has seen. (Checked on the CPU, where reading the mask does not wait.)
+    """
+    past, position = cached.count, cached.position
+    if position is None:
+        return past if attention_mask is None or not past else attention_mask[:, :past].to(device).ne(0).sum(1)
+    if attention_mask is not None and past and attention_mask.device.type == "cpu":
+        counted = attention_mask[:, :past].ne(0).sum(1)
+        if bool((counted != torch.as_tensor(position)).any()):
+            raise ValueError(
+                f"attention_mask says that {counted.tolist()} of {past} tokens in the cache are not padding, "
+                f"but the RACE layers have seen {torch.as_tensor(position).expand(batch).tolist()}: a state "
+                "cannot forget tokens, so mask them in the call in which they are new"
+            )
+    return position
+
+
+def _text_positions(position_ids: Tensor, batch: int, device: torch.device) -> Tensor | None:
+    """``[B, T]`` int64 positions of text. In M-RoPE positions of images and text, those of text come first, if any."""
+    if position_ids.dim() == 3:
+        if position_ids.shape[0] != 4:
+            return None
+        position_ids = position_ids[0]
+    return position_ids.to(device=device, dtype=torch.int64).expand(batch, -1)
 
 
 def packed_boundaries(position_ids: Tensor) -> Tensor | None:

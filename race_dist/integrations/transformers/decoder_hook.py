@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from race_dist.distributed.communication import check_group
-from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, CachedTokens, batch_sequence
 from race_dist.integrations.transformers.cache import RaceCacheLayer, check_cache
 from race_dist.integrations.transformers.layer import RaceSelfAttention
 from race_dist.integrations.transformers.settings import IMPLEMENTATION
@@ -59,7 +59,6 @@ class DecoderHook:
         if self.group is not None and cache is not None:
             raise ValueError("decoding over a shared sequence is not supported: pass use_cache=False, or generate on one rank")
         return_carry = converted and self.group is None and (cache is not None or self._will_cache(decoder, call))
-        past, position = _cached_tokens(cache)
         mask = call.get("attention_mask")
         rows = batch_sequence(
             x.shape[0],
@@ -68,8 +67,7 @@ class DecoderHook:
             attention_mask=mask,
             position_ids=call.get("position_ids"),
             cu_seqlens=call.get("cu_seq_lens_q"),
-            past=past,
-            position=position,
+            cached=_cached_tokens(cache),
             return_carry=return_carry,
             group=self.group,
             layout=self.layout,
@@ -116,15 +114,12 @@ def _remove_placeholder_outputs(_: nn.Module, args: tuple[Any, ...], kwargs: dic
     return output
 
 
-def _cached_tokens(cache: Any) -> tuple[int, Tensor | int | None]:
-    """The number of tokens in a cache, padding included, and the position of the next token.
-
-    Both are read from a RACE layer of the cache. Without one the position is None: it follows from the mask.
-    """
+def _cached_tokens(cache: Any) -> CachedTokens:
+    """The tokens in a cache, as a RACE layer of the cache has counted them. Without such a layer the position is None."""
     if cache is None:
-        return 0, 0
-    own = [layer for layer in cache.layers if isinstance(layer, RaceCacheLayer)]
-    return (own[0].seen, own[0].position) if own else (int(cache.get_seq_length()), None)
+        return CachedTokens(0, 0)
+    counted = next((layer for layer in cache.layers if isinstance(layer, RaceCacheLayer)), None)
+    return CachedTokens(int(cache.get_seq_length())) if counted is None else CachedTokens(counted.seen, counted.position)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

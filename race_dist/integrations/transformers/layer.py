@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from race_dist.integrations.transformers.batch_sequence import BatchSequence, batch_sequence
+from race_dist.integrations.transformers.batch_sequence import BatchSequence, CachedTokens, batch_sequence
 from race_dist.integrations.transformers.cache import cache_layer
 from race_dist.integrations.transformers.projections import Projections
 from race_dist.nn import RaceAttention, RaceCarry, RaceConfig, Sequence
@@ -151,8 +151,7 @@ class RaceSelfAttention(RaceAttention):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cu_seqlens=cu_seq_lens_q,
-                past=0 if cache_entry is None else cache_entry.seen,
-                position=None if cache_entry is None else cache_entry.position,
+                cached=CachedTokens() if cache_entry is None else CachedTokens(cache_entry.seen, cache_entry.position),
                 return_carry=cache_entry is not None,
             )
         if not race_sequence.sequence.return_carry:
