@@ -89,12 +89,12 @@ class PartitionArgs:
 
 
 @gluon.jit
-def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, grads, tiling, c: gl.constexpr):
+def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, dcumulative, suffixes, grads, tiling, c: gl.constexpr):
     """Program (tile, head, block of value columns) of :class:`Inputs` ``x``: writes the :class:`KeyGradients` ``grads``.
 
-    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h`` and ``decay_rows`` from the pass over the queries;
-    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. Of several blocks of features, dk and dlog_decay are
-    partial sums with one block of heads per block of value columns, as grad_h and decay_rows are."""
+    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h`` and ``dcumulative`` from the pass over the queries;
+    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. With several blocks of features, dk and dlog_decay are
+    partial sums, one block of heads per block of value columns, as grad_h and dcumulative are."""
     program, tile = locate_program(tiling, c)
     b, h, end = program.b, program.h, program.end
     hash = make_hash_operands(x, h, c)
@@ -150,7 +150,7 @@ def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, gra
     registers: gl.constexpr = (104, 208) if c.NSB == 1 else (104, 248)  # per thread of the hash and of the state partition
     gl.warp_specialize(
         [
-            (mma_partition, (args, dk, grad_h, decay_rows, grads.dlog_decay, dG_after, grads.dbeta, c)),
+            (mma_partition, (args, dk, grad_h, dcumulative, grads.dlog_decay, dG_after, grads.dbeta, c)),
             (hash_partition, (args, saved.den, grad_h, x.log_decay, x.key_mask, c)),
             (state_partition, (args, dv_desc, suffixes, c)),
             (load_partition, (args, c)),
@@ -402,7 +402,7 @@ def _feature_gradient_block(args, A, v_c, j, stage, c: gl.constexpr):
 
 
 @gluon.jit
-def mma_partition(args, dk, grad_h, decay_rows, dlog_decay, dG_after, dbeta, c: gl.constexpr):
+def mma_partition(args, dk, grad_h, dcumulative, dlog_decay, dG_after, dbeta, c: gl.constexpr):
     """dphi, dk, and the gradients of the log decays and of beta. ``dk``: a TMA descriptor, or :class:`Rows` of partial
     gradients; ``dG_after``: what every log decay gets from the tokens after the chunk."""
     program, decay, hash = args.program, args.decay, args.hash
@@ -444,7 +444,7 @@ def mma_partition(args, dk, grad_h, decay_rows, dlog_decay, dG_after, dbeta, c: 
         if c.decay:
             dG = -gl.convert_layout(total, LINE_LAYOUT)  # [C]
             if not c.is_global:
-                dG += load_scalars(decay_rows, b, t, head, program.end - t, LINE_LAYOUT, c)
+                dG += load_scalars(dcumulative, b, t, head, program.end - t, LINE_LAYOUT, c)
             store_scalars(dlog_decay, reverse_cumsum(dG) + dG_after, b, t, head, program.end - t, LINE_LAYOUT, c)
             dG_after += gl.sum(dG, 0)
         u = args.tanh_pipe.consumer_buffer(i).load(wgmma_layout(c.LPB))  # [C, LPB]
