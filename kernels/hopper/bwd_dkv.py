@@ -93,8 +93,8 @@ def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, dcumulative, suffixes, gr
     """Program (tile, head, block of value columns) of :class:`Inputs` ``x``: writes the :class:`KeyGradients` ``grads``.
 
     ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h`` and ``dcumulative`` from the pass over the queries;
-    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. With several blocks of features, dk and dlog_decay are
-    partial sums, one block of heads per block of value columns, as grad_h and dcumulative are."""
+    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. With several blocks of features, dk and dlog_decay
+    are partial sums, one block of heads per block of value columns, as grad_h and dcumulative are."""
     program, tile = locate_program(tiling, c)
     b, h, end = program.b, program.h, program.end
     hash = make_hash_operands(x, h, c)
