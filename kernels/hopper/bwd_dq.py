@@ -177,7 +177,7 @@ def load_partition(args, c: gl.constexpr):
 def hash_partition(args, den, log_decay, key_mask, suffix, c: gl.constexpr):
     program, hash = args.program, args.hash
     b, h = program.b, program.h
-    beta = gl.load(hash.beta).to(gl.float32)
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     reach = (program.start * 0).to(gl.float64)
     for i in range(program.num_chunks):
         t = program.start + i * c.C
@@ -342,7 +342,7 @@ def mma_partition(args, causal_ones, dq, grad_h, dcumulative, suffix, dbeta, c: 
     gradients."""
     program, decay, hash = args.program, args.decay, args.hash
     b, h, H, value_block = program.b, program.h, program.H, program.value_block
-    beta = gl.load(hash.beta).to(gl.float32)
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     if not c.PARTIAL_GRADIENTS:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], shared_layout(c.C, c.BD))
     if c.NSB == 1:
