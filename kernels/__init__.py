@@ -1,1 +1,1 @@
-"""Triton kernels. This package imports neither torch.distributed nor torch.nn."""
+"""Triton and Gluon kernels. This package imports neither torch.distributed nor torch.nn."""

@@ -103,7 +103,7 @@ class QueryGradients(NamedTuple):
 
     dq: Rows  # [B, T, Hq, D]; of pipelines with partial gradients: of the projections, [B, T, NVB Hq, LPB]
     h: Scalars | None  # [B, T, NVB Hq], the gradient of the denominators ("global")
-    decay_rows: Scalars | None  # [B, T, NVB H], sum over the features of phi(q) dphi(q) (decay, not "global")
+    dcumulative: Scalars | None  # [B, T, NVB H], sum over the features of phi(q) dphi(q) (decay, not "global")
     suffix: TileStates  # each tile's sum of the suffix state
     dbeta: Pointer  # [tiles, H, NVB], one number per program
     dplanes: Pointer  # [tiles, H, NSB, LPB, BD], one part per program, or None

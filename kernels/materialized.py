@@ -133,7 +133,7 @@ def race_materialized_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constex
 
     "global" needs e of every block for h before the first block's gradient: two passes over the blocks."""
     q, k, v, planes, log_decay, key_mask = x.q, x.k, x.v, x.planes, x.log_decay, x.key_mask
-    den, states, grad_h, dq, decay_rows = saved.den, saved.states, grads.h, grads.dq, grads.decay_rows
+    den, states, grad_h, dq, dcumulative = saved.den, saved.states, grads.h, grads.dq, grads.dcumulative
     H = tiling.H
     h = (tl.program_id(0) % H).to(tl.int64)
     tile_index = tl.program_id(0) // H
@@ -146,7 +146,7 @@ def race_materialized_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constex
     G = load_decay(log_decay, b, t, h, n, c)
     present = load_key_mask(key_mask, b, t, n, c)  # [C]
     dbeta = tl.zeros([c.C], tl.float32)
-    decay_rows_c = tl.zeros([c.C], tl.float32)
+    dcumulative_c = tl.zeros([c.C], tl.float32)
     for g in tl.static_range(c.G):
         hq = h * c.G + g
         q_c = load_head_rows(q, b, t, hq, end, c.D, c.BD, c)  # [C, BD]
@@ -183,12 +183,12 @@ def race_materialized_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constex
                 y = read.Fq * (read.e / read.masses)  # [C, SB]
                 w = read.Fq / read.masses
                 dm = -y / read.masses
-                decay_rows_c -= BUCKET_EPS * tl.sum(dm, 1)
+                dcumulative_c -= BUCKET_EPS * tl.sum(dm, 1)
             else:
                 y = r[:, None] * (read.Fq * (read.e + h_c[:, None] * read.masses))
                 w = r[:, None] * read.Fq
                 dm = tl.zeros([c.C, c.SB], tl.float32)
-                decay_rows_c += tl.sum(y, 1)
+                dcumulative_c += tl.sum(y, 1)
             dz, dbeta_c = soft_hash_backward(y, read.projection, hash, c)  # [C, LPB], [C]
             dbeta += dbeta_c
             if c.need_planes:
@@ -207,7 +207,7 @@ def race_materialized_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constex
     if c.decay:
         tl.store(grads.suffix.decays + index, G.total)
         if not c.is_global:
-            store_scalars(decay_rows, decay_rows_c, b, t, h, n, c)
+            store_scalars(dcumulative, dcumulative_c, b, t, h, n, c)
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def add_planes_gradient(dplanes, part, index, s0, first: tl.constexpr, c: tl.con
 
 
 @triton.jit
-def race_materialized_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, grads, tiling, c: tl.constexpr):
+def race_materialized_bwd_dkv_kernel(x, dout, saved, grad_h, dcumulative, suffixes, grads, tiling, c: tl.constexpr):
     """Program (tile, head): what ``race_recurrent_bwd_dkv_kernel`` does, for one chunk."""
     q, k, v, planes, log_decay, key_mask = x.q, x.k, x.v, x.planes, x.log_decay, x.key_mask
     den, states = saved.den, saved.states
@@ -287,7 +287,7 @@ def race_materialized_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixe
         dk_c += unproject(dz, hash, c)
     if c.decay:
         if not c.is_global:
-            dG += load_scalars(decay_rows, b, t, h, n, c)
+            dG += load_scalars(dcumulative, b, t, h, n, c)
         store_scalars(dlog_decay, tl.cumsum(dG, 0, reverse=True) + dG_after, b, t, h, n, c)
     store_head_rows(dk, dk_c, b, t, h, end, c.D, c.BD, c)
     store_head_rows(dv, dv_c, b, t, h, end, c.Dv, c.BV, c)

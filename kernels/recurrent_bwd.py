@@ -69,7 +69,7 @@ def race_recurrent_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constexpr)
     q_rows = open_heads(x.q, b, h * c.G, c.G, tile.end, c.D, c.BD, c)
     do_rows = open_heads(dout, b, h * c.G, c.G, tile.end, c.Dv, c.BV, c)
     log_decay, key_mask, den = x.log_decay, x.key_mask, saved.den
-    grad_h, decay_rows = grads.h, grads.decay_rows
+    grad_h, dcumulative = grads.h, grads.dcumulative
     dq_rows = open_heads(grads.dq, b, h * c.G, c.G, tile.end, c.D, c.BD, c)
     for t in tl.range(tile.start, tile.end, c.C, num_stages=c.stages):
         n = tile.end - t
@@ -86,7 +86,7 @@ def race_recurrent_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constexpr)
             M = matmul(tl.trans(to_operand(Fk, c)), v_c, decay_over_chunk(M, G, c))
             m = decay_over_chunk(m, G, c) + tl.sum(Fk, 0)
         if c.decay:
-            rows_c = tl.zeros([c.C], tl.float32)
+            dcumulative_c = tl.zeros([c.C], tl.float32)
         for g in tl.static_range(c.G):
             hq = h * c.G + g
             do_c = to_operand(load_rows(do_rows, g, t, c.Dv, c.BV, c), c)  # [C, BV]
@@ -111,14 +111,14 @@ def race_recurrent_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constexpr)
             else:
                 y, total = center_feature_gradient(w, e, c)  # [C, SB], [C]
                 if c.decay:
-                    rows_c += total
+                    dcumulative_c += total
             dz, dbeta_c = soft_hash_backward(y, projection, hash, c)  # [C, LPB], [C]
             dbeta += dbeta_c
             if c.need_planes:
                 dplanes += planes_gradient(q_c, dz, c)
             store_rows(dq_rows, g, unproject(dz, hash, c), t, c.D, c.BD, c)
         if c.decay and not c.is_global:
-            store_scalars(decay_rows, rows_c, b, t, h, n, c)
+            store_scalars(dcumulative, dcumulative_c, b, t, h, n, c)
     index = tile_index.to(tl.int64) * H + h
     tl.store(grads.dbeta + index, tl.sum(dbeta, 0))
     if c.need_planes:
@@ -126,10 +126,10 @@ def race_recurrent_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constexpr)
 
 
 @triton.jit
-def race_recurrent_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, grads, tiling, c: tl.constexpr):
+def race_recurrent_bwd_dkv_kernel(x, dout, saved, grad_h, dcumulative, suffixes, grads, tiling, c: tl.constexpr):
     """Program (tile, head) of :class:`Inputs` ``x``, chunks in reverse: writes the :class:`KeyGradients` ``grads``.
 
-    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h [B, T, Hq]`` and ``decay_rows [B, T, H]`` from the pass
+    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h [B, T, Hq]`` and ``dcumulative [B, T, H]`` from the pass
     over the queries; ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile."""
     H = tiling.H
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -201,7 +201,7 @@ def race_recurrent_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, 
         if c.decay:
             dG = -total
             if not c.is_global:
-                dG += load_scalars(decay_rows, b, t, h, n, c)
+                dG += load_scalars(dcumulative, b, t, h, n, c)
             store_scalars(dlog_decay, tl.cumsum(dG, 0, reverse=True) + dG_after, b, t, h, n, c)
             dG_after += tl.sum(dG, 0)
         dz, dbeta_c = soft_hash_backward(y, projection, hash, c)  # [C, LPB], [C]

@@ -89,12 +89,12 @@ class PartitionArgs:
 
 
 @gluon.jit
-def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, grads, tiling, c: gl.constexpr):
+def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, dcumulative, suffixes, grads, tiling, c: gl.constexpr):
     """Program (tile, head, block of value columns) of :class:`Inputs` ``x``: writes the :class:`KeyGradients` ``grads``.
 
-    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h`` and ``decay_rows`` from the pass over the queries;
-    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. Of several blocks of features, dk and dlog_decay are
-    partial sums with one block of heads per block of value columns, as grad_h and decay_rows are."""
+    ``dout [B, T, Hq, Dv]``; ``saved``: :class:`Residuals`; ``grad_h`` and ``dcumulative`` from the pass over the queries;
+    ``suffixes [tiles, H, S (Dv + 1)]``: the suffix state behind each tile. With several blocks of features, dk and dlog_decay
+    are partial sums, one block of heads per block of value columns, as grad_h and dcumulative are."""
     program, tile = locate_program(tiling, c)
     b, h, end = program.b, program.h, program.end
     hash = make_hash_operands(x, h, c)
@@ -147,10 +147,11 @@ def race_hopper_bwd_dkv_kernel(x, dout, saved, grad_h, decay_rows, suffixes, gra
         state_pipe,
         decay,
     )
+    dbeta = grads.dbeta + program.index * c.NVB + program.value_block
     registers: gl.constexpr = (104, 208) if c.NSB == 1 else (104, 248)  # per thread of the hash and of the state partition
     gl.warp_specialize(
         [
-            (mma_partition, (args, dk, grad_h, decay_rows, grads.dlog_decay, dG_after, grads.dbeta, c)),
+            (mma_partition, (args, dk, grad_h, dcumulative, grads.dlog_decay, dG_after, dbeta, c)),
             (hash_partition, (args, saved.den, grad_h, x.log_decay, x.key_mask, c)),
             (state_partition, (args, dv_desc, suffixes, c)),
             (load_partition, (args, c)),
@@ -177,7 +178,7 @@ def load_partition(args, c: gl.constexpr):
 def hash_partition(args, den, grad_h, log_decay, key_mask, c: gl.constexpr):
     program, hash = args.program, args.hash
     b, h, H = program.b, program.h, program.H
-    beta = gl.load(hash.beta).to(gl.float32)
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     line: gl.constexpr = gl.SliceLayout(0, blocked_layout(c.C))
     for i in range(program.num_chunks):
         t = program.start + (program.num_chunks - 1 - i) * c.C
@@ -189,16 +190,15 @@ def hash_partition(args, den, grad_h, log_decay, key_mask, c: gl.constexpr):
         produce_features(args.phi_k_pipe, i, u, present, beta, hash, c)
         for g in gl.static_range(c.G if c.causal else 0):
             j = i * c.G + g
-            hq = h * c.G + g
             if c.is_global:
-                h_c = load_scalars(grad_h, b, t, hq, program.end - t, line, c)  # [C]
+                h_c = load_scalars(grad_h, b, t, h * c.G + g, program.end - t, line, c)  # [C]
                 for value_block in gl.static_range(1, c.NVB):
                     h_c += load_scalars(grad_h, b, t, value_block * H + h, program.end - t, line, c)
                 if c.NVB > 1:
                     h_c = gl.where(program.value_block == 0, h_c, 0.0)  # the first block of columns has the mass
                 store_pair(args.h_pipe.buffers.index(args.h_pipe.producer_acquire(j)), h_c, c)
                 args.h_pipe.producer_commit(j)
-            scale = load_inverse_den(den, b, t, hq, program.end - t, c)  # [C]
+            scale = load_inverse_den(den, b, t, h * c.G + g, program.end - t, c)  # [C]
             produce_features(args.w_pipe, j, tanh_projection(args.q_pipe, j, hash, c), scale, beta, hash, c)
 
 
@@ -352,10 +352,10 @@ def _dphi_one_block(args, v_c, grad_h, t, i, stage, c: gl.constexpr):
     """``dphi [C, SB]`` of chunk i, of the only block of features. No wait at an mbarrier while products run: the compiler would
     then run them one by one."""
     program, decay, state_pipe = args.program, args.decay, args.state_pipe
-    b, hq = program.b, program.h * c.G
+    b, h = program.b, program.h
     state_stage = state_pipe.consumer_wait(i if c.causal else 0)
     if c.causal:
-        h_c = _load_h(grad_h, b, t, hq, program.end - t, c)
+        h_c = _load_h(grad_h, b, t, h * c.G, program.end - t, c)
         do, w = args.do_pipe.consumer_buffer(i * c.G), args.w_pipe.consumer_buffer(i * c.G)  # [C, BV], [C, SB]
         A = _start_value_products(v_c, do, c)
         dphi = _start_dphi(v_c, state_pipe, state_stage, c)
@@ -373,7 +373,7 @@ def _dphi_one_block(args, v_c, grad_h, t, i, stage, c: gl.constexpr):
         dphi = warpgroup_mma_wait(0, (_start_dphi(v_c, state_pipe, state_stage, c),))
     for g in gl.static_range(1, c.G if c.causal else 1):
         j = i * c.G + g
-        h_c = _load_h(grad_h, b, t, hq + g, program.end - t, c)
+        h_c = _load_h(grad_h, b, t, h * c.G + g, program.end - t, c)
         do, w = args.do_pipe.consumer_buffer(j), args.w_pipe.consumer_buffer(j)  # [C, BV], [C, SB]
         A = warpgroup_mma_wait(0, (_start_value_products(v_c, do, c),))
         dphi = warpgroup_mma(_value_products_operand(A, h_c, decay, stage, c), w, dphi, is_async=True)
@@ -402,12 +402,12 @@ def _feature_gradient_block(args, A, v_c, j, stage, c: gl.constexpr):
 
 
 @gluon.jit
-def mma_partition(args, dk, grad_h, decay_rows, dlog_decay, dG_after, dbeta, c: gl.constexpr):
+def mma_partition(args, dk, grad_h, dcumulative, dlog_decay, dG_after, dbeta, c: gl.constexpr):
     """dphi, dk, and the gradients of the log decays and of beta. ``dk``: a TMA descriptor, or :class:`Rows` of partial
-    gradients; ``dG_after``: what every log decay gets from the tokens after the chunk."""
+    gradients; ``dG_after``: what every log decay gets from the tokens after the chunk; ``dbeta``: pointer to the program's."""
     program, decay, hash = args.program, args.decay, args.hash
-    b, head = program.b, program.value_block * program.H + program.h  # of partial sums
-    beta = gl.load(hash.beta).to(gl.float32)
+    b, h, H, value_block = program.b, program.h, program.H, program.value_block
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     if not c.PARTIAL_GRADIENTS:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], shared_layout(c.C, c.BD))
     feature_layout: gl.constexpr = wgmma_layout(c.SB)
@@ -425,7 +425,7 @@ def mma_partition(args, dk, grad_h, decay_rows, dlog_decay, dG_after, dbeta, c: 
             y -= phi * (total / c.L)[:, None]
             plane_sums = add_plane_sums(zero_plane_sums(c), y, 0, hash, c)
         else:
-            h_c = _load_h(grad_h, b, t, head, program.end - t, c)
+            h_c = _load_h(grad_h, b, t, value_block * H + h, program.end - t, c)
             A = warpgroup_mma_wait(0, (_start_value_products(v_c, args.do_pipe.consumer_buffer(i), c),))
             A = _value_products_operand(A, h_c, decay, stage, c)  # [C, C]
             args.do_pipe.consumer_release(i)
@@ -444,17 +444,17 @@ def mma_partition(args, dk, grad_h, decay_rows, dlog_decay, dG_after, dbeta, c: 
         if c.decay:
             dG = -gl.convert_layout(total, LINE_LAYOUT)  # [C]
             if not c.is_global:
-                dG += load_scalars(decay_rows, b, t, head, program.end - t, LINE_LAYOUT, c)
-            store_scalars(dlog_decay, reverse_cumsum(dG) + dG_after, b, t, head, program.end - t, LINE_LAYOUT, c)
+                dG += load_scalars(dcumulative, b, t, value_block * H + h, program.end - t, LINE_LAYOUT, c)
+            store_scalars(dlog_decay, reverse_cumsum(dG) + dG_after, b, t, value_block * H + h, program.end - t, LINE_LAYOUT, c)
             dG_after += gl.sum(dG, 0)
         u = args.tanh_pipe.consumer_buffer(i).load(wgmma_layout(c.LPB))  # [C, LPB]
         args.tanh_pipe.consumer_release(i)
         dz, dbeta_c = soft_hash_backward(plane_sums, u, beta)  # [C, LPB], [C]
         dbeta_rows += dbeta_c
         if c.PARTIAL_GRADIENTS:
-            store_partial_gradient(dk, dz, b, t, head, program.end - t, c)
+            store_partial_gradient(dk, dz, b, t, value_block * H + h, program.end - t, c)
         else:
             tma_store(dk, t, staging, unproject(dz, hash, c))
     if not c.PARTIAL_GRADIENTS:
         tma.store_wait(0)  # before the reduction reuses the shared memory of what is being stored
-    gl.store(dbeta + program.index * c.NVB + program.value_block, gl.sum(dbeta_rows, 0))
+    gl.store(dbeta, gl.sum(dbeta_rows, 0))

@@ -98,8 +98,8 @@ class PartitionArgs:
 def race_hopper_bwd_dq_kernel(x, dout, saved, grads, tiling, c: gl.constexpr):
     """Program (tile, head, block of value columns) of :class:`Inputs` ``x``: writes the :class:`QueryGradients` ``grads``.
 
-    ``dout [B, T, Hq, Dv]``, ``saved``: :class:`Residuals`. Of several blocks of features, dq, h and decay_rows are partial sums
-    with one block of heads per block of value columns, and ``race_tile_sums_bwd_kernel`` makes the suffix sums."""
+    ``dout [B, T, Hq, Dv]``, ``saved``: :class:`Residuals`. With several blocks of features, dq, h and dcumulative are partial
+    sums, one block of heads per block of value columns, and ``race_tile_sums_bwd_kernel`` computes the suffix sums."""
     program, _ = locate_program(tiling, c)
     b, h, end = program.b, program.h, program.end
     hash = make_hash_operands(x, h, c)
@@ -145,11 +145,11 @@ def race_hopper_bwd_dq_kernel(x, dout, saved, grads, tiling, c: gl.constexpr):
         state_pipe,
         decay,
     )
-    grad_h, decay_rows, suffix = grads.h, grads.decay_rows, grads.suffix
+    grad_h, dcumulative, suffix = grads.h, grads.dcumulative, grads.suffix
     registers: gl.constexpr = (96, 192) if c.NSB == 1 else (104, 208)  # per thread of the hash and of the state partition
     gl.warp_specialize(
         [
-            (mma_partition, (args, _make_causal_ones(c), dq, grad_h, decay_rows, suffix, grads.dbeta, c)),
+            (mma_partition, (args, _make_causal_ones(c), dq, grad_h, dcumulative, suffix, grads.dbeta, c)),
             (hash_partition, (args, saved.den, x.log_decay, x.key_mask, suffix, c)),
             (state_partition, (args, make_mass_operand(c), saved.states, suffix, c)),
             (load_partition, (args, c)),
@@ -177,7 +177,7 @@ def load_partition(args, c: gl.constexpr):
 def hash_partition(args, den, log_decay, key_mask, suffix, c: gl.constexpr):
     program, hash = args.program, args.hash
     b, h = program.b, program.h
-    beta = gl.load(hash.beta).to(gl.float32)
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     reach = (program.start * 0).to(gl.float64)
     for i in range(program.num_chunks):
         t = program.start + i * c.C
@@ -337,12 +337,12 @@ def _read_one_block(args, i, g, causal_ones, stage, c: gl.constexpr):
 
 
 @gluon.jit
-def mma_partition(args, causal_ones, dq, grad_h, decay_rows, suffix, dbeta, c: gl.constexpr):
+def mma_partition(args, causal_ones, dq, grad_h, dcumulative, suffix, dbeta, c: gl.constexpr):
     """e, h, dq, the gradient of beta, and c of the suffix state. ``dq``: TMA descriptors, or :class:`Rows` of partial
     gradients."""
     program, decay, hash = args.program, args.decay, args.hash
     b, h, H, value_block = program.b, program.h, program.H, program.value_block
-    beta = gl.load(hash.beta).to(gl.float32)
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     if not c.PARTIAL_GRADIENTS:
         staging = gl.allocate_shared_memory(gl.bfloat16, [c.C, c.BD], shared_layout(c.C, c.BD))
     if c.NSB == 1:
@@ -355,7 +355,7 @@ def mma_partition(args, causal_ones, dq, grad_h, decay_rows, suffix, dbeta, c: g
     for i in range(program.num_chunks):
         t = program.start + i * c.C
         stage = wait_decay(decay, i, c)
-        decay_row = gl.zeros([c.C], gl.float32, feature_rows)
+        dcumulative_c = gl.zeros([c.C], gl.float32, feature_rows)
         for g in gl.static_range(c.G):
             j = i * c.G + g
             if c.NSB == 1:
@@ -373,7 +373,7 @@ def mma_partition(args, causal_ones, dq, grad_h, decay_rows, suffix, dbeta, c: g
                     c_sum = warpgroup_mma(w_transposed, h_operand.permute((1, 0)), c_sum, is_async=True)
                 else:
                     y -= w * (total / c.L)[:, None]
-                    decay_row += total
+                    dcumulative_c += total
                 y_set, y_clear = start_plane_sums(zero_plane_sums(c), y, 0, hash, c)
                 c_sum, y_set, y_clear = warpgroup_mma_wait(0, (c_sum, y_set, y_clear))
                 plane_sums = PlaneSums(y_set, y_clear)
@@ -410,7 +410,7 @@ def mma_partition(args, causal_ones, dq, grad_h, decay_rows, suffix, dbeta, c: g
                     y_set = plane_sums.set + h_c * mass_plane_sums.set
                     plane_sums = PlaneSums(y_set, plane_sums.clear + h_c * mass_plane_sums.clear)
                 else:
-                    decay_row += total
+                    dcumulative_c += total
             u = args.tanh_pipe.consumer_buffer(j).load(wgmma_layout(c.LPB))  # [C, LPB]
             args.tanh_pipe.consumer_release(j)
             dz, dbeta_c = soft_hash_backward(plane_sums, u, beta)  # [C, LPB], [C]
@@ -421,7 +421,7 @@ def mma_partition(args, causal_ones, dq, grad_h, decay_rows, suffix, dbeta, c: g
                 tma_store(dq[g], t, staging, unproject(dz, hash, c))
         release_decay(decay, i, c)
         if c.decay and not c.is_global:
-            store_scalars(decay_rows, decay_row, b, t, value_block * H + h, program.end - t, feature_rows, c)
+            store_scalars(dcumulative, dcumulative_c, b, t, value_block * H + h, program.end - t, feature_rows, c)
     if not c.PARTIAL_GRADIENTS:
         tma.store_wait(0)  # before the reduction reuses the shared memory of what is being stored
     gl.store(dbeta + program.index * c.NVB + value_block, gl.sum(dbeta_rows, 0))

@@ -121,7 +121,7 @@ def load_partition(args, c: gl.constexpr):
 @gluon.jit
 def hash_partition(args, log_decay, key_mask, c: gl.constexpr):
     program, hash = args.program, args.hash
-    beta = gl.load(hash.beta).to(gl.float32)
+    beta = gl.load(hash.beta + program.h).to(gl.float32)
     ones = gl.full([c.C], 1.0, gl.float32, gl.SliceLayout(1, wgmma_layout(c.SB)))
     for i in range(program.num_chunks):
         t = program.start + i * c.C

@@ -34,7 +34,7 @@ class HashOperands:
     planes: gl.shared_memory_descriptor  # [1 or 2, LPB, BD], two parts where they are wider than bfloat16
     set_bits: gl.shared_memory_descriptor  # [NSB / BLOCKS_PER_TABLE, LPB, SB], 1 where the bucket has the plane's bit set
     clear_bits: gl.shared_memory_descriptor  # the same, clear
-    beta: gl.tensor  # pointer to the head's
+    beta: gl.tensor  # pointer [H]
 
 
 @aggregate
@@ -85,7 +85,7 @@ def make_hash_operands(x, h, c: gl.constexpr):
         set_bits.index(n).store((inside & (bit == 1)).to(gl.bfloat16))
         clear_bits.index(n).store((inside & (bit == 0)).to(gl.bfloat16))
     fence_async_shared()
-    return HashOperands(buffers, set_bits, clear_bits, x.beta + h)
+    return HashOperands(buffers, set_bits, clear_bits, x.beta)
 
 
 @gluon.jit

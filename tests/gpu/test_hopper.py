@@ -1,4 +1,4 @@
-"""Hopper's pipelines on a card, against the chunked pass in float64."""
+"""The Hopper pipelines on a GPU, against the chunked pass in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels on a card, against the definition and against the chunked pass in float64."""
+"""The kernels on a GPU, against the definition and against the chunked pass in float64."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_usual_shapes_agree_with_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "decay", "bucket", "many"])
-def test_runs_are_bitwise_alike(name: str) -> None:
+def test_runs_are_bitwise_equal(name: str) -> None:
     p = problem(**SHAPES[name])  # type: ignore[arg-type]
     dout = torch.randn_like(p.q)
     runs = [both(p, dout, None) for _ in range(3)]
@@ -116,7 +116,7 @@ def test_runs_are_bitwise_alike(name: str) -> None:
 
 
 def test_offsets_past_two_to_the_31() -> None:
-    """The last tokens of a tensor of 2**31 elements and more are those of the same tokens after the state before them."""
+    """The last tokens of a tensor of more than 2**31 elements get what the same tokens get from the state before them."""
     p = problem(length=2**22 + 2**18, heads=4)
     assert p.q.numel() > 2**31
     cut = p.q.shape[1] - 4096
@@ -144,7 +144,7 @@ def test_a_graph_replays_it() -> None:
 
 
 def test_strided_views_are_read_in_place() -> None:
-    """Megatron's [S, B, H, D] views and an expanded gradient."""
+    """[S, B, H, D] views as Megatron gives them, and an expanded gradient."""
     p = problem(length=512)
     moved = [torch.empty(x.shape[1], 1, *x.shape[2:], device="cuda", dtype=x.dtype) for x in (p.q, p.k, p.v)]
     for new, old in zip(moved, (p.q, p.k, p.v)):

@@ -1,4 +1,4 @@
-"""The public call on a card: its registration, the compiler, recomputation, autocast, FSDP2."""
+"""The public call on a GPU: registration, torch.compile, activation checkpointing, autocast, FSDP2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def inputs(length: int = 200, dtype: torch.dtype = torch.bfloat16) -> tuple[list
 
 @pytest.mark.parametrize("normalization", ["global", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_custom_op_is_registered_right(dtype: torch.dtype, normalization: str) -> None:
+def test_the_custom_op_passes_opcheck_on_cuda(dtype: torch.dtype, normalization: str) -> None:
     (q, k, v), planes = inputs(dtype=dtype)
     beta = torch.full((2,), 2.0, device="cuda")
     arguments = (q, k, v, planes.expand(2, -1, -1, -1), beta, None, None, None, None, None, True, normalization, "triton")
@@ -35,7 +35,7 @@ def test_the_custom_op_is_registered_right(dtype: torch.dtype, normalization: st
     torch.library.opcheck(torch.ops.race_dist.attention.default, arguments, test_utils=utilities, rtol=1e-4, atol=1e-4)
 
 
-def test_the_compiler_takes_it_whole() -> None:
+def test_torch_compile_makes_one_graph() -> None:
     leaves, planes = inputs()
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def test_autocast_runs_the_bfloat16_kernels() -> None:
 
 
 def test_fully_sharded_parameters_give_the_same_gradients() -> None:
-    """FSDP2 over a group of one: its hooks, its casts and its unsharding around the layer."""
+    """FSDP2 over a group of one rank: its hooks, casts and unsharding around the layer."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Streaming on a CUDA device: within the noise of the run that is not streamed, compiled or not, wherever carries wait."""
+"""Streaming on a CUDA device: gradients stay within the noise of the full sequence, compiled or not, offloaded or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def text() -> tuple[Tensor, Tensor]:
 
 
 def gradient(net: DecoderLM, **options: Any) -> Tensor:
-    """Of the whole model, in bfloat16; streamed where there is a chunk size."""
+    """The gradient of the whole model in bfloat16; streamed if a chunk size is given."""
     net.zero_grad()
     ids, labels = text()
     with torch.autocast("cuda", torch.bfloat16, enabled=options.pop("narrow", True)):
@@ -78,7 +78,7 @@ def test_compiled_blocks_are_one_graph_and_within_the_noise() -> None:
 
 @pytest.mark.parametrize("pattern", ["R", "RW"])
 def test_a_chunk_does_not_wait_for_the_device(pattern: str) -> None:
-    """The host queues one chunk while the one before it runs: nothing in a forward pass brings it to a halt."""
+    """The host queues one chunk while the chunk before it runs: nothing in a forward pass synchronizes."""
     config = ModelConfig(vocab_size=256, dim=256, num_layers=2, num_heads=2, layer_pattern=pattern, window=64)
     net, ids = DecoderLM(config).cuda(), torch.zeros(1, CHUNK, dtype=torch.int64, device="cuda")
     with torch.no_grad():

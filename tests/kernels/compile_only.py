@@ -1,4 +1,4 @@
-"""Compile every kernel of a call for a card that need not be there, and print what each takes, as JSON.
+"""Compile every kernel of a call for a GPU that need not be present, and print the resources of each, as JSON.
 
     python -m tests.kernels.compile_only CAPABILITY SHARED_LIMIT [CALL ...]
 
@@ -43,8 +43,8 @@ PIPELINED = {
 }
 
 
-class NoCard:
-    """Stands in for Triton's driver: names a target, runs nothing."""
+class NoGPU:
+    """Replaces Triton's driver: it names a target and launches nothing."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -98,7 +98,7 @@ def problem(
     value_dim: int = 128,
     wide: bool = False,
 ) -> AttentionInputs:
-    """A call's tensors, without their elements. ``wide``: float32 planes."""
+    """A call's inputs as meta tensors. ``wide``: float32 planes."""
     make = lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device="meta")
     log_decay = make(1, 8192, 4, dtype=torch.float32) if decay else None
     cu_seqlens = make(documents + 1, dtype=torch.int64) if documents else None
@@ -119,7 +119,7 @@ def problem(
 
 
 def assembled(ptx: str) -> dict[str, int | str]:
-    """What ptxas says of a pipeline: bytes that its threads spill, and why it runs matrix products one by one, if it does."""
+    """What ptxas reports about a pipeline: bytes of register spills per thread, and why it serializes wgmma, if it does."""
     with tempfile.TemporaryDirectory() as folder:
         (source := Path(folder) / "kernel.ptx").write_text(ptx, encoding="utf-8")
         run = subprocess.run(
@@ -136,7 +136,7 @@ def assembled(ptx: str) -> dict[str, int | str]:
 
 def main() -> None:
     capability, limit, *names = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    driver.set_active(NoCard(capability))
+    driver.set_active(NoGPU(capability))
     device.supports_tma = lambda *tensors: capability >= 90
     device.has_pipelines = lambda device: capability == 90 and bool(names)
     device.shared_memory_limit = lambda device: limit

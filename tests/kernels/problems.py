@@ -1,4 +1,4 @@
-"""Problems that Hopper's pipelines compute, for a card and for their emulation, and what each result may be off by."""
+"""Problems for the Hopper pipelines, on a GPU and in their emulation, with the error bounds of each result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def double(p: AttentionInputs) -> AttentionInputs:
 def both(
     p: AttentionInputs, dout: Tensor, dfinal: SketchState | None, *, need_planes: bool = False
 ) -> tuple[ForwardResult, Gradients]:
-    """Both passes of the kernels."""
+    """The forward and the backward pass of the kernels."""
     saved = triton_backend.forward(p)
     return saved, triton_backend.backward(p, saved, dout, dfinal, need_planes=need_planes)
 
@@ -51,7 +51,7 @@ def problem(
     plane_dtype: torch.dtype = torch.bfloat16,
     trained: bool = False,
 ) -> AttentionInputs:
-    """Normal rows, values with a mean. ``trained``: planes that are no bfloat16 numbers."""
+    """Normally distributed q, k and v, values with a mean. ``trained``: planes that bfloat16 cannot represent."""
     g = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, length, n, dim, device=device, generator=g) for n in (heads * repeats, heads, heads))
     log_decay = -0.02 * torch.rand(1, length, heads, device=device, generator=g) if decay else None
@@ -86,8 +86,8 @@ def drawn(
     device: str = "cuda",
     **options: object,
 ) -> tuple[AttentionInputs, Tensor, SketchState | None]:
-    """A problem with every option, and gradients of its output and final state. ``decay``: "", "token", or "hard", with
-    resets; ``documents``: where they begin, and the end; ``states``: an initial state and a gradient of the final one."""
+    """A problem with any option, and gradients of its output and final state. ``decay``: "", "token", or "hard" (with resets);
+    ``documents``: cu_seqlens; ``states``: with an initial state and a gradient of the final state."""
     g = torch.Generator(device).manual_seed(1)
     base = problem(length=length * batch, dim=dim, device=device, **options)  # type: ignore[arg-type]
     rows = lambda x: x.view(batch, length, *x.shape[2:])
@@ -114,27 +114,27 @@ def drawn(
 def check_pipelines(
     p: AttentionInputs, dout: Tensor, dfinal: SketchState | None, most: float = 1e-2, *, need_planes: bool = False
 ) -> None:
-    """The pipelines serve ``p``, and agree with the chunked pass in float64 to the rounding of their operands: gradients to
-    ``most`` of their norms, which count as no smaller than 1e-5 of the output gradient's (where one token is alone, that of
-    its query is 0)."""
+    """The pipelines compute ``p`` and agree with the chunked pass in float64 to the rounding of their operands: gradients to
+    ``most`` of their norms, where a norm counts as at least 1e-5 of the output gradient's (the gradient of a query that sees
+    one token is 0)."""
     assert KernelCall(p, need_planes, (dout,)).plan.pipelined
     forward, gradients = both(p, dout, dfinal, need_planes=need_planes)
     right = chunked.forward(double(p))
     right_gradients = chunked.backward(
         double(p), right, dout.double(), None if dfinal is None else dfinal.to(torch.float64), need_planes=need_planes
     )
-    floor = 1e-5 * float(dout.double().norm())
+    least_norm = 1e-5 * float(dout.double().norm())
     found = {"out": relative_error(forward.out, right.out), "final": relative_error(forward.final.values, right.final.values)}
     for part in ("q", "k", "v", "beta", "log_decay", "planes"):
         mine, theirs = getattr(gradients, part), getattr(right_gradients, part)
         assert (mine is None) == (theirs is None)
         if mine is not None:
-            found[f"d{part}"] = relative_error(mine, theirs, floor)
+            found[f"d{part}"] = relative_error(mine, theirs, least_norm)
     if dfinal is not None:
         for part in ("mass", "values"):
             if p.normalization == "global" or part == "values":
                 found[f"dinitial.{part}"] = relative_error(
-                    getattr(gradients.initial, part), getattr(right_gradients.initial, part), floor
+                    getattr(gradients.initial, part), getattr(right_gradients.initial, part), least_norm
                 )
     assert max(found["out"], found["final"]) <= 4e-3, found
     assert found.pop("dbeta") <= 5e-2, found  # a sum over all tokens that nearly cancels

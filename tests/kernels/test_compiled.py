@@ -1,4 +1,4 @@
-"""The kernels, compiled for cards that are not here: what they take of shared memory."""
+"""The kernels, compiled for GPUs that are not present: shared memory, register spills, serialized wgmma."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def figures(*arguments: object) -> dict[str, dict[str, Any]]:
 
 
 def test_pipelines_of_hopper_compile_and_fit() -> None:
-    """Shared memory; and that no product waits for the last one, as ptxas has it where registers are short or a part waits at a
-    ring while its products run."""
+    """They fit in shared memory, and ptxas does not serialize wgmma: it does where registers run short or a partition waits at an
+    mbarrier while its products run."""
     found = figures(90, 232_448, *CALLS)
     assert {name.split(": ")[1] for name in found} == set(PIPELINED.values())
     for name, kernel in found.items():

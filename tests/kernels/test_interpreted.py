@@ -12,7 +12,7 @@ from tests.ops.test_absent_tokens import CU, below_the_least_denominator, check,
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
-    pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
+    pytest.skip("a GPU is present: tests/gpu runs the compiled kernels", allow_module_level=True)
 
 from race_dist.attention import race_attention
 from race_dist.kernels.plan import make_plan
@@ -40,22 +40,22 @@ def run(case: Case) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", range(14))
 def test_float32_equals_the_definition(seed: int) -> None:
-    """Products are float32 here: errors are those of some hundred roundings at 6e-8, more where terms cancel."""
+    """Products are float32 here: the errors are some hundred roundings at 6e-8, more where terms cancel."""
     worst = run(draw(seed, SMALL, dtype=torch.float32))
     assert max(worst[n] for n in ("out", "final.mass", "final.values")) <= 1e-5, worst
     assert max(worst.values()) <= 1e-4, worst
 
 
 @pytest.mark.parametrize("seed", range(100, 106))
-def test_bfloat16_rounds_as_on_a_card(seed: int) -> None:
-    """Operands of products are rounded to bfloat16, 2**-9; what cancels loses some digits more."""
+def test_bfloat16_rounds_as_on_a_gpu(seed: int) -> None:
+    """Operands of products are rounded to bfloat16, 2**-9; differences lose a few more digits."""
     worst = run(draw(seed, SMALL, dtype=torch.bfloat16))
     assert max(worst[n] for n in ("out", "final.values")) <= 4e-3, worst
     assert max(worst[n] for n in ("dq", "dk", "dv")) <= 1.5e-2, worst
 
 
-def test_many_features_go_in_blocks() -> None:
-    """A table of 128 corners is two blocks that share their planes."""
+def test_many_features_are_computed_in_blocks() -> None:
+    """A table of 128 buckets is two blocks that share their planes."""
     case = next(
         c
         for c in (
@@ -109,7 +109,7 @@ def test_a_chain_of_pieces_is_the_whole() -> None:
 
 
 def test_the_public_call_reaches_it() -> None:
-    """One custom op for every backend: same results, and a shape of saved states that is known beforehand."""
+    """One custom op for every backend: the same results, and a shape of the saved states that is known in advance."""
     case = next(
         c
         for c in (draw(seed, SMALL, dtype=torch.float32) for seed in range(100))
@@ -139,13 +139,13 @@ def test_the_public_call_reaches_it() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_what_it_cannot_do_it_says() -> None:
+def test_unsupported_inputs_are_named() -> None:
     p = draw(3, SMALL, dtype=torch.float64).inputs
     with pytest.raises(ValueError, match=r'bfloat16, float16 and float32; got torch.float64; use backend="chunked"'):
         race_attention(p.q, p.k, p.v, p.planes, p.beta, causal=p.causal, backend="triton")
 
 
-def test_the_custom_op_is_registered_right_for_it() -> None:
+def test_the_custom_op_passes_opcheck() -> None:
     """With symbolic sizes too: the states' shape comes from a plan."""
     p = draw(4, replace(SMALL, length=40), dtype=torch.float32).inputs
     initial = (None, None) if p.initial is None else p.initial.tensors()
@@ -166,8 +166,9 @@ def test_the_custom_op_is_registered_right_for_it() -> None:
     torch.library.opcheck(torch.ops.race_dist.attention.default, arguments)
 
 
-def test_calls_are_of_one_kind_where_their_tensors_lie_alike() -> None:
-    """A kind's compiled kernels run without another look at their arguments: whatever Triton compiles for tells kinds apart."""
+def test_calls_with_the_same_layout_share_a_signature() -> None:
+    """Compiled kernels of a signature are launched without checking their arguments again, so signatures differ in whatever
+    Triton compiles for."""
     q, k, v = (torch.randn(2, 40, 3, 16) for _ in range(3))
     p = AttentionInputs(q, k, v, torch.randn(3, 2, 3, 16), torch.ones(3), None, None, None, None, True, "global")
     kind = lambda p: launch.KernelCall(p).signature
@@ -183,7 +184,7 @@ def test_masked_tokens_are_absent(decay: str, normalization: str) -> None:
     check(inputs(decay, normalization, length=20, dtype=torch.float32), padding(length=20), 2e-4, backend="triton")
 
 
-def test_a_masked_token_is_decoded_past() -> None:
+def test_decoding_skips_a_masked_token() -> None:
     check(
         inputs("token", "global", length=1, dtype=torch.float32),
         torch.tensor([[True], [False], [False]]),

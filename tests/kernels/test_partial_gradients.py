@@ -1,4 +1,4 @@
-"""Gradients of rows out of the pipelines' shares, interpreted."""
+"""Gradients of rows from the pipelines' partial gradients, interpreted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from race_dist.kernels.plan import Constants, Spec
 
 @pytest.mark.skipif(not INTERPRET, reason="runs under TRITON_INTERPRET=1")
 @pytest.mark.parametrize(("value_dim", "tables", "group"), [(64, 3, 1), (72, 3, 1), (72, 1, 2)])
-def test_shares_add_to_a_gradient(value_dim: int, tables: int, group: int) -> None:
+def test_partial_gradients_add_to_a_gradient(value_dim: int, tables: int, group: int) -> None:
     spec = Spec(
         D=96,
         Dv=value_dim,

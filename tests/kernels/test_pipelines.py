@@ -1,4 +1,4 @@
-"""Hopper's pipelines without a card: their numbers and their hand-offs, emulated."""
+"""The Hopper pipelines without a GPU: their numbers and their synchronization, emulated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="the pipelines are written in the Gluon of Triton 3.6")
 if torch.cuda.is_available():
-    pytest.skip("a card is here: tests/gpu runs the compiled kernels", allow_module_level=True)
+    pytest.skip("a GPU is present: tests/gpu runs the compiled kernels", allow_module_level=True)
 
 from race_dist.kernels.plan import PIPELINED, Plan, Spec, make_plan
 from race_dist.ops import device
@@ -20,11 +20,11 @@ from tests.kernels.emulated import Deadlock, Hazard, emulated
 from tests.kernels.flaws import FLAWS, square_kernel
 from tests.kernels.problems import both, check_pipelines, drawn
 
-MOST = 1.5e-2  # of gradients, as of the random problems on a card: few tokens, beside large states
+MOST = 1.5e-2  # of gradients, as for the random problems on a GPU: few tokens, beside large states
 
 
 def planned(spec: Spec, work: int, **options: object) -> Plan:
-    """A card's plan; what is not a pipeline runs in Triton's interpreter, which has no copy engine."""
+    """The plan of a GPU; kernels that are not pipelines run in Triton's interpreter, which has no TMA."""
     plan = make_plan(spec, work, **options)  # type: ignore[arg-type]
     return replace(
         plan,
@@ -37,14 +37,14 @@ def planned(spec: Spec, work: int, **options: object) -> Plan:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend believes that it is on a Hopper card, of two multiprocessors: then tiles are a few chunks long."""
+    """The backend plans for a Hopper GPU of two SMs: tiles are then a few chunks long."""
     pipes = {name: emulated(kernel) for name, kernel in launch.hopper_kernels().items()}
     monkeypatch.setattr(plan, "make_plan", planned)
     monkeypatch.setattr(launch, "hopper_kernels", lambda: pipes)
     monkeypatch.setattr(device, "has_pipelines", lambda device: True)
     monkeypatch.setattr(device, "supports_tma", lambda *tensors: True)
     monkeypatch.setattr(device, "num_sms", lambda device: 2)
-    monkeypatch.setattr(Spec, "min_block", 64)  # a card's blocks, not the interpreter's
+    monkeypatch.setattr(Spec, "min_block", 64)  # the blocks of a GPU, not of the interpreter
     backend.clear_plan_cache()
 
 
@@ -148,7 +148,7 @@ def test_random_problems_agree_with_float64(seed: int) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_whose_turn_it_is_changes_nothing() -> None:
+def test_results_do_not_depend_on_the_order_of_partitions() -> None:
     p, dout, dfinal = drawn(device="cpu", length=200, heads=1, states=True, decay="token")
     runs = []
     for seed in range(3):
@@ -162,7 +162,7 @@ def test_whose_turn_it_is_changes_nothing() -> None:
 
 @pytest.mark.parametrize("flaw", ["", *FLAWS])
 def test_flaws_are_found(flaw: str) -> None:
-    """The emulation itself: a pipeline that is right, and each way of getting it wrong, in words that name it."""
+    """The emulation itself: a correct pipeline passes, and each planted flaw is reported by name."""
     torch.manual_seed(0)
     x, y = torch.randn(6, 64, 64).bfloat16(), torch.zeros(6, 64, 64, dtype=torch.bfloat16)
     launch = emulated(square_kernel)[(1,)]

@@ -1,4 +1,4 @@
-"""Plans: what is chosen from shapes, and that smaller cards get something that fits."""
+"""Plans: which kernels are chosen for which shapes, and that smaller GPUs get kernels that fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BASE = Spec(
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan as for a card, also where the kernels are interpreted."""
+    """Plan as for a GPU, also where the kernels are interpreted."""
     monkeypatch.setattr(plan_module, "INTERPRET", False)
 
 
@@ -55,7 +55,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         {"L": 1, "P": 10},
     ],
 )
-def test_every_kernel_fits_the_card(limit: int, change: dict[str, int | bool]) -> None:
+def test_every_kernel_fits_the_gpu(limit: int, change: dict[str, int | bool]) -> None:
     plan = make_plan(replace(BASE, **change), 2**23, shared_limit=limit)
     for kernel in KERNELS:
         assert shared_bytes(kernel, plan[kernel].spec) <= limit
@@ -105,8 +105,8 @@ def test_pipelines_are_chosen_where_they_fit(change: dict[str, int | bool], pipe
 
 @pytest.mark.parametrize("length", [1, 64, 1000, 2**13, 100_000, 2**20, 2**20 + 1, 75_000_000, 2**30])
 @pytest.mark.parametrize("rows", [1, 4, 8, 64])
-def test_tiles_fit_the_multiprocessors(length: int, rows: int) -> None:
-    """Hardly more than every multiprocessor's share, counted in chunks; of long sequences within 5% of it."""
+def test_tiles_fill_the_sms(length: int, rows: int) -> None:
+    """The chunks per SM are within 5% of an even share for long sequences, and little above it for short ones."""
     tile = fitted_tile(length, rows, 132)
     assert 64 <= tile <= MAX_PIPELINE_TILE
     assert tile % 64 == 0
