@@ -18,7 +18,6 @@ from race_dist.models import DecoderLM
 from race_dist.parallel import full_tensor
 from race_dist.training.checkpoint_state import CheckpointState, TensorState
 from race_dist.training.config import TrainConfig
-from race_dist.training.data.batches import Batch
 from race_dist.training.optim import build_optimizer, optimizer_tensors, set_learning_rate
 from race_dist.training.rank_mesh import RankMesh
 from race_dist.training.step import ForwardBackward, NativeForwardBackward
@@ -42,8 +41,8 @@ class Engine(Protocol):
     forward_backward: ForwardBackward
     num_parameters: int
 
-    def gradients(self, batch: Batch) -> Tensor:
-        """Compute the gradients of a batch, in place of any earlier ones; returns this rank's share of the mean loss."""
+    def zero_grad(self) -> None:
+        """Discard the gradients of the last step, before ``forward_backward.gradients``."""
         ...
 
     def gradient_norm(self) -> Tensor | None:
@@ -90,10 +89,9 @@ class NativeEngine:
         check_model(self.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def zero_grad(self) -> None:
         """See :class:`Engine`."""
         self.optimizer.zero_grad(set_to_none=True)
-        return self.forward_backward.gradients(batch)
 
     def gradient_norm(self) -> Tensor | None:
         """See :class:`Engine`."""

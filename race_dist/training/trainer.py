@@ -137,7 +137,8 @@ class Trainer:
             batch = training_batch(
                 self.train, seed=config.seed, position=self.position, batch_size=data.batch_size, context=data.context
             )
-        share = self.engine.gradients(batch).double()
+        self.engine.zero_grad()
+        share = self.engine.forward_backward.gradients(batch).double()
         shared = torch.stack([share, *(share.new_tensor(float(f)) for f in flags)])
         loss, *raised = all_reduce_sum(shared, self.mesh.world).tolist()
         rate = learning_rate(self.step, config.steps, config.optim)

@@ -95,9 +95,8 @@ class DeepSpeedEngine:
         self.forward_backward: ForwardBackward = DeepSpeedForwardBackward(config, mesh, self.engine)
         self.has_states = False  # whether AdamW has made its states
 
-    def gradients(self, batch: Batch) -> Tensor:
-        """See :class:`race_dist.training.engine.Engine`."""
-        return self.forward_backward.gradients(batch)
+    def zero_grad(self) -> None:
+        """Nothing to do: DeepSpeed discards the gradients in its step."""
 
     def gradient_norm(self) -> Tensor | None:
         """None: DeepSpeed computes it in its step."""

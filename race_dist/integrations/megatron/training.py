@@ -223,10 +223,9 @@ class MegatronEngine:
         self.optimizer: Any = build_optimizer(self.model.ddp, config.optim, narrow=config.precision == "bfloat16")
         check_model(first)
 
-    def gradients(self, batch: Batch) -> Tensor:
+    def zero_grad(self) -> None:
         """See :class:`race_dist.training.engine.Engine`."""
         self.optimizer.zero_grad(set_to_none=True)
-        return self.forward_backward.gradients(batch)
 
     @without_cuda()
     def gradient_norm(self) -> Tensor | None:
