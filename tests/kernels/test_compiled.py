@@ -29,8 +29,8 @@ def figures(*arguments: object) -> dict[str, dict[str, Any]]:
 
 
 def test_pipelines_of_hopper_compile_and_fit() -> None:
-    """They fit in shared memory, and ptxas does not serialize wgmma: it does where registers run short or a partition waits at an
-    mbarrier while its products run."""
+    """They fit in shared memory, and ptxas does not serialize wgmma: it does where registers run short or a partition waits at
+    an mbarrier while its products run."""
     found = figures(90, 232_448, *CALLS)
     assert {name.split(": ")[1] for name in found} == set(PIPELINED.values())
     for name, kernel in found.items():
