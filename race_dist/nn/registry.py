@@ -2,6 +2,7 @@
 
 A new kind of mixing layer joins with one file: a carry (:class:`race_dist.nn.mixing_layer.LayerCarry`), a layer
 (:class:`race_dist.nn.mixing_layer.MixingLayer`), and a :class:`LayerKind` that is registered under a letter.
+``tests/nn/gated_delta.py`` is a complete example.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from race_dist.models import ModelConfig
 from race_dist.nn import (
     LayerCarry,
     LayerKind,
@@ -27,6 +29,10 @@ from race_dist.nn import (
 )
 from race_dist.nn.layer_checks import check_layer_call, check_zero_carry
 from race_dist.nn.registry import BuildOptions
+from race_dist.planning import Job
+from race_dist.planning.layer_costs import LayerCost, norm_activations
+from race_dist.planning.quantities import ActivationBytes, ChunkShape, Cost, LinearShape
+from race_dist.strict_config import StrictConfig
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class GatedDeltaRule(MixingLayer):
         self,
         dim: int,
         num_heads: int,
+        config: GatedDeltaConfig | None = None,
         *,
         output_gain: float = 1.0,
         init_weights: bool = True,
@@ -68,7 +75,7 @@ class GatedDeltaRule(MixingLayer):
     ) -> None:
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads, self.head_dim, self.config = num_heads, dim // num_heads, config or GatedDeltaConfig()
         self.q_proj, self.k_proj, self.v_proj = (Linear(dim, dim, **where) for _ in range(3))
         self.decay_proj, self.write_proj = (Linear(dim, num_heads, **where) for _ in range(2))
         self.out_norm = RMSNorm(num_heads, self.head_dim, **where)
@@ -103,7 +110,7 @@ class GatedDeltaRule(MixingLayer):
     def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values ``[B, T, H, D]``, and per head and token how much stays and how much is written."""
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        stay, write = torch.sigmoid(self.decay_proj(x) + 3.0), torch.sigmoid(self.write_proj(x))
+        stay, write = torch.sigmoid(self.decay_proj(x) + self.config.initial_stay), torch.sigmoid(self.write_proj(x))
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, stay, write
 
 
@@ -128,11 +135,55 @@ def recurrence(span: TokenSpan, carry: DeltaCarry) -> tuple[Tensor, DeltaCarry]:
     return out, DeltaCarry(transition, state)
 
 
+class GatedDeltaConfig(StrictConfig):
+    """The options of the layer."""
+
+    initial_stay: float = Field(default=3.0, description="Added to the logits of how much of the state stays.")
+
+
+class GatedDeltaCost(LayerCost):
+    """The cost of a layer for the planner: its products with matrices, and per token and head three products with the state."""
+
+    def linear_layers(self, m: ModelConfig) -> list[LinearShape]:
+        return [LinearShape(m.dim, m.dim)] * 4 + [LinearShape(m.dim, m.num_heads)] * 2
+
+    def activations(self, job: Job, chunk: ChunkShape) -> ActivationBytes:
+        per_step = 4 * job.model.dim * job.model.resolved_head_dim  # transition and state, before and after each token
+        return ActivationBytes(norm_activations(job) + (4 * job.model.dim + per_step) * job.param_bytes)
+
+    def compiled_activations(self, job: Job, chunk: ChunkShape) -> ActivationBytes:
+        return self.activations(job, chunk) + ActivationBytes(-norm_activations(job))
+
+    def elementwise_traffic(self, job: Job) -> tuple[float, float]:
+        return 3.0 * job.model.dim * job.compute_bytes, 6.0 * job.model.dim * job.compute_bytes
+
+    def head_cost(self, job: Job, chunk: ChunkShape) -> tuple[Cost, Cost]:
+        flops = self.definition_flops(job.model)
+        moved = 4 * job.model.resolved_head_dim * job.compute_bytes
+        return Cost(flops, moved), Cost(2 * flops, 2 * moved)
+
+    def definition_flops(self, m: ModelConfig) -> float:
+        return 3 * 2 * m.resolved_head_dim**2
+
+    def rope_base(self, m: ModelConfig) -> float | None:
+        return None
+
+    def state_numbers(self, m: ModelConfig) -> int:
+        return 2 * m.dim * m.resolved_head_dim
+
+
 class GatedDeltaKind(LayerKind):
-    """G: the gated delta rule."""
+    """G: the gated delta rule, with options of its own."""
 
     letter = "G"
     name = "gated delta rule"
+    cost = GatedDeltaCost("G")
+
+    def __init__(self, config: GatedDeltaConfig | None = None) -> None:
+        self.config = config or GatedDeltaConfig()
+
+    def options(self, model: ModelShape) -> GatedDeltaConfig:
+        return self.config
 
     def build(self, model: ModelShape, layer: int, *, causal: bool, **options: Unpack[BuildOptions]) -> GatedDeltaRule:
-        return GatedDeltaRule(model.dim, model.num_heads, **options)
+        return GatedDeltaRule(model.dim, model.num_heads, self.config, **options)

@@ -14,9 +14,12 @@ from torch import Tensor
 from race_dist.models import DecoderLM, MaskedLM, ModelConfig, generate
 from race_dist.nn import RaceConfig, Sequence, register_layer_kind, unregister_layer_kind
 from race_dist.parallel import fold, shard_sequence
+from race_dist.planning import Cluster, Job, Layout, find_gpu, make_plan
+from race_dist.planning.layer_costs import layer_cost
+from race_dist.planning.parameter_counts import parameter_count
 from race_dist.streaming import streamed_backward, streamed_prompt
 from tests.distributed.harness import run_ranks
-from tests.nn.gated_delta import DeltaCarry, GatedDeltaKind, GatedDeltaRule
+from tests.nn.gated_delta import DeltaCarry, GatedDeltaConfig, GatedDeltaKind, GatedDeltaRule
 
 F64, VOCAB = torch.float64, 13
 PACKED = {"contiguous": [0, 7, 7, 20, 24], "zigzag": [0, 12, 12, 24]}
@@ -270,6 +273,24 @@ def test_streaming_over_ranks(bounds: list[int] | None) -> None:
     expected = [*gradients(net), net(ids)[:, -1]]
     for found, logits in run_ranks(3, streamed_case, bounds):
         assert_same([*found, logits], expected)
+
+
+def test_planner_asks_the_kind() -> None:
+    net = model("GR")
+    job = Job(net.config, 4096, precision="float64")
+    plan = make_plan(job, Layout(1, 2, 1024), Cluster(find_gpu("h100"), 2))
+    assert plan.step > 0
+    assert parameter_count(net.config) == sum(p.numel() for p in net.parameters())
+    carry = net.zero_carry(1, state_dtype=F64)
+    assert layer_cost("G").carry_bytes(job) == sum(t.numel() * t.element_size() for t in carry.layers[0].tensors())
+
+
+def test_options_of_the_kind_reach_its_layers() -> None:
+    unregister_layer_kind("G")
+    register_layer_kind(GatedDeltaKind(GatedDeltaConfig(initial_stay=-20.0)))
+    net, (ids, _) = model("G"), text(1, 6)
+    alone = torch.cat([net.hidden(ids[:, t : t + 1])[0] for t in range(6)], 1)
+    torch.testing.assert_close(net.hidden(ids)[0], alone, rtol=0, atol=1e-6)  # nothing of the state stays
 
 
 def test_messages_know_the_kind() -> None:
