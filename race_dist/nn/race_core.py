@@ -290,7 +290,7 @@ class RaceCore(SeededModule):
             log_decay = self.log_decay
         q, k = q.to(v.dtype), k.to(v.dtype)
         planes = self._read(self.planes, self._planes_axis) if self.config.train_planes else self.planes
-        out, state = _attention(self.config, q, k, v, planes, self._beta(v), log_decay, sketch, sequence)
+        out, state = _call_attention(self.config, q, k, v, planes, self._beta(v), log_decay, sketch, sequence)
         return out if self.out_norm is None else self.out_norm(out), state
 
     def _read(self, parameter: Tensor, axis: HeadAxis) -> Tensor:
@@ -318,7 +318,7 @@ def apply_qk_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return rms(x, eps) * (scale.to(compute_dtype(x)) * x.shape[-1] ** -0.5)
 
 
-def _attention(
+def _call_attention(
     config: RaceConfig,
     q: Tensor,
     k: Tensor,

@@ -186,7 +186,7 @@ class Sequence:
         """
         if carry is not None and rope_base is not None:
             raise ValueError(
-                "a layer with rotary positions that continues a carry must be told where it stands: give "
+                "a layer with rotary positions that continues a carry needs the position of its tokens: give "
                 "sequence=Sequence.of(T, position=tokens seen so far)"
             )
         return cls.of(x.shape[1], device=x.device)

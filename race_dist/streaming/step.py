@@ -127,13 +127,13 @@ def streamed_loss(
     checks.callback("progress", progress)
     stream = _Stream(model, input_ids, labels, chunk_size, group, cu_seqlens)
     warn_unshifted_text(input_ids, labels)
-    targets, carry, pace = stream.targets(num_targets), stream.first_carry(), stream.pace()
+    targets, carry, meter = stream.targets(num_targets), stream.first_carry(), stream.new_progress_meter()
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
-    for chunk, ids, labels_of_chunk in stream.text.read(range(stream.text.count)):
+    for chunk, ids, chunk_labels in stream.tokens.read(range(stream.tokens.count)):
         h, carry = stream.hidden(ids, carry, chunk)
-        total += stream.model.loss(h, labels_of_chunk, num_targets=targets).double()
+        total += stream.model.loss(h, chunk_labels, num_targets=targets).double()
         if progress is not None:
-            progress(pace.chunk_done("forward", chunk.index + 1))
+            progress(meter.chunk_done("forward", chunk.index + 1))
     return all_reduce_sum(total, stream.group)
 
 
@@ -158,7 +158,7 @@ def streamed_prompt(
         )
     stream = _Stream(model, input_ids, input_ids, chunk_size, group, None)
     carry = stream.first_carry()
-    for chunk, ids, _ in stream.text.read(range(stream.text.count)):
+    for chunk, ids, _ in stream.tokens.read(range(stream.tokens.count)):
         h, carry = stream.hidden(ids, carry, chunk)
     last = h[:, -1] if h.shape[1] else h.new_zeros(h.shape[0], h.shape[2])
     if stream.group is not None:  # shards of a short last chunk may be empty: only the last rank with rows has the last token
@@ -206,28 +206,28 @@ class _Stream:
             )
         self.model, self.device = inner, inner.norm.weight.device
         self.group = group if group_size(group) > 1 else None
-        self.text = ChunkedTokens(
+        self.tokens = ChunkedTokens(
             input_ids, labels, chunk_size, self.group, cu_seqlens, vocab_size=inner.config.vocab_size, device=self.device
         )
         self.packed = cu_seqlens is not None
         self.documents = "one" if cu_seqlens is None else json_digest({"cu_seqlens": cu_seqlens.tolist()})
         self.compiled = any(m._compiled_call_impl is not None for m in inner.modules())
 
-    def pace(self) -> ProgressMeter:
+    def new_progress_meter(self) -> ProgressMeter:
         """A new progress meter."""
-        return ProgressMeter(self.device, self.text.count, self.text.length, self.text.batch, self.text.step)
+        return ProgressMeter(self.device, self.tokens.count, self.tokens.length, self.tokens.batch, self.tokens.step)
 
     def targets(self, given: int | None) -> Tensor:
         """The divisor of the summed loss, on the device."""
         given = None if given is None else checks.integer("num_targets", given, minimum=1, maximum=2**53)
-        return torch.tensor(self.text.count_targets() if given is None else given, device=self.device)
+        return torch.tensor(self.tokens.count_targets() if given is None else given, device=self.device)
 
     def first_carry(self) -> ModelCarry:
         """The carry of no tokens. Sketches are float64, because they sum over the whole sequence."""
         kind, weights = self.device.type, self.model.norm.weight.dtype
         narrow = torch.is_autocast_enabled(kind) and weights != torch.float64
         return self.model.zero_carry(
-            self.text.batch, dtype=torch.get_autocast_dtype(kind) if narrow else weights, state_dtype=torch.float64
+            self.tokens.batch, dtype=torch.get_autocast_dtype(kind) if narrow else weights, state_dtype=torch.float64
         )
 
     def hidden(self, ids: Tensor, carry: ModelCarry, chunk: Chunk) -> tuple[Tensor, ModelCarry]:
@@ -261,9 +261,9 @@ class _Step:
         checks.callback("progress", progress)
         self.world = world
         self.stream, self.gradients, self.interrupts, self.keep, self.progress = stream, gradients, interrupts, keep, progress
-        self.targets, self.pace = stream.targets(num_targets), stream.pace()
+        self.targets, self.progress_meter = stream.targets(num_targets), stream.new_progress_meter()
         self.phase, self.done, self.carry = "forward", 0, stream.first_carry()
-        self.carries = CarryStack(keep, self.carry, stream.text.count)
+        self.carries = CarryStack(keep, self.carry, stream.tokens.count)
         self.carries.push(self.carry)
         self.grad_carry: list[Tensor | None] = [None] * len(self.carry.tensors())
         self.total = torch.zeros((), dtype=torch.float64, device=stream.device)
@@ -273,7 +273,7 @@ class _Step:
         """Store the carry at the start of each chunk. The last chunk is skipped: nothing reads the carry after it."""
         if self.phase != "forward":
             return
-        for chunk, ids, _ in self.stream.text.read(range(self.done, self.stream.text.count - 1)):
+        for chunk, ids, _ in self.stream.tokens.read(range(self.done, self.stream.tokens.count - 1)):
             self.carry = self._forward_chunk(chunk, ids)
             self.carries.push(self.carry)
             self._chunk_done("forward", chunk.index + 1)
@@ -287,15 +287,15 @@ class _Step:
 
     def backward(self) -> None:
         """Accumulate the gradients from the last chunk to the first."""
-        text = self.stream.text
-        for chunk, ids, labels in text.read(range(text.count - 1 - self.done, -1, -1)):
+        tokens = self.stream.tokens
+        for chunk, ids, labels in tokens.read(range(tokens.count - 1 - self.done, -1, -1)):
             start = self.carries.pop()
             if self.keep == "subtract":
-                is_last = chunk.index == text.count - 1  # its carry was kept
+                is_last = chunk.index == tokens.count - 1  # its carry was kept
                 start = self.carry if is_last else subtract(self.stream.model, ids, self.carry, start, self.stream.group)
             self.carry = start
             self._backward_chunk(chunk, ids, labels)
-            self._chunk_done("backward", text.count - chunk.index)
+            self._chunk_done("backward", tokens.count - chunk.index)
 
     def _backward_chunk(self, chunk: Chunk, ids: Tensor, labels: Tensor) -> None:
         torch.clear_autocast_cache()  # do not reuse weights that were cast without gradients
@@ -318,10 +318,10 @@ class _Step:
     def _chunk_done(self, phase: str, done: int) -> None:
         """Report progress; store the step and stop where that is due."""
         self.phase, self.done = phase, done
-        report = self.pace.chunk_done(phase, done)
+        report = self.progress_meter.chunk_done(phase, done)
         due = self.store is not None and self.store.due()
         stop, due = (bool(v) for v in max_over_ranks([self.interrupts.requested(), due], self.world))
-        finished = phase == "backward" and done == self.stream.text.count
+        finished = phase == "backward" and done == self.stream.tokens.count
         if self.store is not None and (stop or due or finished):
             self._save(self.store)
         if self.progress is not None:
@@ -347,11 +347,11 @@ class _Step:
                 "a step under FSDP2 cannot be stored while it runs: FSDP2 holds the gradients of chunks itself; "
                 "leave out checkpoint=, or use DDP or no wrapper"
             )
-        text = self.stream.text
+        tokens = self.stream.tokens
         facts: Mapping[str, str] = {
-            "text": tokens_digest(text.ids),
-            "labels": tokens_digest(text.labels),
-            "chunk size": str(text.step),
+            "text": tokens_digest(tokens.ids),
+            "labels": tokens_digest(tokens.labels),
+            "chunk size": str(tokens.step),
             "number of ranks": f"{group_size(self.stream.group)} of {group_size(self.world)}",
             "model": self.stream.model.config.model_dump_json(),
             "set of weights": weights_digest(self.stream.model),
@@ -379,8 +379,8 @@ class _Step:
             tensors[f"incoming.{i}"].to(device) if f"incoming.{i}" in tensors else None for i in range(len(self.grad_carry))
         ]
         self.gradients.restore(tensors)
-        self.carries = CarryStack(self.keep, self.carry, self.stream.text.count)
-        left = saved.done + 1 if saved.phase == "forward" else self.stream.text.count - saved.done
+        self.carries = CarryStack(self.keep, self.carry, self.stream.tokens.count)
+        left = saved.done + 1 if saved.phase == "forward" else self.stream.tokens.count - saved.done
         if left:  # a step that has ended needs no carries
             assert saved.carries is not None
             self.carries.restore(saved.carries[:left])
