@@ -82,9 +82,8 @@ class HeadModule(MegatronModule):  # type: ignore[misc]
 
     def factory_kwargs(self) -> dict[str, Any]:
         """Device and dtype of new parameters, as the config says."""
-        device = torch.device("cpu")
-        if not self.config.use_cpu_initialization:
-            device = torch.device("cuda", torch.cuda.current_device())
+        current: Any = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
+        device = torch.device("cuda", current) if isinstance(current, int) else torch.device(current)
         return {"device": device, "dtype": self.config.params_dtype}
 
     def sharded_state_dict(

@@ -74,7 +74,7 @@ def run(decoder: nn.Module) -> None:
 
 
 def record_calls(decoder: nn.Module, attentions: Mapping[int, nn.Module]) -> dict[int, AttentionCall]:
-    """Run the decoder and record the call of each expected module, by layer index. Modules that are not called are missing."""
+    """Run the decoder and record the call of each given module, by layer index. Modules that are not called are missing."""
     calls: dict[int, AttentionCall] = {}
     functions: dict[int, dict[str, Any]] = {}
 

@@ -228,7 +228,7 @@ def _replace_all(model: PreTrainedModel, settings: Settings) -> None:
 
 
 def _new_layer(attention: nn.Module, index: int, settings: Settings, text: Any) -> RaceSelfAttention:
-    """The RACE layer that rereplaced an attention module."""
+    """The RACE layer that replaces an attention module."""
     where = f"layer {index}: {type(attention).__name__}"
     if getattr(attention, "is_causal", True) is False:
         raise ValueError(f"{where} is not causal, but converted layers are: leave it out of layers")
