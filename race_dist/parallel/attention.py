@@ -172,7 +172,8 @@ class SavedCall(NamedTuple):
     @classmethod
     def flatten(cls, result: ForwardResult, initial: SketchState) -> SavedCall:
         """The tensors of a local call's result and of the state that entered it."""
-        return cls(*result.flatten()[1:], initial.mass, initial.values)
+        _, den, states, final_mass, final_values = result.flatten()
+        return cls(den, states, final_mass, final_values, initial.mass, initial.values)
 
     @classmethod
     def take_all(cls, values: Iterator[Tensor]) -> list[SavedCall]:
@@ -187,7 +188,12 @@ class SavedCall(NamedTuple):
 
     def copy_states(self) -> SavedCall:
         """With its own copies of the final and initial state, which may be views of each other or of the inputs."""
-        return SavedCall(self.den, self.states, *(t.clone() for t in self[2:]))
+        return self._replace(
+            final_mass=self.final_mass.clone(),
+            final_values=self.final_values.clone(),
+            initial_mass=self.initial_mass.clone(),
+            initial_values=self.initial_values.clone(),
+        )
 
 
 class ContextParallelResult(NamedTuple):

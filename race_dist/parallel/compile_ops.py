@@ -8,7 +8,7 @@ collectives of the other ranks would wait for it forever.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +23,32 @@ from race_dist.ops.inputs import INPUT_SCHEMA, AttentionInputs, InputTensors, di
 from race_dist.parallel.attention import (
     ContextParallelCall,
     ContextParallelResult,
+    SavedCall,
     check_same_attention,
     head_groups,
     run_backward,
     run_forward,
 )
 from race_dist.sketch import SketchState
+
+
+class CallOptions(NamedTuple):
+    """Options of the operators besides those of the inputs; an operator's arguments are constants and tensors."""
+
+    backend: str
+    group: str
+    output_final: bool
+
+    def call(self) -> ContextParallelCall:
+        """The call that these options describe."""
+        return ContextParallelCall(
+            _find_group(self.group), "contiguous", get_backend(self.backend), 0, self.output_final, "auto"
+        )
+
+    def num_final(self, tensors: InputTensors) -> int:
+        """Number of the final state's tensors."""
+        return 0 if not self.output_final else 2 if tensors.log_decay is None else 3
+
 
 _OPTIONS_SCHEMA = "str backend, str group, bool output_final"
 
@@ -38,15 +58,9 @@ def compiled_context_parallel_attention(
 ) -> tuple[Tensor, SketchState | None]:
     """:func:`race_dist.parallel.attention.context_parallel_attention`, contiguous, without documents."""
     tensors, options = inputs.flatten()
-    results = _context_parallel_attention(*tensors, *options, backend, group.group_name, output_final)
-    if not output_final:
-        return results[0], None
-    return results[0], SketchState.unchecked(*results[1 : 1 + _num_final(tensors, output_final)])
-
-
-def _num_final(tensors: InputTensors, output_final: bool) -> int:
-    """Number of the final state's tensors."""
-    return 0 if not output_final else 2 if tensors.log_decay is None else 3
+    call_options = CallOptions(backend, group.group_name, output_final)
+    out, *rest = _context_parallel_attention(*tensors, *options, *call_options)
+    return out, SketchState.unchecked(*rest[: call_options.num_final(tensors)]) if output_final else None
 
 
 def _find_group(name: str) -> ProcessGroup:
@@ -54,13 +68,9 @@ def _find_group(name: str) -> ProcessGroup:
     return cast(Any, c10d)._resolve_process_group(name)
 
 
-def _call(backend: str, group: str, output_final: bool) -> ContextParallelCall:
-    return ContextParallelCall(_find_group(group), "contiguous", get_backend(backend), 0, output_final, "auto")
-
-
 def _forward_op(*arguments: Any) -> list[Tensor]:
     tensors, options, others = split_arguments(arguments)
-    inputs, call = AttentionInputs.unflatten(tensors, options), _call(*others)
+    inputs, call = AttentionInputs.unflatten(tensors, options), CallOptions(*others).call()
     check_same_attention(inputs, call.group, call.layout, call.backend, call.output_final, call.algorithm)
     result = run_forward(inputs, call)
     final, saved = tuple(t.clone() for t in result.final), [each.copy_states() for each in result.saved]
@@ -77,41 +87,40 @@ _context_parallel_attention = torch.library.custom_op(
 
 @_context_parallel_attention.register_fake
 def _forward_fake(*arguments: Any) -> list[Tensor]:
-    tensors, options, (backend, group, output_final) = split_arguments(arguments)
-    inputs = AttentionInputs.unflatten(tensors, options)
+    tensors, options, others = split_arguments(arguments)
+    inputs, call_options = AttentionInputs.unflatten(tensors, options), CallOptions(*others)
+    empty = inputs.q.new_empty
 
-    def state(inputs: AttentionInputs) -> list[Tensor]:
-        shape = inputs.num_states, inputs.k.shape[2], inputs.features
-        dtype = inputs.state_dtype
-        return [inputs.q.new_empty(shape, dtype=dtype), inputs.q.new_empty(*shape, inputs.v.shape[3], dtype=dtype)]
+    def empty_state(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        shape, dtype = (inputs.num_states, inputs.k.shape[2], inputs.features), inputs.state_dtype
+        return empty(shape, dtype=dtype), empty(*shape, inputs.v.shape[3], dtype=dtype)
 
-    results = [inputs.q.new_empty(*inputs.q.shape[:3], inputs.v.shape[3])]
-    if output_final:
-        results += state(inputs)
+    final: tuple[Tensor, ...] = ()
+    if call_options.output_final:
+        final = empty_state(inputs)
         if inputs.log_decay is not None:
-            results.append(inputs.q.new_empty(inputs.num_states, inputs.k.shape[2], dtype=inputs.state_dtype))
-    for heads in head_groups(inputs, _find_group(group)):
-        some = heads.inputs
-        den = some.q.shape[:3] if inputs.normalization == "global" else (0,)
-        results += [
-            some.q.new_empty(den, dtype=some.compute_dtype),
-            some.q.new_empty(get_backend(backend).states_shape(some), dtype=some.compute_dtype),
-            *state(some),
-            *state(some),
-        ]
-    return results
+            final = *final, empty(inputs.num_states, inputs.k.shape[2], dtype=inputs.state_dtype)
+    saved = []
+    for heads in head_groups(inputs, _find_group(call_options.group)):
+        den_shape = heads.inputs.q.shape[:3] if inputs.normalization == "global" else (0,)
+        states_shape = get_backend(call_options.backend).states_shape(heads.inputs)
+        den, states = empty(den_shape, dtype=inputs.compute_dtype), empty(states_shape, dtype=inputs.compute_dtype)
+        saved.append(SavedCall(den, states, *empty_state(heads.inputs), *empty_state(heads.inputs)))
+    return ContextParallelResult(empty(*inputs.q.shape[:3], inputs.v.shape[3]), final, saved).flatten()
 
 
 def _backward_op(*arguments: Any) -> list[Tensor]:
     """The gradients of the inputs that :func:`differentiable` names, in their order."""
-    tensors, options, (*call, need_planes, results, dout, dfinal) = split_arguments(arguments)
-    result = ContextParallelResult.unflatten(results, _num_final(tensors, output_final=call[-1]))
+    tensors, options, others = split_arguments(arguments)
+    values = iter(others)
+    call_options = take(CallOptions, values)
+    need_planes, results, dout, dfinal = values
+    result = ContextParallelResult.unflatten(results, call_options.num_final(tensors))
     inputs = AttentionInputs.unflatten(tensors, options)
-    gradients = run_backward(inputs, _call(*call), result, dout, dfinal, need_planes=need_planes)
+    gradients = run_backward(inputs, call_options.call(), result, dout, dfinal, need_planes=need_planes)
     asked = differentiable(tensors, need_planes=need_planes)
-    found = InputTensors._make(None if x is None else g for x, g in zip(asked, gradients))
-    # the gradients of q, k and v are new tensors; the small ones may be views of each other
-    return [*found[:3], *(g.clone() for g in found[3:] if g is not None)]
+    q, k, v, *small = [g for x, g in zip(asked, gradients) if x is not None and g is not None]
+    return [q, k, v, *(g.clone() for g in small)]  # the small gradients may be views of each other
 
 
 _context_parallel_attention_backward = torch.library.custom_op(
@@ -124,26 +133,29 @@ _context_parallel_attention_backward = torch.library.custom_op(
 
 @_context_parallel_attention_backward.register_fake
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    tensors, _, (*_, need_planes, _, _, _) = split_arguments(arguments)
+    *_, need_planes, _, _, _ = arguments
+    tensors, _, _ = split_arguments(arguments)
     return [x.new_empty(x.shape) for x in differentiable(tensors, need_planes=need_planes) if x is not None]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, options, ctx.call = split_arguments(inputs)
-    ctx.options = options
+    tensors, ctx.options, others = split_arguments(inputs)
+    ctx.call_options = CallOptions(*others)
     ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     values = iter(ctx.saved_tensors)
     tensors, results = take(InputTensors, values), list(values)
-    num_final = _num_final(tensors, output_final=ctx.call[-1])
-    dout, *dfinal = (torch.zeros_like(t) if g is None else g for g, t in zip(grads[: 1 + num_final], results))
+    outputs = 1 + ctx.call_options.num_final(tensors)
+    dout, *dfinal = (torch.zeros_like(t) if g is None else g for g, t in zip(grads[:outputs], results))
     need = take(InputTensors, iter(ctx.needs_input_grad))
     need_planes: Any = need.planes
-    found = iter(_context_parallel_attention_backward(*tensors, *ctx.options, *ctx.call, need_planes, results, dout, dfinal))
+    found = iter(
+        _context_parallel_attention_backward(*tensors, *ctx.options, *ctx.call_options, need_planes, results, dout, dfinal)
+    )
     gradients = [None if x is None else next(found) for x in differentiable(tensors, need_planes=need_planes)]
-    return *(g if n else None for g, n in zip(gradients, need)), *(None,) * (len(ctx.options) + len(ctx.call))
+    return *(g if n else None for g, n in zip(gradients, need)), *(None,) * len((*ctx.options, *ctx.call_options))
 
 
 cast(Callable[..., None], _context_parallel_attention.register_autograd)(_attention_gradients, setup_context=_save_attention)

@@ -287,16 +287,16 @@ class KernelCall:
         write: bool,
     ) -> SketchT:
         inputs = self.inputs
-        entering: Sketch | None = contiguous_sketch(initial)
+        initial_sketch: Sketch | None = contiguous_sketch(initial)
         per_row = 0 if inputs.cu_seqlens is not None else self.num_tiles // max(1, inputs.num_states)
         programs = inputs.num_states * self.heads * -(-sums.shape[-1] // SCAN_WIDTH)
         if programs:
             self.signature.run(
-                ("scan", reverse, final is not None, write, *map(layout_key, entering or ())),
+                ("scan", reverse, final is not None, write, *map(layout_key, initial_sketch or ())),
                 scan.race_scan_kernel,
                 programs,
                 TileStates(sums, self.decays),
-                entering,
+                initial_sketch,
                 None if final is None else Sketch(final.values, final.mass),
                 totals,
                 SequenceTiles(self.tiles.row_tiles, per_row),
