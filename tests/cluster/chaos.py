@@ -1,8 +1,9 @@
-"""Faults thrown at a training run, and whether it came through: ``python tests/cluster/chaos.py --faults 50``.
-``--show FILE`` prints the table of a run whose ``--json`` was kept.
+"""Fault injection into a training run: ``python tests/cluster/chaos.py --faults 50``.
+``--show FILE`` prints the table of a stored ``--json`` report.
 
-A run of several ranks under ``race-dist launch local`` is disturbed at random moments. It must end with the losses of an
-undisturbed run, bit by bit, lose no step beyond the newest checkpoint, and leave no process and no half-written file.
+Faults are injected at random times into a run of several ranks under ``race-dist launch local``. Its losses must be bitwise
+equal to those of an undisturbed run, it must not repeat steps before the newest checkpoint, and leave no process and no partial
+file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,14 +37,14 @@ DISK = 24  # MiB of the checkpoints' own small disk
 
 @dataclass
 class Outcome:
-    """What one fault did.
+    """The effect of one fault.
 
     Attributes:
         fault: its name.
-        step: of the run when it came.
-        saved: the newest checkpoint's step then.
-        resumed: where the run went on; the step itself where it was not interrupted.
-        seconds: until the run was further than before.
+        step: step of the run at the fault.
+        saved: step of the newest checkpoint at the fault.
+        resumed: step from which the run resumed; equal to ``step`` if it was not interrupted.
+        seconds: until the run was beyond ``step``.
     """
 
     fault: str
@@ -60,7 +62,7 @@ class Chaos:
         self.job = TrainingJob(folder, "disturbed", steps=steps, every=every, timeout=TIMEOUT)
         self.log = folder / "disturbed.log"
         self.job.checkpoints.mkdir(parents=True)
-        (self.job.run / "config.json").write_text("{}")  # a run's folder is recognised by it
+        (self.job.run / "config.json").write_text("{}")  # marks the folder of a run
         self.disk = (
             os.geteuid() == 0
             and subprocess.run(
@@ -70,7 +72,7 @@ class Chaos:
         )
         self.supervisor: subprocess.Popen[bytes] | None = None
         self.outcomes: list[Outcome] = []
-        self.said = 0
+        self.log_offset = 0
 
     def close(self) -> None:
         for pid in [*([self.supervisor.pid] if self.supervisor else []), *self.job.processes()]:
@@ -101,10 +103,10 @@ class Chaos:
 
     def text(self) -> str:
         """What the run has printed since the last fault."""
-        return self.log.read_bytes()[self.said :].decode(errors="replace") if self.log.exists() else ""
+        return self.log.read_bytes()[self.log_offset :].decode(errors="replace") if self.log.exists() else ""
 
     def ranks(self) -> list[int]:
-        """All ranks' process ids, once they are there."""
+        """The process ids of all ranks, once they run."""
         return wait_for(lambda: len(r := self.job.ranks()) == RANKS and r, "all ranks run")
 
     def launcher(self) -> int:
@@ -113,12 +115,12 @@ class Chaos:
     def victim(self) -> int:
         return self.random.choice(self.ranks())
 
-    def throw(self, name: str, at: int) -> None:
-        """Wait until the run has come to step ``at``, throw a fault, and wait until the run is further than that."""
+    def inject(self, name: str, at: int) -> None:
+        """Wait until the run reaches step ``at``, inject a fault, and wait until the run is beyond that step."""
         wait_for(lambda: self.job.step() >= at and len(self.job.ranks()) == RANKS, f"step {at}: {self.text()[-2000:]}")
         time.sleep(self.random.random() * 0.3)
-        self.said = self.log.stat().st_size
-        began, step, saved = time.monotonic(), self.job.step(), self.job.saved_step()
+        self.log_offset = self.log.stat().st_size
+        started, step, saved = time.monotonic(), self.job.step(), self.job.saved_step()
         interrupts = FAULTS[name](self)
         if interrupts:
             match = wait_for(
@@ -130,7 +132,7 @@ class Chaos:
             resumed = step
         if resumed < self.job.steps:
             wait_for(lambda: self.job.step() > step or self.supervisor.poll() is not None, f"{name}: further than step {step}")
-        self.outcomes.append(Outcome(name, step, saved, resumed, round(time.monotonic() - began, 2)))
+        self.outcomes.append(Outcome(name, step, saved, resumed, round(time.monotonic() - started, 2)))
 
     def finish(self) -> int:
         """Wait for the end of the run and return its exit code."""
@@ -156,7 +158,7 @@ def kill_launcher(chaos: Chaos) -> bool:
 
 
 def kill_everything(chaos: Chaos) -> bool:
-    """The supervisor itself: nothing of it may be left over; the machine's own supervisor starts it again."""
+    """Kill the supervisor: none of its processes may be left; the machine's own supervisor restarts it."""
     assert chaos.supervisor is not None
     chaos.supervisor.kill()
     chaos.supervisor.wait()
@@ -171,21 +173,21 @@ def terminate_rank(chaos: Chaos) -> bool:
 
 
 def terminate_run(chaos: Chaos) -> bool:
-    """As a scheduler preempts: the run saves and ends with 75; it is started again later."""
+    """Stop the run as a preempting scheduler does: it saves and exits with 75, and is started again later."""
     assert chaos.supervisor is not None
     chaos.supervisor.terminate()
     code = chaos.supervisor.wait(60)
-    assert code == 75, f"told to stop, the run ended with {code}\n{chaos.text()[-2000:]}"
+    assert code == 75, f"after a stop signal the run ended with {code}\n{chaos.text()[-2000:]}"
     chaos.start()
     return True
 
 
 def full_disk(chaos: Chaos) -> bool:
-    """No room for the next checkpoint: the run goes on, says so, and saves again once there is room."""
+    """Fill the disk: the run continues, reports it, and saves again once there is space."""
     filler = chaos.job.checkpoints / "filler"
 
     def noticed() -> Any:
-        with contextlib.suppress(OSError), filler.open("ab") as out:  # again: checkpoints that are pruned make room
+        with contextlib.suppress(OSError), filler.open("ab") as out:  # repeated, because pruned checkpoints free space
             while True:
                 out.write(b"x" * 2**14)
         return re.search(r"could not be written: .*No space left", chaos.text())
@@ -198,20 +200,20 @@ def full_disk(chaos: Chaos) -> bool:
 
 
 def truncated_checkpoint(chaos: Chaos) -> bool:
-    """The newest checkpoint loses its end, and a rank dies: the one before is taken, and that is said."""
+    """Truncate the newest checkpoint and kill the ranks: the run reports it and resumes from the checkpoint before."""
     newest = wait_for(lambda: len(s := chaos.job.saved()) > 1 and chaos.job.checkpoints / s[-1], "two checkpoints")
-    os.kill(chaos.victim(), signal.SIGSTOP)  # so that no newer one appears meanwhile
+    os.kill(chaos.victim(), signal.SIGSTOP)  # so that no newer checkpoint appears
     newest = chaos.job.checkpoints / chaos.job.saved()[-1]
     file = chaos.random.choice(sorted(p for p in newest.iterdir() if p.is_file()))
     os.truncate(file, chaos.random.randrange(file.stat().st_size))
     for pid in chaos.job.ranks():
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: re.search(rf"checkpoint {newest.name} is damaged", chaos.text()), "the damage is told")
+    wait_for(lambda: re.search(rf"checkpoint {newest.name} is damaged", chaos.text()), "the damage is reported")
     return True
 
 
 def slow_rank(chaos: Chaos) -> bool:
-    """A rank that stands still for less than the timeout: nothing happens."""
+    """Pause a rank for less than the timeout: nothing happens."""
     victim = chaos.victim()
     os.kill(victim, signal.SIGSTOP)
     time.sleep(TIMEOUT / 3)
@@ -220,7 +222,7 @@ def slow_rank(chaos: Chaos) -> bool:
 
 
 def hung_rank(chaos: Chaos) -> bool:
-    """A rank that stands still for ever: the others name it within the timeout and the run starts again."""
+    """Pause a rank for ever: the others name it within the timeout and the run restarts."""
     ranks = chaos.ranks()
     victim = chaos.random.randrange(RANKS)
     os.kill(ranks[victim], signal.SIGSTOP)
@@ -229,16 +231,15 @@ def hung_rank(chaos: Chaos) -> bool:
 
 
 def another_configuration(chaos: Chaos) -> bool:
-    """Ranks of two configurations: refused by all before anything is trained or written."""
+    """Start ranks with different configurations: all refuse before anything is trained or written."""
     terminate = terminate_run(chaos)
     assert chaos.supervisor is not None
     chaos.supervisor.terminate()
     chaos.supervisor.wait(60)
     before = sorted(chaos.job.saved())
-    chaos.said = chaos.log.stat().st_size
-    with contextlib.closing(__import__("socket").socket()) as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    chaos.log_offset = chaos.log.stat().st_size
+    with socket.create_server(("localhost", 0)) as listener:
+        port = listener.getsockname()[1]
     ranks = []
     for rank in range(RANKS):
         variables = {
@@ -296,7 +297,7 @@ FIRST = ["kill rank", "kill launcher", "terminate run", "full disk", "truncated 
 
 
 def faults(count: int, seed: int) -> list[str]:
-    """``count`` faults, each kind about as often, in random order; the first six are fixed kinds, so that few suffice."""
+    """``count`` faults, all kinds about equally often, in random order; six faults are of the kinds in FIRST."""
     order = random.Random(seed)
     names = [*FIRST, *(n for n in FAULTS if n not in FIRST)]
     picked = [names[i % len(names)] for i in range(count)]
@@ -305,18 +306,17 @@ def faults(count: int, seed: int) -> list[str]:
 
 
 def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any]:
-    """Disturb a run ``count`` times, ``pace`` steps apart, and compare it with an undisturbed one. AssertionError where it
-    did not come through."""
+    """Inject ``count`` faults, ``pace`` steps apart, and assert that the run equals an undisturbed one."""
     steps = (count + 1) * pace
-    calm = TrainingJob(folder, "calm", steps=steps, every=10, timeout=TIMEOUT * 10)
-    quiet = subprocess.run(
-        [*RACE_DIST, "train", str(calm.config), "--nproc", str(RANKS)],
+    reference = TrainingJob(folder, "reference", steps=steps, every=10, timeout=TIMEOUT * 10)
+    finished = subprocess.run(
+        [*RACE_DIST, "train", str(reference.config), "--nproc", str(RANKS)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert quiet.returncode == 0, quiet.stderr
+    assert finished.returncode == 0, finished.stderr
     chaos = Chaos(folder, seed, steps)
     try:
         chaos.start()
@@ -324,12 +324,12 @@ def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any
         if not chaos.disk:
             plan = [name for name in plan if name != "full disk"]
         for number, name in enumerate(plan):
-            chaos.throw(name, (number + 1) * pace - pace // 2)
+            chaos.inject(name, (number + 1) * pace - pace // 2)
         code = chaos.finish()
         assert code == 0, chaos.text()[-3000:]
-        assert chaos.job.losses() == calm.losses()
-        assert chaos.job.weights() == calm.weights()
-        assert chaos.job.records("eval")[-1]["loss"] == calm.records("eval")[-1]["loss"]
+        assert chaos.job.losses() == reference.losses()
+        assert chaos.job.weights() == reference.weights()
+        assert chaos.job.records("eval")[-1]["loss"] == reference.records("eval")[-1]["loss"]
         for outcome in chaos.outcomes:
             allowed = outcome.saved if outcome.fault != "truncated checkpoint" else 0
             assert outcome.resumed >= allowed, outcome
@@ -341,14 +341,14 @@ def run(folder: Path, count: int, seed: int, *, pace: int = 30) -> dict[str, Any
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: for each kind of fault, and for all, how often, the most steps computed again, the seconds to get further."""
-    lines = ["| fault | times | steps done again, at most | seconds to get further, median | 90% | at most |", "|---" * 6 + "|"]
+    """A Markdown table per kind of fault and in total: count, maximum of repeated steps, seconds to recover."""
+    lines = ["| fault | times | steps repeated, at most | seconds to recover, median | 90% | at most |", "|---" * 6 + "|"]
     for name in [*FAULTS, "all"]:
-        mine = [o for o in report["faults"] if name in (o["fault"], "all")]
-        if mine:
-            again, seconds = max(0, *(o["step"] - o["resumed"] for o in mine)), [o["seconds"] for o in mine]
+        outcomes = [o for o in report["faults"] if name in (o["fault"], "all")]
+        if outcomes:
+            repeated, seconds = max(0, *(o["step"] - o["resumed"] for o in outcomes)), [o["seconds"] for o in outcomes]
             times = " | ".join(f"{quantile(seconds, q):.1f}" for q in (0.5, 0.9, 1.0))
-            lines.append(f"| {name} | {len(mine)} | {again} | {times} |")
+            lines.append(f"| {name} | {len(outcomes)} | {repeated} | {times} |")
     return "\n".join(lines)
 
 
@@ -362,12 +362,12 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--show", type=Path, help="print the table of this report and throw nothing")
+    parser.add_argument("--show", type=Path, help="print the table of this report and inject nothing")
     options = parser.parse_args()
     if options.show is not None:
         print(table(json.loads(options.show.read_text())))
         return
-    before = os.getloadavg()[0]  # recoveries are mostly the start of Python and PyTorch: other work shows in them
+    before = os.getloadavg()[0]  # recovery is mostly the start of Python and PyTorch, which other work slows down
     with tempfile.TemporaryDirectory() as folder:
         report = run(Path(folder), options.faults, options.seed)
     header = machine_info(torch.device("cpu")) | {

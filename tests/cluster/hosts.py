@@ -1,4 +1,4 @@
-"""Several "hosts" on one machine: network namespaces on a bridge, whose cables can be pulled."""
+"""Several "hosts" on one machine: network namespaces on a bridge, which can be disconnected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def missing() -> str | None:
-    """Why there can be no namespaces here, as a sentence; None where there can."""
+    """Why network namespaces cannot be created here, as a sentence; None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -26,7 +26,7 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """``count`` namespaces with addresses 10.83.x.1, 10.83.x.2, ...; a context manager that leaves nothing behind."""
+    """A context manager of ``count`` network namespaces with addresses 10.83.x.1, 10.83.x.2, ..."""
 
     def __init__(self, count: int) -> None:
         self.count, self.tag = count, secrets.token_hex(2)
@@ -71,12 +71,12 @@ class Hosts:
         return f"{self.subnet}.{index + 1}"
 
     def processes(self, index: int) -> list[int]:
-        """Process ids on a host."""
+        """The process ids on a host."""
         done = subprocess.run(["ip", "netns", "pids", self.name(index)], capture_output=True, text=True, check=False)
         return [int(word) for word in done.stdout.split()]
 
     def start(self, index: int, command: list[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start a command on a host, its output in a file."""
+        """Start a command on a host, with its output in a file."""
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         with log.open("ab") as out:
             self.started.append(
@@ -85,7 +85,7 @@ class Hosts:
         return self.started[-1]
 
     def cut(self, index: int) -> None:
-        """Pull a host's cable."""
+        """Disconnect a host from the network."""
         ip("link", "set", self._cable(index), "down")
 
     @property

@@ -1,4 +1,4 @@
-"""A Slurm of one's own: munged, slurmctld and slurmd on this machine, in a folder and on ports of their own.
+"""A Slurm cluster for tests: munged, slurmctld and slurmd on this machine, in a folder and on ports of their own.
 
 Nothing of the system's own Slurm is touched: every command runs with ``SLURM_CONF`` set (:attr:`Slurm.environment`).
 """
@@ -49,7 +49,7 @@ ResumeProgram=/bin/false
 SuspendProgram=/bin/false
 SuspendTime=-1
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
-# nodes that are not there: sbatch --test-only plans with them
+# nodes that do not exist, for sbatch --test-only
 NodeName=far[0-7] NodeAddr=127.0.0.1 CPUs=288 SocketsPerBoard=4 CoresPerSocket=72 RealMemory=800000 Gres=gpu:8 State=CLOUD
 PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES:4
 PartitionName=far Nodes=far[0-7] MaxTime=INFINITE State=UP
@@ -57,7 +57,7 @@ PartitionName=far Nodes=far[0-7] MaxTime=INFINITE State=UP
 
 
 def missing() -> str | None:
-    """Why no Slurm can be started here, as a sentence; None where one can."""
+    """Why Slurm cannot be started here, as a sentence; None if it can."""
     if os.geteuid() != 0:
         return "starting munged, slurmctld and slurmd for a test needs root"
     lacking = [p for p in PROGRAMS if shutil.which(p) is None]

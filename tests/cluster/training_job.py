@@ -1,4 +1,4 @@
-"""A small training job for tests that end processes: its configuration, its processes, and what it has written."""
+"""A small training job for tests that kill processes: its configuration, processes and output files."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class TrainingJob:
     """The files of one run.
 
     Args:
-        folder: for everything.
-        name: of the run.
+        folder: for the text, the configuration and the runs.
+        name: name of the run.
         steps: optimizer steps.
         every: steps between checkpoints.
         timeout: seconds a collective waits.

@@ -1,4 +1,4 @@
-"""race_attention, SketchState and sample_planes, and what they are called with."""
+"""Inputs of race_attention, SketchState and sample_planes."""
 
 from __future__ import annotations
 

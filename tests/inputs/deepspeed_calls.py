@@ -1,4 +1,4 @@
-"""DeepSpeed's entrance: the call and the keys of its configuration. Nothing of it comes as far as an engine."""
+"""DeepSpeed's initialize and the keys of its configuration. No input gets as far as an engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OK = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True
 
 
 def initialize(**arguments: Any) -> object:
-    """Keys of the configuration are arguments too."""
+    """Treat keys of the configuration as arguments."""
     from race_dist.integrations.deepspeed import initialize as call
 
     options = {
@@ -36,7 +36,7 @@ def initialize(**arguments: Any) -> object:
 
 
 def read(**keys: Any) -> object:
-    """The keys alone: what DeepSpeed itself says of them is checked by :func:`initialize`."""
+    """Check only the keys: DeepSpeed's own errors are covered by :func:`initialize`."""
     from race_dist.integrations.deepspeed.config import read_config
 
     return read_config(OK | keys)
@@ -76,7 +76,7 @@ SUBJECTS = [
             "lr_scheduler": v.common(optional=True, but=("int",)),
             "mesh_param": v.common(optional=True, but=("array",)),
             "model_parameters": v.common(optional=True, but=("[]", "()", "array")),
-            "config": [*v.common("None", "1.5", "True", "[]", "[1]", "()", "object", "Stranger", "3", "nan")],
+            "config": [*v.common("None", "1.5", "True", "[]", "[1]", "()", "object", "Unprintable", "3", "nan")],
         },
         names={"config": ("configuration",)},
         complete=False,

@@ -1,4 +1,4 @@
-"""The layers of race_dist.nn and their parts."""
+"""Inputs of the layers of race_dist.nn and their parts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CORE = RaceCore(RaceConfig(**RACE, decay="none", short_conv=0, output_gate=False
 
 
 def inputs(layer: Any) -> dict[str, list[Value]]:
-    """What a layer may wrongly be called with."""
+    """Invalid arguments of a layer's forward."""
     others = [(f"of {name}", lambda other=other: other.zero_carry(2)) for name, other in LAYERS.items() if other is not layer]
     carries = [
         *v.instances(("tensor of it", x), ("tuple", lambda: layer.zero_carry(2).tensors()), *others, optional=True),

@@ -1,4 +1,4 @@
-"""The models, their loss and generation."""
+"""Inputs of the models, their loss and generation."""
 
 from __future__ import annotations
 

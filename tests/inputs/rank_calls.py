@@ -1,4 +1,4 @@
-"""race_dist.parallel on one rank: shards, scans, collectives, meshes."""
+"""Inputs of race_dist.parallel on one rank: shards, scans, collectives, meshes."""
 
 from __future__ import annotations
 

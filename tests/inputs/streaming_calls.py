@@ -1,4 +1,4 @@
-"""Streamed training, evaluation and prompts."""
+"""Inputs of streamed training, evaluation and prompts."""
 
 from __future__ import annotations
 

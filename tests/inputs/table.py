@@ -1,15 +1,13 @@
-"""How a table of bad inputs is written and judged: calls x arguments x values.
+"""Tables of invalid inputs (calls x arguments x values) and the check of how they are answered.
 
-A :class:`Subject` is something a user calls: a function, a class, a command, a configuration. It says how to call it rightly,
-and for each argument which values cannot be right (``tests/inputs/values.py`` has them by kind). :func:`inputs` makes every
-input of it: the right call with one argument replaced. :func:`judge` says what is wrong with the answer to one input, if
-anything:
+A :class:`Subject` is something a user calls: a function, a class, a command, a configuration. It has valid arguments, and for
+each argument a list of invalid values (``tests/inputs/values.py`` has them by type). :func:`inputs` yields all its inputs: the
+valid call with one argument replaced. :func:`check_input` checks that an input
 
-- it is refused by ValueError, TypeError or ImportError, in one line that names the argument; or
-- it is accepted, and ``docs/inputs.md`` lists it with the reason.
+- is refused by ValueError, TypeError or ImportError, in one line that names the argument; or
+- is accepted, and ``docs/inputs.md`` lists it with the reason.
 
-A command is a subject too: ``run`` calls it with the option and raises ``ValueError`` of what it printed where it left with
-exit code 2 (anything else that it does is an error of another kind).
+A command is a subject too: ``run`` calls it with the option and raises ValueError with its output if its exit code is 2.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PAGE = Path(__file__).parents[2] / "docs" / "inputs.md"
-TOLD = (ValueError, TypeError, ImportError)
+EXPECTED_ERRORS = (ValueError, TypeError, ImportError)
 
 
 class Value(NamedTuple):
-    """``label``: how the test names it. ``make``: makes it anew. ``right``: whether it has to be accepted."""
+    """``label``: its name in the test. ``make``: creates it. ``right``: whether it must be accepted."""
 
     label: str
     make: Callable[[], Any]
@@ -36,15 +34,15 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is called.
+    """A callable under test.
 
     Attributes:
         call: its name, as a user writes it.
         run: called with keyword arguments; what it raises is judged.
-        base: the right arguments, made anew for each input. An input replaces one of them, or adds one.
-        values: for each argument, values that cannot be right (and, marked so, some that have to be accepted).
-        names: for an argument, other words by which a message may name it.
-        complete: whether ``base`` is a call that succeeds; False where that would start too much.
+        base: creates valid arguments. An input replaces one of them, or adds one.
+        values: for each argument, invalid values (and some marked ``right``, which must be accepted).
+        names: other words by which a message may name an argument.
+        complete: whether the call with ``base`` is run and must succeed; False if it would take too long.
     """
 
     call: str
@@ -69,8 +67,8 @@ class Input(NamedTuple):
         return self.subject.run(**{**self.subject.base(), self.argument: self.value.make()})
 
 
-class Oddity(NamedTuple):
-    """An input that is accepted although it looks wrong, as ``docs/inputs.md`` lists it; ``*`` stands for any."""
+class AcceptedInput(NamedTuple):
+    """An input that is accepted although it looks invalid, listed in ``docs/inputs.md``; ``*`` matches any text."""
 
     call: str
     argument: str
@@ -82,13 +80,13 @@ class Oddity(NamedTuple):
 
 
 def inputs(subject: Subject) -> Iterator[Input]:
-    """Every input of a subject."""
+    """All inputs of a subject."""
     for argument, values in subject.values.items():
         for value in values:
             yield Input(subject, argument, value)
 
 
-def oddities(page: Path = PAGE) -> list[Oddity]:
+def accepted_inputs(page: Path = PAGE) -> list[AcceptedInput]:
     """The rows of the page's table "Accepted": call, argument, value, and why."""
     section = page.read_text(encoding="utf-8").split("\n## Accepted", 1)[1].split("\n## ", 1)[0]
     rows = [
@@ -96,21 +94,21 @@ def oddities(page: Path = PAGE) -> list[Oddity]:
         for line in section.splitlines()
         if line.startswith("| ")
     ]
-    return [Oddity(*row[:3]) for row in rows if row[0] != "call" and set(row[0]) != {"-"}]
+    return [AcceptedInput(*row[:3]) for row in rows if row[0] != "call" and set(row[0]) != {"-"}]
 
 
-def judge(one: Input, accepted: Iterable[Oddity] = ()) -> str | None:
-    """What is wrong with the answer to an input; None where nothing is."""
-    listed = any(oddity.covers(one) for oddity in accepted)
+def check_input(one: Input, accepted: Iterable[AcceptedInput] = ()) -> str | None:
+    """What is wrong with the answer to an input; None if it is as required."""
+    listed = any(entry.covers(one) for entry in accepted)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             one.run()
-    except TOLD as error:
+    except EXPECTED_ERRORS as error:
         return f"{one}: refused though it is right: {error}" if one.value.right else _unclear(one, error)
     except Exception as error:
         return f"{one}: {type(error).__name__}: {_line(error)}"
-    return None if listed or one.value.right else f"{one}: accepted without a word"
+    return None if listed or one.value.right else f"{one}: accepted silently"
 
 
 def _unclear(one: Input, error: Exception) -> str | None:
@@ -130,7 +128,7 @@ def _line(error: BaseException) -> str:
 
 
 def report(subjects: Sequence[Subject]) -> str:
-    """One line: how many inputs there are, and of what."""
+    """One line with the numbers of inputs, calls and arguments."""
     every = [one for subject in subjects for one in inputs(subject)]
     arguments = {(one.subject.call, one.argument) for one in every}
     return f"{len(every):,} inputs: {len(subjects)} calls, {len(arguments)} arguments"

@@ -1,4 +1,4 @@
-"""Calls of the public names with values that cannot be right: each is answered in one sentence that names the argument."""
+"""Calls of the public names with invalid values: each is refused with one sentence that names the argument."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from tests.inputs import attention_calls, deepspeed_calls, layer_calls, model_calls, rank_calls, streaming_calls
-from tests.inputs.table import Subject, inputs, judge, oddities, report
+from tests.inputs.table import Subject, accepted_inputs, check_input, inputs, report
 
 SUBJECTS: list[Subject] = [
     *attention_calls.SUBJECTS,
@@ -18,18 +18,18 @@ SUBJECTS: list[Subject] = [
 ]
 if find_spec("deepspeed") is not None:
     SUBJECTS += deepspeed_calls.SUBJECTS
-ACCEPTED = oddities()
+ACCEPTED = accepted_inputs()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.call)
 def test_a_bad_argument_is_named(subject: Subject) -> None:
-    faults = [fault for one in inputs(subject) if (fault := judge(one, ACCEPTED))]
+    faults = [fault for one in inputs(subject) if (fault := check_input(one, ACCEPTED))]
     assert not faults, f"{len(faults)} faults\n" + "\n".join(faults)
 
 
 @pytest.mark.parametrize("subject", [one for one in SUBJECTS if one.complete], ids=lambda subject: subject.call)
 def test_the_right_call_is_right(subject: Subject) -> None:
-    """Otherwise every input would be refused for a reason of its own."""
+    """Otherwise inputs would be refused for other reasons than the value under test."""
     subject.run(**subject.base())
 
 

@@ -1,4 +1,4 @@
-"""Bad values of every option of every verb, and of every key of a run's configuration, are refused by name."""
+"""Invalid values of all options of all verbs, and of all keys of a run's configuration, are refused by name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from race_dist.models import ModelConfig
 from race_dist.nn import RaceConfig
 from race_dist.strict_config import StrictConfig
 from race_dist.training.config import TrainConfig, load_config
-from tests.inputs.table import Subject, Value, inputs, judge, oddities, report
+from tests.inputs.table import Subject, Value, accepted_inputs, check_input, inputs, report
 
 COMMAND = typer.main.get_command(app)
 TOML = "[model]\ndim = 16\nnum_layers = 1\nnum_heads = 2\nwindow = 8\n[optim]\nwarmup_steps = 1\n"
 
 
 def value(text: str) -> Value:
-    """Words of a command line."""
+    """The arguments of a command line."""
     return Value(text if len(text) < 60 else f"{text[0]} x {len(text)}", lambda: text)
 
 
@@ -271,7 +271,7 @@ TAKEN = {("bench streaming", "--limit-seconds", "0"), ("bench quality", "--limit
 
 
 def run_command(verb: str, words: list[str]) -> Callable[..., None]:
-    """``race-dist VERB --option=value``: ValueError of what it prints where it ends with 2, as the table wants it."""
+    """``race-dist VERB --option=value``: ValueError with its output if the exit code is 2, as the table requires."""
 
     def run(**options: str) -> None:
         flat = [f"{name}={text}" for name, text in options.items()]
@@ -285,7 +285,7 @@ def run_command(verb: str, words: list[str]) -> Callable[..., None]:
 
 
 def invoke(arguments: list[str]) -> tuple[int, str]:
-    """Exit code and the error stream, in this process."""
+    """The exit code and standard error of a command run in this process."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
         COMMAND.main(arguments, prog_name="race-dist")
@@ -305,7 +305,7 @@ def command_subjects() -> Iterator[Subject]:
 
 
 def argument_subjects() -> Iterator[Subject]:
-    """Files and folders that stand without an option's name: they are named themselves."""
+    """Files and folders given as positional arguments: the error names the path."""
     for verb, name, words in (
         ("train", "CONFIG", []),
         ("plan", "CONFIG", []),
@@ -357,7 +357,7 @@ def kinds_of(annotation: Any) -> list[Any]:
 
 
 def keys(model: type[StrictConfig], prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every key of a configuration: dotted name, the field's name, its kind."""
+    """All keys of a configuration: dotted name, field name, type."""
     for name, field in model.model_fields.items():
         kind = next(k for k in kinds_of(field.annotation) if k is not type(None))
         if isinstance(kind, type) and issubclass(kind, StrictConfig):
@@ -446,8 +446,8 @@ SUBJECTS = [*COMMAND_SUBJECTS, *CONFIG_SUBJECTS]
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.call)
 def test_bad_values_are_refused_by_name(subject: Subject) -> None:
-    accepted = oddities()
-    faults = [fault for one in inputs(subject) if (fault := judge(one, accepted))]
+    accepted = accepted_inputs()
+    faults = [fault for one in inputs(subject) if (fault := check_input(one, accepted))]
     assert not faults, "\n".join(faults)
 
 

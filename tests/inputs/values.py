@@ -1,4 +1,4 @@
-"""Values that cannot be right, by the kind of argument that they are given to."""
+"""Invalid values by the type of the argument."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.inputs.table import Value
 INF, NAN = math.inf, math.nan
 
 
-class Stranger:
-    """An object of a class that nothing knows, and that cannot be printed."""
+class Unprintable:
+    """An object of an unknown class that cannot be printed."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no words")
@@ -26,7 +26,7 @@ def value(label: str, what: Any) -> Value:
 
 
 def wrong(*pairs: tuple[str, Callable[[], Any]]) -> list[Value]:
-    """Values written out where they are used."""
+    """Values given as pairs of a label and a function that creates the value."""
     return [Value(label, make) for label, make in pairs]
 
 
@@ -43,7 +43,7 @@ COMMON: dict[str, Callable[[], Any]] = {
     "{}": dict,
     "()": tuple,
     "object": object,
-    "Stranger": Stranger,
+    "Unprintable": Unprintable,
     "3": lambda: 3,
     "0": lambda: 0,
     "1j": lambda: 1j,
@@ -57,7 +57,7 @@ COMMON: dict[str, Callable[[], Any]] = {
 
 
 def common(*labels: str, but: Iterable[str] = (), optional: bool = False) -> list[Value]:
-    """Values of all types (or those named), but for some; None is right where the argument is optional."""
+    """Values of all types (or those named) except ``but``; None is valid if the argument is optional."""
     left = {*but, *(["None"] if optional else [])}
     return [Value(label, make) for label, make in COMMON.items() if label not in left and (not labels or label in labels)]
 
@@ -159,7 +159,7 @@ def devices(*, optional: bool = True) -> list[Value]:
         "{}",
         "()",
         "object",
-        "Stranger",
+        "Unprintable",
         "1j",
         "int",
         "array",
@@ -199,7 +199,7 @@ def callbacks() -> list[Value]:
 def paths() -> list[Value]:
     """No path of a folder."""
     return [
-        *common("None", "''", "b'x'", "1.5", "True", "[]", "[1]", "{}", "()", "object", "Stranger", "3", "nan", "tensor"),
+        *common("None", "''", "b'x'", "1.5", "True", "[]", "[1]", "{}", "()", "object", "Unprintable", "3", "nan", "tensor"),
         value("' '", " "),
         value("NUL", "a\0b"),
         value("5000 characters", "x" * 5000),
