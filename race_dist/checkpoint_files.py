@@ -1,4 +1,4 @@
-"""How checkpoints lie on disk: manifests, checksums, atomic renames, and which checkpoints are kept.
+"""The files of checkpoints: manifests, checksums, atomic renames, and which checkpoints are kept.
 
 A checkpoint is a set of files and a manifest, which is JSON with a checksum of itself and a checksum of every file. The
 manifest is written last, so a checkpoint is complete or not there at all, and it is verified when it is read. Two kinds of

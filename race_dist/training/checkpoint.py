@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, complete or not there at all, verified when they are read.
+"""The manager of a run's checkpoints: save in the background, find the latest intact checkpoint, load it.
 
 A checkpoint is a folder ``000012-step-00003000`` with the files of the engine's state and ``manifest.json``: the step, the
 position in the data, configuration, versions, and a checksum of every file. It is written under another name, flushed to disk

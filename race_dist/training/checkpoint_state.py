@@ -1,6 +1,7 @@
-"""What a checkpoint holds: the state of an engine, which the engine writes to a folder and reads back in its own format.
+"""The state in checkpoints: what an engine writes to a checkpoint's folder and reads back, in its own format.
 
-:class:`race_dist.training.checkpoint.CheckpointManager` makes the folder, the manifest and the checksums around it.
+:class:`race_dist.training.checkpoint.CheckpointManager` decides when, and adds the manifest; :mod:`race_dist.checkpoint_files`
+has the layout on disk.
 """
 
 from __future__ import annotations

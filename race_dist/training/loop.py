@@ -80,7 +80,7 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
     if saved is not None:
         trainer.restore(store, saved)
     if trainer.mesh.rank != 0:
-        return _Run(trainer, directory, store, None, hooks or Hooks()).go()
+        return _Run(trainer, directory, store, None, hooks or Hooks()).train()
     board = directory.tensorboard if config.tensorboard else None
     with Metrics(directory.metrics, config.steps, after=trainer.step, board=board) as metrics:
         with metrics.write_errors.suppress(str(directory.machine)):
@@ -93,7 +93,7 @@ def run(trainer: Trainer, directory: RunDirectory, *, resume: bool = False, hook
                     else f"{directory.path} has no checkpoint yet: starting from the beginning"
                 ]
             )
-        return _Run(trainer, directory, store, metrics, hooks or Hooks()).go()
+        return _Run(trainer, directory, store, metrics, hooks or Hooks()).train()
 
 
 def _write_description(trainer: Trainer, directory: RunDirectory) -> None:
@@ -127,7 +127,7 @@ class _Run:
     checkpoint_deferred: bool = False  # a checkpoint was due after a bad step and waits for the next good one
     rolled_back_to: int | None = None  # serial of the checkpoint of the last rollback; None once a later step was good
 
-    def go(self) -> Outcome:
+    def train(self) -> Outcome:
         trainer, config = self.trainer, self.trainer.config
         if self.metrics is not None:
             self.metrics.say(trainer.describe())

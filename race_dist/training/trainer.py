@@ -290,7 +290,7 @@ def open_corpus(config: TrainConfig, dp: int, sp: int = 1, *, check: bool = True
         )
     if data.batch_size // dp % parts:
         raise ValueError(
-            f"data.batch_size = {data.batch_size} over parallel.dp = {dp} leaves {data.batch_size // dp} rows a "
+            f"data.batch_size = {data.batch_size} over parallel.dp = {dp} leaves {data.batch_size // dp} rows per "
             f"rank, which do not divide into optim.accumulate = {parts} parts; change one of them"
         )
     check_shards(

@@ -1,4 +1,4 @@
-"""The same loss curve on every arrangement of up to four ranks, whatever is sharded, accumulated and computed again; and
+"""The same loss curve on every mesh of up to four ranks, with sharding, accumulation and activation checkpointing; and
 checkpoints that one arrangement writes and another one reads."""
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def start(world: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """``fn(group, *args)`` on fresh ranks that are the whole job; in this process for one."""
+    """Run ``fn(group, *args)`` on new ranks that form a job; for one rank, in this process."""
     if world == 1:
         return [fn(None, *args)]
     outcomes = spawn_ranks(world, fn, *args, timeout=120.0)
@@ -99,7 +99,7 @@ def alone(folder: Path) -> list[float]:
     return losses
 
 
-# every layout, and every option on several of them; all 64 are slow
+# every mesh, and every option on several meshes; all 64 cases are slow
 ALL = [(*layout, *options) for layout in LAYOUTS for options in OPTIONS]
 SOME = [ALL[8 * n + (5 * n + 3) % 8] for n in range(len(LAYOUTS))]
 
@@ -108,7 +108,7 @@ SOME = [ALL[8 * n + (5 * n + 3) % 8] for n in range(len(LAYOUTS))]
 @pytest.mark.parametrize(
     "chosen", [SOME, pytest.param(ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["some", "all"]
 )
-def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], chosen: list[Case], world: int) -> None:
+def test_the_loss_curve_is_that_of_one_process(folder: Path, alone: list[float], chosen: list[Case], world: int) -> None:
     cases = [case for case in chosen if case[0] * case[1] == world]
     assert cases
     for rank in start(world, curves, settings(folder), cases):
@@ -117,7 +117,7 @@ def test_the_curve_is_that_of_one_process(folder: Path, alone: list[float], chos
 
 
 def leg(group: ProcessGroup | None, dp: int, sp: int, config: TrainConfig, until: int) -> bool:
-    """Go on from the newest checkpoint until step ``until``, save, leave."""
+    """Resume from the newest checkpoint until step ``until``, save and stop."""
     trainer, directory = Trainer(config, place(group, dp, sp)), RunDirectory(config.directory)
     if trainer.mesh.rank == 0:
         directory.reopen(config)
@@ -126,7 +126,7 @@ def leg(group: ProcessGroup | None, dp: int, sp: int, config: TrainConfig, until
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_checkpoint_is_read_by_any_layout(folder: Path, alone: list[float], sharded: bool) -> None:
+def test_a_checkpoint_is_read_on_any_mesh(folder: Path, alone: list[float], sharded: bool) -> None:
     tree = settings(folder, name=f"legs-{sharded}")
     directory = RunDirectory(parse_config(tree).directory)
     legs = [((2, 1), "none"), ((1, 2), "none"), ((1, 1), "none"), ((2, 1), "none")]

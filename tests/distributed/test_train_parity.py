@@ -1,4 +1,4 @@
-"""A training run is the same run however its ranks are arranged."""
+"""A training run does not depend on how its ranks are arranged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 20
 
 
 def settings(text: Path, **changes: Any) -> dict[str, Any]:
-    """A tiny model with every kind of layer, trained fast enough that a wrong gradient shows at once."""
+    """A tiny model with every kind of layer, with a learning rate at which a wrong gradient shows at once."""
     tree: dict[str, Any] = {
         "steps": STEPS,
         "precision": "float64",
@@ -46,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def place(group: ProcessGroup | None, dp: int, layout: str) -> RankMesh:
-    """All of ``group`` side by side (dp) or along the sequence (sp)."""
+    """All ranks of ``group`` as data parallelism (dp) or context parallelism (sp)."""
     return RankMesh(torch.device("cpu"), group, None if dp > 1 else group, layout)
 
 
@@ -94,12 +94,12 @@ def test_every_arrangement_has_the_losses_of_one_process(
             assert rank[name] == pytest.approx(values, abs=1e-9, rel=1e-9), name
 
 
-def test_float32_losses_stay_together(text: Path) -> None:
+def test_float32_losses_stay_close(text: Path) -> None:
     tree = settings(text, precision="float32", steps=50, optim={"lr": 3e-3, "warmup_steps": 5})
     expected = losses(parse_config(tree), place(None, 1, "contiguous"))
     exact = losses(parse_config({**tree, "precision": "float64"}), place(None, 1, "contiguous"))
     assert expected["loss"][-1] < expected["loss"][0] - 1.5
-    # What float32 alone is off by after so many steps depends on the processor; ranks round in another order, once more.
+    # The float32 error after so many steps depends on the processor; ranks round in yet another order.
     rounding = max(abs(a - b) for a, b in zip(expected["loss"], exact["loss"], strict=True))
     limit = max(1e-5, 2 * rounding)
     assert limit < 1e-3

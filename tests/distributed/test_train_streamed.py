@@ -1,4 +1,4 @@
-"""Training on streamed sequences is the same run: losses, weights, measurements, on every layout, also when it is stopped."""
+"""Streamed training equals unstreamed training: losses, weights and evaluations, on every mesh, also when it is stopped."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def losses(tree: dict[str, Any], ranks: RankMesh) -> list[float]:
         {"data__documents": "separate", "data__held_out": "documents"},
     ],
 )
-def test_streamed_is_whole(text: Path, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_streamed_training_equals_unstreamed(text: Path, changes: dict[str, Any], tmp_path: Path) -> None:
     if "data__documents" in changes:  # a folder of files that are shorter than a window
         for n in range(40):
             (tmp_path / f"{n:02}.txt").write_text(text.read_text()[90 * n : 90 * n + 20 + 3 * n])
@@ -81,13 +81,13 @@ def test_streamed_is_whole(text: Path, changes: dict[str, Any], tmp_path: Path) 
 
 
 def layouts(world: ProcessGroup, tree: dict[str, Any]) -> list[list[float]]:
-    """dp 2 x sp 2, whole and sharded."""
+    """dp 2 x sp 2, replicated and sharded."""
     mesh = build_mesh(2, 2)
     ranks = RankMesh(torch.device("cpu"), world, mesh["sp"].get_group(), "contiguous")
     return [losses(tree | {"parallel": {"sharding": sharding}}, ranks) for sharding in ("none", "fsdp")]
 
 
-def test_every_layout_is_one_process(text: Path) -> None:
+def test_every_mesh_equals_one_process(text: Path) -> None:
     wanted = losses(settings(text), RankMesh(torch.device("cpu")))
     for outcome in spawn_ranks(4, layouts, settings(text, stream__chunk_size=7), timeout=60.0):
         assert outcome.error is None, outcome.error
@@ -96,7 +96,7 @@ def test_every_layout_is_one_process(text: Path) -> None:
 
 
 def stopped_run(world: ProcessGroup, tree: dict[str, Any], moment: int) -> list[Any]:
-    """A run of dp 2 that one rank asks to stop in the middle of a step, then the run resumed: outcomes, weights."""
+    """A run of dp 2 that one rank stops in the middle of a step, then the resumed run: outcomes and weights."""
     config, ranks = parse_config(tree), RankMesh(torch.device("cpu"), world, None, "contiguous")
     asked, results = iter(range(10_000)), []
     for resume in (False, True):
@@ -125,7 +125,7 @@ def test_a_run_stopped_inside_a_step_resumes_inside_it(text: Path) -> None:
     for _ in range(STEPS):
         trainer.train_step()
     wanted = [float(p.detach().norm()) for p in trainer.model.parameters()]
-    # a step of 8 chunks asks once before it, 7 times forward and 8 times backward: this is inside the second step
+    # a step of 8 chunks calls it once before the step, 7 times forward and 8 times backward: this is inside the second step
     for outcome in spawn_ranks(2, stopped_run, tree, 16 + 1 + 9, timeout=60.0):
         assert outcome.error is None, outcome.error
         (stopped, step, _, _, stored), (again, end, loss, weights, left) = outcome.value

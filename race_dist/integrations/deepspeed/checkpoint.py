@@ -1,4 +1,4 @@
-"""The state of DeepSpeed's optimizer in checkpoints: as named tensors, the same files that the native engine writes."""
+"""The checkpoint state of the DeepSpeed engine (CheckpointState): named tensors, in the same files as the native engine's."""
 
 from __future__ import annotations
 

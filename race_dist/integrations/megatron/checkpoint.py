@@ -1,4 +1,4 @@
-"""Checkpoint state in megatron-core's format, which any mesh of ranks reads, whichever mesh has written it."""
+"""The checkpoint state of the Megatron engine (CheckpointState): megatron-core's format, which any mesh of ranks reads."""
 
 from __future__ import annotations
 
