@@ -40,8 +40,6 @@ def run_recurrence(
     carry: CarryT,
     sequence: Sequence,
     scan: Callable[[TokenSpan, CarryT], tuple[Tensor, CarryT]],
-    *,
-    summarize: Callable[[TokenSpan, CarryT], CarryT] | None = None,
 ) -> tuple[Tensor, CarryT | None]:
     """Run a recurrent layer over this rank's rows, wherever the tokens before them are.
 
@@ -49,9 +47,8 @@ def run_recurrence(
         tensors: inputs of the layer, each ``[B, T, ...]``.
         carry: the carry before the call's sequence, the same on every rank; ``zero_carry`` at a beginning.
         sequence: the position of the rows in their sequence.
-        scan: from a span and its initial carry to its outputs ``[B, n, ...]`` and its final carry.
-        summarize: from a span and the zero carry to the final carry. Under a group it runs before ``scan``, which needs the
-            initial carry. None: ``scan`` itself, whose outputs are dropped.
+        scan: from a span and its initial carry to its outputs ``[B, n, ...]`` and its final carry. Under a group it runs twice:
+            from the zero carry, whose final carry the ranks exchange, and from the initial carry.
 
     Returns:
         The outputs ``[B, T, ...]`` and the carry after the call's sequence (None unless ``sequence.return_carry``).
@@ -71,20 +68,16 @@ def run_recurrence(
         outputs, after = scan(piece, carry)
         return outputs, _hide(after, end) if sequence.return_carry else None
     zero = carry.zero()
-    if summarize is None:
-        own = [scan(piece, zero)[1] for piece in pieces]
-    else:
-        own = [summarize(piece, zero) for piece in pieces]
-    own = [_linked(summary, piece) for summary, piece in zip(own, pieces, strict=True)]
-    own = [_hide(summary, end) for summary, end in zip(own, ends, strict=True)]
+    own = [_depend_on_inputs(scan(piece, zero)[1], piece) for piece in pieces]
+    own = [_hide(carry_of_piece, end) for carry_of_piece, end in zip(own, ends, strict=True)]
     initial, final = exchange_carries(own, carry, sequence.group, sequence.layout, return_carry=sequence.return_carry)
     if final is not None and sequence.num_documents > 1:
         final = final.with_reset()  # the open document began inside the sequence
-    parts = [_reading(scan(piece, before)[0], before) for piece, before in zip(pieces, initial, strict=True)]
+    parts = [_depend_on_carry(scan(piece, before)[0], before) for piece, before in zip(pieces, initial, strict=True)]
     return torch.cat(parts, 1), final
 
 
-def _linked(carry: CarryT, piece: TokenSpan) -> CarryT:
+def _depend_on_inputs(carry: CarryT, piece: TokenSpan) -> CarryT:
     """The carry of a piece. Without tokens it depends on the layer's inputs too: in the forward pass either all ranks exchange
     carries that require a gradient, or none does."""
     if piece.tensors[0].shape[1]:
@@ -93,7 +86,7 @@ def _linked(carry: CarryT, piece: TokenSpan) -> CarryT:
     return carry.with_tensors(tuple(t + zero if t.is_floating_point() else t for t in carry.tensors()))
 
 
-def _reading(outputs: Tensor, initial: LayerCarry) -> Tensor:
+def _depend_on_carry(outputs: Tensor, initial: LayerCarry) -> Tensor:
     """The outputs of a piece. Without tokens they depend on its initial carry too: in the backward pass every rank must come to
     the exchange."""
     if outputs.shape[1]:
@@ -102,7 +95,7 @@ def _reading(outputs: Tensor, initial: LayerCarry) -> Tensor:
 
 
 def _hide(carry: CarryT, begins: Tensor | None) -> CarryT:
-    """The carry behind the span, empty where a document begins (``begins``, one bool) right after it."""
+    """The carry after a span: empty if a document begins (``begins``, 0-dimensional bool) right after it."""
     if begins is None:
         return carry
     empty = carry.zero().with_reset().tensors()
