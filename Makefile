@@ -26,7 +26,7 @@ demo: .venv/.installed
 
 # The core: operator, layers, models, one process of parallel, configurations, the package's layers, bad inputs.
 CORE := tests/ops tests/nn tests/models tests/parallel tests/inputs tests/kernels/test_plan.py tests/test_attention.py \
-	tests/test_package.py tests/training/test_train_config.py
+	tests/test_architecture.py tests/test_package.py tests/test_vocabulary.py tests/training/test_train_config.py
 
 check: lint
 	$(PYTEST) -m "not slow and not gpu" -k "not wheel" $(CORE)

@@ -41,7 +41,7 @@ from race_dist.planning.communication_cost import scan_seconds
 from race_dist.planning.cost_model import count_passes
 from race_dist.planning.memory import activations
 from race_dist.planning.parameter_counts import parameter_count
-from race_dist.planning.race_cost import attention_cost
+from race_dist.planning.race_costs import attention_cost
 from race_dist.streaming import streamed_backward
 from race_dist.training.config import load_config
 

@@ -26,8 +26,7 @@ class GradientReducer:
     PyTorch's DDP re-orders its buckets after the first step, which changes rounding: a resumed run would not repeat the
     uninterrupted one bit by bit. Here buckets have the reverse order of the parameters.
 
-        with reducer.reduce_on_exit():           # gradients of the backward passes inside accumulate; they are all-reduced at
-        the end
+        with reducer.reduce_on_exit():  # gradients accumulate inside, and are all-reduced at the end
             loss.backward()
 
     Args:
@@ -103,9 +102,9 @@ class GradientReducer:
 class DataParallelModel:
     """A model whose parameters a group of ranks shares. It is called like the module itself.
 
-        replica = DataParallelModel.replicated(model, group)               # or DataParallelModel.fully_sharded(model, group,
-        model.blocks, ...) for n, (inputs, labels) in enumerate(parts):
-            with replica.backward(last=n == len(parts) - 1):     # after the last part, gradients are summed over the ranks
+        replica = DataParallelModel.replicated(model, group)  # or fully_sharded(model, group, model.blocks, ...)
+        for n, (inputs, labels) in enumerate(parts):
+            with replica.backward(last=n == len(parts) - 1):  # after the last part, gradients are summed over the ranks
                 replica(inputs, labels).backward()
 
     Attributes:

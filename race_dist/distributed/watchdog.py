@@ -142,9 +142,9 @@ class Watchdog:
         positions = {r: beat.get("at", {}) for r, beat in after.items()}
         most = {name: max(at[name][0] for at in positions.values() if name in at) for at in positions.values() for name in at}
         late = [r for r, at in positions.items() if any(at[name][0] < most[name] for name in at)]
-        waited = f"the job has stood still for {self.stall_timeout:g} s"
+        waited = f"the job has stalled for {self.stall_timeout:g} s"
         if dead:
-            text = f"{waited}: {format_ranks(dead)} died (no sign of life)"
+            text = f"{waited}: {format_ranks(dead)} died (no heartbeat)"
         elif late:
             text = f"{waited}: {format_ranks(late)} did not come to the collective that the others wait in"
         else:
@@ -196,7 +196,7 @@ class Watchdog:
             of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             host = "the launcher's agent" if of_launcher else "rank 0"
             return RankFailure(
-                f"{head}: {host} died, has already ended or stands still, and with it the store through which "
+                f"{head}: {host} died, has already ended or hangs, and with it the store through which "
                 f"ranks find each other [{_first_line(error)}]",
                 [0] if self.rank and not of_launcher else [],
             )
@@ -219,7 +219,7 @@ class Watchdog:
         own_count, name = self.progress[group.group_name][0], group.group_name
         late = [r for r in others if r not in dead + left and after[r].get("at", {}).get(name, (0, ""))[0] < own_count]
         if dead:
-            found, text = dead, f"{format_ranks(dead)} died (no sign of life)"
+            found, text = dead, f"{format_ranks(dead)} died (no heartbeat)"
         elif left:
             found, text = left, f"{format_ranks(left)} had already left the job"
         elif late:

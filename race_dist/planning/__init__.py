@@ -10,7 +10,7 @@ from race_dist.planning.layer_costs import LayerCost, layer_cost, register_layer
 from race_dist.planning.layout import Job, Layout, parse_count
 from race_dist.planning.memory import Memory, memory
 from race_dist.planning.plan import Choices, Plan, largest_context, make_plan, recommend
-from race_dist.planning.race_cost import RaceCost
+from race_dist.planning.race_costs import RaceCost
 from race_dist.planning.report import limits, print_report, to_json
 from race_dist.planning.softmax_costs import SoftmaxCost, WindowCost
 

@@ -1,4 +1,7 @@
-"""Activation memory: bytes that autograd saves of one chunk's forward pass, and autocast's copies of the weights."""
+"""Activation memory: bytes that autograd saves of one chunk's forward pass, and autocast's copies of the weights.
+
+A block is the mixing layer, which its kind counts (:mod:`.race_costs`, :mod:`.softmax_costs`), and SwiGLU, counted here.
+"""
 
 from __future__ import annotations
 

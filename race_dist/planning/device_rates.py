@@ -22,7 +22,7 @@ class Rates:
             an H100 at sizes of 2048 and more, power limit included (estimate).
         bandwidth: fraction of the rated memory bandwidth that element-wise kernels reach. Default: 0.87, a device copy
             on an H100 (2.92 of 3.35 TB/s, measured).
-        attention: time of the attention as a multiple of the roofline of :func:`race_dist.planning.race_cost.attention_cost`
+        attention: time of the attention as a multiple of the roofline of :func:`race_dist.planning.race_costs.attention_cost`
             (forward, backward), by the number of features S; the nearest S counts. Defaults: 2**20 tokens and 8 heads of 128
             on an H100 (measured, docs/benchmarks/attention-h100.json): 4.6 and 9.8 ms at S = 8, 5.3 and 9.6 ms at 64 (decay
             per token), 15.1 and 51.5 ms at 256, where fewer states are written forward than the roofline counts.

@@ -85,7 +85,7 @@ def test_a_stalled_job_names_the_rank_shows_its_stack_and_ends(tmp_path: Path) -
     assert time.monotonic() - began < 100.0  # less than the 300 and 600 of the collective and of the rank
     for rank in (0, 2):
         assert (
-            f"rank {rank}: the job has stood still for 4 s: rank 1 did not come to the collective"
+            f"rank {rank}: the job has stalled for 4 s: rank 1 did not come to the collective"
             in (tmp_path / str(rank)).read_text()
         )
     assert "in lost_in_thought" in (tmp_path / "1").read_text()

@@ -66,13 +66,13 @@ def test_every_part_measures(tmp_path: Path) -> None:
     assert step["shared"]["tokens"] == 4096  # 4000, rounded up to whole chunks of both ranks
     assert step["efficiency"] == pytest.approx(step["speedup"] / 2)
     assert step["predicted_seconds"] > 0
-    assert [row["name"] for row in report["peers"]["rows"] if "both_ms" in row] == ["race", "ulysses", "ring"]
+    assert [row["name"] for row in report["baselines"]["rows"] if "both_ms" in row] == ["race", "ulysses", "ring"]
 
 
 def test_a_limit_leaves_a_json_of_what_was_measured(tmp_path: Path) -> None:
     report = scaling(tmp_path / "scaling.json", "--parts", "exactness,weak,peers", "--seconds", "1")
     assert report["exactness"]["all_ok"]
-    assert "limit had passed" in report["peers"]["skipped"]
+    assert "limit had passed" in report["baselines"]["skipped"]
 
 
 def baseline_errors(group: ProcessGroup, length: int, heads: int, name: str, layout: Layout) -> tuple[float, ...]:
@@ -100,6 +100,6 @@ def baseline_errors(group: ProcessGroup, length: int, heads: int, name: str, lay
         (3, 33, 3, "ulysses", "contiguous"),
     ],
 )
-def test_softmax_peers_are_exact(world: int, length: int, heads: int, name: str, layout: Layout) -> None:
+def test_softmax_baselines_are_exact(world: int, length: int, heads: int, name: str, layout: Layout) -> None:
     for errors in run_ranks(world, baseline_errors, length, heads, name, layout):
         assert max(errors) <= 1e-6  # ring attention adds its blocks in float32

@@ -56,9 +56,9 @@ def inputs(
     options: dict[str, Any] = {"causal": causal, "normalization": normalization}
     if decay == "head":
         options["log_decay"] = torch.tensor([-0.3, -1.5], dtype=dtype)
-    entering = SketchState(normal(rows, HKV, S).abs(), normal(rows, HKV, S, DV)) if state else None
+    initial = SketchState(normal(rows, HKV, S).abs(), normal(rows, HKV, S, DV)) if state else None
     weights = [normal(rows, HKV, S), normal(rows, HKV, S, DV), normal(rows, HKV)]
-    return Inputs(tokens, shared, entering, weights, options)
+    return Inputs(tokens, shared, initial, weights, options)
 
 
 def run(x: Inputs, tokens: dict[str, Tensor], rows: slice, **options: Any) -> dict[str, Tensor]:
