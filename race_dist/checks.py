@@ -187,10 +187,10 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def cu_seqlens(value: Tensor | None, length: int | None = None) -> None:
+def cu_seqlens(value: Tensor | None, length: int | None = None, *, batch: int = 1) -> None:
     """Check the boundaries of packed documents: ``[N + 1]`` integers that start at 0, never fall and end at ``length``.
 
-    None is no packed documents. Values are read only where they are :func:`readable`.
+    None means no packed documents; ``batch``: rows of the call. Values are read only where they are :func:`readable`.
 
     Raises:
         TypeError: they are not a tensor.
@@ -201,6 +201,8 @@ def cu_seqlens(value: Tensor | None, length: int | None = None) -> None:
     tensor("cu_seqlens", value)
     if value.dim() != 1 or value.numel() < 2 or value.dtype not in INTEGERS:
         raise ValueError(f"cu_seqlens must be int32 or int64 [N + 1] with N >= 1; got {value.dtype} {list(value.shape)}")
+    if batch != 1:
+        raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {batch}: pack them into one row")
     if not readable(value):
         return
     first, last = int(value[0]), int(value[-1])

@@ -245,14 +245,9 @@ class Backbone(nn.Module):
             )
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids must be int [B, T]; got {input_ids.dtype} {list(input_ids.shape)}")
-        if cu_seqlens is not None:
-            checks.tensor("cu_seqlens", cu_seqlens)
+        checks.cu_seqlens(cu_seqlens, batch=input_ids.shape[0])
         if key_mask is not None:
             checks.tensor("key_mask", key_mask)
-        if cu_seqlens is not None and input_ids.shape[0] != 1:
-            raise ValueError(
-                f"packed documents (cu_seqlens) need a batch of 1; got B = {input_ids.shape[0]}: pack them into one row"
-            )
         if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != input_ids.shape):
             raise ValueError(
                 f"key_mask must be bool {list(input_ids.shape)} like input_ids; got {key_mask.dtype} {list(key_mask.shape)}"

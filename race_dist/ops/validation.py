@@ -199,9 +199,7 @@ def _validate_cu_seqlens(cu_seqlens: Tensor | None, batch: int, length: int | No
     """int64 ``[N + 1]``; ``length`` None when the tokens are sharded and only their sum over the ranks is known."""
     if cu_seqlens is None:
         return None
-    checks.cu_seqlens(cu_seqlens, length)
-    if batch != 1:
-        raise ValueError(f"packed documents (cu_seqlens) need a batch of 1; got B = {batch}: pack them into one row")
+    checks.cu_seqlens(cu_seqlens, length, batch=batch)
     _check_same_device("cu_seqlens", cu_seqlens, q)
     return cu_seqlens.long()
 
