@@ -73,16 +73,16 @@ def _make_private(folder: Path) -> Path:
     """Create a folder with mode 0700, or check that the existing one can be trusted. OSError if it cannot."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise OSError(f"the cache {folder} is {'a symbolic link' if stat.S_ISLNK(found.st_mode) else 'no folder'}")
-    if found.st_uid != os.getuid():
-        raise OSError(f"the cache {folder} belongs to another user ({found.st_uid})")
-    if found.st_mode & 0o022:
-        raise OSError(f"the cache {folder} may be written by others (mode {stat.S_IMODE(found.st_mode):o})")
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise OSError(f"the cache {folder} is {'a symbolic link' if stat.S_ISLNK(status.st_mode) else 'no folder'}")
+    if status.st_uid != os.getuid():
+        raise OSError(f"the cache {folder} belongs to another user ({status.st_uid})")
+    if status.st_mode & 0o022:
+        raise OSError(f"the cache {folder} may be written by others (mode {stat.S_IMODE(status.st_mode):o})")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"the cache {folder} cannot be written")
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         folder.chmod(0o700)
     return folder
 
@@ -91,11 +91,11 @@ def _check_above(folder: Path) -> None:
     """OSError if another user could replace this folder or one above it."""
     resolved = folder.resolve()
     for parent in (resolved, *resolved.parents):
-        found = parent.stat()
-        if found.st_uid not in (0, os.getuid(), _unmapped_user()):
-            raise OSError(f"the cache's folder {parent} belongs to another user ({found.st_uid})")
-        if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-            raise OSError(f"others may write to the cache's folder {parent} (mode {stat.S_IMODE(found.st_mode):o})")
+        status = parent.stat()
+        if status.st_uid not in (0, os.getuid(), _unmapped_user()):
+            raise OSError(f"the cache's folder {parent} belongs to another user ({status.st_uid})")
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            raise OSError(f"others may write to the cache's folder {parent} (mode {stat.S_IMODE(status.st_mode):o})")
 
 
 def _unmapped_user() -> int:

@@ -51,18 +51,18 @@ class RankReport:
 
 def compare_facts(reports: Sequence[RankReport]) -> list[CheckResult]:
     """One result per fact: it is the same on all ranks, or names the ranks that differ."""
-    found = []
+    results = []
     for name in sorted({name for report in reports for name in report.facts}):
         values = [report.facts.get(name, "unknown") for report in reports]
         common = max(values, key=lambda value: (values.count(value), value == values[0]))
         odd = [f"{report.node} (rank {report.rank}) has {value}" for report, value in zip(reports, values) if value != common]
         if odd:
-            found.append(
+            results.append(
                 CheckResult(name, "fail", common, f"not the same everywhere: most have {common}, {'; '.join(odd[:8])}")
             )
         else:
-            found.append(CheckResult(name, "ok" if common != "unknown" else "unknown", common))
-    return found
+            results.append(CheckResult(name, "ok" if common != "unknown" else "unknown", common))
+    return results
 
 
 def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.8) -> list[CheckResult]:
@@ -83,19 +83,19 @@ def compare_speeds(reports: Sequence[RankReport], name: str, *, slow: float = 0.
 
 def refusals(reports: Iterable[RankReport], shared: Iterable[CheckResult]) -> list[str]:
     """Reasons not to start the job here: one sentence per failed check, with the node's name."""
-    found = [
+    reasons = [
         f"{r.node} (rank {r.rank}): {f.name}: {f.detail or f.value}" for r in reports for f in r.findings if f.verdict == "fail"
     ]
-    return found + [f"{f.name}: {f.detail or f.value}" for f in shared if f.verdict == "fail"]
+    return reasons + [f"{f.name}: {f.detail or f.value}" for f in shared if f.verdict == "fail"]
 
 
 def table(reports: Sequence[RankReport], shared: Sequence[CheckResult]) -> Any:
     """A rich table: all results of the group and of the first rank, and those of other ranks that are not ok."""
     from rich.table import Table
 
-    out = Table(box=None, pad_edge=False, show_edge=False)
+    rich_table = Table(box=None, pad_edge=False, show_edge=False)
     for column in ("where", "what", "verdict", "found"):
-        out.add_column(column, overflow="fold")
+        rich_table.add_column(column, overflow="fold")
     colours: Mapping[str, str] = {"ok": "green", "warn": "yellow", "fail": "bold red", "unknown": "dim"}
     rows = [
         (f"{r.node}/{r.rank}", f)
@@ -105,8 +105,8 @@ def table(reports: Sequence[RankReport], shared: Sequence[CheckResult]) -> Any:
     ]
     for where, finding in [*rows, *(("all", f) for f in shared)]:
         found = finding.detail or ("" if finding.value is None else _short(finding.value))
-        out.add_row(where, finding.name, f"[{colours[finding.verdict]}]{finding.verdict}[/]", found)
-    return out
+        rich_table.add_row(where, finding.name, f"[{colours[finding.verdict]}]{finding.verdict}[/]", found)
+    return rich_table
 
 
 def _short(value: Any) -> str:

@@ -128,18 +128,18 @@ def read_environment(value: object) -> object:
     """
     if not isinstance(value, Mapping):
         return value
-    found: dict[object, object] = {}
+    variables: dict[object, object] = {}
     for name, given in value.items():
         where = f"env.{name}"
         if name in _OF_A_RANK:
             raise ValueError(f"{where}: {name} tells one rank from another, and launchers set it for each; leave it out")
         if isinstance(given, Mapping):
-            found[name] = EnvironmentReference.check(given, source=where, prefix=f"{where}.")
+            variables[name] = EnvironmentReference.check(given, source=where, prefix=f"{where}.")
         elif isinstance(given, str | EnvironmentReference):
-            found[name] = one_line(given, where) if isinstance(given, str) else given
+            variables[name] = one_line(given, where) if isinstance(given, str) else given
         elif isinstance(given, int | float) and not isinstance(given, bool):
-            found[name] = str(given)
+            variables[name] = str(given)
         else:
             what = "" if is_secret(str(name)) else f"; got {short_repr(given)}"
             raise ValueError(f'{where} must be text, a number or a reference {{ from_env = "NAME" }}{what}')
-    return found
+    return variables

@@ -275,13 +275,13 @@ class JobConfig(StrictConfig):
 
     def references(self) -> dict[str, EnvironmentReference]:
         """Variables that are passed by reference: those given as references, and all secrets."""
-        found = {}
+        references = {}
         for name, value in self.env.items():
             if isinstance(value, EnvironmentReference):
-                found[name] = value
+                references[name] = value
             elif is_secret(name, value):
-                found[name] = EnvironmentReference(from_env=name)
-        return found
+                references[name] = EnvironmentReference(from_env=name)
+        return references
 
     def secrets(self, environment: Mapping[str, str]) -> dict[str, str]:
         """The values of :meth:`references` for the launcher's environment: secrets given in ``env`` itself, and those taken
@@ -290,23 +290,23 @@ class JobConfig(StrictConfig):
         Raises:
             ValueError: a referenced variable is not set in ``environment``.
         """
-        found = {}
+        values = {}
         for name, reference in self.references().items():
             given = self.env[name]
             if isinstance(given, str):
-                found[name] = given
+                values[name] = given
             elif reference.from_env is not None:
                 if reference.from_env not in environment:
                     raise ValueError(
                         f"env.{name} is taken from the environment variable {reference.from_env}, which is not set"
                     )
-                found[name] = one_line(environment[reference.from_env], f"the environment variable {reference.from_env}")
+                values[name] = one_line(environment[reference.from_env], f"the environment variable {reference.from_env}")
             else:
                 raise ValueError(
                     f"env.{name} is in a Secret of Kubernetes, which only race-dist launch kubernetes can read; "
                     f'give env.{name} = {{ from_env = "NAME" }}'
                 )
-        return found
+        return values
 
 
 def template_names() -> list[str]:

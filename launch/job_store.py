@@ -61,13 +61,13 @@ def recall(runs: Path, which: str | None = None) -> list[JobRecord]:
     records = sorted(_read(runs), key=lambda r: (r.submitted, r.id))
     if which is None:
         return records
-    found = [r for r in records if which in (r.id, r.name, r.id.split("_")[0])]
-    if not found:
+    matches = [r for r in records if which in (r.id, r.name, r.id.split("_")[0])]
+    if not matches:
         known = ", ".join(sorted({r.name for r in records})) or "none"
         raise ValueError(
             f"no job {which!r} was submitted with its runs in {runs}; known are {known} (--runs names another folder)"
         )
-    return found
+    return matches
 
 
 def _read(runs: Path) -> Iterator[JobRecord]:

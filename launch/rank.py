@@ -56,16 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def take_local_rank(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
     """Split off ``--local_rank=N`` (or ``--local-rank N``), which DeepSpeed adds as the first argument."""
-    words, found = list(arguments), None
+    words, local_rank = list(arguments), None
     for index, word in enumerate(words):
         match = re.fullmatch(r"--local[_-]rank(?:=(\d+))?", word)
         if match:
             if match[1] is None and (index + 1 == len(words) or not words[index + 1].isdecimal()):
                 raise ValueError(f"{word} needs a number behind it")
-            found = int(match[1] or words[index + 1])
+            local_rank = int(match[1] or words[index + 1])
             del words[index : index + (1 if match[1] else 2)]
             break
-    return found, words
+    return local_rank, words
 
 
 def _code_for_launcher(code: int) -> int:

@@ -38,26 +38,26 @@ def rank_variables(environment: Mapping[str, str], local_rank: int | None = None
     if "RANK" in e and "WORLD_SIZE" in e:  # torchrun, DeepSpeed
         if step and "TORCHELASTIC_RUN_ID" not in e:
             _check_against_step(e)
-        found = {}
+        variables = {}
         if local_rank is not None and "LOCAL_RANK" not in e:
-            found["LOCAL_RANK"] = str(local_rank)
-        return found
+            variables["LOCAL_RANK"] = str(local_rank)
+        return variables
     if step:
         return _srun_variables(e)
     if "OMPI_COMM_WORLD_RANK" in e:
-        found = {
+        variables = {
             "RANK": e["OMPI_COMM_WORLD_RANK"],
             "WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_SIZE")),
             "LOCAL_RANK": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_RANK")),
             "LOCAL_WORLD_SIZE": str(_integer(e, "OMPI_COMM_WORLD_LOCAL_SIZE")),
         }
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in e]
-        if missing and int(found["WORLD_SIZE"]) > 1:
+        if missing and int(variables["WORLD_SIZE"]) > 1:
             raise ValueError(
-                f"mpirun started {found['WORLD_SIZE']} ranks, but {' and '.join(missing)} is not set: pass "
+                f"mpirun started {variables['WORLD_SIZE']} ranks, but {' and '.join(missing)} is not set: pass "
                 "-x MASTER_ADDR=... -x MASTER_PORT=... with the first host and a free port"
             )
-        return found
+        return variables
     return {}
 
 
@@ -66,18 +66,20 @@ def _srun_variables(e: Mapping[str, str]) -> dict[str, str]:
     world = _integer(e, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in e else "SLURM_NTASKS")
     if world <= 1:
         return {}
-    found = {
+    variables = {
         "RANK": str(_integer(e, "SLURM_PROCID")),
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": str(_integer(e, "SLURM_LOCALID")),
         "LOCAL_WORLD_SIZE": str(_tasks_on_node(e)),
     }
     if "MASTER_ADDR" not in e:
-        found["MASTER_ADDR"] = expand_hostlist(e["SLURM_STEP_NODELIST"])[0]
+        variables["MASTER_ADDR"] = expand_hostlist(e["SLURM_STEP_NODELIST"])[0]
     if "MASTER_PORT" not in e:
         # one of 8192 ports, chosen by job and step: two jobs on a node and two steps of a job use different ports
-        found["MASTER_PORT"] = str(20000 + (_integer(e, "SLURM_JOB_ID") + _STEP_STRIDE * _integer(e, "SLURM_STEP_ID")) % 8192)
-    return found
+        variables["MASTER_PORT"] = str(
+            20000 + (_integer(e, "SLURM_JOB_ID") + _STEP_STRIDE * _integer(e, "SLURM_STEP_ID")) % 8192
+        )
+    return variables
 
 
 def _check_against_step(e: Mapping[str, str]) -> None:

@@ -277,9 +277,9 @@ def _submitit_python(job: JobConfig) -> str | None:
 def state(record: JobRecord) -> dict[str, str]:
     """A job's ``state`` as Slurm names it (``ENDED`` if Slurm has no record of it), ``reason``, ``nodes`` and ``restarts``."""
     for read in (_from_scontrol, _from_sacct):
-        found = read(record.id)
-        if found is not None:
-            return found
+        facts = read(record.id)
+        if facts is not None:
+            return facts
     return {"state": _ENDED, "reason": "Slurm does not know this job any more", "nodes": "", "restarts": ""}
 
 
@@ -305,8 +305,8 @@ def _from_sacct(job_id: str) -> dict[str, str] | None:
     except OSError:  # there is no accounting database
         return None
     for line in text.splitlines():
-        found, reason, nodes = (*line.split("|"), "", "")[:3]
-        return {"state": found.split()[0], "reason": reason, "nodes": nodes, "restarts": ""}
+        state, reason, nodes = (*line.split("|"), "", "")[:3]
+        return {"state": state.split()[0], "reason": reason, "nodes": nodes, "restarts": ""}
     return None
 
 

@@ -44,7 +44,7 @@ def load_job_and_run(
         overrides: changes of its keys.
         job: a template or a file.
         changes: changes of the job's keys.
-        on_this_machine: the ranks run on this machine, so a device that nobody names is a GPU only where there is one.
+        on_this_machine: the ranks run on this machine, so the default device is a GPU only if there is one.
 
     Raises:
         ValueError: the configuration or the job's description is wrong, or their numbers of ranks do not fit.
@@ -83,7 +83,7 @@ def _has_gpu() -> bool:
 
 
 def _report_cpu_ranks(job: JobConfig, *, no_gpu: bool) -> None:
-    """One line where the job was written for GPUs, or for more cores than this machine has."""
+    """Print one line if there is no GPU, or if the machine has fewer cores than the job has ranks."""
     ranks, cores = job.ranks_per_node, len(os.sched_getaffinity(0))
     if ranks > cores or (no_gpu and ranks > 1):
         print(
@@ -94,7 +94,7 @@ def _report_cpu_ranks(job: JobConfig, *, no_gpu: bool) -> None:
 
 
 def _check_gpu_count(job: JobConfig) -> None:
-    """ValueError where there are GPUs, but fewer than ranks."""
+    """ValueError if the machine has GPUs, but fewer than the job has ranks."""
     import torch
 
     gpus = torch.cuda.device_count() if job.device == "cuda" else 0
@@ -114,10 +114,10 @@ def expand_array(run: Run, array: Sequence[str]) -> list[Run]:
     choices = []
     for entry in array:
         key, equals, values = entry.partition("=")
-        found = [value.strip() for value in values.split(",")]
-        if not equals or not key.strip() or not all(found):
+        options = [value.strip() for value in values.split(",")]
+        if not equals or not key.strip() or not all(options):
             raise ValueError(f"--array {entry!r} is not of the form key=value,value,..., for example seed=0,1,2")
-        choices.append([(key.strip(), value) for value in found])
+        choices.append([(key.strip(), value) for value in options])
     keys = [pairs[0][0] for pairs in choices]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
@@ -164,7 +164,7 @@ def local(job: JobConfig, run: Run, *, dry_run: bool) -> int:
 def torchrun(
     job: JobConfig, run: Run, *, endpoint: str | None, node_rank: int | None, local_address: str | None, dry_run: bool
 ) -> int:
-    """Run torchrun for this node; every node gets the same command. Returns its exit code."""
+    """Run torchrun on this node; all nodes run the same command. Returns its exit code."""
     if endpoint is None and job.nodes > 1:
         raise ValueError(f"{job.nodes} nodes need a rendezvous: --endpoint HOST:PORT, the same on each of them")
     if endpoint is not None:
@@ -260,11 +260,11 @@ def submit_kubernetes(job: JobConfig, run: Run, *, write: Path | None, dry_run: 
 
 def status(runs: Path, which: str | None) -> list[tuple[JobRecord, dict[str, str]]]:
     """The submitted jobs and their ``state``, ``reason``, ``nodes``, ``restarts`` and ``progress``."""
-    found = []
+    jobs = []
     for record in recall(runs, which):
         facts = kubernetes.state(record) if record.scheduler == "kubernetes" else slurm.state(record)
-        found.append((record, facts | {"progress": slurm.progress(record)}))
-    return found
+        jobs.append((record, facts | {"progress": slurm.progress(record)}))
+    return jobs
 
 
 def logs(runs: Path, which: str, lines: int) -> list[str]:

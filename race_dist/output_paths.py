@@ -35,33 +35,33 @@ def check_output_folder(folder: Path, what: str = "the output", *, follow: bool 
 
 
 def _check(path: Path, what: str, *, folder: bool, make: bool) -> None:
-    trouble = _trouble(path, folder=folder, make=make)
-    if trouble is not None:
-        raise type(trouble)(f"{what} {short_repr(str(path))} {trouble}".strip())
+    obstacle = _obstacle(path, folder=folder, make=make)
+    if obstacle is not None:
+        raise type(obstacle)(f"{what} {short_repr(str(path))} {obstacle}".strip())
 
 
-def _trouble(path: Path, *, folder: bool, make: bool) -> OSError | None:
+def _obstacle(path: Path, *, folder: bool, make: bool) -> OSError | None:
     """Why the path cannot be written, as words that follow its name; None if it can."""
     try:
-        found = path.lstat().st_mode
+        mode = path.lstat().st_mode
     except FileNotFoundError:
-        found = 0
+        mode = 0
     except NotADirectoryError:
         return NotADirectoryError("lies in something that is no folder; choose another path")
     except (OSError, ValueError) as error:  # ValueError: a NUL
         return OSError(f"cannot be used: {getattr(error, 'strerror', None) or error}")
-    if stat.S_ISLNK(found):
+    if stat.S_ISLNK(mode):
         return FileExistsError(
             f"is a symbolic link to {short_repr(os.readlink(path))}: it is neither written through nor replaced; "
             "remove the link or name the file itself"
         )
-    if found and not folder and not stat.S_ISREG(found):
-        kind = "a folder" if stat.S_ISDIR(found) else "no ordinary file but a device, pipe or socket"
+    if mode and not folder and not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no ordinary file but a device, pipe or socket"
         return FileExistsError(f"is {kind}; give the name of a file")
-    if found and folder and not stat.S_ISDIR(found):
+    if mode and folder and not stat.S_ISDIR(mode):
         return FileExistsError("is there and is no folder; choose another path")
-    if found and not os.access(path, os.W_OK):
-        return PermissionError(f"may not be written: its mode is {stat.S_IMODE(found):o}")
+    if mode and not os.access(path, os.W_OK):
+        return PermissionError(f"may not be written: its mode is {stat.S_IMODE(mode):o}")
     parent = path.absolute().parent
     while make and not os.path.lexists(parent) and parent != parent.parent:
         parent = parent.parent
@@ -90,9 +90,9 @@ def atomic_write(path: Path, *, mode: int | None = None) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; the message names ``path``.
     """
-    trouble = _trouble(path, folder=False, make=False)
-    if trouble is not None:
-        raise type(trouble)(f"{path} could not be written: it {trouble}")
+    obstacle = _obstacle(path, folder=False, make=False)
+    if obstacle is not None:
+        raise type(obstacle)(f"{path} could not be written: it {obstacle}")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         if mode is not None:

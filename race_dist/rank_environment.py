@@ -70,15 +70,15 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
             f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: RANK counts from 0; unset both "
             "for one process, or start the ranks with a launcher"
         )
-    mine, local_world = local_rank(e), _integer(e, "LOCAL_WORLD_SIZE")
+    local, local_world = local_rank(e), _integer(e, "LOCAL_WORLD_SIZE")
     if local_world is not None and local_world < 1:
         raise ValueError(f"LOCAL_WORLD_SIZE={local_world} in the environment must be at least 1")
     if world == 1:
-        return RankEnvironment(0, 1, mine, local_world)
-    if local_world is not None and (local_world > world or (mine or 0) >= local_world):
+        return RankEnvironment(0, 1, local, local_world)
+    if local_world is not None and (local_world > world or (local or 0) >= local_world):
         raise ValueError(
             f"LOCAL_WORLD_SIZE={local_world} in the environment fits neither WORLD_SIZE={world} nor LOCAL_RANK="
-            f"{mine or 0}: start the ranks with one launcher, or unset it"
+            f"{local or 0}: start the ranks with one launcher, or unset it"
         )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not e.get(name, "").strip():
@@ -89,15 +89,15 @@ def rank_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
     port = _integer(e, "MASTER_PORT") or 0
     if not 0 < port < 2**16:
         raise ValueError(f"MASTER_PORT={port} in the environment must be a port from 1 to 65535")
-    return RankEnvironment(rank, world, mine, local_world, e["MASTER_ADDR"].strip(), port)
+    return RankEnvironment(rank, world, local, local_world, e["MASTER_ADDR"].strip(), port)
 
 
 def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
     """LOCAL_RANK; None if it is not set. ValueError unless it is an integer of at least 0."""
-    found = _integer(os.environ if environment is None else environment, "LOCAL_RANK")
-    if found is not None and found < 0:
-        raise ValueError(f"LOCAL_RANK={found} in the environment must not be negative")
-    return found
+    value = _integer(os.environ if environment is None else environment, "LOCAL_RANK")
+    if value is not None and value < 0:
+        raise ValueError(f"LOCAL_RANK={value} in the environment must not be negative")
+    return value
 
 
 def ranks_per_node(environment: Mapping[str, str] | None = None) -> int:

@@ -115,11 +115,11 @@ def _code_of(error: Exception) -> int:
 
 def _run_failures() -> tuple[type[Exception], ...]:
     """Errors that mean a failed run. A module that was not imported cannot have raised its error."""
-    found: list[type[Exception]] = [FloatingPointError]
+    failures: list[type[Exception]] = [FloatingPointError]
     for module, name in (("race_dist.parallel", "RankFailure"), ("race_dist.training.checkpoint", "CheckpointError")):
         if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
+            failures.append(getattr(sys.modules[module], name))
+    return tuple(failures)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def text(*names: str, metavar: str, help: str) -> Any:
     return _option(parse, names, metavar, help)
 
 
-def device(*names: str, help: str = "cpu, cuda or cuda:N. Default: cuda where there is a GPU.") -> Any:
+def device(*names: str, help: str = "cpu, cuda or cuda:N. Default: cuda if there is a GPU.") -> Any:
     """An option that takes an existing device."""
     return _option(parse_device, names, "DEVICE", help)
 

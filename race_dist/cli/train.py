@@ -34,7 +34,7 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest valid checkpoint; start where there is none.")
+        bool, typer.Option("--resume", help="Continue from the newest valid checkpoint; start if there is none.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, run two steps on synthetic text, write nothing.")
@@ -72,7 +72,7 @@ def train(
 
 
 def _rank_arguments(config: Path, override: list[str], overwrite: bool, resume: bool, dry_run: bool) -> list[str]:
-    """What follows ``python`` in each rank."""
+    """The arguments of ``python`` for one rank."""
     arguments = ["-m", "race_dist.cli", "train"]
     for change in override:
         arguments += ["--override", change]
