@@ -41,7 +41,7 @@ def test_ulysses_modules_are_replaced_and_train_alike(found: dict[str, Any]) -> 
     assert result["error"] < 1e-5
 
 
-def test_a_checkpoint_of_each_stage_goes_on_bitwise(found: dict[str, Any]) -> None:
+def test_a_run_resumes_bitwise_at_each_zero_stage(found: dict[str, Any]) -> None:
     result = job(found, "resume")
     assert set(result) == {0, 1, 2, 3}
     for stage, (whole, resumed) in result.items():
@@ -82,7 +82,7 @@ def test_transformers_models_train_as_on_one_rank(found: dict[str, Any]) -> None
         ("ulysses", 'give "race_attention" in the DeepSpeed configuration to replace it'),
     ],
 )
-def test_what_would_train_wrongly_is_refused(found: dict[str, Any], name: str, message: str) -> None:
+def test_settings_with_wrong_gradients_are_refused(found: dict[str, Any], name: str, message: str) -> None:
     assert message in job(found, "refusals")[name]
 
 
@@ -101,7 +101,7 @@ def test_bytes_do_not_depend_on_the_length(found: dict[str, Any]) -> None:
     assert sizes["1024"] == sizes["4096"] > 0
 
 
-def test_what_a_sketch_attention_cannot_see_is_refused() -> None:
+def test_sketch_attention_refuses_unsupported_arguments() -> None:
     import torch
 
     from race_dist.integrations.deepspeed import SketchAttention

@@ -136,7 +136,7 @@ def test_zigzag_shards_train_alike(found: dict[str, Any]) -> None:
     assert [loss for loss, _ in found["zigzag"]] == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_the_two_configurations_disagree_on_is_refused(text: str) -> None:
+def test_conflicting_configurations_are_refused(text: str) -> None:
     from race_dist.integrations.deepspeed.training import deepspeed_config
 
     alone = RankMesh(torch.device("cpu"))

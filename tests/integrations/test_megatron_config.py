@@ -112,7 +112,7 @@ def test_every_choice_of_race_config_is_a_field_with_its_default() -> None:
         ({"linear_attention_freq": 2, "context_parallel_size": 2, "race_layout": "contiguous"}, r"take zigzag shards"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason(options: dict[str, Any], message: str) -> None:
+def test_unsupported_config_fields_are_refused_with_the_reason(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**options)
 
@@ -166,7 +166,7 @@ def test_arguments_make_the_config() -> None:
 # --- the slot -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_slot_alone_is_race_attention() -> None:
+def test_core_attention_computes_race_attention() -> None:
     layer, (q, k, v) = core(**BARE, race_beta_init=(1.0, 3.0)), qkv()
     out = layer(q, k, v, None, attn_mask_type=AttnMaskType.causal, attention_bias=None, packed_seq_params=None)
     expected = race_attention(
@@ -196,7 +196,7 @@ def test_padding_masks_and_no_mask() -> None:
         core(mask_type=AttnMaskType.padding, **bare)(q, k, v, hidden.expand(-1, -1, 12, -1))
 
 
-def test_a_causal_mask_is_looked_at() -> None:
+def test_the_values_of_a_causal_mask_are_checked() -> None:
     layer, (q, k, v) = core(**BARE), qkv()
     causal = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
     torch.testing.assert_close(layer(q, k, v, causal), layer(q, k, v, None))
@@ -225,7 +225,7 @@ def test_a_causal_mask_is_looked_at() -> None:
         (lambda q, k, v: RaceCoreAttention(config(), 1, AttnMaskType.causal, attention_dropout=0.1), "no attention weights"),
     ],
 )
-def test_the_slot_refuses_what_it_cannot_do(call: Any, message: str) -> None:
+def test_core_attention_refuses_unsupported_arguments(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(*qkv())
 
@@ -363,14 +363,14 @@ def test_a_core_attention_that_was_replaced_is_noticed() -> None:
         build_module(spec, config=settings, layer_number=1)
 
 
-def test_what_is_not_installed_is_named() -> None:
+def test_missing_packages_are_named() -> None:
     with pytest.raises(ImportError, match="Transformer Engine"):
         get_race_layer_spec(config(), use_transformer_engine=True)
     with pytest.raises(ImportError, match=r"use get_race_block_spec|Transformer Engine spec was requested"):
         get_race_hybrid_stack_spec()
 
 
-def test_self_attention_refuses_what_it_cannot_do() -> None:
+def test_self_attention_refuses_unsupported_arguments() -> None:
     settings = config()
     layer = build_module(get_race_layer_spec(settings).submodules.self_attention, config=settings, layer_number=1)
     x = torch.randn(12, 2, 32)

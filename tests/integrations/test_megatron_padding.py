@@ -57,7 +57,7 @@ def inputs(rows: int, length: int, options: dict[str, Any]) -> tuple[list[Tensor
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_masked_tokens_are_as_if_they_were_not_there(name: str) -> None:
+def test_masked_tokens_are_absent(name: str) -> None:
     layer, (qkv, decay) = core(**OPTIONS[name]), inputs(len(MASKS), 12, OPTIONS[name])
     real = torch.tensor([[bit == "1" for bit in row] for row in MASKS])
     out = layer(*qkv, ~real[:, None, None, :], attention_bias=decay)
@@ -74,7 +74,7 @@ def test_masked_tokens_are_as_if_they_were_not_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("mask", [None, "110111010111"])
-def test_padded_documents_are_as_if_they_ended(name: str, mask: str | None) -> None:
+def test_padding_of_documents_is_absent(name: str, mask: str | None) -> None:
     """cu_seqlens with padding, without and with a mask."""
     layer, (qkv, decay) = core(**OPTIONS[name]), inputs(1, 12, OPTIONS[name])
     hidden = None if mask is None else torch.tensor([bit == "0" for bit in mask])
@@ -95,7 +95,7 @@ def test_padded_documents_are_as_if_they_ended(name: str, mask: str | None) -> N
         torch.testing.assert_close(out[keep], alone[:, 0], **EXACT)
 
 
-def test_masks_that_would_be_left_out_are_refused() -> None:
+def test_masks_that_would_be_ignored_are_refused() -> None:
     bare = OPTIONS["bare"]
     qkv, _ = inputs(1, 12, bare)
     hidden = torch.zeros(1, 1, 1, 12, dtype=torch.bool)
@@ -138,7 +138,7 @@ def test_masks_that_would_be_left_out_are_refused() -> None:
         ({"attention_dropout": None}, "attention_dropout must"),
     ],
 )
-def test_numbers_that_cannot_be_are_told_in_one_sentence(options: dict[str, Any], message: str) -> None:
+def test_numbers_out_of_range_are_refused_in_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         RaceTransformerConfig(
             **{"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "use_cpu_initialization": True} | options

@@ -133,7 +133,7 @@ def test_bfloat16_learns_as_the_trainer_does(folder: Path) -> None:
         ("model.race.rope_base=10000.0", "set race.short_conv=0"),
     ],
 )
-def test_what_the_engine_does_not_do_is_said(folder: Path, change: str, message: str) -> None:
+def test_unsupported_settings_of_the_engine_are_refused(folder: Path, change: str, message: str) -> None:
     arguments = ["train", str(folder / "tiny.toml"), "-o", "engine=megatron", "-o", "name=no", "-o", change]
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, message in result.output) == (2, True), result.output

@@ -190,7 +190,7 @@ def test_a_model_made_of_the_same_configuration_stays_softmax(tmp_path: Path) ->
     assert not any(isinstance(m, RaceSelfAttention) for m in hf.AutoModel.from_pretrained(tmp_path).modules())
 
 
-def test_a_part_of_a_model_comes_back_too(tmp_path: Path) -> None:
+def test_a_sub_model_is_loaded_with_its_attention(tmp_path: Path) -> None:
     """A vision-language model in which only the text model is RACE."""
     text = hf.LlamaConfig(**SIZES | GROUPED)
     vision = hf.CLIPVisionConfig(
@@ -245,7 +245,7 @@ def test_weights_of_a_layer_that_are_not_there_are_refused(saved: Any, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["converted", "bare"])
-def test_a_state_dict_alone_says_whose_it_is(kind: str) -> None:
+def test_a_state_dict_records_the_settings(kind: str) -> None:
     model = make(kind)
     state = model.state_dict()
     make(kind).load_state_dict(state)
@@ -290,7 +290,7 @@ def test_a_configuration_that_names_layers_of_another_model_is_refused(saved: An
 
 
 @pytest.mark.parametrize("path", ["nothing-here", ".", "", 3, None])
-def test_a_path_that_is_no_model_is_told_in_one_sentence(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_without_a_model_is_refused_in_one_sentence(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, TypeError), match="path") as error:
         from_pretrained(path, local_files_only=True)

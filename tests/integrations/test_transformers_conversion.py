@@ -144,7 +144,7 @@ def bias_of_projections() -> Any:
     ],
     ids=["bias", "Qwen2", "NanoChat", "Granite", "Glm", "Nemotron", "SmolLM3", "Persimmon"],
 )
-def test_what_converts_keeps_every_parameter_and_runs(make: Callable[[], Any]) -> None:
+def test_converted_models_keep_every_parameter_and_run(make: Callable[[], Any]) -> None:
     model = make()
     before = {name: p for name, p in model.named_parameters() if "self_attn" in name}
     softmax = model(tokens(1, 8), use_cache=False).logits
@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_race_layer_would_leave_out_is_named_and_the_model_stays_as_it_was(case: str) -> None:
+def test_modules_with_unsupported_operations_are_refused_and_the_model_is_unchanged(case: str) -> None:
     make, message = REFUSED[case]
     model, ids = make(), tokens(1, 8) % 9
     before, text = model(ids, use_cache=False).logits, repr(model)
@@ -291,7 +291,7 @@ def test_positions_are_inherited_only_where_they_are_turned_alike() -> None:
         ({"inherit_rope": "no"}, "inherit_rope must be"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_sentence(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_of_convert_are_refused_in_one_sentence(arguments: dict[str, Any], message: str) -> None:
     model = build("llama")
     text = repr(model)
     with pytest.raises((ValueError, TypeError), match=message) as error:
@@ -315,7 +315,7 @@ def test_wrong_arguments_are_told_in_one_sentence(arguments: dict[str, Any], mes
         (lambda: from_pretrained("x", config=3), "config must be a configuration of transformers"),
     ],
 )
-def test_wrong_arguments_of_the_other_calls_are_told_too(call: Callable[[], Any], message: str) -> None:
+def test_wrong_arguments_of_the_other_functions_are_refused_in_one_sentence(call: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as error:
         call()
     assert "\n" not in str(error.value)

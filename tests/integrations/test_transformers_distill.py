@@ -17,7 +17,7 @@ from tests.integrations.hf_models import build, tokens
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_silent_layer_has_a_loss_of_one_and_a_layer_like_the_teachers_of_zero() -> None:
+def test_layer_loss_is_one_for_zero_outputs_and_zero_for_the_teachers_outputs() -> None:
     teacher, student = build("llama"), convert(build("llama"), layers=[1])
     layer = next(m for m in student.modules() if isinstance(m, RaceSelfAttention))
     batch = {"input_ids": tokens(2, 12)}
@@ -44,7 +44,7 @@ def test_padding_plays_no_part_in_the_layer_loss() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
-def test_a_nan_of_the_teacher_is_left_out_at_padding_and_named_elsewhere(side: str) -> None:
+def test_nan_of_the_teacher_is_ignored_at_padding_and_an_error_elsewhere(side: str) -> None:
     teacher, student = build("llama", dtype=torch.float64), convert(build("llama", dtype=torch.float64))
     ids, mask = tokens(1, 12), torch.ones(1, 12, dtype=torch.long)
     mask[0, {"left": slice(0, 5), "right": slice(7, 12), "inside": slice(3, 8)}[side]] = 0
@@ -62,7 +62,7 @@ def test_a_nan_of_the_teacher_is_left_out_at_padding_and_named_elsewhere(side: s
         handle.remove()
 
 
-def test_layer_by_layer_teaching_reaches_the_race_layers_only_and_lowers_the_loss() -> None:
+def test_training_on_layer_loss_changes_race_layers_only_and_lowers_the_loss() -> None:
     teacher, student = build("llama"), convert(build("llama"), layers=[0])
     freeze_all_but(student, trained_parts(student))
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-2)

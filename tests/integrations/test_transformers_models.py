@@ -77,7 +77,7 @@ def test_padding_on_either_side_adds_nothing(model: Any) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_packed_documents_do_not_see_each_other(model: Any, rows: int) -> None:
+def test_packed_documents_are_independent(model: Any, rows: int) -> None:
     lengths = [[4, 1, 7], [6, 3, 3]][:rows]
     ids = tokens(rows, 12)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -149,7 +149,7 @@ def test_the_state_of_a_converted_model_does_not_grow() -> None:
     assert sizes["implementation", 64] == 8 * sizes["implementation", 8]
 
 
-def test_a_converted_model_comes_back_from_disk(model: Any, tmp_path: Path) -> None:
+def test_a_converted_model_is_saved_and_loaded(model: Any, tmp_path: Path) -> None:
     if model.config._attn_implementation == "race":
         from transformers import AutoModelForCausalLM
 
@@ -168,7 +168,7 @@ def test_a_converted_model_comes_back_from_disk(model: Any, tmp_path: Path) -> N
         assert torch.equal(logits(from_pretrained(tmp_path / "again").eval(), ids), logits(model, ids))
 
 
-def test_a_narrow_model_comes_back_with_planes_as_they_were(tmp_path: Path) -> None:
+def test_a_bfloat16_model_is_loaded_with_unrounded_planes(tmp_path: Path) -> None:
     model = convert(build("llama", dtype=torch.bfloat16))
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -265,7 +265,7 @@ def test_a_bidirectional_layer_sees_both_ways_but_for_padding() -> None:
         ({"sliding_window": 4}, "sliding window of 4 tokens and 9 keys"),
     ],
 )
-def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, Any], message: str) -> None:
+def test_unsupported_attention_features_of_models_are_refused(asked: dict[str, Any], message: str) -> None:
     from race_dist.integrations.transformers import race_attention_forward
 
     module = build("llama", implementation="race").model.layers[0].self_attn
@@ -282,7 +282,7 @@ def test_what_other_models_ask_of_their_attention_is_refused(asked: dict[str, An
         ({}, {"output_attentions": True}, "output_attentions=True asks for attention weights"),
     ],
 )
-def test_what_race_attention_has_not_is_refused(changes: dict[str, Any], call: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments_of_calls_are_refused(changes: dict[str, Any], call: dict[str, Any], message: str) -> None:
     model = build("llama", implementation="race", **changes).train()
     with pytest.raises(ValueError, match=message):
         model(tokens(1, 10), **call)
@@ -320,7 +320,7 @@ def test_a_plain_model_is_not_read_as_a_converted_one(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_what_cannot_be_decoded_is_refused() -> None:
+def test_unsupported_caches_are_refused() -> None:
     model, ids = make("llama", "converted"), tokens(1, 8)
     with pytest.raises(TypeError, match="decode with a DynamicCache"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=PAD)

@@ -142,7 +142,7 @@ def test_generation_goes_on_from_prompts_padded_anywhere(model: Any) -> None:
         assert torch.equal(beams[row], model.generate(alone, attention_mask=torch.ones_like(alone), num_beams=2, **how)[0, -5:])
 
 
-def test_masks_that_cannot_be_meant_are_refused() -> None:
+def test_masks_of_wrong_shapes_are_refused() -> None:
     model, ids = convert(build("llama")), tokens(1, 6)
     cache = going_on(model, cache_of(model(ids, use_cache=True)))
     with pytest.raises(ValueError, match=r"attention_mask must be \[batch, past \+ new tokens\] = \[1, 8\] \(6 tokens are in"):

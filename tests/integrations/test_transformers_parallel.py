@@ -151,7 +151,7 @@ def wrong(group: Any, what: str) -> None:
         ("cache", "decoding over a shared sequence"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(what: str, message: str) -> None:
+def test_batches_that_cannot_be_sharded_are_refused(what: str, message: str) -> None:
     with pytest.raises(RankError, match=message):
         run_ranks(2, wrong, what)
 
