@@ -201,7 +201,7 @@ class StepStore:
             return None
         if damage:
             print_line(
-                f"{'; '.join(damage)}: the step goes on from what was stored after {chosen.facts['done']} chunks of the "
+                f"{'; '.join(damage)}: the step resumes from what was stored after {chosen.facts['done']} chunks of the "
                 f"{chosen.facts['phase']} phase"
             )
         self._kept = [chosen]
@@ -292,7 +292,7 @@ class StepStore:
         if not min_over_ranks(int(generation is not None), self.group):  # valid on all ranks or on none
             self.problem = self.problem or "another rank could not store its part of the step"
             if known_problem is None:
-                print_line(f"{self.problem}: the step goes on and is stored again later")
+                print_line(f"{self.problem}: the step continues and is stored again later")
         else:
             assert generation is not None
             self._kept = [*self._kept, generation][-KEPT_GENERATIONS:]

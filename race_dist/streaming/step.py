@@ -334,9 +334,9 @@ class _Step:
         if self.store is None:
             raise StepInterrupted(f"{where}; nothing of this step is kept (use checkpoint=)")
         if self.store.problem is not None:
-            rest = f"; the same call goes on from what was stored before in {self.store.folder}" if self.store.stored else ""
+            rest = f"; the same call resumes from what was stored before in {self.store.folder}" if self.store.stored else ""
             raise StepInterrupted(f"{where}, which could not be stored ({self.store.problem}){rest}")
-        raise StepInterrupted(f"{where}; stored in {self.store.folder}: the same call goes on from there")
+        raise StepInterrupted(f"{where}; stored in {self.store.folder}: the same call resumes from there")
 
     # --- storing -------------------------------------------------------------------------------------------------------
 

@@ -207,7 +207,7 @@ def test_a_full_disk_of_one_rank_costs_what_was_done_since(tmp_path: Path) -> No
     for rank, (said, chunks, got) in enumerate(run_ranks(2, full_on_one, str(tmp_path))):
         reason = "No space left on device" if rank else "another rank could not store its part of the step"
         assert reason in said
-        assert "the same call goes on from what was stored before" in said
+        assert "the same call resumes from what was stored before" in said
         assert chunks == 9 - 3
         assert_same(got, gradients(net))
 

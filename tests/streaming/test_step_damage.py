@@ -179,7 +179,7 @@ def test_a_full_disk_does_not_end_the_step(
         full[0] = full[0] or (p.phase, p.chunk) == ("forward", 2)
 
     torch.manual_seed(0)
-    with pytest.raises(StepInterrupted, match=r"could not be stored \(.*No space left on device\); the same call goes on from"):
+    with pytest.raises(StepInterrupted, match=r"could not be stored \(.*No space left on device\); the same call resumes from"):
         _filling(tmp_path, fill, moment)
     assert capsys.readouterr().out.count("No space left on device") == 1  # not after every chunk
     assert not list(tmp_path.rglob("*partial*"))
