@@ -60,7 +60,7 @@ class LinearBaseline(RaceAttention):
         """``x [B, T, dim]`` to the same; there is no carry."""
         sequence = sequence or Sequence.of(x.shape[1], device=x.device)
         if carry is not None or sequence.group is not None or sequence.cu_seqlens is not None or sequence.key_mask is not None:
-            raise ValueError(f"{type(self).__name__} is a benchmark baseline: complete unpadded sequences on one rank only")
+            raise ValueError(f"{type(self).__name__} is a benchmark baseline: whole unpadded sequences on one rank only")
         (q, k, v), _ = apply_short_convs(self.project(x), (self.q_conv, self.k_conv, self.v_conv), None, sequence)
         heads = [t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.activated(q, k, v)]
         log_decay = self._decay(x)
