@@ -17,7 +17,7 @@ STEPS = 200
 
 
 @pytest.mark.timeout(400)
-def test_hosts_name_the_one_that_is_lost_and_go_on_without_it(tmp_path: Path) -> None:
+def test_hosts_name_a_lost_host_and_continue_without_it(tmp_path: Path) -> None:
     """Three hosts, one rank each. One is cut off in mid-run: the two others end with its rank's name within the timeout, find
     each other again, and finish from the newest checkpoint on two ranks."""
     job = TrainingJob(tmp_path, "run", steps=STEPS, timeout=TIMEOUT)

@@ -64,7 +64,9 @@ def same(job: TrainingJob, calm: TrainingJob) -> None:
 
 
 @pytest.mark.parametrize("way", ["--plain", "submitit"])
-def test_interrupted_jobs_end_as_if_they_had_not_been(slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str) -> None:
+def test_interrupted_jobs_have_the_results_of_uninterrupted_ones(
+    slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str
+) -> None:
     """A signal to the ranks saves and requeues; a requeue by the operator kills and resumes; the end is the same."""
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []))
@@ -86,7 +88,7 @@ def test_interrupted_jobs_end_as_if_they_had_not_been(slurm: Slurm, calm: Traini
 
 
 @pytest.mark.slow
-def test_a_time_limit_saves_requeues_and_goes_on(slurm: Slurm, calm: TrainingJob, tmp_path: Path) -> None:
+def test_a_job_saves_and_is_requeued_at_its_time_limit(slurm: Slurm, calm: TrainingJob, tmp_path: Path) -> None:
     """Slurm's shortest limit is a minute: a run that needs longer comes back by itself until it is done."""
     job = TrainingJob(tmp_path, "run", steps=20000)
     job_id = submit(slurm, job, "--plain", changes=("time=1m", "stop_before=25s"))
@@ -100,7 +102,7 @@ def test_a_time_limit_saves_requeues_and_goes_on(slurm: Slurm, calm: TrainingJob
 
 
 @pytest.mark.parametrize("way", ["--plain", pytest.param("submitit", marks=pytest.mark.slow)])
-def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Path, way: str) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Slurm, tmp_path: Path, way: str) -> None:
     job = TrainingJob(tmp_path, "run", steps=20000)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []))
     wait_for(lambda: job.step() >= 5, "training begins")
@@ -117,7 +119,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["--plain", "submitit"])
-def test_a_rank_that_dies_is_started_again(slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str) -> None:
+def test_a_killed_rank_is_restarted(slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str) -> None:
     """In place by the plain file, by way of the queue under submitit; preflight has looked at the machine before."""
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []), changes=("preflight=true",))
@@ -135,7 +137,7 @@ def test_a_rank_that_dies_is_started_again(slurm: Slurm, calm: TrainingJob, tmp_
     assert (job.runs / ".jobs" / "run" / "preflight.json").is_file()
 
 
-def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_user_error_ends_the_job_without_a_restart(slurm: Slurm, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, "--plain", "-o", f"data.path={tmp_path / 'nothing'}")
     slurm.wait(job_id, "FAILED")
@@ -144,7 +146,7 @@ def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: P
 
 
 @pytest.mark.slow
-def test_an_array_is_one_run_for_each_value(slurm: Slurm, tmp_path: Path) -> None:
+def test_an_array_is_one_run_per_value(slurm: Slurm, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=6)
     printed = race_dist(
         slurm,
