@@ -39,11 +39,11 @@ run_ranks() {{
 
 requeue() {{
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
-        echo "back in the queue {requeues} times already; giving up with code $1" >&2
+        echo "requeued {requeues} times already; giving up with code $1" >&2
         exit "$1"
     fi
     rm -f "$RACE_DIST_STOP_FILE"
-    echo "code $1: back to the queue" >&2
+    echo "code $1: requeueing the job" >&2
     scontrol requeue "$SLURM_JOB_ID" || exit "$1"
     sleep 60  # Slurm ends this script
 }}

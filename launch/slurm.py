@@ -162,7 +162,7 @@ class RankTask:
 
     def _requeue(self, *, ask: bool) -> None:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= self.requeues:
-            print(f"back in the queue {self.requeues} times already; giving up", file=sys.stderr)
+            print(f"requeued {self.requeues} times already; giving up", file=sys.stderr)
             return
         if ask:
             with contextlib.suppress(OSError):  # another task was first

@@ -106,7 +106,7 @@ def test_help_does_not_wait_for_torch() -> None:
         ("model.num_heads=3", "num_heads"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(config: Path, change: str, message: str) -> None:
+def test_a_user_error_is_one_sentence_and_exit_code_2(config: Path, change: str, message: str) -> None:
     code, text = invoke("train", config, "--override", change)
     assert code == 2
     assert message in text
@@ -138,7 +138,7 @@ def test_train_then_generate(config: Path, tmp_path: Path) -> None:
     assert invoke("generate", run, "--prompt-file", tmp_path / "prompt.txt", "--tokens", "30") == (code, text)
 
 
-def test_a_run_is_not_overwritten_unasked(config: Path, tmp_path: Path) -> None:
+def test_a_run_is_only_overwritten_on_request(config: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / "run").mkdir(parents=True)
     assert invoke("train", config)[0] == 0  # an empty folder is free
     code, text = invoke("train", config)
@@ -152,7 +152,7 @@ def test_a_run_is_not_overwritten_unasked(config: Path, tmp_path: Path) -> None:
     assert "is not the folder of a run" in text
 
 
-def test_generate_says_what_is_wrong_with_a_run(config: Path, tmp_path: Path) -> None:
+def test_generate_reports_what_is_wrong_with_a_run(config: Path, tmp_path: Path) -> None:
     code, text = invoke("generate", tmp_path / "none", "--prompt", "x")
     assert (code, "is not the folder of a run" in text) == (2, True)
     assert invoke("train", config)[0] == 0
@@ -189,7 +189,7 @@ def test_nproc_starts_ranks_that_share_the_sequence(config: Path, tmp_path: Path
     assert (tmp_path / "runs" / "run" / "model.safetensors").is_file()
 
 
-def test_a_text_that_cannot_be_used_is_told_once_whatever_the_ranks(config: Path) -> None:
+def test_an_unusable_text_is_reported_once_for_all_ranks(config: Path) -> None:
     code, text = invoke("train", config, "--nproc", "2", "--override", "data.path=/no/such/text")
     assert (code, text) == (2, "race-dist: data.path: there is no file or folder /no/such/text\n")
 

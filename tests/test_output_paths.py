@@ -37,7 +37,7 @@ def unusable(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def test_a_file_is_not_written_there(unusable: Path, tmp_path: Path) -> None:
+def test_unusable_paths_are_not_written(unusable: Path, tmp_path: Path) -> None:
     before = sorted(p.name for p in tmp_path.rglob("*"))
     for write in (check_output_file, lambda p: save_weights(p, {"a": torch.ones(1)}), lambda p: write_private(p, "x")):
         with pytest.raises(OSError, match=unusable.name):
@@ -97,7 +97,7 @@ def test_private_files_are_private_before_they_are_complete(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["a\nb", "x" * 300, "nul\x00"])
-def test_names_that_no_file_can_have_are_told_in_one_line(name: str, tmp_path: Path) -> None:
+def test_impossible_file_names_are_reported_in_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "a\nb").mkdir()
     with pytest.raises(OSError) as refused:
         check_output_file(tmp_path / name)

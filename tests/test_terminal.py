@@ -35,7 +35,7 @@ def run(stdout: int | None, encoding: str = "utf-8") -> subprocess.CompletedProc
     )
 
 
-def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
+def test_a_closed_pipe_does_not_end_the_run() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -46,7 +46,7 @@ def test_a_pipe_that_nobody_reads_ends_nothing() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full on this system")
-def test_a_full_disk_under_standard_output_ends_nothing() -> None:
+def test_a_full_disk_under_standard_output_does_not_end_the_run() -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = run(full.fileno())
     assert done.returncode == 0
@@ -54,13 +54,13 @@ def test_a_full_disk_under_standard_output_ends_nothing() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_an_ascii_output_gets_escapes_and_names_are_no_markup() -> None:
+def test_ascii_output_is_escaped_and_names_are_not_markup() -> None:
     done = run(subprocess.PIPE, "ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "caf\\xe9 [/b] :smile:\ncaf\\xe9\n" * 3
 
 
-def test_a_stream_that_is_closed_or_not_there_takes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_or_missing_stream_accepts_all_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     for stream in (None, closed):
@@ -71,7 +71,7 @@ def test_a_stream_that_is_closed_or_not_there_takes_everything(monkeypatch: pyte
         assert not TolerantStream(stream).isatty()
 
 
-def test_standard_streams_that_are_not_there_are_no_files_of_the_run(tmp_path: Path) -> None:
+def test_missing_standard_streams_do_not_become_files_of_the_run(tmp_path: Path) -> None:
     """Else the next file that is opened is number 1, and what a library prints goes into it."""
     program = """
 import os, sys

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The same as the container, as a virtual environment, on x86-64 and on aarch64 (GH200). Run it on a compute node, or on a
-# login node of the same architecture; put it where all nodes read it.
+# Creates a virtual environment with the software of the container, on x86-64 or aarch64 (GH200). Run it on a compute node, or on
+# a login node of the same architecture; choose a folder that all nodes can read.
 #   launch/templates/make-venv.sh /projects/PROJECT/venv            from a checkout of the repository
 #   TORCH='torch==2.11.*' launch/templates/make-venv.sh VENV        another version
 #   SYSTEM_TORCH=1 launch/templates/make-venv.sh VENV               keep the torch of a module that is loaded

@@ -8,14 +8,14 @@ import typer
 
 from race_dist import __version__
 from race_dist.cli.bench import bench
-from race_dist.cli.errors import Verbs, end_failed_rank, open_standard_streams, replace_unknown_characters
+from race_dist.cli.errors import CommandGroup, end_failed_rank, open_standard_streams, replace_unknown_characters
 from race_dist.cli.launch import launch, preflight
 from race_dist.cli.plan import plan
 from race_dist.cli.runs import runs
 from race_dist.cli.train import train
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

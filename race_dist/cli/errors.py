@@ -27,7 +27,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer bundles 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RecursionError)  # the user can correct these
 
 
-class Verbs(TyperGroup):
+class CommandGroup(TyperGroup):
     """The command with all its verbs: the only place that turns an error into a sentence and an exit code.
 
     USER_ERROR: the user can correct it. FAILED: a run failed, or there is a bug in this package, which keeps its traceback.

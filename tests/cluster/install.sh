@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs with apt what tests/cluster needs beside Python: a Slurm, munge, shellcheck and iproute2. Where that cannot be
-# done (no root, no apt, no network) it says so and the tests that need it skip with the reason.
+# Installs with apt what tests/cluster needs besides Python: Slurm, munge, shellcheck and iproute2. If it cannot (no root, no apt,
+# no network), it prints why, and the tests that need them are skipped with the reason.
 set -uo pipefail
 
 packages=(slurm-wlm munge shellcheck iproute2)

@@ -17,9 +17,9 @@ STEPS = 200
 
 
 @pytest.mark.timeout(400)
-def test_hosts_name_the_one_that_is_lost_and_go_on_without_it(tmp_path: Path) -> None:
-    """Three hosts, one rank each. One is cut off in mid-run: the two others end with its rank's name within the timeout, find
-    each other again, and finish from the newest checkpoint on two ranks."""
+def test_hosts_name_a_lost_host_and_continue_without_it(tmp_path: Path) -> None:
+    """Three hosts, one rank each. One is disconnected during the run: the two others fail within the timeout and name its rank,
+    meet at a new rendezvous, and finish from the newest checkpoint on two ranks."""
     job = TrainingJob(tmp_path, "run", steps=STEPS, timeout=TIMEOUT)
     with hosts.Hosts(3) as network:
         logs = [tmp_path / f"host{i}.log" for i in range(3)]
@@ -53,5 +53,5 @@ def test_hosts_name_the_one_that_is_lost_and_go_on_without_it(tmp_path: Path) ->
 
 
 def refusal(text: str) -> str:
-    """The sentence with which a rank ended."""
+    """The error of a rank."""
     return "\n".join(line for line in text.splitlines() if "failed" in line and "race-dist" in line)

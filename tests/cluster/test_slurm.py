@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm that the test starts: submitted, interrupted, put back into the queue, and none the worse for it."""
+"""Jobs on a real Slurm that the tests start: submitted, interrupted and requeued, with the results of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    """The run that nobody interrupts."""
-    job = TrainingJob(tmp_path_factory.mktemp("calm"), "run", steps=STEPS)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
+    """A run without interruptions."""
+    job = TrainingJob(tmp_path_factory.mktemp("uninterrupted"), "run", steps=STEPS)
     done = subprocess.run([*RACE_DIST, "train", str(job.config), "--nproc", "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return job
@@ -58,14 +58,16 @@ def output(slurm: Slurm, job: TrainingJob, job_id: str) -> str:
     return race_dist(slurm, job, "launch", "logs", job_id, "--runs", str(job.runs), "-n", "400")
 
 
-def same(job: TrainingJob, calm: TrainingJob) -> None:
-    assert job.losses() == calm.losses()
-    assert job.weights() == calm.weights()
+def same(job: TrainingJob, uninterrupted: TrainingJob) -> None:
+    assert job.losses() == uninterrupted.losses()
+    assert job.weights() == uninterrupted.weights()
 
 
 @pytest.mark.parametrize("way", ["--plain", "submitit"])
-def test_interrupted_jobs_end_as_if_they_had_not_been(slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str) -> None:
-    """A signal to the ranks saves and requeues; a requeue by the operator kills and resumes; the end is the same."""
+def test_interrupted_jobs_have_the_results_of_uninterrupted_ones(
+    slurm: Slurm, uninterrupted: TrainingJob, tmp_path: Path, way: str
+) -> None:
+    """After a signal to the ranks the job saves and is requeued; a requeue by the operator kills it; both resume to the same end."""
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []))
     wait_for(lambda: job.step() >= 5, f"training begins\n{slurm.job(job_id)}")
@@ -77,7 +79,7 @@ def test_interrupted_jobs_end_as_if_they_had_not_been(slurm: Slurm, calm: Traini
     slurm.run("scontrol", "requeue", job_id)  # no warning: ranks are killed
     wait_for(lambda: slurm.job(job_id)["Restarts"] == "2", "the job is requeued again")
     slurm.wait(job_id, "COMPLETED", timeout=180)
-    same(job, calm)
+    same(job, uninterrupted)
     text = output(slurm, job, job_id)
     assert f"saved after step {step}" in text
     assert f"resuming {job.run} after step {step}" in text
@@ -86,8 +88,8 @@ def test_interrupted_jobs_end_as_if_they_had_not_been(slurm: Slurm, calm: Traini
 
 
 @pytest.mark.slow
-def test_a_time_limit_saves_requeues_and_goes_on(slurm: Slurm, calm: TrainingJob, tmp_path: Path) -> None:
-    """Slurm's shortest limit is a minute: a run that needs longer comes back by itself until it is done."""
+def test_a_job_saves_and_is_requeued_at_its_time_limit(slurm: Slurm, uninterrupted: TrainingJob, tmp_path: Path) -> None:
+    """Slurm's shortest limit is one minute: a longer run is requeued until it is finished."""
     job = TrainingJob(tmp_path, "run", steps=20000)
     job_id = submit(slurm, job, "--plain", changes=("time=1m", "stop_before=25s"))
     wait_for(lambda: slurm.job(job_id)["Restarts"] == "1", "its time is up", 120)
@@ -100,7 +102,7 @@ def test_a_time_limit_saves_requeues_and_goes_on(slurm: Slurm, calm: TrainingJob
 
 
 @pytest.mark.parametrize("way", ["--plain", pytest.param("submitit", marks=pytest.mark.slow)])
-def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Path, way: str) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Slurm, tmp_path: Path, way: str) -> None:
     job = TrainingJob(tmp_path, "run", steps=20000)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []))
     wait_for(lambda: job.step() >= 5, "training begins")
@@ -117,14 +119,14 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["--plain", "submitit"])
-def test_a_rank_that_dies_is_started_again(slurm: Slurm, calm: TrainingJob, tmp_path: Path, way: str) -> None:
-    """In place by the plain file, by way of the queue under submitit; preflight has looked at the machine before."""
+def test_a_killed_rank_is_restarted(slurm: Slurm, uninterrupted: TrainingJob, tmp_path: Path, way: str) -> None:
+    """The plain file restarts in place, submitit requeues; preflight has checked the machine before."""
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []), changes=("preflight=true",))
     wait_for(lambda: job.saved() and len(job.ranks()) == 2, "a checkpoint")
     os.kill(job.ranks()[0], 9)
     slurm.wait(job_id, "COMPLETED", timeout=180)
-    same(job, calm)
+    same(job, uninterrupted)
     printed = output(slurm, job, job_id)
     assert "fit: 2 ranks on" in printed
     if way == "--plain":
@@ -135,7 +137,7 @@ def test_a_rank_that_dies_is_started_again(slurm: Slurm, calm: TrainingJob, tmp_
     assert (job.runs / ".jobs" / "run" / "preflight.json").is_file()
 
 
-def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_user_error_ends_the_job_without_a_restart(slurm: Slurm, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, "--plain", "-o", f"data.path={tmp_path / 'nothing'}")
     slurm.wait(job_id, "FAILED")
@@ -144,7 +146,7 @@ def test_a_mistake_ends_the_job_and_is_not_tried_again(slurm: Slurm, tmp_path: P
 
 
 @pytest.mark.slow
-def test_an_array_is_one_run_for_each_value(slurm: Slurm, tmp_path: Path) -> None:
+def test_an_array_is_one_run_per_value(slurm: Slurm, tmp_path: Path) -> None:
     job = TrainingJob(tmp_path, "run", steps=6)
     printed = race_dist(
         slurm,

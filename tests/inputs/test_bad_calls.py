@@ -28,7 +28,7 @@ def test_a_bad_argument_is_named(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("subject", [one for one in SUBJECTS if one.complete], ids=lambda subject: subject.call)
-def test_the_right_call_is_right(subject: Subject) -> None:
+def test_the_valid_call_succeeds(subject: Subject) -> None:
     """Otherwise inputs would be refused for other reasons than the value under test."""
     subject.run(**subject.base())
 

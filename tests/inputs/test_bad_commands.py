@@ -474,7 +474,7 @@ def test_every_option_of_every_verb_is_in_the_table() -> None:
     assert not missing
 
 
-def test_every_section_of_a_run_is_made_in_python_too() -> None:
+def test_all_sections_of_a_run_can_be_created_in_python() -> None:
     assert {kind.__name__ for kind in MADE} >= {
         "RaceConfig",
         "ModelConfig",

@@ -48,7 +48,7 @@ def test_every_template_is_complete_and_says_how_far_it_was_tested(name: str) ->
     assert job.ranks == job.nodes * job.ranks_per_node
 
 
-def test_gh200_templates_have_one_rank_a_superchip_and_local_caches() -> None:
+def test_gh200_templates_have_one_rank_per_superchip_and_local_caches() -> None:
     for name in ("alps", "isambard-ai", "jupiter"):
         job = load_job(name)
         assert (job.ranks_per_node, job.cpus_per_rank, job.numa) == (4, 72, True)
@@ -56,7 +56,7 @@ def test_gh200_templates_have_one_rank_a_superchip_and_local_caches() -> None:
     assert load_job("jupiter").tested.startswith("untested")
 
 
-def test_fabrics_are_profiles_and_the_jobs_own_variables_win() -> None:
+def test_a_jobs_variables_override_those_of_its_fabric_profile() -> None:
     alps, isambard = load_job("alps").environment(), load_job("isambard-ai").environment()
     assert (alps["FI_CXI_DEFAULT_TX_SIZE"], isambard["FI_CXI_DEFAULT_TX_SIZE"]) == ("32768", "2048")
     assert (alps["FI_CXI_RX_MATCH_MODE"], isambard["FI_CXI_RX_MATCH_MODE"]) == ("software", "hybrid")
@@ -94,12 +94,12 @@ def test_a_file_and_changes_make_a_job(tmp_path: Path) -> None:
         (["nodes.x=1", "nodes.x.y=2"], "is a value, not a table"),
     ],
 )
-def test_mistakes_are_named(changes: list[str], message: str) -> None:
+def test_invalid_keys_and_values_are_named(changes: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_job(None, changes)
 
 
-def test_a_template_that_is_not_there_is_named_with_its_neighbour() -> None:
+def test_an_unknown_template_is_answered_with_a_similar_one() -> None:
     with pytest.raises(FileNotFoundError, match="did you mean alps"):
         load_job("alp")
 

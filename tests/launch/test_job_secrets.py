@@ -63,7 +63,7 @@ def test_no_field_of_a_job_takes_a_control_character(key: str, bad: str) -> None
 
 @pytest.mark.parametrize("bad", ["\n", "\r", "\u2029", "\udcff"])
 @pytest.mark.parametrize("field", ["config", "name", "folder", "overrides"])
-def test_no_part_of_a_run_takes_one(field: str, bad: str) -> None:
+def test_no_part_of_a_run_takes_a_control_character(field: str, bad: str) -> None:
     parts: dict[str, Any] = {"config": Path("/c.toml"), "name": "n", "folder": Path("/runs"), "overrides": ()}
     text = f"a{bad}touch PLANTED"
     parts[field] = (f"x={text}",) if field == "overrides" else text if field == "name" else Path("/", text)
@@ -91,7 +91,7 @@ def test_a_line_break_in_the_configurations_runs_or_the_working_folder_is_named(
             write()
 
 
-def test_slurm_fills_in_only_its_own_part_of_a_logs_path(config: Path, tmp_path: Path) -> None:
+def test_a_percent_sign_in_the_log_folder_is_escaped_for_slurm(config: Path, tmp_path: Path) -> None:
     logs = tmp_path / "ä [v2] it's 100%_%j $HOME"
     job, run = load_job("slurm", ["device=cpu"]), Run(config, "run", tmp_path)
     line = next(x for x in render(job, run, logs).splitlines() if x.startswith("#SBATCH --output"))
@@ -102,7 +102,7 @@ def test_slurm_fills_in_only_its_own_part_of_a_logs_path(config: Path, tmp_path:
         render(job, run, tmp_path / "a\\b")
 
 
-def test_a_log_is_found_in_a_folder_whose_name_reads_as_a_pattern(tmp_path: Path) -> None:
+def test_a_log_is_found_in_a_folder_whose_name_is_a_glob_pattern(tmp_path: Path) -> None:
     runs = tmp_path / "ä [v2] *?"
     folder = job_folder(runs, "run")
     folder.mkdir(parents=True)
@@ -162,7 +162,7 @@ def test_no_dry_run_shows_a_secret(config: Path, verb: str, name: str, capsys: p
     assert "shown" in text
 
 
-def test_errors_about_secrets_leave_their_values_out() -> None:
+def test_errors_do_not_contain_values_of_secrets() -> None:
     for value in (f'"{SECRET}\\nx"', f'["{SECRET}"]', f'{{a = "{SECRET}"}}'):
         with pytest.raises(ValueError, match="HF_TOKEN") as caught:
             load_job(None, [f"env.HF_TOKEN={value}"])
@@ -216,7 +216,7 @@ def test_a_slurm_job_gets_its_secrets_from_the_environment_of_sbatch(
         job.secrets(os.environ)
 
 
-def test_a_task_of_submitit_does_not_hold_secrets(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submitit_task_contains_no_secrets(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, run = start.load_job_and_run(config, (), "slurm", ["device=cpu", f"env.HF_TOKEN={SECRET}"])
     task = slurm._task(job, run, job.environment())
     assert SECRET not in repr(vars(task))
@@ -230,7 +230,7 @@ def test_a_task_of_submitit_does_not_hold_secrets(config: Path, tmp_path: Path, 
     assert out.read_text() == SECRET
 
 
-def test_files_of_jobs_are_their_users_own(config: Path, tmp_path: Path) -> None:
+def test_job_files_are_private_to_their_user(config: Path, tmp_path: Path) -> None:
     for verb, mode in ((start.submit_slurm, 0o700), (start.submit_kubernetes, 0o600)):
         file = tmp_path / f"{mode}.job"
         file.write_text("older")
@@ -248,7 +248,7 @@ def test_files_of_jobs_are_their_users_own(config: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["cost $(PYTHONUNBUFFERED)", "$$(A)", "$HOME $", "$$$(PATH)$$", "$(unclosed"])
-def test_text_arrives_in_a_pod_as_it_was_given(config: Path, text: str) -> None:
+def test_text_is_escaped_for_kubernetes_variable_expansion(config: Path, text: str) -> None:
     job, run = start.load_job_and_run(
         config,
         [f"sample.prompt='{text}'"],
@@ -274,7 +274,7 @@ def test_text_arrives_in_a_pod_as_it_was_given(config: Path, text: str) -> None:
     assert env["OTHER"]["valueFrom"]["secretKeyRef"] == {"name": "team", "key": "k"}
 
 
-def test_kubernetes_secrets_are_made_apart_and_not_written(
+def test_kubernetes_secrets_are_created_separately_and_not_written(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, run = start.load_job_and_run(
@@ -301,7 +301,7 @@ def test_kubernetes_secrets_are_made_apart_and_not_written(
     assert any('--from-literal=HF_TOKEN="$HF_TOKEN"' in line for line in lines)
 
 
-def test_a_venv_stands_quoted_in_submitits_script() -> None:
+def test_a_venv_path_is_quoted_in_submitits_script() -> None:
     assert slurm._submitit_python(load_job(None, ['venv="/a b;touch PLANTED"'])) == "'/a b;touch PLANTED/bin/python'"
 
 
@@ -326,7 +326,7 @@ def test_a_venv_stands_quoted_in_submitits_script() -> None:
         (["slurm.directives.output=x"], "the job writes --output itself; set logs"),
     ],
 )
-def test_values_that_cannot_be_right_are_refused_by_name(changes: list[str], message: str) -> None:
+def test_invalid_values_are_refused_by_name(changes: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         load_job(None, changes)
 
@@ -354,7 +354,7 @@ def test_arrays_make_runs_of_different_names(config: Path, array: list[str], mes
         (["device=cpu"], ["device=cpu"], "auto", True, "cpu"),
     ],
 )
-def test_the_device_is_the_users_or_one_that_is_there(
+def test_the_device_is_the_requested_or_an_available_one(
     config: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], changes: list[str], toml: str, here: bool, device: str
 ) -> None:
     monkeypatch.setattr(start, "_has_gpu", lambda: False)
@@ -404,7 +404,7 @@ def test_devices_that_contradict_each_other_are_refused(config: Path) -> None:
         start.load_job_and_run(config, ["device=cpu"], None, ["device=cuda"])
 
 
-def test_lines_are_lines() -> None:
+def test_one_line_accepts_only_single_lines() -> None:
     assert one_line("ä b\u00a0c 'd' $e") == "ä b\u00a0c 'd' $e"
     references = load_job(None, ['env.A={from_env="B"}']).references()
     assert format_command(["x"], {"C": "d e"}, references) == "C='d e' A=\"$B\" x"
@@ -421,13 +421,13 @@ def test_lines_are_lines() -> None:
         f'slurm.directives.comment="https://me:{SECRET}@host"',
     ],
 )
-def test_options_that_reach_a_file_hold_no_secret(change: str) -> None:
+def test_options_written_to_a_file_may_not_contain_a_secret(change: str) -> None:
     with pytest.raises(ValueError, match=r"would stand in the job's file") as refused:
         load_job(None, [change])
     assert SECRET not in str(refused.value)
 
 
-def test_options_without_a_secret_are_taken() -> None:
+def test_options_without_a_secret_are_accepted() -> None:
     job = load_job(
         None,
         [

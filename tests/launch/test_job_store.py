@@ -26,7 +26,9 @@ def test_jobs_are_found_by_name_id_and_array(tmp_path: Path) -> None:
         recall(tmp_path)
 
 
-def test_failures_count_once_a_start_and_anew_after_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_count_once_per_start_and_from_zero_after_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = RankTask([["x"]], {}, str(tmp_path), records=str(tmp_path), checkpoints=str(tmp_path / "c"), restarts=1, requeues=9)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
@@ -39,7 +41,7 @@ def test_failures_count_once_a_start_and_anew_after_a_checkpoint(tmp_path: Path,
     assert not task._count_failure()
 
 
-def test_without_slurm_its_commands_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_report_a_missing_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OSError, match=r"sbatch is not found: .*--dry-run works anywhere"):
         slurm.slurm(["sbatch", "x"])
@@ -54,7 +56,7 @@ def test_the_newest_step_of_a_run_is_its_progress(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "{", "", "{}", '{"id": 5}', "\0" * 9])
-def test_a_record_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+def test_an_invalid_record_is_named(content: str, tmp_path: Path) -> None:
     remember(tmp_path, job_id="1", name="a", scheduler="slurm", logs="")
     (file,) = tmp_path.rglob("job-1.json")
     file.write_text(content)

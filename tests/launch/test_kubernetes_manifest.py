@@ -65,7 +65,7 @@ def test_the_check_against_the_schema_can_fail(tmp_path: Path) -> None:
         JobsetV1alpha2JobSet.from_dict(jobset)
 
 
-def test_pods_meet_at_the_first_and_run_torchrun(tmp_path: Path) -> None:
+def test_pods_run_torchrun_with_the_rendezvous_at_the_first(tmp_path: Path) -> None:
     config, jobset = objects(tmp_path, ["nodes=3", "ranks_per_node=4"])
     assert config["data"]["config.toml"] == CONFIG
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
@@ -87,11 +87,11 @@ def test_pods_meet_at_the_first_and_run_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "name"), [("My_Run.1", "my-run-1"), ("7b", "run-7b"), ("-x-", "x"), ("a" * 60, "a" * 40)])
-def test_names_are_what_kubernetes_allows(text: str, name: str) -> None:
+def test_run_names_become_valid_kubernetes_names(text: str, name: str) -> None:
     assert object_name(text) == name
 
 
-def test_runs_that_would_go_with_the_pod_and_jobs_without_image_are_refused(tmp_path: Path) -> None:
+def test_runs_on_a_pods_own_disk_and_jobs_without_image_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"kubernetes.runs is /elsewhere, which lies in none of the volumes"):
         objects(tmp_path, ["kubernetes.runs=/elsewhere"])
     with pytest.raises(ValueError, match="needs an image"):

@@ -76,7 +76,7 @@ def test_the_first_failure_ends_the_others_and_is_named(
     assert message in capfd.readouterr().err
 
 
-def test_ranks_do_not_take_themselves_for_those_of_another_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_another_launcher_are_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "x",
@@ -142,7 +142,7 @@ def test_options_of_preflight_are_refused_by_name(words: list[str]) -> None:
     "words",
     [["--timeout", "2", "--nproc", "2"], ["--nproc=2", "--timeout", "2"], ["--nproc", "2", "--timeout=2", "--device", "cpu"]],
 )
-def test_ranks_of_preflight_get_all_words_but_their_number(
+def test_ranks_of_preflight_get_all_arguments_except_nproc(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
@@ -169,7 +169,7 @@ def test_ranks_of_preflight_get_all_words_but_their_number(
         ({"LOCAL_RANK": "x"}, 2, "LOCAL_RANK in the environment"),
     ],
 )
-def test_a_rank_that_cannot_join_says_so_in_one_sentence(
+def test_a_rank_that_cannot_join_reports_one_sentence(
     config: Path, changes: dict[str, str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -209,14 +209,14 @@ def alive(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_signals_reach_the_ranks_and_their_code_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+def test_signals_are_forwarded_to_the_ranks_and_their_exit_code_is_returned(tmp_path: Path, number: signal.Signals) -> None:
     process = launcher(tmp_path, f"signal.signal({int(number)}, lambda *_: sys.exit(75))")
     process.send_signal(number)
     assert process.wait(20) == 75
     assert alive(tmp_path) == []
 
 
-def test_one_interrupt_from_the_keyboard_reaches_the_ranks_once(tmp_path: Path) -> None:
+def test_ctrl_c_reaches_each_rank_once(tmp_path: Path) -> None:
     """It goes to the whole foreground process group; the ranks are in groups of their own and hear it from the launcher."""
     hear = "def hear(*_):\n    with open(sys.argv[0] + '.' + os.environ['RANK'], 'a') as file:\n        file.write('i')"
     process = launcher(tmp_path, f"{hear}\nsignal.signal(signal.SIGINT, hear)")
@@ -232,7 +232,7 @@ def test_one_interrupt_from_the_keyboard_reaches_the_ranks_once(tmp_path: Path) 
     process.wait(10)
 
 
-def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
+def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:
     process = launcher(tmp_path, "")
     process.kill()
     process.wait(10)
@@ -242,13 +242,13 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
     assert alive(tmp_path) == []
 
 
-def test_the_supervisor_does_not_repeat_what_is_done_or_mistaken(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_supervisor_does_not_restart_after_success_or_a_user_error(capfd: pytest.CaptureFixture[str]) -> None:
     assert supervise(["--version"], 1, restarts=3, environment={}, progress=lambda: 0) == 0
     assert supervise(["no-such-verb"], 1, restarts=3, environment={}, progress=lambda: 0) == 2
     assert "starting it again" not in capfd.readouterr().err
 
 
-def test_the_supervisor_gives_up_where_nothing_comes_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_supervisor_gives_up_without_progress(capfd: pytest.CaptureFixture[str]) -> None:
     """A mistake counts as a failure once the run has got somewhere; further failures without progress end it."""
     steps = iter([0, 1, 1])
     assert supervise(["no-such-verb"], 1, restarts=1, environment={}, progress=lambda: next(steps)) == 2
@@ -288,7 +288,7 @@ def test_dry_runs_print_the_command_and_do_nothing(config: Path) -> None:
         (["status", "nothing", "--runs", "/no/where"], "no job 'nothing' was submitted"),
     ],
 )
-def test_mistakes_are_one_sentence(config: Path, words: list[str], message: str) -> None:
+def test_user_errors_are_one_sentence(config: Path, words: list[str], message: str) -> None:
     first, *rest = words
     code, text = race_dist("launch", first, *([] if first == "status" else [config, "-s", "device=cpu"]), *rest)
     assert code == 2, text
@@ -296,7 +296,7 @@ def test_mistakes_are_one_sentence(config: Path, words: list[str], message: str)
     assert "Traceback" not in text
 
 
-def test_torchrun_passes_on_every_signal_and_lets_the_run_save() -> None:
+def test_torchrun_forwards_all_signals_and_lets_the_run_save() -> None:
     job = load_job(None, ["nodes=4", "min_nodes=3", "ranks_per_node=2", "stop_before=90s", "restarts=7"])
     command = torchrun_command(job, ["train"], endpoint="a:1", run_id="r", node_rank="2")
     assert {
@@ -319,7 +319,7 @@ def test_containers_wrap_the_command_with_their_mounts() -> None:
     assert in_container(load_job(None, [*mounts, "container.runtime=pyxis"]), ["x"], {}, Path("/w")) == ["x"]
 
 
-def test_deepspeeds_jobs_do_not_share_a_port() -> None:
+def test_deepspeed_jobs_use_different_ports() -> None:
     job = load_job(None)
     ports = {next(w for w in deepspeed_command(job, ["train", name]) if "port" in w) for name in "abcd"}
     assert len(ports) == 4
@@ -327,7 +327,7 @@ def test_deepspeeds_jobs_do_not_share_a_port() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_deepspeeds_own_launcher_trains_as_ours_does(config: Path) -> None:
+def test_deepspeeds_launcher_trains_as_ours_does(config: Path) -> None:
     losses = []
     for verb in ("local", "deepspeed"):
         done = subprocess.run(

@@ -61,7 +61,7 @@ def verdicts(**changes: Any) -> dict[str, CheckResult]:
     return {f.name: f for f in check_gpu(Answers(HEALTHY | changes))}
 
 
-def test_a_healthy_gpu_passes_every_question() -> None:
+def test_a_healthy_gpu_passes_all_checks() -> None:
     found = verdicts()
     assert {f.verdict for f in found.values()} == {"ok"}
     assert found["power"].value == {"watts": 95.0, "limit_watts": 700.0, "default_watts": 700.0}
@@ -69,7 +69,7 @@ def test_a_healthy_gpu_passes_every_question() -> None:
     assert found["nvlink"].value == {"active": 18, "inactive": 0}
 
 
-def test_what_a_card_does_not_answer_is_unknown_and_never_zero() -> None:
+def test_values_that_a_gpu_does_not_report_are_unknown_and_never_zero() -> None:
     for finding in check_gpu(Answers({})):
         assert (finding.verdict, finding.value) == ("unknown", None), finding
 
@@ -106,7 +106,7 @@ def test_what_a_card_does_not_answer_is_unknown_and_never_zero() -> None:
         ),
     ],
 )
-def test_trouble_is_named(changes: dict[str, Any], name: str, verdict: str, detail: str) -> None:
+def test_gpu_faults_are_named(changes: dict[str, Any], name: str, verdict: str, detail: str) -> None:
     found = verdicts(**changes)
     assert found[name].verdict == verdict
     assert detail in found[name].detail
@@ -114,7 +114,7 @@ def test_trouble_is_named(changes: dict[str, Any], name: str, verdict: str, deta
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a driver")
-def test_without_a_driver_nvml_says_so_and_preflight_goes_on() -> None:
+def test_preflight_continues_without_nvml() -> None:
     pytest.importorskip("pynvml")
     with pytest.raises(OSError, match="NVML does not know GPU GPU-0"):
         Nvml("GPU-0")
@@ -151,7 +151,7 @@ def preflight(tmp_path: Path, *words: str, dim: int = 16, layers: int = 1) -> tu
     return done.returncode, done.stdout + done.stderr, json.loads(out.read_text()) if out.exists() else {}
 
 
-def test_two_ranks_of_this_machine_are_fit(tmp_path: Path) -> None:
+def test_preflight_passes_on_two_local_ranks(tmp_path: Path) -> None:
     code, text, report = preflight(tmp_path, "--nproc", "2")
     assert code == 0, text
     assert "fit: 2 ranks on " in text
@@ -177,7 +177,7 @@ def test_a_run_whose_checkpoints_do_not_fit_is_refused_with_the_nodes_name(tmp_p
     assert "not fit: 1 rank on" in text
 
 
-def test_a_rank_that_is_not_there_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rank_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     from race_dist.launch.preflight import _with_nodes
 
     monkeypatch.setenv("SLURM_STEP_NODELIST", "nid[1-2]")
@@ -193,7 +193,7 @@ def test_disks_are_measured_and_left_clean(tmp_path: Path) -> None:
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_telemetry_sums_over_ranks_and_leaves_out_what_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telemetry_sums_over_ranks_and_omits_unknown_values(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = iter([1000, 3000, 3000])
     watch = Telemetry(torch.device("cpu"), tokens=lambda: next(tokens))
     assert set(watch.probe()) == {"peak_memory_gib"}  # no GPU: the host's memory is all there is

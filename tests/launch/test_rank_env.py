@@ -38,7 +38,7 @@ def test_host_lists_are_expanded(text: str, hosts: list[str]) -> None:
     assert expand_hostlist(text) == hosts
 
 
-def test_under_slurm() -> None:
+def test_srun_variables_become_rank_variables() -> None:
     found = rank_variables(SLURM)
     assert found == {
         "RANK": "5",
@@ -51,7 +51,7 @@ def test_under_slurm() -> None:
     assert rank_variables(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}) == {}
 
 
-def test_steps_of_one_allocation_meet_at_different_ports() -> None:
+def test_steps_of_one_allocation_use_different_ports() -> None:
     ports = {
         rank_variables(SLURM | {"SLURM_STEP_ID": str(step), "SLURM_JOB_ID": str(job)})["MASTER_PORT"]
         for step in range(4)
@@ -61,7 +61,7 @@ def test_steps_of_one_allocation_meet_at_different_ports() -> None:
     assert all(20000 <= int(port) < 28192 for port in ports)
 
 
-def test_an_exported_place_to_meet_is_used_and_an_empty_one_is_not() -> None:
+def test_an_exported_rendezvous_is_used_unless_empty() -> None:
     exported = {"MASTER_ADDR": "10.0.0.5", "MASTER_PORT": "4321"}
     assert not {"MASTER_ADDR", "MASTER_PORT"} & set(rank_variables(SLURM | exported))
     found = rank_variables(SLURM | {"MASTER_ADDR": "", "MASTER_PORT": " ", "RANK": "", "WORLD_SIZE": ""})
@@ -69,14 +69,14 @@ def test_an_exported_place_to_meet_is_used_and_an_empty_one_is_not() -> None:
 
 
 @pytest.mark.parametrize("missing", ["SLURM_LOCALID", "SLURM_JOB_ID"])
-def test_variables_that_slurm_left_out_are_named(missing: str) -> None:
+def test_missing_slurm_variables_are_named(missing: str) -> None:
     for value in (None, "x"):
         left = {k: v for k, v in SLURM.items() if k != missing} | ({} if value is None else {missing: value})
         with pytest.raises(ValueError, match=f"{missing} in the environment must be an integer"):
             rank_variables(left)
 
 
-def test_ranks_left_over_in_the_shell_do_not_make_each_task_a_run_of_its_own() -> None:
+def test_rank_variables_left_over_in_the_shell_are_refused_under_srun() -> None:
     with pytest.raises(ValueError, match=r"RANK=0 and WORLD_SIZE=1 .* srun started 8 tasks: unset RANK and WORLD_SIZE"):
         rank_variables(SLURM | {"RANK": "0", "WORLD_SIZE": "1"})
     assert rank_variables(SLURM | {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}) == {}
@@ -89,7 +89,7 @@ def test_slurm_nodes_with_unequal_tasks_and_the_node_of_a_rank() -> None:
     assert host_of_rank(0, {}) is None
 
 
-def test_an_interactive_shell_inside_an_allocation_is_no_rank() -> None:
+def test_an_interactive_shell_inside_an_allocation_is_not_a_rank() -> None:
     assert rank_variables({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}) == {}
 
 
@@ -99,7 +99,7 @@ def test_under_torchrun_nothing_is_changed_and_deepspeed_gets_its_local_rank() -
     assert rank_variables({"RANK": "3", "WORLD_SIZE": "4"}, local_rank=1) == {"LOCAL_RANK": "1"}
 
 
-def test_under_mpirun_the_place_to_meet_must_be_given() -> None:
+def test_mpirun_needs_a_rendezvous() -> None:
     mpi = {
         "OMPI_COMM_WORLD_RANK": "1",
         "OMPI_COMM_WORLD_SIZE": "2",
@@ -111,7 +111,7 @@ def test_under_mpirun_the_place_to_meet_must_be_given() -> None:
     assert rank_variables(mpi | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})["RANK"] == "1"
 
 
-def test_a_plain_process_is_no_rank() -> None:
+def test_a_plain_process_is_not_a_rank() -> None:
     assert rank_variables({}) == {}
 
 
@@ -123,7 +123,7 @@ def test_a_plain_process_is_no_rank() -> None:
         (["train", "x", "-o", "a=1"], (None, ["train", "x", "-o", "a=1"])),
     ],
 )
-def test_local_rank_is_taken_out_of_the_words(words: list[str], found: tuple[int | None, list[str]]) -> None:
+def test_local_rank_is_split_off_the_arguments(words: list[str], found: tuple[int | None, list[str]]) -> None:
     assert take_local_rank(words) == found
 
 
@@ -150,7 +150,7 @@ def test_ranks_of_one_numa_node_share_its_cores() -> None:
     assert split_cores([1, 2], 0, 3) == {1, 2}
 
 
-def test_caches_go_to_the_nodes_own_disk_unless_set(tmp_path: Path) -> None:
+def test_caches_go_to_the_local_disk_unless_set(tmp_path: Path) -> None:
     environment = {"RACE_DIST_CACHE": str(tmp_path), "CUDA_CACHE_PATH": "/mine"}
     use_local_caches(environment)
     assert environment["TRITON_CACHE_DIR"] == str(tmp_path / str(os.getuid()) / "triton")
@@ -197,7 +197,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(tmp_path: Path, monkeypatc
     assert not list(other.iterdir())
 
 
-def test_where_no_cache_can_be_made_a_sentence_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_a_cache_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.mkdtemp", lambda **_: os.mkdir(tmp_path / "file" / "x"))
