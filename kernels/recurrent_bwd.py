@@ -52,8 +52,8 @@ from race_dist.kernels.state import inverse_den, load_state, tile_end_decay_grad
 def race_recurrent_bwd_dq_kernel(x, dout, saved, grads, tiling, c: tl.constexpr):
     """Program (tile, head) of :class:`Inputs` ``x``, chunks in order: writes the :class:`QueryGradients` ``grads``.
 
-    ``dout [B, T, Hq, Dv]``, ``saved``: :class:`Residuals`. The tile's sums of C and c are made apart
-    (``race_tile_sums_bwd_kernel``): they would not fit in registers beside M."""
+    ``dout [B, T, Hq, Dv]``, ``saved``: :class:`Residuals`. The tile's sums of C and c are computed by
+    ``race_tile_sums_bwd_kernel``: they would not fit in registers beside M."""
     H = tiling.H
     h = (tl.program_id(0) % H).to(tl.int64)
     tile_index = tl.program_id(0) // H
@@ -186,7 +186,7 @@ def race_recurrent_bwd_dkv_kernel(x, dout, saved, grad_h, dcumulative, suffixes,
                 dv_c = decay_to_end(matmul(Fk_operand, Cs_behind[0]), G, c)  # [C, BV]
             if c.causal:
                 dv_c = matmul(P, do_c, dv_c)
-            if g == c.G - 1 or not c.causal:  # written before dphi is made: both at once are too many registers
+            if g == c.G - 1 or not c.causal:  # stored before dphi is computed: both at once take too many registers
                 store_rows(dv_rows, 0, dv_c, t, c.Dv, c.BV, c)
             if g == 0:
                 Cs_transposed = (tl.trans(Cs_behind[0]), tl.trans(Cs_behind[1]))  # 2 x [BV, SB]

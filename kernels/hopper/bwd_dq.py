@@ -236,7 +236,7 @@ def state_partition(args, ones, states, suffix, c: gl.constexpr):
 @gluon.jit
 def _make_causal_ones(c: gl.constexpr):
     """Which keys each query sees, ``[C, C]`` of ones and zeros as a left operand in shared memory. Under decay it differs from
-    chunk to chunk and is made in registers."""
+    chunk to chunk and is computed in registers."""
     if c.is_global and c.causal and not c.decay:
         layout: gl.constexpr = blocked_layout(c.C)
         i, j = gl.arange(0, c.C, gl.SliceLayout(1, layout)), gl.arange(0, c.C, gl.SliceLayout(0, layout))

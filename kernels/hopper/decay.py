@@ -1,6 +1,6 @@
 """Decay weights of a chunk, in shared memory.
 
-The hash partition computes a chunk's weights once and hands them on as float32 vectors. G is the running sum of the chunk's log
+The hash partition computes a chunk's weights once and produces them as float32 vectors. G is the running sum of the chunk's log
 decays in binary units. Without decay there is no pipeline, and a function here returns its argument as it is.
 """
 
@@ -68,15 +68,15 @@ def wait_decay(decay, i, c: gl.constexpr):
 
 @gluon.jit
 def release_decay(decay, i, c: gl.constexpr):
-    """Give chunk i's weights back."""
+    """Release chunk i's weights."""
     if c.decay:
         decay.consumer_release(i)
 
 
 @gluon.jit
 def produce_decay(decay, i, log_decay, b, t, h, n, reach, c: gl.constexpr):
-    """Hand on chunk i's weights. ``reach``: the log decay from the tile's first token to the chunk; returned with the chunk's
-    added."""
+    """Compute and commit chunk i's weights. ``reach``: the log decay from the tile's first token to the chunk; returned with
+    the chunk's added."""
     rate = load_scalars(log_decay, b, t, h, n, LINE_LAYOUT, c).to(gl.float32)  # [C]
     rate = gl.maximum(rate, MIN_LOG_DECAY).to(gl.float64) * LOG2E
     G = gl.associative_scan(rate, 0, _add)

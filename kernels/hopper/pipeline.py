@@ -4,9 +4,9 @@ A pipeline has ``depth`` stages (a power of two), each with a full and an empty 
 phase of its mbarriers flips every ``depth`` turns.
 
     producer_acquire(j) -> stage    wait until the consumers have released the stage
-    producer_commit(j)              hand the stage's buffers to the consumers
+    producer_commit(j)              mark the stage's buffers as full
     consumer_wait(j) -> stage       wait until the stage is full
-    consumer_release(j)             give the stage back
+    consumer_release(j)             release the stage to the producer
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Mbarriers:
 
     @gluon.jit
     def producer_commit(self, j):
-        """Hand on turn j's buffers: what ordinary stores wrote is visible to wgmma and TMA too."""
+        """Mark turn j's buffers as full: what ordinary stores wrote is visible to wgmma and TMA too."""
         fence_async_shared()
         mbarrier.arrive(self.full.index(j & (self.full.shape[0] - 1)))
 
@@ -44,7 +44,7 @@ class Mbarriers:
 
     @gluon.jit
     def consumer_release(self, j, pred=True):
-        """Give turn j's buffers back."""
+        """Release turn j's buffers to the producer."""
         mbarrier.arrive(self.empty.index(j & (self.empty.shape[0] - 1)), pred=pred)
 
 
@@ -63,7 +63,7 @@ class Pipeline(Mbarriers):
 
     @gluon.jit
     def produce(self, j, value):
-        """Hand on ``value``, converted to the buffers' type, as turn j's buffer."""
+        """Store ``value``, converted to the buffers' type, as turn j's buffer, and commit it."""
         self.buffers.index(self.producer_acquire(j)).store(value.to(self.buffers.dtype))
         self.producer_commit(j)
 

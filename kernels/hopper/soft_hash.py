@@ -27,9 +27,9 @@ from race_dist.kernels.state import inverse_den
 
 @aggregate
 class HashOperands:
-    """What the hash multiplies by, in shared memory.
+    """The right operands of the hash's products, in shared memory.
 
-    The bits are of one block per table; of several blocks of a table they leave out the BLOCK_PLANES."""
+    The bits are of one block per table: where a table has several blocks, they leave out the BLOCK_PLANES."""
 
     planes: gl.shared_memory_descriptor  # [1 or 2, LPB, BD], two parts where they are wider than bfloat16
     set_bits: gl.shared_memory_descriptor  # [NSB / BLOCKS_PER_TABLE, LPB, SB], 1 where the bucket has the plane's bit set
@@ -176,7 +176,7 @@ def block_factors(u, beta, table, c: gl.constexpr):
 
 @gluon.jit
 def produce_features(pipe, j, u, scale, beta, hash, c: gl.constexpr):
-    """Hand on ``phi``, row i times ``scale[i]``, of the rows of turn j that project to ``u [C, LPB]``: one operand ``[C, SB]``
+    """Produce ``phi``, row i times ``scale[i]``, of the rows of turn j that project to ``u [C, LPB]``: one operand ``[C, SB]``
     per block. What the blocks of a table share is computed once."""
     log_set, log_clear = log_sigmoid_operands(u, beta, c)
     for table in range(c.NSB // c.BLOCKS_PER_TABLE):
@@ -212,14 +212,14 @@ def load_inverse_den(den, b, t, h, n, c: gl.constexpr):
 
 @gluon.jit
 def zero_plane_sums(c: gl.constexpr):
-    """The :class:`PlaneSums` over nothing."""
+    """Empty :class:`PlaneSums`."""
     layout: gl.constexpr = wgmma_layout(c.LPB)
     return PlaneSums(gl.zeros([c.C, c.LPB], gl.float32, layout), gl.zeros([c.C, c.LPB], gl.float32, layout))
 
 
 @gluon.jit
 def start_plane_sums(sums, y, n, hash, c: gl.constexpr):
-    """Start to add ``y [C, SB]`` of block n to the :class:`PlaneSums`; the two accumulators.
+    """Start to add ``y [C, SB]`` of block n to the :class:`PlaneSums`; returns the two accumulators.
 
     What every plane shares of y cancels between the two: one block subtracts it before rounding, several keep two parts.
     """
@@ -248,7 +248,7 @@ def add_plane_sums(sums, y, n, hash, c: gl.constexpr):
 
 @gluon.jit
 def zero_table_sums(c: gl.constexpr):
-    """The :class:`TableSums` over nothing."""
+    """Empty :class:`TableSums`."""
     zeros = gl.zeros([c.C], gl.float32, gl.SliceLayout(1, wgmma_layout(c.SB)))
     block_planes = ()
     for _ in gl.static_range(c.BLOCK_PLANES):

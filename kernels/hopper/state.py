@@ -120,7 +120,7 @@ def store_pair(buffer, x, c: gl.constexpr):
 
 @gluon.jit
 def publish_state(pipe, j, M, m, parts: gl.constexpr, c: gl.constexpr, exact: gl.constexpr = False):
-    """Hand on a running state, before it is changed, as turn j: M in one or two parts (:func:`store_parts`), and m.
+    """Publish a running state, before it is changed, as turn j: M in one or two parts (:func:`store_parts`), and m.
 
     Returns the stage."""
     stage = pipe.producer_acquire(j)
