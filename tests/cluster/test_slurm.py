@@ -67,7 +67,7 @@ def same(job: TrainingJob, uninterrupted: TrainingJob) -> None:
 def test_interrupted_jobs_have_the_results_of_uninterrupted_ones(
     slurm: Slurm, uninterrupted: TrainingJob, tmp_path: Path, way: str
 ) -> None:
-    """A signal to the ranks makes the job save and requeue; a requeue by the operator kills it; both resume to the same end."""
+    """A signal to the ranks saves and requeues; a requeue by the operator kills; both resume to the same results."""
     job = TrainingJob(tmp_path, "run", steps=STEPS)
     job_id = submit(slurm, job, *([way] if way == "--plain" else []))
     wait_for(lambda: job.step() >= 5, f"training begins\n{slurm.job(job_id)}")
