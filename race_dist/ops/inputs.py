@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -94,9 +94,11 @@ class AttentionInputs:
     @classmethod
     def unflatten(cls, tensors: InputTensors, options: InputOptions) -> AttentionInputs:
         """The inverse of :meth:`flatten`."""
-        q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, mass, values = tensors
+        *fields, mass, values = tensors
         initial = None if mass is None or values is None else SketchState.unchecked(mass, values)
-        return cls(q, k, v, planes, beta, log_decay, key_mask, cu_seqlens, initial, *options)
+        inputs = object.__new__(cls)  # __init__ of a frozen dataclass takes several times as long
+        vars(inputs).update(zip(cls.__match_args__, (*fields, initial, *options)))
+        return inputs
 
     @property
     def features(self) -> int:
@@ -121,8 +123,7 @@ class AttentionInputs:
 
 def take(group: type[_Group], values: Iterator[Any]) -> _Group:
     """Read the next values as one named tuple."""
-    fields = cast(Any, group)._fields
-    return group(*islice(values, len(fields)))
+    return group._make(islice(values, len(group._fields)))  # type: ignore[attr-defined]
 
 
 def split_arguments(arguments: Sequence[Any]) -> tuple[InputTensors, InputOptions, list[Any]]:
