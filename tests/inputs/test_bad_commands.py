@@ -458,14 +458,14 @@ def test_there_are_many_inputs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_option_of_every_verb_is_in_the_table() -> None:
-    def walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    def verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         for word, inner in getattr(command, "commands", {}).items():
-            yield from walk(inner, f"{name} {word}".strip())
+            yield from verbs(inner, f"{name} {word}".strip())
         if not hasattr(command, "commands"):
             yield name, command
 
     missing = []
-    for verb, command in walk(COMMAND, ""):
+    for verb, command in verbs(COMMAND, ""):
         tested = COMMANDS.get(verb, ([], {}))[1]
         for parameter in command.params:
             names = [name for name in parameter.opts if name.startswith("--")]
