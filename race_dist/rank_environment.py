@@ -27,6 +27,7 @@ RANK_VARIABLES = frozenset(
     }
 )
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_")
+RANKS_PER_NODE_VARIABLE = "RACE_DIST_RANKS_PER_NODE"
 DEFAULT_RANKS_PER_NODE = 8  # an HGX or DGX node, where the launcher does not say
 
 
@@ -103,10 +104,11 @@ def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
 def ranks_per_node(environment: Mapping[str, str] | None = None) -> int:
     """Number of ranks that share a node, from the launcher's variables; the same on every rank of the job.
 
-    The number of ranks divided by the number of nodes, rounded up, where the launcher sets both: WORLD_SIZE and
-    GROUP_WORLD_SIZE (torchrun) or CROSS_SIZE (DeepSpeed), SLURM_STEP_NUM_TASKS and SLURM_STEP_NUM_NODES (srun). Otherwise
-    LOCAL_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_SIZE (mpirun) or SLURM_NTASKS_PER_NODE; without any of them
-    ``DEFAULT_RANKS_PER_NODE``. Values that are not positive integers are skipped.
+    RACE_DIST_RANKS_PER_NODE where it is set. Otherwise the number of ranks divided by the number of nodes, rounded up, where the
+    launcher sets both: WORLD_SIZE and GROUP_WORLD_SIZE (torchrun) or CROSS_SIZE (DeepSpeed), SLURM_STEP_NUM_TASKS and
+    SLURM_STEP_NUM_NODES (srun). Otherwise SLURM_NTASKS_PER_NODE, and without it ``DEFAULT_RANKS_PER_NODE``. The ranks of the own
+    node alone (LOCAL_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_SIZE) do not count unless they are all ranks: nodes may differ, and every
+    rank needs the same number. Values that are not positive integers are skipped.
 
     Args:
         environment: of a process; None is this one's, which is read once.
@@ -120,18 +122,19 @@ def _own_ranks_per_node() -> int:
 
 
 def _ranks_per_node(e: Mapping[str, str]) -> int:
+    given = _positive(e, RANKS_PER_NODE_VARIABLE)
+    if given is not None:
+        return given
     world = _positive(e, "WORLD_SIZE")
     tasks, step_nodes = _positive(e, "SLURM_STEP_NUM_TASKS"), _positive(e, "SLURM_STEP_NUM_NODES")
-    local = _positive(e, "LOCAL_WORLD_SIZE")
     nodes = _positive(e, "GROUP_WORLD_SIZE") or _positive(e, "CROSS_SIZE")
     if nodes is None and tasks is not None and world in (None, tasks):  # srun started the ranks, not a launcher inside a task
         world, nodes = tasks, step_nodes
-    if world is not None and local == world:
+    if world is not None and _positive(e, "LOCAL_WORLD_SIZE") == world:
         return world
     if world is not None and nodes is not None and nodes <= world:
         return -(-world // nodes)
-    others = (_positive(e, name) for name in ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"))
-    return local or next(filter(None, others), DEFAULT_RANKS_PER_NODE)
+    return _positive(e, "SLURM_NTASKS_PER_NODE") or DEFAULT_RANKS_PER_NODE
 
 
 def _positive(environment: Mapping[str, str], name: str) -> int | None:

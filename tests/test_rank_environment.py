@@ -22,7 +22,7 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "4"}
         (SRUN, 4),
         (SRUN | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}, 4),
         ({"WORLD_SIZE": "8", "CROSS_SIZE": "2", "LOCAL_SIZE": "4"}, 4),  # DeepSpeed
-        ({"WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"WORLD_SIZE": "8", "RACE_DIST_RANKS_PER_NODE": "4"} | SRUN, 4),
         ({"WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "4"}, 4),
         ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "-1", "SLURM_NTASKS_PER_NODE": "4(x2)"}, DEFAULT_RANKS_PER_NODE),
     ],
@@ -34,6 +34,8 @@ def test_ranks_per_node_comes_from_the_launcher(environment: dict[str, str], exp
 def test_uneven_nodes_give_the_same_number_on_every_rank() -> None:
     uneven = {"WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "2"}
     assert {ranks_per_node(uneven | {"LOCAL_WORLD_SIZE": local}) for local in ("4", "2")} == {3}
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):  # mpirun, and ranks that were started by hand
+        assert {ranks_per_node({"WORLD_SIZE": "5", name: local}) for local in ("2", "1")} == {DEFAULT_RANKS_PER_NODE}
 
 
 def test_heads_are_exchanged_at_once_inside_a_node_and_in_halves_between_nodes() -> None:
