@@ -110,6 +110,7 @@ class RankTask:
 
     def __call__(self) -> int:
         """Run the rank. Returns its exit code if the job is finished, raises if it failed."""
+        self.received, self.process = [], None  # a queued job may have been stored by another version
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._forward)
         missing = [source for source in self.references.values() if source not in os.environ]
