@@ -104,11 +104,11 @@ def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
 def ranks_per_node(environment: Mapping[str, str] | None = None) -> int:
     """Number of ranks that share a node, from the launcher's variables; the same on every rank of the job.
 
-    RACE_DIST_RANKS_PER_NODE where it is set. Otherwise the number of ranks divided by the number of nodes, rounded up, where the
-    launcher sets both: WORLD_SIZE and GROUP_WORLD_SIZE (torchrun) or CROSS_SIZE (DeepSpeed), SLURM_STEP_NUM_TASKS and
-    SLURM_STEP_NUM_NODES (srun). Otherwise SLURM_NTASKS_PER_NODE, and without it ``DEFAULT_RANKS_PER_NODE``. The ranks of the own
-    node alone (LOCAL_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_SIZE) do not count unless they are all ranks: nodes may differ, and every
-    rank needs the same number. Values that are not positive integers are skipped.
+    RACE_DIST_RANKS_PER_NODE where it is set. Otherwise the number of ranks divided by the number of nodes, rounded up, where
+    the launcher sets both: WORLD_SIZE and GROUP_WORLD_SIZE (torchrun) or CROSS_SIZE (DeepSpeed), SLURM_STEP_NUM_TASKS and
+    SLURM_STEP_NUM_NODES (srun). Otherwise SLURM_NTASKS_PER_NODE, and without it ``DEFAULT_RANKS_PER_NODE``. The ranks of the
+    own node alone (LOCAL_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_SIZE) do not count unless they are all ranks: nodes may differ,
+    and every rank needs the same number. Values that are not positive integers are skipped.
 
     Args:
         environment: of a process; None is this one's, which is read once.
