@@ -1,4 +1,4 @@
-"""The attention over many ranks: meshes, shard layouts, the exclusive scan. All the project's collectives live here."""
+"""Context parallelism: sharding and the exclusive scan, with the public names of ``race_dist.distributed``."""
 
 from race_dist.distributed.communication import (
     ByteCount,
